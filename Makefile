@@ -1,0 +1,48 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer with pip: each sets up .venv first.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The first new enough Python on the path; `make PYTHON=/path/to/python` names another.
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow lint format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+
+demo: $(READY) ## Train a small model under the monitor and show what it finds
+	@$(BIN)/dynamon demo
+
+test: lint ## Check the style, then run the tests
+	@$(BIN)/pytest
+
+slow: $(READY) ## Run the tests that take minutes
+	@$(BIN)/pytest -m slow --timeout 3600
+
+lint: $(READY) ## Check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(READY) ## Apply the style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## Remove .venv, caches and build products
+	@rm -rf $(VENV) build dist site htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made again only when the package table or a pinned version changes.
+# Debian's Python comes without ensurepip; there pip installs itself from outside.
+$(READY): pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) 2>/dev/null || { echo >&2 "dynamon needs Python 3.11 or newer," \
+	"which $(or $(PYTHON),the Python on this path) is not: name one with 'make PYTHON=/path/to/python3.11'."; exit 1; }
+	@echo "Setting up $(VENV), a few minutes the first time ..."
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --without-pip $(VENV) && \
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test]"
+	@touch $@

@@ -1,0 +1,276 @@
+"""Layerwise learning rates inside a Trainer."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from torch.optim import Optimizer
+
+from dynamon.callbacks.monitor import DynamonCallback, gradient_scale, off_reason
+from dynamon.callbacks.recorder import Recorder
+from dynamon.callbacks.budget import Budget
+from dynamon.gradients import Array
+from dynamon.history import History
+from dynamon.layers import select
+from dynamon.optim import LayerwiseRates, refusal
+from dynamon.panels import RATES
+from dynamon.rates import NoiseAdaptiveRates, Rule
+
+
+class LayerwiseLR(DynamonCallback):
+    """Steers every optimizer of the Trainer with one learning-rate ratio a layer, as a rule gives it.
+
+    Ratios act only inside ``optimizer.step()``: schedulers, ``optimizer.state_dict()``, checkpoints,
+    ``LearningRateMonitor`` and gradient clipping see the groups and rates you made. A run saved with steering
+    resumes without it, and the other way round. Decoupled weight decay scales with the rate.
+
+    Tags, written every ``trainer.log_every_n_steps`` steps:
+
+    =================================  ====================================================
+    tag                                what it is
+    =================================  ====================================================
+    ``lr/base``                        learning rate of the first group
+    ``lr/bounded``                     layers whose ratio sits at a bound of the rule
+    ``lr/ratio``                       per layer: factor on the learning rate
+    ``lr/effective``                   per layer: learning rate times ratio
+    ``dynamon/steering_overhead``      time of steering over training time without it
+    =================================  ====================================================
+
+    Per-layer quantities are written as described in :class:`dynamon.callbacks.GradientMonitor`.
+
+    Args:
+        rule: A :class:`dynamon.rates.Rule`; each optimizer gets a copy of its own.
+        lag: 1: readings of a step act at the next, nothing waits for the device. 0: they act at once.
+        save_gradient: Keep the previous gradient in checkpoints, so that a resumed run is bitwise the one
+            that never stopped. False saves its memory and skips one noise update after a resume.
+        layers: Globs for the layers shown one by one. All layers are steered.
+        loggers: Loggers to write to by part of the class name; None for all.
+
+    Raises:
+        ValueError: On arguments out of range; when fit starts, if an optimizer cannot take layerwise rates,
+            with the reason.
+    """
+
+    panels = RATES
+    tags = {
+        "lr/base": "learning rate of the first group",
+        "lr/bounded": "layers whose ratio sits at a bound of the rule",
+        "dynamon/steering_overhead": "time of steering over training time without it",
+    }
+    quantities = {
+        "lr/ratio": "factor on the learning rate",
+        "lr/effective": "learning rate times ratio",
+    }
+
+    def __init__(
+        self,
+        rule: Rule,
+        lag: int = 1,
+        save_gradient: bool = True,
+        layers: Sequence[str] | None = None,
+        loggers: Sequence[str] | None = None,
+    ) -> None:
+        """Check the arguments."""
+        super().__init__()
+        if not isinstance(rule, Rule):
+            raise ValueError(f"rule must be a dynamon.rates.Rule, got {type(rule).__name__}.")
+        if lag not in (0, 1):
+            raise ValueError(f"lag must be 0 or 1, got {lag}.")
+        self.rule, self.lag, self.save_gradient = rule, lag, save_gradient
+        self._patterns = layers
+        self._recorder = Recorder(loggers, len(self.quantities))
+        self._steered: dict[Optimizer, LayerwiseRates] = {}
+        self._state: list[Any] = []
+        self._budget = Budget(None)
+        self._on = False
+
+    @property
+    def history(self) -> History:
+        """Rates and ratios so far, as arrays by quantity."""
+        return self._recorder.history
+
+    @property
+    def overhead(self) -> float:
+        """Time of steering over the training time without it, so far."""
+        return self._budget.overhead
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The ratio in force for each layer, by parameter name."""
+        return {name: ratio for rates in self._steered.values() for name, ratio in rates.ratios.items()}
+
+    def one_of_a_kind(self) -> type:
+        """Two callbacks must not steer one optimizer."""
+        return LayerwiseLR
+
+    def rates_for(self, optimizer: Optimizer) -> LayerwiseRates | None:
+        """What steers an optimizer, or None."""
+        return self._steered.get(optimizer)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the surroundings."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not trainer.barebones:
+            self._recorder.check(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse optimizers that cannot be steered, before anything runs."""
+        for optimizer in trainer.optimizers:
+            reason = refusal(optimizer)
+            if reason is not None:
+                raise ValueError(f"{type(self).__name__}: {reason}")
+        reason = off_reason(trainer, pl_module)
+        if reason is not None:
+            raise ValueError(f"{type(self).__name__} cannot steer this run: {reason}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach to the optimizers and take up a saved state."""
+        self._release()
+        for index, optimizer in enumerate(trainer.optimizers):
+            rates = LayerwiseRates(optimizer, copy.deepcopy(self.rule), pl_module, lag=self.lag)
+            if index < len(self._state):
+                rates.load_state_dict(self._state[index])
+            self._steered[optimizer] = rates
+        self._state = []
+        if not trainer.barebones:
+            self.write_layout(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The clock runs."""
+        self._budget.start()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Read the gradients before they are clipped."""
+        rates = self._steered.get(optimizer)
+        if rates is not None:
+            with self._budget.charge("steering"):
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the rates now and then."""
+        for rates in self._steered.values():
+            rates.restore()
+        if (
+            trainer.barebones
+            or not trainer.is_global_zero
+            or not trainer._logger_connector.should_update_logs
+        ):
+            return
+        with self._budget.charge("steering"):
+            self._record(trainer)
+
+    def _record(self, trainer: pl.Trainer) -> None:
+        names: list[str] = []
+        ratios: list[float] = []
+        base: list[float] = []
+        for rates in self._steered.values():
+            rate = rates.base_rates()
+            for layer in select(rates.layers, self._patterns):
+                names.append(layer.name)
+                base.append(rate[layer.name])
+            by_name = rates.ratios
+            ratios += [by_name[name] for name in names[len(ratios) :]]
+        first = next(iter(self._steered))
+        self._recorder.scalars(
+            {
+                "lr/base": float(first.param_groups[0]["lr"]),
+                "lr/bounded": float(sum(rates.rule.bounded() for rates in self._steered.values())),
+                "dynamon/steering_overhead": self._budget.overhead,
+            },
+            headline=True,
+        )
+        self._recorder.layers("lr/ratio", np.array(ratios), names)
+        effective: Array = np.array(ratios) * np.array(base)
+        self._recorder.layers("lr/effective", effective, names)
+        self._recorder.flush(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validation is not training time."""
+        self._budget.stop()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the optimizers back as they were; ratios stay readable."""
+        self._budget.stop()
+        for rates in self._steered.values():
+            rates.remove()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the optimizers back as they were."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rules' states and previous gradients: numbers and tensors by parameter name."""
+        if not self._steered:
+            return {"optimizers": self._state}
+        return {"optimizers": [rates.state_dict(self.save_gradient) for rates in self._steered.values()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the optimizers are there."""
+        self._state = list(state_dict["optimizers"])
+
+    def _release(self) -> None:
+        for rates in self._steered.values():
+            rates.remove()
+        self._steered = {}
+
+
+class NoiseAdaptiveLR(LayerwiseLR):
+    r"""Layers with noisier gradients take smaller steps: LANTON's rule on top of your optimizer.
+
+    With H the noise of a layer in the dual norm of its update, per group of layers of one role,
+    :math:`r_l = ((a^2 + H_{min}) / (a^2 + H_l))^{1/4}`: the quietest layer keeps your learning rate, the others
+    go below it, never under ``floor``. Noise is measured as the change between successive gradients, before
+    clipping. See :class:`dynamon.rates.NoiseAdaptiveRates` for the formula in full and the reasons for the
+    defaults, and :class:`LayerwiseLR` for how rates are applied and the tags that are written.
+
+    Args:
+        alpha: Noise floor relative to the group's median noise; larger pulls ratios to 1.
+        beta2: Decay of the noise average.
+        group_by: ``"role"``, ``"role_and_shape"`` or ``"all"``.
+        normalize_shape: Divide out the noise that a layer's shape alone would give.
+        floor: Smallest ratio, in (0, 1].
+        warmup: Noise updates before steering begins, and again as many to go over to it.
+        lag: 1: readings of a step act at the next. 0: they act at once, as published.
+        save_gradient: Keep the previous gradient in checkpoints.
+        layers: Globs for the layers shown one by one.
+        loggers: Loggers to write to by part of the class name; None for all.
+
+    Raises:
+        ValueError: Naming the argument that is out of range, or the optimizer that cannot be steered.
+
+    Reference: Hao et al., "Noise-Adaptive Layerwise Learning Rates", arXiv 2510.14009.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        beta2: float = 0.98,
+        group_by: str = "role",
+        normalize_shape: bool = True,
+        floor: float = 0.1,
+        warmup: int = 20,
+        lag: int = 1,
+        save_gradient: bool = True,
+        layers: Sequence[str] | None = None,
+        loggers: Sequence[str] | None = None,
+    ) -> None:
+        """Make the rule."""
+        rule = NoiseAdaptiveRates(alpha, beta2, group_by, normalize_shape, floor, warmup)
+        super().__init__(rule, lag, save_gradient, layers, loggers)
+
+
+def steering_of(trainer: pl.Trainer, optimizer: Optimizer) -> LayerwiseRates | None:
+    """What steers an optimizer of a Trainer, or None."""
+    callbacks = [c for c in trainer.callbacks if isinstance(c, LayerwiseLR)]  # type: ignore[attr-defined]
+    return callbacks[0].rates_for(optimizer) if callbacks else None

@@ -1,0 +1,28 @@
+"""The ``dynamon`` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dynamon.cli import demo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit status: 0, or 1 where the command did not reach what it promises.
+    """
+    parser = argparse.ArgumentParser(prog="dynamon", description="Training dynamics for PyTorch Lightning.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo.add_parser(commands)
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

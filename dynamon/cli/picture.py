@@ -1,0 +1,103 @@
+"""One picture of a run: loss, stability, and layer x step maps."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamon.gradients import Array
+from dynamon.history import Series
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers
+
+
+def draw(
+    path: Path,
+    title: str,
+    loss: tuple[Array, Array],
+    validation: tuple[Array, Array],
+    monitor: Mapping[str, Series],
+    steering: Mapping[str, Series] | None,
+    strip: str = "",
+) -> None:
+    """Write the picture as a PNG.
+
+    Args:
+        path: Where to.
+        title: Written above.
+        loss: Steps and training loss.
+        validation: Steps and validation loss.
+        monitor: History of the monitor.
+        steering: History of the steering callback, or None.
+        strip: Prefix to leave out of layer names.
+
+    Raises:
+        ImportError: Without matplotlib, which the ``demo`` extra brings.
+    """
+    from matplotlib import colors
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    maps = [("noise/dual", "gradient noise sqrt(H), dual norm", monitor, colors.LogNorm, "viridis")]
+    if steering is not None:
+        maps.append(("lr/ratio", "learning-rate ratio", steering, lambda: colors.Normalize(0, 1), "cividis"))
+    maps = [m for m in maps if m[0] in m[2]]
+    figure = Figure(figsize=(13, 4.2 + 4.4 * bool(maps)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    grid = figure.add_gridspec(1 + bool(maps), 2, height_ratios=[1, 1.25][: 1 + bool(maps)])
+    _draw_loss(figure.add_subplot(grid[0, 0]), loss, validation)
+    _draw_stability(figure.add_subplot(grid[0, 1]), monitor)
+    for column, (quantity, label, history, norm, palette) in enumerate(maps):
+        where = grid[1, column] if len(maps) == 2 else grid[1, :]
+        _draw_map(figure, figure.add_subplot(where), history[quantity], label, norm(), palette, strip)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_loss(axes: Any, loss: tuple[Array, Array], validation: tuple[Array, Array]) -> None:
+    axes.plot(*loss, color=_BLUE, lw=0.8, label="training")
+    if len(validation[0]):
+        axes.plot(*validation, "o-", color=_ORANGE, ms=4, lw=1.2, label="validation")
+    axes.set(title="loss", xlabel="step", ylabel="nats a byte")
+    axes.legend(frameon=False)
+
+
+def _draw_stability(axes: Any, history: Mapping[str, Series]) -> None:
+    axes.axhline(1, color=_GREY, ls="--", lw=1, label="largest stable step")
+    for tag, style, label in (
+        (
+            "sharpness/stability_ratio",
+            {"marker": "o", "ms": 3.5, "lw": 1.2, "color": _BLUE},
+            "ratio (lower bound)",
+        ),
+        ("sharpness/stability_ratio_upper", {"marker": "v", "ls": "", "color": _ORANGE}, "99 % upper bound"),
+        (
+            "sharpness/stability_ratio_unconverged",
+            {"marker": "o", "ls": "", "mfc": "none", "color": _GREY},
+            "not converged",
+        ),
+    ):
+        if tag in history:
+            series = history[tag]
+            axes.plot(series.steps, series.values, label=label, **style)
+    axes.set(title="stability ratio", xlabel="step")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+
+
+def _draw_map(
+    figure: Any, axes: Any, series: Series, label: str, norm: Any, palette: str, strip: str
+) -> None:
+    names = [name.removeprefix(strip).removesuffix(".weight") for name in series.layers or ()]
+    edges = np.append(
+        series.steps, 2 * series.steps[-1] - series.steps[-2] if len(series) > 1 else series.steps[-1] + 1
+    )
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(names) + 1), series.values.T, norm=norm, cmap=palette, rasterized=True
+    )
+    axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set(title=label, xlabel="step")
+    figure.colorbar(mesh, ax=axes, pad=0.01)

@@ -1,0 +1,5 @@
+"""What applies rates to optimizers."""
+
+from dynamon.optim.layerwise import LayerwiseRates, refusal
+
+__all__ = ["LayerwiseRates", "refusal"]

@@ -1,0 +1,246 @@
+"""Layerwise learning rates on top of any optimizer, without touching its parameter groups."""
+
+import itertools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynamon.gradients import GradientReader, PendingReadings
+from dynamon.layers import describe_layers
+from dynamon.norms import optimizer_family
+from dynamon.rates import Rule
+
+_REFUSED = {
+    "prodigy": "it estimates one step size for all groups and raises when their rates differ",
+    "dadapt": "it estimates one step size for all groups and raises when their rates differ",
+    "schedulefree": "its weight averaging depends on the history of the rate",
+    "lbfgs": "it evaluates the closure many times a step and takes one group only",
+    "zeroredundancy": "it partitions its groups over the processes when it is built",
+    "deepspeed": "DeepSpeed owns the parameter groups",
+}
+_steered: "WeakSet[Optimizer]" = WeakSet()
+
+
+def refusal(optimizer: object) -> str | None:
+    """Why layerwise rates cannot be applied to an optimizer, in one sentence; None where they can."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        return f"{name} is not a torch.optim.Optimizer, so its learning rates cannot be scaled."
+    for cls in type(optimizer).__mro__:
+        for word, reason in _REFUSED.items():
+            if word in f"{cls.__module__}.{cls.__name__}".lower().replace("_", ""):
+                return f"{name} cannot take layerwise rates: {reason}."
+    if any("lr" not in group for group in optimizer.param_groups):
+        return f"{name} cannot take layerwise rates: a parameter group has no 'lr'."
+    return None
+
+
+class LayerwiseRates:
+    """Steers ``optimizer.step()`` with one learning-rate ratio a layer.
+
+    For the duration of a step the optimizer sees a view of its ``param_groups`` in which parameters are
+    regrouped by ratio, with scaled rates; right after it the original list is back. So schedulers,
+    ``state_dict``, checkpoints and gradient clipping see only the groups the user made. The view goes in
+    after the closure has returned. Entries that the optimizer writes into its groups are carried back. With
+    all ratios 1 no view is made. Decoupled weight decay, which optimizers multiply by the rate, is scaled
+    with it.
+
+    Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
+    where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer`` whose groups have an ``lr``.
+        rule: A :class:`dynamon.rates.Rule` of its own (one a ``LayerwiseRates``).
+        model: The module whose parameters are steered; parameters of the optimizer that it does not hold
+            keep ratio 1.
+        lag: 1 (default): the readings of a step act at the next, so nothing waits for the device. 0: they
+            act at once, as published.
+
+    Attributes:
+        layers: The steered layers.
+        reader: Reads their gradients.
+        rule: The rule.
+
+    Raises:
+        ValueError: If the optimizer cannot take layerwise rates (the reason is in the message), is steered
+            already, shares no parameter with the model, or ``lag`` is not 0 or 1.
+
+    Cost: what the rule reads (noise: one pass over gradients and one stored copy), and an optimizer call
+    with as many groups as there are different ratios.
+    """
+
+    def __init__(self, optimizer: Optimizer, rule: Rule, model: nn.Module, *, lag: int = 1) -> None:
+        """Attach to the optimizer's step."""
+        reason = refusal(optimizer)
+        if reason is not None:
+            raise ValueError(reason)
+        if optimizer in _steered:
+            raise ValueError(
+                f"this {type(optimizer).__name__} is steered already; remove the other steering first."
+            )
+        if lag not in (0, 1):
+            raise ValueError(f"lag must be 0 or 1, got {lag}.")
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.layers = [
+            la for la in describe_layers(model) if id(la.parameter) in own and la.parameter.requires_grad
+        ]
+        if not self.layers:
+            raise ValueError(
+                "the optimizer holds no trainable parameter of the model: there is nothing to steer."
+            )
+        self.optimizer, self.rule, self.lag = optimizer, rule, lag
+        self.reader = GradientReader(self.layers, optimizer_family(optimizer))
+        rule.start(self.layers, self.reader.norms)
+        self._waiting: PendingReadings | None = None
+        self._observed = False
+        self._original: list[dict[str, Any]] | None = None
+        self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]] = []
+        self._rate_buffers: dict[tuple[int, int], Tensor] = {}
+        _steered.add(optimizer)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_state_dict_pre_hook(lambda *_: self.restore()),
+        ]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The ratio of each layer, by parameter name, that the next step takes unless readings change it."""
+        return {layer.name: float(r) for layer, r in zip(self.layers, self.rule.ratios(), strict=True)}
+
+    def base_rates(self) -> dict[str, float]:
+        """The learning rate of each layer's group, before the ratio."""
+        groups = self._original if self._original is not None else self.optimizer.param_groups
+        rate = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        return {layer.name: rate[id(layer.parameter)] for layer in self.layers}
+
+    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
+        """Read the gradients now, for the step that follows.
+
+        Args:
+            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+            key: Names the step, so that several who observe the same one read it once. Without a key every
+                call is a new step.
+        """
+        self._observed = True
+        if not self.rule.needs_gradients or not self.reader.begin(object() if key is None else key):
+            return
+        readings = self.reader.read(scale)
+        due = self._waiting if self.lag else readings
+        self._waiting = readings if self.lag else None
+        if due is not None:
+            self.rule.update(due.wait())
+
+    def settle(self) -> None:
+        """Hand readings that are still waiting to the rule, so that its state is complete."""
+        if self._waiting is not None:
+            self.rule.update(self._waiting.wait())
+            self._waiting = None
+
+    def restore(self) -> None:
+        """Put the original groups back, whatever happened in between."""
+        if self._original is None:
+            return
+        for view, given, group, ratio in self._views:
+            _carry_back(view, given, group, ratio)
+        self.optimizer.param_groups = self._original
+        self._original, self._views = None, []
+
+    def remove(self) -> None:
+        """Detach from the optimizer; it then steps with its own rates."""
+        self.restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _steered.discard(self.optimizer)
+
+    def state_dict(self, save_gradient: bool = True) -> dict[str, Any]:
+        """The rule's state and the stored gradient, loadable under ``weights_only=True``.
+
+        Args:
+            save_gradient: Without the gradient the file is smaller, and a resumed run skips one noise
+                update, so that it is not bitwise the run that never stopped.
+        """
+        self.settle()
+        stored = self.reader.state_dict() if save_gradient and self.rule.needs_gradients else {"previous": {}}
+        return {"rule": self.rule.state_dict(), "gradients": stored}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that :meth:`state_dict` made."""
+        self._waiting = None
+        self.rule.load_state_dict(state["rule"])
+        self.reader.load_state_dict(state["gradients"])
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.restore()  # left over where the last step raised or was skipped
+        arguments = list(args)
+        position = 1 if arguments and arguments[0] is optimizer else 0
+        closure = kwargs.get("closure", arguments[position] if len(arguments) > position else None)
+        if closure is None:
+            self._enter()
+            return None
+        if "closure" in kwargs:
+            kwargs = {**kwargs, "closure": self._then_enter(closure)}
+        else:
+            arguments[position] = self._then_enter(closure)
+        return tuple(arguments), kwargs
+
+    def _then_enter(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_then_view() -> Any:
+            result = closure()
+            self._enter()
+            return result
+
+        return closure_then_view
+
+    def _enter(self) -> None:
+        """Show the optimizer its groups with the ratios in force."""
+        if not self._observed:
+            self.observe()
+        ratios = {id(la.parameter): float(r) for la, r in zip(self.layers, self.rule.ratios(), strict=True)}
+        if all(ratio == 1.0 for ratio in ratios.values()):
+            return
+        original = self.optimizer.param_groups
+        groups = [self._split(index, group, ratios) for index, group in enumerate(original)]
+        self._original = original
+        self.optimizer.param_groups = list(itertools.chain.from_iterable(groups))
+
+    def _split(self, index: int, group: dict[str, Any], ratios: Mapping[int, float]) -> list[dict[str, Any]]:
+        """The group by ratio; parameters that share one stay together, so that foreach and fused stay fast."""
+        by_ratio: dict[float, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
+        views = []
+        for bucket, (ratio, parameters) in enumerate(by_ratio.items()):
+            given = {**group, "lr": self._scaled(group["lr"], ratio, (index, bucket))}
+            view = {**given, "params": parameters}
+            self._views.append((view, given, group, ratio))
+            views.append(view)
+        return views
+
+    def _scaled(self, rate: float | Tensor, ratio: float, key: tuple[int, int]) -> float | Tensor:
+        if not isinstance(rate, Tensor):
+            return rate * ratio
+        # A tensor rate (capturable, compiled) must stay the same object from step to step.
+        if key not in self._rate_buffers:
+            self._rate_buffers[key] = rate.clone()
+        with torch.no_grad():
+            return self._rate_buffers[key].copy_(rate).mul_(ratio)
+
+    def _after_step(self) -> None:
+        self.restore()
+        self._observed = False
+
+
+def _carry_back(view: dict[str, Any], given: dict[str, Any], group: dict[str, Any], ratio: float) -> None:
+    """Write what the optimizer changed in a view into the group it stands for."""
+    for key, value in view.items():
+        if key == "params" or value is given.get(key):
+            continue
+        group[key] = value / ratio if key == "lr" else value

@@ -1,0 +1,201 @@
+"""Evaluating the training loss once more without leaving a trace."""
+
+import copy
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LossFn = Callable[[Any, Any], Tensor]
+_MUTED = ("log", "log_dict")
+
+
+@contextmanager
+def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Leave no trace of what happens inside on the module or on any random stream.
+
+    Put back at exit: the random streams of torch (CPU and all CUDA devices), numpy and python; every buffer;
+    train and eval modes; every plain attribute of every submodule (numbers, strings, tensors and the contents
+    of lists, dicts and sets), which covers counters, collected outputs and the states of torchmetrics. ``log``
+    and ``log_dict`` do nothing inside. ``.grad`` is not looked at. Not covered: files, dataloader iterators and
+    objects of the user's own classes.
+
+    Args:
+        module: The module.
+        seed: Seeds torch inside, so that dropout draws the same masks each time; None leaves the streams.
+    """
+    modules = list(module.modules())
+    saved = [_snapshot(m) for m in modules]
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for name in _MUTED:
+                if callable(getattr(module, name, None)):
+                    module.__dict__[name] = _say_nothing
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        for m, snapshot in zip(modules, saved, strict=True):
+            _put_back(m, *snapshot)
+
+
+def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tensor:
+    """The scalar training loss of a module on a batch.
+
+    Args:
+        module: A LightningModule, or any module when ``loss_fn`` is given.
+        batch: The batch, already on the module's device. A copy is passed on, so that a ``training_step``
+            which changes its batch does no harm.
+        loss_fn: ``loss_fn(module, batch)``; without it the module's own ``training_step`` is called, and
+            ``"loss"`` is taken out of a dict.
+
+    Raises:
+        ValueError: If there is neither a ``loss_fn`` nor a ``training_step``, or the result is not a scalar
+            tensor with a graph.
+    """
+    batch = _clone(batch)
+    if loss_fn is not None:
+        source, loss = "loss_fn", loss_fn(module, batch)
+    else:
+        step = getattr(module, "training_step", None)
+        if step is None:
+            raise ValueError(
+                f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: ..."
+            )
+        source = "training_step"
+        loss = step(*_step_arguments(step, batch))
+        if isinstance(loss, dict):
+            if "loss" not in loss:
+                raise ValueError(
+                    f"training_step returned a dict without 'loss' (it has {sorted(map(str, loss))})."
+                )
+            loss = loss["loss"]
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"{source} must return a scalar tensor as loss, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{source} must return a scalar loss, got shape {tuple(loss.shape)}; reduce it first."
+        )
+    if not loss.requires_grad:
+        raise ValueError(f"the loss that {source} returned does not depend on any parameter.")
+    return loss.reshape(())
+
+
+def take_samples(batch: Any, fraction: float) -> tuple[Any, int | None]:
+    """The first share of a batch's samples, copied.
+
+    Args:
+        batch: Tensors, or lists, tuples and dicts of them. All tensors with dimensions must agree in the
+            first one, else the whole batch is taken.
+        fraction: Share in (0, 1]; at least one sample is taken.
+
+    Returns:
+        The copy and the number of samples in it, None where samples cannot be told apart.
+    """
+    tensors: list[Tensor] = []
+    _map_tensors(batch, tensors.append)
+    sizes = {t.shape[0] for t in tensors if t.ndim}
+    if len(sizes) != 1:
+        return _clone(batch), None
+    size = sizes.pop()
+    count = max(1, round(size * fraction))
+    part = _map_tensors(batch, lambda t: t.detach()[:count].clone() if t.ndim else t.detach().clone())
+    return part, count
+
+
+def _step_arguments(step: Callable[..., Any], batch: Any) -> list[Any]:
+    """``training_step`` may take a batch, or a batch and its index."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(step).parameters.values())
+    names = [p.name for p in parameters if p.kind in kinds]
+    if "dataloader_iter" in names:
+        raise ValueError("training_step reads from dataloader_iter; pass loss_fn=lambda module, batch: ...")
+    takes_index = len(names) > 1 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return [batch, 0] if takes_index else [batch]
+
+
+def _clone(batch: Any) -> Any:
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # objects that cannot be copied (locks, generators): copy the tensors around them
+        return _map_tensors(batch, lambda t: t.detach().clone())
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to every tensor in nested lists, tuples and dicts; other objects pass through."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        mapped = {key: _map_tensors(item, function) for key, item in value.items()}
+        try:
+            return type(value)(mapped)  # type: ignore[call-arg]
+        except TypeError:
+            return mapped
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(item, function) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map_tensors(item, function) for item in value)
+    return value
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    """Stand in for ``log`` while the loss is evaluated for a probe."""
+
+
+_Saved = tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]], dict[str, Any]]
+
+
+def _snapshot(module: nn.Module) -> _Saved:
+    """Attributes by reference, with copies of tensors and container contents beside them."""
+    attributes = dict(module.__dict__)
+    buffers = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
+    contents: dict[str, Any] = {}
+    for name, value in attributes.items():
+        if name in _STRUCTURE:
+            continue
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            contents[name] = value.detach().clone()
+        elif isinstance(value, list | dict | set):
+            contents[name] = copy.copy(value)
+    return attributes, buffers, contents
+
+
+_STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
+
+
+def _put_back(
+    module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any], contents: dict[str, Any]
+) -> None:
+    with torch.no_grad():
+        for name, (buffer, copied) in buffers.items():
+            _refill(buffer, copied)
+            module._buffers[name] = buffer
+        for name, content in contents.items():
+            value = attributes[name]
+            if isinstance(value, Tensor):
+                _refill(value, content)
+            elif isinstance(value, list):
+                value[:] = content
+            else:
+                value.clear()
+                value.update(content)
+    for name in [name for name in module.__dict__ if name not in attributes]:
+        del module.__dict__[name]
+    module.__dict__.update(attributes)
+
+
+def _refill(tensor: Tensor, content: Tensor) -> None:
+    """Undo changes in place; an untouched tensor is not written to."""
+    if tensor.shape != content.shape:
+        tensor.set_(content)  # type: ignore[no-untyped-call]
+    elif not torch.equal(tensor, content):
+        tensor.copy_(content)

@@ -1,0 +1,210 @@
+r"""How close a run is to the largest step its curvature allows.
+
+One number for every optimizer with a known stability condition, threshold 1:
+:math:`\lambda_{max}(D^{1/2} P^{-1/2} H P^{-1/2} D^{1/2})`. Under mini-batches a value below one is normal, and a
+value that hovers around one (the edge of stability) is normal training too, not a fault.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+
+from dynamon.curvature import Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
+
+
+@dataclass(frozen=True)
+class StabilityScaling:
+    r"""The diagonal scaling that turns a Hessian into a stability ratio.
+
+    Attributes:
+        scale: Flat ``[n]``, :math:`\sqrt{D/P}`; zero where a coordinate was left out.
+        decay: Flat ``[n]`` coupled weight decay to add to the Hessian's diagonal, or None.
+        sign: -1 for ``maximize``.
+        constant: The one value of :math:`D/P` where all coordinates share it and nothing is added, so that
+            the ratio is the Hessian's eigenvalue times this; else None.
+        left_out: Coordinates whose second moment is zero (a token never seen): they have not moved.
+    """
+
+    scale: Tensor
+    decay: Tensor | None
+    sign: float
+    constant: float | None
+    left_out: int
+
+
+def stability_ratio(
+    loss_fn: Callable[[], Tensor],
+    params: Sequence[Tensor],
+    optimizer: Optimizer,
+    *,
+    ratios: Sequence[float] | None = None,
+    tol: float = 1e-2,
+    max_matvecs: int = 40,
+    warm_start: Tensor | None = None,
+    certify: bool = False,
+    seed: int = 0,
+) -> Eigenpairs:
+    r"""The stability ratio: 1 is where gradient descent with this optimizer starts to oscillate and grow.
+
+    :math:`\lambda_{max}(D^{1/2} P^{-1/2} H P^{-1/2} D^{1/2})` with, by optimizer,
+
+    * SGD with momentum b: P = I, D = lr (1 - dampening) / (2 (1 + b)); Nesterov: D = lr (1 + 2 b) / (2 (1 + b));
+    * Adam and AdamW: P = (sqrt(v_hat) + eps) (1 - b1^t), D = lr (1 - b1) / ((2 - lr wd) (1 + b1)), with
+      ``max_exp_avg_sq`` for AMSGrad and wd the decoupled decay.
+
+    Coupled decay adds wd I to H, ``maximize`` flips the sign of H.
+
+    Args:
+        loss_fn: Called once; the scalar loss.
+        params: Parameters the loss is differentiated in, all of them in ``optimizer``.
+        optimizer: Its groups and state are read, not changed.
+        ratios: A factor on the learning rate for each of ``params``, as layerwise steering applies it.
+        tol: As in :func:`dynamon.curvature.top_eigenvalues`, like the four that follow.
+        max_matvecs: Upper limit on products.
+        warm_start: Vectors of the last measurement, in scaled coordinates.
+        certify: Take a run that has an upper bound.
+        seed: Seed of the start vector.
+
+    Returns:
+        :class:`dynamon.curvature.Eigenpairs` of the scaled operator.
+
+    Raises:
+        ValueError: If the optimizer has no known stability condition, has taken no step yet where its state
+            is needed, or does not hold a parameter.
+
+    Cost: one gradient graph and the products of the solver. Reference: Cohen et al., "Adaptive gradient
+    methods at the edge of stability", arXiv 2207.14484; the momentum forms are exact on quadratics.
+    """
+    scaling = stability_scaling(optimizer, params, ratios)
+    operator = stability_operator(HessianOperator(loss_fn, params), scaling)
+    return top_eigenvalues(
+        operator, tol=tol, max_matvecs=max_matvecs, warm_start=warm_start, certify=certify, seed=seed
+    )
+
+
+def stability_operator(hessian: LinearOperator, scaling: StabilityScaling) -> LinearOperator:
+    """The operator whose largest eigenvalue is the stability ratio.
+
+    Args:
+        hessian: The Hessian on the same flat coordinates.
+        scaling: From :func:`stability_scaling`.
+    """
+    signed = hessian if scaling.sign > 0 else scaling.sign * hessian
+    if scaling.decay is not None:
+        signed = signed + _Diagonal(scaling.decay)
+    return signed.scaled(scaling.scale)
+
+
+def stability_scaling(
+    optimizer: Optimizer, params: Sequence[Tensor], ratios: Sequence[float] | None = None
+) -> StabilityScaling:
+    """Read the scaling of :func:`stability_ratio` off an optimizer's groups and state.
+
+    Args:
+        optimizer: SGD, Adam or AdamW of ``torch.optim`` (subclasses included).
+        params: The parameters, in the order of the flat coordinates.
+        ratios: A factor on the learning rate for each parameter, or None for ones.
+
+    Raises:
+        ValueError: As for :func:`stability_ratio`.
+    """
+    if not has_stability_condition(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} has no known stability condition; it is known for SGD, Adam and AdamW."
+        )
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    factors = [1.0] * len(params) if ratios is None else list(ratios)
+    pieces, decays, left_out = [], [], 0
+    for p, factor in zip(params, factors, strict=True):
+        if id(p) not in group_of:
+            raise ValueError("a parameter is not in the optimizer; its stability is not defined.")
+        group = group_of[id(p)]
+        # A parameter without a gradient has no Adam state and does not move.
+        piece = _squared_scale(optimizer, group, p, factor)
+        left_out += int(piece is None) * p.numel()
+        pieces.append(torch.zeros(p.numel(), dtype=p.dtype, device=p.device) if piece is None else piece)
+        decays.append(0.0 if _decoupled(group) else float(group.get("weight_decay", 0.0)))
+    squared = torch.cat(pieces)
+    if isinstance(optimizer, Adam):
+        if left_out == squared.numel():
+            raise ValueError("the optimizer has taken no step yet, so its stability ratio is not defined.")
+        left_out = int((squared == 0).sum())
+    signs = {-1.0 if group_of[id(p)].get("maximize", False) else 1.0 for p in params}
+    if len(signs) > 1:
+        raise ValueError("some groups maximize and some minimize: there is no single stability ratio.")
+    decay = None
+    if any(decays):
+        decay = torch.cat([torch.full_like(s, d) for s, d in zip(pieces, decays, strict=True)])
+    first = float(squared[0])
+    constant = first if decay is None and signs == {1.0} and isinstance(optimizer, SGD) else None
+    if constant is not None and not bool((squared == squared[0]).all()):
+        constant = None
+    return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, left_out)
+
+
+def has_stability_condition(optimizer: Optimizer) -> bool:
+    """Whether :func:`stability_ratio` knows the optimizer (by class, subclasses with another name excluded)."""
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    return isinstance(optimizer, SGD | Adam) and not names & {"NAdam", "RAdam"}
+
+
+def stability_threshold(optimizer: Optimizer) -> float | None:
+    """The sharpness at which plain gradient descent becomes unstable, where one number exists.
+
+    Returns:
+        2 / lr for SGD; with momentum b 2 (1 + b) / (lr (1 - dampening)), Nesterov 2 (1 + b) / (lr (1 + 2 b)),
+        when all groups agree and there is no coupled decay. None otherwise (Adam's threshold is a matter
+        of its state: use :func:`stability_ratio`).
+    """
+    if not isinstance(optimizer, SGD) or any(
+        g["weight_decay"] or g["maximize"] for g in optimizer.param_groups
+    ):
+        return None
+    values = {_sgd_factor(group) for group in optimizer.param_groups}
+    value = values.pop()
+    return None if values or value <= 0 else 1 / value
+
+
+class _Diagonal(LinearOperator):
+    """Multiplication by a vector."""
+
+    def __init__(self, diagonal: Tensor) -> None:
+        super().__init__(diagonal.numel(), diagonal.dtype, diagonal.device)
+        self._diagonal = diagonal
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self._diagonal * vector
+
+
+def _decoupled(group: dict[str, object]) -> bool:
+    return bool(group.get("decoupled_weight_decay", False))
+
+
+def _sgd_factor(group: dict[str, object]) -> float:
+    rate, momentum = float(group["lr"]), float(group["momentum"])  # type: ignore[arg-type]
+    if group["nesterov"]:
+        return rate * (1 + 2 * momentum) / (2 * (1 + momentum))
+    dampening = float(group["dampening"]) if momentum else 0.0  # type: ignore[arg-type]
+    return rate * (1 - dampening) / (2 * (1 + momentum))
+
+
+def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float) -> Tensor | None:
+    """D / P of one parameter, flat, zero where the second moment is zero; None without state."""
+    if isinstance(optimizer, SGD):
+        value = _sgd_factor(group) * ratio
+        return torch.full((p.numel(),), value, dtype=p.dtype, device=p.device)
+    state = optimizer.state.get(p)
+    if not state or "exp_avg_sq" not in state:
+        return None
+    beta1, beta2 = (float(b) for b in group["betas"])  # type: ignore[attr-defined]
+    step = float(state["step"])
+    rate = float(group["lr"]) * ratio  # type: ignore[arg-type]
+    decay = float(group["weight_decay"]) if _decoupled(group) else 0.0  # type: ignore[arg-type]
+    moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    v_hat = moment.detach().reshape(-1).to(p.dtype) / (1 - beta2**step)
+    preconditioner = (v_hat.sqrt() + float(group["eps"])) * (1 - beta1**step)  # type: ignore[arg-type]
+    damping = rate * (1 - beta1) / ((2 - rate * decay) * (1 + beta1))
+    return torch.where(v_hat > 0, damping / preconditioner, torch.zeros_like(preconditioner))
