@@ -58,9 +58,7 @@ class Budget:
     def charge(self, name: str, cuda: bool = False) -> Iterator[None]:
         """Book the time inside to a measurement."""
         begin = time.perf_counter()
-        events = (
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if cuda else None
-        )
+        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if cuda else None
         if events:
             events[0].record()
         try:

@@ -79,7 +79,7 @@ class GradientMeter(Meter):
             self._armed = kept or (bool(read) and self._planned(run, run.step + 1))
 
     def _due(self, run: Run, source: "_Source") -> bool:
-        if self.cadence.every_n_steps is not None or source.steered or run.trainer.fast_dev_run:
+        if self.cadence.every_n_steps is not None or source.steered or run.trying_out:
             return self._planned(run, run.step)
         return self._armed
 
@@ -156,9 +156,7 @@ class _Source:
 
     def __init__(self, run: Run, optimizer: Optimizer) -> None:
         rates = steering_of(run.trainer, optimizer)
-        self._rates: LayerwiseRates | None = (
-            rates if rates is not None and rates.rule.needs_gradients else None
-        )
+        self._rates: LayerwiseRates | None = rates if rates is not None and rates.rule.needs_gradients else None
         self.steered = self._rates is not None
         if self._rates is not None:
             self.reader = self._rates.reader
@@ -176,7 +174,7 @@ class _Source:
 
     def read(self, scale: float) -> GradientReadings:
         if self._rates is not None:
-            self._rates.observe(scale, self._key)  # type: ignore[arg-type]
+            self._rates.observe(scale, self._key)
             return self.reader.read(scale).wait()
         readings = self.reader.read(scale).wait()
         self.noise.update(readings)
@@ -194,9 +192,7 @@ class _Source:
 
 
 def _l2(gradients: Sequence[torch.Tensor | None]) -> float:
-    dense = [
-        g.detach().coalesce().values() if g.is_sparse else g.detach() for g in gradients if g is not None
-    ]
+    dense = [g.detach().coalesce().values() if g.is_sparse else g.detach() for g in gradients if g is not None]
     if not dense:
         return 0.0
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense, 2, dtype=torch.float32))))

@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 import numpy as np
 from torch.optim import Optimizer
 
-from dynamon.callbacks.monitor import DynamonCallback, gradient_scale, off_reason
-from dynamon.callbacks.recorder import Recorder
 from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.monitor import DynamonCallback, callbacks_of, gradient_scale, off_reason
+from dynamon.callbacks.recorder import Recorder
 from dynamon.gradients import Array
 from dynamon.history import History
 from dynamon.layers import select
@@ -159,11 +159,7 @@ class LayerwiseLR(DynamonCallback):
         """Log the rates now and then."""
         for rates in self._steered.values():
             rates.restore()
-        if (
-            trainer.barebones
-            or not trainer.is_global_zero
-            or not trainer._logger_connector.should_update_logs
-        ):
+        if trainer.barebones or not trainer.is_global_zero or not trainer._logger_connector.should_update_logs:
             return
         with self._budget.charge("steering"):
             self._record(trainer)
@@ -203,9 +199,7 @@ class LayerwiseLR(DynamonCallback):
         for rates in self._steered.values():
             rates.remove()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the optimizers back as they were."""
         self.on_train_end(trainer, pl_module)
 
@@ -272,5 +266,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
 
 def steering_of(trainer: pl.Trainer, optimizer: Optimizer) -> LayerwiseRates | None:
     """What steers an optimizer of a Trainer, or None."""
-    callbacks = [c for c in trainer.callbacks if isinstance(c, LayerwiseLR)]  # type: ignore[attr-defined]
-    return callbacks[0].rates_for(optimizer) if callbacks else None
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, LayerwiseLR):
+            return callback.rates_for(optimizer)
+    return None

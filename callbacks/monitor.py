@@ -52,6 +52,11 @@ class Run:
         return self.trainer.fit_loop.epoch_loop._batches_that_stepped
 
     @property
+    def trying_out(self) -> bool:
+        """Whether this is a ``fast_dev_run``, in which everything is measured at once."""
+        return is_tryout(self.trainer)
+
+    @property
     def seconds_per_step(self) -> float:
         """Mean training time of a step, measurements not counted."""
         return self.budget.training / max(self.steps_seen, 1)
@@ -73,6 +78,16 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     return 1.0 / float(scaler.get_scale())
 
 
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The Trainer's callbacks."""
+    return list(getattr(trainer, "callbacks", []))
+
+
+def is_tryout(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer only tries its code on a few batches (``fast_dev_run``)."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 class Cadence:
     """When a meter measures.
 
@@ -90,7 +105,7 @@ class Cadence:
 
     def due(self, run: Run, name: str, expected: float, step: int) -> bool:
         """Whether to measure at ``step``."""
-        if run.trainer.fast_dev_run:
+        if run.trying_out:
             return True
         if self.every_n_steps is not None:
             return step % self.every_n_steps == 0
@@ -153,9 +168,7 @@ class Meter(ABC):
 def check_arguments(every_n_steps: int | None, budget: float | None) -> None:
     """Raise ValueError naming the argument that is out of range."""
     if every_n_steps is not None and (isinstance(every_n_steps, bool) or every_n_steps < 1):
-        raise ValueError(
-            f"every_n_steps must be a whole number of 1 or more, or None, got {every_n_steps!r}."
-        )
+        raise ValueError(f"every_n_steps must be a whole number of 1 or more, or None, got {every_n_steps!r}.")
     if budget is not None and not 0 < budget < math.inf:
         raise ValueError(
             f"budget must be positive (0.02 is 2 % of training time) or None for no limit, got {budget!r}."
@@ -185,7 +198,7 @@ class DynamonCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that this is the only callback of its kind."""
-        twice = [type(c).__name__ for c in trainer.callbacks if isinstance(c, self.one_of_a_kind())]
+        twice = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, self.one_of_a_kind())]
         if len(twice) > 1:
             raise ValueError(f"the Trainer has {' and '.join(twice)} in callbacks; keep one of them.")
         self._checked = True
@@ -196,8 +209,8 @@ class DynamonCallback(pl.Callback):
 
     def write_layout(self, trainer: pl.Trainer) -> None:
         """Write the charts of all dynamon callbacks, once: the last layout in a run is the one that counts."""
-        ours = [c for c in trainer.callbacks if isinstance(c, DynamonCallback)]  # type: ignore[attr-defined]
-        if ours[0] is not self or not trainer.is_global_zero or trainer.fast_dev_run:
+        ours = [c for c in callbacks_of(trainer) if isinstance(c, DynamonCallback)]
+        if ours[0] is not self or not trainer.is_global_zero or is_tryout(trainer):
             return
         layout = combined(callback.panels for callback in ours)
         for logger in trainer.loggers:
@@ -273,13 +286,9 @@ class Monitor(DynamonCallback):
             return
         layers = select(describe_layers(pl_module), self._patterns)
         if not layers:
-            raise ValueError(
-                f"layers={list(self._patterns or ())} matches no layer of {type(pl_module).__name__}."
-            )
+            raise ValueError(f"layers={list(self._patterns or ())} matches no layer of {type(pl_module).__name__}.")
         if not trainer.loggers:
-            rank_zero_info(
-                f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only."
-            )
+            rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
         self.write_layout(trainer)
         self._run = Run(trainer, pl_module, self._budget, self._recorder, layers)
         for meter in self._meters:
@@ -329,9 +338,7 @@ class Monitor(DynamonCallback):
         """Stop the clock."""
         self._budget.stop()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop the clock."""
         self._budget.stop()
 
@@ -376,15 +383,9 @@ class Monitor(DynamonCallback):
         self._in_a_row[meter.name] += 1
         meter.cadence.last = self._run.step
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        after = (
-            "It is paused now."
-            if self.paused(meter)
-            else "Training goes on; strict=True raises here instead."
-        )
+        after = "It is paused now." if self.paused(meter) else "Training goes on; strict=True raises here instead."
         if self._in_a_row[meter.name] in (1, PAUSE_AFTER):
-            rank_zero_warn(
-                f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}"
-            )
+            rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
 
 
 def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:

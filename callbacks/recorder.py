@@ -66,9 +66,7 @@ class Recorder:
             self.history.add(quantity, step, values, names)
             known = values[np.isfinite(values)]
             if len(known):
-                scalars |= {
-                    f"{quantity}_{name}": float(np.quantile(known, q)) for name, q in _QUANTILES.items()
-                }
+                scalars |= {f"{quantity}_{name}": float(np.quantile(known, q)) for name, q in _QUANTILES.items()}
         for tag, value in scalars.items():
             self.history.add(tag, step, value)
         if not scalars and not tables:
@@ -88,9 +86,7 @@ class Recorder:
     def _loggers(self, trainer: pl.Trainer) -> list[Logger]:
         if self._wanted is None:
             return list(trainer.loggers)
-        return [
-            logger for logger in trainer.loggers if any(_is_called(logger, name) for name in self._wanted)
-        ]
+        return [logger for logger in trainer.loggers if any(_is_called(logger, name) for name in self._wanted)]
 
 
 def layer_tag(quantity: str, layer: str) -> str:
@@ -102,9 +98,7 @@ def _is_called(logger: Logger, name: str) -> bool:
     return name.lower() in type(logger).__name__.lower()
 
 
-def _add_table(
-    logger: TensorBoardLogger, quantity: str, values: Array, names: Sequence[str], step: int
-) -> None:
+def _add_table(logger: TensorBoardLogger, quantity: str, values: Array, names: Sequence[str], step: int) -> None:
     """All layers of a quantity as one tensor summary, their names in its metadata."""
     metadata = SummaryMetadata(
         plugin_data=SummaryMetadata.PluginData(

@@ -72,9 +72,7 @@ class SharpnessMeter(Meter):
         trainer, module = run.trainer, run.module
         self._off = True
         if trainer.world_size > 1:
-            rank_zero_warn(
-                "sharpness is off: it is measured in one process only so far, and there are several."
-            )
+            rank_zero_warn("sharpness is off: it is measured in one process only so far, and there are several.")
             return
         if self._loss_fn is None and not module.automatic_optimization:
             rank_zero_warn(
@@ -104,9 +102,7 @@ class SharpnessMeter(Meter):
         products = _CERTIFY_PRODUCTS if self._certifies() else 12 if self._is_cold() else 6
         if self._product_seconds is not None:
             return solves * products * self._product_seconds
-        return (
-            run.seconds_per_step * self._probe_fraction * self._probe_batches * (2 + 3.5 * solves * products)
-        )
+        return run.seconds_per_step * self._probe_fraction * self._probe_batches * (2 + 3.5 * solves * products)
 
     def batch_end(self, run: Run) -> None:
         """Measure when due."""

@@ -72,8 +72,8 @@ class PendingReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        rows = self._host.double().numpy()
-        return GradientReadings(self._present, *rows, compared=self._compared)
+        l1, l2, dual, nonfinite, change_dual, change_l2, inner = self._host.double().numpy()
+        return GradientReadings(self._present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, self._compared)
 
 
 class GradientReader:
@@ -147,9 +147,7 @@ class GradientReader:
         indices = [i for i, g in enumerate(gradients) if g is not None]
         present = np.zeros(len(self.layers), bool)
         present[indices] = True
-        compared = (
-            np.array([consecutive and i in self._previous for i in range(len(self.layers))], bool) & present
-        )
+        compared = np.array([consecutive and i in self._previous for i in range(len(self.layers))], bool) & present
         current = [g for g in gradients if g is not None]
         previous = [
             self._previous[i] if i in self._previous else torch.zeros_like(g)

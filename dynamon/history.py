@@ -44,9 +44,7 @@ class History(Mapping[str, Series]):
         self._stride: dict[str, int] = {}
         self._offered: dict[str, int] = {}
 
-    def add(
-        self, quantity: str, step: int, value: float | Array, layers: Sequence[str] | None = None
-    ) -> None:
+    def add(self, quantity: str, step: int, value: float | Array, layers: Sequence[str] | None = None) -> None:
         """Append one point: a number, or one number a layer with their names.
 
         A layer table whose names changed since the last point starts anew.

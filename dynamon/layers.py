@@ -57,7 +57,7 @@ def describe_layers(model: nn.Module) -> list[Layer]:
         One :class:`Layer` a tensor.
     """
     names: dict[int, list[str]] = {}
-    parameters: dict[int, Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.numel():
             names.setdefault(id(parameter), []).append(_WRAPPER_SEGMENTS.sub("", name))

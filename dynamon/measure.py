@@ -53,9 +53,7 @@ def measure(
     """
     layers = [layer for layer in describe_layers(module) if layer.parameter.requires_grad]
     if not layers:
-        raise ValueError(
-            f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
-        )
+        raise ValueError(f"{type(module).__name__} has no trainable parameter, so there is nothing to measure.")
     params = [layer.parameter for layer in layers]
     with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed):
         operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
@@ -71,9 +69,7 @@ def measure(
     return readings | _weights(layers)
 
 
-def _gradients(
-    layers: list[Any], flat: Tensor, params: list[Tensor], optimizer: Optimizer | None
-) -> dict[str, Any]:
+def _gradients(layers: list[Any], flat: Tensor, params: list[Tensor], optimizer: Optimizer | None) -> dict[str, Any]:
     """Norms of the gradient that the Hessian's graph already has; ``.grad`` is borrowed and given back."""
     family = "sign" if optimizer is None else optimizer_family(optimizer)
     kept = [p.grad for p in params]
@@ -117,7 +113,4 @@ def _weights(layers: list[Any]) -> dict[str, Any]:
         "spectrum/stable_rank": found.stable_rank,
     }
     names = [layer.name for layer in layers]
-    return {
-        tag: {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v}
-        for tag, values in tags.items()
-    }
+    return {tag: {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v} for tag, values in tags.items()}

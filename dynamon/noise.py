@@ -65,10 +65,7 @@ class NoiseEstimator:
 
     def state_dict(self) -> dict[str, Any]:
         """Running means by layer name."""
-        return {
-            name: [float(m), float(w)]
-            for name, m, w in zip(self.names, self._mean, self._weight, strict=True)
-        }
+        return {name: [float(m), float(w)] for name, m, w in zip(self.names, self._mean, self._weight, strict=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up saved means; a layer that was not saved starts anew."""

@@ -146,10 +146,7 @@ def optimizer_family(optimizer: Optimizer) -> str:
         name = cls.__name__.lower()
         if any(word in name for word in ("muon", "scion", "lanton")):
             return "spectral"
-        if any(
-            word in name
-            for word in ("adam", "lion", "sign", "rmsprop", "rprop", "adagrad", "adadelta", "lamb")
-        ):
+        if any(word in name for word in ("adam", "lion", "sign", "rmsprop", "rprop", "adagrad", "adadelta", "lamb")):
             return "sign"
     return "euclidean"
 

@@ -68,23 +68,17 @@ def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None) 
     else:
         step = getattr(module, "training_step", None)
         if step is None:
-            raise ValueError(
-                f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: ..."
-            )
+            raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: ...")
         source = "training_step"
         loss = step(*_step_arguments(step, batch))
         if isinstance(loss, dict):
             if "loss" not in loss:
-                raise ValueError(
-                    f"training_step returned a dict without 'loss' (it has {sorted(map(str, loss))})."
-                )
+                raise ValueError(f"training_step returned a dict without 'loss' (it has {sorted(map(str, loss))}).")
             loss = loss["loss"]
     if not isinstance(loss, Tensor):
         raise ValueError(f"{source} must return a scalar tensor as loss, got {type(loss).__name__}.")
     if loss.numel() != 1:
-        raise ValueError(
-            f"{source} must return a scalar loss, got shape {tuple(loss.shape)}; reduce it first."
-        )
+        raise ValueError(f"{source} must return a scalar loss, got shape {tuple(loss.shape)}; reduce it first.")
     if not loss.requires_grad:
         raise ValueError(f"the loss that {source} returned does not depend on any parameter.")
     return loss.reshape(())
@@ -137,7 +131,7 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, dict):
         mapped = {key: _map_tensors(item, function) for key, item in value.items()}
         try:
-            return type(value)(mapped)  # type: ignore[call-arg]
+            return type(value)(mapped)
         except TypeError:
             return mapped
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -172,9 +166,7 @@ def _snapshot(module: nn.Module) -> _Saved:
 _STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
 
 
-def _put_back(
-    module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any], contents: dict[str, Any]
-) -> None:
+def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any], contents: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, (buffer, copied) in buffers.items():
             _refill(buffer, copied)
@@ -196,6 +188,6 @@ def _put_back(
 def _refill(tensor: Tensor, content: Tensor) -> None:
     """Undo changes in place; an untouched tensor is not written to."""
     if tensor.shape != content.shape:
-        tensor.set_(content)  # type: ignore[no-untyped-call]
+        tensor.data = content
     elif not torch.equal(tensor, content):
         tensor.copy_(content)

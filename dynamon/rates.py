@@ -73,17 +73,12 @@ class FixedRates(Rule):
         super().start(layers, norms)
         for key in self._by_key:
             if not any(_matches(layer, key) for layer in layers):
-                raise ValueError(
-                    f"FixedRates: {key!r} matches no layer; print(describe_layers(model)) lists them."
-                )
+                raise ValueError(f"FixedRates: {key!r} matches no layer; print(describe_layers(model)) lists them.")
 
     def ratios(self) -> Array:
         """The matched ratios."""
         return np.array(
-            [
-                next((r for key, r in self._by_key.items() if _matches(layer, key)), 1.0)
-                for layer in self.layers
-            ]
+            [next((r for key, r in self._by_key.items() if _matches(layer, key)), 1.0) for layer in self.layers]
         )
 
 

@@ -57,9 +57,7 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
         lower = upper = torch.where(finite, lower, torch.nan)
     matrix = weight.to(lower.dtype)
     scale = matrix.abs().amax((-2, -1), keepdim=True)
-    matrix = matrix / torch.where(
-        scale > 0, scale, torch.ones_like(scale)
-    )  # squares of 1e-30 vanish otherwise
+    matrix = matrix / torch.where(scale > 0, scale, torch.ones_like(scale))  # squares of 1e-30 vanish otherwise
     tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
     energy = matrix.square().sum((-2, -1))
     fourth = (tall.mT @ tall).square().sum((-2, -1))

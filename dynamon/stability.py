@@ -159,9 +159,7 @@ def stability_threshold(optimizer: Optimizer) -> float | None:
         when all groups agree and there is no coupled decay. None otherwise (Adam's threshold is a matter
         of its state: use :func:`stability_ratio`).
     """
-    if not isinstance(optimizer, SGD) or any(
-        g["weight_decay"] or g["maximize"] for g in optimizer.param_groups
-    ):
+    if not isinstance(optimizer, SGD) or any(g["weight_decay"] or g["maximize"] for g in optimizer.param_groups):
         return None
     values = {_sgd_factor(group) for group in optimizer.param_groups}
     value = values.pop()

@@ -57,7 +57,7 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
     steps = {i: weights[i] - before[layers[i].name] for i in moved}
     spectra = _Spectra(layers, weights)
     operator = torch.stack(
-        [_operator(layer, w, spectra, i) for i, (layer, w) in enumerate(zip(layers, weights))]
+        [_operator(layer, w, spectra, i) for i, (layer, w) in enumerate(zip(layers, weights, strict=True))]
     )
     step_spectra = _Spectra([layers[i] for i in moved], [steps[i] for i in moved])
     update = torch.full_like(operator, torch.nan)
@@ -89,9 +89,7 @@ class _Spectra:
         for i, (layer, tensor) in enumerate(zip(layers, tensors, strict=True)):
             if layer.role == "vector":
                 continue
-            own = (
-                [tensor.flatten(1)] if layer.role == "conv" else list(tensor.reshape(-1, *tensor.shape[-2:]))
-            )
+            own = [tensor.flatten(1)] if layer.role == "conv" else list(tensor.reshape(-1, *tensor.shape[-2:]))
             matrices += [matrix.float() for matrix in own]
             self.owners += [i] * len(own)
         self.values: WeightSpectrum | None = weight_spectra(matrices) if matrices else None

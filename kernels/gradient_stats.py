@@ -55,9 +55,7 @@ def gradient_stats(gradients: Sequence[Tensor], previous: Sequence[Tensor] | Non
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
     if not gradients:
         nothing = torch.zeros(0, dtype=dtype)
-        return GradientStats(
-            nothing, nothing, nothing, nothing, *(4 * [nothing if previous is not None else None])
-        )
+        return GradientStats(nothing, nothing, nothing, nothing, *(4 * [nothing if previous is not None else None]))
     gradients = [g.detach() for g in gradients]
     l1, squares, largest = _norms(gradients, dtype)
     own = (l1, squares, largest, _nonfinite(gradients, l1))

@@ -43,9 +43,7 @@ def uses(source: str, package: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
-def violations(
-    source: str, package: str, forbidden: tuple[str, ...], allowed: tuple[str, ...] = ()
-) -> list[str]:
+def violations(source: str, package: str, forbidden: tuple[str, ...], allowed: tuple[str, ...] = ()) -> list[str]:
     """Return "line: name" for each use of a forbidden name."""
 
     def rank(name: str, prefixes: tuple[str, ...]) -> int:

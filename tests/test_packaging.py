@@ -69,11 +69,7 @@ def test_package_comes_from_this_checkout(package):
     "target",
     [
         *PROJECT["project"]["scripts"].values(),
-        *(
-            target
-            for group in PROJECT["project"].get("entry-points", {}).values()
-            for target in group.values()
-        ),
+        *(target for group in PROJECT["project"].get("entry-points", {}).values() for target in group.values()),
     ],
 )
 def test_entry_point_imports(target):

@@ -41,19 +41,11 @@ def add_parser(commands: Any) -> None:
         "library, with DynamicsMonitor and NoiseAdaptiveLR on. Nothing is downloaded.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--no-adaptive", action="store_true", help="monitor only: leave the learning rates alone"
-    )
+    parser.add_argument("--no-adaptive", action="store_true", help="monitor only: leave the learning rates alone")
     parser.add_argument("--steps", type=_positive_int, default=_STEPS, help="optimizer steps")
-    parser.add_argument(
-        "--preset", choices=list(PRESETS), default="economy", help="what is measured how often"
-    )
-    parser.add_argument(
-        "--budget", type=_positive_float, default=_BUDGET, help="share of training time for monitoring"
-    )
-    parser.add_argument(
-        "--logdir", type=Path, default=Path("dynamon_demo"), help="folder for event files and picture"
-    )
+    parser.add_argument("--preset", choices=list(PRESETS), default="economy", help="what is measured how often")
+    parser.add_argument("--budget", type=_positive_float, default=_BUDGET, help="share of training time for monitoring")
+    parser.add_argument("--logdir", type=Path, default=Path("dynamon_demo"), help="folder for event files and picture")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order")
     parser.add_argument("--accelerator", default="cpu", help="what Lightning trains on: cpu, gpu, auto")
     parser.set_defaults(run=run)
@@ -83,8 +75,8 @@ def run(options: argparse.Namespace) -> int:
     progress, losses = _Progress(monitor), _Losses()
     logger = TensorBoardLogger(options.logdir, name=None)
     print(
-        f"training {sum(p.numel() for p in module.parameters()):,} parameters on {len(training) / 1e6:.1f} MB of Python "
-        f"source, {options.steps} steps of {_BATCH} x {_CONTEXT} bytes; Ctrl-C stops early",
+        f"training {sum(p.numel() for p in module.parameters()):,} parameters on {len(training) / 1e6:.1f} MB of "
+        f"Python source, {options.steps} steps of {_BATCH} x {_CONTEXT} bytes; Ctrl-C stops early",
         flush=True,
     )
     with _quiet():
@@ -109,12 +101,14 @@ def run(options: argparse.Namespace) -> int:
             )
     steps = trainer.global_step
     path = Path(logger.log_dir) / "dynamon.png"
-    title = f"dynamon demo: {steps} steps, {'uniform' if steering is None else 'noise-adaptive'} rates, seed {options.seed}"
+    title = (
+        f"dynamon demo: {steps} steps, {'uniform' if steering is None else 'noise-adaptive'} rates, seed {options.seed}"
+    )
     histories = (monitor.history, None if steering is None else steering.history)
     picture.draw(path, title, losses.training, losses.validation, *histories, strip="network.")
     seconds = time.perf_counter() - begin
     print()
-    for line in summary(module, monitor, steering, losses, seconds, steps):
+    for line in summary(module, monitor, steering, losses, seconds, steps, options.budget):
         print(line)
     print(f"\npicture       {path}\npanels        tensorboard --logdir {options.logdir}")
     if interrupted:
@@ -133,6 +127,7 @@ def summary(
     losses: "_Losses",
     seconds: float,
     steps: int,
+    budget: float,
 ) -> list[str]:
     """What the run showed, in plain sentences.
 
@@ -143,14 +138,13 @@ def summary(
         losses: The recorded losses.
         seconds: Wall time.
         steps: Optimizer steps taken.
+        budget: The share of training time that monitoring was allowed.
     """
     lines = [f"{steps} steps in {seconds:.0f} s"]
     if len(losses.training[1]):
         validation = f", validation {losses.validation[1][-1]:.3f}" if len(losses.validation[1]) else ""
         tail = np.mean(losses.training[1][-20:])
-        lines.append(
-            f"loss          {losses.training[1][0]:.3f} -> {tail:.3f} (mean of the last steps){validation}"
-        )
+        lines.append(f"loss          {losses.training[1][0]:.3f} -> {tail:.3f} (mean of the last steps){validation}")
     history = monitor.history
     lines += _stability_lines(monitor)
     if "noise/dual" in history:
@@ -159,15 +153,14 @@ def summary(
         sigma, rank = history["spectrum/sigma_max"], history["spectrum/stable_rank"]
         names = _short(sigma.layers or ())
         top, low = int(np.nanargmax(sigma.values[-1])), int(np.nanargmin(rank.values[-1]))
-        gap = (
-            np.nanmax(history["spectrum/sigma_upper"].values[-1] / history["spectrum/sigma_lower"].values[-1])
-            - 1
-        )
+        gap = np.nanmax(history["spectrum/sigma_upper"].values[-1] / history["spectrum/sigma_lower"].values[-1]) - 1
         lines.append(
-            f"spectra       largest singular value {sigma.values[-1][top]:.3g} in {names[top]} (certified to {gap:.1%}), "
-            f"lowest stable rank {rank.values[-1][low]:.3g} in {names[low]}"
+            f"spectra       largest singular value {sigma.values[-1][top]:.3g} in {names[top]} "
+            f"(certified to {gap:.1%}), lowest stable rank {rank.values[-1][low]:.3g} in {names[low]}"
         )
-    cost = f"cost          monitoring took {monitor.overhead:.1%} of training time (budget {monitor._budget.fraction:.0%})"
+    cost = (
+        f"cost          monitoring took {monitor.overhead:.1%} of training time (budget {monitor._budget.fraction:.0%})"
+    )
     lines.append(cost + ("" if steering is None else f", steering {steering.overhead:.1%}"))
     if monitor.failures:
         lines.append(f"failures      {monitor.failures} measurements failed; the warnings above say why")
@@ -187,16 +180,15 @@ def _stability_lines(monitor: DynamicsMonitor) -> list[str]:
         verdict = "at or above 1: at the edge of stability, where training often settles"
     products = history["sharpness/products"].values
     return [
-        f"stability     ratio {ratio.min():.2f} to {ratio.max():.2f}, last {ratio[-1]:.2f} (1 is the largest stable step)",
+        f"stability     ratio {ratio.min():.2f} to {ratio.max():.2f}, last {ratio[-1]:.2f} "
+        "(1 is the largest stable step)",
         f"              {verdict}",
         f"              {len(ratio)} readings on {history['sharpness/probe_samples'].values[-1]:.0f} sequences, "
         f"{np.median(products):.0f} Hessian products each in the median; a small probe reads high",
     ]
 
 
-def _noise_lines(
-    module: pl.LightningModule, monitor: DynamicsMonitor, steering: NoiseAdaptiveLR | None
-) -> list[str]:
+def _noise_lines(module: pl.LightningModule, monitor: DynamicsMonitor, steering: NoiseAdaptiveLR | None) -> list[str]:
     series = monitor.history["noise/dual"]
     by_name = {layer.name: layer for layer in describe_layers(module)}
     layers = [by_name[name] for name in series.layers or ()]
@@ -236,9 +228,7 @@ def shortfalls(options: argparse.Namespace, monitor: DynamicsMonitor, seconds: f
     if "spectrum/sigma_max" not in history:
         found.append("no reading of the weights.")
     if options.steps <= _STEPS and seconds > _SECONDS:
-        found.append(
-            f"it took {seconds:.0f} s, more than {_SECONDS:.0f}; this machine is slower than two free cores."
-        )
+        found.append(f"it took {seconds:.0f} s, more than {_SECONDS:.0f}; this machine is slower than two free cores.")
     if options.steps >= _STEPS and monitor.overhead > options.budget:
         found.append(f"monitoring took {monitor.overhead:.1%}, above the budget of {options.budget:.0%}.")
     return found
@@ -251,7 +241,7 @@ class _Progress(TQDMProgressBar):
         super().__init__(refresh_rate=10)
         self._monitor = monitor
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         metrics = trainer.callback_metrics
         shown: dict[str, int | str | float] = {}
         for label, tag in (("loss", "train/loss"), ("stability", "sharpness/stability_ratio")):
@@ -275,9 +265,7 @@ class _Losses(Callback):
     def validation(self) -> tuple[Array, Array]:
         return _columns(self._validation)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._training.append((trainer.global_step - 1, float(outputs["loss"])))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

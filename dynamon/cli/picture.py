@@ -39,9 +39,11 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    maps = [("noise/dual", "gradient noise sqrt(H), dual norm", monitor, colors.LogNorm, "viridis")]
+    maps: list[tuple[str, str, Mapping[str, Series], Any, str]] = [
+        ("noise/dual", "gradient noise sqrt(H), dual norm", monitor, colors.LogNorm(), "viridis")
+    ]
     if steering is not None:
-        maps.append(("lr/ratio", "learning-rate ratio", steering, lambda: colors.Normalize(0, 1), "cividis"))
+        maps.append(("lr/ratio", "learning-rate ratio", steering, colors.Normalize(0, 1), "cividis"))
     maps = [m for m in maps if m[0] in m[2]]
     figure = Figure(figsize=(13, 4.2 + 4.4 * bool(maps)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -51,7 +53,7 @@ def draw(
     _draw_stability(figure.add_subplot(grid[0, 1]), monitor)
     for column, (quantity, label, history, norm, palette) in enumerate(maps):
         where = grid[1, column] if len(maps) == 2 else grid[1, :]
-        _draw_map(figure, figure.add_subplot(where), history[quantity], label, norm(), palette, strip)
+        _draw_map(figure, figure.add_subplot(where), history[quantity], label, norm, palette, strip)
     figure.savefig(path, dpi=110)
 
 
@@ -87,16 +89,12 @@ def _draw_stability(axes: Any, history: Mapping[str, Series]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_map(
-    figure: Any, axes: Any, series: Series, label: str, norm: Any, palette: str, strip: str
-) -> None:
+def _draw_map(figure: Any, axes: Any, series: Series, label: str, norm: Any, palette: str, strip: str) -> None:
     names = [name.removeprefix(strip).removesuffix(".weight") for name in series.layers or ()]
     edges = np.append(
         series.steps, 2 * series.steps[-1] - series.steps[-2] if len(series) > 1 else series.steps[-1] + 1
     )
-    mesh = axes.pcolormesh(
-        edges, np.arange(len(names) + 1), series.values.T, norm=norm, cmap=palette, rasterized=True
-    )
+    mesh = axes.pcolormesh(edges, np.arange(len(names) + 1), series.values.T, norm=norm, cmap=palette, rasterized=True)
     axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
     axes.invert_yaxis()
     axes.set(title=label, xlabel="step")

@@ -39,9 +39,7 @@ class HessianOperator(LinearOperator):
     Memory: the graph of one forward and backward pass at the size of the batch in ``loss_fn``.
     """
 
-    def __init__(
-        self, loss_fn: Callable[[], Tensor], params: Sequence[Tensor], *, backend: str = "auto"
-    ) -> None:
+    def __init__(self, loss_fn: Callable[[], Tensor], params: Sequence[Tensor], *, backend: str = "auto") -> None:
         """Evaluate the loss and keep the graph of its gradient."""
         if backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}.")

@@ -190,9 +190,7 @@ class _Lanczos:
         """Read the projected matrix and decompose it. The one host synchronisation of a burst."""
         read = self.projected[: self.size + 1, : self.size].cpu().numpy()
         if not np.isfinite(read).all():
-            raise FloatingPointError(
-                "the operator returned NaN or infinity; the loss or the weights diverged."
-            )
+            raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
         size, exhausted = self._invariant(read)
         matrix, coupling = read[:size, :size], read[size, size - 1]
         values, rotation = _decompose(matrix)
@@ -293,9 +291,7 @@ def _start_vector(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor
     return mix / norm.clamp_min(torch.finfo(dtype).tiny) + _NOISE * noise
 
 
-def _check(
-    operator: Any, k: int, method: str, tol: float, max_matvecs: int, warm_start: Tensor | None
-) -> None:
+def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, warm_start: Tensor | None) -> None:
     if method != "lanczos":
         raise ValueError(f"method must be 'lanczos', got {method!r}.")
     if not 1 <= k <= _KEPT:

@@ -36,9 +36,7 @@ class LinearOperator:
             ValueError: If the first dimension is not n.
         """
         if vectors.ndim not in (1, 2) or vectors.shape[0] != self.shape[1]:
-            raise ValueError(
-                f"expected [{self.shape[1]}] or [{self.shape[1]}, k], got {tuple(vectors.shape)}."
-            )
+            raise ValueError(f"expected [{self.shape[1]}] or [{self.shape[1]}, k], got {tuple(vectors.shape)}.")
         if vectors.ndim == 1:
             return self._product(vectors)
         if vectors.shape[1] == 0:

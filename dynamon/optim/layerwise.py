@@ -79,19 +79,13 @@ class LayerwiseRates:
         if reason is not None:
             raise ValueError(reason)
         if optimizer in _steered:
-            raise ValueError(
-                f"this {type(optimizer).__name__} is steered already; remove the other steering first."
-            )
+            raise ValueError(f"this {type(optimizer).__name__} is steered already; remove the other steering first.")
         if lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1, got {lag}.")
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.layers = [
-            la for la in describe_layers(model) if id(la.parameter) in own and la.parameter.requires_grad
-        ]
+        self.layers = [la for la in describe_layers(model) if id(la.parameter) in own and la.parameter.requires_grad]
         if not self.layers:
-            raise ValueError(
-                "the optimizer holds no trainable parameter of the model: there is nothing to steer."
-            )
+            raise ValueError("the optimizer holds no trainable parameter of the model: there is nothing to steer.")
         self.optimizer, self.rule, self.lag = optimizer, rule, lag
         self.reader = GradientReader(self.layers, optimizer_family(optimizer))
         rule.start(self.layers, self.reader.norms)
