@@ -197,6 +197,7 @@ class LayerwiseLR(DynamonCallback):
         """Give the optimizers back as they were; ratios stay readable."""
         self._budget.stop()
         for rates in self._steered.values():
+            rates.settle()
             rates.remove()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

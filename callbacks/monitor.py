@@ -197,7 +197,12 @@ class DynamonCallback(pl.Callback):
         return name if self._checked else f"{name}#{id(self)}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that this is the only callback of its kind."""
+        """Check that this is the right Trainer and the only callback of its kind."""
+        if not isinstance(trainer, pl.Trainer):
+            raise TypeError(
+                f"{type(self).__name__} works with lightning.pytorch, but this Trainer comes from "
+                f"{type(trainer).__module__.split('.')[0]}; change its import to 'import lightning.pytorch as pl'."
+            )
         twice = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, self.one_of_a_kind())]
         if len(twice) > 1:
             raise ValueError(f"the Trainer has {' and '.join(twice)} in callbacks; keep one of them.")

@@ -52,6 +52,8 @@ def gradient_stats(gradients: Sequence[Tensor], previous: Sequence[Tensor] | Non
     gradients = list(gradients)
     if any(g.numel() == 0 for g in gradients):
         raise ValueError("gradient_stats cannot take an empty tensor; leave it out.")
+    if previous is not None and [g.shape for g in gradients] != [p.shape for p in previous]:
+        raise ValueError("gradients and previous must hold the same shapes in the same order.")
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
     if not gradients:
         nothing = torch.zeros(0, dtype=dtype)
@@ -61,8 +63,6 @@ def gradient_stats(gradients: Sequence[Tensor], previous: Sequence[Tensor] | Non
     own = (l1, squares, largest, _nonfinite(gradients, l1))
     if previous is None:
         return GradientStats(*own)
-    if [g.shape for g in gradients] != [p.shape for p in previous]:
-        raise ValueError("gradients and previous must hold the same shapes in the same order.")
     current = [g.to(dtype) for g in gradients]
     before = [p.to(dtype) for p in previous]
     inner = torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(current, before, strict=True)])

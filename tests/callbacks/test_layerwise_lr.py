@@ -1,0 +1,230 @@
+"""Steering inside a Trainer: base rates, optimizer state and checkpoints stay the user's."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    StepLR,
+)
+
+from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, NoiseAdaptiveLR
+from dynamon.rates import FixedRates
+from tests.helpers import Classifier, batches, fit, mlp, same_weights
+
+SCHEDULERS = {
+    "step": lambda o: StepLR(o, 3, 0.5),
+    "exponential": lambda o: ExponentialLR(o, 0.9),
+    "cosine": lambda o: CosineAnnealingLR(o, 20),
+    "restarts": lambda o: CosineAnnealingWarmRestarts(o, 5),
+    "linear": lambda o: LinearLR(o, 0.1, total_iters=10),
+    "lambda": lambda o: LambdaLR(o, lambda t: 1 / (1 + t)),
+    "one cycle": lambda o: OneCycleLR(o, 0.05, total_steps=30),
+}
+
+
+class Gradients(Callback):
+    """Keeps the gradients as the optimizer is about to see them, before clipping."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.seen.append({n: p.grad.double().clone() for n, p in pl_module.named_parameters()})
+
+
+def steering(**arguments) -> NoiseAdaptiveLR:
+    return NoiseAdaptiveLR(**{"warmup": 2, "group_by": "all", **arguments})
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_keep_their_base_rates(name: str) -> None:
+    plain, steered = (Classifier(mlp(), scheduler=SCHEDULERS[name]) for _ in range(2))
+    one, other = fit(plain, []), fit(steered, [steering()])
+    assert plain.rates == steered.rates
+    assert one.lr_scheduler_configs[0].scheduler.state_dict() == other.lr_scheduler_configs[0].scheduler.state_dict()
+    assert not same_weights(plain, steered)  # it did steer
+
+
+def test_ratios_agree_with_an_independent_calculation() -> None:
+    """LANTON's rule in ten lines, on the gradients of a real run; the readings act one step later."""
+    gradients, callback = Gradients(), steering(warmup=0, beta2=0.9, alpha=0.2, floor=0.05)
+    fit(Classifier(mlp()), [callback, gradients], gradient_clip_val=0.1, log_every_n_steps=1)
+    average, weight, previous = {}, 0.0, None
+    for step, now in enumerate(gradients.seen):
+        if previous is not None:
+            weight = 0.9 * weight + 0.1
+            for n, g in now.items():
+                noise = ((g - previous[n]).abs().sum() / g.numel()) ** 2
+                average[n] = 0.9 * average.get(n, 0.0) + 0.1 * float(noise)
+        previous = now
+        if weight and step < len(gradients.seen) - 1:
+            h = np.array([average[n] / weight for n in now])
+            expected = np.maximum(((0.04 * np.median(h) + h.min()) / (0.04 * np.median(h) + h)) ** 0.25, 0.05)
+            series = callback.history["lr/ratio"]
+            at = list(series.steps).index(step + 1)
+            np.testing.assert_allclose(series.values[at], expected, rtol=1e-5)
+    assert expected.min() < 0.9
+
+
+def test_steps_are_those_of_permanently_scaled_groups() -> None:
+    ratios = {"network.0.weight": 0.5, "network.3.bias": 0.25}
+
+    def split(parameters):
+        names = ["network.0.weight", "network.0.bias", "network.3.weight", "network.3.bias"]
+        groups = [{"params": [p], "lr": 1e-2 * ratios.get(n, 1.0)} for n, p in zip(names, parameters, strict=True)]
+        return torch.optim.AdamW(groups, lr=1e-2)
+
+    permanent, steered = Classifier(mlp(), optimizer=split), Classifier(mlp())
+    fit(permanent, [])
+    fit(steered, [LayerwiseLR(FixedRates(ratios))])
+    assert same_weights(permanent, steered)
+
+
+def _checkpoint(tmp_path, callbacks, name):
+    module = Classifier(mlp(), scheduler=SCHEDULERS["cosine"])
+    save = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=8, save_top_k=-1)
+    fit(module, [*callbacks, save], steps=16, max_epochs=-1, enable_checkpointing=True)
+    return torch.load(tmp_path / name / "step=8.ckpt", weights_only=True), tmp_path / name / "step=8.ckpt"
+
+
+def _shape(value):
+    """Structure of nested state: keys, types and tensor shapes, without the numbers."""
+    if isinstance(value, dict):
+        return {k: _shape(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shape(v) for v in value]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
+
+
+def test_checkpoints_look_as_without_steering(tmp_path) -> None:
+    plain, _ = _checkpoint(tmp_path, [], "plain")
+    steered, _ = _checkpoint(tmp_path, [steering()], "steered")
+    assert plain.keys() == steered.keys()
+    assert plain["lr_schedulers"] == steered["lr_schedulers"]
+    assert plain["loops"] == steered["loops"]
+    for key in ("optimizer_states", "state_dict"):
+        assert _shape(plain[key]) == _shape(steered[key])
+    groups = [s["optimizer_states"][0]["param_groups"] for s in (plain, steered)]
+    assert groups[0] == groups[1]
+    assert set(steered["callbacks"]) - set(plain["callbacks"]) == {"NoiseAdaptiveLR"}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_resumes_with_and_without(tmp_path) -> None:
+    _, with_steering = _checkpoint(tmp_path, [steering(), DynamicsMonitor(every_n_steps=2)], "steered")
+    _, without = _checkpoint(tmp_path, [], "plain")
+    for path, callbacks in ((with_steering, []), (without, [steering()]), (with_steering, [steering()])):
+        module = Classifier(mlp(), scheduler=SCHEDULERS["cosine"])
+        run = fit(module, callbacks, steps=24, max_epochs=-1, ckpt_path=path)
+        assert run.global_step == 24
+        assert len(run.optimizers[0].param_groups) == 1
+
+
+def test_save_gradient_false_keeps_checkpoints_small(tmp_path) -> None:
+    large, _ = _checkpoint(tmp_path, [steering()], "large")
+    small, _ = _checkpoint(tmp_path, [steering(save_gradient=False)], "small")
+    stored = [s["callbacks"]["NoiseAdaptiveLR"]["optimizers"][0]["gradients"]["previous"] for s in (large, small)]
+    assert len(stored[0]) == 4 and stored[1] == {}
+
+
+def test_it_freezes_where_gradients_are_not_finite() -> None:
+    class Broken(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if self.trainer.global_step == 10 else loss
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure) -> None:
+            before = [p.detach().clone() for p in self.parameters()]
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            if self.trainer.global_step == 10:  # undo the broken step
+                with torch.no_grad():
+                    for p, b in zip(self.parameters(), before, strict=True):
+                        p.copy_(b)
+                optimizer.state.clear()
+
+    callback = steering(warmup=0, lag=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(Broken(mlp()), [callback], steps=15, max_epochs=-1)
+    series = callback.history["lr/ratio"]
+    assert np.isfinite(series.values).all()
+    by_step = dict(zip(series.steps.tolist(), series.values, strict=True))
+    np.testing.assert_array_equal(by_step[9], by_step[10])  # this step
+    np.testing.assert_array_equal(by_step[9], by_step[11])  # and the next, whose difference holds it too
+    assert (by_step[12] != by_step[11]).any()
+
+
+def test_monitor_and_steering_share_one_pass(monkeypatch) -> None:
+    calls = []
+    from dynamon import gradients
+
+    counted = gradients.gradient_stats
+    monkeypatch.setattr(gradients, "gradient_stats", lambda *a: calls.append(1) or counted(*a))
+    monitor, callback = GradientMonitor(every_n_steps=1, strict=True), steering(warmup=0)
+    for order in ([monitor, callback], [steering(warmup=0), GradientMonitor(every_n_steps=1, strict=True)]):
+        calls.clear()
+        fit(Classifier(mlp()), order)
+        assert len(calls) == 20
+    assert set(monitor.history["noise/dual"].layers or ()) == set(callback.ratios)
+
+
+def test_the_order_of_monitor_and_steering_does_not_matter() -> None:
+    one, other = Classifier(mlp()), Classifier(mlp())
+    fit(one, [GradientMonitor(every_n_steps=1), steering()])
+    fit(other, [steering(), GradientMonitor(every_n_steps=1)])
+    assert same_weights(one, other)
+
+
+def test_learning_rate_monitor_sees_base_rates(tmp_path) -> None:
+    logger = CSVLogger(tmp_path, name=None, version="csv")
+    callback = steering()
+    fit(Classifier(mlp()), [LearningRateMonitor("step"), callback], logger=logger)
+    text = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    column = text[0].split(",").index("lr-AdamW")
+    assert {line.split(",")[column] for line in text[1:]} - {""} == {"0.01"}
+    base, ratio, effective = (callback.history[t].values for t in ("lr/base", "lr/ratio", "lr/effective"))
+    np.testing.assert_allclose(effective, base[:, None] * ratio, rtol=1e-12)
+
+
+def test_an_exception_in_training_leaves_the_optimizer_as_it_was() -> None:
+    class Fails(Classifier):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 12:
+                raise RuntimeError("stop here")
+            return super().training_step(batch, batch_idx)
+
+    module, callback = Fails(mlp()), steering()
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(module, [callback], max_epochs=-1)
+    optimizer = module.trainer.optimizers[0]
+    assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["lr"] == 1e-2
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_second_fit_starts_anew() -> None:
+    callback = steering()
+    first, second = Classifier(mlp()), Classifier(mlp())
+    fit(first, [callback])
+    fit(second, [callback])
+    assert same_weights(first, second)
+
+
+def test_fixed_rates_act_by_glob_and_role() -> None:
+    callback = LayerwiseLR(FixedRates({"role:vector": 0.5, "network.0.*": 0.1}))
+    fit(Classifier(mlp()), [callback], data=batches())
+    assert callback.ratios == {
+        "network.0.weight": 0.1,
+        "network.0.bias": 0.5,
+        "network.3.weight": 1.0,
+        "network.3.bias": 0.5,
+    }
