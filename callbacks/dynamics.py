@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamon.callbacks.gradients import GradientMeter
-from dynamon.callbacks.monitor import Cadence, Monitor, check_arguments
+from dynamon.callbacks.monitor import Cadence, Meter, Monitor, check_arguments
 from dynamon.callbacks.sharpness import SharpnessMeter, check_probe
 from dynamon.callbacks.weights import WeightMeter
 from dynamon.probe import LossFn
@@ -34,8 +34,6 @@ PRESETS = {
     "standard": Preset(gradients=2, weights=10, sharpness=20, probe_fraction=0.25, hessian=True),
     "full": Preset(gradients=1, weights=5, sharpness=10, probe_fraction=1.0, hessian=True),
 }
-# Parts of the budget: gradients and weights keep to theirs, sharpness takes what is left.
-_SHARES = {"gradient": 0.35, "weight": 0.15, "sharpness": 1.0}
 
 
 class DynamicsMonitor(Monitor):
@@ -91,24 +89,16 @@ class DynamicsMonitor(Monitor):
         chosen = PRESETS[preset]
         check_arguments(every_n_steps, budget)
         check_probe(probe_batches, chosen.probe_fraction, loss_fn)
-        cadences = {
-            name: Cadence(every_n_steps, interval, _SHARES[name])
-            for name, interval in (
-                ("gradient", chosen.gradients),
-                ("weight", chosen.weights),
-                ("sharpness", chosen.sharpness),
-            )
-        }
-        sharpness = SharpnessMeter(
-            cadences["sharpness"],
-            loss_fn,
-            probe_batches,
-            chosen.probe_fraction,
-            chosen.hessian,
-            tol=2e-2,
-            max_matvecs=40,
-        )
-        meters = [GradientMeter(cadences["gradient"]), WeightMeter(cadences["weight"]), sharpness]
+
+        def meters() -> list[Meter]:
+            sharpness = Cadence(every_n_steps, chosen.sharpness, share=1.0)
+            probe = (loss_fn, probe_batches, chosen.probe_fraction)
+            return [
+                GradientMeter(Cadence(every_n_steps, chosen.gradients, share=0.25)),
+                WeightMeter(Cadence(every_n_steps, chosen.weights, share=0.1)),
+                SharpnessMeter(sharpness, *probe, hessian=chosen.hessian, tol=2e-2, max_matvecs=40),
+            ]
+
         super().__init__(meters, budget, layers, loggers, strict)
         self.preset = preset
 

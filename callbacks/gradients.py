@@ -52,10 +52,6 @@ class GradientMeter(Meter):
         self._warned = False
         self._saved: dict[str, Any] = {}
 
-    def start(self, run: Run) -> None:
-        """Forget the optimizers of an earlier fit."""
-        self._sources, self._read, self._kept, self._armed = {}, [], False, False
-
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients."""
         source = self._source(run, optimizer)
@@ -264,5 +260,6 @@ class GradientMonitor(Monitor):
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget)
-        meter = GradientMeter(Cadence(every_n_steps, interval=4, share=1.0))
-        super().__init__([meter], budget, layers, loggers, strict)
+        super().__init__(
+            lambda: [GradientMeter(Cadence(every_n_steps, interval=4, share=1.0))], budget, layers, loggers, strict
+        )

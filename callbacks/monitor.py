@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -227,7 +227,7 @@ class Monitor(DynamonCallback):
     """A thin shell around meters: calls them, catches what goes wrong, saves their state.
 
     Args:
-        meters: What to measure.
+        make_meters: Makes what measures, anew for each fit.
         budget: Share of training time for all of it, or None.
         layers: Globs for the layers with readings of their own; ``!`` excludes.
         loggers: Loggers to write to, by (part of) class name; None for all.
@@ -236,7 +236,7 @@ class Monitor(DynamonCallback):
 
     def __init__(
         self,
-        meters: Iterable[Meter],
+        make_meters: Callable[[], list[Meter]],
         budget: float | None,
         layers: Sequence[str] | None,
         loggers: Sequence[str] | None,
@@ -244,16 +244,21 @@ class Monitor(DynamonCallback):
     ) -> None:
         """Remember what to measure."""
         super().__init__()
-        self._meters = list(meters)
-        self._patterns, self._strict = layers, strict
-        self._budget = Budget(budget)
-        self._recorder = Recorder(loggers, sum(len(m.quantities) for m in self._meters))
+        self._make_meters = make_meters
+        self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
+        self._state: dict[str, Any] = {}
+        self._forget()
+        self.panels = combined([*(meter.panels for meter in self._meters), OVERHEAD])
+
+    def _forget(self) -> None:
+        """Begin like new: a callback may see several fits."""
+        self._meters = self._make_meters()
+        self._budget = Budget(self._fraction)
+        self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters))
         self._run: Run | None = None
         self._failures = 0
         self._in_a_row = {meter.name: 0 for meter in self._meters}
         self._stepped = False
-        self._state: dict[str, Any] = {}
-        self.panels = combined([*(meter.panels for meter in self._meters), OVERHEAD])
 
     @property
     def history(self) -> History:
@@ -282,7 +287,7 @@ class Monitor(DynamonCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers, write the panels, start the meters."""
-        self._run = None
+        self._forget()
         reason = off_reason(trainer, pl_module)
         if reason is not None:
             rank_zero_warn(f"{type(self).__name__} is off: {reason}")

@@ -1,8 +1,10 @@
 """Sharpness and the stability ratio."""
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from statistics import median
 from typing import Any
 
 import torch
@@ -63,9 +65,10 @@ class SharpnessMeter(Meter):
         self._samples: list[int | None] = []
         self._vectors: dict[str, Tensor] = {}
         self._taken = 0
-        self._product_seconds: float | None = None
+        self._product_seconds: deque[float] = deque(maxlen=5)
         self._off = False
         self._told: set[str] = set()
+        self._last_loss = math.inf
 
     def start(self, run: Run) -> None:
         """Say what cannot be measured."""
@@ -97,12 +100,14 @@ class SharpnessMeter(Meter):
             self._samples.append(samples)
 
     def expected(self, run: Run) -> float:
-        """Products of the coming measurement at their cost so far, or at 3.5 training steps a full batch."""
-        solves = 2 if self._hessian else 1
-        products = _CERTIFY_PRODUCTS if self._certifies() else 12 if self._is_cold() else 6
-        if self._product_seconds is not None:
-            return solves * products * self._product_seconds
-        return run.seconds_per_step * self._probe_fraction * self._probe_batches * (2 + 3.5 * solves * products)
+        """Products of the coming measurement at what they took lately.
+
+        A guess of two training steps for a product on a full batch counts as one experience, so that a single
+        slow measurement does not keep the next one away for long.
+        """
+        products = _CERTIFY_PRODUCTS if self._certifies() else 10 if self._is_cold() else 6
+        guess = 2 * run.seconds_per_step * self._probe_fraction * self._probe_batches
+        return (2 if self._hessian else 1) * products * median([guess, *self._product_seconds])
 
     def batch_end(self, run: Run) -> None:
         """Measure when due."""
@@ -113,9 +118,7 @@ class SharpnessMeter(Meter):
         spent = run.budget.spent_on.get(self.name, 0.0)
         with run.charge(self.name):
             products = self._measure(run)
-        seconds = (run.budget.spent_on[self.name] - spent) / max(products, 1)
-        # The costliest product so far: a measurement that runs over is paid back by the ones after it.
-        self._product_seconds = max(seconds, 0.9 * (self._product_seconds or 0.0))
+        self._product_seconds.append((run.budget.spent_on[self.name] - spent) / products)
         self._taken += 1
         self.done(run)
 
@@ -208,11 +211,13 @@ class SharpnessMeter(Meter):
         if not math.isfinite(readings["sharpness/probe_loss"]) and "loss" not in self._told:
             self._told.add("loss")
             rank_zero_warn(f"step {run.step}: the loss on the probe is not finite any more.")
-        if ratio > 10 and "ratio" not in self._told:
+        rising = readings["sharpness/probe_loss"] > self._last_loss
+        self._last_loss = readings["sharpness/probe_loss"]
+        if ratio > 10 and rising and "ratio" not in self._told:
             self._told.add("ratio")
             rank_zero_info(
-                f"step {run.step}: the stability ratio is {ratio:.3g}. Hovering around 1 is normal training; ten "
-                "times that, with a rising loss, means that the steps are too large for the curvature."
+                f"step {run.step}: the stability ratio is {ratio:.3g} and the loss on the probe rises. Hovering around "
+                "1 is normal training; ten times that means that the steps are too large for the curvature."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,9 +340,12 @@ class SharpnessMonitor(Monitor):
             raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
         if max_matvecs < 8:
             raise ValueError(f"max_matvecs must be at least 8, got {max_matvecs}.")
-        cadence = Cadence(every_n_steps, interval=20, share=1.0)
-        meter = SharpnessMeter(cadence, loss_fn, probe_batches, probe_fraction, hessian, tol, max_matvecs)
-        super().__init__([meter], budget, None, loggers, strict)
+
+        def meters() -> list[Meter]:
+            cadence = Cadence(every_n_steps, interval=20, share=1.0)
+            return [SharpnessMeter(cadence, loss_fn, probe_batches, probe_fraction, hessian, tol, max_matvecs)]
+
+        super().__init__(meters, budget, None, loggers, strict)
 
 
 def check_probe(probe_batches: int, probe_fraction: float, loss_fn: LossFn | None) -> None:

@@ -1,7 +1,6 @@
 """Sizes of weights and updates, and the spectrum's extremes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +34,6 @@ class WeightMeter(Meter):
         super().__init__(cadence)
         self._before: dict[str, Tensor] = {}
 
-    def start(self, run: Run) -> None:
-        """Forget copies of an earlier fit."""
-        self._before = {}
-
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Copy the weights that this optimizer is about to change."""
         if not self.cadence.due(run, self.name, self.expected(run), run.step):
@@ -62,10 +57,6 @@ class WeightMeter(Meter):
             for quantity, row in zip(fields, table, strict=True):
                 run.recorder.layers(quantity, row, names)
         self.done(run)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights are in the checkpoint already."""
-        return {}
 
 
 class WeightMonitor(Monitor):
@@ -117,4 +108,6 @@ class WeightMonitor(Monitor):
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget)
-        super().__init__([WeightMeter(Cadence(every_n_steps, 20, 1.0))], budget, layers, loggers, strict)
+        super().__init__(
+            lambda: [WeightMeter(Cadence(every_n_steps, interval=20, share=1.0))], budget, layers, loggers, strict
+        )

@@ -56,23 +56,25 @@ class PendingReadings:
     arrived, which one step later it has.
     """
 
-    def __init__(self, table: Tensor, present: Array, compared: Array) -> None:
-        """Queue the copy of ``table``, a device tensor ``[7, L]``."""
+    def __init__(self, rows: Tensor, present: Array, compared: Array) -> None:
+        """Queue the copy of ``rows``, a device tensor ``[7, P]`` for the P layers that are present."""
         self._present, self._compared = present, compared
         self._event: torch.cuda.Event | None = None
-        if table.is_cuda:
-            self._host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-            self._host.copy_(table, non_blocking=True)
+        self._host = rows
+        if rows.is_cuda:
+            self._host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            self._host.copy_(rows, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
-        else:
-            self._host = table
 
     def wait(self) -> GradientReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        l1, l2, dual, nonfinite, change_dual, change_l2, inner = self._host.double().numpy()
+        table = np.zeros((7, len(self._present)))
+        table[:, self._present] = self._host.double().numpy()
+        table[4:, ~self._compared] = np.nan
+        l1, l2, dual, nonfinite, change_dual, change_l2, inner = table
         return GradientReadings(self._present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, self._compared)
 
 
@@ -97,6 +99,7 @@ class GradientReader:
         self._pending: PendingReadings | None = None
         self._previous: dict[int, Tensor] = {}
         self._stored_at = -1  # the step whose gradients are stored
+        self._mixed: tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def begin(self, key: Hashable) -> bool:
         """Say that an optimizer step is being taken.
@@ -116,10 +119,6 @@ class GradientReader:
             return
         self._previous = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
         self._stored_at = self.step
-
-    def forget(self) -> None:
-        """Give the stored gradient's memory back."""
-        self._previous, self._stored_at = {}, -1
 
     def read(self, scale: float = 1.0) -> PendingReadings:
         """Measure this step's gradients and their change, and keep them for the next step.
@@ -142,61 +141,55 @@ class GradientReader:
         return gradients
 
     def _measure(self, scale: float) -> PendingReadings:
-        consecutive = self._stored_at == self.step - 1
         gradients = self._gradients(scale)
-        indices = [i for i, g in enumerate(gradients) if g is not None]
-        present = np.zeros(len(self.layers), bool)
-        present[indices] = True
-        compared = np.array([consecutive and i in self._previous for i in range(len(self.layers))], bool) & present
+        stored = self._previous if self._stored_at == self.step - 1 else {}
+        present = np.array([g is not None for g in gradients], bool)
+        compared = present & np.array([i in stored for i in range(len(gradients))], bool)
+        indices = np.flatnonzero(present).tolist()
         current = [g for g in gradients if g is not None]
-        previous = [
-            self._previous[i] if i in self._previous else torch.zeros_like(g)
-            for i, g in zip(indices, current, strict=True)
-        ]
-        special = self._special_duals(indices, current, previous)
+        previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
+        special, special_change = self._special_duals(indices, current, previous)
         stats = gradient_stats(current, previous)
-        self._previous = dict(zip(indices, previous, strict=True))
-        self._stored_at = self.step
-        assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
-        table = torch.zeros(7, len(self.layers), dtype=stats.l1.dtype, device=stats.l1.device)
-        l2, difference_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
-        duals = self._duals(indices, stats.l1, l2, special, 0)
-        difference_duals = self._duals(indices, stats.difference_l1, difference_l2, special, 1)
-        columns = [stats.l1, l2, duals, stats.nonfinite, difference_duals, difference_l2, stats.inner]
-        table[:, indices] = torch.stack([c for c in columns if c is not None])
-        missing = torch.as_tensor(~compared, device=table.device)
-        table[4:, missing] = torch.nan
-        return PendingReadings(table, present, compared)
+        self._previous, self._stored_at = dict(zip(indices, previous, strict=True)), self.step
+        assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
+        l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
+        dual = self._duals(indices, stats.l1, l2, special)
+        change_dual = self._duals(indices, stats.difference_l1, change_l2, special_change)
+        rows = torch.stack([stats.l1, l2, dual, stats.nonfinite, change_dual, change_l2, stats.inner])
+        return PendingReadings(rows, present, compared)
 
     def _special_duals(
         self, indices: list[int], current: list[Tensor], previous: list[Tensor]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Dual norms that need the matrix itself, of the gradient and of its change."""
-        return {
-            i: (self.norms[i].dual(g).sum(), self.norms[i].dual(g.float() - p.float()).sum())
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Dual norms that need the matrix itself: of the gradients, and of their changes."""
+        chosen = [
+            (self.norms[i], g, g.to(torch.promote_types(g.dtype, torch.float32)) - p)
             for i, g, p in zip(indices, current, previous, strict=True)
             if self.norms[i].name not in _FROM_STATS
-        }
+        ]
+        # A stack of matrices counts as the block-diagonal one: its members' norms add up.
+        return [norm.dual(g).sum() for norm, g, _ in chosen], [norm.dual(d).sum() for norm, _, d in chosen]
 
-    def _duals(
-        self,
-        indices: list[int],
-        l1: Tensor,
-        l2: Tensor,
-        special: dict[int, tuple[Tensor, Tensor]],
-        which: int,
-    ) -> Tensor:
-        duals = []
-        for position, i in enumerate(indices):
-            name = self.norms[i].name
-            if i in special:
-                duals.append(special[i][which].to(l1.dtype))
-            elif name == "one_to_inf":
-                duals.append(l1[position])
-            else:
-                size = self.layers[i].parameter.numel()
-                duals.append(l2[position] * (size**0.5 if name == "rms" else 1.0))
-        return torch.stack(duals) if duals else l1
+    def _duals(self, indices: list[int], l1: Tensor, l2: Tensor, special: list[Tensor]) -> Tensor:
+        """The dual norms: multiples of l1 or l2 where the norm allows, else the special ones."""
+        of_l1, of_l2, where = self._mixture(tuple(indices), l1)
+        duals = of_l1 * l1 + of_l2 * l2
+        return duals.index_copy(0, where, torch.stack(special).to(duals.dtype)) if special else duals
+
+    def _mixture(self, indices: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors on l1 and on l2, and the positions of the special norms; kept on the device."""
+        if self._mixed is None or self._mixed[0] != indices:
+            names = [self.norms[i].name for i in indices]
+            sizes = [self.layers[i].parameter.numel() for i in indices]
+            of_l2 = [(n == "frobenius") + (n == "rms") * size**0.5 for n, size in zip(names, sizes, strict=True)]
+            special = [i for i, name in enumerate(names) if name not in _FROM_STATS]
+            mixture = (
+                like.new_tensor([float(name == "one_to_inf") for name in names]),
+                like.new_tensor(of_l2),
+                torch.tensor(special, dtype=torch.int64, device=like.device),
+            )
+            self._mixed = (indices, mixture)
+        return self._mixed[1]
 
     def state_dict(self) -> dict[str, Any]:
         """The stored gradient by parameter name, if it is this step's."""

@@ -40,7 +40,8 @@ def describe_layers(model: nn.Module) -> list[Layer]:
 
     The rules, first match wins:
 
-    1. at most one dimension larger than one (biases, gains, scalars): ``vector``;
+    1. at most one dimension larger than one (biases, gains, scalars) and not the matrix of an ``nn.Linear``:
+       ``vector``;
     2. the weight of ``nn.Embedding`` or ``nn.EmbeddingBag``, or a learned position (``pos``, ``position``,
        ``pos_emb``, ``wpe`` as a part of its name): ``embedding``. A head tied to it is an alias;
     3. the weight of a convolution: ``conv``;

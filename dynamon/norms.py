@@ -36,8 +36,8 @@ from dynamon.layers import Layer
 class Norm:
     """A norm on weight tensors with its dual and its linear minimisation oracle.
 
-    Results are in the dtype of the argument, computed in at least float32, on its device, and never
-    synchronise with the host. ``primal(lmo(g)) == 1`` for ``g != 0``; ``lmo(0) == 0``.
+    Norms are in float32 (float64 for float64), the oracle in the dtype of its argument, all computed in at
+    least float32, on its device, without waiting for it. ``primal(lmo(g)) == 1`` for ``g != 0``; ``lmo(0) == 0``.
 
     Attributes:
         name: The norm's name, as :func:`get_norm` takes it.
@@ -159,7 +159,7 @@ def iid_dual_norm(norm: Norm, like: Tensor) -> float:
 
     Args:
         norm: The norm.
-        like: A tensor of the layer's shape, as stored.
+        like: A tensor of the layer's shape, as stored. For a stack of matrices the members are added up.
     """
     size = like.numel()
     if norm.name == "one_to_inf":
@@ -168,12 +168,12 @@ def iid_dual_norm(norm: Norm, like: Tensor) -> float:
         return math.sqrt(size)
     if norm.name == "rms":
         return float(size)
-    probe = torch.ones(1).expand(like.shape)
-    rows, columns = like.shape[0], size // like.shape[0]
-    if norm.name in ("rms_to_rms", "spectral"):
-        rank_one = math.sqrt(size)  # nuclear norm of the all-ones tensor, whatever scaling the dual applies
-        return float(norm.dual(probe)) / rank_one * min(rows, columns) * math.sqrt(max(rows, columns))
-    return float(norm.dual(probe))  # sums of row or column lengths: the all-ones tensor has the same
+    ones = norm.dual(torch.ones(1).expand(like.shape))  # one number, or one for each matrix of a stack
+    if norm.name not in ("rms_to_rms", "spectral"):
+        return float(ones.sum())  # sums of row or column lengths: noise has the same as the all-ones matrix
+    rows, columns = like.shape[-2:] if ones.ndim else (like.shape[0], size // like.shape[0])
+    # All-ones has the nuclear norm sqrt(m n), noise min(m, n) sqrt(max(m, n)), whatever scaling the dual applies.
+    return float(ones.sum()) * math.sqrt(min(rows, columns))
 
 
 def _shaped(layer: Layer, name: str) -> Norm:
@@ -185,7 +185,7 @@ def _shaped(layer: Layer, name: str) -> Norm:
 
 
 def _sigma_max(w: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(_wide(w), ord=2).to(w.dtype)
+    return torch.linalg.matrix_norm(_wide(w), ord=2)
 
 
 def _polar(g: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ _NORMS = {
             lambda g: _length(g, -1).sum(-1) / math.sqrt(g.shape[-1]),
             lambda g: -_unit(g, _length(g, -1)[..., None].to(g.dtype)) / math.sqrt(g.shape[-1]),
         ),
-        Norm("one_to_inf", lambda w: w.abs().amax(), lambda g: _wide(g).abs().sum(), lambda g: -g.sign()),
+        Norm("one_to_inf", lambda w: _wide(w.abs().amax()), lambda g: _wide(g).abs().sum(), lambda g: -g.sign()),
         Norm(
             "rms",
             lambda w: _l2(w) / math.sqrt(w.numel()),

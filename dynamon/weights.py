@@ -63,7 +63,8 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
     update = torch.full_like(operator, torch.nan)
     for position, i in enumerate(moved):
         update[i] = _operator(layers[i], steps[i], step_spectra, position)
-    frobenius = torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32))
+    wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    frobenius = torch.stack(torch._foreach_norm(weights, 2, dtype=wide)).float()
     sizes = torch.tensor([w.numel() for w in weights], dtype=torch.float32, device=frobenius.device)
     return WeightReadings(
         operator=operator,

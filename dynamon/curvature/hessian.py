@@ -33,8 +33,9 @@ class HessianOperator(LinearOperator):
     Raises:
         ValueError: On an unknown backend, no parameters, a loss that is not a scalar tensor or does not
             depend on any of the parameters, or parameters on several devices or in several dtypes.
-        RuntimeError: At construction where an operation in the graph has no second derivative, in a
-            product where a parameter changed after construction.
+        RuntimeError: Where an operation in the graph has no second derivative (at construction if it is marked
+            ``once_differentiable``, else in a product), and in a product where a parameter changed after
+            construction.
 
     Memory: the graph of one forward and backward pass at the size of the batch in ``loss_fn``.
     """
@@ -54,6 +55,7 @@ class HessianOperator(LinearOperator):
             gradients = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
         if all(g is None for g in gradients):
             raise ValueError("the loss does not depend on any of the parameters.")
+        _check_twice_differentiable([g for g in gradients if g is not None])
         self.loss = loss.detach()
         self.gradient = _flatten([g.detach() if g is not None else None for g in gradients], self._params)
         # A gradient that is constant in the parameters (a linear layer's last bias, say) has no graph.
@@ -103,6 +105,19 @@ def _check_params(params: Sequence[Tensor]) -> None:
     if len({(p.device, p.dtype) for p in params}) > 1:
         kinds = sorted({f"{p.dtype} on {p.device}" for p in params})
         raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
+
+
+def _check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Refuse operations marked ``once_differentiable``: their part of a product would silently be zero."""
+    seen, waiting = set(), [g.grad_fn for g in gradients]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("the loss uses an operation marked once_differentiable, which has no second derivative.")
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
 
 
 def _flatten(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import brentq
 from torch import Tensor
 
@@ -103,11 +104,11 @@ def top_eigenvalues(
     """
     size = operator.shape[0]
     _check(operator, k, method, tol, max_matvecs, warm_start)
-    budget = min(max_matvecs, size)
+    budget = max(max_matvecs, _CERTIFY_MATVECS) if certify else max_matvecs
     if certify:
         warm_start = None
-        budget = min(max(max_matvecs, _CERTIFY_MATVECS), size)
-    basis_size = budget if certify else min(_BASIS, size)
+    # A small operator is not worth a restart: a full basis is exact.
+    basis_size = min(budget, size) if certify or size <= budget else _BASIS
     start = _start_vector(operator, warm_start, seed)
     state = _Lanczos(operator, start, basis_size)
     tracked = 0 if warm_start is None or warm_start.ndim == 1 else warm_start.shape[1]
@@ -117,11 +118,14 @@ def top_eigenvalues(
     while True:
         state.extend(min(_BURST if state.matvecs else minimum, budget - state.matvecs))
         ritz = state.ritz(k)
+        if ritz.exhausted and len(ritz.values) < k and state.matvecs < budget:
+            state.widen(len(ritz.values), _start_vector(operator, None, seed + 1 + state.matvecs))
+            continue
         enough = state.matvecs >= minimum and _agrees(ritz, tol)
         if enough or ritz.exhausted or state.matvecs >= budget:
             break
         if state.full:
-            state.restart(min(_KEPT, basis_size - 1))
+            state.restart(max(_KEPT, k + 1))
     values = ritz.values[:k]
     allowance = 16 * torch.finfo(state.basis.dtype).eps * float(np.abs(ritz.values).max())
     return Eigenpairs(
@@ -132,7 +136,7 @@ def top_eigenvalues(
         upper=_upper_bound(ritz, size) + allowance if certify else None,
         smallest=float(ritz.values[-1]),
         matvecs=state.matvecs,
-        converged=bool(ritz.exhausted or _agrees(ritz, tol)),
+        converged=len(values) == k and (ritz.exhausted or _agrees(ritz, tol)),
     )
 
 
@@ -157,6 +161,7 @@ class _Lanczos:
 
     def __init__(self, operator: Any, start: Tensor, basis_size: int) -> None:
         self.operator = operator
+        self.dtype = getattr(operator, "dtype", start.dtype)  # half precision operators have a float32 basis
         self.capacity = basis_size
         self.basis = start.new_zeros(basis_size + 1, start.shape[0])
         self.basis[0] = start / torch.linalg.vector_norm(start)
@@ -173,7 +178,7 @@ class _Lanczos:
         """Take ``count`` products, or as many as the basis has room for."""
         for _ in range(min(count, self.capacity - self.size)):
             j = self.size
-            product = self.operator @ self.basis[j]
+            product = (self.operator @ self.basis[j].to(self.dtype)).to(self.basis)
             known = self.basis[: j + 1]
             coefficients = known @ product
             product = product - known.mT @ coefficients
@@ -193,8 +198,9 @@ class _Lanczos:
             raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
         size, exhausted = self._invariant(read)
         matrix, coupling = read[:size, :size], read[size, size - 1]
-        values, rotation = _decompose(matrix)
-        previous = _decompose(matrix[:-1, :-1])[0][:k] if size > 1 else np.full(k, np.inf)
+        decompose = _decompose if self.kept else _decompose_tridiagonal
+        values, rotation = decompose(matrix)
+        previous = decompose(matrix[:-1, :-1])[0][:k] if size > 1 else np.full(k, np.inf)
         return _Ritz(
             values=values,
             rotation=rotation,
@@ -227,6 +233,16 @@ class _Lanczos:
         self.projected[keep, :keep] = torch.as_tensor(last).to(self.projected)
         self.size = self.kept = keep
 
+    def widen(self, size: int, fresh: Tensor) -> None:
+        """Go on outside the invariant space of the first vectors, where repeated eigenvalues show again."""
+        known = self.basis[:size]
+        for _ in range(2):
+            fresh = fresh - known.mT @ (known @ fresh)
+        self.basis[size] = fresh / torch.linalg.vector_norm(fresh)
+        self.projected[size:] = 0
+        self.projected[:, size:] = 0
+        self.size = self.kept = size
+
     def vectors(self, ritz: _Ritz, count: int) -> Tensor:
         """The leading Ritz vectors as columns ``[n, m]``."""
         size = len(ritz.values)
@@ -242,6 +258,12 @@ def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     upper = np.triu(matrix)
     values, vectors = np.linalg.eigh(upper + np.triu(upper, 1).T)
+    return values[::-1].copy(), vectors[:, ::-1].copy()
+
+
+def _decompose_tridiagonal(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same before the first restart; it starts no threads, which on a busy machine wait for each other."""
+    values, vectors = eigh_tridiagonal(matrix.diagonal(), matrix.diagonal(1), lapack_driver="stev")
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
 
@@ -262,7 +284,7 @@ def _upper_bound(ritz: _Ritz, size: int) -> float:
     |<q_1, u_1>| below d with probability about d sqrt(2 n / pi).
     """
     top = float(ritz.values[0])
-    if ritz.exhausted:
+    if ritz.exhausted or not ritz.couplings.all():  # a random vector's invariant space holds the top
         return top
     limit = 0.5 * math.log(2 * size / math.pi) - math.log(1 - _CONFIDENCE)
     log_couplings = float(np.log(ritz.couplings).sum())
@@ -282,11 +304,12 @@ def _start_vector(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor
     device = getattr(operator, "device", torch.device("cpu")) if warm_start is None else warm_start.device
     dtype = getattr(operator, "dtype", torch.float32) if warm_start is None else warm_start.dtype
     generator = torch.Generator(device).manual_seed(seed)
+    dtype = torch.promote_types(dtype, torch.float32)
     noise = torch.randn(operator.shape[0], generator=generator, device=device, dtype=dtype)
     noise = noise / torch.linalg.vector_norm(noise)
     if warm_start is None:
         return noise
-    mix = warm_start if warm_start.ndim == 1 else warm_start.sum(1)
+    mix = (warm_start if warm_start.ndim == 1 else warm_start.sum(1)).to(dtype)
     norm = torch.linalg.vector_norm(mix)
     return mix / norm.clamp_min(torch.finfo(dtype).tiny) + _NOISE * noise
 
@@ -298,8 +321,8 @@ def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, war
         raise ValueError(f"k must be between 1 and {_KEPT}, got {k}.")
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-    if max_matvecs < 2:
-        raise ValueError(f"max_matvecs must be at least 2, got {max_matvecs}.")
+    if max_matvecs < max(2, k):
+        raise ValueError(f"max_matvecs must be at least {max(2, k)}, got {max_matvecs}.")
     if operator.shape[0] < k:
         raise ValueError(f"the operator has {operator.shape[0]} eigenvalues, {k} were asked for.")
     if warm_start is not None and warm_start.shape[0] != operator.shape[0]:

@@ -1,0 +1,90 @@
+"""``dynamon demo`` from the command line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dynamon.cli import main
+
+COMMAND = [sys.executable, "-m", "dynamon.cli", "demo"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def test_a_short_run_ends_with_summary_picture_and_event_files(tmp_path: Path) -> None:
+    done = run("--steps", 60, "--budget", 1.0, "--logdir", tmp_path, "--preset", "standard")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for word in ("loss", "stability", "noisiest", "quietest", "spectra", "cost", f"tensorboard --logdir {tmp_path}"):
+        assert word in done.stdout
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    (picture,) = tmp_path.rglob("dynamon.png")
+    assert picture.stat().st_size > 20_000
+    tags = EventAccumulator(str(picture.parent)).Reload().Tags()["scalars"]
+    assert {"sharpness/stability_ratio", "noise/dual_median", "lr/ratio_median", "validation/loss"} <= set(tags)
+
+
+def test_without_adaptive_rates(tmp_path: Path) -> None:
+    done = run("--steps", 40, "--budget", 1.0, "--logdir", tmp_path, "--no-adaptive", "--seed", 3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rate x" not in done.stdout and "steering" not in done.stdout
+
+
+def test_a_run_that_falls_short_says_why(tmp_path: Path) -> None:
+    done = run("--steps", 8, "--budget", 0.0001, "--logdir", tmp_path)
+    assert done.returncode == 1
+    assert "dynamon demo fell short: 0 sharpness points, 1 were expected." in done.stderr
+
+
+def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "--steps", "5000", "--logdir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("events.*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr[-2000:]
+    assert "stopped early by Ctrl-C" in stdout and "Traceback" not in stderr
+    assert list(tmp_path.rglob("dynamon.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["demo", "--steps", "0"], "must be 1 or more, got 0"),
+        (["demo", "--budget", "-1"], "must be positive, got -1"),
+        (["demo", "--preset", "lavish"], "invalid choice: 'lavish'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], sentence: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_budget_of_two_percent_holds(tmp_path: Path) -> None:
+    done = run("--steps", 600, "--budget", 0.02, "--logdir", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_full_demo_keeps_its_promise(tmp_path: Path) -> None:
+    done = run("--logdir", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
