@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 
-
 _MARGIN = 1.5  # by how much a measurement may take longer than expected without breaking the budget
 
 
