@@ -117,21 +117,19 @@ def stability_scaling(
         )
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     factors = [1.0] * len(params) if ratios is None else list(ratios)
-    pieces, decays, left_out = [], [], 0
+    pieces, decays = [], []
     for p, factor in zip(params, factors, strict=True):
         if id(p) not in group_of:
             raise ValueError("a parameter is not in the optimizer; its stability is not defined.")
         group = group_of[id(p)]
-        # A parameter without a gradient has no Adam state and does not move.
-        piece = _squared_scale(optimizer, group, p, factor)
-        left_out += int(piece is None) * p.numel()
-        pieces.append(torch.zeros(p.numel(), dtype=p.dtype, device=p.device) if piece is None else piece)
+        pieces.append(_squared_scale(optimizer, group, p, factor))
         decays.append(0.0 if _decoupled(group) else float(group.get("weight_decay", 0.0)))
     squared = torch.cat(pieces)
-    if isinstance(optimizer, Adam):
-        if left_out == squared.numel():
-            raise ValueError("the optimizer has taken no step yet, so its stability ratio is not defined.")
-        left_out = int((squared == 0).sum())
+    missing = squared.isnan()
+    left_out = int(missing.sum())
+    if not any(optimizer.state.get(p) for p in params) and isinstance(optimizer, Adam):
+        raise ValueError("the optimizer has taken no step yet, so its stability ratio is not defined.")
+    squared = squared.masked_fill(missing, 0.0)
     signs = {-1.0 if group_of[id(p)].get("maximize", False) else 1.0 for p in params}
     if len(signs) > 1:
         raise ValueError("some groups maximize and some minimize: there is no single stability ratio.")
@@ -189,14 +187,14 @@ def _sgd_factor(group: dict[str, object]) -> float:
     return rate * (1 - dampening) / (2 * (1 + momentum))
 
 
-def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float) -> Tensor | None:
-    """D / P of one parameter, flat, zero where the second moment is zero; None without state."""
+def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float) -> Tensor:
+    """D / P of one parameter, flat; NaN where the second moment is zero or there is none: nothing moves there."""
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
         return torch.full((p.numel(),), value, dtype=p.dtype, device=p.device)
     state = optimizer.state.get(p)
     if not state or "exp_avg_sq" not in state:
-        return None
+        return torch.full((p.numel(),), torch.nan, dtype=p.dtype, device=p.device)
     beta1, beta2 = (float(b) for b in group["betas"])  # type: ignore[attr-defined]
     step = float(state["step"])
     rate = float(group["lr"]) * ratio  # type: ignore[arg-type]
@@ -205,4 +203,4 @@ def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ra
     v_hat = moment.detach().reshape(-1).to(p.dtype) / (1 - beta2**step)
     preconditioner = (v_hat.sqrt() + float(group["eps"])) * (1 - beta1**step)  # type: ignore[arg-type]
     damping = rate * (1 - beta1) / ((2 - rate * decay) * (1 + beta1))
-    return torch.where(v_hat > 0, damping / preconditioner, torch.zeros_like(preconditioner))
+    return torch.where(v_hat > 0, damping / preconditioner, torch.nan)

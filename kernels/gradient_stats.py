@@ -46,8 +46,8 @@ def gradient_stats(gradients: Sequence[Tensor], previous: Sequence[Tensor] | Non
     Raises:
         ValueError: If the two lists differ in length or shape, or a tensor is empty.
 
-    Cost: on a CPU a handful of ``foreach`` calls, one temporary the size of the gradients; no host
-    synchronisation.
+    Cost: a few passes over the tensors, one temporary of the size of the largest (of all of them where a dtype
+    differs from the result's); on a GPU no host synchronisation.
     """
     gradients = list(gradients)
     if any(g.numel() == 0 for g in gradients):
@@ -64,9 +64,10 @@ def gradient_stats(gradients: Sequence[Tensor], previous: Sequence[Tensor] | Non
     if previous is None:
         return GradientStats(*own)
     current = [g.to(dtype) for g in gradients]
-    before = [p.to(dtype) for p in previous]
-    inner = torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(current, before, strict=True)])
-    difference = _norms(list(torch._foreach_sub(current, before)), dtype)
+    change = [p.to(dtype) for p in previous]  # the storage itself where the dtypes agree: it is refilled below
+    inner = torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(current, change, strict=True)])
+    torch._foreach_sub_(change, current)
+    difference = _norms(change, dtype)
     torch._foreach_copy_(list(previous), gradients)
     return GradientStats(*own, *difference, inner)
 
@@ -81,7 +82,11 @@ def _nonfinite(tensors: list[Tensor], l1: Tensor) -> Tensor:
 
 def _norms(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The l1 norm, sum of squares and largest magnitude of every tensor, each stacked to ``[T]``."""
-    l1, l2 = (torch.stack(torch._foreach_norm(tensors, order, dtype=dtype)) for order in (1, 2))
-    # Extremes of both signs are many times faster on a CPU than the infinity norm.
+    l2 = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+    # On a CPU the norms of order one and infinity are several times slower than what they stand for.
+    if l2.is_cuda:
+        l1 = torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
+    else:
+        l1 = torch.stack([t.abs().sum(dtype=dtype) for t in tensors])
     extremes = [torch.stack(torch.aminmax(t)).abs().amax() for t in tensors]
     return l1, l2.square(), torch.stack(extremes).to(dtype)

@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
             devices=1,
             max_steps=options.steps,
             val_check_interval=max(options.steps // 5, 1),
-            log_every_n_steps=min(4, options.steps),
+            log_every_n_steps=min(5, options.steps),
             gradient_clip_val=1.0,
             num_sanity_val_steps=0,
             logger=logger,
