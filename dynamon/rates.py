@@ -198,8 +198,7 @@ class NoiseAdaptiveRates(Rule):
         assert self.noise is not None
         self.noise.load_state_dict(state["noise"])
         self.updates = int(state["updates"])
-        if self.updates:
-            self._set_target()
+        self._set_target()
 
 
 def _matches(layer: Layer, key: str) -> bool:

@@ -52,7 +52,7 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("events.*")) and time.monotonic() < deadline:
+    while process.poll() is None and not list(tmp_path.rglob("events.*")) and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(5)
     process.send_signal(signal.SIGINT)

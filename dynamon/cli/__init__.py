@@ -1,7 +1,6 @@
 """The ``dynamon`` command."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from dynamon.cli import demo
@@ -22,7 +21,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -159,7 +159,7 @@ def summary(
             f"(certified to {gap:.1%}), lowest stable rank {rank.values[-1][low]:.3g} in {names[low]}"
         )
     cost = (
-        f"cost          monitoring took {monitor.overhead:.1%} of training time (budget {monitor._budget.fraction:.0%})"
+        f"cost          monitoring took {monitor.overhead:.2%} of training time (budget {monitor._budget.fraction:.0%})"
     )
     lines.append(cost + ("" if steering is None else f", steering {steering.overhead:.1%}"))
     if monitor.failures:
@@ -230,7 +230,7 @@ def shortfalls(options: argparse.Namespace, monitor: DynamicsMonitor, seconds: f
     if options.steps <= _STEPS and seconds > _SECONDS:
         found.append(f"it took {seconds:.0f} s, more than {_SECONDS:.0f}; this machine is slower than two free cores.")
     if options.steps >= _STEPS and monitor.overhead > options.budget:
-        found.append(f"monitoring took {monitor.overhead:.1%}, above the budget of {options.budget:.0%}.")
+        found.append(f"monitoring took {monitor.overhead:.2%}, above the budget of {options.budget:.0%}.")
     return found
 
 

@@ -99,6 +99,7 @@ class LayerwiseRates:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
             optimizer.register_state_dict_pre_hook(lambda *_: self.restore()),
+            optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
         ]
 
     @property
@@ -187,6 +188,7 @@ class LayerwiseRates:
 
     def _then_enter(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_view() -> Any:
+            self.restore()  # some optimizers call their closure twice
             result = closure()
             self._enter()
             return result
