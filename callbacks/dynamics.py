@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamon.callbacks.gradients import GradientMeter
-from dynamon.callbacks.monitor import Cadence, Meter, Monitor, check_arguments
+from dynamon.callbacks.meter import Cadence, Meter
+from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.callbacks.sharpness import SharpnessMeter, check_probe
 from dynamon.callbacks.weights import WeightMeter
 from dynamon.probe import LossFn
@@ -50,9 +51,9 @@ class DynamicsMonitor(Monitor):
     ``full``      1 step            5 steps          10 steps           with the Hessian, on a whole batch
     ============  ================  ===============  =================  =========================================
 
-    These are the shortest intervals; the budget stretches them, and below 4 % (``full``: 17 %) it also cuts the
-    probe, to ``6 * budget`` of a batch; ``sharpness/probe_samples`` shows what is left. For SGD the Hessian's eigenvalue comes with
-    the stability ratio at no cost, so ``economy`` shows it too.
+    These are the shortest intervals; the budget stretches them. Below 4 % (``full``: 17 %) it also cuts the probe,
+    to ``6 * budget`` of a batch; ``sharpness/probe_samples`` shows what is left. For SGD the Hessian's eigenvalue
+    comes with the stability ratio at no cost, so ``economy`` shows it too.
 
     Args:
         preset: ``"economy"``, ``"standard"`` or ``"full"``.

@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.layerwise_lr import steering_of
-from dynamon.callbacks.monitor import Cadence, Meter, Monitor, Run, check_arguments, gradient_scale
+from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import Array, GradientReader, GradientReadings
 from dynamon.layers import describe_layers
 from dynamon.noise import NoiseEstimator

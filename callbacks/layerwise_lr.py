@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import numpy as np
 from torch.optim import Optimizer
 
+from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
 from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.monitor import DynamonCallback, callbacks_of, gradient_scale, off_reason
 from dynamon.callbacks.recorder import Recorder
 from dynamon.gradients import Array
 from dynamon.history import History
@@ -35,7 +35,8 @@ class LayerwiseLR(DynamonCallback):
     ``lr/bounded``                     layers whose ratio sits at a bound of the rule
     ``lr/ratio``                       per layer: factor on the learning rate
     ``lr/effective``                   per layer: learning rate times ratio
-    ``dynamon/steering_overhead``      time of steering over training time without it
+    ``dynamon/steering_overhead``      time of reading gradients and of the rule over training
+                                       time without it
     =================================  ====================================================
 
     Per-layer quantities are written as described in :class:`dynamon.callbacks.GradientMonitor`.
@@ -57,7 +58,7 @@ class LayerwiseLR(DynamonCallback):
     tags = {
         "lr/base": "learning rate of the first group",
         "lr/bounded": "layers whose ratio sits at a bound of the rule",
-        "dynamon/steering_overhead": "time of steering over training time without it",
+        "dynamon/steering_overhead": "time of reading gradients and of the rule over training time without it",
     }
     quantities = {
         "lr/ratio": "factor on the learning rate",
@@ -149,7 +150,7 @@ class LayerwiseLR(DynamonCallback):
         """Read the gradients before they are clipped."""
         rates = self._steered.get(optimizer)
         if rates is not None:
-            with self._budget.charge("steering"):
+            with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
                 rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.layerwise_lr import steering_of
-from dynamon.callbacks.monitor import Cadence, Meter, Monitor, Run, check_arguments
+from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.curvature import Eigenpairs, HessianOperator, top_eigenvalues
 from dynamon.panels import SHARPNESS
 from dynamon.probe import LossFn, take_samples, training_loss, undisturbed

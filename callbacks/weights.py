@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.monitor import Cadence, Meter, Monitor, Run, check_arguments
+from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.panels import WEIGHTS
 from dynamon.weights import weight_readings
 

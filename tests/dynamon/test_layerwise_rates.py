@@ -332,7 +332,9 @@ class AllOnes(Rule):
         return np.ones(len(self.layers))
 
 
-@pytest.mark.parametrize("rule", [FixedRates({}), AllOnes(), NoiseAdaptiveRates(warmup=100), NoiseAdaptiveRates(floor=1.0)])
+@pytest.mark.parametrize(
+    "rule", [FixedRates({}), AllOnes(), NoiseAdaptiveRates(warmup=100), NoiseAdaptiveRates(floor=1.0)]
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ratios_of_one_are_bitwise_neutral(name, rule):
     make, optimizer_of = OPTIMIZERS[name]
@@ -382,7 +384,9 @@ def test_refusals_of_things_that_are_no_optimizers():
         pass
 
     assert "a parameter group has no 'lr'" in refusal(NoRate([nn.Parameter(torch.ones(1))], {}))
-    assert all(refusal(optimizer_of(make_model(make).parameters())) is None for make, optimizer_of in OPTIMIZERS.values())
+    assert all(
+        refusal(optimizer_of(make_model(make).parameters())) is None for make, optimizer_of in OPTIMIZERS.values()
+    )
 
 
 def test_bad_arguments():
@@ -494,7 +498,7 @@ def drift(lag, steps=8):
 
 def test_a_lag_of_one_acts_one_step_later():
     (published, first), (lagged, second) = drift(0), drift(1)
-    assert published[0] == published[1] != published[2] or published[1] != published[2]
+    assert len({tuple(rates.values()) for rates in published}) > 3
     assert lagged[1:] == published[:-1]
     assert lagged[0] == dict.fromkeys(lagged[0], 0.1) == published[0] != published[-1]
     second.settle()

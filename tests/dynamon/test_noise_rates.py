@@ -219,7 +219,7 @@ def test_a_nonfinite_gradient_freezes_this_step_and_the_next(value):
     assert not rows[3][3].finite and not rows[4][3].finite and rows[5][3].finite
     assert np.isfinite(rows[-1][0]).all() and np.isfinite(rows[-1][1]).all()
     # The noise is that of the clean run with two of its changes left out, at the same decay.
-    changes = [row[3].difference_dual**2 for row in clean]
+    changes = [row[3].difference_dual ** 2 for row in clean]
     mean, weight = 0.0, 0.0
     for step in (1, 2, 5, 6, 7):
         mean, weight = 0.5 * mean + 0.5 * changes[step], 0.5 * weight + 0.5

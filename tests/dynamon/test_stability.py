@@ -43,7 +43,10 @@ class Quadratic:
             optimizer.zero_grad()
             self.loss().backward()
             optimizer.step()
-        return float(sum(p.detach().square().sum() for p in self.params) / sum(s.square().sum() for s in self.start)) ** 0.5
+        return (
+            float(sum(p.detach().square().sum() for p in self.params) / sum(s.square().sum() for s in self.start))
+            ** 0.5
+        )
 
 
 def freeze_second_moment(optimizer, moments=None):
@@ -162,7 +165,11 @@ def test_threshold(arguments, value):
 
 def test_threshold_needs_one_number():
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    assert stability_threshold(Adam([p])) is stability_threshold(torch.optim.Muon([nn.Parameter(torch.ones(2, 2))])) is None
+    assert (
+        stability_threshold(Adam([p]))
+        is stability_threshold(torch.optim.Muon([nn.Parameter(torch.ones(2, 2))]))
+        is None
+    )
     assert stability_threshold(SGD([{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.2}])) is None
     assert stability_threshold(SGD([{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.1}])) == pytest.approx(20)
     assert stability_threshold(SGD([p], lr=0.0)) is None
@@ -264,7 +271,9 @@ def test_unsupported_optimizers(name):
     p = nn.Parameter(torch.ones(2, 2))
     optimizer = getattr(torch.optim, name)([p], lr=0.1)
     assert not has_stability_condition(optimizer) and stability_threshold(optimizer) is None
-    with pytest.raises(ValueError, match=f"{name} has no known stability condition; it is known for SGD, Adam and AdamW"):
+    with pytest.raises(
+        ValueError, match=f"{name} has no known stability condition; it is known for SGD, Adam and AdamW"
+    ):
         stability_ratio(lambda: p.square().sum(), [p], optimizer)
 
 

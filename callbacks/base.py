@@ -1,0 +1,83 @@
+"""What monitors and steering have in common, and what they ask of a Trainer."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.optim import Optimizer
+
+from dynamon.panels import Layout, combined
+
+
+class DynamonCallback(pl.Callback):
+    """What steering and monitors have in common: one of a kind in a Trainer, and a clear word when not.
+
+    Attributes:
+        panels: Charts for TensorBoard's Custom Scalars tab.
+    """
+
+    panels: Layout = {}
+
+    def __init__(self) -> None:
+        """Not checked yet."""
+        self._checked = False
+
+    @property
+    def state_key(self) -> str:
+        """The class name. Until ``setup`` has seen that there is only one, it is made unique, because
+        Lightning's own message about two callbacks with one key does not say what to do.
+        """  # noqa: D205
+        name = type(self).__qualname__
+        return name if self._checked else f"{name}#{id(self)}"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that this is the right Trainer and the only callback of its kind."""
+        if not isinstance(trainer, pl.Trainer):
+            raise TypeError(
+                f"{type(self).__name__} works with lightning.pytorch, but this Trainer comes from "
+                f"{type(trainer).__module__.split('.')[0]}; change its import to 'import lightning.pytorch as pl'."
+            )
+        twice = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, self.one_of_a_kind())]
+        if len(twice) > 1:
+            raise ValueError(f"the Trainer has {' and '.join(twice)} in callbacks; keep one of them.")
+        self._checked = True
+
+    def one_of_a_kind(self) -> type | tuple[type, ...]:
+        """The classes of which a Trainer may hold one."""
+        return type(self)
+
+    def write_layout(self, trainer: pl.Trainer) -> None:
+        """Write the charts of all dynamon callbacks, once: the last layout in a run is the one that counts."""
+        ours = [c for c in callbacks_of(trainer) if isinstance(c, DynamonCallback)]
+        if ours[0] is not self or not trainer.is_global_zero or is_tryout(trainer):
+            return
+        layout = combined(callback.panels for callback in ours)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(layout)
+
+
+def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """What brings gradients to their true size: fused optimizers unscale fp16 ones only in their step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return 1.0 / float(scaler.get_scale())
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The Trainer's callbacks."""
+    return list(getattr(trainer, "callbacks", []))
+
+
+def is_tryout(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer only tries its code on a few batches (``fast_dev_run``)."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+    """Why dynamon cannot measure this run at all, in one sentence; None where it can."""
+    if not any(p.numel() and p.requires_grad for p in module.parameters()):
+        return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
+    strategy = type(trainer.strategy).__name__
+    if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+        return f"{strategy} shards the parameters, which dynamon cannot measure yet."
+    return None
