@@ -3,6 +3,7 @@
 import copy
 import inspect
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,8 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
 
     Put back at exit: the random streams of torch (CPU and all CUDA devices), numpy and python; every buffer;
     train and eval modes; every plain attribute of every submodule (numbers, strings, tensors and the contents
-    of lists, dicts and sets), which covers counters, collected outputs and the states of torchmetrics. ``log``
+    of lists, dicts, sets and deques, nested ones too), which covers counters, collected outputs and the states of
+    torchmetrics. ``log``
     and ``log_dict`` do nothing inside. ``.grad`` is not looked at. Not covered: files, dataloader iterators and
     objects of the user's own classes.
 
@@ -89,20 +91,23 @@ def take_samples(batch: Any, fraction: float) -> tuple[Any, int | None]:
 
     Args:
         batch: Tensors, or lists, tuples and dicts of them. All tensors with dimensions must agree in the
-            first one, else the whole batch is taken.
+            first one, else the whole batch is taken. A list without tensors that is as long holds one entry a
+            sample (texts, names) and is cut too.
         fraction: Share in (0, 1]; at least one sample is taken.
 
     Returns:
         The copy and the number of samples in it, None where samples cannot be told apart.
     """
-    tensors: list[Tensor] = []
-    _map_tensors(batch, tensors.append)
-    sizes = {t.shape[0] for t in tensors if t.ndim}
+    sizes = {t.shape[0] for t in _tensors(batch) if t.ndim}
     if len(sizes) != 1:
         return _clone(batch), None
     size = sizes.pop()
     count = max(1, round(size * fraction))
-    part = _map_tensors(batch, lambda t: t.detach()[:count].clone() if t.ndim else t.detach().clone())
+    part = _map_tensors(
+        batch,
+        lambda t: t.detach()[:count].clone() if t.ndim else t.detach().clone(),
+        lambda values: values[:count] if len(values) == size else values,
+    )
     return part, count
 
 
@@ -124,20 +129,32 @@ def _clone(batch: Any) -> Any:
         return _map_tensors(batch, lambda t: t.detach().clone())
 
 
-def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to every tensor in nested lists, tuples and dicts; other objects pass through."""
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _map_tensors(
+    value: Any, function: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any] | None = None
+) -> Any:
+    """Apply a function to every tensor in nested lists, tuples and dicts, and another to lists without tensors."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        mapped = {key: _map_tensors(item, function) for key, item in value.items()}
+        mapped = {key: _map_tensors(item, function, on_list) for key, item in value.items()}
         try:
             return type(value)(mapped)
         except TypeError:
             return mapped
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(item, function) for item in value))
+    if on_list is not None and type(value) is list and next(_tensors(value), None) is None:
+        return on_list(value)
     if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(item, function) for item in value)
+        items = [_map_tensors(item, function, on_list) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
@@ -145,41 +162,48 @@ def _say_nothing(*_: Any, **__: Any) -> None:
     """Stand in for ``log`` while the loss is evaluated for a probe."""
 
 
-_Saved = tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]], dict[str, Any]]
+_Contents = dict[int, tuple[Any, Any]]  # by identity: a tensor or container, and a copy of what it held
+_CONTAINERS = (list, dict, set, deque)
+_SEARCHED = 1000  # containers inside longer containers (a data set, say) are not looked for
 
 
-def _snapshot(module: nn.Module) -> _Saved:
-    """Attributes by reference, with copies of tensors and container contents beside them."""
+def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
+    """Attributes by reference, and the contents of those that are tensors or containers."""
     attributes = dict(module.__dict__)
-    buffers = {name: (b, b.detach().clone()) for name, b in module._buffers.items() if b is not None}
-    contents: dict[str, Any] = {}
+    contents: _Contents = {}
     for name, value in attributes.items():
-        if name in _STRUCTURE:
-            continue
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            contents[name] = value.detach().clone()
-        elif isinstance(value, list | dict | set):
-            contents[name] = copy.copy(value)
-    return attributes, buffers, contents
+        if name not in _STRUCTURE and not isinstance(value, nn.Parameter):
+            _remember(value, contents)
+    for buffer in module._buffers.values():
+        _remember(buffer, contents)
+    for registry in (module._buffers, module._non_persistent_buffers_set):
+        contents[id(registry)] = registry, registry.copy()
+    return attributes, contents
+
+
+def _remember(value: Any, contents: _Contents) -> None:
+    """Add a tensor, or a container and the containers in it."""
+    if isinstance(value, Tensor):
+        contents[id(value)] = value, value.detach().clone()
+    elif isinstance(value, _CONTAINERS) and id(value) not in contents:
+        contents[id(value)] = value, copy.copy(value)
+        if len(value) <= _SEARCHED:
+            for item in value.values() if isinstance(value, dict) else value:
+                if isinstance(item, _CONTAINERS):
+                    _remember(item, contents)
 
 
 _STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
 
 
-def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any], contents: dict[str, Any]) -> None:
+def _put_back(module: nn.Module, attributes: dict[str, Any], contents: _Contents) -> None:
     with torch.no_grad():
-        for name, (buffer, copied) in buffers.items():
-            _refill(buffer, copied)
-            module._buffers[name] = buffer
-        for name, content in contents.items():
-            value = attributes[name]
+        for value, content in contents.values():
             if isinstance(value, Tensor):
                 _refill(value, content)
-            elif isinstance(value, list):
-                value[:] = content
-            else:
-                value.clear()
-                value.update(content)
+                continue
+            value.clear()
+            (value.extend if isinstance(value, list | deque) else value.update)(content)
     for name in [name for name in module.__dict__ if name not in attributes]:
         del module.__dict__[name]
     module.__dict__.update(attributes)
