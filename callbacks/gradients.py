@@ -1,6 +1,6 @@
 """Gradient norms, gradient noise and clipping."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,11 +90,12 @@ class GradientMeter(Meter):
         return self.cadence.due(run, self.name, self.expected(run), step)
 
     def _source(self, run: Run, optimizer: Optimizer) -> "_Source":
-        if optimizer not in self._sources:
-            source = _Source(run, optimizer)
-            source.load_state_dict(self._saved)
-            self._sources[optimizer] = source
-        return self._sources[optimizer]
+        known = self._sources.get(optimizer)
+        if known is not None and known.is_complete(optimizer):
+            return known
+        source = self._sources[optimizer] = _Source(run, optimizer)
+        source.load_state_dict(self._saved if known is None else known.state_dict())
+        return source
 
     def _hand_on(self, run: Run, read: list[tuple["_Source", GradientReadings]]) -> None:
         """Put the optimizers' readings together and give them to the recorder."""
@@ -138,9 +139,9 @@ class GradientMeter(Meter):
         """Noise averages and the kept gradients, where no steering callback saves them."""
         state: dict[str, Any] = {"noise": {}, "gradients": {"previous": {}}, "armed": self._armed}
         for source in self._sources.values():
-            if not source.steered:
-                state["noise"].update(source.noise.state_dict())
-                state["gradients"]["previous"].update(source.reader.state_dict()["previous"])
+            own = source.state_dict()
+            state["noise"].update(own["noise"])
+            state["gradients"]["previous"].update(own["gradients"]["previous"])
         return state if self._sources else {**state, **self._saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,14 +157,19 @@ class _Source:
         rates = steering_of(run.trainer, optimizer)
         self._rates: LayerwiseRates | None = rates if rates is not None and rates.rule.needs_gradients else None
         self.steered = self._rates is not None
-        if self._rates is not None:
-            self.reader = self._rates.reader
-        else:
-            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            layers = [la for la in describe_layers(run.module) if id(la.parameter) in own]
-            self.reader = GradientReader(layers, optimizer_family(optimizer))
-        self.noise = NoiseEstimator([layer.name for layer in self.reader.layers])
-        self._key: object = None
+        self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
+        self._reader = GradientReader(layers, optimizer_family(optimizer))
+        self.noise = NoiseEstimator([layer.name for layer in layers])
+        self._key: Hashable = None
+
+    @property
+    def reader(self) -> GradientReader:
+        return self._reader if self._rates is None else self._rates.reader
+
+    def is_complete(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer still holds the parameters it held."""
+        return len(self._own) == sum(len(group["params"]) for group in optimizer.param_groups)
 
     def begin(self, key: tuple[int, int]) -> None:
         self._key = key
@@ -182,6 +188,11 @@ class _Source:
         if self._rates is not None and self._rates.rule.noise is not None:
             return self._rates.rule.noise.values
         return self.noise.values
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.steered:  # saved by the steering callback
+            return {"noise": {}, "gradients": {"previous": {}}}
+        return {"noise": self.noise.state_dict(), "gradients": self.reader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state and not self.steered:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -177,7 +178,7 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
     for buffer in module._buffers.values():
         _remember(buffer, contents)
     for registry in (module._buffers, module._non_persistent_buffers_set):
-        contents[id(registry)] = registry, registry.copy()
+        contents[id(registry)] = registry, _entries(registry)
     return attributes, contents
 
 
@@ -186,7 +187,7 @@ def _remember(value: Any, contents: _Contents) -> None:
     if isinstance(value, Tensor):
         contents[id(value)] = value, value.detach().clone()
     elif isinstance(value, _CONTAINERS) and id(value) not in contents:
-        contents[id(value)] = value, copy.copy(value)
+        contents[id(value)] = value, _entries(value)
         if len(value) <= _SEARCHED:
             for item in value.values() if isinstance(value, dict) else value:
                 if isinstance(item, _CONTAINERS):
@@ -201,12 +202,23 @@ def _put_back(module: nn.Module, attributes: dict[str, Any], contents: _Contents
         for value, content in contents.values():
             if isinstance(value, Tensor):
                 _refill(value, content)
-                continue
-            value.clear()
-            (value.extend if isinstance(value, list | deque) else value.update)(content)
+            elif not _same(_entries(value), content):
+                value.clear()
+                if isinstance(value, dict):
+                    content = zip(content[::2], content[1::2], strict=True)
+                (value.extend if isinstance(value, list | deque) else value.update)(content)
     for name in [name for name in module.__dict__ if name not in attributes]:
         del module.__dict__[name]
     module.__dict__.update(attributes)
+
+
+def _entries(container: Any) -> list[Any]:
+    """What a container holds, a dictionary as key, value, key, value."""
+    return [x for item in container.items() for x in item] if isinstance(container, dict) else list(container)
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _refill(tensor: Tensor, content: Tensor) -> None:

@@ -82,13 +82,8 @@ class LayerwiseRates:
             raise ValueError(f"this {type(optimizer).__name__} is steered already; remove the other steering first.")
         if lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1, got {lag}.")
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.layers = [la for la in describe_layers(model) if id(la.parameter) in own and la.parameter.requires_grad]
-        if not self.layers:
-            raise ValueError("the optimizer holds no trainable parameter of the model: there is nothing to steer.")
-        self.optimizer, self.rule, self.lag = optimizer, rule, lag
-        self.reader = GradientReader(self.layers, optimizer_family(optimizer))
-        rule.start(self.layers, self.reader.norms)
+        self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
+        self._attach()
         self._waiting: PendingReadings | None = None
         self._observed = False
         self._original: list[dict[str, Any]] | None = None
@@ -101,6 +96,29 @@ class LayerwiseRates:
             optimizer.register_state_dict_pre_hook(lambda *_: self.restore()),
             optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
         ]
+
+    def _attach(self) -> None:
+        """Take up the parameters that the optimizer holds now."""
+        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self.layers = [layer for layer in describe_layers(self.model) if id(layer.parameter) in own]
+        if not any(layer.parameter.requires_grad for layer in self.layers):
+            raise ValueError("the optimizer holds no trainable parameter of the model: there is nothing to steer.")
+        self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
+        self.rule.start(self.layers, self.reader.norms)
+        self._count = self._parameters()
+
+    def _parameters(self) -> int:
+        return sum(len(group["params"]) for group in self.optimizer.param_groups)
+
+    def _follow_optimizer(self) -> None:
+        """Notice parameters that joined through ``add_param_group``; what was learned of the others stays."""
+        if self._parameters() == self._count:
+            return
+        self.settle()
+        rule, gradients = self.rule.state_dict(), self.reader.state_dict()
+        self._attach()
+        self.rule.load_state_dict(rule)
+        self.reader.load_state_dict(gradients)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -122,6 +140,7 @@ class LayerwiseRates:
                 call is a new step.
         """
         self._observed = True
+        self._follow_optimizer()
         if not self.rule.needs_gradients or not self.reader.begin(object() if key is None else key):
             return
         readings = self.reader.read(scale)

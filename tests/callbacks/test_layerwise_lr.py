@@ -228,3 +228,29 @@ def test_fixed_rates_act_by_glob_and_role() -> None:
         "network.3.weight": 1.0,
         "network.3.bias": 0.5,
     }
+
+
+def test_parameters_that_join_later_are_measured_and_steered() -> None:
+    """As fine-tuning callbacks do it: freeze, then unfreeze and ``add_param_group``."""
+
+    class Joins(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 10:
+                for p in pl_module.network[0].parameters():
+                    p.requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.network[0].parameters()), "lr": 5e-3})
+
+    network = mlp()
+    for p in network[0].parameters():
+        p.requires_grad_(False)
+    module = Classifier(network, optimizer=lambda p: torch.optim.AdamW([q for q in p if q.requires_grad], lr=1e-2))
+    for callbacks in ([steering()], [steering(), GradientMonitor(every_n_steps=1, strict=True)]):
+        fit(module, [*callbacks, Joins()], steps=30, max_epochs=-1)
+        assert set(callbacks[0].ratios) == {n for n, _ in module.named_parameters()}
+        assert callbacks[0].ratios["network.0.weight"] != callbacks[0].ratios["network.3.weight"]
+        assert len(module.trainer.optimizers[0].param_groups) == 2
+        for p in network[0].parameters():
+            p.requires_grad_(False)
+    monitor = GradientMonitor(every_n_steps=1, strict=True)
+    fit(module, [monitor, Joins()], steps=20, max_epochs=-1)
+    assert len(monitor.history["noise/dual"].layers) == 4

@@ -100,7 +100,8 @@ def test_everything_is_put_back():
     module.training_step([t.clone() for t in BATCH], 0)  # so that metrics and buffers hold something
     module.net.train()
     before = remember(module)
-    buffer, outputs, metric_list = module.calls, module.outputs, module.collection["cat"].value
+    metrics = module.collection._modules
+    buffer, outputs, metric_list = module.calls, module.outputs, metrics["cat"].value
     with undisturbed(module):
         training_loss(module, BATCH).backward()
         assert module.counter == 2 and module.outputs == [1.0, 2.0, 2.0] and not module.net.training
@@ -109,7 +110,7 @@ def test_everything_is_put_back():
         for kind, values in one.items():
             assert after[0][name][kind] == values, name
     assert after == before
-    assert module.calls is buffer and module.outputs is outputs and module.collection["cat"].value is metric_list
+    assert module.calls is buffer and module.outputs is outputs and metrics["cat"].value is metric_list
     assert module.logged == [("loss", 1.0), {"loss": 1.0}]
 
 
@@ -193,6 +194,20 @@ def test_an_untouched_buffer_is_not_written_to():
     with undisturbed(module):
         pass
     assert module.running_mean._version == version
+
+
+def test_a_container_that_refuses_changes_is_left_alone():
+    class Frozen(dict):
+        def _refuse(self, *_):
+            raise RuntimeError("frozen")
+
+        clear = update = __setitem__ = __delitem__ = _refuse
+
+    module = nn.Linear(1, 1)
+    module.config = Frozen(a=1, b=[2])
+    with undisturbed(module):
+        module.config["b"].append(3)
+    assert module.config == {"a": 1, "b": [2]}
 
 
 def test_references_to_large_data_are_not_copied():
