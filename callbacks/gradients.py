@@ -204,7 +204,8 @@ def _l2(gradients: Sequence[torch.Tensor | None]) -> float:
     dense = [g.detach().coalesce().values() if g.is_sparse else g.detach() for g in gradients if g is not None]
     if not dense:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense, 2, dtype=torch.float32))))
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in dense) else torch.float32
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense, 2, dtype=wide))))
 
 
 def _cosine(read: Sequence[GradientReadings]) -> float | None:

@@ -412,10 +412,43 @@ def test_parameters_outside_the_model_and_frozen_ones_keep_the_base_rate():
     model[0].bias.requires_grad_(False)
     optimizer = Spy([*model.parameters(), outside], lr=0.1)
     rates = LayerwiseRates(optimizer, FixedRates({"*.weight": 0.5}), model)
-    assert rates.ratios == {"0.weight": 0.5, "2.weight": 0.5, "2.bias": 1.0}
+    assert rates.ratios == {"0.weight": 0.5, "0.bias": 1.0, "2.weight": 0.5, "2.bias": 1.0}
     train(model, optimizer, 1)
     assert optimizer.seen[0][id(outside)] == optimizer.seen[0][id(model[0].bias)] == 0.1
     assert optimizer.seen[0][id(model[0].weight)] == 0.05
+
+
+@pytest.mark.parametrize("closure", [False, True], ids=["loop", "closure"])
+def test_parameters_that_join_later_are_steered_too(closure):
+    steered, reference = mlp(5, 7, 3), mlp(5, 7, 3)
+    optimizer = SGD(steered[2].parameters(), lr=0.1, momentum=0.9)
+    rates = LayerwiseRates(optimizer, FixedRates({"*.weight": 0.5}), steered)
+    by_hand = SGD(
+        [{"params": [reference[2].weight], "lr": 0.1 * 0.5}, {"params": [reference[2].bias]}], lr=0.1, momentum=0.9
+    )
+    train(steered, optimizer, 3, closure)
+    train(reference, by_hand, 3)
+    optimizer.zero_grad(), by_hand.zero_grad()
+    optimizer.add_param_group({"params": list(steered[0].parameters()), "lr": 0.03})
+    by_hand.add_param_group({"params": [reference[0].weight], "lr": 0.03 * 0.5})
+    by_hand.add_param_group({"params": [reference[0].bias], "lr": 0.03})
+    train(steered, optimizer, range(3, 6), closure)
+    assert same(steered, train(reference, by_hand, range(3, 6)))
+    assert rates.ratios["0.weight"] == 0.5 and [group["lr"] for group in optimizer.param_groups] == [0.1, 0.03]
+
+
+def test_what_was_learned_stays_when_parameters_join():
+    model = mlp(5, 7, 3)
+    optimizer = SGD(model[2].parameters(), lr=0.1)
+    rates = LayerwiseRates(optimizer, noise_rule(), model, lag=0)
+    train(model, optimizer, 4)
+    noise = dict(zip(rates.rule.noise.names, rates.rule.noise.values, strict=True))
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    train(model, optimizer, range(4, 5))
+    assert rates.rule.updates == 4 and len(rates.ratios) == 4
+    after = dict(zip(rates.rule.noise.names, rates.rule.noise.values, strict=True))
+    assert math.isnan(after["0.weight"]) and all(0.3 < after[n] / noise[n] < 3 for n in noise)
+    assert rates.ratios["0.weight"] == 1
 
 
 def test_tied_weights_have_one_rate():

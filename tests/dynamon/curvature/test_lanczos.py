@@ -95,7 +95,7 @@ def test_negative_definite_matrices(n, seed, exponent):
 
 
 def test_converged_is_seldom_wrong():
-    """A small residual proves an eigenvalue nearby, not the top one. From a random start that is rarely a difference."""
+    """A small residual proves an eigenvalue nearby, not that it is the top one; a random start seldom misses that."""
     wrong = 0
     for seed in range(200):
         matrix = symmetric(30 + seed % 100, seed)
