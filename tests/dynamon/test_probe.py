@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import pickle
 import random
 import warnings
 
@@ -88,7 +89,7 @@ def remember(module):
         }
         for name, m in module.named_modules()
     }
-    streams = plain(torch.get_rng_state()), plain(list(np.random.get_state()[1])), random.getstate()
+    streams = plain(torch.get_rng_state()), pickle.dumps(np.random.get_state()), random.getstate()
     return state, streams
 
 
