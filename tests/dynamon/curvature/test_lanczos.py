@@ -256,6 +256,16 @@ def test_the_limit_on_products_is_kept_and_said(limit, warm):
     assert found.lower <= 1 and found.vectors.shape == (1000, 2)
 
 
+def test_a_value_that_still_moves_is_not_called_converged():
+    """Its residual may be tiny: the last product found the eigenvector all at once."""
+    values = torch.linspace(0, 1e-3, 300, dtype=torch.float64)
+    values[:2] = torch.tensor([1.0, 0.9])
+    three, four, free = (top_eigenvalues(Counted(values), seed=1, max_matvecs=limit) for limit in (3, 4, 40))
+    assert float(three.values[0]) < 0.99 < 0.9999 < float(four.values[0])
+    assert float(four.residuals[0]) < 1e-4 and not four.converged
+    assert free.converged and free.matvecs > 4
+
+
 def test_restarts_converge_to_tight_tolerances():
     matrix = with_spectrum(decaying(200, top=[1.2, 1.1, 1.0]))
     found = top_eigenvalues(matrix, 3, tol=1e-8, max_matvecs=400)
