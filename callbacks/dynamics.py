@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dynamon.callbacks.gradients import GradientMeter
 from dynamon.callbacks.meter import Cadence, Meter
@@ -89,23 +90,28 @@ class DynamicsMonitor(Monitor):
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
         chosen = PRESETS[preset]
-        check_arguments(every_n_steps, budget)
+        check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
         check_probe(probe_batches, chosen.probe_fraction, loss_fn)
-
-        def meters() -> list[Meter]:
-            sharpness = Cadence(every_n_steps, chosen.sharpness, share=1.0)
-            # Two per cent carry an eighth of a batch: about one reading in 300 steps on a small GPT.
-            fraction = chosen.probe_fraction if budget is None else min(chosen.probe_fraction, 6 * budget)
-            probe = (loss_fn, probe_batches, fraction if every_n_steps is None else chosen.probe_fraction)
-            return [
-                GradientMeter(Cadence(every_n_steps, chosen.gradients, share=0.25)),
-                WeightMeter(Cadence(every_n_steps, chosen.weights, share=0.1)),
-                SharpnessMeter(sharpness, *probe, hessian=chosen.hessian, tol=2e-2, max_matvecs=40),
-            ]
-
-        super().__init__(meters, budget, layers, loggers, strict)
+        # Two per cent carry an eighth of a batch: about one reading in 300 steps on a small GPT.
+        fraction = chosen.probe_fraction
+        if budget is not None and every_n_steps is None:
+            fraction = min(fraction, 6 * budget)
+        make_meters = partial(_meters, chosen, every_n_steps, loss_fn, probe_batches, fraction)
+        super().__init__(make_meters, budget, layers, loggers, strict)
         self.preset = preset
 
     def one_of_a_kind(self) -> type:
         """One monitor of everything beside another monitor would measure twice."""
         return Monitor
+
+
+def _meters(
+    preset: Preset, every_n_steps: int | None, loss_fn: LossFn | None, probe_batches: int, probe_fraction: float
+) -> list[Meter]:
+    """Gradients and weights keep to their part of the budget, sharpness takes what they leave."""
+    sharpness = Cadence(every_n_steps, preset.sharpness, share=1.0)
+    return [
+        GradientMeter(Cadence(every_n_steps, preset.gradients, share=0.25)),
+        WeightMeter(Cadence(every_n_steps, preset.weights, share=0.1)),
+        SharpnessMeter(sharpness, loss_fn, probe_batches, probe_fraction, preset.hessian, tol=2e-2, max_matvecs=40),
+    ]

@@ -1,6 +1,7 @@
 """Gradient norms, gradient noise and clipping."""
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class GradientMeter(Meter):
     panels = GRADIENTS
     tags = {
         "gradient/norm": "l2 norm of all gradients before clipping",
-        "gradient/norm_clipped": "the same after clipping",
+        "gradient/norm_clipped": "the same after clipping (automatic optimisation)",
         "gradient/clip_coefficient": "after over before; 1 where nothing was clipped",
         "gradient/norm_dual": "sum of the layers' dual norms",
         "gradient/cosine": "cosine between this gradient and the one a step before",
@@ -48,7 +49,7 @@ class GradientMeter(Meter):
         """Nothing read yet."""
         super().__init__(cadence)
         self._sources: dict[Optimizer, _Source] = {}
-        self._read: list[tuple[_Source, GradientReadings]] = []
+        self._read: dict[Optimizer, tuple[_Source, GradientReadings]] = {}
         self._kept = False  # gradients of this step were kept without being read
         self._armed = False  # those of the step before were, so this step can be compared with it
         self._warned = False
@@ -60,7 +61,8 @@ class GradientMeter(Meter):
         source.begin((run.trainer.global_step, run.step))
         if self._due(run, source):
             with run.charge(self.name):
-                self._read.append((source, source.read(gradient_scale(run.trainer, optimizer))))
+                # An optimizer that steps twice in a batch is shown at its last step.
+                self._read[optimizer] = (source, source.read(gradient_scale(run.trainer, optimizer)))
         elif not source.steered and self._due_next(run):
             with run.charge(self.name):
                 source.reader.store(gradient_scale(run.trainer, optimizer))
@@ -68,7 +70,7 @@ class GradientMeter(Meter):
 
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
-        read, kept, self._read, self._kept = self._read, self._kept, [], False
+        read, kept, self._read, self._kept = list(self._read.values()), self._kept, {}, False
         if read:
             with run.charge(self.name):
                 self._hand_on(run, read)
@@ -101,15 +103,15 @@ class GradientMeter(Meter):
         """Put the optimizers' readings together and give them to the recorder."""
         squares = sum(float(np.square(r.l2).sum()) for _, r in read)
         nonfinite = sum(float(r.nonfinite.sum()) for _, r in read)
-        clipped = _l2([p.grad for layer in run.all_layers if (p := layer.parameter).grad is not None])
         scalars = {
             "gradient/norm": squares**0.5,
-            "gradient/norm_clipped": clipped,
             "gradient/norm_dual": sum(float(r.dual.sum()) for _, r in read),
             "gradient/nonfinite": nonfinite,
         }
-        if squares > 0:
-            scalars["gradient/clip_coefficient"] = min(clipped / squares**0.5, 1.0)
+        if run.module.automatic_optimization:  # by hand, gradients may be gone or stale by now
+            clipped = _l2([layer.parameter.grad for source, _ in read for layer in source.reader.layers])
+            scalars["gradient/norm_clipped"] = clipped
+            scalars["gradient/clip_coefficient"] = min(clipped / squares**0.5, 1.0) if squares > 0 else 1.0
         cosine = _cosine([r for _, r in read])
         if cosine is not None:
             scalars["gradient/cosine"] = cosine
@@ -124,9 +126,11 @@ class GradientMeter(Meter):
                 for (source, _), row in zip(read, values, strict=True)
                 for layer, value in zip(source.reader.layers, row, strict=True)
             }
-            names = [layer.name for layer in run.layers if layer.name in by_name]
-            if np.isfinite([by_name[name] for name in names]).any():
-                run.recorder.layers(quantity, np.array([by_name[name] for name in names]), names)
+            # All layers each time, also those of an optimizer that did not step: rows of a table must line up.
+            names = [layer.name for layer in run.layers]
+            row = np.array([by_name.get(name, np.nan) for name in names])
+            if np.isfinite(row).any():
+                run.recorder.layers(quantity, row, names)
         if nonfinite and not self._warned:
             self._warned = True
             bad = [la.name for s, r in read for la, n in zip(s.reader.layers, r.nonfinite, strict=True) if n]
@@ -233,7 +237,7 @@ class GradientMonitor(Monitor):
     tag                               what it is
     ================================  ====================================================
     ``gradient/norm``                 l2 norm of all gradients before clipping
-    ``gradient/norm_clipped``         the same after clipping
+    ``gradient/norm_clipped``         the same after clipping (automatic optimisation)
     ``gradient/clip_coefficient``     after over before; 1 where nothing was clipped
     ``gradient/norm_dual``            sum of the layers' dual norms
     ``gradient/cosine``               cosine between this gradient and the one a step before
@@ -273,7 +277,9 @@ class GradientMonitor(Monitor):
         strict: bool = False,
     ) -> None:
         """Check the arguments."""
-        check_arguments(every_n_steps, budget)
-        super().__init__(
-            lambda: [GradientMeter(Cadence(every_n_steps, interval=4, share=1.0))], budget, layers, loggers, strict
-        )
+        check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
+        super().__init__(partial(_meters, every_n_steps), budget, layers, loggers, strict)
+
+
+def _meters(every_n_steps: int | None) -> list[Meter]:
+    return [GradientMeter(Cadence(every_n_steps, interval=4, share=1.0))]

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.recorder import Recorder
-from dynamon.gradients import Array
 from dynamon.history import History
 from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal
@@ -31,7 +30,7 @@ class LayerwiseLR(DynamonCallback):
     =================================  ====================================================
     tag                                what it is
     =================================  ====================================================
-    ``lr/base``                        learning rate of the first group
+    ``lr/base``                        learning rate of the first layer, before the ratio
     ``lr/bounded``                     layers whose ratio sits at a bound of the rule
     ``lr/ratio``                       per layer: factor on the learning rate
     ``lr/effective``                   per layer: learning rate times ratio
@@ -56,7 +55,7 @@ class LayerwiseLR(DynamonCallback):
 
     panels = RATES
     tags = {
-        "lr/base": "learning rate of the first group",
+        "lr/base": "learning rate of the first layer, before the ratio",
         "lr/bounded": "layers whose ratio sits at a bound of the rule",
         "dynamon/steering_overhead": "time of reading gradients and of the rule over training time without it",
     }
@@ -81,8 +80,10 @@ class LayerwiseLR(DynamonCallback):
             raise ValueError(f"lag must be 0 or 1, got {lag}.")
         self.rule, self.lag, self.save_gradient = rule, lag, save_gradient
         self._patterns = layers
+        self._loggers = loggers
         self._recorder = Recorder(loggers, len(self.quantities))
         self._steered: dict[Optimizer, LayerwiseRates] = {}
+        self._in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]] = {}
         self._state: list[Any] = []
         self._budget = Budget(None)
         self._on = False
@@ -129,12 +130,9 @@ class LayerwiseLR(DynamonCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers and take up a saved state."""
         self._release()
-        for index, optimizer in enumerate(trainer.optimizers):
-            rates = LayerwiseRates(optimizer, copy.deepcopy(self.rule), pl_module, lag=self.lag)
-            if index < len(self._state):
-                rates.load_state_dict(self._state[index])
-            self._steered[optimizer] = rates
-        self._state = []
+        self._recorder = Recorder(self._loggers, len(self.quantities))
+        self._budget = Budget(None)
+        self._attach(trainer, pl_module)
         if not trainer.barebones:
             self.write_layout(trainer)
 
@@ -148,11 +146,17 @@ class LayerwiseLR(DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Read the gradients before they are clipped."""
-        rates = self._steered.get(optimizer)
-        if rates is not None:
-            with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step))
+        with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
+            if optimizer not in self._steered and optimizer in trainer.optimizers:
+                self._attach(trainer, pl_module)  # the strategy was given new optimizers
+            rates = self._steered.get(optimizer)
+            if rates is None:
+                return
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step))
+            if trainer._logger_connector.should_update_logs and not trainer.barebones:
+                # Before the step: the scheduler has moved on by the time it is over.
+                self._in_force[optimizer] = (rates.base_rates(), rates.ratios)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -160,34 +164,28 @@ class LayerwiseLR(DynamonCallback):
         """Log the rates now and then."""
         for rates in self._steered.values():
             rates.restore()
-        if trainer.barebones or not trainer.is_global_zero or not trainer._logger_connector.should_update_logs:
-            return
-        with self._budget.charge("steering"):
-            self._record(trainer)
+        in_force, self._in_force = self._in_force, {}
+        if in_force:
+            with self._budget.charge("steering"):
+                self._record(trainer, in_force)
 
-    def _record(self, trainer: pl.Trainer) -> None:
-        names: list[str] = []
-        ratios: list[float] = []
-        base: list[float] = []
-        for rates in self._steered.values():
-            rate = rates.base_rates()
-            for layer in select(rates.layers, self._patterns):
-                names.append(layer.name)
-                base.append(rate[layer.name])
-            by_name = rates.ratios
-            ratios += [by_name[name] for name in names[len(ratios) :]]
-        first = next(iter(self._steered))
+    def _record(
+        self, trainer: pl.Trainer, in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]]
+    ) -> None:
+        layers = [la for optimizer in in_force for la in select(self._steered[optimizer].layers, self._patterns)]
+        base = {name: rate for rates, _ in in_force.values() for name, rate in rates.items()}
+        ratio = {name: r for _, ratios in in_force.values() for name, r in ratios.items()}
+        names = [layer.name for layer in layers]
         self._recorder.scalars(
             {
-                "lr/base": float(first.param_groups[0]["lr"]),
+                "lr/base": next(iter(base.values())),
                 "lr/bounded": float(sum(rates.rule.bounded() for rates in self._steered.values())),
                 "dynamon/steering_overhead": self._budget.overhead,
             },
             headline=True,
         )
-        self._recorder.layers("lr/ratio", np.array(ratios), names)
-        effective: Array = np.array(ratios) * np.array(base)
-        self._recorder.layers("lr/effective", effective, names)
+        self._recorder.layers("lr/ratio", np.array([ratio[name] for name in names]), names)
+        self._recorder.layers("lr/effective", np.array([base[name] * ratio[name] for name in names]), names)
         self._recorder.flush(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -214,6 +212,17 @@ class LayerwiseLR(DynamonCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the optimizers are there."""
         self._state = list(state_dict["optimizers"])
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Steer the Trainer's optimizers, going on from a saved state or from those they replace."""
+        state = self._state or [rates.state_dict() for rates in self._steered.values()]
+        self._release()
+        self._state = []
+        for index, optimizer in enumerate(trainer.optimizers):
+            rates = LayerwiseRates(optimizer, copy.deepcopy(self.rule), pl_module, lag=self.lag)
+            if index < len(state):
+                rates.load_state_dict(state[index])
+            self._steered[optimizer] = rates
 
     def _release(self) -> None:
         for rates in self._steered.values():

@@ -122,6 +122,10 @@ class Meter(ABC):
         self.points += 1
         self.cadence.last = run.step
 
+    def is_missed(self) -> bool:
+        """Whether the budget alone kept it from ever measuring."""
+        return not self.points and self.cadence.every_n_steps is None
+
     def start(self, run: Run) -> None:
         """Training is about to begin: say in one sentence what cannot work."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
@@ -89,7 +90,7 @@ class Monitor(DynamonCallback):
         if reason is not None:
             rank_zero_warn(f"{type(self).__name__} is off: {reason}")
             return
-        if trainer.barebones or not trainer.is_global_zero:
+        if trainer.barebones:
             return
         layers = select(describe_layers(pl_module), self._patterns)
         if not layers:
@@ -137,13 +138,20 @@ class Monitor(DynamonCallback):
         self._budget.stop()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training goes on."""
-        if self._run is not None:
+        """Training goes on, if this was a validation inside it."""
+        if self._run is not None and trainer.state.fn == TrainerFn.FITTING:
             self._budget.start()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock, and say what was never measured."""
         self._budget.stop()
+        for meter in self._meters:
+            if self._run is not None and meter.is_missed() and not self.paused(meter) and not self._run.trying_out:
+                rank_zero_info(
+                    f"{type(self).__name__}: no {meter.name} reading in this run: one takes about "
+                    f"{meter.expected(self._run):.2g} s, and a budget of {self._fraction:.3g} gave all of them "
+                    f"{(self._fraction or 0) * self._budget.training:.2g} s. Raise budget, or set every_n_steps."
+                )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop the clock."""
@@ -195,9 +203,12 @@ class Monitor(DynamonCallback):
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
 
 
-def check_arguments(every_n_steps: int | None, budget: float | None) -> None:
-    """Raise ValueError naming the argument that is out of range."""
-    if every_n_steps is not None and (isinstance(every_n_steps, bool) or every_n_steps < 1):
+def check_arguments(every_n_steps: int | None, budget: float | None, **globs: Sequence[str] | None) -> None:
+    """Raise ValueError naming the argument that is out of range; ``globs`` are the lists of names."""
+    for name, patterns in globs.items():
+        if isinstance(patterns, str):
+            raise ValueError(f"{name} must be a list of names, got the string {patterns!r}; write [{patterns!r}].")
+    if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
         raise ValueError(f"every_n_steps must be a whole number of 1 or more, or None, got {every_n_steps!r}.")
     if budget is not None and not 0 < budget < math.inf:
         raise ValueError(

@@ -2,12 +2,15 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -63,6 +66,7 @@ class SharpnessMeter(Meter):
         self._loss_fn, self._hessian, self._tol, self._max_matvecs = loss_fn, hessian, tol, max_matvecs
         self._probe_batches, self._probe_fraction = probe_batches, probe_fraction
         self._probe: list[Any] = []
+        self._indices: list[int] = []
         self._samples: list[int | None] = []
         self._vectors: dict[str, Tensor] = {}
         self._taken = 0
@@ -91,6 +95,10 @@ class SharpnessMeter(Meter):
                 "the Hessian's largest eigenvalue is shown instead."
             )
 
+    def is_missed(self) -> bool:
+        """Not where it is off for another reason."""
+        return super().is_missed() and not self._off
+
     def batch_start(self, run: Run, batch: Any) -> None:
         """Keep a share of the first batches."""
         if self._off or len(self._probe) >= self._probe_batches:
@@ -98,6 +106,7 @@ class SharpnessMeter(Meter):
         with run.charge(self.name):
             part, samples = take_samples(batch, self._probe_fraction)
             self._probe.append(part)
+            self._indices.append(run.trainer.fit_loop.epoch_loop.batch_idx)
             self._samples.append(samples)
 
     def expected(self, run: Run) -> float:
@@ -130,12 +139,14 @@ class SharpnessMeter(Meter):
         return self._taken % _COLD_EVERY == _CERTIFY_AT
 
     def _measure(self, run: Run) -> int:
-        params = [p for p in run.module.parameters() if p.requires_grad and p.numel()]
+        moving = {id(p) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
+        params = [p for p in run.module.parameters() if p.requires_grad and p.numel() and id(p) in moving]
         optimizer = run.trainer.optimizers[0] if len(run.trainer.optimizers) == 1 else None
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(undisturbed(run.module, _SEED))
+            stack.enter_context(_loggers_muted(run.trainer))
             stack.enter_context(run.trainer.precision_plugin.train_step_context())
             operator = HessianOperator(lambda: self._loss(run), params)
             products = 0
@@ -196,7 +207,8 @@ class SharpnessMeter(Meter):
 
     def _loss(self, run: Run) -> Tensor:
         """Mean loss over the probe's batches, weighted by their samples."""
-        losses = [training_loss(run.module, batch, self._loss_fn) for batch in self._probe]
+        pairs = zip(self._probe, self._indices, strict=True)
+        losses = [training_loss(run.module, batch, self._loss_fn, index) for batch, index in pairs]
         weights = losses[0].new_tensor([float(samples or 1) for samples in self._samples])
         return (torch.stack(losses) * weights).sum() / weights.sum()
 
@@ -228,7 +240,7 @@ class SharpnessMeter(Meter):
             state["vectors"] = dict(self._vectors)
         numbers = _numbers(self._probe)
         if numbers is not None and numbers <= _SAVED_NUMBERS:
-            state["probe"], state["samples"] = self._probe, self._samples
+            state["probe"], state["samples"], state["indices"] = self._probe, self._samples, self._indices
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -236,6 +248,7 @@ class SharpnessMeter(Meter):
         self._taken = int(state["taken"])
         self._vectors = dict(state.get("vectors", {}))
         self._probe, self._samples = list(state.get("probe", [])), list(state.get("samples", []))
+        self._indices = list(state.get("indices", []))
 
 
 def _readings(quantity: str, found: Eigenpairs) -> dict[str, float]:
@@ -250,14 +263,25 @@ def _readings(quantity: str, found: Eigenpairs) -> dict[str, float]:
 
 def _numbers(batch: Any) -> int | None:
     """How many numbers a probe holds, None where it holds objects that a checkpoint cannot take safely."""
-    if isinstance(batch, Tensor):
+    if type(batch) is Tensor:
         return batch.numel()
-    if isinstance(batch, dict):
-        batch = list(batch.values())
+    if type(batch) is dict:
+        batch = [*batch.keys(), *batch.values()]
     if type(batch) in (list, tuple):
         counts = [_numbers(item) for item in batch]
         return None if any(c is None for c in counts) else sum(c for c in counts if c is not None)
-    return 1 if isinstance(batch, int | float | str | bool | None) else None
+    return 1 if type(batch) in (int, float, str, bool, type(None)) else None
+
+
+@contextmanager
+def _loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
+    """What ``training_step`` writes to ``self.logger`` itself is written for its own batches only."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger()] if loggers else []
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 class SharpnessMonitor(Monitor):
@@ -335,18 +359,20 @@ class SharpnessMonitor(Monitor):
         strict: bool = False,
     ) -> None:
         """Check the arguments."""
-        check_arguments(every_n_steps, budget)
+        check_arguments(every_n_steps, budget, loggers=loggers)
         check_probe(probe_batches, probe_fraction, loss_fn)
         if not 0 < tol < 1:
             raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
         if max_matvecs < 8:
             raise ValueError(f"max_matvecs must be at least 8, got {max_matvecs}.")
+        probe = (loss_fn, probe_batches, probe_fraction)
+        super().__init__(
+            partial(_meters, every_n_steps, *probe, hessian, tol, max_matvecs), budget, None, loggers, strict
+        )
 
-        def meters() -> list[Meter]:
-            cadence = Cadence(every_n_steps, interval=20, share=1.0)
-            return [SharpnessMeter(cadence, loss_fn, probe_batches, probe_fraction, hessian, tol, max_matvecs)]
 
-        super().__init__(meters, budget, None, loggers, strict)
+def _meters(every_n_steps: int | None, *arguments: Any) -> list[Meter]:
+    return [SharpnessMeter(Cadence(every_n_steps, interval=20, share=1.0), *arguments)]
 
 
 def check_probe(probe_batches: int, probe_fraction: float, loss_fn: LossFn | None) -> None:

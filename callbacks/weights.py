@@ -1,6 +1,7 @@
 """Sizes of weights and updates, and the spectrum's extremes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -108,7 +109,9 @@ class WeightMonitor(Monitor):
         strict: bool = False,
     ) -> None:
         """Check the arguments."""
-        check_arguments(every_n_steps, budget)
-        super().__init__(
-            lambda: [WeightMeter(Cadence(every_n_steps, interval=20, share=1.0))], budget, layers, loggers, strict
-        )
+        check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
+        super().__init__(partial(_meters, every_n_steps), budget, layers, loggers, strict)
+
+
+def _meters(every_n_steps: int | None) -> list[Meter]:
+    return [WeightMeter(Cadence(every_n_steps, interval=20, share=1.0))]

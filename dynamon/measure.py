@@ -11,6 +11,7 @@ from dynamon.curvature import Eigenpairs, HessianOperator, top_eigenvalues
 from dynamon.gradients import GradientReader
 from dynamon.layers import describe_layers
 from dynamon.norms import optimizer_family
+from dynamon.optim import steering_of
 from dynamon.probe import LossFn, training_loss, undisturbed
 from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
 from dynamon.weights import weight_readings
@@ -35,8 +36,8 @@ def measure(
         module: A LightningModule (its ``training_step`` gives the loss), or any module with ``loss_fn``.
         batch: A batch on the module's device.
         loss_fn: ``loss_fn(module, batch) -> scalar``.
-        optimizer: Adds the stability ratio (SGD, Adam, AdamW with state), and chooses the dual norms; without
-            it they are those of Adam.
+        optimizer: Adds the stability ratio (SGD, Adam, AdamW with state) at the rates in force, layerwise steering
+            included, and chooses the dual norms; without it they are those of Adam.
         certify: Take at least 20 Hessian products, which give an upper bound.
         tol: Relative tolerance of the eigenvalue.
         seed: Seed of dropout and of the solver's start.
@@ -63,7 +64,9 @@ def measure(
         readings |= _eigenvalue("hessian_max", found)
         readings["sharpness/hessian_min"] = found.smallest
         if optimizer is not None and has_stability_condition(optimizer):
-            scaled = stability_operator(operator, stability_scaling(optimizer, params))
+            rates = steering_of(optimizer)
+            factors = None if rates is None else [rates.ratios.get(layer.name, 1.0) for layer in layers]
+            scaled = stability_operator(operator, stability_scaling(optimizer, params, factors))
             ratio = top_eigenvalues(scaled, tol=tol, certify=certify, seed=seed)
             readings |= _eigenvalue("stability_ratio", ratio)
     return readings | _weights(layers)

@@ -21,12 +21,12 @@ _MUTED = ("log", "log_dict")
 def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Leave no trace of what happens inside on the module or on any random stream.
 
-    Put back at exit: the random streams of torch (CPU and all CUDA devices), numpy and python; every buffer;
-    train and eval modes; every plain attribute of every submodule (numbers, strings, tensors and the contents
-    of lists, dicts, sets and deques, nested ones too), which covers counters, collected outputs and the states of
-    torchmetrics. ``log``
-    and ``log_dict`` do nothing inside. ``.grad`` is not looked at. Not covered: files, dataloader iterators and
-    objects of the user's own classes.
+    Put back at exit: the random streams of torch (CPU and all CUDA devices), numpy and python; every parameter and
+    buffer; train and eval modes; every plain attribute of every submodule (numbers, strings, tensors, arrays, random
+    generators, and the contents of lists, dicts, sets and deques, nested ones too), which covers counters, collected
+    outputs, averaged teachers and the states of torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad``
+    is not looked at. Not covered: files, dataloader iterators and objects of the user's own classes. Memory: one
+    copy of parameters and buffers.
 
     Args:
         module: The module.
@@ -51,7 +51,7 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
             _put_back(m, *snapshot)
 
 
-def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tensor:
+def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_idx: int = 0) -> Tensor:
     """The scalar training loss of a module on a batch.
 
     Args:
@@ -60,6 +60,7 @@ def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None) 
             which changes its batch does no harm.
         loss_fn: ``loss_fn(module, batch)``; without it the module's own ``training_step`` is called, and
             ``"loss"`` is taken out of a dict.
+        batch_idx: What ``training_step`` gets as the batch's index.
 
     Raises:
         ValueError: If there is neither a ``loss_fn`` nor a ``training_step``, or the result is not a scalar
@@ -73,7 +74,7 @@ def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None) 
         if step is None:
             raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: ...")
         source = "training_step"
-        loss = step(*_step_arguments(step, batch))
+        loss = step(*_step_arguments(step, batch, batch_idx))
         if isinstance(loss, dict):
             if "loss" not in loss:
                 raise ValueError(f"training_step returned a dict without 'loss' (it has {sorted(map(str, loss))}).")
@@ -94,7 +95,7 @@ def take_samples(batch: Any, fraction: float) -> tuple[Any, int | None]:
         batch: Tensors, or lists, tuples and dicts of them. All tensors with dimensions must agree in the
             first one, else the whole batch is taken. A list without tensors that is as long holds one entry a
             sample (texts, names) and is cut too.
-        fraction: Share in (0, 1]; at least one sample is taken.
+        fraction: Share in (0, 1]; at least two samples are taken, which BatchNorm and contrastive losses need.
 
     Returns:
         The copy and the number of samples in it, None where samples cannot be told apart.
@@ -103,7 +104,7 @@ def take_samples(batch: Any, fraction: float) -> tuple[Any, int | None]:
     if len(sizes) != 1:
         return _clone(batch), None
     size = sizes.pop()
-    count = max(1, round(size * fraction))
+    count = min(size, max(2, round(size * fraction)))
     part = _map_tensors(
         batch,
         lambda t: t.detach()[:count].clone() if t.ndim else t.detach().clone(),
@@ -112,7 +113,7 @@ def take_samples(batch: Any, fraction: float) -> tuple[Any, int | None]:
     return part, count
 
 
-def _step_arguments(step: Callable[..., Any], batch: Any) -> list[Any]:
+def _step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> list[Any]:
     """``training_step`` may take a batch, or a batch and its index."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = list(inspect.signature(step).parameters.values())
@@ -120,7 +121,7 @@ def _step_arguments(step: Callable[..., Any], batch: Any) -> list[Any]:
     if "dataloader_iter" in names:
         raise ValueError("training_step reads from dataloader_iter; pass loss_fn=lambda module, batch: ...")
     takes_index = len(names) > 1 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    return [batch, 0] if takes_index else [batch]
+    return [batch, batch_idx] if takes_index else [batch]
 
 
 def _clone(batch: Any) -> Any:
@@ -165,7 +166,7 @@ def _say_nothing(*_: Any, **__: Any) -> None:
 
 _Contents = dict[int, tuple[Any, Any]]  # by identity: a tensor or container, and a copy of what it held
 _CONTAINERS = (list, dict, set, deque)
-_SEARCHED = 1000  # containers inside longer containers (a data set, say) are not looked for
+_SEARCHED = 1000  # what is inside longer containers (a data set, say) is not looked for
 
 
 def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
@@ -173,25 +174,30 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
     attributes = dict(module.__dict__)
     contents: _Contents = {}
     for name, value in attributes.items():
-        if name not in _STRUCTURE and not isinstance(value, nn.Parameter):
+        if name not in _STRUCTURE:
             _remember(value, contents)
-    for buffer in module._buffers.values():
-        _remember(buffer, contents)
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        _remember(tensor, contents)
     for registry in (module._buffers, module._non_persistent_buffers_set):
         contents[id(registry)] = registry, _entries(registry)
     return attributes, contents
 
 
 def _remember(value: Any, contents: _Contents) -> None:
-    """Add a tensor, or a container and the containers in it."""
+    """Add a tensor, an array, a generator, or a container and what is in it."""
     if isinstance(value, Tensor):
         contents[id(value)] = value, value.detach().clone()
+    elif isinstance(value, np.ndarray):
+        contents[id(value)] = value, value.copy()
+    elif isinstance(value, torch.Generator | random.Random):
+        contents[id(value)] = value, value.get_state() if isinstance(value, torch.Generator) else value.getstate()
+    elif isinstance(value, np.random.Generator):
+        contents[id(value)] = value, value.bit_generator.state
     elif isinstance(value, _CONTAINERS) and id(value) not in contents:
         contents[id(value)] = value, _entries(value)
         if len(value) <= _SEARCHED:
             for item in value.values() if isinstance(value, dict) else value:
-                if isinstance(item, _CONTAINERS):
-                    _remember(item, contents)
+                _remember(item, contents)
 
 
 _STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
@@ -202,6 +208,14 @@ def _put_back(module: nn.Module, attributes: dict[str, Any], contents: _Contents
         for value, content in contents.values():
             if isinstance(value, Tensor):
                 _refill(value, content)
+            elif isinstance(value, np.ndarray):
+                value[...] = content
+            elif isinstance(value, torch.Generator):
+                value.set_state(content)
+            elif isinstance(value, random.Random):
+                value.setstate(content)
+            elif isinstance(value, np.random.Generator):
+                value.bit_generator.state = content
             elif not _same(_entries(value), content):
                 value.clear()
                 if isinstance(value, dict):

@@ -12,6 +12,8 @@ from dynamon.layers import Layer
 from dynamon.noise import NoiseEstimator
 from dynamon.norms import Norm, iid_dual_norm
 
+_SILENT = 1e-6  # of the group's median H: a thousandth of its noise
+
 
 class Rule(ABC):
     """What turns readings into a ratio a layer; :class:`dynamon.optim.LayerwiseRates` applies it.
@@ -27,8 +29,11 @@ class Rule(ABC):
     needs_gradients = False
     noise: NoiseEstimator | None = None
 
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Raise ValueError where the rule does not fit a model's layers, those of other optimizers included."""
+
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
-        """Learn which layers there are, and the update norm of each."""
+        """Learn which layers the optimizer holds, and the update norm of each."""
         self.layers = list(layers)
 
     def update(self, readings: GradientReadings) -> None:
@@ -58,7 +63,7 @@ class FixedRates(Rule):
             first key that matches a layer counts, layers that none matches keep 1.
 
     Raises:
-        ValueError: If a ratio is not a positive finite number, or, at start, if a key matches no layer.
+        ValueError: If a ratio is not a positive finite number, or, when steering begins, if a key matches no layer.
     """
 
     def __init__(self, ratios: Mapping[str, float]) -> None:
@@ -68,9 +73,8 @@ class FixedRates(Rule):
                 raise ValueError(f"the ratio for {key!r} must be positive and finite, got {ratio}.")
         self._by_key = dict(ratios)
 
-    def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
-        """Match keys with layers."""
-        super().start(layers, norms)
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Every key must match a layer of the model."""
         for key in self._by_key:
             if not any(_matches(layer, key) for layer in layers):
                 raise ValueError(f"FixedRates: {key!r} matches no layer; print(describe_layers(model)) lists them.")
@@ -92,7 +96,8 @@ class NoiseAdaptiveRates(Rule):
               a^2 = \alpha^2\, \mathrm{median}(H), \qquad r_l \ge \mathrm{floor}.
 
     The quietest layer of a group keeps the base rate, the others go below it: for :math:`H \gg a^2` this is
-    :math:`\sqrt{\sigma_{min} / \sigma_l}` in the noise :math:`\sigma = \sqrt H`.
+    :math:`\sqrt{\sigma_{min} / \sigma_l}` in the noise :math:`\sigma = \sqrt H`. A layer with less than a thousandth of
+    the group's median noise (a bias before BatchNorm) keeps the base rate and is no yardstick for the others.
 
     Args:
         alpha: Noise floor relative to the group's median noise. The paper's is absolute; relative, ratios do
@@ -172,8 +177,10 @@ class NoiseAdaptiveRates(Rule):
         noise = self.noise.squared / self._shape_factor**2
         self._target = np.ones(len(self.layers))
         for group in self._groups:
-            # A layer that never had a gradient, or never a changing one, has no noise to be compared by.
+            # A layer without a gradient, or with nothing but rounding in it (a bias before BatchNorm), has no noise
+            # to be compared by: it keeps the base rate and is no yardstick for the others.
             known = group[np.nan_to_num(noise[group]) > 0]
+            known = known[noise[known] > _SILENT * np.median(noise[known])] if len(known) else known
             if len(known):
                 floor = self.alpha**2 * float(np.median(noise[known]))
                 ratio = ((floor + noise[known].min()) / (floor + noise[known])) ** 0.25

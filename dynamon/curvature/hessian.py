@@ -1,6 +1,7 @@
 """Hessian products by double backward on a retained graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -49,13 +50,14 @@ class HessianOperator(LinearOperator):
         first = self._params[0]
         super().__init__(sum(p.numel() for p in self._params), first.dtype, first.device)
         self.backend = "double_backward"
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _hooks_off(self._params):
             loss = loss_fn()
             check_scalar_loss(loss)
+            _refuse_nodes([loss])
             gradients = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
         if all(g is None for g in gradients):
             raise ValueError("the loss does not depend on any of the parameters.")
-        _check_twice_differentiable([g for g in gradients if g is not None])
+        _refuse_nodes([g for g in gradients if g is not None])
         self.loss = loss.detach()
         self.gradient = _flatten([g.detach() if g is not None else None for g in gradients], self._params)
         # A gradient that is constant in the parameters (a linear layer's last bias, say) has no graph.
@@ -74,7 +76,7 @@ class HessianOperator(LinearOperator):
             piece.view_as(p)
             for piece, p in zip(vector.split([p.numel() for p in self._params]), self._params, strict=True)
         ]
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _hooks_off(self._params):
             products = torch.autograd.grad(
                 [g for _, g in self._curved],
                 self._params,
@@ -107,17 +109,37 @@ def _check_params(params: Sequence[Tensor]) -> None:
         raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
 
 
-def _check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
-    """Refuse operations marked ``once_differentiable``: their part of a product would silently be zero."""
-    seen, waiting = set(), [g.grad_fn for g in gradients]
+_REFUSED = {
+    "torch::autograd::Error": "the loss uses an operation marked once_differentiable, which has no second derivative.",
+    "CheckpointFunctionBackward": "the loss uses reentrant activation checkpointing, which has no second derivative; "
+    "use checkpoint(..., use_reentrant=False).",
+}
+
+
+def _refuse_nodes(tensors: Sequence[Tensor]) -> None:
+    """Refuse operations whose part of a product would silently be zero."""
+    seen, waiting = set(), [t.grad_fn for t in tensors]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("the loss uses an operation marked once_differentiable, which has no second derivative.")
+        if node.name() in _REFUSED:
+            raise RuntimeError(_REFUSED[node.name()])
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
+
+
+@contextmanager
+def _hooks_off(params: Sequence[Tensor]) -> Iterator[None]:
+    """Parameter hooks (clamping, logging) are meant for gradients of training, not for products."""
+    hooked = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
+    for hooks, _ in hooked:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in hooked:
+            hooks.update(own)
 
 
 def _flatten(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:

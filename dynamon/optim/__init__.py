@@ -1,5 +1,5 @@
 """What applies rates to optimizers."""
 
-from dynamon.optim.layerwise import LayerwiseRates, refusal
+from dynamon.optim.layerwise import LayerwiseRates, refusal, steering_of
 
-__all__ = ["LayerwiseRates", "refusal"]
+__all__ = ["LayerwiseRates", "refusal", "steering_of"]

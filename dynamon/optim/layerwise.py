@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ _REFUSED = {
     "zeroredundancy": "it partitions its groups over the processes when it is built",
     "deepspeed": "DeepSpeed owns the parameter groups",
 }
-_steered: "WeakSet[Optimizer]" = WeakSet()
+_steered: "WeakKeyDictionary[Optimizer, LayerwiseRates]" = WeakKeyDictionary()
 
 
 def refusal(optimizer: object) -> str | None:
@@ -37,6 +37,11 @@ def refusal(optimizer: object) -> str | None:
     if any("lr" not in group for group in optimizer.param_groups):
         return f"{name} cannot take layerwise rates: a parameter group has no 'lr'."
     return None
+
+
+def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
+    """What steers an optimizer now, or None."""
+    return _steered.get(optimizer)
 
 
 class LayerwiseRates:
@@ -83,13 +88,14 @@ class LayerwiseRates:
         if lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1, got {lag}.")
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
+        rule.check(describe_layers(model))
         self._attach()
         self._waiting: PendingReadings | None = None
         self._observed = False
         self._original: list[dict[str, Any]] | None = None
         self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]] = []
         self._rate_buffers: dict[tuple[int, int], Tensor] = {}
-        _steered.add(optimizer)
+        _steered[optimizer] = self
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -101,8 +107,8 @@ class LayerwiseRates:
         """Take up the parameters that the optimizer holds now."""
         own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self.layers = [layer for layer in describe_layers(self.model) if id(layer.parameter) in own]
-        if not any(layer.parameter.requires_grad for layer in self.layers):
-            raise ValueError("the optimizer holds no trainable parameter of the model: there is nothing to steer.")
+        if not self.layers:
+            raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
         self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
         self.rule.start(self.layers, self.reader.norms)
         self._count = self._parameters()
@@ -161,7 +167,7 @@ class LayerwiseRates:
             return
         for view, given, group, ratio in self._views:
             _carry_back(view, given, group, ratio)
-        self.optimizer.param_groups = self._original
+        self.optimizer.param_groups[:] = self._original
         self._original, self._views = None, []
 
     def remove(self) -> None:
@@ -170,7 +176,7 @@ class LayerwiseRates:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _steered.discard(self.optimizer)
+        _steered.pop(self.optimizer, None)
 
     def state_dict(self, save_gradient: bool = True) -> dict[str, Any]:
         """The rule's state and the stored gradient, loadable under ``weights_only=True``.
@@ -181,11 +187,13 @@ class LayerwiseRates:
         """
         self.settle()
         stored = self.reader.state_dict() if save_gradient and self.rule.needs_gradients else {"previous": {}}
-        return {"rule": self.rule.state_dict(), "gradients": stored}
+        return {"kind": type(self.rule).__name__, "rule": self.rule.state_dict(), "gradients": stored}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that :meth:`state_dict` made."""
+        """Take up a state that :meth:`state_dict` made; another rule than the one that was saved starts anew."""
         self._waiting = None
+        if state["kind"] != type(self.rule).__name__:
+            return
         self.rule.load_state_dict(state["rule"])
         self.reader.load_state_dict(state["gradients"])
 
@@ -221,10 +229,11 @@ class LayerwiseRates:
         ratios = {id(la.parameter): float(r) for la, r in zip(self.layers, self.rule.ratios(), strict=True)}
         if all(ratio == 1.0 for ratio in ratios.values()):
             return
-        original = self.optimizer.param_groups
+        original = list(self.optimizer.param_groups)
         groups = [self._split(index, group, ratios) for index, group in enumerate(original)]
         self._original = original
-        self.optimizer.param_groups = list(itertools.chain.from_iterable(groups))
+        # In place: an optimizer that wraps another one shares the list with it.
+        self.optimizer.param_groups[:] = itertools.chain.from_iterable(groups)
 
     def _split(self, index: int, group: dict[str, Any], ratios: Mapping[int, float]) -> list[dict[str, Any]]:
         """The group by ratio; parameters that share one stay together, so that foreach and fused stay fast."""

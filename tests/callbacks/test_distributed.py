@@ -43,7 +43,7 @@ def test_monitors_are_invisible_under_ddp(tmp_path: Path) -> None:
     plain, _ = run(tmp_path / "plain", None, None)
     seen, ranks = run(tmp_path / "seen", DynamicsMonitor(every_n_steps=2, strict=True), None)
     assert same_weights(plain, seen)
-    assert ranks[0]["readings"] >= 5 and ranks[1]["readings"] == 0  # rank 0 measures
+    assert ranks[0]["readings"] >= 5 and ranks[1]["readings"] >= 5  # each rank has the metrics a callback may watch
     assert not ranks[0]["sharpness"]
 
 

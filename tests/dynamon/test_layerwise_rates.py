@@ -394,7 +394,7 @@ def test_bad_arguments():
     optimizer = SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="lag must be 0 or 1, got 2"):
         LayerwiseRates(optimizer, FixedRates({}), model, lag=2)
-    with pytest.raises(ValueError, match="holds no trainable parameter of the model"):
+    with pytest.raises(ValueError, match="holds no parameter of the model"):
         LayerwiseRates(optimizer, FixedRates({}), mlp(5, 7, 3))
     with pytest.raises(ValueError, match="matches no layer"):
         LayerwiseRates(optimizer, FixedRates({"nope": 0.5}), model)
@@ -512,7 +512,7 @@ def test_state_of_a_fixed_rule_holds_no_gradient():
     optimizer = SGD(model.parameters(), lr=0.1)
     rates = LayerwiseRates(optimizer, FixedRates(RATIOS), model)
     train(model, optimizer, 2)
-    assert rates.state_dict() == {"rule": {}, "gradients": {"previous": {}}}
+    assert rates.state_dict() == {"kind": "FixedRates", "rule": {}, "gradients": {"previous": {}}}
 
 
 def drift(lag, steps=8):

@@ -93,6 +93,7 @@ def expected_ratios(layers, history, family, rule):
     ratios = np.ones(len(layers))
     for key in {group(la, family, rule.group_by) for la in layers}:
         members = [i for i, la in enumerate(layers) if group(la, family, rule.group_by) == key]
+        members = [i for i in members if relative[i] > 1e-6 * np.median(relative[members])]  # dead biases
         floor = rule.alpha**2 * np.median(relative[members])
         quiet = relative[members].min()
         for i in members:
@@ -407,5 +408,5 @@ def test_fixed_rates_must_be_positive(ratio):
 
 def test_fixed_rates_that_match_nothing():
     with pytest.raises(ValueError, match="'blok.*' matches no layer"):
-        fixed({"*.weight": 0.5, "blok.*": 0.5}, gpt())
+        FixedRates({"*.weight": 0.5, "blok.*": 0.5}).check(describe_layers(gpt()))
     assert FixedRates({}).state_dict() == {} and not FixedRates({}).needs_gradients

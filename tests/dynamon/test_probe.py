@@ -314,7 +314,7 @@ Point = collections.namedtuple("Point", "x y")
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 1.0])
 def test_take_samples(fraction):
     x, y = torch.arange(16).reshape(8, 2), torch.arange(8)
-    count = max(1, round(8 * fraction))
+    count = max(2, round(8 * fraction))
     for batch in ([x, y], (x, y), {"x": x, "y": {"deep": [y]}}, Point(x, y), x):
         part, taken = take_samples(batch, fraction)
         assert taken == count and type(part) is type(batch)
