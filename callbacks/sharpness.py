@@ -288,10 +288,10 @@ class SharpnessMonitor(Monitor):
     """The loss's top curvature during training, and how close the step size is to the edge of stability.
 
     The training loss is evaluated on a held probe (a share of the first batches, in train mode, with the same
-    dropout masks each time) through the module's own ``training_step``, or ``loss_fn``; nothing of that leaves
-    a trace in the run. Eigenvalues come from warm-started Lanczos, cold every tenth time, certified with an
-    upper bound every tenth time. The value depends on the probe more than on the solver: a small probe is
-    sharper than the whole training set.
+    dropout masks each time) through the module's own ``training_step``, or ``loss_fn``; nothing of that leaves a
+    trace in the run; checkpoints hold the probe, so that a resumed run measures the same. Eigenvalues come from
+    warm-started Lanczos, cold every tenth time, certified with an upper bound every tenth time. The value depends
+    on the probe more than on the solver: a small probe is sharper than the whole training set.
 
     The **stability ratio** (:func:`dynamon.stability.stability_ratio`) is the number to watch: 1 is the largest
     step the curvature allows for this optimizer with its present state and the rates in force. Hovering

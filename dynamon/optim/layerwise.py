@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ _REFUSED = {
     "zeroredundancy": "it partitions its groups over the processes when it is built",
     "deepspeed": "DeepSpeed owns the parameter groups",
 }
-_steered: "WeakKeyDictionary[Optimizer, LayerwiseRates]" = WeakKeyDictionary()
+# Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
+_steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
 
 
 def refusal(optimizer: object) -> str | None:
@@ -41,7 +42,8 @@ def refusal(optimizer: object) -> str | None:
 
 def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
     """What steers an optimizer now, or None."""
-    return _steered.get(optimizer)
+    found = _steered.get(optimizer)
+    return None if found is None else found()
 
 
 class LayerwiseRates:
@@ -95,7 +97,7 @@ class LayerwiseRates:
         self._original: list[dict[str, Any]] | None = None
         self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]] = []
         self._rate_buffers: dict[tuple[int, int], Tensor] = {}
-        _steered[optimizer] = self
+        _steered[optimizer] = ref(self)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),

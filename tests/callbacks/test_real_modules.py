@@ -1,8 +1,10 @@
 """Modules and set-ups that people really have, each of which once broke something."""
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -171,6 +173,16 @@ def test_optimizers_replaced_in_mid_run_are_steered() -> None:
     replace, module = Replace(), Classifier(mlp())
     fit(module, [LayerwiseLR(FixedRates({"*": 1e-9})), replace], steps=16, max_epochs=-1)
     assert all(torch.allclose(v, module.state_dict()[k], atol=1e-7) for k, v in replace.before.items())
+
+
+def test_steering_keeps_nothing_alive() -> None:
+    network = mlp()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    LayerwiseRates(optimizer, FixedRates({"*": 0.5}), network)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
 
 
 class Alternating(Classifier):
