@@ -156,11 +156,9 @@ class SharpnessMeter(Meter):
             if optimizer is not None and has_stability_condition(optimizer):
                 found = self._stability(run, operator, params, optimizer, readings)
                 products += found.matvecs
-            if self._hessian and "sharpness/hessian_min" not in readings or not products:
-                found = self._solve("hessian_max", operator)
-                readings |= _readings("hessian_max", found)
-                readings["sharpness/hessian_min"] = found.smallest
-                products += found.matvecs
+            # SGD's stability ratio brings the Hessian with it; without any ratio the Hessian is all there is.
+            if (self._hessian and "sharpness/hessian_min" not in readings) or not products:
+                products += self._solve_hessian(operator, readings).matvecs
             readings["sharpness/products"] = float(products)
             run.recorder.scalars(readings, headline=True)
         self._warn(run, readings)
@@ -175,13 +173,12 @@ class SharpnessMeter(Meter):
         readings: dict[str, float],
     ) -> Eigenpairs:
         rates = steering_of(run.trainer, optimizer)
-        ratio_of = {} if rates is None else {id(la.parameter): rates.ratios[la.name] for la in rates.layers}
+        ratios = {} if rates is None else rates.ratios
+        ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
         scaling = stability_scaling(optimizer, params, [ratio_of.get(id(p), 1.0) for p in params])
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
-            found = self._solve("hessian_max", operator)
-            readings |= _readings("hessian_max", found)
-            readings["sharpness/hessian_min"] = found.smallest
+            found = self._solve_hessian(operator, readings)
             readings |= _readings("stability_ratio", found.scaled(scaling.constant))
         else:
             found = self._solve("stability_ratio", stability_operator(operator, scaling))
@@ -189,11 +186,16 @@ class SharpnessMeter(Meter):
         readings["sharpness/left_out"] = float(scaling.left_out)
         return found
 
+    def _solve_hessian(self, operator: HessianOperator, readings: dict[str, float]) -> Eigenpairs:
+        found = self._solve("hessian_max", operator)
+        readings |= _readings("hessian_max", found)
+        readings["sharpness/hessian_min"] = found.smallest
+        return found
+
     def _solve(self, quantity: str, operator: Any) -> Eigenpairs:
-        warm = None if self._is_cold() else self._vectors.get(quantity)
-        if warm is not None and warm.shape[0] != operator.shape[0]:
-            warm = None
-        warm = None if warm is None else warm.to(operator.device, operator.dtype)
+        known = None if self._is_cold() else self._vectors.get(quantity)
+        fits = known is not None and known.shape[0] == operator.shape[0]
+        warm = known.to(operator.device) if known is not None and fits else None
         found = top_eigenvalues(
             operator,
             tol=self._tol,
@@ -290,7 +292,7 @@ class SharpnessMonitor(Monitor):
     The training loss is evaluated on a held probe (a share of the first batches, in train mode, with the same
     dropout masks each time) through the module's own ``training_step``, or ``loss_fn``; nothing of that leaves a
     trace in the run; checkpoints hold the probe, so that a resumed run measures the same. Eigenvalues come from
-    warm-started Lanczos, cold every tenth time, certified with an upper bound every tenth time. The value depends
+    warm-started Lanczos, cold every fifth time, every tenth with an upper bound. The value depends
     on the probe more than on the solver: a small probe is sharper than the whole training set.
 
     The **stability ratio** (:func:`dynamon.stability.stability_ratio`) is the number to watch: 1 is the largest

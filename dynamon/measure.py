@@ -65,7 +65,8 @@ def measure(
         readings["sharpness/hessian_min"] = found.smallest
         if optimizer is not None and has_stability_condition(optimizer):
             rates = steering_of(optimizer)
-            factors = None if rates is None else [rates.ratios.get(layer.name, 1.0) for layer in layers]
+            in_force = {} if rates is None else rates.ratios
+            factors = [in_force.get(layer.name, 1.0) for layer in layers]
             scaled = stability_operator(operator, stability_scaling(optimizer, params, factors))
             ratio = top_eigenvalues(scaled, tol=tol, certify=certify, seed=seed)
             readings |= _eigenvalue("stability_ratio", ratio)

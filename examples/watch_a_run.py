@@ -2,7 +2,7 @@
 
 A small tanh network is trained by plain SGD on one batch. The stability ratio (sharpness times learning rate over
 two) starts far below 1, rises as training sharpens the loss, and then stays around 1 (Cohen et al.,
-arXiv 2103.00065). Takes about half a minute; run ``python examples/watch_a_run.py``.
+arXiv 2103.00065). Takes a few seconds; run ``python examples/watch_a_run.py``.
 """
 
 import logging
