@@ -24,8 +24,8 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     Put back at exit: the random streams of torch (CPU and all CUDA devices), numpy and python; every parameter and
     buffer; train and eval modes; every plain attribute of every submodule (numbers, strings, tensors, arrays, random
     generators, and the contents of lists, dicts, sets and deques, nested ones too), which covers counters, collected
-    outputs, averaged teachers and the states of torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad``
-    is not looked at. Not covered: files, dataloader iterators and objects of the user's own classes. Memory: one
+    outputs, averaged teachers and the states of torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad`` is
+    None inside and what it was at exit. Not covered: files, dataloader iterators and objects of the user's own classes. Memory: one
     copy of parameters and buffers.
 
     Args:
@@ -34,6 +34,7 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """
     modules = list(module.modules())
     saved = [_snapshot(m) for m in modules]
+    gradients = [(p, p.grad) for p in module.parameters()]
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
@@ -43,8 +44,12 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
             for name in _MUTED:
                 if callable(getattr(module, name, None)):
                     module.__dict__[name] = _say_nothing
+            for p, _ in gradients:
+                p.grad = None
             yield
     finally:
+        for p, grad in gradients:
+            p.grad = grad
         np.random.set_state(numpy_state)
         random.setstate(python_state)
         for m, snapshot in zip(modules, saved, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from dynamon.curvature import Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
+from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def stability_operator(hessian: LinearOperator, scaling: StabilityScaling) -> Li
     """
     signed = hessian if scaling.sign > 0 else scaling.sign * hessian
     if scaling.decay is not None:
-        signed = signed + _Diagonal(scaling.decay)
+        signed = signed + Diagonal(scaling.decay)
     return signed.scaled(scaling.scale)
 
 
@@ -162,17 +162,6 @@ def stability_threshold(optimizer: Optimizer) -> float | None:
     values = {_sgd_factor(group) for group in optimizer.param_groups}
     value = values.pop()
     return None if values or value <= 0 else 1 / value
-
-
-class _Diagonal(LinearOperator):
-    """Multiplication by a vector."""
-
-    def __init__(self, diagonal: Tensor) -> None:
-        super().__init__(diagonal.numel(), diagonal.dtype, diagonal.device)
-        self._diagonal = diagonal
-
-    def _product(self, vector: Tensor) -> Tensor:
-        return self._diagonal * vector
 
 
 def _decoupled(group: dict[str, object]) -> bool:

@@ -1,4 +1,4 @@
-"""The largest eigenvalues of an operator by thick-restart Lanczos."""
+"""Thick-restart Lanczos."""
 
 import math
 from dataclasses import dataclass
@@ -10,128 +10,55 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import brentq
 from torch import Tensor
 
-_BASIS = 8  # vectors held between restarts
-_KEPT = 4  # Ritz vectors kept over a restart: three at the top, one at the bottom
-_MINIMUM = 4  # products before a run may stop
-_MINIMUM_SINGLE = 16  # the same with a warm start of a single vector; 8 missed a new top 2 % above the old
+from dynamon.curvature.eigenpairs import Eigenpairs
+
+_TRACKED = 2  # Ritz vectors returned beyond the wanted ones: with them a warm start sees what is about to overtake
+_MINIMUM = {0: 8, 1: 16, 2: 12}  # products before a run may stop, by the number of warm start vectors
+_MINIMUM_TRACKED = 5  # ... with three and more
 _BURST = 2  # products between two looks at the projected matrix after that (one host read each)
 _CERTIFY_MATVECS = 20  # an unrestarted run this long gives an upper bound worth showing
 _CONFIDENCE = 0.99
 _NOISE = 0.3  # share of fresh noise in a warm start; without any, a run cannot find a new direction
 
 
-@dataclass(frozen=True)
-class Eigenpairs:
-    """What a run of :func:`top_eigenvalues` found, with what is needed to trust it.
-
-    Attributes:
-        values: ``[k]`` float64 on the host, largest first.
-        vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors and
-            further Ritz vectors that make the next warm start safe.
-        residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
-        lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
-        upper: A 99 % upper bound on the largest eigenvalue, or None where the run was not certified.
-        smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue.
-        matvecs: Products spent.
-        converged: Whether residuals and the agreement of successive values both met the tolerance.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
-    lower: float
-    upper: float | None
-    smallest: float
-    matvecs: int
-    converged: bool
-
-    def scaled(self, factor: float) -> "Eigenpairs":
-        """The eigenpairs of ``factor * A``, for ``factor > 0``."""
-        return Eigenpairs(
-            values=self.values * factor,
-            vectors=self.vectors,
-            residuals=self.residuals * factor,
-            lower=self.lower * factor,
-            upper=None if self.upper is None else self.upper * factor,
-            smallest=self.smallest * factor,
-            matvecs=self.matvecs,
-            converged=self.converged,
-        )
+def basis_vectors(k: int, max_matvecs: int, certify: bool) -> int:
+    """Vectors of length n that :func:`lanczos_eigenpairs` holds."""
+    return (max(max_matvecs, _CERTIFY_MATVECS) if certify else _basis_size(k)) + 1
 
 
-def top_eigenvalues(
-    operator: Any,
-    k: int = 1,
-    *,
-    method: str = "lanczos",
-    tol: float = 1e-2,
-    max_matvecs: int = 40,
-    warm_start: Tensor | None = None,
-    certify: bool = False,
-    seed: int = 0,
+def _basis_size(k: int) -> int:
+    return 2 * k + 6
+
+
+def lanczos_eigenpairs(
+    operator: Any, k: int, tol: float, max_matvecs: int, warm_start: Tensor | None, certify: bool, seed: int
 ) -> Eigenpairs:
-    r"""The k largest algebraic eigenvalues of a symmetric operator, with bounds.
-
-    Thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm start mixes
-    the given vectors with fresh noise, so that a direction which has overtaken the old one is found. The
-    run stops when the residual of every wanted pair is at most ``tol`` times the largest Ritz value in
-    magnitude **and** the last two Ritz values agree to ``tol``; it never stops before 4 products (16 with a
-    warm start of a single vector, which otherwise converges to an eigenvalue that is no longer the top).
-
-    Args:
-        operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        k: How many eigenvalues, 1 to 4.
-        method: ``"lanczos"``.
-        tol: Relative tolerance.
-        max_matvecs: Upper limit on products; a run that meets it first has ``converged=False``.
-        warm_start: ``[n]`` or ``[n, m]``, for instance ``.vectors`` of the last run, or None for a cold start.
-        certify: Take a cold, unrestarted run of at least 20 products, which alone has a valid upper bound:
-            with probability 0.99 over the random start the largest eigenvalue lies below the root of the
-            Lanczos polynomial above the top Ritz value. ``warm_start`` is then not used.
-        seed: Seeds the random start with a generator of its own: global random state is left alone.
-
-    Returns:
-        :class:`Eigenpairs`.
-
-    Raises:
-        ValueError: On arguments outside the ranges above.
-        FloatingPointError: If the operator returns NaN or infinity.
-
-    Cost: up to ``max_matvecs`` products; memory of 9 vectors of length n (``max_matvecs + 1`` certified);
-    one host read per 2 products.
-
-    Reference: Wu and Simon, "Thick-restart Lanczos", 2000; van Dorsselaer, Hochstenbach and van der Vorst,
-    "Computing probabilistic bounds for extreme eigenvalues", 2000.
-    """
+    """The k largest eigenvalues; see :func:`dynamon.curvature.top_eigenvalues`."""
     size = operator.shape[0]
-    _check(operator, k, method, tol, max_matvecs, warm_start)
     budget = max(max_matvecs, _CERTIFY_MATVECS) if certify else max_matvecs
     if certify:
         warm_start = None
     # A small operator is not worth a restart: a full basis is exact.
-    basis_size = min(budget, size) if certify or size <= budget else _BASIS
-    start = _start_vector(operator, warm_start, seed)
-    state = _Lanczos(operator, start, basis_size)
-    tracked = 0 if warm_start is None or warm_start.ndim == 1 else warm_start.shape[1]
-    minimum = min(_MINIMUM_SINGLE if warm_start is not None and tracked < 2 else _MINIMUM, budget)
-    if certify:
-        minimum = min(_CERTIFY_MATVECS, budget)
+    basis_size = min(budget, size) if certify or size <= budget else min(_basis_size(k), size)
+    state = Lanczos(operator, random_start(operator, warm_start, seed), basis_size)
+    tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
+    minimum = min(_CERTIFY_MATVECS if certify else _MINIMUM.get(tracked, _MINIMUM_TRACKED), budget)
     while True:
-        state.extend(min(_BURST if state.matvecs else minimum, budget - state.matvecs))
+        state.extend(min(_BURST if state.matvecs >= minimum else minimum - state.matvecs, budget - state.matvecs))
         ritz = state.ritz(k)
         if ritz.exhausted and len(ritz.values) < k and state.matvecs < budget:
-            state.widen(len(ritz.values), _start_vector(operator, None, seed + 1 + state.matvecs))
+            state.widen(len(ritz.values), random_start(operator, None, seed + 1 + state.matvecs))
             continue
         enough = state.matvecs >= minimum and _agrees(ritz, tol)
         if enough or ritz.exhausted or state.matvecs >= budget:
             break
         if state.full:
-            state.restart(max(_KEPT, k + 1))
+            state.restart(k + 3)
     values = ritz.values[:k]
     allowance = 16 * torch.finfo(state.basis.dtype).eps * float(np.abs(ritz.values).max())
     return Eigenpairs(
         values=torch.tensor(values),
-        vectors=state.vectors(ritz, max(2, k)),
+        vectors=state.vectors(ritz, k + _TRACKED),
         residuals=torch.tensor(ritz.residuals[:k]),
         lower=float(values[0]) - allowance,
         upper=_upper_bound(ritz, size) + allowance if certify else None,
@@ -142,7 +69,7 @@ def top_eigenvalues(
 
 
 @dataclass
-class _Ritz:
+class Ritz:
     """Eigen-decomposition of the projected matrix, largest first, on the host."""
 
     values: np.ndarray  # [m]
@@ -153,7 +80,7 @@ class _Ritz:
     exhausted: bool  # the Krylov space is invariant: the values are exact
 
 
-class _Lanczos:
+class Lanczos:
     """A Krylov basis, the projected matrix, and the rules to grow and shrink them.
 
     The basis stays on the device. The projected matrix is gathered there too and read once a burst, so
@@ -192,7 +119,7 @@ class _Lanczos:
             self.size += 1
             self.matvecs += 1
 
-    def ritz(self, k: int) -> _Ritz:
+    def ritz(self, k: int) -> Ritz:
         """Read the projected matrix and decompose it. The one host synchronisation of a burst."""
         read = self.projected[: self.size + 1, : self.size].cpu().numpy()
         if not np.isfinite(read).all():
@@ -202,7 +129,7 @@ class _Lanczos:
         decompose = _decompose if self.kept else _decompose_tridiagonal
         values, rotation = decompose(matrix)
         previous = decompose(matrix[:-1, :-1])[0][:k] if size > 1 else np.full(k, np.inf)
-        return _Ritz(
+        return Ritz(
             values=values,
             rotation=rotation,
             residuals=np.abs(coupling * rotation[-1]),
@@ -220,7 +147,7 @@ class _Lanczos:
         return self.size, self.size == self.basis.shape[1]
 
     def restart(self, keep: int) -> None:
-        """Shrink the basis to the best Ritz vectors and the residual vector (thick restart)."""
+        """Shrink the basis to the top Ritz vectors, the bottom one and the residual vector (thick restart)."""
         ritz = self.ritz(1)
         chosen = np.r_[np.arange(keep - 1), len(ritz.values) - 1]  # the top ones and the bottom one
         rotation = torch.as_tensor(ritz.rotation[:, chosen]).to(self.basis)
@@ -244,7 +171,7 @@ class _Lanczos:
         self.projected[:, size:] = 0
         self.size = self.kept = size
 
-    def vectors(self, ritz: _Ritz, count: int) -> Tensor:
+    def vectors(self, ritz: Ritz, count: int) -> Tensor:
         """The leading Ritz vectors as columns ``[n, m]``."""
         size = len(ritz.values)
         rotation = torch.as_tensor(ritz.rotation[:, : min(count, size)].copy()).to(self.basis)
@@ -268,7 +195,7 @@ def _decompose_tridiagonal(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
 
-def _agrees(ritz: _Ritz, tol: float) -> bool:
+def _agrees(ritz: Ritz, tol: float) -> bool:
     """Whether residuals and successive values of all wanted pairs are within tolerance."""
     k = len(ritz.previous)
     if len(ritz.values) < k + 1:
@@ -278,7 +205,7 @@ def _agrees(ritz: _Ritz, tol: float) -> bool:
     return bool((ritz.residuals[:k] <= scale).all() and steady.all())
 
 
-def _upper_bound(ritz: _Ritz, size: int) -> float:
+def _upper_bound(ritz: Ritz, size: int) -> float:
     """The 99 % bound: root above the top Ritz value of p(x) = prod(x - theta_i) / prod(beta_i) = limit.
 
     q_{m+1} = p(A) q_1 has norm one, so |p(lambda_max)| <q_1, u_1> <= 1, and a random unit q_1 has
@@ -301,7 +228,8 @@ def _upper_bound(ritz: _Ritz, size: int) -> float:
     return top if excess(low) > 0 else top + math.exp(brentq(excess, low, high, xtol=1e-6))
 
 
-def _start_vector(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
+def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
+    """A start vector from a seed: noise, or the mix of a warm start's vectors with some noise."""
     device = getattr(operator, "device", torch.device("cpu")) if warm_start is None else warm_start.device
     dtype = getattr(operator, "dtype", torch.float32) if warm_start is None else warm_start.dtype
     generator = torch.Generator(device).manual_seed(seed)
@@ -313,20 +241,3 @@ def _start_vector(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor
     mix = (warm_start if warm_start.ndim == 1 else warm_start.sum(1)).to(dtype)
     norm = torch.linalg.vector_norm(mix)
     return mix / norm.clamp_min(torch.finfo(dtype).tiny) + _NOISE * noise
-
-
-def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, warm_start: Tensor | None) -> None:
-    if method != "lanczos":
-        raise ValueError(f"method must be 'lanczos', got {method!r}.")
-    if not 1 <= k <= _KEPT:
-        raise ValueError(f"k must be between 1 and {_KEPT}, got {k}.")
-    if not 0 < tol < 1:
-        raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-    if max_matvecs < max(2, k):
-        raise ValueError(f"max_matvecs must be at least {max(2, k)}, got {max_matvecs}.")
-    if operator.shape[0] < k:
-        raise ValueError(f"the operator has {operator.shape[0]} eigenvalues, {k} were asked for.")
-    if warm_start is not None and warm_start.shape[0] != operator.shape[0]:
-        raise ValueError(
-            f"warm_start must have {operator.shape[0]} rows, got {warm_start.shape[0]}: it belongs to another operator."
-        )

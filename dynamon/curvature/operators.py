@@ -1,6 +1,6 @@
 """The one abstraction of this folder: a symmetric linear operator with ``@``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,17 @@ class LinearOperator:
         dtype: Dtype of the vectors.
         device: Device of the vectors.
 
+    Attributes:
+        shape: ``(n, n)``.
+        dtype: Dtype of the vectors.
+        device: Device of the vectors.
+        backend: How the products are made.
+
     Subclasses implement :meth:`_product` on one vector ``[n]``. Operators combine:
     ``2 * A + B`` is an operator, ``A @ v`` takes ``[n]`` or ``[n, k]``.
     """
+
+    backend = "exact"
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Remember what vectors look like."""
@@ -28,6 +36,10 @@ class LinearOperator:
 
     def _product(self, vector: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must implement _product.")
+
+    def product_error(self, vector: Tensor) -> float:
+        """Estimated relative error of the product with ``vector``, beyond rounding; 0 for exact products."""
+        return 0.0
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Multiply a vector ``[n]`` or the columns of ``[n, k]``.
@@ -47,11 +59,11 @@ class LinearOperator:
         """The operator ``v -> A v + B v``."""
         if self.shape != other.shape:
             raise ValueError(f"cannot add operators of shapes {self.shape} and {other.shape}.")
-        return _Combined(self, lambda v: self._product(v) + other._product(v))
+        return _Combined([self, other], lambda v: self._product(v) + other._product(v))
 
     def __mul__(self, factor: float) -> "LinearOperator":
         """The operator ``v -> factor * A v``."""
-        return _Combined(self, lambda v: factor * self._product(v))
+        return _Combined([self], lambda v: factor * self._product(v))
 
     __rmul__ = __mul__
 
@@ -59,7 +71,7 @@ class LinearOperator:
         """The operator ``S A S`` with ``S = diag(scale)``, ``scale`` of shape ``[n]``."""
         if scale.shape != self.shape[:1]:
             raise ValueError(f"scale must have shape [{self.shape[0]}], got {tuple(scale.shape)}.")
-        return _Combined(self, lambda v: scale * self._product(scale * v))
+        return _Combined([self], lambda v: scale * self._product(scale * v), lambda v: scale * v)
 
     def to_scipy(self) -> ScipyOperator:
         """The same operator for SciPy, in float64 on the host (one transfer a product)."""
@@ -71,12 +83,36 @@ class LinearOperator:
         return ScipyOperator(shape=self.shape, matvec=matvec, rmatvec=matvec, dtype="float64")
 
 
-class _Combined(LinearOperator):
-    """An operator made from another one's products."""
+class Diagonal(LinearOperator):
+    """Multiplication by a vector ``[n]``, entry by entry."""
 
-    def __init__(self, like: LinearOperator, product: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(like.shape[0], like.dtype, like.device)
-        self._combined = product
+    def __init__(self, diagonal: Tensor) -> None:
+        """Keep the vector."""
+        super().__init__(diagonal.numel(), diagonal.dtype, diagonal.device)
+        self._diagonal = diagonal
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self._diagonal * vector
+
+
+class _Combined(LinearOperator):
+    """An operator made from the products of others."""
+
+    def __init__(
+        self,
+        parts: Sequence[LinearOperator],
+        product: Callable[[Tensor], Tensor],
+        argument: Callable[[Tensor], Tensor] = lambda vector: vector,
+    ) -> None:
+        super().__init__(parts[0].shape[0], parts[0].dtype, parts[0].device)
+        self._parts, self._combined, self._argument = parts, product, argument
+        names = dict.fromkeys(part.backend for part in parts if not isinstance(part, Diagonal))
+        self.backend = " + ".join(names) or "exact"
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._combined(vector)
+
+    def product_error(self, vector: Tensor) -> float:
+        """The largest among the parts, each at the vector it gets."""
+        argument = self._argument(vector)
+        return max(part.product_error(argument) for part in self._parts)

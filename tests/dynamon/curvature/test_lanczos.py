@@ -231,7 +231,7 @@ def test_an_eigenvalue_that_overtook_the_tracked_one_is_found(bulk, gap, tracked
     for seed in range(20):
         found = top_eigenvalues(operator, warm_start=start, seed=seed)
         assert found.converged and float(found.values[0]) == pytest.approx(gap, rel=1e-2)
-        assert found.matvecs <= (8 if tracked == "two" else 20)
+        assert found.matvecs <= (14 if tracked == "two" else 20)
 
 
 def test_a_seed_decides_everything_and_global_streams_stay():
@@ -253,7 +253,7 @@ def test_the_limit_on_products_is_kept_and_said(limit, warm):
     found = top_eigenvalues(operator, tol=1e-9, max_matvecs=limit, warm_start=start)
     assert operator.products == found.matvecs == limit
     assert not found.converged
-    assert found.lower <= 1 and found.vectors.shape == (1000, 2)
+    assert found.lower <= 1 and found.vectors.shape == (1000, min(3, limit))
 
 
 def test_a_value_that_still_moves_is_not_called_converged():
@@ -285,9 +285,10 @@ def test_nonfinite_products_raise(bad):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k must be between 1 and 4, got 0"),
-        ({"k": 5}, "k must be between 1 and 4, got 5"),
-        ({"method": "magic"}, "method must be 'lanczos', got 'magic'"),
+        ({"k": 0}, "k must be 1 or more, got 0"),
+        ({"method": "gram"}, "method 'gram' is for k=1 of a GGNOperator"),
+        ({"method": "power", "certify": True}, "power iteration has no upper bound"),
+        ({"method": "magic"}, "method must be one of lanczos, power, gram, got 'magic'"),
         ({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"),
         ({"tol": 1.0}, "tol must lie between 0 and 1"),
         ({"max_matvecs": 1}, "max_matvecs must be at least 2, got 1"),

@@ -1,0 +1,159 @@
+"""The whole spectrum of an operator as a density: the bulk, and what stands apart from it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynamon.curvature.lanczos import Lanczos, random_start
+
+Array = NDArray[np.float64]
+_RESOLVED = 0.1  # residual over the distance to the next Ritz value, below which an eigenvalue stands alone
+_APART = 5.0  # distance to the next Ritz value over the median distance in the bulk
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    r"""Stochastic Lanczos quadrature of a spectrum.
+
+    Each of the R random starts gives m nodes :math:`\theta_i` (Ritz values) with weights :math:`\tau_i^2` that sum to
+    one; averaged, they stand for the density :math:`\frac1n \sum_j \delta(x - \lambda_j)` of the n eigenvalues.
+
+    Attributes:
+        nodes: ``[R, m]`` Ritz values, largest first.
+        weights: ``[R, m]``, each row sums to one.
+        residuals: ``[R, m]``; some eigenvalue lies within that of each node.
+        size: Eigenvalues n of the operator.
+        matvecs: Products spent.
+        backend: How the operator made its products.
+    """
+
+    nodes: Array
+    weights: Array
+    residuals: Array
+    size: int
+    matvecs: int
+    backend: str
+
+    @property
+    def outliers(self) -> Array:
+        """Eigenvalues that stand apart above the bulk, largest first.
+
+        Outliers are resolved: the residual of each, and of all above it, is at most a tenth of its distance to the
+        next Ritz value. And they are apart: the last of them has at least five times the median distance of the
+        Ritz values below the resolved ones. The count is the median over the random starts.
+        """
+        runs = [self._apart(nodes, residuals) for nodes, residuals in zip(self.nodes, self.residuals, strict=True)]
+        count = int(np.median([len(run) for run in runs]))
+        agreed = [run[:count] for run in runs if len(run) >= count]
+        return np.median(agreed, axis=0) if count else np.empty(0)
+
+    @property
+    def bulk_edge(self) -> float:
+        """Where the bulk ends: the largest Ritz value below the outliers, median over the starts."""
+        count = len(self.outliers)
+        return float(np.median(self.nodes[:, min(count, self.nodes.shape[1] - 1)]))
+
+    @property
+    def mean(self) -> float:
+        """Mean eigenvalue: the trace over n."""
+        return float((self.nodes * self.weights).sum(1).mean())
+
+    def density(self, points: Array, width: float | None = None) -> Array:
+        """The density at some points, each node smeared into a Gaussian.
+
+        Args:
+            points: ``[p]`` where to evaluate.
+            width: Standard deviation of the Gaussians; None takes a hundredth of the spectrum's range.
+        """
+        width = width or max(float(np.ptp(self.nodes)) / 100, 1e-12)
+        distances = (np.asarray(points)[:, None] - self.nodes.reshape(-1)) / width
+        heights = np.exp(-0.5 * distances**2) / (width * math.sqrt(2 * math.pi))
+        return heights @ self.weights.reshape(-1) / len(self.nodes)
+
+    def share_above(self, threshold: float) -> float:
+        """Share of the eigenvalues above a value."""
+        return float((self.weights * (self.nodes > threshold)).sum(1).mean())
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw bulk and outliers; the density has a logarithmic axis, outliers are marked one by one.
+
+        Args:
+            axes: Matplotlib axes, or None for a figure of its own.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: Without matplotlib, which ``pip install "lightning-dynamon[demo]"`` brings.
+        """
+        axes = _new_axes() if axes is None else axes
+        low, high = float(self.nodes.min()), float(self.nodes.max())
+        points = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 1000)
+        heights = self.density(points)
+        axes.fill_between(points, heights, color="#4477aa", alpha=0.6, linewidth=0, label="density")
+        outliers = self.outliers
+        if len(outliers):
+            floor = 1 / (self.size * max(high - low, 1e-12))
+            axes.plot(outliers, np.full(len(outliers), floor), "v", color="#cc3311", label=f"{len(outliers)} outliers")
+        axes.axvline(
+            self.bulk_edge, color="#222222", linestyle="--", linewidth=1, label=f"bulk ends {self.bulk_edge:.3g}"
+        )
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(heights.max() * 1e-7, 1e-12))
+        axes.set_xlabel("eigenvalue")
+        axes.set_ylabel("density")
+        axes.legend(frameon=False)
+        return axes
+
+    def _apart(self, nodes: Array, residuals: Array) -> Array:
+        gaps = nodes[:-1] - nodes[1:]
+        alone = residuals[:-1] <= _RESOLVED * gaps
+        resolved = len(alone) if alone.all() else int(np.argmin(alone))
+        bulk = gaps[resolved:]
+        wide = np.flatnonzero(gaps[:resolved] >= _APART * (np.median(bulk) if len(bulk) else 0.0))
+        return nodes[: wide[-1] + 1 if len(wide) else 0]
+
+
+def spectral_density(operator: Any, *, steps: int = 80, probes: int = 4, seed: int = 0) -> SpectralDensity:
+    """The eigenvalue density of a symmetric operator by stochastic Lanczos quadrature.
+
+    Args:
+        operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
+        steps: Products a random start, which is the number of nodes; at most n are taken.
+        probes: Random starts.
+        seed: Seeds the starts with a generator of its own.
+
+    Raises:
+        ValueError: If ``steps`` or ``probes`` is below one.
+        FloatingPointError: If the operator returns NaN or infinity.
+
+    Cost: ``steps * probes`` products; memory of ``steps + 1`` vectors of length n. Reference: Ubaru, Chen and Saad,
+    "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", 2017; Ghorbani et al., arXiv 1901.10159.
+    """
+    if steps < 1 or probes < 1:
+        raise ValueError(f"steps and probes must be at least 1, got {steps} and {probes}.")
+    size = operator.shape[0]
+    steps = min(steps, size)
+    nodes, weights, residuals = np.zeros((3, probes, steps))
+    spent = 0
+    for run in range(probes):
+        state = Lanczos(operator, random_start(operator, None, seed + run), steps)
+        state.extend(steps)
+        ritz = state.ritz(1)
+        found = len(ritz.values)  # fewer than steps where the Krylov space ended before
+        spent += state.matvecs
+        nodes[run], weights[run] = ritz.values[-1], 0.0
+        nodes[run, :found], residuals[run, :found] = ritz.values, ritz.residuals
+        weights[run, :found] = ritz.rotation[0] ** 2
+    return SpectralDensity(nodes, weights, residuals, size, spent, getattr(operator, "backend", "exact"))
+
+
+def _new_axes() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "lightning-dynamon[demo]"') from error
+    return Figure(figsize=(7, 4), layout="constrained").subplots()

@@ -1,0 +1,136 @@
+"""Products with the generalised Gauss-Newton matrix."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dynamon.curvature.backends import (
+    check_scalar_loss,
+    refuse_nodes,
+    second_derivatives,
+    twice_differentiable,
+)
+from dynamon.curvature.blocks import BlockOperator
+from dynamon.curvature.operators import LinearOperator
+from dynamon.curvature.parameters import FlatParameters, Parameters
+
+Outputs = Tensor | Sequence[Tensor]
+
+
+class GGNOperator(LinearOperator):
+    r"""The generalised Gauss-Newton matrix :math:`G = J^\top H_L J`, as products.
+
+    J is the Jacobian of the outputs in the parameters and :math:`H_L` the Hessian of the loss in the outputs. For a
+    loss that is convex in the outputs (cross-entropy, squared error) G is positive semidefinite: it is the Hessian
+    without the curvature of the network itself, and the Fisher matrix for cross-entropy and Gaussian likelihoods.
+
+    :math:`Jv` comes from differentiating :math:`J^\top u` in u, which is exact through every layer that can be
+    differentiated twice; forward-mode differentiation, which is wrong through some, takes no part.
+
+    Args:
+        output_fn: Called once; returns the network's outputs, a tensor or a sequence of tensors of which none depends
+            on another.
+        loss_fn: Called once with what ``output_fn`` returned; returns the scalar loss as a function of the outputs.
+        params: The parameters, or a mapping from their names.
+
+    Attributes:
+        loss: The value of the loss, without graph.
+        rows: Numbers in the outputs (samples times outputs): the rank of G is at most that.
+        backend: ``"double_backward"``.
+
+    Raises:
+        ValueError: On no parameters, outputs that are not tensors with a graph, or a loss that is not a scalar or
+            does not depend on the outputs.
+        NoSecondDerivativeError: (a RuntimeError) where an operation cannot be differentiated twice.
+        RuntimeError: In a product where a parameter changed after construction.
+
+    Cost: about as much as a Hessian product. Memory: the graph of one forward and backward pass.
+    Reference: Schraudolph, "Fast curvature matrix-vector products", 2002.
+    """
+
+    backend = "double_backward"
+
+    def __init__(self, output_fn: Callable[[], Outputs], loss_fn: Callable[..., Tensor], params: Parameters) -> None:
+        """Evaluate outputs and loss and keep the graphs of both."""
+        self.parameters = FlatParameters(params)
+        first = self.parameters.tensors[0]
+        super().__init__(self.parameters.size, first.dtype, first.device)
+        with twice_differentiable(self.parameters):
+            given = output_fn()
+            self._outputs = _as_tensors(given)
+            loss = loss_fn(given)
+            check_scalar_loss(loss)
+            refuse_nodes([loss])
+            self._slopes = self._loss_gradients(loss)
+            self._directions = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
+            with second_derivatives():
+                pulled = torch.autograd.grad(
+                    self._outputs, self.parameters.tensors, self._directions, create_graph=True, allow_unused=True
+                )
+        if all(g is None for g in pulled):
+            raise ValueError("the outputs do not depend on any of the parameters.")
+        self._pulled = pulled
+        self.loss = loss.detach()
+        self.rows = sum(z.numel() for z in self._outputs)
+
+    def _loss_gradients(self, loss: Tensor) -> list[Tensor | None]:
+        slopes = torch.autograd.grad(loss, self._outputs, create_graph=True, allow_unused=True)
+        if all(g is None for g in slopes):
+            raise ValueError("the loss does not depend on the outputs.")
+        return [g if g is not None and g.requires_grad else None for g in slopes]
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self.block_product(vector)
+
+    def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
+        """``G_bb v`` for the parameters in some places; see :meth:`block`."""
+        return self.pull(self.curve(self.push(vector, block)), block)
+
+    def push(self, vector: Tensor, block: Sequence[int] | None = None) -> list[Tensor]:
+        """``J v``: how the outputs change along a flat vector (a block's vector, where one is given)."""
+        self.parameters.check_unchanged()
+        part = self.parameters if block is None else self.parameters.subset(block)
+        pulled = self._pulled if block is None else [self._pulled[i] for i in block]
+        pairs = [(g, v.to(g.dtype)) for g, v in zip(pulled, part.split(vector), strict=True) if g is not None]
+        if not pairs:
+            return [torch.zeros_like(z) for z in self._outputs]
+        gradients, vectors = zip(*pairs, strict=True)
+        with twice_differentiable(self.parameters), second_derivatives():
+            pushed = torch.autograd.grad(gradients, self._directions, vectors, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(z) if u is None else u for u, z in zip(pushed, self._outputs, strict=True)]
+
+    def curve(self, directions: Sequence[Tensor]) -> list[Tensor]:
+        """``H_L u``: the loss's own curvature applied to a change of the outputs."""
+        pairs = [(g, u) for g, u in zip(self._slopes, directions, strict=True) if g is not None]
+        if not pairs:  # a loss that is linear in the outputs
+            return [torch.zeros_like(z) for z in self._outputs]
+        slopes, vectors = zip(*pairs, strict=True)
+        curved = torch.autograd.grad(slopes, self._outputs, vectors, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(z) if u is None else u for u, z in zip(curved, self._outputs, strict=True)]
+
+    def pull(self, directions: Sequence[Tensor], block: Sequence[int] | None = None) -> Tensor:
+        """``J^T u``: a change of the outputs carried back to the parameters, flat."""
+        self.parameters.check_unchanged()
+        part = self.parameters if block is None else self.parameters.subset(block)
+        with twice_differentiable(self.parameters):
+            products = torch.autograd.grad(
+                self._outputs, part.tensors, list(directions), retain_graph=True, allow_unused=True
+            )
+        return part.flatten(products)
+
+    def split_rows(self, vector: Tensor) -> list[Tensor]:
+        """A flat vector ``[rows]`` in the shapes of the outputs."""
+        pieces = vector.split([z.numel() for z in self._outputs])
+        return [piece.view_as(z).to(z.dtype) for piece, z in zip(pieces, self._outputs, strict=True)]
+
+    def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> BlockOperator:
+        """The diagonal block of some parameters, on the same graph; as in :class:`HessianOperator`."""
+        return BlockOperator(self, self.parameters.block(chosen))
+
+
+def _as_tensors(outputs: object) -> list[Tensor]:
+    found = [outputs] if isinstance(outputs, Tensor) else list(outputs) if isinstance(outputs, list | tuple) else []
+    if not found or not all(isinstance(z, Tensor) and z.requires_grad for z in found):
+        raise ValueError("output_fn must return a tensor, or a list of tensors, that depend on the parameters.")
+    return found

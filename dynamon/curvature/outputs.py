@@ -1,0 +1,67 @@
+"""Finding the outputs of a network inside a loss that was written for training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+CONVEX_LOSSES: dict[Callable[..., Any], str] = {
+    F.cross_entropy: "cross_entropy",
+    F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits",
+    F.mse_loss: "mse_loss",
+}
+
+
+class OutputsOfLoss(TorchFunctionMode):
+    """Notes the first argument of every call to a loss that is convex in it.
+
+    Cross-entropy, binary cross-entropy with logits, and squared error are known, as functions and as modules. Use it
+    as a context around the evaluation of a training loss, then ask for :meth:`of`.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        super().__init__()
+        self._calls: list[tuple[str, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the call and let it happen."""
+        kwargs = kwargs or {}
+        if func in CONVEX_LOSSES:
+            given = args[0] if args else kwargs.get("input")
+            if isinstance(given, Tensor) and given.requires_grad:
+                self._calls.append((CONVEX_LOSSES[func], given))
+        return func(*args, **kwargs)
+
+    def of(self, loss: Tensor) -> tuple[list[Tensor], str]:
+        """The noted outputs that ``loss`` depends on, and the names of the losses they went into.
+
+        Of outputs that depend on each other only the last is returned.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        slopes = [torch.autograd.grad(loss, z, retain_graph=True, allow_unused=True)[0] for _, z in self._calls]
+        used = [call for call, slope in zip(self._calls, slopes, strict=True) if slope is not None]
+        if not used:
+            raise ValueError(
+                "the outputs were not found: the loss has no call of "
+                + ", ".join(CONVEX_LOSSES.values())
+                + ". Pass outputs=lambda module, batch: ... which returns (outputs, loss)."
+            )
+        if _depend_on_each_other([z for _, z in used]):
+            used = used[-1:]
+        return [z for _, z in used], " and ".join(dict.fromkeys(name for name, _ in used))
+
+
+def _depend_on_each_other(outputs: list[Tensor]) -> bool:
+    for i, z in enumerate(outputs):
+        others = [other for j, other in enumerate(outputs) if j != i]
+        if others and any(
+            g is not None for g in torch.autograd.grad(z.sum(), others, retain_graph=True, allow_unused=True)
+        ):
+            return True
+    return False

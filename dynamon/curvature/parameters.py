@@ -1,0 +1,130 @@
+"""Parameters as one flat vector: what every operator of a loss shares."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+Parameters = Sequence[Tensor] | Mapping[str, Tensor]
+
+
+class FlatParameters:
+    """Parameters in a fixed order, seen as one flat vector.
+
+    Args:
+        params: The parameters, or a mapping from their names (``dict(model.named_parameters())``), which lets a
+            block be named.
+
+    Attributes:
+        tensors: The parameters.
+        size: Length n of the flat vector.
+
+    Raises:
+        ValueError: On no parameters, or parameters on several devices or in several dtypes.
+    """
+
+    def __init__(self, params: Parameters) -> None:
+        """Check and keep them."""
+        self.names = list(params) if isinstance(params, Mapping) else None
+        self.tensors = list(params.values()) if isinstance(params, Mapping) else list(params)
+        if not self.tensors:
+            raise ValueError("params is empty: there is nothing to differentiate in.")
+        if len({(p.device, p.dtype) for p in self.tensors}) > 1:
+            kinds = sorted({f"{p.dtype} on {p.device}" for p in self.tensors})
+            raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
+        self._sizes = [p.numel() for p in self.tensors]
+        self.size = sum(self._sizes)
+        self._versions = [p._version for p in self.tensors]
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a parameter was written to since construction."""
+        if [p._version for p in self.tensors] != self._versions:
+            raise RuntimeError(
+                "a parameter changed after this operator was made; it belongs to the old weights. "
+                "Make a new operator after each optimizer step."
+            )
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Views of a flat vector ``[n]``, one in the shape of each parameter."""
+        return [piece.view_as(p) for piece, p in zip(vector.split(self._sizes), self.tensors, strict=True)]
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One flat vector ``[n]``; zeros stand in for a tensor that is not there."""
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if t is None else t.to_dense() if t.is_sparse else t).reshape(-1).to(p.dtype)
+                for t, p in zip(tensors, self.tensors, strict=True)
+            ]
+        )
+
+    def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> list[int]:
+        """Places of a block of parameters.
+
+        Args:
+            chosen: A glob, several globs, or the parameters themselves.
+
+        Raises:
+            ValueError: If nothing matches, names are not known, or a tensor is not among the parameters.
+        """
+        wanted = [chosen] if isinstance(chosen, str | Tensor) else list(chosen)
+        globs = [w for w in wanted if isinstance(w, str)]
+        if globs and self.names is None:
+            raise ValueError("a block by name needs params as a mapping, say dict(model.named_parameters()).")
+        places = {id(p): i for i, p in enumerate(self.tensors)}
+        missing = [w for w in wanted if isinstance(w, Tensor) and id(w) not in places]
+        if missing:
+            raise ValueError(f"a tensor of shape {tuple(missing[0].shape)} is not among the operator's parameters.")
+        found = {places[id(w)] for w in wanted if isinstance(w, Tensor)}
+        found |= {i for i, name in enumerate(self.names or ()) if any(fnmatchcase(name, glob) for glob in globs)}
+        if not found:
+            raise ValueError(f"{wanted} matches no parameter; there are {self.names}.")
+        return sorted(found)
+
+    def subset(self, places: Sequence[int]) -> "FlatParameters":
+        """Some of the parameters, by place."""
+        return FlatParameters([self.tensors[i] for i in places])
+
+    def embed(self, vector: Tensor, places: Sequence[int]) -> Tensor:
+        """The flat vector ``[n]`` with a block's vector at some of the parameters and zeros elsewhere."""
+        pieces: list[Tensor | None] = [None] * len(self.tensors)
+        for i, piece in zip(places, vector.split([self._sizes[i] for i in places]), strict=True):
+            pieces[i] = piece.view_as(self.tensors[i])
+        return self.flatten(pieces)
+
+    def extract(self, vector: Tensor, places: Sequence[int]) -> Tensor:
+        """A block's part of a flat vector ``[n]``; the inverse of :meth:`embed`."""
+        pieces = vector.split(self._sizes)
+        return torch.cat([pieces[i] for i in places])
+
+    @contextmanager
+    def moved(self, step: Tensor) -> Iterator[None]:
+        """The parameters at ``theta + step`` for a while; bitwise what they were at exit.
+
+        Their storage is exchanged, not written to, so that graphs built before stay valid.
+        """
+        kept = [p.data for p in self.tensors]
+        try:
+            for p, piece in zip(self.tensors, self.split(step), strict=True):
+                p.data = p.data + piece
+            yield
+        finally:
+            for p, data in zip(self.tensors, kept, strict=True):
+                p.data = data
+
+    @contextmanager
+    def hooks_off(self) -> Iterator[None]:
+        """Parameter hooks (clamping, logging) are meant for gradients of training, not for products."""
+        registries = [getattr(p, name) for p in self.tensors for name in _HOOKS]
+        hooked = [(hooks, dict(hooks)) for hooks in registries if hooks]
+        for hooks, _ in hooked:
+            hooks.clear()
+        try:
+            yield
+        finally:
+            for hooks, own in hooked:
+                hooks.update(own)
+
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")

@@ -1,0 +1,89 @@
+"""Power iteration, shifted until the largest algebraic eigenvalue is the dominant one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamon.curvature.eigenpairs import Eigenpairs
+from dynamon.curvature.lanczos import random_start
+
+_MINIMUM = 8  # products before a run may stop, and before the shift is chosen
+_POSITIVE = 0.9  # Rayleigh quotient over length of the product, from which on the dominant eigenvalue is positive
+
+
+def power_eigenpairs(
+    operator: Any, k: int, tol: float, max_matvecs: int, warm_start: Tensor | None, seed: int
+) -> Eigenpairs:
+    """The k largest eigenvalues, one after the other; see :func:`dynamon.curvature.top_eigenvalues`.
+
+    Each is found orthogonal to those before. Where negative eigenvalues are about as large as the largest, the
+    iteration goes on with ``A + s I``, s the length of a product, whose dominant eigenvalue is the largest algebraic
+    one.
+    """
+    start = random_start(operator, None, seed)
+    known = start.new_zeros(start.shape[0], 0)
+    warm = None if warm_start is None else warm_start.reshape(warm_start.shape[0], -1)
+    values, residuals, shift, spent, converged = [], [], 0.0, 0, True
+    for index in range(k):
+        begin = random_start(operator, None, seed + index)
+        if warm is not None and index < warm.shape[1]:
+            begin = random_start(operator, warm[:, index], seed + index)
+        run = _Run(operator, known, shift, begin)
+        run.iterate(tol, max(2, max_matvecs // k))
+        values.append(run.value)
+        residuals.append(run.residual)
+        shift, spent, converged = run.shift, spent + run.matvecs, converged and run.converged
+        known = torch.cat([known, run.vector[:, None]], dim=1)
+    order = torch.tensor(values).argsort(descending=True)
+    found = torch.tensor(values, dtype=torch.float64)[order]
+    allowance = 16 * torch.finfo(start.dtype).eps * max(abs(float(found[0])), abs(shift))
+    return Eigenpairs(
+        values=found,
+        vectors=known[:, order.to(known.device)],
+        residuals=torch.tensor(residuals, dtype=torch.float64)[order],
+        lower=float(found[0]) - allowance,
+        upper=None,
+        smallest=min(shift, float(found[-1])),
+        matvecs=spent,
+        converged=converged,
+    )
+
+
+class _Run:
+    """Power iteration for one eigenvalue, orthogonal to known vectors."""
+
+    def __init__(self, operator: Any, known: Tensor, shift: float, start: Tensor) -> None:
+        self._operator, self._known, self.shift = operator, known, shift
+        self.vector = self._unit(start)
+        self.value, self.residual, self.matvecs, self.converged = 0.0, float("inf"), 0, False
+
+    def iterate(self, tol: float, max_matvecs: int) -> None:
+        """Multiply until residual and change are small, or the products are spent."""
+        for _ in range(max_matvecs):
+            product = self._product()
+            value, moved = float(self.vector @ product), product - self.shift * self.vector
+            length = float(torch.linalg.vector_norm(moved))
+            scale = tol * max(abs(value), abs(self.shift))
+            self.residual = float(torch.linalg.vector_norm(product - value * self.vector))
+            steady = self.matvecs >= _MINIMUM and self.residual <= scale and abs(value - self.value) <= scale
+            self.value = value
+            if steady and value >= self.shift:
+                self.converged = True
+                return
+            self.vector = self._unit(moved)
+            if self.matvecs == _MINIMUM and value - self.shift < _POSITIVE * length:
+                self.shift -= length  # negative eigenvalues are about as large: move them to zero
+
+    def _product(self) -> Tensor:
+        dtype = getattr(self._operator, "dtype", self.vector.dtype)
+        product = (self._operator @ self.vector.to(dtype)).to(self.vector)
+        self.matvecs += 1
+        if not torch.isfinite(product).all():
+            raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
+        return product
+
+    def _unit(self, vector: Tensor) -> Tensor:
+        for _ in range(2):
+            vector = vector - self._known @ (self._known.mT @ vector)
+        return vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
