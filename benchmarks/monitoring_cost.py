@@ -26,7 +26,7 @@ CASES: dict[str, Any] = {
     "none": lambda: None,
     "gradient": lambda: GradientMonitor(every_n_steps=2),
     "weight": lambda: WeightMonitor(every_n_steps=5),
-    "stability ratio": lambda: SharpnessMonitor(every_n_steps=20, hessian=False),
+    "stability ratio": lambda: SharpnessMonitor(every_n_steps=20, quantities=["stability_ratio"]),
     "stability ratio and Hessian": lambda: SharpnessMonitor(every_n_steps=20),
     "steering": NoiseAdaptiveLR,
     "economy, budget 0.02": lambda: DynamicsMonitor(budget=0.02),

@@ -7,7 +7,8 @@ from functools import partial
 from dynamon.callbacks.gradients import GradientMeter
 from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.callbacks.sharpness import SharpnessMeter, check_probe
+from dynamon.callbacks.probe import ProbeMeter, check_probe
+from dynamon.callbacks.sharpness import QUANTITIES, sharpness_meters
 from dynamon.callbacks.weights import WeightMeter
 from dynamon.probe import LossFn
 
@@ -21,20 +22,30 @@ class Preset:
         weights: Steps between weight readings.
         sharpness: Steps between sharpness readings.
         probe_fraction: Share of a batch in the probe.
-        hessian: Whether the Hessian's own eigenvalue is measured beside an Adam run's stability ratio.
+        quantities: Sharpness quantities, as in :class:`SharpnessMonitor`.
     """
 
     gradients: int
     weights: int
     sharpness: int
     probe_fraction: float
-    hessian: bool
+    quantities: tuple[str, ...]
 
 
+_ECONOMY = ("stability_ratio", "directional", "critical")
+_EXPENSIVE = ("preconditioned", "ggn", "trace", "density")  # asked for by name, in SharpnessMonitor
 PRESETS = {
-    "economy": Preset(gradients=4, weights=20, sharpness=20, probe_fraction=0.25, hessian=False),
-    "standard": Preset(gradients=2, weights=10, sharpness=20, probe_fraction=0.25, hessian=True),
-    "full": Preset(gradients=1, weights=5, sharpness=10, probe_fraction=1.0, hessian=True),
+    "economy": Preset(gradients=4, weights=20, sharpness=20, probe_fraction=0.25, quantities=_ECONOMY),
+    "standard": Preset(
+        gradients=2, weights=10, sharpness=20, probe_fraction=0.25, quantities=(*_ECONOMY, "hessian", "bracket")
+    ),
+    "full": Preset(
+        gradients=1,
+        weights=5,
+        sharpness=10,
+        probe_fraction=1.0,
+        quantities=tuple(q for q in QUANTITIES if q not in _EXPENSIVE),
+    ),
 }
 
 
@@ -44,13 +55,15 @@ class DynamicsMonitor(Monitor):
     It writes the tags of :class:`GradientMonitor`, :class:`WeightMonitor` and :class:`SharpnessMonitor`; see
     their tables.
 
-    ============  ================  ===============  =================  =========================================
-    preset        gradients every   weights every    sharpness every    sharpness
-    ============  ================  ===============  =================  =========================================
-    ``economy``   4 steps           20 steps         20 steps           stability ratio, on a quarter of a batch
-    ``standard``  2 steps           10 steps         20 steps           with the Hessian, on a quarter of a batch
-    ``full``      1 step            5 steps          10 steps           with the Hessian, on a whole batch
-    ============  ================  ===============  =================  =========================================
+    ============  ===============  ==============  ================  =============================================
+    preset        gradients every  weights every   sharpness every   sharpness
+    ============  ===============  ==============  ================  =============================================
+    ``economy``   4 steps          20 steps        20 steps          stability ratio, directional and critical
+                                                                     sharpness, on a quarter of a batch
+    ``standard``  2 steps          10 steps        20 steps          with the Hessian and the bracket
+    ``full``      1 step           5 steps         10 steps          with batch sharpness, the top eigenspace and
+                                                                     every layer's block, on a whole batch
+    ============  ===============  ==============  ================  =============================================
 
     These are the shortest intervals; the budget stretches them. Below 4 % (``full``: 17 %) it also cuts the probe,
     to ``6 * budget`` of a batch; ``sharpness/probe_samples`` shows what is left. For SGD the Hessian's eigenvalue
@@ -108,10 +121,11 @@ class DynamicsMonitor(Monitor):
 def _meters(
     preset: Preset, every_n_steps: int | None, loss_fn: LossFn | None, probe_batches: int, probe_fraction: float
 ) -> list[Meter]:
-    """Gradients and weights keep to their part of the budget, sharpness takes what they leave."""
-    sharpness = Cadence(every_n_steps, preset.sharpness, share=1.0)
+    """Gradients, weights and steps keep to their part of the budget, eigenvalues take what they leave."""
+    probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction)
+    steps, eigenvalues = (partial(Cadence, every_n_steps, preset.sharpness, share) for share in (0.2, 1.0))
     return [
         GradientMeter(Cadence(every_n_steps, preset.gradients, share=0.25)),
         WeightMeter(Cadence(every_n_steps, preset.weights, share=0.1)),
-        SharpnessMeter(sharpness, loss_fn, probe_batches, probe_fraction, preset.hessian, tol=2e-2, max_matvecs=40),
+        *sharpness_meters(preset.quantities, probe, steps, eigenvalues),
     ]

@@ -102,7 +102,7 @@ class Meter(ABC):
     """
 
     name: str
-    tags: Mapping[str, str]
+    tags: Mapping[str, str] = {}
     quantities: Mapping[str, str] = {}
     panels: Layout = {}
 

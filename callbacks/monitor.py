@@ -56,6 +56,7 @@ class Monitor(DynamonCallback):
         self._run: Run | None = None
         self._failures = 0
         self._in_a_row = {meter.name: 0 for meter in self._meters}
+        self._causes: set[str] = set()
         self._stepped = False
 
     @property
@@ -199,7 +200,9 @@ class Monitor(DynamonCallback):
         meter.cadence.last = self._run.step
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         after = "It is paused now." if self.paused(meter) else "Training goes on; strict=True raises here instead."
-        if self._in_a_row[meter.name] in (1, PAUSE_AFTER):
+        news = self._in_a_row[meter.name] == 1 and first_line not in self._causes
+        self._causes.add(first_line)  # what stops two meters at once is one story
+        if news or self.paused(meter):
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
 
 

@@ -25,8 +25,8 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     buffer; train and eval modes; every plain attribute of every submodule (numbers, strings, tensors, arrays, random
     generators, and the contents of lists, dicts, sets and deques, nested ones too), which covers counters, collected
     outputs, averaged teachers and the states of torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad`` is
-    None inside and what it was at exit. Not covered: files, dataloader iterators and objects of the user's own classes. Memory: one
-    copy of parameters and buffers.
+    None inside and what it was at exit. Not covered: files, dataloader iterators and objects of the user's own
+    classes. Memory: one copy of parameters and buffers.
 
     Args:
         module: The module.
@@ -88,12 +88,12 @@ def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, 
         raise ValueError(f"{source} must return a scalar tensor as loss, got {type(loss).__name__}.")
     if loss.numel() != 1:
         raise ValueError(f"{source} must return a scalar loss, got shape {tuple(loss.shape)}; reduce it first.")
-    if not loss.requires_grad:
+    if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(f"the loss that {source} returned does not depend on any parameter.")
     return loss.reshape(())
 
 
-def take_samples(batch: Any, fraction: float) -> tuple[Any, int | None]:
+def take_samples(batch: Any, fraction: float, most: int | None = None) -> tuple[Any, int | None]:
     """The first share of a batch's samples, copied.
 
     Args:
@@ -101,6 +101,7 @@ def take_samples(batch: Any, fraction: float) -> tuple[Any, int | None]:
             first one, else the whole batch is taken. A list without tensors that is as long holds one entry a
             sample (texts, names) and is cut too.
         fraction: Share in (0, 1]; at least two samples are taken, which BatchNorm and contrastive losses need.
+        most: Upper limit on the samples, where there is one.
 
     Returns:
         The copy and the number of samples in it, None where samples cannot be told apart.
@@ -109,13 +110,30 @@ def take_samples(batch: Any, fraction: float) -> tuple[Any, int | None]:
     if len(sizes) != 1:
         return _clone(batch), None
     size = sizes.pop()
-    count = min(size, max(2, round(size * fraction)))
+    wanted = round(size * fraction) if most is None else min(most, round(size * fraction))
+    count = min(size, max(2, wanted))
     part = _map_tensors(
         batch,
         lambda t: t.detach()[:count].clone() if t.ndim else t.detach().clone(),
         lambda values: values[:count] if len(values) == size else values,
     )
     return part, count
+
+
+def batch_weight(batch: Any, name: str) -> float:
+    """The sum of a batch's entry of that name (a mask of tokens, say): its weight among others.
+
+    Raises:
+        ValueError: If the batch has no such entry or attribute, or it does not sum to a positive number.
+    """
+    entry = batch.get(name) if isinstance(batch, dict) else getattr(batch, name, None)
+    if entry is None:
+        known = sorted(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(f"the batch has no {name!r} to weigh it by; it is {known}.")
+    weight = float(torch.as_tensor(entry).sum())
+    if not weight > 0:
+        raise ValueError(f"the batch's {name!r} sums to {weight}; a weight must be positive.")
+    return weight
 
 
 def _step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> list[Any]:

@@ -7,12 +7,14 @@ value that hovers around one (the edge of stability) is normal training too, not
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
+from dynamon.preconditioner import second_moment_scale
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def stability_ratio(
 
     * SGD with momentum b: P = I, D = lr (1 - dampening) / (2 (1 + b)); Nesterov: D = lr (1 + 2 b) / (2 (1 + b));
     * Adam and AdamW: P = (sqrt(v_hat) + eps) (1 - b1^t), D = lr (1 - b1) / ((2 - lr wd) (1 + b1)), with
-      ``max_exp_avg_sq`` for AMSGrad and wd the decoupled decay.
+      ``max_exp_avg_sq`` for AMSGrad and wd the decoupled decay;
+    * RMSprop with momentum b: P = sqrt(v) + eps, D = lr / (2 (1 + b)).
 
     Coupled decay adds wd I to H, ``maximize`` flips the sign of H.
 
@@ -104,7 +107,7 @@ def stability_scaling(
     """Read the scaling of :func:`stability_ratio` off an optimizer's groups and state.
 
     Args:
-        optimizer: SGD, Adam or AdamW of ``torch.optim`` (subclasses included).
+        optimizer: SGD, Adam, AdamW or RMSprop of ``torch.optim`` (subclasses included).
         params: The parameters, in the order of the flat coordinates.
         ratios: A factor on the learning rate for each parameter, or None for ones.
 
@@ -113,7 +116,8 @@ def stability_scaling(
     """
     if not has_stability_condition(optimizer):
         raise ValueError(
-            f"{type(optimizer).__name__} has no known stability condition; it is known for SGD, Adam and AdamW."
+            f"{type(optimizer).__name__} has no known stability condition; "
+            "it is known for SGD, Adam, AdamW and RMSprop."
         )
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     factors = [1.0] * len(params) if ratios is None else list(ratios)
@@ -127,7 +131,7 @@ def stability_scaling(
     squared = torch.cat(pieces)
     missing = squared.isnan()
     left_out = int(missing.sum())
-    if not any(optimizer.state.get(p) for p in params) and isinstance(optimizer, Adam):
+    if not any(optimizer.state.get(p) for p in params) and not isinstance(optimizer, SGD):
         raise ValueError("the optimizer has taken no step yet, so its stability ratio is not defined.")
     squared = squared.masked_fill(missing, 0.0)
     signs = {-1.0 if group_of[id(p)].get("maximize", False) else 1.0 for p in params}
@@ -146,7 +150,7 @@ def stability_scaling(
 def has_stability_condition(optimizer: Optimizer) -> bool:
     """Whether :func:`stability_ratio` knows the optimizer (by class, subclasses with another name excluded)."""
     names = {cls.__name__ for cls in type(optimizer).__mro__}
-    return isinstance(optimizer, SGD | Adam) and not names & {"NAdam", "RAdam"}
+    return isinstance(optimizer, SGD | Adam | RMSprop) and not names & {"NAdam", "RAdam"}
 
 
 def stability_threshold(optimizer: Optimizer) -> float | None:
@@ -181,15 +185,16 @@ def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ra
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
         return torch.full((p.numel(),), value, dtype=p.dtype, device=p.device)
-    state = optimizer.state.get(p)
-    if not state or "exp_avg_sq" not in state:
+    divisor = second_moment_scale(optimizer.state.get(p), group, p)
+    if divisor is None:
         return torch.full((p.numel(),), torch.nan, dtype=p.dtype, device=p.device)
-    beta1, beta2 = (float(b) for b in group["betas"])  # type: ignore[attr-defined]
-    step = float(state["step"])
-    rate = float(group["lr"]) * ratio  # type: ignore[arg-type]
-    decay = float(group["weight_decay"]) if _decoupled(group) else 0.0  # type: ignore[arg-type]
-    moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    v_hat = moment.detach().reshape(-1).to(p.dtype) / (1 - beta2**step)
-    preconditioner = (v_hat.sqrt() + float(group["eps"])) * (1 - beta1**step)  # type: ignore[arg-type]
-    damping = rate * (1 - beta1) / ((2 - rate * decay) * (1 + beta1))
-    return torch.where(v_hat > 0, damping / preconditioner, torch.nan)
+    return _adaptive_factor(optimizer, group, ratio) / divisor
+
+
+def _adaptive_factor(optimizer: Optimizer, group: dict[str, Any], ratio: float) -> float:
+    rate = float(group["lr"]) * ratio
+    if isinstance(optimizer, RMSprop):  # heavy ball on the preconditioned gradient
+        return rate / (2 * (1 + float(group["momentum"])))
+    beta1 = float(group["betas"][0])
+    decay = float(group["weight_decay"]) if _decoupled(group) else 0.0
+    return rate * (1 - beta1) / ((2 - rate * decay) * (1 + beta1))

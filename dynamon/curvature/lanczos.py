@@ -17,13 +17,14 @@ _MINIMUM = {0: 8, 1: 16, 2: 12}  # products before a run may stop, by the number
 _MINIMUM_TRACKED = 5  # ... with three and more
 _BURST = 2  # products between two looks at the projected matrix after that (one host read each)
 _CERTIFY_MATVECS = 20  # an unrestarted run this long gives an upper bound worth showing
+_GROWTH = 8  # vectors that a certified run, which may not restart, adds at a time
 _CONFIDENCE = 0.99
 _NOISE = 0.3  # share of fresh noise in a warm start; without any, a run cannot find a new direction
 
 
-def basis_vectors(k: int, max_matvecs: int, certify: bool) -> int:
-    """Vectors of length n that :func:`lanczos_eigenpairs` holds."""
-    return (max(max_matvecs, _CERTIFY_MATVECS) if certify else _basis_size(k)) + 1
+def basis_vectors(k: int, certify: bool = False) -> int:
+    """Vectors of length n that :func:`lanczos_eigenpairs` holds; a certified run adds one for each further product."""
+    return (_CERTIFY_MATVECS if certify else _basis_size(k)) + 1
 
 
 def _basis_size(k: int) -> int:
@@ -39,7 +40,7 @@ def lanczos_eigenpairs(
     if certify:
         warm_start = None
     # A small operator is not worth a restart: a full basis is exact.
-    basis_size = min(budget, size) if certify or size <= budget else min(_basis_size(k), size)
+    basis_size = min(_CERTIFY_MATVECS, size) if certify else size if size <= budget else min(_basis_size(k), size)
     state = Lanczos(operator, random_start(operator, warm_start, seed), basis_size)
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
     minimum = min(_CERTIFY_MATVECS if certify else _MINIMUM.get(tracked, _MINIMUM_TRACKED), budget)
@@ -52,7 +53,9 @@ def lanczos_eigenpairs(
         enough = state.matvecs >= minimum and _agrees(ritz, tol)
         if enough or ritz.exhausted or state.matvecs >= budget:
             break
-        if state.full:
+        if state.full and certify:
+            state.grow(min(_GROWTH, size - state.size))
+        elif state.full:
             state.restart(k + 3)
     values = ritz.values[:k]
     allowance = 16 * torch.finfo(state.basis.dtype).eps * float(np.abs(ritz.values).max())
@@ -100,7 +103,15 @@ class Lanczos:
 
     @property
     def full(self) -> bool:
+        """Whether there is no room for a further product."""
         return self.size == self.capacity
+
+    def grow(self, count: int) -> None:
+        """Make room for more vectors."""
+        self.basis = torch.cat([self.basis, self.basis.new_zeros(count, self.basis.shape[1])])
+        wider = self.projected.new_zeros(self.capacity + count + 1, self.capacity + count)
+        wider[: self.capacity + 1, : self.capacity] = self.projected
+        self.projected, self.capacity = wider, self.capacity + count
 
     def extend(self, count: int) -> None:
         """Take ``count`` products, or as many as the basis has room for."""

@@ -46,7 +46,7 @@ def trace(operator: Any, *, samples: int = 16, seed: int = 0) -> TraceEstimate:
     found = []
     for _ in range(samples):
         signs = torch.randint(2, operator.shape[:1], generator=generator, device=device).mul(2).sub(1).to(dtype)
-        found.append((signs.double() @ (operator @ signs).double()))
+        found.append(signs.double() @ (operator @ signs).double())
     values = torch.stack(found).cpu()
     error = float(values.std() / math.sqrt(samples)) if samples > 1 else math.nan
     return TraceEstimate(float(values.mean()), error, samples)

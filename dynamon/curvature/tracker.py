@@ -77,3 +77,16 @@ class EigenTracker:
         if self.threshold is not None and float(found.values[-1]) > self.threshold and self.k < operator.shape[0]:
             self.k += 1
         return found
+
+    def state_dict(self, most: int | None = None) -> dict[str, Any]:
+        """What a resumed run needs to go on the same.
+
+        Args:
+            most: Leave the vectors out where they hold more numbers than this; the next measurement is then cold.
+        """
+        small = self.vectors is not None and (most is None or self.vectors.numel() <= most)
+        return {"k": self.k, "taken": self.taken, "vectors": self.vectors if small else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where :meth:`state_dict` was called."""
+        self.k, self.taken, self.vectors = int(state["k"]), int(state["taken"]), state["vectors"]

@@ -18,11 +18,14 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
+from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.cli.language_model import LanguageModel
 from dynamon.rates import FixedRates
 from tests.helpers import Classifier, batches, cnn, fit, mlp, same_weights, trainer
 
-CONDITIONAL = ("_unconverged",)  # written only where something did not converge
+# Written only where something did not converge, for SGD only, or where the loss bends upwards along a step.
+CONDITIONAL = ("_unconverged", "sharpness/threshold", "sharpness/critical", "sharpness/greedy_multiple")
+EVERY_TENTH = ("_upper", "_bracket")
 
 
 class Streams(Callback):
@@ -56,7 +59,7 @@ def all_monitors() -> list:
     return [
         GradientMonitor(every_n_steps=1, strict=True),
         WeightMonitor(every_n_steps=1, strict=True),
-        SharpnessMonitor(every_n_steps=1, strict=True, probe_fraction=0.5),
+        SharpnessMonitor(every_n_steps=2, strict=True, probe_fraction=0.5, quantities=QUANTITIES),
     ]
 
 
@@ -99,24 +102,24 @@ def _at_least_five_finite_readings(monitors: list) -> None:
     """A monitor that measures nothing is invisible too."""
     for monitor in monitors:
         for meter in monitor._meters:
-            adam_only = {"sharpness/left_out"}
+            adam_only = {"sharpness/left_out", "sharpness/preconditioned_max"}
             for tag in [*meter.tags, *meter.quantities]:
-                if tag.endswith(CONDITIONAL) or (tag in adam_only and tag not in monitor.history):
+                if tag.endswith(CONDITIONAL) or (tag.startswith(tuple(adam_only)) and tag not in monitor.history):
                     continue
                 values = monitor.history[tag].values
                 rows = np.isfinite(values).reshape(len(values), -1).any(1)
-                assert rows.sum() >= 5, tag
+                assert rows.sum() >= (1 if tag.endswith(EVERY_TENTH) else 5), tag
 
 
 def test_promise_1_invisible_on_the_demo_model() -> None:
     """The same on the language model of the demo, shortened."""
-    text = torch.randint(256, (64, 33), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(256, (64, 17), generator=torch.Generator().manual_seed(0))
     results = []
-    for monitors in ([], [DynamicsMonitor("full", every_n_steps=1, strict=True)]):
+    for monitors in ([], [DynamicsMonitor("full", every_n_steps=5, strict=True)]):
         torch.manual_seed(0)
-        module = LanguageModel(steps=60, context=32)
+        module = LanguageModel(steps=30, context=16)
         data = torch.utils.data.DataLoader(text, batch_size=4)
-        run = trainer(monitors, steps=60, max_epochs=-1, gradient_clip_val=1.0, val_check_interval=7)
+        run = trainer(monitors, steps=30, max_epochs=-1, gradient_clip_val=1.0, val_check_interval=7)
         run.fit(module, data, torch.utils.data.DataLoader(text[:8], batch_size=4))
         results.append((module, monitors))
     assert same_weights(results[0][0], results[1][0])
@@ -212,11 +215,11 @@ def test_promise_5_never_the_cause_of_a_crash() -> None:
     plain, module = Classifier(mlp()), Classifier(mlp())
     fit(plain, [])
     monitor = DynamicsMonitor(every_n_steps=2, loss_fn=broken)
-    with pytest.warns(UserWarning, match="sharpness measurement failed: no such luck"):
+    with pytest.warns(UserWarning, match="measurement failed: no such luck"):
         fit(module, [monitor])
     assert same_weights(plain, module)
-    assert monitor.failures == 3
-    assert monitor.history["dynamon/failures"].values[-1] == 3
+    assert monitor.failures == 6  # three of each meter that needs the loss
+    assert monitor.history["dynamon/failures"].values[-1] == 6
     assert len(monitor.history["gradient/norm"]) >= 5
     with pytest.raises(RuntimeError, match="no such luck"):
         fit(Classifier(mlp()), [DynamicsMonitor(every_n_steps=2, loss_fn=broken, strict=True)])

@@ -1,0 +1,445 @@
+"""What the curvature of the whole loss is: eigenvalues, stability, traces, densities, blocks."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynamon.callbacks.layerwise_lr import steering_of
+from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, evaluation, trained_parameters
+from dynamon.callbacks.steps import StepMeter
+from dynamon.curvature import (
+    Eigenpairs,
+    EigenTracker,
+    GGNOperator,
+    HessianOperator,
+    LinearOperator,
+    OutputsOfLoss,
+    SpectralDensity,
+    blockwise_sharpness,
+    eigenspace_overlap,
+    eigenspace_share,
+    spectral_density,
+    trace,
+)
+from dynamon.memory import basis_memory, free_memory
+from dynamon.panels import SHARPNESS
+from dynamon.preconditioner import has_second_moment, preconditioned, preconditioner
+from dynamon.stability import (
+    StabilityScaling,
+    has_stability_condition,
+    stability_operator,
+    stability_scaling,
+    stability_threshold,
+)
+
+SUBSPACE = 5  # eigenvectors in the top eigenspace
+_TRACE_SAMPLES = 16
+_DENSITY_STEPS, _DENSITY_PROBES = 60, 2
+Outputs = Callable[[Any, Any], tuple[Any, Tensor]]
+
+
+def _solved(tag: str, meaning: str) -> dict[str, str]:
+    """The tags of one solve."""
+    return {
+        f"sharpness/{tag}": meaning,
+        f"sharpness/{tag}_upper": "99 % upper bound on it, now and then",
+        f"sharpness/{tag}_residual": "residual of its eigenpair",
+        f"sharpness/{tag}_unconverged": "the value where it did not converge: a lower bound only",
+    }
+
+
+TAGS: dict[str, dict[str, str]] = {
+    "stability_ratio": {
+        **_solved("stability_ratio", "largest eigenvalue of the update's own Hessian; 1 is the largest stable step"),
+        "sharpness/left_out": "coordinates left out because the optimizer has never seen them move",
+    },
+    "hessian": {
+        **_solved("hessian_max", "largest eigenvalue of the Hessian"),
+        "sharpness/hessian_min": "smallest Ritz value: an upper bound on the smallest eigenvalue",
+        "sharpness/threshold": "the eigenvalue at which plain gradient descent becomes unstable (SGD)",
+    },
+    "preconditioned": _solved("preconditioned_max", "largest eigenvalue of the Hessian between P^-1/2 (Adam's P)"),
+    "ggn": _solved("ggn_max", "largest eigenvalue of the Gauss-Newton matrix"),
+    "bracket": {
+        "sharpness/hessian_max_bracket": "the probe's top direction on other samples: below the full loss's eigenvalue",
+        "sharpness/stability_ratio_bracket": "the same for the stability ratio",
+    },
+    "subspace": {
+        "sharpness/gradient_share": f"share of the gradient in the top eigenspace of {SUBSPACE} vectors",
+        "sharpness/update_share": "share of the last update in it",
+        "sharpness/eigenspace_overlap": "overlap with the eigenspace of the measurement before",
+    },
+    "trace": {"sharpness/trace": "trace of the Hessian", "sharpness/trace_error": "its standard error"},
+    "density": {
+        "sharpness/outliers": "eigenvalues that stand apart above the bulk of the Hessian's spectrum",
+        "sharpness/bulk_edge": "where that bulk ends",
+    },
+    "blocks": {},
+}
+BLOCKS = "sharpness/block"
+COMMON = {
+    "sharpness/products": "Hessian products this measurement took",
+    "sharpness/probe_loss": "training loss on the probe",
+    "sharpness/probe_samples": "samples in the probe",
+}
+
+
+@dataclass
+class _Point:
+    """One measurement in the making."""
+
+    run: Run
+    params: dict[str, Tensor]
+    hessian: HessianOperator
+    optimizer: Optimizer | None
+    readings: dict[str, float] = field(default_factory=dict)
+    products: int = 0
+    second: HessianOperator | None = None
+
+
+class EigenvalueMeter(Meter):
+    """Tracks the top of the curvature on the probe, and whatever else of the spectrum was asked for.
+
+    Args:
+        cadence: When.
+        probe: What the loss is evaluated on.
+        steps: Takes over with critical sharpness where the vectors do not fit into memory.
+        quantities: Keys of :data:`TAGS`.
+        tol: Relative tolerance of the solves.
+        max_matvecs: Most products a solve.
+        outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
+        memory_limit: GiB for the solver's vectors; None for half of what is free when training starts.
+    """
+
+    name = "sharpness"
+    panels = SHARPNESS
+
+    def __init__(
+        self,
+        cadence: Cadence,
+        probe: ProbeMeter,
+        steps: StepMeter,
+        quantities: Sequence[str],
+        tol: float,
+        max_matvecs: int,
+        outputs: Outputs | None = None,
+        memory_limit: float | None = None,
+    ) -> None:
+        """Nothing tracked yet."""
+        super().__init__(cadence)
+        self._probe, self._steps, self._outputs, self._memory_limit = probe, steps, outputs, memory_limit
+        self._wanted = frozenset(quantities)
+        self._tol, self._max_matvecs = tol, max_matvecs
+        self.tags = {tag: meaning for q in TAGS if q in self._wanted for tag, meaning in TAGS[q].items()} | COMMON
+        self.quantities = {BLOCKS: "largest eigenvalue of the layer's own block"} if "blocks" in self._wanted else {}
+        self._trackers: dict[str, EigenTracker] = {}
+        self._blocks: dict[str, Tensor] = {}
+        self._space: Tensor | None = None
+        self.last_density: SpectralDensity | None = None
+        self._product_seconds: deque[float] = deque(maxlen=5)
+        self._too_large, self._certify = False, True
+        self._told: set[str] = set()
+        self._last_loss = math.inf
+
+    def start(self, run: Run) -> None:
+        """Say what cannot be measured, and what is measured instead."""
+        if self._probe.off:
+            return
+        optimizer = _only(run.trainer.optimizers)
+        if optimizer is not None and "stability_ratio" in self._wanted and not has_stability_condition(optimizer):
+            self._steps.also("directional")
+            rank_zero_info(
+                f"no stability ratio: {type(optimizer).__name__} has no known stability condition; the Hessian's largest "
+                "eigenvalue and the sharpness along the step in the layers' own norms are shown instead."
+            )
+        self._check_memory(run)
+
+    def _check_memory(self, run: Run) -> None:
+        params = list(trained_parameters(run).values())
+        if not params:
+            return
+        limit = self._memory_limit * 2**30 if self._memory_limit else free_memory(params[0].device) / 2
+        self._certify = basis_memory(params, certify=True) <= limit
+        needed = basis_memory(params, self._max_eigenvalues())
+        self._too_large = needed > limit
+        if self._too_large:
+            self._steps.also("critical")
+            rank_zero_warn(
+                f"the vectors of an eigenvalue solve take {needed / 2**30:.3g} GiB and {limit / 2**30:.3g} GiB are "
+                "allowed: critical sharpness, which needs forward passes only, is shown instead. Raise memory_limit "
+                "to have eigenvalues."
+            )
+
+    def _max_eigenvalues(self) -> int:
+        return SUBSPACE if "subspace" in self._wanted else 1
+
+    def is_missed(self) -> bool:
+        """Not where it is off for another reason."""
+        return super().is_missed() and not self._probe.off and not self._too_large
+
+    @property
+    def taken(self) -> int:
+        """Measurements so far, those before a resume included."""
+        return max((tracker.taken for tracker in self._trackers.values()), default=0)
+
+    def expected(self, run: Run) -> float:
+        """Products of the coming measurement at what they took lately.
+
+        A guess of two training steps for a product on a full batch counts as one experience, so that a single
+        slow measurement does not keep the next one away for long.
+        """
+        trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
+        products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
+        products += _TRACE_SAMPLES * ("trace" in self._wanted) + 6 * len(run.layers) * ("blocks" in self._wanted)
+        products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
+        guess = 2 * run.seconds_per_step * self._probe.share
+        return products * median([guess, *self._product_seconds])
+
+    def _is_due(self, run: Run) -> bool:
+        possible = self._wanted and self._probe.ready and not self._too_large
+        return bool(possible) and self.cadence.due(run, self.name, self.expected(run), run.step)
+
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Have the update kept where its share in the top eigenspace is wanted."""
+        if "subspace" in self._wanted and self._is_due(run):
+            self._steps.copy_weights(run)
+
+    def batch_end(self, run: Run) -> None:
+        """Measure when due."""
+        if not self._is_due(run):
+            return
+        spent = run.budget.spent_on.get(self.name, 0.0)
+        with run.charge(self.name):
+            products = self._measure(run)
+        self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
+        self.done(run)
+
+    def _measure(self, run: Run) -> int:
+        params = trained_parameters(run)
+        with evaluation(run):
+            hessian = HessianOperator(lambda: self._probe.loss(run), params)
+            point = _Point(run, params, hessian, _only(run.trainer.optimizers))
+            point.readings["sharpness/probe_loss"] = float(hessian.loss)
+            if self._probe.samples is not None:
+                point.readings["sharpness/probe_samples"] = float(self._probe.samples)
+            self._measure_hessian(point)
+            self._say_backend(point)
+            del hessian, point.hessian  # its graph makes room for the Gauss-Newton matrix's
+            if "ggn" in self._wanted:
+                self._ggn(point)
+            point.readings["sharpness/products"] = float(point.products)
+            run.recorder.scalars(point.readings, headline=True)
+        self._warn(run, point.readings)
+        return point.products
+
+    def _measure_hessian(self, point: _Point) -> None:
+        """Everything that shares the graph of the probe's gradient."""
+        optimizer = point.optimizer
+        if optimizer is not None and "stability_ratio" in self._wanted and has_stability_condition(optimizer):
+            self._stability(point, optimizer)
+        # SGD's stability ratio brings the Hessian with it; without any ratio the Hessian is all there is.
+        if self._wanted & {"hessian", "subspace"} or not point.products and "stability_ratio" in self._wanted:
+            if "sharpness/hessian_min" not in point.readings:
+                self._solve_hessian(point)
+        if "preconditioned" in self._wanted and optimizer is not None:
+            self._preconditioned(point, optimizer)
+        if "trace" in self._wanted:
+            found = trace(point.hessian, samples=_TRACE_SAMPLES, seed=self.points)
+            point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
+            point.products += found.matvecs
+        if "density" in self._wanted:
+            self._density(point)
+        if "blocks" in self._wanted:
+            self._blockwise(point)
+
+    def _stability(self, point: _Point, optimizer: Optimizer) -> None:
+        rates = steering_of(point.run.trainer, optimizer)
+        ratios = {} if rates is None else rates.ratios
+        ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
+        params = list(point.params.values())
+        scaling = stability_scaling(optimizer, params, [ratio_of.get(id(p), 1.0) for p in params])
+        point.readings["sharpness/left_out"] = float(scaling.left_out)
+        if scaling.constant is not None and scaling.constant > 0:
+            # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
+            found = self._solve_hessian(point)
+            point.readings |= _readings("stability_ratio", found.scaled(scaling.constant))
+            bracket = point.readings.get("sharpness/hessian_max_bracket")
+            if bracket is not None:
+                point.readings["sharpness/stability_ratio_bracket"] = bracket * scaling.constant
+            return
+        found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
+        self._bracket(point, "stability_ratio", found, scaling)
+
+    def _preconditioned(self, point: _Point, optimizer: Optimizer) -> None:
+        if has_second_moment(optimizer):
+            diagonal = preconditioner(optimizer, list(point.params.values()))
+            self._solve(point, "preconditioned_max", preconditioned(point.hessian, diagonal))
+        elif "preconditioned" not in self._told:
+            self._told.add("preconditioned")
+            rank_zero_info(
+                f"preconditioned: {type(optimizer).__name__} keeps no second moment, so there is none to show."
+            )
+
+    def _solve_hessian(self, point: _Point) -> Eigenpairs:
+        found = self._solve(point, "hessian_max", point.hessian, self._max_eigenvalues())
+        point.readings["sharpness/hessian_min"] = found.smallest
+        threshold = None if point.optimizer is None else stability_threshold(point.optimizer)
+        if threshold is not None:
+            point.readings["sharpness/threshold"] = threshold
+        self._bracket(point, "hessian_max", found, None)
+        if "subspace" in self._wanted:
+            self._subspace(point, found)
+        return found
+
+    def _solve(self, point: _Point, tag: str, operator: LinearOperator, k: int = 1) -> Eigenpairs:
+        tracker = self._trackers.setdefault(tag, self._tracker(k))
+        found = tracker.update(operator)
+        point.products += found.matvecs
+        point.readings |= _readings(tag, found)
+        return found
+
+    def _tracker(self, k: int = 1) -> EigenTracker:
+        return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=self._max_matvecs)
+
+    def _bracket(self, point: _Point, tag: str, found: Eigenpairs, scaling: StabilityScaling | None) -> None:
+        """The top direction's curvature on other samples, when the upper bound is taken."""
+        if found.upper is None or "bracket" not in self._wanted or not self._probe.second_ready:
+            return
+        if point.second is None:
+            point.second = HessianOperator(lambda: self._probe.loss(point.run, second=True), point.params)
+        operator = point.second if scaling is None else stability_operator(point.second, scaling)
+        vector = found.vectors[:, 0].to(operator.dtype)
+        point.readings[f"sharpness/{tag}_bracket"] = float(vector @ (operator @ vector))
+        point.products += 1
+
+    def _subspace(self, point: _Point, found: Eigenpairs) -> None:
+        space = found.vectors[:, : len(found.values)]
+        point.readings["sharpness/gradient_share"] = eigenspace_share(space, point.hessian.gradient)
+        update = self._steps.last_update(point.params)
+        if update is not None:
+            point.readings["sharpness/update_share"] = eigenspace_share(space, update)
+        if self._space is not None and self._space.shape == space.shape:
+            point.readings["sharpness/eigenspace_overlap"] = eigenspace_overlap(self._space.to(space), space)
+        self._space = space
+
+    def _density(self, point: _Point) -> None:
+        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, probes=_DENSITY_PROBES, seed=self.points)
+        self.last_density = found
+        point.products += found.matvecs
+        point.readings["sharpness/outliers"] = float(len(found.outliers))
+        point.readings["sharpness/bulk_edge"] = found.bulk_edge
+
+    def _blockwise(self, point: _Point) -> None:
+        blocks = {la.name: [la.parameter] for la in point.run.layers if la.name in point.params}
+        found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
+        self._blocks = {name: pairs.vectors for name, pairs in found.items()}
+        point.products += sum(pairs.matvecs for pairs in found.values())
+        values = torch.tensor([float(pairs.values[0]) for pairs in found.values()])
+        point.run.recorder.layers(BLOCKS, values.numpy(), list(found))
+
+    def _ggn(self, point: _Point) -> None:
+        run = point.run
+        held: dict[str, Tensor] = {}
+
+        def outputs() -> list[Tensor]:
+            if self._outputs is not None:
+                return self._own_outputs(run, held)
+            with OutputsOfLoss() as watch:
+                held["loss"] = self._probe.loss(run)
+            found, names = watch.of(held["loss"])
+            if "outputs" not in self._told:
+                self._told.add("outputs")
+                rank_zero_info(f"ggn: the outputs are what goes into {names} ({len(found)} tensors in the probe).")
+            return found
+
+        operator = GGNOperator(outputs, lambda _: held["loss"], point.params)
+        self._solve(point, "ggn_max", operator)
+
+    def _own_outputs(self, run: Run, held: dict[str, Tensor]) -> list[Tensor]:
+        assert self._outputs is not None
+        found: list[Tensor] = []
+
+        def evaluate(batch: Any, index: int) -> Tensor:
+            given, loss = self._outputs(run.module, batch)  # type: ignore[misc]
+            found.extend([given] if isinstance(given, Tensor) else given)
+            return loss
+
+        held["loss"] = self._probe.weighted(evaluate)
+        return found
+
+    def _say_backend(self, point: _Point) -> None:
+        reason = point.hessian.reason
+        if reason is not None and "backend" not in self._told:
+            self._told.add("backend")
+            rank_zero_info(f"{reason} Finite differences of gradients are used instead, at two gradients a product.")
+        if self._probe.samples is not None and "probe" not in self._told:
+            self._told.add("probe")
+            rank_zero_info(
+                f"sharpness is measured on {self._probe.samples} samples; so small a probe is sharper than the whole "
+                "training set. probe_size sets their number."
+            )
+
+    def _warn(self, run: Run, readings: Mapping[str, float]) -> None:
+        missed = [tag for tag in readings if tag.endswith("_unconverged")]
+        if missed and "unconverged" not in self._told:
+            self._told.add("unconverged")
+            rank_zero_info(
+                f"step {run.step}: {missed[0].removesuffix('_unconverged')} did not converge in "
+                f"{self._max_matvecs} products and is shown as {missed[0]}, a lower bound."
+            )
+        ratio = readings.get("sharpness/stability_ratio", math.nan)
+        if not math.isfinite(readings["sharpness/probe_loss"]) and "loss" not in self._told:
+            self._told.add("loss")
+            rank_zero_warn(f"step {run.step}: the loss on the probe is not finite any more.")
+        rising = readings["sharpness/probe_loss"] > self._last_loss
+        self._last_loss = readings["sharpness/probe_loss"]
+        if ratio > 10 and rising and "ratio" not in self._told:
+            self._told.add("ratio")
+            rank_zero_info(
+                f"step {run.step}: the stability ratio is {ratio:.3g} and the loss on the probe rises. Hovering around "
+                "1 is normal training; ten times that means that the steps are too large for the curvature."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trackers, their vectors where they are not large."""
+        state: dict[str, Any] = {"points": self.points}
+        state["trackers"] = {tag: tracker.state_dict(SAVED_NUMBERS) for tag, tracker in self._trackers.items()}
+        if sum(v.numel() for v in self._blocks.values()) <= SAVED_NUMBERS:
+            state["blocks"] = dict(self._blocks)
+        if self._space is not None and self._space.numel() <= SAVED_NUMBERS:
+            state["space"] = self._space
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the trackers; without vectors their next run is cold."""
+        self.points = int(state["points"])
+        for tag, saved in state["trackers"].items():
+            self._trackers[tag] = self._tracker()
+            self._trackers[tag].load_state_dict(saved)
+        self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
+
+
+_TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})
+
+
+def _only(optimizers: Sequence[Optimizer]) -> Optimizer | None:
+    return optimizers[0] if len(optimizers) == 1 else None
+
+
+def _readings(quantity: str, found: Eigenpairs) -> dict[str, float]:
+    """The tags of one solve; a value that did not converge goes under a tag of its own."""
+    tag = f"sharpness/{quantity}"
+    readings = {
+        tag if found.converged else f"{tag}_unconverged": float(found.values[0]),
+        f"{tag}_residual": float(found.residuals[0]),
+    }
+    return readings if found.upper is None else {**readings, f"{tag}_upper": found.upper}

@@ -1,0 +1,169 @@
+"""Sharpness as the steps of training see it: along the update, on the batch, and how far a step could go."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.probe import ProbeMeter, evaluation, trained_parameters
+from dynamon.curvature import (
+    DirectionalSharpness,
+    HessianOperator,
+    batch_sharpness,
+    critical_sharpness,
+    directional_sharpness,
+    norm_sharpness,
+)
+from dynamon.curvature.parameters import FlatParameters
+from dynamon.norms import optimizer_family, update_norm
+from dynamon.probe import training_loss
+
+STEP_TAGS: dict[str, dict[str, str]] = {
+    "directional": {
+        "sharpness/directional": "curvature along the last update, over its squared length",
+        "sharpness/directional_norm": "the same over its squared norm in the optimizer's own geometry",
+        "sharpness/greedy_multiple": "multiple of the last update that would have been best; the loss rises below 1/2",
+    },
+    "critical": {
+        "sharpness/critical_multiple": "multiple of the last update at which the loss is back where it was",
+        "sharpness/critical": "2 over the critical learning rate (one learning rate only)",
+    },
+    "batch": {"sharpness/batch": "curvature of a training batch's own loss along its own gradient"},
+}
+
+
+class StepMeter(Meter):
+    """Measures along the update that the optimizer has just made: one or two products, or forward passes only.
+
+    Args:
+        cadence: When.
+        probe: What the loss is evaluated on.
+        quantities: Keys of :data:`STEP_TAGS`.
+    """
+
+    name = "steps"
+
+    def __init__(self, cadence: Cadence, probe: ProbeMeter, quantities: Sequence[str]) -> None:
+        """No step seen yet."""
+        super().__init__(cadence)
+        self._probe = probe
+        self._wanted: frozenset[str] = frozenset()
+        for quantity in quantities:
+            self.also(quantity)
+        self._before: dict[str, Tensor] = {}
+        self._update: dict[str, Tensor] = {}
+        self._batch: float | None = None
+        self._seconds: float | None = None
+
+    def also(self, quantity: str) -> None:
+        """Measure one more."""
+        self._wanted |= {quantity}
+        self.tags = {tag: text for name in STEP_TAGS if name in self._wanted for tag, text in STEP_TAGS[name].items()}
+
+    def is_missed(self) -> bool:
+        """Not where nothing was asked for."""
+        return super().is_missed() and bool(self._wanted) and not self._probe.off
+
+    def expected(self, run: Run) -> float:
+        """Seconds a measurement took last; forward passes and products on the probe for the first."""
+        steps = 3 * ("critical" in self._wanted) + 5 * ("directional" in self._wanted)
+        guess = run.seconds_per_step * (0.1 + steps * self._probe.share + 5 * ("batch" in self._wanted))
+        return guess if self._seconds is None else self._seconds
+
+    def last_update(self, params: Mapping[str, Tensor]) -> Tensor | None:
+        """The update that was just made, flat in the order of ``params``; None where it was not kept."""
+        if set(params) - set(self._update):
+            return None
+        return torch.cat([self._update[name].reshape(-1) for name in params])
+
+    def batch_start(self, run: Run, batch: Any) -> None:
+        """Measure what concerns the batch before it is trained on."""
+        self._batch = None
+        self._update = {}
+        if "batch" not in self._wanted or not self._is_due(run):
+            return
+        with run.charge(self.name), evaluation(run):
+            index = run.trainer.fit_loop.epoch_loop.batch_idx
+            loss_fn = self._probe.loss_fn
+            params = trained_parameters(run)
+            operator = HessianOperator(lambda: training_loss(run.module, batch, loss_fn, index), params)
+            self._batch = batch_sharpness([operator])
+
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Copy the weights that are about to change."""
+        if self._wanted & {"directional", "critical"} and self._is_due(run):
+            self.copy_weights(run)
+
+    def copy_weights(self, run: Run) -> None:
+        """Copy the weights as they are now, unless that was done for this step; the next update is then known."""
+        if not self._before:
+            with run.charge(self.name):
+                self._before = {name: p.detach().clone() for name, p in trained_parameters(run).items()}
+
+    def _is_due(self, run: Run) -> bool:
+        return not self._probe.off and self.cadence.due(run, self.name, self.expected(run), run.step)
+
+    def batch_end(self, run: Run) -> None:
+        """Measure along the update, if the weights were copied."""
+        before, self._before = self._before, {}
+        if not before and self._batch is None:
+            return
+        spent = run.budget.spent_on.get(self.name, 0.0)
+        with run.charge(self.name):
+            readings = self._along_update(run, before)
+            if self._batch is not None:
+                readings["sharpness/batch"] = self._batch
+            run.recorder.scalars(readings, headline=True)
+        if readings:
+            self._seconds = run.budget.spent_on[self.name] - spent
+            self.done(run)
+
+    def _along_update(self, run: Run, before: Mapping[str, Tensor]) -> dict[str, float]:
+        params = {name: p for name, p in trained_parameters(run).items() if name in before}
+        self._update = {name: p.detach() - before[name] for name, p in params.items()}
+        update = self.last_update(params) if params else None
+        readings: dict[str, float] = {}
+        if update is None or not self._probe.ready or not self._wanted or not bool(update.any()):
+            return readings
+        with evaluation(run):
+            if "directional" in self._wanted:
+                readings |= self._directional(run, params, update)
+            if "critical" in self._wanted:
+                readings |= self._critical(run, params, update)
+        return readings
+
+    def _directional(self, run: Run, params: Mapping[str, Tensor], update: Tensor) -> dict[str, float]:
+        hessian = HessianOperator(lambda: self._probe.loss(run), params)
+        found = directional_sharpness(hessian, update)
+        readings = {
+            "sharpness/directional": found.sharpness,
+            "sharpness/directional_norm": self._in_own_norm(run, found),
+        }
+        if found.curvature > 0:
+            readings["sharpness/greedy_multiple"] = found.greedy_multiple_of_last_step
+        return readings
+
+    def _in_own_norm(self, run: Run, found: DirectionalSharpness) -> float:
+        layers = {layer.name: layer for layer in run.all_layers}
+        family = optimizer_family(run.trainer.optimizers[0])
+        if family == "euclidean":  # one norm for all layers together
+            return found.sharpness
+        norms = {name: update_norm(layers[name], family).primal for name in self._update}
+        return norm_sharpness(found.product, list(self._update.values()), norms).sharpness
+
+    def _critical(self, run: Run, params: Mapping[str, Tensor], update: Tensor) -> dict[str, float]:
+        rate = _one_rate(run.trainer.optimizers)
+        with FlatParameters(params).moved(-update):  # where the step came from
+            found = critical_sharpness(lambda: self._probe.loss(run), params, update, rate=rate)
+        readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
+        return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})
+
+
+def _one_rate(optimizers: Sequence[Optimizer]) -> float | None:
+    """The learning rate, where all groups of all optimizers have the same."""
+    rates = {float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}
+    return rates.pop() if len(rates) == 1 else None
