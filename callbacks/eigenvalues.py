@@ -31,7 +31,7 @@ from dynamon.curvature import (
     trace,
 )
 from dynamon.memory import basis_memory, free_memory
-from dynamon.panels import SHARPNESS
+from dynamon.panels import SHARPNESS, shown
 from dynamon.preconditioner import has_second_moment, preconditioned, preconditioner
 from dynamon.stability import (
     StabilityScaling,
@@ -121,7 +121,6 @@ class EigenvalueMeter(Meter):
     """
 
     name = "sharpness"
-    panels = SHARPNESS
 
     def __init__(
         self,
@@ -139,7 +138,9 @@ class EigenvalueMeter(Meter):
         self._probe, self._steps, self._outputs, self._memory_limit = probe, steps, outputs, memory_limit
         self._wanted = frozenset(quantities)
         self._tol, self._max_matvecs = tol, max_matvecs
-        self.tags = {tag: meaning for q in TAGS if q in self._wanted for tag, meaning in TAGS[q].items()} | COMMON
+        self.tags = {tag: meaning for q in TAGS if q in self._wanted for tag, meaning in TAGS[q].items()}
+        self.tags |= COMMON if self._wanted else {}
+        self.panels = shown(SHARPNESS, self.tags)
         self.quantities = {BLOCKS: "largest eigenvalue of the layer's own block"} if "blocks" in self._wanted else {}
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
@@ -158,8 +159,8 @@ class EigenvalueMeter(Meter):
         if optimizer is not None and "stability_ratio" in self._wanted and not has_stability_condition(optimizer):
             self._steps.also("directional")
             rank_zero_info(
-                f"no stability ratio: {type(optimizer).__name__} has no known stability condition; the Hessian's largest "
-                "eigenvalue and the sharpness along the step in the layers' own norms are shown instead."
+                f"no stability ratio: {type(optimizer).__name__} has no known stability condition; the Hessian's "
+                "largest eigenvalue and the sharpness along the step in the layers' own norms are shown instead."
             )
         self._check_memory(run)
 

@@ -20,6 +20,7 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.norms import optimizer_family, update_norm
+from dynamon.panels import STEPS, shown
 from dynamon.probe import training_loss
 
 STEP_TAGS: dict[str, dict[str, str]] = {
@@ -63,6 +64,7 @@ class StepMeter(Meter):
         """Measure one more."""
         self._wanted |= {quantity}
         self.tags = {tag: text for name in STEP_TAGS if name in self._wanted for tag, text in STEP_TAGS[name].items()}
+        self.panels = shown(STEPS, self.tags)
 
     def is_missed(self) -> bool:
         """Not where nothing was asked for."""

@@ -23,10 +23,27 @@ SHARPNESS: Layout = {
             "sharpness/stability_ratio_upper",
             "sharpness/stability_ratio_unconverged",
         ),
-        "top Hessian eigenvalue": lines(
-            "sharpness/hessian_max", "sharpness/hessian_max_upper", "sharpness/hessian_max_unconverged"
+        "top Hessian eigenvalue and where plain SGD becomes unstable": lines(
+            "sharpness/hessian_max",
+            "sharpness/hessian_max_upper",
+            "sharpness/hessian_max_bracket",
+            "sharpness/hessian_max_unconverged",
+            "sharpness/threshold",
         ),
         "smallest Ritz value": lines("sharpness/hessian_min"),
+        "share of gradient and update in the top eigenspace": lines(
+            "sharpness/gradient_share", "sharpness/update_share", "sharpness/eigenspace_overlap"
+        ),
+    }
+}
+STEPS: Layout = {
+    "1 Stability": {
+        "how far the last step could go (1: as far as it went)": lines(
+            "sharpness/critical_multiple", "sharpness/greedy_multiple"
+        ),
+        "sharpness along the step and on the batch": lines(
+            "sharpness/directional", "sharpness/critical", "sharpness/batch"
+        ),
     }
 }
 GRADIENTS: Layout = {
@@ -57,3 +74,15 @@ def combined(layouts: Iterable[Layout]) -> Layout:
         for category, charts in layout.items():
             merged.setdefault(category, {}).update(charts)
     return dict(sorted(merged.items()))
+
+
+def shown(layout: Layout, tags: Iterable[str]) -> Layout:
+    """The part of a layout of lines whose tags will be written; charts without any are left out."""
+    known = {re.escape(tag) for tag in tags}
+    kept: Layout = {}
+    for category, charts in layout.items():
+        for title, (kind, patterns) in charts.items():
+            present = [pattern for pattern in patterns if pattern in known]  # type: ignore[attr-defined]
+            if present:
+                kept.setdefault(category, {})[title] = [kind, present]
+    return kept

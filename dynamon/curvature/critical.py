@@ -50,9 +50,9 @@ def critical_sharpness(
     r"""The largest multiple c of an update for which :math:`L(\theta + c u) \le L(\theta)`, by a line search.
 
     The multiple is doubled or quartered until it is bracketed, then narrowed by the root of the parabola through the
-    start and the bracket's ends, until that changes by less than ``tol``. On a quadratic loss and a gradient step of rate lr,
-    c lr = 2 / (directional sharpness), hence the name ``sharpness = 2 / (c lr)``. No second derivatives, no
-    gradients, no memory beyond two copies of the weights: it works where nothing else does.
+    start and the bracket's ends, until that changes by less than ``tol``. On a quadratic loss and a gradient step of
+    rate lr, c lr = 2 / (directional sharpness), hence the name ``sharpness = 2 / (c lr)``. No second derivatives,
+    no gradients, no memory beyond two copies of the weights: it works where nothing else does.
 
     Args:
         loss_fn: Called with the weights moved; returns the scalar loss. Sees the same random numbers each time.
