@@ -49,6 +49,13 @@ def test_the_adaptive_block_runs() -> None:
     assert names["steering"].rule.floor == 0.2
 
 
+def test_the_curvature_block_runs(capsys) -> None:
+    inputs, labels = next(iter(batches()))
+    exec(BLOCKS[3], {"network": mlp(), "inputs": inputs, "labels": labels, "cross_entropy": cross_entropy})  # noqa: S102
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and "double_backward" in lines[0] and "True" in lines[0]
+
+
 def test_the_picture_is_there() -> None:
     for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / image).read_bytes()[:4] == b"\x89PNG"
