@@ -11,6 +11,7 @@ from dynamon.curvature.directional import (
     directional_sharpness,
     norm_sharpness,
 )
+from dynamon.curvature.distributed import MeanOverRanks, unsharded
 from dynamon.curvature.eigenpairs import Eigenpairs
 from dynamon.curvature.eigenvalues import top_eigenvalues
 from dynamon.curvature.ggn import GGNOperator
@@ -31,6 +32,7 @@ __all__ = [
     "GGNOperator",
     "HessianOperator",
     "LinearOperator",
+    "MeanOverRanks",
     "NoSecondDerivativeError",
     "NormSharpness",
     "OutputsOfLoss",
@@ -46,4 +48,5 @@ __all__ = [
     "spectral_density",
     "top_eigenvalues",
     "trace",
+    "unsharded",
 ]
