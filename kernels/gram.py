@@ -18,7 +18,7 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
     allowance for rounding in the dtype of the computation.
 
     Args:
-        weight: Matrices of shape ``[..., m, n]``. Half precision is computed in float32.
+        weight: Matrices of shape ``[..., m, n]``, real or complex. Half precision is computed in float32.
         steps: Number of Gram products. Six is within 1 % for rank 64 and below; each further step halves
             the logarithmic gap at worst and squares the error where the top singular value stands apart.
 
@@ -37,9 +37,9 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
     Iteration", arXiv 2305.16173; the lower bounds are dynamon's own.
     """
     _check(weight, steps)
-    matrix = weight if weight.dtype == torch.float64 else weight.float()
+    matrix = weight if weight.dtype in _OWN_DTYPE else weight.float()
     if matrix.shape[-2] < matrix.shape[-1]:
-        matrix = matrix.mT
+        matrix = matrix.mH
     # Only the first Frobenius norm can overflow (entries near 1e20 in float32): divide by the largest entry.
     scale = _positive(matrix.detach().abs().amax((-2, -1), keepdim=True))
     matrix = matrix / scale
@@ -49,24 +49,27 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
         norm = _positive(torch.linalg.matrix_norm(gram, keepdim=True))
         gram = gram / norm
         log_scale = 2 * (log_scale + norm.log())
-        gram = gram.mT @ gram
+        gram = gram.mH @ gram
 
     root = 0.5**steps
-    square = gram.square().sum((-2, -1))
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    square = gram.abs().square().sum((-2, -1))
+    trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
     upper = torch.exp(root * (_positive(square).log() / 2 + log_scale[..., 0, 0]))
     schatten_lower = torch.exp(root * (_positive(square / _positive(trace)).log() + log_scale[..., 0, 0]))
     lower = torch.maximum(schatten_lower, _rayleigh(matrix, gram))
 
     allowance = torch.finfo(matrix.dtype).eps * (8 + 2 * max(matrix.shape[-2:]) ** 0.5)
-    valid = torch.where(weight.detach().abs().amax((-2, -1)) > 0, 1.0, 0.0).to(matrix.dtype)
-    valid = valid * scale[..., 0, 0] + 0 * matrix.detach().sum((-2, -1))  # carries NaN through
+    valid = torch.where(weight.detach().abs().amax((-2, -1)) > 0, 1.0, 0.0).to(scale)
+    valid = valid * scale[..., 0, 0] + 0 * matrix.detach().abs().sum((-2, -1))  # carries NaN through
     return lower * (1 - allowance) * valid, upper * (1 + allowance) * valid
+
+
+_OWN_DTYPE = (torch.float64, torch.complex64, torch.complex128)  # everything else is computed in float32
 
 
 def _rayleigh(matrix: Tensor, gram: Tensor) -> Tensor:
     """||W v|| / ||v|| with v the column of the Gram matrix that has the largest diagonal entry."""
-    column = gram.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    column = gram.diagonal(dim1=-2, dim2=-1).real.argmax(-1)[..., None, None]
     vector = gram.gather(-1, column.expand(*gram.shape[:-1], 1))
     return torch.linalg.vector_norm(matrix @ vector, dim=(-2, -1)) / _positive(
         torch.linalg.vector_norm(vector, dim=(-2, -1))
@@ -79,8 +82,8 @@ def _positive(value: Tensor) -> Tensor:
 
 
 def _check(weight: Tensor, steps: int) -> None:
-    if not weight.is_floating_point():
-        raise ValueError(f"gram_iteration needs a floating point tensor, got {weight.dtype}.")
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise ValueError(f"gram_iteration needs a floating point or complex tensor, got {weight.dtype}.")
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ValueError(f"gram_iteration needs matrices [..., m, n], got shape {tuple(weight.shape)}.")
     if steps < 1:

@@ -19,6 +19,8 @@ class _HasBlocks(Protocol):
 
     def product_error(self, vector: Tensor) -> float: ...
 
+    def likely_direction(self) -> Tensor | None: ...
+
 
 class BlockOperator(LinearOperator):
     """``A_bb``: the rows and columns of an operator that belong to some of its parameters.
@@ -48,6 +50,11 @@ class BlockOperator(LinearOperator):
         """Estimated on the whole operator, at the vector filled up with zeros."""
         parameters = self._operator.parameters
         return self._operator.product_error(parameters.embed(vector, self._places))
+
+    def likely_direction(self) -> Tensor | None:
+        """The block's part of the whole operator's."""
+        known = self._operator.likely_direction()
+        return None if known is None else self._operator.parameters.extract(known, self._places)
 
 
 def blockwise_sharpness(

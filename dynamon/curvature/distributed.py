@@ -40,6 +40,14 @@ class MeanOverRanks(LinearOperator):
         dist.all_reduce(product, group=self._group)
         return product
 
+    def likely_direction(self) -> Tensor | None:
+        """The weighted mean of those of all processes."""
+        known = self._operator.likely_direction()
+        if known is not None:
+            known = self._share * known
+            dist.all_reduce(known, group=self._group)
+        return known
+
     def product_error(self, vector: Tensor) -> float:
         """The largest among the processes."""
         error = torch.tensor(self._operator.product_error(vector), dtype=torch.float64, device=self.device)

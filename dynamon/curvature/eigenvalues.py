@@ -30,7 +30,8 @@ def top_eigenvalues(
     ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm
     start mixes the given vectors with fresh noise, so that a direction which has overtaken the old one is found.
     The run stops when the residual of every wanted pair is at most ``tol`` times the largest Ritz value in
-    magnitude **and** the last two Ritz values agree to ``tol``. It never stops before 8 products from nothing; with
+    magnitude **and** the last two Ritz values agree to ``tol``. A cold start is half noise and half the gradient, where
+    the operator has one. It never stops before 8 products from nothing; with
     three or more tracked vectors 5 are enough, with two 12, with one 16, because a run from the old top alone
     converges to an eigenvalue that is no longer the top.
 

@@ -119,6 +119,12 @@ class GGNOperator(LinearOperator):
             )
         return part.flatten(products)
 
+    def likely_direction(self) -> Tensor:
+        """The gradient of the loss through the outputs."""
+        return self.pull(
+            [torch.zeros_like(z) if g is None else g.detach() for g, z in zip(self._slopes, self._outputs, strict=True)]
+        )
+
     def split_rows(self, vector: Tensor) -> list[Tensor]:
         """A flat vector ``[rows]`` in the shapes of the outputs."""
         pieces = vector.split([z.numel() for z in self._outputs])

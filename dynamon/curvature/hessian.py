@@ -122,3 +122,7 @@ class HessianOperator(LinearOperator):
     def product_error(self, vector: Tensor) -> float:
         """Relative difference of the product between two step sizes; 0 with double backward."""
         return self._engine.error(vector)
+
+    def likely_direction(self) -> Tensor:
+        """The gradient, most of which lies in the top eigenspace (Gur-Ari et al., arXiv 1812.04754)."""
+        return self.gradient

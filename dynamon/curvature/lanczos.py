@@ -41,7 +41,10 @@ def lanczos_eigenpairs(
         warm_start = None
     # A small operator is not worth a restart: a full basis is exact.
     basis_size = min(_CERTIFY_MATVECS, size) if certify else size if size <= budget else min(_basis_size(k), size)
-    state = Lanczos(operator, random_start(operator, warm_start, seed), basis_size)
+    start = random_start(operator, warm_start, seed)
+    if warm_start is None and not certify:  # the upper bound is a statement about a random start
+        start = _turned(start, operator)
+    state = Lanczos(operator, start, basis_size)
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
     minimum = min(_CERTIFY_MATVECS if certify else _MINIMUM.get(tracked, _MINIMUM_TRACKED), budget)
     while True:
@@ -252,3 +255,14 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
     mix = (warm_start if warm_start.ndim == 1 else warm_start.sum(1)).to(dtype)
     norm = torch.linalg.vector_norm(mix)
     return mix / norm.clamp_min(torch.finfo(dtype).tiny) + _NOISE * noise
+
+
+def _turned(start: Tensor, operator: Any) -> Tensor:
+    """Half noise, half the direction that an operator thinks likely."""
+    likely = operator.likely_direction() if hasattr(operator, "likely_direction") else None
+    if likely is None:
+        return start
+    likely = likely.to(start)
+    length = torch.linalg.vector_norm(likely)
+    usable = torch.isfinite(length) & (length > 0)
+    return start + torch.where(usable, likely / length, torch.zeros_like(likely))

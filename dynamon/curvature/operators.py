@@ -41,6 +41,10 @@ class LinearOperator:
         """Estimated relative error of the product with ``vector``, beyond rounding; 0 for exact products."""
         return 0.0
 
+    def likely_direction(self) -> Tensor | None:
+        """A vector ``[n]`` rich in the top eigenvectors, where one is known: a cold start begins with it and noise."""
+        return None
+
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Multiply a vector ``[n]`` or the columns of ``[n, k]``.
 
@@ -116,3 +120,8 @@ class _Combined(LinearOperator):
         """The largest among the parts, each at the vector it gets."""
         argument = self._argument(vector)
         return max(part.product_error(argument) for part in self._parts)
+
+    def likely_direction(self) -> Tensor | None:
+        """That of the first part which knows one, scaled as vectors are."""
+        known = next((d for d in (part.likely_direction() for part in self._parts) if d is not None), None)
+        return None if known is None else self._argument(known)

@@ -1,0 +1,116 @@
+"""The orthogonal polar factor by polynomial iteration."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LOWER = 1e-3  # singular values above this share of the largest are taken to one
+_SAFETY = 1.01  # the interval is widened by this before each step but the last, so that rounding stays inside
+_TALL = 2  # from this aspect ratio on the iteration runs on the small Gram matrix
+
+
+def polar_factor(matrix: Tensor, steps: int = 5) -> Tensor:
+    r"""The factor :math:`U V^\top` of :math:`W = U \Sigma V^\top`: every singular value taken to one.
+
+    Each step applies the odd polynomial of degree five that is closest to one on the interval where the singular
+    values can lie by then, which is the best sequence of such steps. Matrices with one side at least twice the other
+    are iterated on their small Gram matrix, in float32 at least.
+
+    Args:
+        matrix: Matrices ``[..., m, n]``, half precision too (computed and returned in float32 there).
+        steps: Polynomial steps. Singular values above a thousandth of the matrix's Schatten-4 norm are within 13 % of
+            one after 5 steps, 0.2 % after 6, 1e-6 after 8, in exact arithmetic (:func:`polar_error`). Smaller ones
+            are on their way there; zero stays zero.
+
+    Returns:
+        ``[..., m, n]`` in float32 (float64 for float64), zero for a zero matrix, NaN where the matrix holds NaN or
+        infinity.
+
+    Raises:
+        ValueError: If ``matrix`` is not floating point, has fewer than two dimensions, or ``steps`` is below one.
+
+    Cost: three products of the smaller side a step, ``2 m n s + 4 s^3`` FLOP with s = min(m, n) on the Gram matrix
+    (``4 m n s + 2 s^3`` else); no host synchronisation. Reference: Amsel et al., "The Polar Express", arXiv 2505.16932.
+    """
+    if not matrix.is_floating_point() or matrix.ndim < 2:
+        raise ValueError(f"polar_factor needs floating point matrices, got {matrix.dtype} {tuple(matrix.shape)}.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    work = matrix if matrix.dtype == torch.float64 else matrix.float()
+    if work.numel() == 0:
+        return work
+    tall = work if work.shape[-2] >= work.shape[-1] else work.mT
+    tall = _normalised(tall)
+    iterate = _on_gram if tall.shape[-2] >= _TALL * tall.shape[-1] else _on_matrix
+    result = iterate(tall, coefficients(steps))
+    return result if work.shape[-2] >= work.shape[-1] else result.mT
+
+
+def polar_error(steps: int, ratio: float = _LOWER) -> float:
+    """Largest distance from one of a singular value that starts between ``ratio`` and 1, in exact arithmetic."""
+    values = np.geomspace(ratio, 1.0, 2000)
+    for a, b, c in coefficients(steps):
+        values = a * values + b * values**3 + c * values**5
+    return float(np.abs(1 - values).max())
+
+
+@lru_cache
+def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
+    """The polynomials ``a x + b x^3 + c x^5`` of each step, found by exchange (Remez) on shrinking intervals."""
+    low, high = _LOWER, 1.0
+    found = []
+    for step in range(steps):
+        a, b, c, error = _closest_to_one(low, high)
+        widened = _SAFETY if step < steps - 1 else 1.0
+        a, b, c = a / widened, b / widened**3, c / widened**5
+        found.append((a, b, c))
+        low, high = a * low + b * low**3 + c * low**5, 1 + error
+    return tuple(found)
+
+
+def _closest_to_one(low: float, high: float) -> tuple[float, float, float, float]:
+    """The odd quintic with the smallest largest distance from one on an interval, and that distance."""
+    if high - low < 1e-7:  # the limit: Newton-Schulz of degree five
+        return 15 / 8, -10 / 8, 3 / 8, 0.0
+    inner = np.array([low + 0.25 * (high - low), low + 0.75 * (high - low)])
+    for _ in range(50):
+        nodes = np.array([low, *inner, high])
+        system = np.stack([nodes, nodes**3, nodes**5, (-1.0) ** np.arange(4)], axis=1)
+        a, b, c, error = np.linalg.solve(system, np.ones(4))
+        squares = np.roots([5 * c, 3 * b, a])
+        found = np.sqrt(np.sort(squares.real))
+        if np.allclose(found, inner, rtol=1e-12, atol=0):
+            break
+        inner = found
+    return float(a), float(b), float(c), float(abs(error))
+
+
+def _normalised(matrix: Tensor) -> Tensor:
+    """Divide by the Schatten-4 norm, which bounds the largest singular value closely and cannot overflow."""
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    matrix = matrix / torch.where(largest == 0, torch.ones_like(largest), largest)
+    norm = torch.linalg.matrix_norm(matrix.mT @ matrix, keepdim=True).sqrt()
+    return matrix / torch.where(norm == 0, torch.ones_like(norm), norm)
+
+
+def _on_matrix(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ...]) -> Tensor:
+    for a, b, c in polynomials:
+        gram = matrix.mT @ matrix
+        matrix = a * matrix + matrix @ (b * gram + c * (gram @ gram))
+    return matrix
+
+
+def _on_gram(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ...]) -> Tensor:
+    """The same on ``s x s`` matrices: all factors are polynomials of one Gram matrix and commute."""
+    gram = matrix.mT @ matrix
+    factor: Tensor | None = None
+    for a, b, c in polynomials:
+        step = b * gram + c * (gram @ gram)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = step if factor is None else factor @ step
+        gram = step @ gram @ step
+        gram = (gram + gram.mT) / 2
+    assert factor is not None
+    return matrix @ factor
