@@ -1,15 +1,39 @@
-"""Every example runs, and checks its own result."""
+"""Every example runs, checks its own result, and draws its picture where it is told."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+SMALLER = {
+    "edge_of_stability": {"steps": 1000},
+    "spectral_density": {"classes": (5, 10), "widths": (16, 64)},
+}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def example(path: Path):
+    return runpy.run_path(str(path))["main"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")
-def test_example(path: Path, capsys) -> None:
-    runpy.run_path(str(path), run_name="__main__")
-    assert "median over the last fifth" in capsys.readouterr().out
+def test_example(path: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    example(path)(**SMALLER[path.stem], out=picture)
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_stops_short_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="and not at the edge"):
+        example(EXAMPLES[0])(steps=100, rates=(0.1,), out=tmp_path / "picture.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_without_matplotlib(path: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    example(path)(**SMALLER[path.stem], out=tmp_path / "picture.png")
+    assert "matplotlib is not installed" in capsys.readouterr().out and not list(tmp_path.iterdir())

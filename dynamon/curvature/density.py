@@ -11,7 +11,8 @@ from dynamon.curvature.lanczos import Lanczos, random_start
 
 Array = NDArray[np.float64]
 _RESOLVED = 0.1  # residual over the distance to the next Ritz value, below which an eigenvalue stands alone
-_APART = 5.0  # distance to the next Ritz value over the median distance in the bulk
+_APART = 0.25  # gap below the last outlier, relative to where the bulk ends, both seen from the median eigenvalue
+_OFFSET = 0.2  # share of the spectrum's height added to where the bulk ends: gaps next to the median are not wide
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,18 @@ class SpectralDensity:
     def outliers(self) -> Array:
         """Eigenvalues that stand apart above the bulk, largest first.
 
-        Outliers are resolved: the residual of each, and of all above it, is at most a tenth of its distance to the
-        next Ritz value. And they are apart: the last of them has at least five times the median distance of the
-        Ritz values below the resolved ones. The count is the median over the random starts.
+        They end at the widest relative gap, the eigenvalue-ratio criterion: each gap is divided by the distance of
+        the value below it from the median eigenvalue, plus a fifth of that of the largest. There are none where the
+        widest gap is below a quarter. Only resolved gaps count, where the residual of each Ritz value so far is at
+        most a tenth of its distance to the next, and at most half the Ritz values are outliers. The count is the
+        median over the random starts. More steps resolve more gaps, but add none that is not there. Without a gap
+        that stands out, in a spectrum that decays evenly, the count is zero or small; of outliers on very different
+        scales only the upper group is found.
+
+        Reference: Ahn and Horenstein, "Eigenvalue ratio test for the number of factors", 2013.
         """
-        runs = [self._apart(nodes, residuals) for nodes, residuals in zip(self.nodes, self.residuals, strict=True)]
+        middle = self._median
+        runs = [_apart(nodes, residuals, middle) for nodes, residuals in zip(self.nodes, self.residuals, strict=True)]
         count = int(np.median([len(run) for run in runs]))
         agreed = [run[:count] for run in runs if len(run) >= count]
         return np.median(agreed, axis=0) if count else np.empty(0)
@@ -102,19 +110,30 @@ class SpectralDensity:
             self.bulk_edge, color="#222222", linestyle="--", linewidth=1, label=f"bulk ends {self.bulk_edge:.3g}"
         )
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(heights.max() * 1e-7, 1e-12))
+        axes.set_ylim(max(heights.max() * 1e-7, 1e-12), heights.max() * 10)
         axes.set_xlabel("eigenvalue")
         axes.set_ylabel("density")
         axes.legend(frameon=False)
         return axes
 
-    def _apart(self, nodes: Array, residuals: Array) -> Array:
-        gaps = nodes[:-1] - nodes[1:]
-        alone = residuals[:-1] <= _RESOLVED * gaps
-        resolved = len(alone) if alone.all() else int(np.argmin(alone))
-        bulk = gaps[resolved:]
-        wide = np.flatnonzero(gaps[:resolved] >= _APART * (np.median(bulk) if len(bulk) else 0.0))
-        return nodes[: wide[-1] + 1 if len(wide) else 0]
+    @property
+    def _median(self) -> float:
+        order = np.argsort(self.nodes, axis=None)
+        below = self.weights.reshape(-1)[order].cumsum()
+        return float(self.nodes.reshape(-1)[order][np.searchsorted(below, below[-1] / 2)])
+
+
+def _apart(nodes: Array, residuals: Array, middle: float) -> Array:
+    """The Ritz values of one start above the widest relative gap."""
+    gaps = nodes[:-1] - nodes[1:]
+    alone = residuals[:-1] <= _RESOLVED * gaps
+    resolved = len(alone) if alone.all() else int(np.argmin(alone))
+    height, count = nodes[0] - middle, min(resolved, len(nodes) // 2)
+    if count == 0 or height <= 0:
+        return nodes[:0]
+    relative = gaps[:count] / (np.maximum(nodes[1 : count + 1] - middle, 0.0) + _OFFSET * height)
+    widest = int(relative.argmax())
+    return nodes[: widest + 1 if relative[widest] >= _APART else 0]
 
 
 def spectral_density(operator: Any, *, steps: int = 80, probes: int = 4, seed: int = 0) -> SpectralDensity:

@@ -147,7 +147,7 @@ def test_the_gradient_tends_to_that_of_the_largest_singular_value():
 @pytest.mark.parametrize(
     ("weight", "steps", "message"),
     [
-        (torch.ones(3, 3, dtype=torch.int64), 6, "floating point tensor, got torch.int64"),
+        (torch.ones(3, 3, dtype=torch.int64), 6, "floating point or complex tensor, got torch.int64"),
         (torch.ones(3), 6, r"matrices \[..., m, n\], got shape \(3,\)"),
         (torch.ones(0, 3), 6, r"got shape \(0, 3\)"),
         (torch.ones(3, 3), 0, "steps must be at least 1, got 0"),
