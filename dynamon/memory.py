@@ -19,12 +19,17 @@ def basis_memory(params: Sequence[Tensor], k: int = 1, certify: bool = False) ->
     """
     size = sum(p.numel() for p in params)
     width = max(p.element_size() for p in params)
-    return basis_vectors(k, certify) * size * max(width, torch.float32.itemsize)
+    vectors = basis_vectors(k, certify) + k + 3  # at a restart, and at the end, some are held twice
+    return vectors * size * max(width, torch.float32.itemsize)
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device now; all of the host's where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        if "MemAvailable" in lines:
+            return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

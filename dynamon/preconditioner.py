@@ -13,7 +13,7 @@ from dynamon.curvature import LinearOperator
 def preconditioner(optimizer: Optimizer, params: Sequence[Tensor]) -> Tensor:
     r"""The diagonal P by which an Adam-type optimizer divides its step, from its own state.
 
-    * ``exp_avg_sq`` in the state (Adam, AdamW, NAdam, RAdam and others of their kind):
+    * ``exp_avg_sq`` in the state (Adam, AdamW, NAdam and others of their kind; RAdam up to its rectification):
       :math:`(\sqrt{\hat v} + \epsilon)(1 - \beta_1^t)`, with ``max_exp_avg_sq`` for AMSGrad;
     * ``square_avg`` (RMSprop): :math:`\sqrt{v} + \epsilon`, the squared mean gradient taken off where centered;
     * ``exp_inf`` (Adamax): :math:`u (1 - \beta_1^t)`;
@@ -66,15 +66,16 @@ def second_moment_scale(state: Mapping[str, Any] | None, group: Mapping[str, Any
     eps = float(group.get("eps", 0.0))
     beta1, beta2 = (float(b) for b in group.get("betas", (0.0, 0.0)))
     step = float(state.get("step", 1))
-    warming = 1 - beta1**step
+    warming = 1 - float(state.get("mu_product", beta1**step))  # NAdam's momentum has a schedule of its own
     if "exp_avg_sq" in state:
         moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
         return _divisor(_flat(moment, p) / (1 - beta2**step), eps, warming)
     if "square_avg" in state:
         moment = _flat(state["square_avg"], p)
         return _divisor(moment - _flat(state["grad_avg"], p) ** 2 if group.get("centered") else moment, eps, 1.0)
-    if "exp_inf" in state:
-        return _divisor(_flat(state["exp_inf"], p) ** 2, 0.0, warming)
+    if "exp_inf" in state:  # torch adds eps before taking the maximum
+        largest = _flat(state["exp_inf"], p)
+        return _divisor(torch.where(largest > eps, largest, 0.0) ** 2, 0.0, warming)
     if "sum" in state:
         return _divisor(_flat(state["sum"], p), eps, 1.0)
     return None

@@ -197,4 +197,6 @@ def _adaptive_factor(optimizer: Optimizer, group: dict[str, Any], ratio: float) 
         return rate / (2 * (1 + float(group["momentum"])))
     beta1 = float(group["betas"][0])
     decay = float(group["weight_decay"]) if _decoupled(group) else 0.0
+    if rate * decay >= 2:
+        raise ValueError(f"lr * weight_decay is {rate * decay:.3g}: from 2 on the decay alone diverges.")
     return rate * (1 - beta1) / ((2 - rate * decay) * (1 + beta1))

@@ -3,8 +3,20 @@
 Nothing here knows ``nn.Module``, an optimizer or Lightning.
 """
 
+from dynamon.kernels.conv_gram import conv_gram_iteration
 from dynamon.kernels.gradient_stats import GradientStats, gradient_stats
 from dynamon.kernels.gram import gram_iteration
 from dynamon.kernels.nuclear import nuclear_norm
+from dynamon.kernels.polar import polar_error, polar_factor
+from dynamon.kernels.power import top_singular
 
-__all__ = ["GradientStats", "gradient_stats", "gram_iteration", "nuclear_norm"]
+__all__ = [
+    "GradientStats",
+    "conv_gram_iteration",
+    "gradient_stats",
+    "gram_iteration",
+    "nuclear_norm",
+    "polar_error",
+    "polar_factor",
+    "top_singular",
+]

@@ -156,8 +156,8 @@ class _Plan:
         """The kernel ``[groups, out, in * phases, *taps]`` of the same map between phases of the input."""
         out, channels = kernel.shape[:2]
         spread = kernel.new_zeros(out, channels, *self.extent)
-        places = (slice(None), slice(None), *(slice(None, None, d) for d in self.dilation))
-        spread[places] = kernel
+        places: list[slice] = [slice(None)] * 2 + [slice(None, None, d) for d in self.dilation]
+        spread[tuple(places)] = kernel
         parts = []
         for offsets in product(*(range(s) for s in self.phase_stride)):
             taps = spread[(..., *(slice(o, None, s) for o, s in zip(offsets, self.phase_stride, strict=True)))]

@@ -84,13 +84,11 @@ class DoubleBackward:
             check_scalar_loss(loss)
             refuse_nodes([loss])
             with second_derivatives():
-                gradients = torch.autograd.grad(loss, params.tensors, create_graph=True, allow_unused=True)
+                gradients = params.differentiate(loss, create_graph=True)
         if all(g is None for g in gradients):
             raise ValueError("the loss does not depend on any of the parameters.")
         refuse_nodes([g for g in gradients if g is not None])
-        self.has_custom_functions = any(
-            isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes([loss])
-        )
+        self.has_custom_functions = has_custom_functions([loss])
         self.loss = loss.detach()
         self.gradient = params.flatten([None if g is None else g.detach() for g in gradients])
         self._gradients = gradients
@@ -105,8 +103,7 @@ class DoubleBackward:
         if not curved:
             return torch.zeros_like(vector)
         with twice_differentiable(self._params), second_derivatives():
-            outputs, vectors = zip(*curved, strict=True)
-            products = torch.autograd.grad(outputs, part.tensors, vectors, retain_graph=True, allow_unused=True)
+            products = part.differentiate(*zip(*curved, strict=True))
         return part.flatten(products)
 
     def error(self, vector: Tensor) -> float:
@@ -118,7 +115,8 @@ class FiniteDifference:
     r"""Products :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2 \epsilon`, v of unit length.
 
     Two gradients a product, at the same random numbers each time (those of torch; others are the loss's own
-    matter). Works where second derivatives do not exist.
+    matter). Works where second derivatives do not exist. Under reentrant checkpointing, ``backward`` reaches every
+    parameter inside: ``.grad`` of those left out adds up, unless :func:`dynamon.probe.undisturbed` is around it.
 
     Attributes:
         name: ``"finite_difference"``.
@@ -176,7 +174,8 @@ class FiniteDifference:
             with torch.enable_grad(), self._params.hooks_off():
                 loss = self._loss_fn()
                 check_scalar_loss(loss)
-                loss.backward(inputs=None if _has_reentrant_checkpoint(loss) else tensors)
+                live = [p for p in tensors if p.requires_grad]
+                loss.backward(inputs=None if _has_reentrant_checkpoint(loss) else live)
             if all(p.grad is None for p in tensors):
                 raise ValueError("the loss does not depend on any of the parameters.")
             return loss.detach(), self._params.flatten([p.grad for p in tensors]).clone()
@@ -212,6 +211,7 @@ def second_derivatives() -> Iterator[None]:
         raise NoSecondDerivativeError(f"the loss has no second derivative: {first_line}") from error
 
 
+_DECORATORS = torch.autograd.function.__file__
 _REFUSED = {
     "torch::autograd::Error": "the loss uses an operation marked once_differentiable, which has no second derivative.",
     "CheckpointFunctionBackward": "the loss uses reentrant activation checkpointing, which has no second derivative; "
@@ -226,8 +226,21 @@ def refuse_nodes(tensors: Sequence[Tensor]) -> None:
         NoSecondDerivativeError: Naming the operation.
     """
     for node in _nodes(tensors):
-        if node.name() in _REFUSED:
-            raise NoSecondDerivativeError(_REFUSED[node.name()])
+        name = "torch::autograd::Error" if _is_once_differentiable(node) else node.name()
+        if name in _REFUSED:
+            raise NoSecondDerivativeError(_REFUSED[name])
+
+
+def has_custom_functions(tensors: Sequence[Tensor]) -> bool:
+    """Whether a ``torch.autograd.Function`` of Python took part."""
+    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(tensors))
+
+
+def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
+    """Whether a custom function's backward wears that decorator, which shows in the graph only where it is reached."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    code = getattr(backward, "__code__", None)
+    return hasattr(backward, "__wrapped__") and code is not None and code.co_filename == _DECORATORS
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dynamon.curvature.eigenpairs import Eigenpairs
+from dynamon.curvature.eigenpairs import Eigenpairs, judged
 from dynamon.curvature.lanczos import lanczos_eigenpairs
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters
@@ -87,5 +87,5 @@ def blockwise_sharpness(
         block = BlockOperator(operator, operator.parameters.block(chosen))
         warm = (warm_starts or {}).get(name)
         warm = warm if warm is not None and warm.shape[0] == block.shape[0] else None
-        found[name] = lanczos_eigenpairs(block, 1, tol, max_matvecs, warm, False, seed)
+        found[name] = judged(lanczos_eigenpairs(block, 1, tol, max_matvecs, warm, False, seed), block, tol)
     return found

@@ -49,10 +49,10 @@ def critical_sharpness(
 ) -> CriticalSharpness:
     r"""The largest multiple c of an update for which :math:`L(\theta + c u) \le L(\theta)`, by a line search.
 
-    The multiple is doubled or quartered until it is bracketed, then narrowed by the root of the parabola through the
-    start and the bracket's ends, until that changes by less than ``tol``. On a quadratic loss and a gradient step of
-    rate lr, c lr = 2 / (directional sharpness), hence the name ``sharpness = 2 / (c lr)``. No second derivatives,
-    no gradients, no memory beyond two copies of the weights: it works where nothing else does.
+    The multiple is doubled, quartered or extrapolated until it is bracketed, then narrowed by the root of the parabola
+    through the start and the bracket's ends, until that changes by less than ``tol``. On a quadratic loss and a
+    gradient step of rate lr, c lr = 2 / (directional sharpness), hence the name ``sharpness = 2 / (c lr)``. No second
+    derivatives, no gradients, no memory beyond two copies of the weights: it works where nothing else does.
 
     Args:
         loss_fn: Called with the weights moved; returns the scalar loss. Sees the same random numbers each time.
@@ -99,6 +99,7 @@ class _Search:
         self.lower, self.upper = 0.0, math.inf
         # The rise per multiple: a straight line where the loss is quadratic.
         self._slope_lower, self._slope_upper = math.nan, math.inf
+        self._seen: list[tuple[float, float]] = []
 
     def run(self) -> float:
         """The crossing, 0 if nothing smaller leads downhill, infinity if nothing larger leads uphill."""
@@ -106,9 +107,9 @@ class _Search:
         while self.evaluations < self._left:
             self._try(guess)
             if self.upper == math.inf:
-                guess = 2 * self.lower
+                guess = self._further()
             elif self.lower == 0:
-                guess = self.upper / 4
+                guess = self._nearer()
             else:
                 last, guess = guess, self._crossing()
                 if abs(guess - last) <= self._tol * guess:
@@ -120,10 +121,29 @@ class _Search:
     def _try(self, multiple: float) -> None:
         self.evaluations += 1
         rise = self._rise(multiple)
+        self._seen.append((multiple, rise / multiple if math.isfinite(rise) else math.inf))
         if rise <= 0:
             self.lower, self._slope_lower = multiple, rise / multiple
         else:  # NaN is uphill too
             self.upper, self._slope_upper = multiple, rise / multiple if math.isfinite(rise) else math.inf
+
+    def _further(self) -> float:
+        """A bit beyond where the parabola through two downhill points says that the loss is back, or twice as far."""
+        root = self._extrapolated()
+        return min(1.1 * root, 1000 * self.lower) if root > self.lower else 2 * self.lower
+
+    def _nearer(self) -> float:
+        """A bit below where the parabola through two uphill points says so, or a quarter as far."""
+        root = self._extrapolated()
+        return max(0.9 * root, self.upper / 1000) if 0 < root < self.upper else self.upper / 4
+
+    def _extrapolated(self) -> float:
+        """Zero of the line through the last two slopes; NaN before there are two."""
+        if len(self._seen) < 2:
+            return math.nan
+        (near, near_slope), (far, far_slope) = sorted(self._seen[-2:])
+        rising = far_slope - near_slope
+        return near - near_slope * (far - near) / rising if 0 < rising < math.inf else math.nan
 
     def _crossing(self) -> float:
         """Where the line through the two slopes crosses zero; half-way where the upper end is not finite."""

@@ -45,7 +45,7 @@ class SpectralDensity:
         They end at the widest relative gap, the eigenvalue-ratio criterion: each gap is divided by the distance of
         the value below it from the median eigenvalue, plus a fifth of that of the largest. There are none where the
         widest gap is below a quarter. Only resolved gaps count, where the residual of each Ritz value so far is at
-        most a tenth of its distance to the next, and at most half the Ritz values are outliers. The count is the
+        most a tenth of its distance to the next, and at most a third of the Ritz values are outliers. The count is the
         median over the random starts. More steps resolve more gaps, but add none that is not there. Without a gap
         that stands out, in a spectrum that decays evenly, the count is zero or small; of outliers on very different
         scales only the upper group is found.
@@ -128,7 +128,7 @@ def _apart(nodes: Array, residuals: Array, middle: float) -> Array:
     gaps = nodes[:-1] - nodes[1:]
     alone = residuals[:-1] <= _RESOLVED * gaps
     resolved = len(alone) if alone.all() else int(np.argmin(alone))
-    height, count = nodes[0] - middle, min(resolved, len(nodes) // 2)
+    height, count = nodes[0] - middle, min(resolved, len(nodes) // 3)
     if count == 0 or height <= 0:
         return nodes[:0]
     relative = gaps[:count] / (np.maximum(nodes[1 : count + 1] - middle, 0.0) + _OFFSET * height)

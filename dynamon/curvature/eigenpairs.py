@@ -1,6 +1,7 @@
 """What an eigenvalue solver returns."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,8 @@ class Eigenpairs:
         residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
         lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
         upper: A 99 % upper bound on the largest eigenvalue, or None where the run was not certified.
-        smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue.
+        smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue (the mean eigenvalue for
+            method ``"gram"``, the smallest Rayleigh quotient for ``"power"``).
         matvecs: Products spent.
         converged: Whether residuals, the agreement of successive values and the products themselves met the
             tolerance.
@@ -46,3 +48,10 @@ class Eigenpairs:
             upper=None if self.upper is None else self.upper * factor,
             smallest=self.smallest * factor,
         )
+
+
+def judged(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
+    """Add what the operator says of itself; products that are not trusted have not converged."""
+    error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
+    backend = getattr(operator, "backend", "exact")
+    return replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)

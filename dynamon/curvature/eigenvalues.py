@@ -1,11 +1,10 @@
 """The largest eigenvalues of an operator, by the method asked for."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from dynamon.curvature.eigenpairs import Eigenpairs
+from dynamon.curvature.eigenpairs import Eigenpairs, judged
 from dynamon.curvature.ggn import GGNOperator
 from dynamon.curvature.gram import gram_eigenpairs
 from dynamon.curvature.lanczos import lanczos_eigenpairs
@@ -76,9 +75,7 @@ def top_eigenvalues(
         found = power_eigenpairs(operator, k, tol, max_matvecs, warm_start, seed)
     else:
         found = lanczos_eigenpairs(operator, k, tol, max_matvecs, warm_start, certify, seed)
-    error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
-    backend = getattr(operator, "backend", "exact")
-    return replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)
+    return judged(found, operator, tol)
 
 
 def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, warm_start: Tensor | None) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from dynamon.curvature.backends import (
+    NoSecondDerivativeError,
     check_scalar_loss,
+    has_custom_functions,
     refuse_nodes,
     second_derivatives,
     twice_differentiable,
@@ -16,6 +18,7 @@ from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters, Parameters
 
 Outputs = Tensor | Sequence[Tensor]
+_TRANSPOSED = 1e-2  # relative disagreement of the Jacobian with its transpose that is not rounding
 
 
 class GGNOperator(LinearOperator):
@@ -65,14 +68,29 @@ class GGNOperator(LinearOperator):
             self._slopes = self._loss_gradients(loss)
             self._directions = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
             with second_derivatives():
-                pulled = torch.autograd.grad(
-                    self._outputs, self.parameters.tensors, self._directions, create_graph=True, allow_unused=True
-                )
+                pulled = self.parameters.differentiate(self._outputs, self._directions, create_graph=True)
+            self.loss = loss.detach()
         if all(g is None for g in pulled):
             raise ValueError("the outputs do not depend on any of the parameters.")
-        self._pulled = pulled
-        self.loss = loss.detach()
+        refuse_nodes([g for g in pulled if g is not None])
+        # Parameters in which the outputs are linear with no graph of their own, a bias say, still depend on the u.
+        self._pulled = [g if g is not None and g.requires_grad else None for g in pulled]
         self.rows = sum(z.numel() for z in self._outputs)
+        self.parameters.mark_unchanged()
+        self._check_transposed()
+
+    def _check_transposed(self) -> None:
+        """``<u, J v> = <J^T u, v>`` fails where a custom function's backward builds no graph."""
+        if not has_custom_functions(self._outputs):
+            return
+        generator = torch.Generator(self.device).manual_seed(0)
+        v = torch.randn(self.shape[0], generator=generator, device=self.device, dtype=self.dtype)
+        u = self.split_rows(torch.randn(self.rows, generator=generator, device=self.device, dtype=self.dtype))
+        ahead = [(a * b).sum().double() for a, b in zip(u, self.push(v), strict=True)]
+        back = self.pull(u).double() @ v.double()
+        size = torch.linalg.vector_norm(self.pull(u)).double() * torch.linalg.vector_norm(v).double()
+        if float((sum(ahead) - back).abs()) > _TRANSPOSED * float(size):
+            raise NoSecondDerivativeError("a custom autograd function drops out of the Jacobian's products.")
 
     def _loss_gradients(self, loss: Tensor) -> list[Tensor | None]:
         slopes = torch.autograd.grad(loss, self._outputs, create_graph=True, allow_unused=True)
@@ -106,7 +124,8 @@ class GGNOperator(LinearOperator):
         if not pairs:  # a loss that is linear in the outputs
             return [torch.zeros_like(z) for z in self._outputs]
         slopes, vectors = zip(*pairs, strict=True)
-        curved = torch.autograd.grad(slopes, self._outputs, vectors, retain_graph=True, allow_unused=True)
+        with second_derivatives():
+            curved = torch.autograd.grad(slopes, self._outputs, vectors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if u is None else u for u, z in zip(curved, self._outputs, strict=True)]
 
     def pull(self, directions: Sequence[Tensor], block: Sequence[int] | None = None) -> Tensor:
@@ -114,9 +133,7 @@ class GGNOperator(LinearOperator):
         self.parameters.check_unchanged()
         part = self.parameters if block is None else self.parameters.subset(block)
         with twice_differentiable(self.parameters):
-            products = torch.autograd.grad(
-                self._outputs, part.tensors, list(directions), retain_graph=True, allow_unused=True
-            )
+            products = part.differentiate(self._outputs, list(directions))
         return part.flatten(products)
 
     def likely_direction(self) -> Tensor:

@@ -27,7 +27,10 @@ def gram_eigenpairs(operator: GGNOperator, tol: float) -> Eigenpairs:
     root = _square_root(_loss_hessian(operator))
     gram = root @ _tangent_kernel(operator) @ root
     gram = (gram + gram.mT) / 2
+    # The Jacobian's entries carry the rounding of the operator's own dtype.
+    allowance = 8 * torch.finfo(operator.dtype).eps * (1 + rows**0.5)
     lower, upper = (float(bound) for bound in gram_iteration(gram, steps=_STEPS))
+    lower, upper = lower * (1 - allowance), upper * (1 + allowance)
     direction = _top_vector(gram)
     vector = operator.pull(operator.split_rows((root @ direction).to(operator.dtype)))
     length = torch.linalg.vector_norm(vector)
@@ -42,7 +45,7 @@ def gram_eigenpairs(operator: GGNOperator, tol: float) -> Eigenpairs:
         residuals=torch.tensor([residual], dtype=torch.float64),
         lower=lower,
         upper=upper,
-        smallest=0.0,
+        smallest=float(gram.trace()) / operator.shape[0],  # the mean eigenvalue: the smallest is not above it
         matvecs=rows + 1,
         converged=upper - lower <= tol * upper and residual <= max(tol, _residual_floor(operator)) * upper,
     )

@@ -71,6 +71,7 @@ class HessianOperator(LinearOperator):
         self._loss_fn, self._may_change = loss_fn, backend == "auto"
         self.reason: str | None = None
         self._engine = self._choose(backend)
+        self.parameters.mark_unchanged()  # a loss may write to parameters of its own, an averaged teacher's say
         self.backend = self._engine.name
         self.loss, self.gradient = self._engine.loss, self._engine.gradient
 
@@ -108,6 +109,7 @@ class HessianOperator(LinearOperator):
             return self._engine.product(vector, block)
         except NoSecondDerivativeError as error:
             self._engine = self._fall_back(error)
+            self.parameters.mark_unchanged()
             self.backend = self._engine.name
             return self._engine.product(vector, block)
 

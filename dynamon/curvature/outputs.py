@@ -39,29 +39,31 @@ class OutputsOfLoss(TorchFunctionMode):
     def of(self, loss: Tensor) -> tuple[list[Tensor], str]:
         """The noted outputs that ``loss`` depends on, and the names of the losses they went into.
 
-        Of outputs that depend on each other only the last is returned.
+        Of outputs that others depend on only the others are returned.
 
         Raises:
             ValueError: If there is none.
         """
-        slopes = [torch.autograd.grad(loss, z, retain_graph=True, allow_unused=True)[0] for _, z in self._calls]
-        used = [call for call, slope in zip(self._calls, slopes, strict=True) if slope is not None]
+        calls = list({id(z): (name, z) for name, z in self._calls}.values())
+        slopes = [torch.autograd.grad(loss, z, retain_graph=True, allow_unused=True)[0] for _, z in calls]
+        used = [call for call, slope in zip(calls, slopes, strict=True) if slope is not None]
         if not used:
             raise ValueError(
                 "the outputs were not found: the loss has no call of "
                 + ", ".join(CONVEX_LOSSES.values())
                 + ". Pass outputs=lambda module, batch: ... which returns (outputs, loss)."
             )
-        if _depend_on_each_other([z for _, z in used]):
-            used = used[-1:]
+        above = _depended_on([z for _, z in used])
+        used = [call for call in used if id(call[1]) not in above]
         return [z for _, z in used], " and ".join(dict.fromkeys(name for name, _ in used))
 
 
-def _depend_on_each_other(outputs: list[Tensor]) -> bool:
-    for i, z in enumerate(outputs):
-        others = [other for j, other in enumerate(outputs) if j != i]
-        if others and any(
-            g is not None for g in torch.autograd.grad(z.sum(), others, retain_graph=True, allow_unused=True)
-        ):
-            return True
-    return False
+def _depended_on(outputs: list[Tensor]) -> set[int]:
+    """Those of some tensors from which another of them was computed, by identity."""
+    found: set[int] = set()
+    for z in outputs:
+        others = [other for other in outputs if other is not z]
+        if others:
+            slopes = torch.autograd.grad(z.sum(), others, retain_graph=True, allow_unused=True)
+            found |= {id(other) for other, slope in zip(others, slopes, strict=True) if slope is not None}
+    return found

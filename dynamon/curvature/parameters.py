@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +37,37 @@ class FlatParameters:
             raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
         self._sizes = [p.numel() for p in self.tensors]
         self.size = sum(self._sizes)
-        self._versions = [p._version for p in self.tensors]
+        self.mark_unchanged()
+
+    def mark_unchanged(self) -> None:
+        """Take the weights as they are now for those that :meth:`check_unchanged` compares with."""
+        self._versions, self._marks = [p._version for p in self.tensors], self._fingerprint()
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a parameter was written to since construction."""
-        if [p._version for p in self.tensors] != self._versions:
+        if [p._version for p in self.tensors] != self._versions or self._fingerprint() != self._marks:
             raise RuntimeError(
                 "a parameter changed after this operator was made; it belongs to the old weights. "
                 "Make a new operator after each optimizer step."
             )
+
+    def _fingerprint(self) -> list[str]:
+        """A few numbers of each tensor on the host: fused optimizers write without raising the version there."""
+        if self.tensors[0].device.type != "cpu":
+            return []
+        with torch.no_grad():
+            found = [p.reshape(-1)[:: max(1, p.numel() // 4)] for p in self.tensors if p.numel()]
+            return [str(sample.double().sum().item()) for sample in found]  # text: NaN is itself there
+
+    def differentiate(self, outputs: Any, weights: Any = None, *, create_graph: bool = False) -> list[Tensor | None]:
+        """Gradients of ``outputs`` in the parameters, on a graph that is kept; None for those without one."""
+        live = [p for p in self.tensors if p.requires_grad]
+        if not live:
+            raise ValueError("none of the parameters requires a gradient.")
+        found = iter(
+            torch.autograd.grad(outputs, live, weights, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        )
+        return [next(found) if p.requires_grad else None for p in self.tensors]
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of a flat vector ``[n]``, one in the shape of each parameter."""
@@ -107,7 +130,8 @@ class FlatParameters:
         kept = [p.data for p in self.tensors]
         try:
             for p, piece in zip(self.tensors, self.split(step), strict=True):
-                p.data = p.data + piece
+                if p.requires_grad:
+                    p.data = p.data + piece
             yield
         finally:
             for p, data in zip(self.tensors, kept, strict=True):

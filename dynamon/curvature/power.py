@@ -10,6 +10,9 @@ from dynamon.curvature.lanczos import random_start
 
 _MINIMUM = 8  # products before a run may stop, and before the shift is chosen
 _POSITIVE = 0.9  # Rayleigh quotient over length of the product, from which on the dominant eigenvalue is positive
+_STUCK = 0.97  # ... and below which a share that no longer changes means an eigenvalue of the other sign
+_MOST_SHIFTS = 3
+_NEGATIVE = 0.5  # ... and below which negative eigenvalues are in the way
 
 
 def power_eigenpairs(
@@ -24,16 +27,19 @@ def power_eigenpairs(
     start = random_start(operator, None, seed)
     known = start.new_zeros(start.shape[0], 0)
     warm = None if warm_start is None else warm_start.reshape(warm_start.shape[0], -1)
-    values, residuals, shift, spent, converged = [], [], 0.0, 0, True
+    values: list[float] = []
+    residuals: list[float] = []
+    shift, spent, converged, smallest = 0.0, 0, True, float("inf")
     for index in range(k):
         begin = random_start(operator, None, seed + index)
         if warm is not None and index < warm.shape[1]:
             begin = random_start(operator, warm[:, index], seed + index)
-        run = _Run(operator, known, shift, begin)
+        run = _Run(operator, known, shift, max(map(abs, values), default=0.0), begin, seed + index)
         run.iterate(tol, max(2, max_matvecs // k))
         values.append(run.value)
         residuals.append(run.residual)
         shift, spent, converged = run.shift, spent + run.matvecs, converged and run.converged
+        smallest = min(smallest, run.smallest)
         known = torch.cat([known, run.vector[:, None]], dim=1)
     order = torch.tensor(values).argsort(descending=True)
     found = torch.tensor(values, dtype=torch.float64)[order]
@@ -44,7 +50,7 @@ def power_eigenpairs(
         residuals=torch.tensor(residuals, dtype=torch.float64)[order],
         lower=float(found[0]) - allowance,
         upper=None,
-        smallest=min(shift, float(found[-1])),
+        smallest=smallest,
         matvecs=spent,
         converged=converged,
     )
@@ -53,10 +59,12 @@ def power_eigenpairs(
 class _Run:
     """Power iteration for one eigenvalue, orthogonal to known vectors."""
 
-    def __init__(self, operator: Any, known: Tensor, shift: float, start: Tensor) -> None:
-        self._operator, self._known, self.shift = operator, known, shift
+    def __init__(self, operator: Any, known: Tensor, shift: float, scale: float, start: Tensor, seed: int) -> None:
+        self._operator, self._known, self.shift, self._scale, self._seed = operator, known, shift, scale, seed
         self.vector = self._unit(start)
-        self.value, self.residual, self.matvecs, self.converged = 0.0, float("inf"), 0, False
+        self.value, self.residual, self.smallest = 0.0, float("inf"), float("inf")
+        self.matvecs, self.converged = 0, False
+        self._share, self._shifts = float("inf"), 0
 
     def iterate(self, tol: float, max_matvecs: int) -> None:
         """Multiply until residual and change are small, or the products are spent."""
@@ -64,16 +72,28 @@ class _Run:
             product = self._product()
             value, moved = float(self.vector @ product), product - self.shift * self.vector
             length = float(torch.linalg.vector_norm(moved))
-            scale = tol * max(abs(value), abs(self.shift))
+            scale = tol * max(abs(value), abs(self.shift), self._scale)
+            error = self._outside(product - value * self.vector)
             self.residual = float(torch.linalg.vector_norm(product - value * self.vector))
-            steady = self.matvecs >= _MINIMUM and self.residual <= scale and abs(value - self.value) <= scale
-            self.value = value
-            if steady and value >= self.shift:
+            steady = float(torch.linalg.vector_norm(error)) <= scale and abs(value - self.value) <= scale
+            self.value, self.smallest = value, min(self.smallest, value)
+            share = (value - self.shift) / length if length else 1.0
+            if steady and self.matvecs >= _MINIMUM and share >= _POSITIVE:
                 self.converged = True
                 return
-            self.vector = self._unit(moved)
-            if self.matvecs == _MINIMUM and value - self.shift < _POSITIVE * length:
-                self.shift -= length  # negative eigenvalues are about as large: move them to zero
+            if self.matvecs % _MINIMUM == 0 and self._is_blocked(share):
+                # Negative eigenvalues are about as large: move them to zero, and look for the rest once more.
+                self.shift -= length
+                fresh = random_start(self._operator, None, self._seed + self.matvecs)
+                self.vector = self._unit(self.vector + 0.5 * fresh)
+            elif length > 0:
+                self.vector = self._unit(moved)
+
+    def _is_blocked(self, share: float) -> bool:
+        """Whether negative eigenvalues dominate, or swap with positive ones of the same size without end."""
+        stuck, self._share = share < _STUCK and abs(share - self._share) < 1e-3, share
+        self._shifts += share < _NEGATIVE or stuck
+        return self._shifts <= _MOST_SHIFTS and (share < _NEGATIVE or stuck)
 
     def _product(self) -> Tensor:
         dtype = getattr(self._operator, "dtype", self.vector.dtype)
@@ -83,7 +103,12 @@ class _Run:
             raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
         return product
 
-    def _unit(self, vector: Tensor) -> Tensor:
+    def _outside(self, vector: Tensor) -> Tensor:
+        """The part of a vector that is orthogonal to those known."""
         for _ in range(2):
             vector = vector - self._known @ (self._known.mT @ vector)
+        return vector
+
+    def _unit(self, vector: Tensor) -> Tensor:
+        vector = self._outside(vector)
         return vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)

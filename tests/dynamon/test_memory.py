@@ -1,0 +1,119 @@
+"""What the solver's vectors take, against the vectors it really holds."""
+
+import os
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynamon.curvature import Diagonal, LinearOperator, top_eigenvalues
+from dynamon.memory import basis_memory, free_memory
+
+N = 20_000
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside were alive at once, each storage counted once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+class Basis(LinearOperator):
+    """A diagonal that notes how large the storage is which its argument is a row of."""
+
+    def __init__(self, values):
+        super().__init__(len(values), values.dtype, values.device)
+        self.values, self.largest = values, 0
+
+    def _product(self, vector):
+        self.largest = max(self.largest, vector.untyped_storage().nbytes())
+        return self.values * vector
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("certify", [False, True])
+def test_the_basis_is_as_large_as_said(dtype, k, certify):
+    operator = Basis(torch.linspace(0, 1, N, dtype=dtype))
+    with Peak() as peak:
+        top_eigenvalues(operator, k, tol=0.3 if certify else 1e-3, certify=certify, max_matvecs=40)
+    params = [torch.zeros(N - 700, dtype=dtype), torch.zeros(7, 100, dtype=dtype)]
+    assert operator.largest < basis_memory(params, k, certify)
+    assert 0.7 * peak.most <= basis_memory(params, k, certify) <= 1.3 * peak.most
+
+
+def test_half_precision_has_a_basis_in_single():
+    values = torch.linspace(0, 1, N, dtype=torch.bfloat16)
+    seen = []
+
+    class Watched(Diagonal):
+        def _product(self, vector):
+            assert vector.dtype == torch.bfloat16
+            seen.append(1)
+            return super()._product(vector)
+
+    found = top_eigenvalues(Watched(values))
+    assert seen and found.vectors.dtype == torch.float32
+    assert basis_memory([values]) == basis_memory([values.float()]) == basis_memory([values.double()]) / 2
+
+
+def test_parameters_add_up():
+    params = [torch.zeros(3, 4), torch.zeros(()), torch.zeros(0), torch.zeros(5)]
+    assert basis_memory(params) == basis_memory([torch.zeros(18)]) > 0
+    assert basis_memory(params, k=3) > basis_memory(params, k=1)
+    assert basis_memory(params, certify=True) >= 21 * 18 * 4
+
+
+def test_a_solve_does_not_hold_much_more():
+    """Beyond the basis there are a few vectors at a time, those that come back among them."""
+    operator = Diagonal(torch.linspace(0, 1, N))
+    with Peak() as peak:
+        top_eigenvalues(operator, tol=1e-4, max_matvecs=40)
+    said = basis_memory([torch.zeros(N)])
+    print(f"peak {peak.most / said:.2f} of what was said")
+    assert said <= peak.most <= 2 * said
+
+
+def test_free_memory_of_the_host():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory(torch.device("cpu"))
+    assert isinstance(free, int) and 0 < free < total
+    with open("/proc/meminfo") as lines:
+        known = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    assert known["MemFree"] * 0.5 <= free <= known["MemAvailable"] * 1.5
+
+
+def test_free_memory_follows_what_the_system_says(monkeypatch):
+    pages = {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(os.path, "exists", lambda path: False)  # as on a Mac
+    assert free_memory(torch.device("cpu")) == 100 * 4096
+
+
+def test_free_memory_of_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (123, 456))
+    assert free_memory(torch.device("cuda:1")) == 123 and asked == [torch.device("cuda:1")]
