@@ -103,7 +103,7 @@ class _Point:
     optimizer: Optimizer | None
     readings: dict[str, float] = field(default_factory=dict)
     products: int = 0
-    second: HessianOperator | None = None
+    brackets: list[tuple[str, Tensor, StabilityScaling | None]] = field(default_factory=list)
 
 
 class EigenvalueMeter(Meter):
@@ -234,7 +234,8 @@ class EigenvalueMeter(Meter):
                 point.readings["sharpness/probe_samples"] = float(self._probe.samples)
             self._measure_hessian(point)
             self._say_backend(point)
-            del hessian, point.hessian  # its graph makes room for the Gauss-Newton matrix's
+            del hessian, point.hessian  # its graph makes room for those that follow
+            self._measure_brackets(point)
             if "ggn" in self._wanted:
                 self._ggn(point)
             point.readings["sharpness/products"] = float(point.products)
@@ -273,12 +274,9 @@ class EigenvalueMeter(Meter):
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
             found = self._solve_hessian(point)
             point.readings |= _readings("stability_ratio", found.scaled(scaling.constant))
-            bracket = point.readings.get("sharpness/hessian_max_bracket")
-            if bracket is not None:
-                point.readings["sharpness/stability_ratio_bracket"] = bracket * scaling.constant
-            return
-        found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
-        self._bracket(point, "stability_ratio", found, scaling)
+        else:
+            found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
+        self._note_bracket(point, "stability_ratio", found, scaling)
 
     def _preconditioned(self, point: _Point, optimizer: Optimizer) -> None:
         if has_second_moment(optimizer):
@@ -296,7 +294,7 @@ class EigenvalueMeter(Meter):
         threshold = None if point.optimizer is None else stability_threshold(point.optimizer)
         if threshold is not None:
             point.readings["sharpness/threshold"] = threshold
-        self._bracket(point, "hessian_max", found, None)
+        self._note_bracket(point, "hessian_max", found, None)
         if "subspace" in self._wanted:
             self._subspace(point, found)
         return found
@@ -311,16 +309,21 @@ class EigenvalueMeter(Meter):
     def _tracker(self, k: int = 1) -> EigenTracker:
         return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=self._max_matvecs)
 
-    def _bracket(self, point: _Point, tag: str, found: Eigenpairs, scaling: StabilityScaling | None) -> None:
-        """The top direction's curvature on other samples, when the upper bound is taken."""
-        if found.upper is None or "bracket" not in self._wanted or not self._probe.second_ready:
+    def _note_bracket(self, point: _Point, tag: str, found: Eigenpairs, scaling: StabilityScaling | None) -> None:
+        """Have the top direction tried on other samples, when the upper bound is taken."""
+        if found.upper is not None and "bracket" in self._wanted and self._probe.second_ready:
+            point.brackets.append((tag, found.vectors[:, 0], scaling))
+
+    def _measure_brackets(self, point: _Point) -> None:
+        """Curvature of the top directions on the second set of samples."""
+        if not point.brackets:
             return
-        if point.second is None:
-            point.second = HessianOperator(lambda: self._probe.loss(point.run, second=True), point.params)
-        operator = point.second if scaling is None else stability_operator(point.second, scaling)
-        vector = found.vectors[:, 0].to(operator.dtype)
-        point.readings[f"sharpness/{tag}_bracket"] = float(vector @ (operator @ vector))
-        point.products += 1
+        other = HessianOperator(lambda: self._probe.loss(point.run, second=True), point.params)
+        for tag, vector, scaling in point.brackets:
+            operator = other if scaling is None else stability_operator(other, scaling)
+            vector = vector.to(operator.dtype)
+            point.readings[f"sharpness/{tag}_bracket"] = float(vector @ (operator @ vector))
+            point.products += 1
 
     def _subspace(self, point: _Point, found: Eigenpairs) -> None:
         space = found.vectors[:, : len(found.values)]

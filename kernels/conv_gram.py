@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,16 +157,15 @@ class _Plan:
         """The kernel ``[groups, out, in * phases, *taps]`` of the same map between phases of the input."""
         out, channels = kernel.shape[:2]
         spread = kernel.new_zeros(out, channels, *self.extent)
-        places: list[slice] = [slice(None)] * 2 + [slice(None, None, d) for d in self.dilation]
-        spread[tuple(places)] = kernel
+        taps: list[Any] = [slice(None, None, d) for d in self.dilation]
+        spread[(..., *taps)] = kernel
+        longest = [-(-e // s) for e, s in zip(self.extent, self.phase_stride, strict=True)]
         parts = []
         for offsets in product(*(range(s) for s in self.phase_stride)):
-            taps = spread[(..., *(slice(o, None, s) for o, s in zip(offsets, self.phase_stride, strict=True)))]
-            longest = [-(-e // s) for e, s in zip(self.extent, self.phase_stride, strict=True)]
-            missing = [
-                0 if i % 2 == 0 else longest[-1 - i // 2] - taps.shape[-1 - i // 2] for i in range(2 * len(longest))
-            ]
-            parts.append(F.pad(taps, missing))
+            taps = [slice(o, None, s) for o, s in zip(offsets, self.phase_stride, strict=True)]
+            part = spread[(..., *taps)]
+            short = [full - has for full, has in zip(longest, part.shape[2:], strict=True)]
+            parts.append(F.pad(part, [amount for missing in reversed(short) for amount in (0, missing)]))
         phases = torch.cat(parts, dim=1)
         return phases.reshape(self.groups, out // self.groups, *phases.shape[1:])
 

@@ -54,7 +54,7 @@ def test_nonfinite_entries_give_nan_for_their_own_matrix_only(method, bad):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="method must be one of .*'gram', 'svd'.*, got 'fast'"):
+    with pytest.raises(ValueError, match="method must be one of .*'polar', 'svd'.*, got 'fast'"):
         nuclear_norm(torch.ones(2, 2), "fast")
     with pytest.raises(ValueError, match=r"matrices \[..., m, n\], got shape \(2,\)"):
         nuclear_norm(torch.ones(2))
