@@ -14,6 +14,7 @@ from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
 from dynamon.probe import LossFn, training_loss, undisturbed
 from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
+from dynamon.spectra import weight_spectra
 from dynamon.weights import weight_readings
 
 
@@ -107,6 +108,7 @@ def _eigenvalue(quantity: str, found: Eigenpairs) -> Mapping[str, Any]:
 
 def _weights(layers: list[Any]) -> dict[str, Any]:
     found = weight_readings(layers)
+    names = [layer.name for layer in layers]
     tags = {
         "weight/operator": found.operator,
         "weight/frobenius": found.frobenius,
@@ -116,5 +118,23 @@ def _weights(layers: list[Any]) -> dict[str, Any]:
         "spectrum/sigma_upper": found.sigma_upper,
         "spectrum/stable_rank": found.stable_rank,
     }
-    names = [layer.name for layer in layers]
-    return {tag: {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v} for tag, values in tags.items()}
+    return {tag: _known(names, values) for tag, values in tags.items()} | _spectra(layers)
+
+
+def _spectra(layers: list[Any]) -> dict[str, Any]:
+    """What needs all singular values, in float64; of matrices and flattened convolutions."""
+    own = {
+        layer.name: layer.parameter.detach().flatten(1)
+        for layer in layers
+        if layer.role == "conv" or layer.role != "vector" and layer.parameter.ndim == 2
+    }
+    if not own:
+        return {}
+    spectra = weight_spectra(list(own.values()), exact=True)
+    quantities = ("effective_rank", "participation_ratio", "nuclear", "condition", "tail_exponent")
+    return {f"spectrum/{q}": _known(list(own), getattr(spectra, q)) for q in quantities}
+
+
+def _known(names: list[str], values: Tensor) -> dict[str, float]:
+    """By name, without those that have no such reading."""
+    return {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, sigma_factor
-from dynamon.spectra import WeightSpectrum, weight_spectra
+from dynamon.spectra import SpectralExtremes, by_shape, spectral_extremes
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Spectra:
             own = [tensor.flatten(1)] if layer.role == "conv" else list(tensor.reshape(-1, *tensor.shape[-2:]))
             matrices += [matrix.float() for matrix in own]
             self.owners += [i] * len(own)
-        self.values: WeightSpectrum | None = weight_spectra(matrices) if matrices else None
+        self.values: SpectralExtremes | None = by_shape(matrices, spectral_extremes) if matrices else None
         self._sigma = self.column("sigma_max")
 
     def sigma(self, position: int) -> Tensor:
