@@ -13,8 +13,8 @@ from dynamon.layers import describe_layers
 from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
 from dynamon.probe import LossFn, training_loss, undisturbed
-from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
 from dynamon.spectra import weight_spectra
+from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
 from dynamon.weights import weight_readings
 
 
