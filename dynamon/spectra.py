@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from dynamon.kernels import gram_iteration
+from dynamon.kernels import gram_iteration, top_singular
 from dynamon.tails import power_law
 
 _STEPS = 8  # the gap between the bounds is then below 1 % for any rank up to 160
@@ -185,6 +185,49 @@ def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics])
 def weight_spectra(weights: Sequence[Tensor], exact: bool = False) -> WeightSpectrum:
     """:func:`weight_spectrum` of many matrices ``[m, n]``, batched by shape; fields have shape ``[T]``."""
     return by_shape(weights, lambda batch: weight_spectrum(batch, exact))
+
+
+class SigmaTracker:
+    """The largest singular values of the same weights again and again, by two power steps from the last vectors.
+
+    Each value is a lower bound up to rounding; for weights that change slowly it is exact to about 1e-3. Take
+    :func:`spectral_extremes` now and then for a certificate.
+
+    Args:
+        steps: Power steps a refresh; the first one takes twenty times as many.
+    """
+
+    def __init__(self, steps: int = 2) -> None:
+        """Nothing known yet."""
+        self._steps = steps
+        self._vectors: list[Tensor] = []
+
+    def update(self, weights: Sequence[Tensor]) -> Tensor:
+        """Refresh: ``[T]`` largest singular values of T matrices ``[m, n]``, in float32 (float64 for float64).
+
+        Raises:
+            ValueError: If a matrix has another shape than the last time.
+
+        Cost: each matrix is read five times. On a GPU matrices of one shape are stacked, so that launches are few.
+        """
+        first = not self._vectors
+        steps = self._steps * (20 if first else 1)
+        starts: list[Tensor | None] = list(self._vectors) if not first else [None] * len(weights)
+        if len(starts) != len(weights):
+            raise ValueError(f"there were {len(starts)} matrices the last time, now there are {len(weights)}.")
+        groups: dict[Any, list[int]] = {}
+        for i, weight in enumerate(weights):
+            groups.setdefault((weight.shape, weight.dtype) if weight.is_cuda else i, []).append(i)
+        values: list[Tensor] = [torch.empty(0)] * len(weights)
+        vectors = list(values)
+        for group in groups.values():
+            known = [start for i in group if (start := starts[i]) is not None]
+            batch = torch.stack([weights[i] for i in group]) if len(group) > 1 else weights[group[0]].unsqueeze(0)
+            found, after = top_singular(batch, torch.stack(known) if known else None, steps)
+            for i, value, vector in zip(group, found, after, strict=True):
+                values[i], vectors[i] = value, vector
+        self._vectors = vectors
+        return torch.stack(values)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

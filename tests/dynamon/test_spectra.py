@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamon.spectra import by_shape, spectral_extremes, weight_spectra, weight_spectrum
+from dynamon.spectra import SigmaTracker, by_shape, spectral_extremes, weight_spectra, weight_spectrum
 from dynamon.tails import power_law
 
 MEASURES = {
@@ -162,3 +162,13 @@ def test_degenerate_tails():
     assert power_law(torch.ones(5)).exponent.isnan()  # too few
     assert power_law(torch.zeros(50)).exponent.isnan()
     assert power_law(torch.full((50,), math.nan)).exponent.isnan()
+
+
+def test_the_tracker_follows_weights_that_train():
+    weights, tracker = [gaussian(30, 20), gaussian(20, 30, seed=1), gaussian(30, 20, seed=2)], SigmaTracker()
+    for step in range(15):
+        exact = torch.stack([torch.linalg.svdvals(w.double())[0] for w in weights])
+        torch.testing.assert_close(tracker.update(weights).double(), exact, rtol=2e-3, atol=0)
+        weights = [w + 0.01 * gaussian(*w.shape, seed=10 * step + i) for i, w in enumerate(weights)]
+    with pytest.raises(ValueError, match="there were 3 matrices the last time, now there are 2"):
+        tracker.update(weights[:2])

@@ -133,7 +133,7 @@ def test_an_operator_of_another_size_is_measured_anew():
 @pytest.mark.parametrize("speed", [0.02, 0.1, 0.3])
 @pytest.mark.parametrize("seed", range(4))
 def test_an_eigenvalue_that_rises_past_two_tracked_ones(speed, seed):
-    """From inside the bulk to the very top, while those that were followed stand still. At most two readings miss the crossing."""
+    """From inside the bulk to the very top, past others that stand still: at most two readings miss the crossing."""
     tracker, wrong = EigenTracker(seed=100 * seed), []
     for step in range(int(2.2 / speed)):
         rising = 0.4 + speed * step

@@ -1,0 +1,174 @@
+"""Singular-value statistics of all weight matrices of GPT-2 124M and ResNet-50, against computing singular values.
+
+Run ``python -m benchmarks.spectra``; the table is printed and goes to ``benchmarks/results/spectra.json``. All methods
+take turns on the same matrices, so that the ratios mean something on a busy machine. With ``--device cuda`` the same
+on a GPU. WeightWatcher is measured where it is installed.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynamon.spectra import SigmaTracker, by_shape, spectral_extremes, weight_spectra
+
+BARS = {"cpu": {"refresh": 20.0, "full set": 2.0}, "cuda": {"refresh": 30.0, "full set": 10.0}}
+
+
+def gpt2_shapes(scale: int = 1) -> list[tuple[int, int]]:
+    """The matrices of GPT-2 124M: two embeddings, twelve blocks of four."""
+    width, tokens = 768 // scale, 50257 // scale
+    block = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    return [(tokens, width), (1024 // scale, width), *block * 12]
+
+
+def resnet50_shapes(scale: int = 1) -> list[tuple[int, int]]:
+    """The convolutions of ResNet-50, flattened to ``[out, in * k * k]``, and its head."""
+    shapes, inside = [(64, 147)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [(width, inside), (width, width * 9), (4 * width, width)]
+            if block == 0:
+                shapes.append((4 * width, inside))
+            inside = 4 * width
+    return [(max(m // scale, 1), max(n // scale, 1)) for m, n in (*shapes, (1000, 2048))]
+
+
+def matrices(shapes: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """Gaussian matrices with a few strong directions, as trained weights have."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for m, n in shapes:
+        rank = max(1, min(m, n) // 16)
+        strong = torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator) / rank**0.5
+        found.append(((torch.randn(m, n, generator=generator) + strong) / n**0.5).to(device))
+    return found
+
+
+def spectral_norm_modules(weights: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """``torch.nn.utils.parametrizations.spectral_norm`` with one power iteration, in train mode."""
+    modules = []
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+        layer.weight.data = weight
+        modules.append(nn.utils.parametrizations.spectral_norm(layer))
+    return lambda: [layer.parametrizations.weight.original[0, 0] / layer.weight[0, 0] for layer in modules]
+
+
+def methods(weights: list[Tensor]) -> dict[str, Callable[[], Any]]:
+    """What is compared; each call gives the largest singular values first."""
+    tracker = SigmaTracker()
+    tracker.update(weights)
+    found: dict[str, Callable[[], Any]] = {
+        "svdvals": lambda: [torch.linalg.svdvals(w) for w in weights],
+        "refresh": lambda: tracker.update(weights),
+        "certificate": lambda: by_shape(weights, spectral_extremes).sigma_max,
+        "full set": lambda: weight_spectra(weights).sigma_max,
+        "torch spectral_norm": spectral_norm_modules(weights),
+    }
+    try:
+        import weightwatcher
+    except ImportError:
+        print("WeightWatcher is not installed and left out: pip install weightwatcher==0.7.7", file=sys.stderr)
+    else:
+        model = nn.ModuleList([nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights])
+        found["WeightWatcher"] = lambda: weightwatcher.WeightWatcher(model=model).analyze(plot=False, min_evals=20)
+    return found
+
+
+def seconds(method: Callable[[], Any], device: torch.device) -> float:
+    """One call, the device's queue emptied before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    method()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def compare(name: str, shapes: list[tuple[int, int]], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Median seconds of each method in turn, and the errors of its largest singular values."""
+    weights = matrices(shapes, device)
+    exact = torch.stack([torch.linalg.eigvalsh(_small_gram(w))[-1].sqrt() for w in weights]).cpu()
+    compared = methods(weights)
+    times: dict[str, list[float]] = {label: [] for label in compared}
+    for _ in range(rounds):
+        for label, method in compared.items():
+            times[label].append(seconds(method, device))
+    base = sorted(times["svdvals"])[rounds // 2]
+    rows = []
+    for label, method in compared.items():
+        middle = sorted(times[label])[rounds // 2]
+        row: dict[str, Any] = {"method": label, "seconds": middle, "times_faster": base / middle}
+        if label != "WeightWatcher":
+            values = torch.stack([torch.as_tensor(v).detach().reshape(-1)[0].double().cpu() for v in method()])
+            row["worst_error"] = float((values / exact - 1).abs().max())
+        rows.append(row)
+    return {"name": name, "matrices": len(weights), "rows": rows}
+
+
+def _small_gram(weight: Tensor) -> Tensor:
+    wide = weight.double()
+    return wide.mT @ wide if wide.shape[0] >= wide.shape[1] else wide @ wide.mT
+
+
+def report(results: list[dict[str, Any]], device: torch.device) -> None:
+    """The table, and which bars are met."""
+    for result in results:
+        print(f"\n{result['name']}, {result['matrices']} matrices on {device}")
+        print(f"  {'method':<22}{'seconds':>10}{'x svdvals':>12}{'worst error':>14}")
+        for row in result["rows"]:
+            error = f"{row['worst_error']:.1e}" if "worst_error" in row else "-"
+            print(f"  {row['method']:<22}{row['seconds']:>10.4f}{row['times_faster']:>12.1f}{error:>14}")
+        if result["name"].startswith("GPT-2"):
+            speed = {row["method"]: row["times_faster"] for row in result["rows"]}
+            for label, bar in BARS[device.type].items():
+                print(f"  {'PASS' if speed[label] >= bar else 'MISS'}: {label} {speed[label]:.1f}x, bar {bar:.0f}x")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where the figures come from."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return {
+        "commit": commit.stdout.strip(),
+        "command": "python -m benchmarks.spectra " + " ".join(sys.argv[1:]),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a quick look")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "spectra.json")
+    chosen = parser.parse_args()
+    device = torch.device(chosen.device)
+    shapes = {"GPT-2 124M": gpt2_shapes(chosen.scale), "ResNet-50": resnet50_shapes(chosen.scale)}
+    results = [compare(name, found, device, chosen.rounds) for name, found in shapes.items()]
+    report(results, device)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(json.dumps({"environment": environment(device), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
