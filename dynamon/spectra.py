@@ -190,7 +190,8 @@ def weight_spectra(weights: Sequence[Tensor], exact: bool = False) -> WeightSpec
 class SigmaTracker:
     """The largest singular values of the same weights again and again, by two power steps from the last vectors.
 
-    Each value is a lower bound up to rounding; for weights that change slowly it is exact to about 1e-3. Take
+    Each value is a lower bound up to rounding; for weights that change slowly it is exact to about 1 %, to 1e-3 where
+    the largest singular value stands apart. Take
     :func:`spectral_extremes` now and then for a certificate.
 
     Args:

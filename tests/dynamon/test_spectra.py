@@ -168,7 +168,7 @@ def test_the_tracker_follows_weights_that_train():
     weights, tracker = [gaussian(30, 20), gaussian(20, 30, seed=1), gaussian(30, 20, seed=2)], SigmaTracker()
     for step in range(15):
         exact = torch.stack([torch.linalg.svdvals(w.double())[0] for w in weights])
-        torch.testing.assert_close(tracker.update(weights).double(), exact, rtol=2e-3, atol=0)
+        torch.testing.assert_close(tracker.update(weights).double(), exact, rtol=1e-2, atol=0)
         weights = [w + 0.01 * gaussian(*w.shape, seed=10 * step + i) for i, w in enumerate(weights)]
     with pytest.raises(ValueError, match="there were 3 matrices the last time, now there are 2"):
         tracker.update(weights[:2])
