@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.layerwise_lr import steering_of
-from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run
 from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, evaluation, trained_parameters
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
@@ -43,6 +44,7 @@ from dynamon.stability import (
 
 SUBSPACE = 5  # eigenvectors in the top eigenspace
 _TRACE_SAMPLES = 16
+_NOISY = 0.1  # relative error of differences from which on nothing is shown
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
 Outputs = Callable[[Any, Any], tuple[Any, Tensor]]
 
@@ -103,6 +105,8 @@ class _Point:
     optimizer: Optimizer | None
     readings: dict[str, float] = field(default_factory=dict)
     products: int = 0
+    succeeded: int = 0
+    failed: dict[str, Exception] = field(default_factory=dict)
     brackets: list[tuple[str, Tensor, StabilityScaling | None]] = field(default_factory=list)
 
 
@@ -149,6 +153,7 @@ class EigenvalueMeter(Meter):
         self._product_seconds: deque[float] = deque(maxlen=5)
         self._too_large, self._certify = False, True
         self._told: set[str] = set()
+        self._failures: dict[str, int] = {}
         self._last_loss = math.inf
 
     def start(self, run: Run) -> None:
@@ -156,6 +161,8 @@ class EigenvalueMeter(Meter):
         if self._probe.off:
             return
         optimizer = _only(run.trainer.optimizers)
+        if optimizer is None and self._wanted & {"stability_ratio", "preconditioned"}:
+            rank_zero_info("no stability ratio: it is defined for one optimizer, and there are several.")
         if optimizer is not None and "stability_ratio" in self._wanted and not has_stability_condition(optimizer):
             self._steps.also("directional")
             rank_zero_info(
@@ -230,14 +237,17 @@ class EigenvalueMeter(Meter):
             hessian = HessianOperator(lambda: self._probe.loss(run), params)
             point = _Point(run, params, hessian, _only(run.trainer.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
+            if not math.isfinite(point.readings["sharpness/probe_loss"]):
+                raise FloatingPointError("the loss on the probe is not finite.")
             if self._probe.samples is not None:
                 point.readings["sharpness/probe_samples"] = float(self._probe.samples)
             self._measure_hessian(point)
             self._say_backend(point)
             del hessian, point.hessian  # its graph makes room for those that follow
-            self._measure_brackets(point)
+            self._attempt(point, "bracket", self._measure_brackets)
             if "ggn" in self._wanted:
-                self._ggn(point)
+                self._attempt(point, "ggn", self._ggn)
+            self._judge(point)
             point.readings["sharpness/products"] = float(point.products)
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
@@ -247,23 +257,51 @@ class EigenvalueMeter(Meter):
         """Everything that shares the graph of the probe's gradient."""
         optimizer = point.optimizer
         if optimizer is not None and "stability_ratio" in self._wanted and has_stability_condition(optimizer):
-            self._stability(point, optimizer)
+            self._attempt(point, "stability_ratio", self._stability)
         # SGD's stability ratio brings the Hessian with it; without any ratio the Hessian is all there is.
         if self._wanted & {"hessian", "subspace"} or not point.products and "stability_ratio" in self._wanted:
             if "sharpness/hessian_min" not in point.readings:
-                self._solve_hessian(point)
-        if "preconditioned" in self._wanted and optimizer is not None:
-            self._preconditioned(point, optimizer)
-        if "trace" in self._wanted:
-            found = trace(point.hessian, samples=_TRACE_SAMPLES, seed=self.points)
-            point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
-            point.products += found.matvecs
-        if "density" in self._wanted:
-            self._density(point)
-        if "blocks" in self._wanted:
-            self._blockwise(point)
+                self._attempt(point, "hessian", self._solve_hessian)
+        for quantity, function in (
+            ("preconditioned", self._preconditioned),
+            ("trace", self._trace),
+            ("density", self._density),
+            ("blocks", self._blockwise),
+        ):
+            if quantity in self._wanted:
+                self._attempt(point, quantity, function)
 
-    def _stability(self, point: _Point, optimizer: Optimizer) -> None:
+    def _attempt(self, point: _Point, quantity: str, function: Callable[[_Point], Any]) -> None:
+        """Measure one quantity; its failure leaves the others alone."""
+        try:
+            before = point.products
+            function(point)
+            point.succeeded += point.products > before
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            point.failed[quantity] = error
+
+    def _judge(self, point: _Point) -> None:
+        """Raise if nothing succeeded; else say once what failed, and leave out what failed three times in a row."""
+        first = next(iter(point.failed.values()), None)
+        if first is not None and (point.run.strict or not point.succeeded):
+            raise first
+        self._failures = {q: self._failures.get(q, 0) + 1 for q in point.failed}
+        for quantity, error in point.failed.items():
+            point.run.failures += 1
+            paused = self._failures[quantity] >= PAUSE_AFTER
+            if self._failures[quantity] == 1 and quantity not in self._told or paused:
+                self._told.add(quantity)
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                after = "It is left out from now on." if paused else "The other quantities go on."
+                rank_zero_warn(f"step {point.run.step}: {quantity} could not be measured: {line} {after}")
+            if paused:
+                self._wanted -= {quantity}
+
+    def _stability(self, point: _Point) -> None:
+        optimizer = point.optimizer
+        assert optimizer is not None
         rates = steering_of(point.run.trainer, optimizer)
         ratios = {} if rates is None else rates.ratios
         ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
@@ -278,15 +316,21 @@ class EigenvalueMeter(Meter):
             found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
         self._note_bracket(point, "stability_ratio", found, scaling)
 
-    def _preconditioned(self, point: _Point, optimizer: Optimizer) -> None:
-        if has_second_moment(optimizer):
+    def _preconditioned(self, point: _Point) -> None:
+        optimizer = point.optimizer
+        if optimizer is not None and has_second_moment(optimizer):
             diagonal = preconditioner(optimizer, list(point.params.values()))
             self._solve(point, "preconditioned_max", preconditioned(point.hessian, diagonal))
         elif "preconditioned" not in self._told:
             self._told.add("preconditioned")
             rank_zero_info(
-                f"preconditioned: {type(optimizer).__name__} keeps no second moment, so there is none to show."
+                "preconditioned: there is no single optimizer that keeps a second moment, so nothing to show."
             )
+
+    def _trace(self, point: _Point) -> None:
+        found = trace(point.hessian, samples=_TRACE_SAMPLES, seed=self.points)
+        point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
+        point.products += found.matvecs
 
     def _solve_hessian(self, point: _Point) -> Eigenpairs:
         found = self._solve(point, "hessian_max", point.hessian, self._max_eigenvalues())
@@ -303,6 +347,11 @@ class EigenvalueMeter(Meter):
         tracker = self._trackers.setdefault(tag, self._tracker(k))
         found = tracker.update(operator)
         point.products += found.matvecs
+        if found.product_error > _NOISY:
+            raise ArithmeticError(
+                f"finite differences at two step sizes differ by {found.product_error:.0%}, so their eigenvalue means "
+                "nothing."
+            )
         point.readings |= _readings(tag, found)
         return found
 
@@ -347,8 +396,8 @@ class EigenvalueMeter(Meter):
         found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
         self._blocks = {name: pairs.vectors for name, pairs in found.items()}
         point.products += sum(pairs.matvecs for pairs in found.values())
-        values = torch.tensor([float(pairs.values[0]) for pairs in found.values()])
-        point.run.recorder.layers(BLOCKS, values.numpy(), list(found))
+        values = np.array([float(pairs.values[0]) for pairs in found.values()])
+        point.run.recorder.layers(BLOCKS, values, list(found))
 
     def _ggn(self, point: _Point) -> None:
         run = point.run
@@ -366,7 +415,21 @@ class EigenvalueMeter(Meter):
             return found
 
         operator = GGNOperator(outputs, lambda _: held["loss"], point.params)
+        self._say_what_is_missing(operator, held["loss"])
         self._solve(point, "ggn_max", operator)
+
+    def _say_what_is_missing(self, operator: GGNOperator, loss: Tensor) -> None:
+        """A loss may reach the parameters past the outputs that were found: another head, a penalty."""
+        if "missing" in self._told:
+            return
+        whole = operator.parameters.flatten(operator.parameters.differentiate(loss))
+        distance = torch.linalg.vector_norm(whole - operator.likely_direction())
+        self._told.add("missing")
+        if float(distance) > 1e-3 * float(torch.linalg.vector_norm(whole)):
+            rank_zero_warn(
+                "ggn covers a part of the loss only: the gradient through the outputs that were found is not the whole "
+                "gradient. Pass outputs=lambda module, batch: ... which returns (outputs, loss)."
+            )
 
     def _own_outputs(self, run: Run, held: dict[str, Tensor]) -> list[Tensor]:
         assert self._outputs is not None
@@ -401,9 +464,6 @@ class EigenvalueMeter(Meter):
                 f"{self._max_matvecs} products and is shown as {missed[0]}, a lower bound."
             )
         ratio = readings.get("sharpness/stability_ratio", math.nan)
-        if not math.isfinite(readings["sharpness/probe_loss"]) and "loss" not in self._told:
-            self._told.add("loss")
-            rank_zero_warn(f"step {run.step}: the loss on the probe is not finite any more.")
         rising = readings["sharpness/probe_loss"] > self._last_loss
         self._last_loss = readings["sharpness/probe_loss"]
         if ratio > 10 and rising and "ratio" not in self._told:

@@ -15,6 +15,8 @@ from dynamon.callbacks.recorder import Recorder
 from dynamon.layers import Layer, describe_layers
 from dynamon.panels import Layout
 
+PAUSE_AFTER = 3  # failures in a row
+
 
 class Run:
     """What a meter may know of the run it measures.
@@ -57,6 +59,8 @@ class Run:
         return self.budget.training / max(self.steps_seen, 1)
 
     steps_seen = 0  # optimizer steps since training began
+    failures = 0  # of single quantities in measurements that went on without them
+    strict = False  # whether a failure is to be raised
 
     @contextmanager
     def charge(self, name: str) -> Iterator[None]:

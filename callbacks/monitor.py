@@ -12,13 +12,11 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import DynamonCallback, off_reason
 from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.meter import Meter, Run
+from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run
 from dynamon.callbacks.recorder import Recorder
 from dynamon.history import History
 from dynamon.layers import describe_layers, select
 from dynamon.panels import OVERHEAD, combined
-
-PAUSE_AFTER = 3  # failures in a row
 
 
 class Monitor(DynamonCallback):
@@ -72,7 +70,7 @@ class Monitor(DynamonCallback):
     @property
     def failures(self) -> int:
         """Measurements that failed so far."""
-        return self._failures
+        return self._failures + (0 if self._run is None else self._run.failures)
 
     def paused(self, meter: Meter) -> bool:
         """Whether a meter failed too often in a row."""
@@ -100,6 +98,7 @@ class Monitor(DynamonCallback):
             rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
         self.write_layout(trainer)
         self._run = Run(trainer, pl_module, self._budget, self._recorder, layers)
+        self._run.strict = self._strict
         for meter in self._meters:
             if meter.name in self._state:
                 meter.load_state_dict(self._state.pop(meter.name))
@@ -186,7 +185,7 @@ class Monitor(DynamonCallback):
     def _finish(self) -> None:
         assert self._run is not None
         self._recorder.scalars(
-            {"dynamon/overhead": self._budget.overhead, "dynamon/failures": float(self._failures)},
+            {"dynamon/overhead": self._budget.overhead, "dynamon/failures": float(self.failures)},
             headline=True,
         )
         self._recorder.flush(self._run.trainer, self._run.step)

@@ -10,6 +10,8 @@ from torch import Tensor
 from dynamon.curvature.backends import RandomState
 from dynamon.curvature.parameters import FlatParameters, Parameters
 
+_ROUNDING = 8  # units in the last place of the loss that are not a difference
+
 
 @dataclass(frozen=True)
 class CriticalSharpness:
@@ -17,7 +19,8 @@ class CriticalSharpness:
 
     Attributes:
         multiple: The multiple of the step at which the loss is back where it started; beyond it, it is higher. 0 if
-            even the smallest multiple tried leads uphill, infinity if the largest one is still downhill.
+            no multiple was found that leads downhill by more than the loss's rounding, infinity if the largest one
+            tried still does.
         lower: A multiple at which the loss is still lower.
         upper: A multiple at which it is higher.
         rate: The step's learning rate, if one was given.
@@ -56,7 +59,8 @@ def critical_sharpness(
 
     Args:
         loss_fn: Called with the weights moved; returns the scalar loss. Sees the same random numbers each time.
-        params: The parameters, or a mapping from their names. They are bitwise what they were at the end.
+        params: The parameters, or a mapping from their names. They are bitwise what they were at the end; buffers
+            move with each evaluation unless :func:`dynamon.probe.undisturbed` is around it.
         update: Flat ``[n]``: the step from the present weights.
         rate: The learning rate that the update holds, where there is one.
         tol: Relative change of the multiple at which the search ends.
@@ -82,10 +86,12 @@ def critical_sharpness(
             return float(loss_fn()) - start
 
     with torch.no_grad(), random.replayed():
-        start = float(loss_fn())
+        first = loss_fn()
+    start = float(first)
     if not math.isfinite(start):
         raise FloatingPointError("the loss at the present weights is not finite.")
-    search = _Search(rise, tol, max_evaluations - 1)
+    noise = _ROUNDING * torch.finfo(first.dtype).eps * abs(start)
+    search = _Search(rise, noise, tol, max_evaluations - 1)
     multiple = search.run()
     return CriticalSharpness(multiple, search.lower, search.upper, rate, search.evaluations + 1)
 
@@ -93,8 +99,8 @@ def critical_sharpness(
 class _Search:
     """Bracket and narrow the multiple at which a function that starts downhill crosses zero."""
 
-    def __init__(self, rise: Callable[[float], float], tol: float, evaluations: int) -> None:
-        self._rise, self._tol, self._left = rise, tol, evaluations
+    def __init__(self, rise: Callable[[float], float], noise: float, tol: float, evaluations: int) -> None:
+        self._rise, self._noise, self._tol, self._left = rise, noise, tol, evaluations
         self.evaluations = 0
         self.lower, self.upper = 0.0, math.inf
         # The rise per multiple: a straight line where the loss is quadratic.
@@ -105,8 +111,13 @@ class _Search:
         """The crossing, 0 if nothing smaller leads downhill, infinity if nothing larger leads uphill."""
         guess = 1.0
         while self.evaluations < self._left:
-            self._try(guess)
-            if self.upper == math.inf:
+            if not self._try(guess):  # the rise is lost in rounding
+                if self.lower > 0:
+                    return guess  # back at the start, as closely as can be told
+                if self.upper < math.inf:
+                    return 0.0
+                guess *= 10
+            elif self.upper == math.inf:
                 guess = self._further()
             elif self.lower == 0:
                 guess = self._nearer()
@@ -118,14 +129,18 @@ class _Search:
             return 0.0
         return math.inf if self.upper == math.inf else self._crossing()
 
-    def _try(self, multiple: float) -> None:
+    def _try(self, multiple: float) -> bool:
+        """Evaluate; whether the loss there differs from that at the start by more than rounding."""
         self.evaluations += 1
         rise = self._rise(multiple)
+        if abs(rise) <= self._noise:
+            return False
         self._seen.append((multiple, rise / multiple if math.isfinite(rise) else math.inf))
         if rise <= 0:
             self.lower, self._slope_lower = multiple, rise / multiple
         else:  # NaN is uphill too
             self.upper, self._slope_upper = multiple, rise / multiple if math.isfinite(rise) else math.inf
+        return True
 
     def _further(self) -> float:
         """A bit beyond where the parabola through two downhill points says that the loss is back, or twice as far."""

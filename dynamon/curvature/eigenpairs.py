@@ -1,5 +1,6 @@
 """What an eigenvalue solver returns."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,8 @@ class Eigenpairs:
             tolerance.
         backend: How the operator made its products.
         product_error: Estimated relative error of the product with the top vector; 0 where products are exact,
-            for finite differences the relative difference between two step sizes.
+            for finite differences the relative difference between two step sizes. Where it exceeds the tolerance
+            nothing has converged and there are no bounds.
     """
 
     values: Tensor
@@ -54,4 +56,6 @@ def judged(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
     """Add what the operator says of itself; products that are not trusted have not converged."""
     error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
     backend = getattr(operator, "backend", "exact")
-    return replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)
+    found = replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)
+    # Bounds are statements about the operator that was multiplied with; where that is not the one meant, none hold.
+    return found if error <= tol else replace(found, lower=-math.inf, upper=None)

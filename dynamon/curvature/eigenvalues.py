@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dynamon.curvature.eigenpairs import Eigenpairs, judged
@@ -32,7 +33,9 @@ def top_eigenvalues(
     magnitude **and** the last two Ritz values agree to ``tol``. A cold start is half noise and half the gradient, where
     the operator has one. It never stops before 8 products from nothing; with
     three or more tracked vectors 5 are enough, with two 12, with one 16, because a run from the old top alone
-    converges to an eigenvalue that is no longer the top.
+    converges to an eigenvalue that is no longer the top. For k > 1 it goes on from a fresh vector until that finds
+    nothing new, which doubles the products at least, since the first one sees a repeated eigenvalue only once; a
+    certified run, which may not restart, does not.
 
     ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the
     largest in magnitude. It needs several times as many products, and is there to compare with others.
@@ -83,14 +86,20 @@ def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, war
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     if method == "gram" and not (isinstance(operator, GGNOperator) and k == 1):
         raise ValueError("method 'gram' is for k=1 of a GGNOperator: it works on the Gram matrix of its outputs.")
-    if k < 1:
-        raise ValueError(f"k must be 1 or more, got {k}.")
-    if not 0 < tol < 1:
-        raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-    if max_matvecs < max(2, k):
-        raise ValueError(f"max_matvecs must be at least {max(2, k)}, got {max_matvecs}.")
+    if isinstance(operator, Tensor) and not (
+        operator.is_floating_point() and torch.allclose(operator, operator.mT, equal_nan=True)
+    ):
+        raise ValueError("a matrix must be real, floating point and symmetric.")
+    if type(k) is not int or k < 1:
+        raise ValueError(f"k must be a whole number, 1 or more, got {k!r}.")
     if operator.shape[0] < k:
         raise ValueError(f"the operator has {operator.shape[0]} eigenvalues, {k} were asked for.")
+    if not 0 < tol < 1:
+        raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
+    if type(max_matvecs) is not int or max_matvecs < max(2, k):
+        raise ValueError(f"max_matvecs must be a whole number, at least {max(2, k)}, got {max_matvecs!r}.")
+    if warm_start is not None and not isinstance(warm_start, Tensor):
+        raise ValueError(f"warm_start must be a tensor [n] or [n, m], got {type(warm_start).__name__}.")
     if warm_start is not None and warm_start.shape[0] != operator.shape[0]:
         raise ValueError(
             f"warm_start must have {operator.shape[0]} rows, got {warm_start.shape[0]}: it belongs to another operator."

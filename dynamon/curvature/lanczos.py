@@ -15,6 +15,7 @@ from dynamon.curvature.eigenpairs import Eigenpairs
 _TRACKED = 2  # Ritz vectors returned beyond the wanted ones: with them a warm start sees what is about to overtake
 _MINIMUM = {0: 8, 1: 16, 2: 12}  # products before a run may stop, by the number of warm start vectors
 _MINIMUM_TRACKED = 5  # ... with three and more
+_LOOK = 6  # products from a fresh vector at least, after which copies of repeated eigenvalues would show
 _BURST = 2  # products between two looks at the projected matrix after that (one host read each)
 _CERTIFY_MATVECS = 20  # an unrestarted run this long gives an upper bound worth showing
 _GROWTH = 8  # vectors that a certified run, which may not restart, adds at a time
@@ -47,15 +48,30 @@ def lanczos_eigenpairs(
     state = Lanczos(operator, start, basis_size)
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
     minimum = min(_CERTIFY_MATVECS if certify else _MINIMUM.get(tracked, _MINIMUM_TRACKED), budget)
+    unseen, looked, look = _Unseen(k), False, _LOOK
     while True:
         state.extend(min(_BURST if state.matvecs >= minimum else minimum - state.matvecs, budget - state.matvecs))
         ritz = state.ritz(k)
         if ritz.exhausted and len(ritz.values) < k and state.matvecs < budget:
             state.widen(len(ritz.values), random_start(operator, None, seed + 1 + state.matvecs))
             continue
-        enough = state.matvecs >= minimum and _agrees(ritz, tol)
-        if enough or ritz.exhausted or state.matvecs >= budget:
+        enough = ritz.exhausted or state.matvecs >= minimum and _agrees(ritz, tol)
+        residuals, limit = ritz.residuals[:k], tol * float(np.abs(ritz.values).max())
+        if enough and looked:
+            # A look outside lets go of the residual vector, and with it of the free residuals.
+            residuals, worst = state.residuals(ritz, k)
+        if state.matvecs >= budget:
             break
+        if enough:
+            new = not (certify or unseen.nothing(ritz, tol, size))
+            if not new and (not looked or (residuals <= limit).all()):
+                break
+            fresh = random_start(operator, None, seed + 1 + state.matvecs) if new else worst
+            state.look_outside(ritz, k + 3, fresh)
+            # The fresh vector gets as many products as the first one took.
+            look, looked = (look if looked else max(_LOOK, state.matvecs)), True
+            minimum = min(state.matvecs + look, budget)
+            continue
         if state.full and certify:
             state.grow(min(_GROWTH, size - state.size))
         elif state.full:
@@ -65,13 +81,35 @@ def lanczos_eigenpairs(
     return Eigenpairs(
         values=torch.tensor(values),
         vectors=state.vectors(ritz, k + _TRACKED),
-        residuals=torch.tensor(ritz.residuals[:k]),
+        residuals=torch.tensor(residuals),
         lower=float(values[0]) - allowance,
         upper=_upper_bound(ritz, size) + allowance if certify else None,
         smallest=float(ritz.values[-1]),
         matvecs=state.matvecs,
-        converged=len(values) == k and (ritz.exhausted or _agrees(ritz, tol)),
+        converged=len(values) == k and (ritz.exhausted or _agrees(ritz, tol)) and bool((residuals <= limit).all()),
     )
+
+
+class _Unseen:
+    """Whether copies of repeated eigenvalues may still be missing.
+
+    A Krylov space holds one vector of each eigenspace. For k > 1 the run therefore goes on from a fresh vector
+    outside of what it has found, until that brings nothing new.
+    """
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self._last: Ritz | None = None
+
+    def nothing(self, ritz: "Ritz", tol: float, size: int) -> bool:
+        """Whether the wanted values are what they were before the last look outside, or no look is needed."""
+        last, self._last = self._last, ritz
+        if self._k == 1 or len(ritz.values) == size:
+            return True
+        if last is None:
+            return False
+        scale = tol * float(np.abs(ritz.values).max())
+        return bool((ritz.values[: self._k] - last.values[: self._k] <= scale).all())
 
 
 @dataclass
@@ -184,6 +222,26 @@ class Lanczos:
         self.projected[size:] = 0
         self.projected[:, size:] = 0
         self.size = self.kept = size
+
+    def look_outside(self, ritz: Ritz, keep: int, fresh: Tensor) -> None:
+        """Keep the best Ritz vectors and go on from a vector orthogonal to them, not from the residual vector."""
+        keep = min(keep, len(ritz.values), self.capacity - 1)
+        rotation = torch.as_tensor(ritz.rotation[:, :keep].copy()).to(self.basis)
+        self.basis[:keep] = rotation.mT @ self.basis[: len(ritz.values)]
+        self.projected.zero_()
+        self.projected[range(keep), range(keep)] = torch.as_tensor(ritz.values[:keep]).to(self.projected)
+        self.size = keep
+        self.widen(keep, fresh)
+
+    def residuals(self, ritz: Ritz, k: int) -> tuple[np.ndarray, Tensor]:
+        """Residuals of the k leading pairs, one product each, and the residual vector of the worst."""
+        found, vectors = [], []
+        for x, value in zip(self.vectors(ritz, k).mT, ritz.values, strict=False):
+            product = (self.operator @ x.to(self.dtype)).to(x)
+            self.matvecs += 1
+            vectors.append(product - value * x)
+            found.append(float(torch.linalg.vector_norm(vectors[-1])))
+        return np.array(found), vectors[int(np.argmax(found))]
 
     def vectors(self, ritz: Ritz, count: int) -> Tensor:
         """The leading Ritz vectors as columns ``[n, m]``."""

@@ -49,8 +49,10 @@ class LinearOperator:
         """Multiply a vector ``[n]`` or the columns of ``[n, k]``.
 
         Raises:
-            ValueError: If the first dimension is not n.
+            ValueError: If it is not a tensor, or the first dimension is not n.
         """
+        if not isinstance(vectors, Tensor):
+            raise ValueError(f"expected a tensor, got {type(vectors).__name__}; to_scipy() is for NumPy arrays.")
         if vectors.ndim not in (1, 2) or vectors.shape[0] != self.shape[1]:
             raise ValueError(f"expected [{self.shape[1]}] or [{self.shape[1]}, k], got {tuple(vectors.shape)}.")
         if vectors.ndim == 1:
@@ -61,15 +63,31 @@ class LinearOperator:
 
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
         """The operator ``v -> A v + B v``."""
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
         if self.shape != other.shape:
             raise ValueError(f"cannot add operators of shapes {self.shape} and {other.shape}.")
         return _Combined([self, other], lambda v: self._product(v) + other._product(v))
 
     def __mul__(self, factor: float) -> "LinearOperator":
         """The operator ``v -> factor * A v``."""
+        if isinstance(factor, LinearOperator):
+            return NotImplemented
         return _Combined([self], lambda v: factor * self._product(v))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "LinearOperator":
+        """The operator ``v -> A v / divisor``."""
+        return self * (1 / divisor)
+
+    def __neg__(self) -> "LinearOperator":
+        """The operator ``v -> -A v``, whose largest eigenvalue is minus the smallest of A."""
+        return self * -1.0
+
+    def __sub__(self, other: "LinearOperator") -> "LinearOperator":
+        """The operator ``v -> A v - B v``."""
+        return self + -other if isinstance(other, LinearOperator) else NotImplemented
 
     def scaled(self, scale: Tensor) -> "LinearOperator":
         """The operator ``S A S`` with ``S = diag(scale)``, ``scale`` of shape ``[n]``."""

@@ -1,14 +1,15 @@
 """Parameters as one flat vector: what every operator of a loss shares."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Parameters = Sequence[Tensor] | Mapping[str, Tensor]
+Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module
 
 
 class FlatParameters:
@@ -28,10 +29,13 @@ class FlatParameters:
 
     def __init__(self, params: Parameters) -> None:
         """Check and keep them."""
-        self.names = list(params) if isinstance(params, Mapping) else None
-        self.tensors = list(params.values()) if isinstance(params, Mapping) else list(params)
+        self.names, self.tensors = _names_and_tensors(params)
         if not self.tensors:
             raise ValueError("params is empty: there is nothing to differentiate in.")
+        if len({id(p) for p in self.tensors}) < len(self.tensors):
+            raise ValueError("a parameter is in params twice; named_parameters() gives each tied one once.")
+        if any(not p.is_floating_point() for p in self.tensors):
+            raise ValueError("params must be real floating point tensors.")
         if len({(p.device, p.dtype) for p in self.tensors}) > 1:
             kinds = sorted({f"{p.dtype} on {p.device}" for p in self.tensors})
             raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
@@ -86,7 +90,7 @@ class FlatParameters:
         """Places of a block of parameters.
 
         Args:
-            chosen: A glob, several globs, or the parameters themselves.
+            chosen: A glob, several globs (``!`` excludes), or the parameters themselves.
 
         Raises:
             ValueError: If nothing matches, names are not known, or a tensor is not among the parameters.
@@ -100,7 +104,7 @@ class FlatParameters:
         if missing:
             raise ValueError(f"a tensor of shape {tuple(missing[0].shape)} is not among the operator's parameters.")
         found = {places[id(w)] for w in wanted if isinstance(w, Tensor)}
-        found |= {i for i, name in enumerate(self.names or ()) if any(fnmatchcase(name, glob) for glob in globs)}
+        found |= {i for i, name in enumerate(self.names or ()) if _matches(name, globs)}
         if not found:
             raise ValueError(f"{wanted} matches no parameter; there are {self.names}.")
         return sorted(found)
@@ -151,4 +155,28 @@ class FlatParameters:
                 hooks.update(own)
 
 
+def _names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
+    """What people pass: a module, named parameters, a mapping, a list, one tensor."""
+    if isinstance(params, nn.Module):
+        params = params.named_parameters()
+    if isinstance(params, Tensor):
+        params = [params]
+    if not isinstance(params, Mapping):
+        params = list(params)
+        if params and all(isinstance(item, tuple) and len(item) == 2 for item in params):
+            params = dict(params)
+    tensors = list(params.values()) if isinstance(params, Mapping) else params
+    if not all(isinstance(p, Tensor) for p in tensors):
+        raise ValueError("params must be tensors, a mapping from names to tensors, or a module.")
+    return [_WRAPPERS.sub("", name) for name in params] if isinstance(params, Mapping) else None, tensors
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    wanted = [glob for glob in globs if not glob.startswith("!")]
+    barred = [glob[1:] for glob in globs if glob.startswith("!")]
+    inside = any(fnmatchcase(name, glob) for glob in wanted) if wanted else bool(barred)
+    return inside and not any(fnmatchcase(name, glob) for glob in barred)
+
+
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # not part of a layer's name
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")

@@ -41,7 +41,7 @@ def power_eigenpairs(
         shift, spent, converged = run.shift, spent + run.matvecs, converged and run.converged
         smallest = min(smallest, run.smallest)
         known = torch.cat([known, run.vector[:, None]], dim=1)
-    order = torch.tensor(values).argsort(descending=True)
+    order = torch.tensor(values, dtype=torch.float64).argsort(descending=True)
     found = torch.tensor(values, dtype=torch.float64)[order]
     allowance = 16 * torch.finfo(start.dtype).eps * max(abs(float(found[0])), abs(shift))
     return Eigenpairs(

@@ -43,6 +43,12 @@ class EigenTracker:
         seed: int = 0,
     ) -> None:
         """Nothing followed yet."""
+        if type(k) is not int or k < 1:
+            raise ValueError(f"k must be a whole number, 1 or more, got {k!r}.")
+        if not 0 < tol < 1 or type(max_matvecs) is not int or max_matvecs < max(2, k):
+            raise ValueError(
+                f"tol must lie between 0 and 1 and max_matvecs be at least {max(2, k)}, got {tol} and {max_matvecs}."
+            )
         self.k, self.threshold, self._certify = k, threshold, certify
         self._tol, self._max_matvecs, self._seed = tol, max_matvecs, seed
         self.taken = 0

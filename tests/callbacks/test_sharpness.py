@@ -242,7 +242,7 @@ class Failing(Classifier):
     [
         ("memory", "sharpness measurement failed: CUDA out of memory"),
         ("none", "sharpness measurement failed: training_step must return a scalar tensor as loss, got NoneType"),
-        ("nan", "sharpness measurement failed: the operator returned NaN or infinity"),
+        ("nan", "sharpness measurement failed: the loss on the probe is not finite"),
     ],
 )
 def test_a_failed_measurement_costs_one_warning_and_the_next_succeeds(how, message, recwarn) -> None:
@@ -328,3 +328,64 @@ def test_convolutions_with_batch_norm_in_train_mode() -> None:
     module.train()
     top = float(exact(module.network, lambda: cross_entropy(module.network(x), y))[-1])
     assert monitor.history["sharpness/hessian_max"].values[0] == pytest.approx(top, rel=1e-3)
+
+
+class Huber(Classifier):
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.huber_loss(self.network(batch[0])[:, 0], batch[1].float())
+
+
+def test_a_quantity_that_fails_leaves_the_others_alone() -> None:
+    """The outputs of a Huber loss are not found: that is said by name, once, and after three times it is left out."""
+    monitor = SharpnessMonitor(every_n_steps=2, quantities=["hessian", "ggn", "trace"])
+    with pytest.warns(UserWarning, match="ggn could not be measured: the outputs were not found") as caught:
+        fit(Huber(mlp()), [monitor])
+    said = [str(w.message) for w in caught if "could not be measured" in str(w.message)]
+    assert len(said) == 2 and said[0].endswith("The other quantities go on.") and said[1].endswith("from now on.")
+    assert len(monitor.history["sharpness/hessian_max"]) == len(monitor.history["sharpness/trace"]) == 10
+    assert monitor.failures == 3 and "sharpness/ggn_max" not in monitor.history
+    with pytest.raises(ValueError, match="the outputs were not found"):
+        fit(Huber(mlp()), [SharpnessMonitor(every_n_steps=2, quantities=["hessian", "ggn"], strict=True)])
+
+
+def test_a_gauss_newton_matrix_of_a_part_of_the_loss_is_said() -> None:
+    class TwoHeads(Classifier):
+        def training_step(self, batch, batch_idx):
+            z = self.network(batch[0])
+            return cross_entropy(z[:, :2], batch[1] % 2) + torch.nn.functional.huber_loss(z[:, 2], batch[1].float())
+
+    with pytest.warns(UserWarning, match="ggn covers a part of the loss only"):
+        fit(TwoHeads(mlp()), [SharpnessMonitor(every_n_steps=5, quantities=["ggn"])])
+
+
+def test_blocks_in_pure_half_precision() -> None:
+    monitor = SharpnessMonitor(every_n_steps=5, quantities=["blocks"], strict=True)
+    fit(Classifier(mlp()), [monitor], precision="bf16-true")
+    assert np.isfinite(monitor.history["sharpness/block"].values).all()
+
+
+def test_several_optimizers_have_no_stability_ratio_and_are_told(caplog) -> None:
+    class Two(Classifier):
+        def __init__(self):
+            super().__init__(mlp())
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            first, *rest = self.parameters()
+            return SGD([first], lr=0.1), SGD(rest, lr=0.1)
+
+    def loss_fn(module, batch):
+        return cross_entropy(module.network(batch[0]), batch[1])
+
+    monitor = SharpnessMonitor(every_n_steps=5, loss_fn=loss_fn, strict=True)
+    with caplog.at_level(logging.INFO):
+        fit(Two(), [monitor])
+    assert "no stability ratio: it is defined for one optimizer" in caplog.text
+    assert len(monitor.history["sharpness/hessian_max"]) >= 2

@@ -189,3 +189,23 @@ def test_bad_input():
             critical_sharpness(loss, [w], torch.ones(8).double(), **arguments)
     with pytest.raises(FloatingPointError, match="the loss at the present weights is not finite"):
         critical_sharpness(lambda: loss() * math.nan, [w], torch.ones(8).double())
+
+
+def single_precision():
+    model, (inputs, labels) = mlp(4, 8, 3), samples(32, 4)
+    params = list(model.parameters())
+    loss = lambda: nn.functional.cross_entropy(model(inputs), labels)  # noqa: E731
+    return loss, params, torch.cat([g.flatten() for g in torch.autograd.grad(loss(), params)])
+
+
+def test_rounding_of_the_loss_is_not_a_descent():
+    """In float32 a tiny step does not change the loss; that must not be taken for a way down."""
+    loss, params, gradient = single_precision()
+    found = critical_sharpness(loss, params, 0.1 * gradient, rate=0.1)
+    assert found.multiple == 0 and math.isnan(found.sharpness)
+
+
+def test_a_step_too_small_to_be_seen_is_made_longer():
+    loss, params, gradient = single_precision()
+    tiny, plain = (critical_sharpness(loss, params, -s * gradient, rate=s) for s in (1e-7, 1.0))
+    assert tiny.sharpness == pytest.approx(plain.sharpness, rel=0.15)

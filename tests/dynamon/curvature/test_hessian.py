@@ -9,7 +9,7 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from dynamon.curvature import HessianOperator, LinearOperator
+from dynamon.curvature import HessianOperator, LinearOperator, top_eigenvalues
 from tests.models import cnn, dense_hessian, gpt, mlp, samples
 
 X, Y = samples(7, 4, dtype=torch.float64)
@@ -253,3 +253,44 @@ def test_lstm_and_activation_checkpointing():
     difference = (gradients[0] - gradients[1]) / (2 * step)
     torch.testing.assert_close(matrix @ v, difference, rtol=1e-6, atol=1e-7)
     assert math.isfinite(float(matrix.abs().max()))
+
+
+def test_what_people_pass_for_parameters():
+    model = mlp(4, 5, 3).double()
+    loss = lambda: classify(X, Y)(model)  # noqa: E731
+    expected = HessianOperator(loss, list(model.parameters())) @ torch.ones(43, dtype=X.dtype)
+    for params in (model, model.named_parameters(), dict(model.named_parameters()), model.parameters()):
+        torch.testing.assert_close(HessianOperator(loss, params) @ torch.ones(43, dtype=X.dtype), expected)
+    assert HessianOperator(loss, model[0].weight).shape == (20, 20)
+    compiled = {f"_orig_mod.{name}": p for name, p in model.named_parameters()}
+    assert HessianOperator(loss, compiled).block("0.*").shape == (25, 25)
+    assert HessianOperator(loss, model).block(["*", "!0.*"]).shape == (18, 18)
+    assert HessianOperator(loss, model).block("!0.*").shape == (18, 18)
+    weight = model[0].weight
+    for bad, message in [
+        ([weight, weight], "in params twice"),
+        ([1.0], "params must be tensors"),
+        ([torch.ones(2, dtype=torch.complex64, requires_grad=True)], "real floating point"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            HessianOperator(loss, bad)
+
+
+def test_differences_quotients_and_signs_of_operators(tanh):
+    operator, dense, _ = tanh
+    v = torch.randn(len(dense), dtype=dense.dtype)
+    torch.testing.assert_close(-operator @ v, -dense @ v)
+    torch.testing.assert_close((3 * operator - operator / 2) @ v, 2.5 * dense @ v)
+    for bad in (lambda: operator + 1, lambda: operator - 1, lambda: operator * operator):
+        with pytest.raises(TypeError):
+            bad()
+    with pytest.raises(ValueError, match="expected a tensor, got ndarray"):
+        operator @ np.ones(len(dense))
+
+
+def test_untrusted_differences_have_no_bounds():
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    loss = lambda: (w**2 / 2 + 1e-12 * torch.cos(3e6 * w)).sum()  # noqa: E731
+    found = top_eigenvalues(HessianOperator(loss, [w], backend="finite_difference"), certify=True)
+    assert not found.converged and found.product_error > 0.1
+    assert found.upper is None and found.lower == -math.inf

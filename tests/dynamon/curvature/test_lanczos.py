@@ -285,14 +285,14 @@ def test_nonfinite_products_raise(bad):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k must be 1 or more, got 0"),
+        ({"k": 0}, "k must be a whole number, 1 or more, got 0"),
         ({"method": "gram"}, "method 'gram' is for k=1 of a GGNOperator"),
         ({"method": "power", "certify": True}, "power iteration has no upper bound"),
         ({"method": "magic"}, "method must be one of lanczos, power, gram, got 'magic'"),
         ({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"),
         ({"tol": 1.0}, "tol must lie between 0 and 1"),
-        ({"max_matvecs": 1}, "max_matvecs must be at least 2, got 1"),
-        ({"k": 4, "max_matvecs": 3}, "max_matvecs must be at least 4, got 3"),
+        ({"max_matvecs": 1}, "max_matvecs must be a whole number, at least 2, got 1"),
+        ({"k": 4, "max_matvecs": 3}, "max_matvecs must be a whole number, at least 4, got 3"),
         ({"warm_start": torch.ones(5)}, "warm_start must have 6 rows, got 5"),
     ],
 )
@@ -329,3 +329,39 @@ def test_sharpness_of_a_small_network(certify, seed):
     single = model.float()
     narrow = HessianOperator(lambda: factor * cross_entropy(single(inputs.float()), labels), list(single.parameters()))
     assert float(top_eigenvalues(narrow, certify=certify).values[0]) == pytest.approx(3, abs=3e-3)
+
+
+@pytest.mark.parametrize("copies", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_all_copies_of_repeated_eigenvalues_are_found(copies, seed):
+    """As in the Hessian of a linear layer with several outputs; a Krylov space alone sees one of each."""
+    matrix = torch.block_diag(*[symmetric(12, seed)] * copies)
+    truth = torch.linalg.eigvalsh(matrix).flip(0)
+    k = copies + 1
+    found = top_eigenvalues(matrix, k, seed=seed, max_matvecs=300)
+    assert found.converged
+    torch.testing.assert_close(found.values, truth[:k], rtol=0, atol=0.01 * float(truth.abs().max()))
+    true = (matrix @ found.vectors[:, :k] - found.vectors[:, :k] * found.values).norm(dim=0)
+    torch.testing.assert_close(found.residuals, true, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "matrix", [torch.diag(torch.arange(5)), torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.eye(3, dtype=torch.complex64)]
+)
+def test_matrices_that_are_not_meant(matrix):
+    with pytest.raises(ValueError, match="real, floating point and symmetric"):
+        top_eigenvalues(matrix)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 1.5}, "k must be a whole number"),
+        ({"k": 100}, "has 9 eigenvalues, 100 were asked for"),
+        ({"max_matvecs": 10.5}, "max_matvecs must be a whole number"),
+        ({"warm_start": [1.0]}, "warm_start must be a tensor"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        top_eigenvalues(symmetric(9, 0), **arguments)
