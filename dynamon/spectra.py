@@ -10,6 +10,7 @@ from torch import Tensor
 from dynamon.kernels import gram_iteration, top_singular
 from dynamon.tails import power_law
 
+_SMALL = 1e-6  # entries between this and its inverse have squares that neither vanish nor overflow
 _STEPS = 8  # the gap between the bounds is then below 1 % for any rank up to 160
 
 
@@ -84,10 +85,14 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
     """
     _check(weight)
     work = weight.double() if exact or weight.dtype == torch.float64 else weight.float()
-    finite = torch.isfinite(work).all(-1).all(-1)
-    work = torch.where(finite[..., None, None], work, torch.zeros_like(work))
-    scale = work.abs().amax((-2, -1))
-    work = work / torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
+    scale = torch.linalg.vector_norm(work, torch.inf, dim=(-2, -1))
+    finite = torch.isfinite(scale)
+    if bool((finite & (scale > _SMALL) & (scale < 1 / _SMALL)).all()):
+        scale = torch.ones_like(scale)  # as nearly always: two passes saved
+    else:
+        scale = torch.where(finite, scale, torch.zeros_like(scale))
+        work = torch.where(finite[..., None, None], work, torch.zeros_like(work))
+        work = work / torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
     tall = work if work.shape[-2] >= work.shape[-1] else work.mT
     energies = torch.linalg.eigvalsh(tall.mT @ tall).flip(-1).clamp_min(0)
     size, eps = energies.shape[-1], torch.finfo(work.dtype).eps
@@ -171,7 +176,7 @@ def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics])
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for index, weight in enumerate(weights):
         groups.setdefault((weight.shape, weight.dtype), []).append(index)
-    parts = [measure(torch.stack([weights[i] for i in group])) for group in groups.values()]
+    parts = [measure(_stacked([weights[i] for i in group])) for group in groups.values()]
     back = torch.tensor([index for group in groups.values() for index in group]).argsort()
 
     def gather(field: str) -> Tensor:
@@ -185,6 +190,11 @@ def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics])
 def weight_spectra(weights: Sequence[Tensor], exact: bool = False) -> WeightSpectrum:
     """:func:`weight_spectrum` of many matrices ``[m, n]``, batched by shape; fields have shape ``[T]``."""
     return by_shape(weights, lambda batch: weight_spectrum(batch, exact))
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    """One batch; a single matrix, an embedding say, is not copied."""
+    return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(list(weights))
 
 
 class SigmaTracker:
@@ -223,7 +233,7 @@ class SigmaTracker:
         vectors = list(values)
         for group in groups.values():
             known = [start for i in group if (start := starts[i]) is not None]
-            batch = torch.stack([weights[i] for i in group]) if len(group) > 1 else weights[group[0]].unsqueeze(0)
+            batch = _stacked([weights[i] for i in group])
             found, after = top_singular(batch, torch.stack(known) if known else None, steps)
             for i, value, vector in zip(group, found, after, strict=True):
                 values[i], vectors[i] = value, vector

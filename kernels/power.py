@@ -30,18 +30,19 @@ def top_singular(matrix: Tensor, start: Tensor | None = None, steps: int = 2) ->
     if start is not None and start.shape != expected:
         raise ValueError(f"start must have shape {list(expected)}, got {list(start.shape)}.")
     work = matrix if matrix.dtype == torch.float64 else matrix.float()
-    scale = work.abs().amax((-2, -1))  # the square of 1e-30 would vanish, that of 1e30 overflow
-    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     noise = torch.randn(expected[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     vector = (noise.to(work).expand(expected) if start is None else start.to(work)).unsqueeze(-1)
-    vector = _unit(vector)
+    vector, _ = _unit(vector)
     for _ in range(steps):
-        moved = work @ vector / safe[..., None, None]
-        vector = _unit(work.mT @ moved / safe[..., None, None])
-    value = torch.linalg.vector_norm(work @ vector / safe[..., None, None], dim=(-2, -1)) * safe
-    return torch.where(scale > 0, value, scale), vector.squeeze(-1)
+        moved, _ = _unit(work @ vector)
+        vector, _ = _unit(work.mT @ moved)
+    _, value = _unit(work @ vector)
+    return value, vector.squeeze(-1)
 
 
-def _unit(vector: Tensor) -> Tensor:
+def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors and lengths; entries of 1e-30 or 1e30 have squares too, once the largest is divided out."""
+    largest = vector.abs().amax(-2, keepdim=True)
+    vector = vector / torch.where(largest == 0, torch.ones_like(largest), largest)
     length = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-    return vector / torch.where(length == 0, torch.ones_like(length), length)
+    return vector / torch.where(length == 0, torch.ones_like(length), length), (length * largest)[..., 0, 0]
