@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, sigma_factor
-from dynamon.spectra import SpectralExtremes, by_shape, spectral_extremes
+from dynamon.spectra import SpectralExtremes, WeightSpectrum, by_shape, spectral_extremes, weight_spectra
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class WeightReadings:
         rms: Euclidean norm over the square root of the size.
         update: The last step in the norm by role.
         ratio: ``update / operator``; NaN for a zero weight.
+        rotation: Angle between the weight before and after the step, in radians; NaN where one of them is zero.
         sigma_max: Largest singular value (of the flattening for a convolution); NaN for vectors.
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
@@ -32,6 +33,7 @@ class WeightReadings:
     rms: Tensor
     update: Tensor
     ratio: Tensor
+    rotation: Tensor
     sigma_max: Tensor
     sigma_lower: Tensor
     sigma_upper: Tensor
@@ -60,9 +62,10 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
         [_operator(layer, w, spectra, i) for i, (layer, w) in enumerate(zip(layers, weights, strict=True))]
     )
     step_spectra = _Spectra([layers[i] for i in moved], [steps[i] for i in moved])
-    update = torch.full_like(operator, torch.nan)
+    update, rotation = torch.full_like(operator, torch.nan), torch.full_like(operator, torch.nan)
     for position, i in enumerate(moved):
         update[i] = _operator(layers[i], steps[i], step_spectra, position)
+        rotation[i] = _angle(before[layers[i].name], weights[i])
     wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
     frobenius = torch.stack(torch._foreach_norm(weights, 2, dtype=wide)).float()
     sizes = torch.tensor([w.numel() for w in weights], dtype=torch.float32, device=frobenius.device)
@@ -72,6 +75,7 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
         rms=frobenius / sizes.sqrt(),
         update=update,
         ratio=torch.where(operator > 0, update / operator, torch.nan),
+        rotation=rotation,
         sigma_max=spectra.column("sigma_max"),
         sigma_lower=spectra.column("sigma_lower"),
         sigma_upper=spectra.column("sigma_upper"),
@@ -106,6 +110,26 @@ class _Spectra:
             return out
         owners = torch.tensor(self.owners, device=self.device)
         return out.scatter_reduce(0, owners, getattr(self.values, field), "amax", include_self=False)
+
+
+def _angle(one: Tensor, other: Tensor) -> Tensor:
+    """Angle between two tensors, exact for small ones too: twice the arc sine of half the distance of unit vectors."""
+    one, other = (t if t.dtype == torch.float64 else t.float() for t in (one, other))
+    distance = torch.linalg.vector_norm(one / torch.linalg.vector_norm(one) - other / torch.linalg.vector_norm(other))
+    return 2 * torch.asin((distance / 2).clamp_max(1.0)).float()
+
+
+def spectra_of(layers: Sequence[Layer]) -> tuple[list[str], WeightSpectrum | None]:
+    """Names and full spectra of those layers that are one matrix, or a convolution, which is flattened.
+
+    Cost: as :func:`dynamon.spectra.weight_spectrum`, batched by shape; waits for the device.
+    """
+    own = {
+        layer.name: layer.parameter.detach().flatten(1)
+        for layer in layers
+        if layer.role == "conv" or layer.role != "vector" and layer.parameter.ndim == 2
+    }
+    return list(own), weight_spectra(list(own.values())) if own else None
 
 
 def _operator(layer: Layer, tensor: Tensor, spectra: _Spectra, position: int) -> Tensor:

@@ -24,8 +24,16 @@ from dynamon.rates import FixedRates
 from tests.helpers import Classifier, batches, cnn, fit, mlp, same_weights, trainer
 
 # Written only where something did not converge, for SGD only, or where the loss bends upwards along a step.
-CONDITIONAL = ("_unconverged", "sharpness/threshold", "sharpness/critical", "sharpness/greedy_multiple")
-EVERY_TENTH = ("_upper", "_bracket")
+CONDITIONAL = (
+    "tail_exponent",
+    "condition",
+    "constraint_usage",
+    "_unconverged",
+    "sharpness/threshold",
+    "sharpness/critical",
+    "sharpness/greedy_multiple",
+)
+EVERY_TENTH = ("_upper", "_bracket", "effective_rank", "participation_ratio", "nuclear")
 
 
 class Streams(Callback):

@@ -165,3 +165,30 @@ def test_bounds_enclose_the_ratio() -> None:
     assert len(upper) == 4
     for step, bound in zip(upper.steps.tolist(), upper.values, strict=True):
         assert by_step[step] <= bound <= 1.5 * by_step[step]
+
+
+def test_rotation_effective_rate_and_constraint_usage() -> None:
+    """Against a few lines on the weights before and after the last step."""
+    rate, decay = 0.02, 0.5
+    module = Classifier(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=rate, weight_decay=decay))
+    monitor = WeightMonitor(every_n_steps=1, strict=True)
+    seen = []
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            seen.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    fit(module, [monitor, Look()], steps=5)
+    for name, after in module.named_parameters():
+        before = seen[-1][name].flatten().double()
+        new = after.detach().flatten().double()
+        cosine = torch.dot(before, new) / (before.norm() * new.norm())
+        value = lambda tag: monitor.history[tag].values[-1][monitor.history[tag].layers.index(name)]  # noqa: B023, E731
+        assert value("update/rotation") == pytest.approx(float(torch.arccos(cosine)), rel=1e-3)
+        assert value("weight/effective_rate") == pytest.approx(rate / float(new.norm()) ** 2, rel=1e-4)
+        usage = rate * decay * value("weight/operator") / value("update/operator")
+        assert value("weight/constraint_usage") == pytest.approx(usage, rel=1e-4)
+    sigma = torch.linalg.svdvals(seen[1]["network.3.weight"].double())
+    series = monitor.history["spectrum/nuclear"]
+    assert len(series) == 1 and len(monitor.history["spectrum/sigma_max"]) == 5  # the first of ten readings
+    assert series.values[0][series.layers.index("network.3.weight")] == pytest.approx(float(sigma.sum()), rel=1e-3)
