@@ -356,7 +356,9 @@ class EigenvalueMeter(Meter):
         return found
 
     def _tracker(self, k: int = 1) -> EigenTracker:
-        return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=self._max_matvecs)
+        # Several values take a second look for copies of repeated ones.
+        products = self._max_matvecs * (1 if k == 1 else 2)
+        return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=products)
 
     def _note_bracket(self, point: _Point, tag: str, found: Eigenpairs, scaling: StabilityScaling | None) -> None:
         """Have the top direction tried on other samples, when the upper bound is taken."""
@@ -487,7 +489,7 @@ class EigenvalueMeter(Meter):
         """Take up the trackers; without vectors their next run is cold."""
         self.points = int(state["points"])
         for tag, saved in state["trackers"].items():
-            self._trackers[tag] = self._tracker()
+            self._trackers[tag] = self._tracker(int(saved["k"]))
             self._trackers[tag].load_state_dict(saved)
         self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
 

@@ -38,44 +38,17 @@ def lanczos_eigenpairs(
     """The k largest eigenvalues; see :func:`dynamon.curvature.top_eigenvalues`."""
     size = operator.shape[0]
     budget = max(max_matvecs, _CERTIFY_MATVECS) if certify else max_matvecs
-    if certify:
-        warm_start = None
+    warm_start = None if certify else warm_start
     # A small operator is not worth a restart: a full basis is exact.
     basis_size = min(_CERTIFY_MATVECS, size) if certify else size if size <= budget else min(_basis_size(k), size)
     start = random_start(operator, warm_start, seed)
     if warm_start is None and not certify:  # the upper bound is a statement about a random start
         start = _turned(start, operator)
-    state = Lanczos(operator, start, basis_size)
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
-    minimum = min(_CERTIFY_MATVECS if certify else _MINIMUM.get(tracked, _MINIMUM_TRACKED), budget)
-    unseen, looked, look = _Unseen(k), False, _LOOK
-    while True:
-        state.extend(min(_BURST if state.matvecs >= minimum else minimum - state.matvecs, budget - state.matvecs))
-        ritz = state.ritz(k)
-        if ritz.exhausted and len(ritz.values) < k and state.matvecs < budget:
-            state.widen(len(ritz.values), random_start(operator, None, seed + 1 + state.matvecs))
-            continue
-        enough = ritz.exhausted or state.matvecs >= minimum and _agrees(ritz, tol)
-        residuals, limit = ritz.residuals[:k], tol * float(np.abs(ritz.values).max())
-        if enough and looked:
-            # A look outside lets go of the residual vector, and with it of the free residuals.
-            residuals, worst = state.residuals(ritz, k)
-        if state.matvecs >= budget:
-            break
-        if enough:
-            new = not (certify or unseen.nothing(ritz, tol, size))
-            if not new and (not looked or (residuals <= limit).all()):
-                break
-            fresh = random_start(operator, None, seed + 1 + state.matvecs) if new else worst
-            state.look_outside(ritz, k + 3, fresh)
-            # The fresh vector gets as many products as the first one took.
-            look, looked = (look if looked else max(_LOOK, state.matvecs)), True
-            minimum = min(state.matvecs + look, budget)
-            continue
-        if state.full and certify:
-            state.grow(min(_GROWTH, size - state.size))
-        elif state.full:
-            state.restart(k + 3)
+    minimum = _CERTIFY_MATVECS if certify else _MINIMUM.get(tracked, _MINIMUM_TRACKED)
+    state = Lanczos(operator, start, basis_size)
+    run = _Run(state, k, tol, budget, minimum, certify, seed)
+    ritz, residuals, converged = run.settle()
     values = ritz.values[:k]
     allowance = 16 * torch.finfo(state.basis.dtype).eps * float(np.abs(ritz.values).max())
     return Eigenpairs(
@@ -86,30 +59,89 @@ def lanczos_eigenpairs(
         upper=_upper_bound(ritz, size) + allowance if certify else None,
         smallest=float(ritz.values[-1]),
         matvecs=state.matvecs,
-        converged=len(values) == k and (ritz.exhausted or _agrees(ritz, tol)) and bool((residuals <= limit).all()),
+        converged=converged and len(values) == k,
     )
 
 
-class _Unseen:
-    """Whether copies of repeated eigenvalues may still be missing.
+_Outcome = tuple["Ritz", np.ndarray, bool]
+
+
+class _Run:
+    """One solve: extends the space until the wanted pairs have settled, or the products are spent.
 
     A Krylov space holds one vector of each eigenspace. For k > 1 the run therefore goes on from a fresh vector
-    outside of what it has found, until that brings nothing new.
+    outside of what it has found, until that brings nothing new. A look outside lets go of the residual vector, and
+    with it of the free residuals, which are then taken with a product each.
     """
 
-    def __init__(self, k: int) -> None:
-        self._k = k
-        self._last: Ritz | None = None
+    def __init__(
+        self, state: "Lanczos", k: int, tol: float, budget: int, minimum: int, certify: bool, seed: int
+    ) -> None:
+        self._state, self._k, self._tol, self._budget, self._seed = state, k, tol, budget, seed
+        self._minimum, self._may_restart = min(minimum, budget), not certify
+        self._look = 0  # products that a fresh vector gets: as many as the first one took
+        self._before: Ritz | None = None  # what had settled before the last look outside
 
-    def nothing(self, ritz: "Ritz", tol: float, size: int) -> bool:
-        """Whether the wanted values are what they were before the last look outside, or no look is needed."""
-        last, self._last = self._last, ritz
-        if self._k == 1 or len(ritz.values) == size:
-            return True
-        if last is None:
-            return False
-        scale = tol * float(np.abs(ritz.values).max())
-        return bool((ritz.values[: self._k] - last.values[: self._k] <= scale).all())
+    def settle(self) -> _Outcome:
+        """The Ritz pairs, the residuals of the wanted ones, and whether they have converged."""
+        while True:
+            ritz = self._extend()
+            outcome = self._judge(ritz) if self._has_settled(ritz) else None
+            if outcome is not None:
+                return outcome
+            if self._state.matvecs >= self._budget:
+                return ritz, ritz.residuals[: self._k], False
+            self._make_room()
+
+    def _extend(self) -> "Ritz":
+        state = self._state
+        missing = self._minimum - state.matvecs
+        state.extend(min(missing if missing > 0 else _BURST, self._budget - state.matvecs))
+        ritz = state.ritz(self._k)
+        while ritz.exhausted and len(ritz.values) < self._k and state.matvecs < self._budget:
+            state.widen(len(ritz.values), self._noise())
+            state.extend(1)
+            ritz = state.ritz(self._k)
+        return ritz
+
+    def _has_settled(self, ritz: "Ritz") -> bool:
+        return ritz.exhausted or self._state.matvecs >= self._minimum and _agrees(ritz, self._tol)
+
+    def _judge(self, ritz: "Ritz") -> _Outcome | None:
+        """Whether what has settled is final; if there is more to look for, the space is made ready for that."""
+        own, whole = ritz.residuals[: self._k], self._before is None and len(ritz.values) == self._state.basis.shape[1]
+        if self._k == 1 or not self._may_restart or whole:
+            return ritz, own, True
+        fresh = self._noise()
+        if self._before is not None:
+            if self._state.matvecs + self._k > self._budget:
+                return ritz, own, False
+            own, worst = self._state.residuals(ritz, self._k)
+            limit = self._tol * float(np.abs(ritz.values).max())
+            if (ritz.values[: self._k] - self._before.values[: self._k] <= limit).all():
+                if (own <= limit).all():
+                    return ritz, own, True
+                fresh = worst  # nothing new, but not sharp enough yet
+        if self._state.matvecs >= self._budget:
+            return ritz, own, False
+        self._look_outside(ritz, fresh)
+        return None
+
+    def _look_outside(self, ritz: "Ritz", fresh: Tensor) -> None:
+        self._look = self._look or max(_LOOK, self._state.matvecs)
+        self._before = ritz
+        self._state.look_outside(ritz, self._k + 3, fresh)
+        self._minimum = min(self._state.matvecs + self._look, self._budget)
+
+    def _make_room(self) -> None:
+        state = self._state
+        if state.full and self._may_restart:
+            state.restart(self._k + 3)
+        elif state.full:
+            state.grow(min(_GROWTH, state.basis.shape[1] - state.size))
+
+    def _noise(self) -> Tensor:
+        return random_start(self._state.operator, None, self._seed + 1 + self._state.matvecs)
 
 
 @dataclass

@@ -365,3 +365,24 @@ def test_matrices_that_are_not_meant(matrix):
 def test_arguments_of_the_wrong_kind(arguments, message):
     with pytest.raises(ValueError, match=message):
         top_eigenvalues(symmetric(9, 0), **arguments)
+
+
+@pytest.mark.parametrize("limit", range(4, 60, 5))
+def test_several_values_keep_to_the_limit_on_products_too(limit):
+    """Wherever the run is cut off, what it returns is an orthonormal basis with its own Rayleigh quotients."""
+    matrix = torch.block_diag(*[symmetric(20, 3)] * 3)
+    counted = []
+
+    class Operator:
+        shape, dtype = matrix.shape, matrix.dtype
+
+        def __matmul__(self, v):
+            counted.append(1)
+            return matrix @ v
+
+    found = top_eigenvalues(Operator(), 4, max_matvecs=limit)
+    assert len(counted) == found.matvecs <= limit
+    vectors = found.vectors[:, : len(found.values)]
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(len(found.values), dtype=vectors.dtype))
+    quotients = (vectors * (matrix @ vectors)).sum(0)
+    torch.testing.assert_close(quotients, found.values, atol=0.05 * float(matrix.abs().max()), rtol=0)
