@@ -1,18 +1,40 @@
 """What the weight tensors of a model are: their names and roles."""
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 ROLES = ("hidden", "embedding", "head", "conv", "vector")
 _HEAD_NAMES = {"head", "lm_head", "classifier", "logits", "output_projection", "score", "fc_out"}
 _POSITION_NAMES = re.compile(r"(^|[._])(pos|position|positional|wpe|posemb|pos_emb|pos_embed)([._]|$)")
+_LORA_NAMES = re.compile(r"((?:^|[._])lora_(?:embedding_)?)([AaBb])(?=\.|$)")
+_OTHER_FACTOR = {"A": "B", "B": "A", "a": "b", "b": "a"}
+_PACKED_QKV = re.compile(
+    r"(^|[._])(qkv|to_qkv|qkv_proj|Wqkv|c_attn|in_proj)"
+    r"([._](base_layer|parametrizations|weight|weight_v|weight_orig|original|original1))*$"
+)
 # Wrappers that put a segment into parameter names; the name without it survives compiling or wrapping.
 _WRAPPER_SEGMENTS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+_Use = tuple[nn.Module, str]  # a module and the name under which it holds a parameter
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution applies its kernel, as the module's arguments of the same names say."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    padding_mode: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,11 @@ class Layer:
         parameter: The tensor itself.
         aliases: Further names of the same tensor (tied weights).
         rows_are_tokens: True for embeddings stored ``[tokens, d]``, whose linear map is the transpose.
+        blocks: How many matrices the tensor holds: packed along the outputs (queries, keys and values in one, the
+            gates of an LSTM), stacked along the first dimension (experts), or the groups of a convolution.
+        partner: Name of the other factor of a LoRA pair.
+        conv: The geometry where the tensor is the weight of a convolution.
+        inputs_first: True for matrices stored ``[in, out]``, as ``Conv1D`` of Hugging Face does.
     """
 
     name: str
@@ -33,44 +60,142 @@ class Layer:
     parameter: Tensor
     aliases: tuple[str, ...] = ()
     rows_are_tokens: bool = False
+    blocks: int = 1
+    partner: str | None = None
+    conv: ConvGeometry | None = None
+    inputs_first: bool = False
+
+    def matrices(self) -> Tensor:
+        """The weight as the matrices of linear maps, a view where that is possible.
+
+        Returns:
+            ``[blocks, out, in]``. A convolution gives ``[groups, out / groups, in / groups * prod(k)]``, what it
+            does with one patch of its input; a transposed one the same, with the kernel not flipped. Embeddings
+            stay ``[tokens, d]``.
+
+        Raises:
+            ValueError: For a vector.
+        """
+        weight = self.parameter
+        if self.role == "vector" or weight.ndim < 2:
+            raise ValueError(f"{self.name} is a vector and has no matrices.")
+        if self.conv is not None:
+            grouped = weight.unflatten(0, (self.conv.groups, -1))
+            return (grouped.transpose(1, 2) if self.conv.transposed else grouped).flatten(2)
+        if self.role == "conv":
+            return weight.flatten(1).unflatten(0, (self.blocks, -1))
+        if weight.ndim > 2:
+            return weight.flatten(0, -3)
+        if self.inputs_first and not self.rows_are_tokens:
+            weight = weight.mT
+        return weight.unflatten(0, (self.blocks, -1))
 
 
-def describe_layers(model: nn.Module) -> list[Layer]:
+def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[Layer]:
     """List every weight tensor of a model once, with its role, in the order of ``named_parameters``.
 
-    The rules, first match wins:
+    The weight of a module below is its ``weight``, also under weight normalisation, spectral normalisation or another
+    parametrization. The rules for the role, first match wins:
 
-    1. at most one dimension larger than one (biases, gains, scalars) and not the matrix of an ``nn.Linear``:
-       ``vector``;
-    2. the weight of ``nn.Embedding`` or ``nn.EmbeddingBag``, or a learned position (``pos``, ``position``,
-       ``pos_emb``, ``wpe`` as a part of its name): ``embedding``. A head tied to it is an alias;
-    3. the weight of a convolution: ``conv``;
-    4. the weight of an ``nn.Linear`` called head, lm_head, classifier, logits, output_projection, score or
-       fc_out, or the last ``nn.Linear`` of the model where it is not part of a numbered block: ``head``;
-    5. everything else: ``hidden``.
+    1. fewer than two dimensions (biases, scalars): ``vector``;
+    2. a matrix called ``lora_A``, ``lora_B`` or ``lora_embedding_A`` and ``_B`` (a LoRA factor): ``hidden``;
+    3. at most one dimension larger than one (gains, class tokens) and not the weight of an ``nn.Linear``, embedding,
+       convolution, recurrent layer or Hugging Face ``Conv1D``: ``vector``;
+    4. the weight of ``nn.Embedding`` or ``nn.EmbeddingBag``: ``embedding``. A head tied to it is an alias;
+    5. the weight of a convolution: ``conv``;
+    6. a learned position (``pos``, ``position``, ``positional``, ``pos_emb``, ``pos_embed``, ``posemb`` or ``wpe`` as
+       a part of its name) that is not the weight of an ``nn.Linear`` or ``Conv1D``: ``embedding``;
+    7. the output layer: ``head``. That is, outside numbered blocks, the last ``nn.Linear`` of each module called head,
+       lm_head, classifier, logits, output_projection, score or fc_out, which may be the ``nn.Linear`` itself; if there
+       is none, the last ``nn.Linear`` with such a name anywhere; if there is none, the last ``nn.Linear`` of the
+       model where it is part neither of a numbered block nor of a ``pooler``. LoRA factors do not count here;
+    8. everything else: ``hidden``.
+
+    The rules for the number of blocks, first match wins:
+
+    1. a vector: 1;
+    2. a convolution: its groups;
+    3. three or more dimensions (stacked experts ``[experts, out, in]``): the product of all but the last two;
+    4. ``weight_ih`` and ``weight_hh`` of recurrent layers: the gates, 4 for LSTM, 3 for GRU, 1 for a plain RNN;
+    5. queries, keys and values in one, side by side (``qkv``, ``to_qkv``, ``qkv_proj``, ``Wqkv``, ``c_attn`` or
+       ``in_proj`` at the end of its name, with three times as many outputs as inputs): 3;
+    6. everything else: 1.
 
     Empty parameters are left out. The model is not changed.
 
     Args:
         model: Any module.
+        overrides: Roles by glob on names and aliases (``{"backbone.stem.*": "embedding"}``); the later wins. What
+            cannot have the role is passed over: less than two dimensions is always a vector, the weight of a
+            convolution ``conv`` or ``vector``.
 
     Returns:
         One :class:`Layer` a tensor.
+
+    Raises:
+        ValueError: On a role that does not exist and on a glob that matches nothing, or nothing that can have its role.
     """
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.numel():
-            names.setdefault(id(parameter), []).append(_WRAPPER_SEGMENTS.sub("", name))
+            names.setdefault(id(parameter), []).append(_plain(name))
             parameters.setdefault(id(parameter), parameter)
-    owners = _owners(model)
-    head = _head_weight(model)
+    names = {key: list(dict.fromkeys(own)) for key, own in names.items()}
+    uses = _uses(model)
+    heads = _head_weights(model, uses)
+    geometries = {key: _geometry(parameter, uses.get(key, [])) for key, parameter in parameters.items()}
+    roles = {key: _role(names[key], p, uses.get(key, []), is_head=key in heads) for key, p in parameters.items()}
+    for glob, role in (overrides or {}).items():
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r} for {glob!r}; choose one of {', '.join(ROLES)}.")
+        matched = [key for key in roles if any(fnmatchcase(name, glob) for name in names[key])]
+        if not matched:
+            raise ValueError(f"the override {glob!r} matches no parameter.")
+        fitting = [key for key in matched if _can_be(role, parameters[key], geometries[key])]
+        if not fitting:
+            raise ValueError(
+                f"the override {glob!r} matches nothing that can be {role!r}, only {names[matched[0]][0]}."
+            )
+        roles.update(dict.fromkeys(fitting, role))
+    first = {name: own[0] for own in names.values() for name in own}
     layers = []
     for key, parameter in parameters.items():
-        own_names = list(dict.fromkeys(names[key]))
-        role = _role(own_names, parameter, owners.get(key, []), is_head=key == head)
-        layers.append(Layer(own_names[0], role, parameter, tuple(own_names[1:]), role == "embedding"))
+        own, role, held, geometry = names[key], roles[key], uses.get(key, []), geometries[key]
+        inputs_first = any(_is_inputs_first(use, parameter) for use in held)
+        layers.append(
+            Layer(
+                own[0],
+                role,
+                parameter,
+                tuple(own[1:]),
+                rows_are_tokens=role == "embedding" and _has_rows_of_tokens(held),
+                blocks=_blocks(own, parameter, held, role, geometry, inputs_first),
+                partner=_partner(own, first),
+                conv=geometry,
+                inputs_first=inputs_first,
+            )
+        )
     return layers
+
+
+def layer_table(layers: Iterable[Layer]) -> str:
+    """What :func:`describe_layers` found, to be printed.
+
+    Args:
+        layers: The layers, one line each.
+
+    Returns:
+        Aligned columns: name, role, shape, blocks where there are several, aliases.
+    """
+    rows = [("name", "role", "shape", "blocks", "aliases")]
+    for layer in layers:
+        shape = " x ".join(map(str, layer.parameter.shape)) or "scalar"
+        blocks = str(layer.blocks) if layer.blocks > 1 else ""
+        rows.append((layer.name, layer.role, shape, blocks, ", ".join(layer.aliases)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def select(layers: Iterable[Layer], patterns: Sequence[str] | None) -> list[Layer]:
@@ -96,40 +221,139 @@ def _matches(layer: Layer, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, p) for p in patterns for name in (layer.name, *layer.aliases))
 
 
-def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Which modules hold each parameter directly."""
-    owners: dict[int, list[nn.Module]] = {}
+def _plain(name: str) -> str:
+    """A module's or parameter's name without the segments of wrappers."""
+    return _WRAPPER_SEGMENTS.sub("", name + ".").removesuffix(".")
+
+
+def _uses(model: nn.Module) -> dict[int, list[_Use]]:
+    """Which modules hold each parameter, and under which name; a parametrized one counts as the module's own."""
+    parents: dict[int, _Use] = {}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    return owners
+        for child in module.children():
+            if isinstance(child, nn.ModuleDict):
+                lists = ((name, value) for name, value in child.items() if isinstance(value, ParametrizationList))
+                parents.update({id(value): (module, name) for name, value in lists})
+    uses: dict[int, list[_Use]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            use = module, name.removesuffix("_v").removesuffix("_orig")
+            if id(module) in parents and name in ("original", "original1"):  # original0 is the gain of weight_norm
+                use = parents[id(module)]
+            uses.setdefault(id(parameter), []).append(use)
+    return uses
 
 
-def _head_weight(model: nn.Module) -> int | None:
-    """The id of the weight of the output layer, by rule 4 of :func:`describe_layers`."""
-    linears = [
-        (_WRAPPER_SEGMENTS.sub("", name).split("."), module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    for path, module in reversed(linears):
+def _head_weights(model: nn.Module, uses: Mapping[int, Sequence[_Use]]) -> set[int]:
+    """The ids of the weights of output layers, by rule 7 of :func:`describe_layers`."""
+    weights = {id(module): key for key, held in uses.items() for module, name in held if name == "weight"}
+    linears: list[tuple[list[str], int]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module) in weights and not _LORA_NAMES.search(_plain(name)):
+            linears.append((_plain(name).split("."), weights[id(module)]))
+    named: dict[tuple[str, ...], int] = {}
+    for path, key in linears:
+        at = next((i for i, part in enumerate(path) if part in _HEAD_NAMES), None)
+        if at is not None and not any(part.isdigit() for part in path[:at]):
+            named[tuple(path[: at + 1])] = key  # the last one stays
+    if named:
+        return set(named.values())
+    for path, key in reversed(linears):
         if path[-1] in _HEAD_NAMES:
-            return id(module.weight)
+            return {key}
     if not linears:
-        return None
-    path, module = linears[-1]
-    return None if any(part.isdigit() for part in path[:-1]) else id(module.weight)
+        return set()
+    path, key = linears[-1]
+    return set() if any(part.isdigit() for part in path[:-1]) or "pooler" in path else {key}
 
 
-def _role(names: list[str], parameter: Tensor, owners: list[nn.Module], is_head: bool) -> str:
-    if sum(side > 1 for side in parameter.shape) <= 1 and not any(isinstance(o, nn.Linear) for o in owners):
-        return "vector"
+def _role(names: Sequence[str], parameter: Tensor, uses: Sequence[_Use], is_head: bool) -> str:
     if parameter.ndim < 2:
         return "vector"
-    if any(isinstance(owner, nn.Embedding | nn.EmbeddingBag) for owner in owners):
+    if parameter.ndim == 2 and any(_LORA_NAMES.search(name) for name in names):
+        return "hidden"
+    linear = any(_is_weight_of(use, nn.Linear) or _is_inputs_first(use, parameter) for use in uses)
+    embedding = any(_is_weight_of(use, nn.Embedding, nn.EmbeddingBag) for use in uses)
+    convolution = _geometry(parameter, uses) is not None
+    if sum(side > 1 for side in parameter.shape) <= 1 and not (linear or embedding or convolution or _gates(uses)):
+        return "vector"
+    if embedding:
         return "embedding"
-    if any(_POSITION_NAMES.search(name) for name in names):
-        return "embedding"
-    if any(isinstance(owner, _ConvNd) for owner in owners):
+    if convolution:
         return "conv"
+    if not linear and any(_POSITION_NAMES.search(name) for name in names):
+        return "embedding"
     return "head" if is_head else "hidden"
+
+
+def _can_be(role: str, parameter: Tensor, geometry: ConvGeometry | None) -> bool:
+    return role == "vector" or parameter.ndim >= 2 and (geometry is None or role == "conv")
+
+
+def _blocks(
+    names: Sequence[str],
+    parameter: Tensor,
+    uses: Sequence[_Use],
+    role: str,
+    geometry: ConvGeometry | None,
+    inputs_first: bool,
+) -> int:
+    if role == "vector":
+        return 1
+    if role == "conv":
+        return 1 if geometry is None else geometry.groups
+    if parameter.ndim > 2:
+        return math.prod(parameter.shape[:-2])
+    if hidden := _gates(uses):
+        return parameter.shape[0] // hidden
+    inner, outer = parameter.shape if inputs_first else reversed(parameter.shape)
+    return 3 if outer == 3 * inner and any(_PACKED_QKV.search(name) for name in names) else 1
+
+
+def _is_weight_of(use: _Use, *classes: type[nn.Module]) -> bool:
+    return use[1] == "weight" and isinstance(use[0], classes)
+
+
+def _is_inputs_first(use: _Use, parameter: Tensor) -> bool:
+    """Whether it is the weight ``[in, out]`` of Hugging Face's ``Conv1D``, told by the name of the class."""
+    module, name = use
+    return name == "weight" and parameter.ndim == 2 and any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+def _has_rows_of_tokens(uses: Sequence[_Use]) -> bool:
+    """How an embedding is stored: the weight of an ``nn.Linear`` alone (an override) is ``[d, tokens]``."""
+    return any(_is_weight_of(use, nn.Embedding, nn.EmbeddingBag) for use in uses) or not any(
+        _is_weight_of(use, nn.Linear) for use in uses
+    )
+
+
+def _gates(uses: Sequence[_Use]) -> int:
+    """The number of outputs of one gate where a recurrent layer stacks its gates, else 0."""
+    for module, name in uses:
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase) and name.startswith(("weight_ih", "weight_hh")):
+            return module.hidden_size
+    return 0
+
+
+def _geometry(parameter: Tensor, uses: Sequence[_Use]) -> ConvGeometry | None:
+    for module, name in uses:
+        if isinstance(module, _ConvNd) and name == "weight" and parameter.ndim == 2 + len(module.kernel_size):
+            padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+            return ConvGeometry(
+                tuple(module.stride),
+                padding,
+                tuple(module.dilation),
+                module.groups,
+                module.transposed,
+                module.padding_mode,
+            )
+    return None
+
+
+def _partner(names: Sequence[str], first: Mapping[str, str]) -> str | None:
+    """The first name of the other LoRA factor."""
+    for name in names:
+        other = _LORA_NAMES.sub(lambda match: match[1] + _OTHER_FACTOR[match[2]], name)
+        if other != name and other in first:
+            return first[other]
+    return None
