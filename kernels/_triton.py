@@ -1,0 +1,37 @@
+"""What the Triton twins share: importing without Triton, and one sentence where they cannot run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the modules still import, and calling them says what is missing
+    triton = tl = None
+
+__all__ = ["can_run", "interpreted", "jit", "require", "tl", "triton"]
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``triton.jit``, or the plain function where Triton is not installed."""
+    return function if triton is None else triton.jit(function)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in Python, as ``TRITON_INTERPRET=1`` makes it."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether the kernels run on this device: a GPU, or the CPU where they are interpreted."""
+    return triton is not None and (device.type == "cuda" or interpreted())
+
+
+def require(device: torch.device, name: str) -> None:
+    """Raise where the kernels cannot run on this device."""
+    if triton is None:
+        raise ImportError(f"{name} needs Triton, which is not installed: pip install triton.")
+    if not can_run(device):
+        raise ValueError(f"{name} needs tensors on a GPU, got {device}; TRITON_INTERPRET=1 runs it on a CPU, slowly.")
