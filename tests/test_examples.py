@@ -9,6 +9,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SMALLER = {
     "edge_of_stability": {"steps": 1000},
+    "norm_transfer": {"widths": (64, 256)},
     "spectral_density": {"classes": (5, 10), "widths": (16, 64)},
 }
 
@@ -29,6 +30,12 @@ def test_example(path: Path, tmp_path: Path) -> None:
 def test_a_run_that_stops_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="and not at the edge"):
         example(EXAMPLES[0])(steps=100, rates=(0.1,), out=tmp_path / "picture.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_norms_that_do_not_grow_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="with one rate the norm grows 1.00 times, and not over 1.00"):
+        example(EXAMPLES[1])(widths=(64, 64), steps=20, out=tmp_path / "picture.png")
 
 
 @pytest.mark.filterwarnings("ignore")
