@@ -7,9 +7,7 @@ cache emptied in between, and ratios are of medians over all turns. ``--sweep`` 
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python benchmarks/kernels.py`
 
+from benchmarks.environment import environment  # noqa: E402
 from benchmarks.spectra import gpt2_shapes  # noqa: E402
 from dynamon.kernels import gradient_stats, polar_factor, triton_gradient_stats, triton_gram  # noqa: E402
 
@@ -201,29 +200,6 @@ def bars(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """Where the figures come from."""
-    import triton
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return {
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["python -m benchmarks.kernels", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,7 +218,12 @@ def main() -> None:
     judged = bars(results)
     print("", *judged, sep="\n")
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"environment": environment(), "bars": judged, "results": results}
+    import triton
+
+    versions = {"triton": triton.__version__, "cuda": torch.version.cuda}
+    precision = torch.get_float32_matmul_precision()
+    place = environment("kernels", "cuda", **versions, float32_matmul_precision=precision)
+    found = {"environment": place, "bars": judged, "results": results}
     chosen.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

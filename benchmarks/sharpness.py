@@ -13,10 +13,7 @@ import ctypes
 import gc
 import json
 import multiprocessing
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -34,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python benchmarks/sharpness.py`
 
+from benchmarks.environment import environment  # noqa: E402
 from benchmarks.models import Problem, cnn, gpt, gpt2, mlp  # noqa: E402
 from benchmarks.peers import COLD, METHODS, PACKAGES, TRACKING, Reading, hessian_of, installed, reading  # noqa: E402
 from dynamon.curvature import EigenTracker, top_eigenvalues  # noqa: E402
@@ -281,24 +279,15 @@ def print_bars(table: dict[str, dict[str, str]]) -> None:
         print(f"{bar:<34}" + "".join(f"{row.get(c, '-'):>19}" for c in columns) + f"{met:>5}/{len(row)}")
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What is needed to read the numbers, and to take them again."""
-    versions = {}
+def package_versions() -> dict[str, str | None]:
+    """Of the peers and of what all stand on; None for what is not installed."""
+    versions: dict[str, str | None] = {}
     for package in ("torch", "numpy", "scipy", "lightning", *PACKAGES.values()):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return {
-        "command": " ".join(["python -m benchmarks.sharpness", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "packages": versions,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None,
-    }
+    return versions
 
 
 # ---- the runs
@@ -368,7 +357,8 @@ def main() -> None:
     options = parse()
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # TensorFloat-32 would hide the errors compared here
     names = installed([name for name in options.methods if name in METHODS])
-    result: dict[str, Any] = {"environment": environment(options.device), "cells": []}
+    place = environment("sharpness", options.device, packages=package_versions())
+    result: dict[str, Any] = {"environment": place, "cells": []}
     begin = time.perf_counter()
     for problem, stage in cases(options):
         result["cells"].append(measure(problem, stage, names, options))

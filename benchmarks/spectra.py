@@ -7,8 +7,6 @@ on a GPU. WeightWatcher is measured where it is installed.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.environment import environment
 from dynamon.spectra import SigmaTracker, by_shape, spectral_extremes, weight_spectra
 
 BARS = {"cpu": {"refresh": 20.0, "full set": 2.0}, "cuda": {"refresh": 30.0, "full set": 10.0}}
@@ -135,25 +134,6 @@ def report(results: list[dict[str, Any]], device: torch.device) -> None:
                 print(f"  {'PASS' if speed[label] >= bar else 'MISS'}: {label} {speed[label]:.1f}x, bar {bar:.0f}x")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where the figures come from."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return {
-        "commit": commit.stdout.strip(),
-        "command": "python -m benchmarks.spectra " + " ".join(sys.argv[1:]),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-    }
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,7 +147,9 @@ def main() -> None:
     results = [compare(name, found, device, chosen.rounds) for name, found in shapes.items()]
     report(results, device)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"environment": environment(device), "results": results}, indent=1) + "\n")
+    chosen.out.write_text(
+        json.dumps({"environment": environment("spectra", device.type), "results": results}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

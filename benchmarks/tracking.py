@@ -12,11 +12,7 @@ that has been trained from another seed, once from every point.
 import argparse
 import copy
 import json
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +25,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, AdamW
 
+from benchmarks.environment import environment
 from benchmarks.models import Problem, cnn, gpt, mlp
 from dynamon.curvature import EigenTracker, HessianOperator, LinearOperator, top_eigenvalues
 from dynamon.stability import StabilityScaling, stability_operator, stability_scaling
@@ -237,19 +234,6 @@ def print_jumps(rows: list[dict[str, Any]]) -> None:
         print(JUMP_LINE.format(*where, *counts, s["most products"], f"{s['worst error']:.1e}"))
 
 
-def environment() -> dict[str, Any]:
-    """What is needed to read the numbers, and to take them again."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return {
-        "command": " ".join(["python -m benchmarks.tracking", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None,
-    }
-
-
 # ---- the runs
 
 
@@ -298,7 +282,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write the result after every training."""
     options = parse()
-    result: dict[str, Any] = {"environment": environment(), "rows": []}
+    result: dict[str, Any] = {"environment": environment("tracking"), "rows": []}
     begin = time.perf_counter()
     print_header()
     for course in COURSES:

@@ -194,11 +194,6 @@ class EigenvalueMeter(Meter):
         """Not where it is off for another reason."""
         return super().is_missed() and not self._probe.off and not self._too_large
 
-    @property
-    def taken(self) -> int:
-        """Measurements so far, those before a resume included."""
-        return max((tracker.taken for tracker in self._trackers.values()), default=0)
-
     def expected(self, run: Run) -> float:
         """Products of the coming measurement at what they took lately.
 

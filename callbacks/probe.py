@@ -119,11 +119,6 @@ class ProbeMeter(Meter):
         weights = values.new_tensor([entry["weight"] for entry in kept])
         return (values * weights).sum() / weights.sum()
 
-    @property
-    def batches(self) -> list[Any]:
-        """What is kept, batch by batch."""
-        return [entry["batch"] for entry in self._sets[0]]
-
     def state_dict(self) -> dict[str, Any]:
         """The samples, where they are not many and hold nothing that a checkpoint could not load safely."""
         numbers = _numbers([[entry["batch"] for entry in kept] for kept in self._sets])

@@ -14,7 +14,7 @@ from dynamon.callbacks.meter import Cadence, Meter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import Array
 from dynamon.panels import WEIGHTS
-from dynamon.weights import spectra_of, weight_readings
+from dynamon.weights import FULL_SPECTRUM, spectra_of, weight_readings
 
 _FULL_EVERY = 10  # readings between two with all singular values
 _COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Rprop", "ASGD"}  # add decay to gradients
@@ -82,9 +82,8 @@ class WeightMeter(Meter):
         names, spectra = spectra_of(run.layers)
         if spectra is None:
             return
-        fields = ("effective_rank", "participation_ratio", "nuclear", "condition", "tail_exponent")
-        table = torch.stack([getattr(spectra, field).float() for field in fields]).cpu().numpy()
-        for field, row in zip(fields, table, strict=True):
+        table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
+        for field, row in zip(FULL_SPECTRUM, table, strict=True):
             run.recorder.layers(f"spectrum/{field}", row, names)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from dynamon.names import is_chosen, plain_name
+
 ROLES = ("hidden", "embedding", "head", "conv", "vector")
 _HEAD_NAMES = {"head", "lm_head", "classifier", "logits", "output_projection", "score", "fc_out"}
 _POSITION_NAMES = re.compile(r"(^|[._])(pos|position|positional|wpe|posemb|pos_emb|pos_embed)([._]|$)")
@@ -19,8 +21,6 @@ _PACKED_QKV = re.compile(
     r"(^|[._])(qkv|to_qkv|qkv_proj|Wqkv|c_attn|in_proj)"
     r"([._](base_layer|parametrizations|weight|weight_v|weight_orig|original|original1))*$"
 )
-# Wrappers that put a segment into parameter names; the name without it survives compiling or wrapping.
-_WRAPPER_SEGMENTS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 _Use = tuple[nn.Module, str]  # a module and the name under which it holds a parameter
 
@@ -139,7 +139,7 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.numel():
-            names.setdefault(id(parameter), []).append(_plain(name))
+            names.setdefault(id(parameter), []).append(plain_name(name))
             parameters.setdefault(id(parameter), parameter)
     names = {key: list(dict.fromkeys(own)) for key, own in names.items()}
     uses = _uses(model)
@@ -212,18 +212,7 @@ def select(layers: Iterable[Layer], patterns: Sequence[str] | None) -> list[Laye
     layers = list(layers)
     if patterns is None:
         return layers
-    include = [p for p in patterns if not p.startswith("!")] or ["*"]
-    exclude = [p[1:] for p in patterns if p.startswith("!")]
-    return [layer for layer in layers if _matches(layer, include) and not _matches(layer, exclude)]
-
-
-def _matches(layer: Layer, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, p) for p in patterns for name in (layer.name, *layer.aliases))
-
-
-def _plain(name: str) -> str:
-    """A module's or parameter's name without the segments of wrappers."""
-    return _WRAPPER_SEGMENTS.sub("", name + ".").removesuffix(".")
+    return [layer for layer in layers if is_chosen((layer.name, *layer.aliases), patterns)]
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:
@@ -249,8 +238,8 @@ def _head_weights(model: nn.Module, uses: Mapping[int, Sequence[_Use]]) -> set[i
     weights = {id(module): key for key, held in uses.items() for module, name in held if name == "weight"}
     linears: list[tuple[list[str], int]] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module) in weights and not _LORA_NAMES.search(_plain(name)):
-            linears.append((_plain(name).split("."), weights[id(module)]))
+        if isinstance(module, nn.Linear) and id(module) in weights and not _LORA_NAMES.search(plain_name(name)):
+            linears.append((plain_name(name).split("."), weights[id(module)]))
     named: dict[tuple[str, ...], int] = {}
     for path, key in linears:
         at = next((i for i, part in enumerate(path) if part in _HEAD_NAMES), None)

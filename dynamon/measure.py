@@ -13,9 +13,8 @@ from dynamon.layers import describe_layers
 from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
 from dynamon.probe import LossFn, training_loss, undisturbed
-from dynamon.spectra import weight_spectra
 from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
-from dynamon.weights import weight_readings
+from dynamon.weights import FULL_SPECTRUM, spectra_of, weight_readings
 
 
 def measure(
@@ -122,17 +121,11 @@ def _weights(layers: list[Any]) -> dict[str, Any]:
 
 
 def _spectra(layers: list[Any]) -> dict[str, Any]:
-    """What needs all singular values, in float64; of matrices and flattened convolutions."""
-    own = {
-        layer.name: layer.parameter.detach().flatten(1)
-        for layer in layers
-        if layer.role == "conv" or layer.role != "vector" and layer.parameter.ndim == 2
-    }
-    if not own:
+    """What needs all singular values, in float64."""
+    names, spectra = spectra_of(layers, exact=True)
+    if spectra is None:
         return {}
-    spectra = weight_spectra(list(own.values()), exact=True)
-    quantities = ("effective_rank", "participation_ratio", "nuclear", "condition", "tail_exponent")
-    return {f"spectrum/{q}": _known(list(own), getattr(spectra, q)) for q in quantities}
+    return {f"spectrum/{q}": _known(names, getattr(spectra, q)) for q in FULL_SPECTRUM}
 
 
 def _known(names: list[str], values: Tensor) -> dict[str, float]:

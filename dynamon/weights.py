@@ -10,6 +10,8 @@ from dynamon.layers import Layer
 from dynamon.norms import operator_norm, sigma_factor
 from dynamon.spectra import SpectralExtremes, WeightSpectrum, by_shape, spectral_extremes, weight_spectra
 
+FULL_SPECTRUM = ("effective_rank", "participation_ratio", "nuclear", "condition", "tail_exponent")
+
 
 @dataclass(frozen=True)
 class WeightReadings:
@@ -119,8 +121,12 @@ def _angle(one: Tensor, other: Tensor) -> Tensor:
     return 2 * torch.asin((distance / 2).clamp_max(1.0)).float()
 
 
-def spectra_of(layers: Sequence[Layer]) -> tuple[list[str], WeightSpectrum | None]:
+def spectra_of(layers: Sequence[Layer], exact: bool = False) -> tuple[list[str], WeightSpectrum | None]:
     """Names and full spectra of those layers that are one matrix, or a convolution, which is flattened.
+
+    Args:
+        layers: The layers, on one device.
+        exact: Compute in float64.
 
     Cost: as :func:`dynamon.spectra.weight_spectrum`, batched by shape; waits for the device.
     """
@@ -129,7 +135,7 @@ def spectra_of(layers: Sequence[Layer]) -> tuple[list[str], WeightSpectrum | Non
         for layer in layers
         if layer.role == "conv" or layer.role != "vector" and layer.parameter.ndim == 2
     }
-    return list(own), weight_spectra(list(own.values())) if own else None
+    return list(own), weight_spectra(list(own.values()), exact) if own else None
 
 
 def _operator(layer: Layer, tensor: Tensor, spectra: _Spectra, position: int) -> Tensor:

@@ -1,13 +1,13 @@
 """Parameters as one flat vector: what every operator of a loss shares."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dynamon.names import is_chosen, plain_name
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module
 
@@ -104,7 +104,7 @@ class FlatParameters:
         if missing:
             raise ValueError(f"a tensor of shape {tuple(missing[0].shape)} is not among the operator's parameters.")
         found = {places[id(w)] for w in wanted if isinstance(w, Tensor)}
-        found |= {i for i, name in enumerate(self.names or ()) if _matches(name, globs)}
+        found |= {i for i, name in enumerate(self.names or ()) if globs and is_chosen([name], globs)}
         if not found:
             raise ValueError(f"{wanted} matches no parameter; there are {self.names}.")
         return sorted(found)
@@ -168,15 +168,7 @@ def _names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
     tensors = list(params.values()) if isinstance(params, Mapping) else params
     if not all(isinstance(p, Tensor) for p in tensors):
         raise ValueError("params must be tensors, a mapping from names to tensors, or a module.")
-    return [_WRAPPERS.sub("", name) for name in params] if isinstance(params, Mapping) else None, tensors
+    return [plain_name(name) for name in params] if isinstance(params, Mapping) else None, tensors
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    wanted = [glob for glob in globs if not glob.startswith("!")]
-    barred = [glob[1:] for glob in globs if glob.startswith("!")]
-    inside = any(fnmatchcase(name, glob) for glob in wanted) if wanted else bool(barred)
-    return inside and not any(fnmatchcase(name, glob) for glob in barred)
-
-
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # not part of a layer's name
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")

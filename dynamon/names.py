@@ -1,0 +1,29 @@
+"""Names of parameters: what wrappers add to them, and globs that choose among them."""
+
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without the segments that compiling, checkpointing and sharding insert."""
+    return _WRAPPERS.sub("", name + ".").removesuffix(".")
+
+
+def is_chosen(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    """Whether globs choose something that goes by some names.
+
+    Args:
+        names: All its names; one that matches is enough.
+        patterns: Globs; one that begins with ``!`` excludes, and with only those everything else stays.
+    """
+    names = list(names)
+    include = [p for p in patterns if not p.startswith("!")] or ["*"]
+    exclude = [p[1:] for p in patterns if p.startswith("!")]
+    return _any_match(names, include) and not _any_match(names, exclude)
+
+
+def _any_match(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
