@@ -26,6 +26,7 @@ CASES: dict[str, Any] = {
     "none": lambda: None,
     "gradient": lambda: GradientMonitor(every_n_steps=2),
     "weight": lambda: WeightMonitor(every_n_steps=5),
+    "along the step": lambda: SharpnessMonitor(every_n_steps=20, quantities=["directional", "critical"]),
     "stability ratio": lambda: SharpnessMonitor(every_n_steps=20, quantities=["stability_ratio"]),
     "stability ratio and Hessian": lambda: SharpnessMonitor(every_n_steps=20),
     "steering": NoiseAdaptiveLR,
