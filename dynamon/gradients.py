@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
-from dynamon.norms import Norm, update_norm
+from dynamon.norms import Norm, dual_norms, update_norm
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
@@ -162,13 +162,14 @@ class GradientReader:
         self, indices: list[int], current: list[Tensor], previous: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Dual norms that need the matrix itself: of the gradients, and of their changes."""
-        chosen = [
-            (self.norms[i], g, g.to(torch.promote_types(g.dtype, torch.float32)) - p)
-            for i, g, p in zip(indices, current, previous, strict=True)
-            if self.norms[i].name not in _FROM_STATS
-        ]
-        # A stack of matrices counts as the block-diagonal one: its members' norms add up.
-        return [norm.dual(g).sum() for norm, g, _ in chosen], [norm.dual(d).sum() for norm, _, d in chosen]
+        chosen = [(i, g, p) for i, g, p in zip(indices, current, previous, strict=True) if self._is_special(i)]
+        layers, norms = [self.layers[i] for i, _, _ in chosen], [self.norms[i] for i, _, _ in chosen]
+        gradients = [g for _, g, _ in chosen]
+        changes = [g.to(torch.promote_types(g.dtype, torch.float32)) - p for _, g, p in chosen]
+        return dual_norms(layers, norms, gradients), dual_norms(layers, norms, changes)
+
+    def _is_special(self, index: int) -> bool:
+        return self.norms[index].name not in _FROM_STATS
 
     def _duals(self, indices: list[int], l1: Tensor, l2: Tensor, special: list[Tensor]) -> Tensor:
         """The dual norms: multiples of l1 or l2 where the norm allows, else the special ones."""
@@ -182,7 +183,7 @@ class GradientReader:
             names = [self.norms[i].name for i in indices]
             sizes = [self.layers[i].parameter.numel() for i in indices]
             of_l2 = [(n == "frobenius") + (n == "rms") * size**0.5 for n, size in zip(names, sizes, strict=True)]
-            special = [i for i, name in enumerate(names) if name not in _FROM_STATS]
+            special = [position for position, i in enumerate(indices) if self._is_special(i)]
             mixture = (
                 like.new_tensor([float(name == "one_to_inf") for name in names]),
                 like.new_tensor(of_l2),

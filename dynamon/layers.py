@@ -65,18 +65,21 @@ class Layer:
     conv: ConvGeometry | None = None
     inputs_first: bool = False
 
-    def matrices(self) -> Tensor:
-        """The weight as the matrices of linear maps, a view where that is possible.
+    def matrices(self, tensor: Tensor | None = None) -> Tensor:
+        """A tensor stored as the weight is, as the matrices of the linear maps it stands for.
+
+        Args:
+            tensor: A gradient, a step, anything of the parameter's shape; the weight itself by default.
 
         Returns:
-            ``[blocks, out, in]``. A convolution gives ``[groups, out / groups, in / groups * prod(k)]``, what it
-            does with one patch of its input; a transposed one the same, with the kernel not flipped. Embeddings
-            stay ``[tokens, d]``.
+            ``[blocks, out, in]``, a view where that is possible. A convolution gives ``[groups, out / groups,
+            in / groups * prod(k)]``, what it does with one patch of its input; a transposed one the same, with the
+            kernel not flipped. An embedding gives ``[1, d, tokens]``, whose columns are the tokens.
 
         Raises:
             ValueError: For a vector.
         """
-        weight = self.parameter
+        weight = self.parameter if tensor is None else tensor
         if self.role == "vector" or weight.ndim < 2:
             raise ValueError(f"{self.name} is a vector and has no matrices.")
         if self.conv is not None:
@@ -85,10 +88,26 @@ class Layer:
         if self.role == "conv":
             return weight.flatten(1).unflatten(0, (self.blocks, -1))
         if weight.ndim > 2:
-            return weight.flatten(0, -3)
-        if self.inputs_first and not self.rows_are_tokens:
-            weight = weight.mT
-        return weight.unflatten(0, (self.blocks, -1))
+            stacked = weight.flatten(0, -3)
+            return stacked.mT if self._is_transposed else stacked
+        return (weight.mT if self._is_transposed else weight).unflatten(0, (self.blocks, -1))
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        """The inverse of :meth:`matrices`: ``[blocks, out, in]`` in the shape in which the weight is stored."""
+        shape = self.parameter.shape
+        if self.conv is not None and self.conv.transposed:
+            groups, outputs = matrices.shape[:2]
+            return matrices.reshape(groups, outputs, -1, *shape[2:]).transpose(1, 2).reshape(shape)
+        if self.role == "conv":
+            return matrices.reshape(shape)
+        if len(shape) > 2:
+            return (matrices.mT if self._is_transposed else matrices).reshape(shape)
+        joined = matrices.flatten(0, 1)
+        return joined.mT if self._is_transposed else joined
+
+    @property
+    def _is_transposed(self) -> bool:
+        return self.rows_are_tokens or self.inputs_first
 
 
 def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[Layer]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynamon.convolution import convolution_bounds, has_bounds
 from dynamon.curvature import Eigenpairs, HessianOperator, top_eigenvalues
 from dynamon.gradients import GradientReader
 from dynamon.layers import describe_layers
@@ -49,8 +50,9 @@ def measure(
     Raises:
         ValueError: Without a trainable parameter, or for a loss that is not a differentiable scalar.
 
-    Cost: one gradient graph, 20 to 40 Hessian products (twice with a stability ratio), two Gram iterations a
-    matrix. Memory: up to 41 vectors of the size of the parameters when certified.
+    Cost: one gradient graph, 20 to 40 Hessian products (twice with a stability ratio), two Gram iterations and
+    the singular values of every matrix, Gram iterations at some hundred frequencies for each convolution. Memory:
+    up to 41 vectors of the size of the parameters when certified.
     """
     layers = [layer for layer in describe_layers(module) if layer.parameter.requires_grad]
     if not layers:
@@ -117,7 +119,7 @@ def _weights(layers: list[Any]) -> dict[str, Any]:
         "spectrum/sigma_upper": found.sigma_upper,
         "spectrum/stable_rank": found.stable_rank,
     }
-    return {tag: _known(names, values) for tag, values in tags.items()} | _spectra(layers)
+    return {tag: _known(names, values) for tag, values in tags.items()} | _spectra(layers) | _convolutions(layers)
 
 
 def _spectra(layers: list[Any]) -> dict[str, Any]:
@@ -126,6 +128,17 @@ def _spectra(layers: list[Any]) -> dict[str, Any]:
     if spectra is None:
         return {}
     return {f"spectrum/{q}": _known(names, getattr(spectra, q)) for q in FULL_SPECTRUM}
+
+
+def _convolutions(layers: list[Any]) -> dict[str, Any]:
+    """Bounds on the norms of convolutions as maps of inputs of any size."""
+    bounds = {layer.name: convolution_bounds(layer) for layer in layers if has_bounds(layer)}
+    if not bounds:
+        return {}
+    sides = zip(("lower", "upper"), zip(*bounds.values(), strict=True), strict=True)
+    return {
+        f"spectrum/convolution_{side}": _known(list(bounds), torch.stack(values).detach()) for side, values in sides
+    }
 
 
 def _known(names: list[str], values: Tensor) -> dict[str, float]:

@@ -16,12 +16,13 @@ name                      primal                                      dual
 ``frobenius``             l2                                          l2
 ========================  ==========================================  ========================================
 
-The first four act on the last two dimensions and are batched over the others; the last three act on the whole
-tensor. References: Bernstein and Newhouse, arXiv 2409.20325; Pethick et al. (Scion), arXiv 2502.07529.
+All act on the last two dimensions (on all, where there are fewer) and are batched over the others.
+:func:`fitted` gives them for a tensor as a layer stores it. References: Bernstein and Newhouse, arXiv 2409.20325;
+Pethick et al. (Scion), arXiv 2502.07529.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,33 +52,6 @@ class Norm:
     dual: Callable[[Tensor], Tensor]
     lmo: Callable[[Tensor], Tensor]
 
-    def transposed(self) -> "Norm":
-        """The same norm for weights stored ``[in, out]``, as embeddings ``[tokens, d]`` are."""
-        return Norm(
-            self.name,
-            lambda w: self.primal(w.mT),
-            lambda g: self.dual(g.mT),
-            lambda g: self.lmo(g.mT).mT,
-        )
-
-    def flattened(self) -> "Norm":
-        """The same norm for convolution kernels ``[out, in, *k]``.
-
-        The kernel enters as the matrix ``[out, in * prod(k)]``; ``rms_to_rms`` is multiplied by
-        ``sqrt(prod(k))``, which gives ``prod(k) sqrt(in/out) sigma_max``, the norm whose unit ball Scion's
-        convolution update fills.
-        """
-
-        def factor(w: Tensor) -> float:
-            return math.sqrt(math.prod(w.shape[2:])) if self.name == "rms_to_rms" else 1.0
-
-        return Norm(
-            self.name,
-            lambda w: self.primal(w.flatten(1)) * factor(w),
-            lambda g: self.dual(g.flatten(1)) / factor(g),
-            lambda g: self.lmo(g.flatten(1)).view_as(g) / factor(g),
-        )
-
 
 def get_norm(name: str) -> Norm:
     """Look a norm up by the name in the table of this module.
@@ -93,46 +67,119 @@ def get_norm(name: str) -> Norm:
     return _NORMS[name]
 
 
+def fitted(name: str, layer: Layer) -> Norm:
+    r"""The named norm for tensors as a layer stores them.
+
+    A layer of several blocks (:class:`dynamon.layers.Layer`) has the largest of their norms, whose dual is the sum
+    of their duals. For convolutions ``rms_to_rms`` is multiplied by ``sqrt(prod(k))``, which gives
+    :math:`\mathrm{prod}(k) \sqrt{in/out}\, \sigma_{max}` of the flattening, the norm whose unit ball Scion's
+    convolution update fills. Its dual is divided by it. What a convolution does to a whole input is another norm,
+    without a closed dual: :func:`dynamon.convolution.convolution_bounds`. The entrywise norms and ``rms`` and
+    ``frobenius`` see all entries at once.
+
+    Args:
+        name: As for :func:`get_norm`.
+        layer: The layer.
+
+    Returns:
+        A :class:`Norm` whose ``primal`` and ``dual`` are 0-d.
+
+    Raises:
+        ValueError: On an unknown name, and on a norm of matrices for a vector.
+    """
+    norm = get_norm(name)
+    if name in _ON_MATRICES and layer.role == "vector":
+        raise ValueError(
+            f"{name} is a norm of matrices and {layer.name} is a vector: choose one_to_inf, rms or frobenius."
+        )
+    if name not in _ON_MATRICES:
+        return Norm(
+            name,
+            lambda w: norm.primal(w.reshape(-1)),
+            lambda g: norm.dual(g.reshape(-1)),
+            lambda g: norm.lmo(g.reshape(-1)).view_as(g),
+        )
+    factor = _window(layer) if name == "rms_to_rms" else 1.0
+    return Norm(
+        name,
+        lambda w: norm.primal(layer.matrices(w)).amax() * factor,
+        lambda g: norm.dual(layer.matrices(g)).sum() / factor,
+        lambda g: layer.from_matrices(norm.lmo(layer.matrices(g))) / factor,
+    )
+
+
 def operator_norm(layer: Layer) -> Norm:
     """The norm that fits what the layer does with its input.
 
     Hidden weights act between RMS-normalised activations (``rms_to_rms``), an embedding picks a column
     (``one_to_rms``), the head's outputs count one by one (``rms_to_inf``), vectors have an RMS size.
     """
-    return _shaped(layer, {"hidden": "rms_to_rms", "conv": "rms_to_rms", "embedding": "one_to_rms",
-                           "head": "rms_to_inf", "vector": "rms"}[layer.role])  # fmt: skip
+    by_role = {"embedding": "one_to_rms", "head": "rms_to_inf", "vector": "rms"}
+    return fitted(by_role.get(layer.role, "rms_to_rms"), layer)
 
 
 def sigma_factor(layer: Layer) -> float | None:
     """What multiplies sigma_max to give :func:`operator_norm`, or None where that is not a spectral norm."""
     if layer.role not in ("hidden", "conv"):
         return None
-    shape = layer.parameter.shape
-    if layer.role == "conv":
-        return math.prod(shape[2:]) * math.sqrt(shape[1] / shape[0])
-    return math.sqrt(shape[-1] / shape[-2])
+    outputs, inputs = layer.matrices().shape[-2:]
+    return math.sqrt(inputs / outputs) * _window(layer)
 
 
 def update_norm(layer: Layer, family: str) -> Norm:
     """The norm in which the optimizer takes steepest-descent steps; its dual is the one for gradient noise.
 
+    ============  ==============  ============  ==============
+    role          ``sign``        ``euclidean``  ``spectral``
+    ============  ==============  ============  ==============
+    hidden, conv  one_to_inf      frobenius     rms_to_rms
+    embedding     one_to_inf      frobenius     one_to_inf
+    head          one_to_inf      frobenius     one_to_inf
+    vector        one_to_inf      frobenius     rms
+    ============  ==============  ============  ==============
+
     Args:
         layer: The layer.
-        family: What :func:`optimizer_family` returns: ``"sign"`` (Adam, Lion and others) is entrywise,
-            ``"euclidean"`` (SGD) is Frobenius, ``"spectral"`` (Muon, Scion) is by role: rms_to_rms for
-            hidden and conv, one_to_inf for embedding and head, rms for vectors.
+        family: What :func:`optimizer_family` returns: ``"sign"`` (Adam, Lion and others), ``"euclidean"`` (SGD) or
+            ``"spectral"`` (Muon, Scion, Lanton).
 
     Raises:
         ValueError: On an unknown family.
     """
-    if family == "sign":
-        return get_norm("one_to_inf")
-    if family == "euclidean":
-        return get_norm("frobenius")
-    if family != "spectral":
+    if family not in ("sign", "euclidean", "spectral"):
         raise ValueError(f"family must be 'sign', 'euclidean' or 'spectral', got {family!r}.")
+    if family == "euclidean":
+        return fitted("frobenius", layer)
     by_role = {"hidden": "rms_to_rms", "conv": "rms_to_rms", "vector": "rms"}
-    return _shaped(layer, by_role.get(layer.role, "one_to_inf"))
+    return fitted(by_role.get(layer.role, "one_to_inf") if family == "spectral" else "one_to_inf", layer)
+
+
+def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The dual norm of one tensor a layer; nuclear norms of matrices of one shape are one batch.
+
+    Args:
+        layers: L layers.
+        norms: The norm of each, as :func:`fitted` gives it.
+        tensors: One a layer, stored as its weight is; those of one shape on one device.
+
+    Returns:
+        L numbers, 0-d.
+    """
+    found: list[Tensor | None] = [None] * len(layers)
+    batches: dict[tuple[object, ...], list[int]] = {}
+    for i, (layer, norm, tensor) in enumerate(zip(layers, norms, tensors, strict=True)):
+        if norm.name in _NUCLEAR:
+            shape = layer.matrices(tensor).shape[-2:]
+            batches.setdefault((*shape, tensor.dtype, tensor.device), []).append(i)
+        else:
+            found[i] = norm.dual(tensor)
+    for members in batches.values():
+        stacks = [layers[i].matrices(tensors[i]) for i in members]
+        sums = nuclear_norm(torch.cat(stacks) if len(stacks) > 1 else stacks[0]).split([len(s) for s in stacks])
+        for i, stack, values in zip(members, stacks, sums, strict=True):
+            scale = _aspect(stack) / _window(layers[i]) if norms[i].name == "rms_to_rms" else 1.0
+            found[i] = values.sum() * scale
+    return [value for value in found if value is not None]
 
 
 def optimizer_family(optimizer: Optimizer) -> str:
@@ -151,59 +198,57 @@ def optimizer_family(optimizer: Optimizer) -> str:
     return "euclidean"
 
 
-def iid_dual_norm(norm: Norm, like: Tensor) -> float:
+def iid_dual_norm(norm: Norm, layer: Layer) -> float:
     r"""Dual norm of noise with i.i.d. entries of mean square one, to leading order in the size.
 
     What a layer's dual-norm noise owes to its shape alone. For the spectral duals the singular values of an
     ``[m, n]`` matrix with i.i.d. entries are taken at :math:`\sqrt{\max(m, n)}`; the rest are closed forms.
 
     Args:
-        norm: The norm.
-        like: A tensor of the layer's shape, as stored. For a stack of matrices the members are added up.
+        norm: The norm, fitted to the layer.
+        layer: The layer; the duals of its blocks add up.
     """
-    size = like.numel()
-    if norm.name == "one_to_inf":
+    size = layer.parameter.numel()
+    if norm.name in ("one_to_inf", "rms"):
         return float(size)
     if norm.name == "frobenius":
         return math.sqrt(size)
-    if norm.name == "rms":
+    blocks, rows, columns = (1, 1, size) if layer.role == "vector" else layer.matrices().shape
+    if norm.name == "one_to_rms":
         return float(size)
-    ones = norm.dual(torch.ones(1).expand(like.shape))  # one number, or one for each matrix of a stack
-    if norm.name not in ("rms_to_rms", "spectral"):
-        return float(ones.sum())  # sums of row or column lengths: noise has the same as the all-ones matrix
-    rows, columns = like.shape[-2:] if ones.ndim else (like.shape[0], size // like.shape[0])
-    # All-ones has the nuclear norm sqrt(m n), noise min(m, n) sqrt(max(m, n)), whatever scaling the dual applies.
-    return float(ones.sum()) * math.sqrt(min(rows, columns))
+    if norm.name == "rms_to_inf":
+        return float(blocks * rows)
+    nuclear = blocks * min(rows, columns) * math.sqrt(max(rows, columns))
+    return nuclear * math.sqrt(rows / columns) / _window(layer) if norm.name == "rms_to_rms" else nuclear
 
 
-def _shaped(layer: Layer, name: str) -> Norm:
-    """The named norm, fitted to how the layer stores its weight."""
-    norm = get_norm(name)
-    if layer.role == "conv":
-        return norm.flattened()
-    return norm.transposed() if layer.rows_are_tokens and name in _ON_MATRICES else norm
+def _window(layer: Layer) -> float:
+    """sqrt(prod(k)) for a convolution, else 1."""
+    return math.sqrt(math.prod(layer.parameter.shape[2:])) if layer.role == "conv" else 1.0
 
 
 def _sigma_max(w: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(_wide(w), ord=2)
+    clean, finite = _without_nonfinite(_wide(w))
+    sigma = torch.linalg.matrix_norm(clean, ord=2)
+    return torch.where(finite, sigma, torch.full_like(sigma, torch.nan))
 
 
 def _polar(g: Tensor) -> Tensor:
-    u, s, vh = torch.linalg.svd(_wide(g), full_matrices=False)
+    clean, finite = _without_nonfinite(_wide(g))
+    u, s, vh = torch.linalg.svd(clean, full_matrices=False)
     keep = s > s[..., :1] * torch.finfo(s.dtype).eps * max(g.shape[-2:])
-    return (u * keep.to(u.dtype)[..., None, :]) @ vh
+    factor = (u * keep.to(u.dtype)[..., None, :]) @ vh
+    return torch.where(finite[..., None, None], factor, torch.full_like(factor, torch.nan))
+
+
+def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor]:
+    """LAPACK raises on NaN; a diverging run must get NaN back, not an exception."""
+    finite = torch.isfinite(x).all(-1).all(-1)
+    return torch.where(finite[..., None, None], x, torch.zeros_like(x)), finite
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _length(x: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(_wide(x), dim=dim)
-
-
-def _unit(x: Tensor, length: Tensor) -> Tensor:
-    return torch.where(length > 0, x / length, torch.zeros_like(x))
 
 
 def _aspect(x: Tensor) -> float:
@@ -211,8 +256,37 @@ def _aspect(x: Tensor) -> float:
     return math.sqrt(x.shape[-2] / x.shape[-1])
 
 
+def _size(x: Tensor) -> int:
+    """Entries of one member."""
+    return math.prod(x.shape[-2:])
+
+
+def _dims(x: Tensor) -> tuple[int, ...] | None:
+    """The dimensions a norm acts on: the last two."""
+    return (-2, -1) if x.ndim > 2 else None
+
+
+def _length(x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool = False) -> Tensor:
+    return torch.linalg.vector_norm(_wide(x), dim=dim, keepdim=keepdim)
+
+
 def _l2(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_wide(x))
+    return _length(x, _dims(x))
+
+
+def _unit(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
+    """Divide by the length along the dimensions, by the largest entry first, lest squares vanish; zero for zero."""
+    wide = _wide(x)
+    largest = wide.abs().amax(() if dim is None else dim, keepdim=True)
+    scaled = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
+    length = _length(scaled, dim, keepdim=True)
+    return scaled / torch.where(length == 0, torch.ones_like(length), length)
+
+
+def _entries(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """A reduction of the magnitudes over the dimensions a norm acts on."""
+    dims = _dims(x)
+    return _wide(reduce(_wide(x).abs()) if dims is None else reduce(_wide(x).abs(), dims))
 
 
 _NORMS = {
@@ -229,22 +303,28 @@ _NORMS = {
             "one_to_rms",
             lambda w: _length(w, -2).amax(-1) / math.sqrt(w.shape[-2]),
             lambda g: _length(g, -2).sum(-1) * math.sqrt(g.shape[-2]),
-            lambda g: -math.sqrt(g.shape[-2]) * _unit(g, _length(g, -2)[..., None, :].to(g.dtype)),
+            lambda g: (-math.sqrt(g.shape[-2]) * _unit(g, -2)).to(g.dtype),
         ),
         Norm(
             "rms_to_inf",
             lambda w: _length(w, -1).amax(-1) * math.sqrt(w.shape[-1]),
             lambda g: _length(g, -1).sum(-1) / math.sqrt(g.shape[-1]),
-            lambda g: -_unit(g, _length(g, -1)[..., None].to(g.dtype)) / math.sqrt(g.shape[-1]),
+            lambda g: (-_unit(g, -1) / math.sqrt(g.shape[-1])).to(g.dtype),
         ),
-        Norm("one_to_inf", lambda w: _wide(w.abs().amax()), lambda g: _wide(g).abs().sum(), lambda g: -g.sign()),
+        Norm(
+            "one_to_inf",
+            lambda w: _entries(w, torch.amax),
+            lambda g: _entries(g, torch.sum),
+            lambda g: torch.where(g.isnan(), g, -g.sign()),
+        ),
         Norm(
             "rms",
-            lambda w: _l2(w) / math.sqrt(w.numel()),
-            lambda g: _l2(g) * math.sqrt(g.numel()),
-            lambda g: -math.sqrt(g.numel()) * _unit(g, _l2(g).to(g.dtype)),
+            lambda w: _l2(w) / math.sqrt(_size(w)),
+            lambda g: _l2(g) * math.sqrt(_size(g)),
+            lambda g: (-math.sqrt(_size(g)) * _unit(g, _dims(g))).to(g.dtype),
         ),
-        Norm("frobenius", _l2, _l2, lambda g: -_unit(g, _l2(g).to(g.dtype))),
+        Norm("frobenius", _l2, _l2, lambda g: (-_unit(g, _dims(g))).to(g.dtype)),
     )
 }
 _ON_MATRICES = {"rms_to_rms", "spectral", "one_to_rms", "rms_to_inf"}
+_NUCLEAR = {"rms_to_rms", "spectral"}

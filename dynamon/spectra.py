@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -167,17 +168,26 @@ def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics])
     """Measure many matrices at once; those of one shape and dtype are one batch.
 
     Args:
-        weights: T two-dimensional tensors on one device.
+        weights: Matrices ``[m, n]`` or stacks of them ``[..., m, n]`` on one device.
         measure: :func:`spectral_extremes`, or :func:`weight_spectrum`.
 
     Returns:
-        Statistics whose fields have shape ``[T]``, in the order of ``weights``.
+        Statistics whose fields have shape ``[T]``, T the number of matrices, in the order of ``weights`` and of the
+        members of each stack.
+
+    Raises:
+        ValueError: Without a matrix, and what ``measure`` raises.
     """
+    if not weights:
+        raise ValueError("a spectrum needs at least one matrix.")
+    stacks = [weight.reshape(-1, *weight.shape[-2:]) for weight in weights]
+    ends = list(accumulate(len(stack) for stack in stacks))
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    for index, weight in enumerate(weights):
-        groups.setdefault((weight.shape, weight.dtype), []).append(index)
-    parts = [measure(_stacked([weights[i] for i in group])) for group in groups.values()]
-    back = torch.tensor([index for group in groups.values() for index in group]).argsort()
+    for index, stack in enumerate(stacks):
+        groups.setdefault((stack.shape[1:], stack.dtype), []).append(index)
+    parts = [measure(_joined([stacks[i] for i in group])) for group in groups.values()]
+    order = [m for group in groups.values() for i in group for m in range(ends[i] - len(stacks[i]), ends[i])]
+    back = torch.tensor(order).argsort()
 
     def gather(field: str) -> Tensor:
         joined = torch.cat([getattr(part, field) for part in parts])
@@ -187,9 +197,54 @@ def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics])
     return kind(*(gather(field.name) for field in fields(kind)))
 
 
+def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:
+    """One reading for each stack of matrices, of readings for each matrix.
+
+    Largest singular values and their bounds and the condition number are those of the worst member, the nuclear norm
+    is the sum; ranks, tails and the rest are the mean over the members that have one.
+
+    Args:
+        found: Fields ``[T]``, the members of one stack after the other.
+        sizes: Number of members of each of S stacks; none may be zero.
+
+    Returns:
+        The same statistics, fields ``[S]``.
+    """
+    if all(size == 1 for size in sizes):
+        return found
+    owners = torch.repeat_interleave(torch.tensor(sizes)).to(found.sigma_max.device)
+
+    def combine(field: str) -> Tensor:
+        values: Tensor = getattr(found, field)
+        out = values.new_zeros(len(sizes))
+        how = _OF_A_STACK.get(field)
+        if how is not None:
+            return out.scatter_reduce(0, owners, values, how, include_self=False)
+        known = ~values.isnan() if field.startswith("tail") else torch.ones_like(values, dtype=torch.bool)
+        total = out.scatter_add(0, owners, torch.where(known, values, torch.zeros_like(values)))
+        return total / out.scatter_add(0, owners, known.to(values))
+
+    kind = type(found)
+    return kind(*(combine(field.name) for field in fields(kind)))
+
+
+_OF_A_STACK = {
+    "sigma_max": "amax",
+    "sigma_lower": "amax",
+    "sigma_upper": "amax",
+    "condition": "amax",
+    "nuclear": "sum",
+}
+
+
 def weight_spectra(weights: Sequence[Tensor], exact: bool = False) -> WeightSpectrum:
-    """:func:`weight_spectrum` of many matrices ``[m, n]``, batched by shape; fields have shape ``[T]``."""
+    """:func:`weight_spectrum` of many matrices ``[..., m, n]``, batched by shape; fields have shape ``[T]``."""
     return by_shape(weights, lambda batch: weight_spectrum(batch, exact))
+
+
+def _joined(stacks: Sequence[Tensor]) -> Tensor:
+    """One batch; a single stack is not copied."""
+    return stacks[0] if len(stacks) == 1 else torch.cat(list(stacks))
 
 
 def _stacked(weights: Sequence[Tensor]) -> Tensor:

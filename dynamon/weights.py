@@ -1,14 +1,23 @@
 """Sizes of weights and of the steps they take, in the norm of each layer's role."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynamon.dealing import dealt_out
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, sigma_factor
-from dynamon.spectra import SpectralExtremes, WeightSpectrum, by_shape, spectral_extremes, weight_spectra
+from dynamon.spectra import (
+    SpectralExtremes,
+    WeightSpectrum,
+    by_shape,
+    per_stack,
+    spectral_extremes,
+    weight_spectra,
+)
 
 FULL_SPECTRUM = ("effective_rank", "participation_ratio", "nuclear", "condition", "tail_exponent")
 
@@ -52,8 +61,10 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
     Returns:
         :class:`WeightReadings` in float32.
 
-    Cost: two passes over the weights and, for matrices, two Gram iterations batched by shape. A stack of
-    matrices (three dimensions and more) reports its largest member. No host synchronisation.
+    Layers of several blocks (:class:`dynamon.layers.Layer`) report the norm and the singular value of the largest
+    block and the mean of their stable ranks.
+
+    Cost: two passes over the weights and, for matrices, two Gram iterations batched by shape. No host synchronisation.
     """
     weights = [layer.parameter.detach() for layer in layers]
     before = before or {}
@@ -91,27 +102,22 @@ class _Spectra:
     def __init__(self, layers: Sequence[Layer], tensors: Sequence[Tensor]) -> None:
         self.count = len(layers)
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        matrices: list[Tensor] = []
-        self.owners: list[int] = []
-        for i, (layer, tensor) in enumerate(zip(layers, tensors, strict=True)):
-            if layer.role == "vector":
-                continue
-            own = [tensor.flatten(1)] if layer.role == "conv" else list(tensor.reshape(-1, *tensor.shape[-2:]))
-            matrices += [matrix.float() for matrix in own]
-            self.owners += [i] * len(own)
-        self.values: SpectralExtremes | None = by_shape(matrices, spectral_extremes) if matrices else None
+        self._where = [i for i, layer in enumerate(layers) if layer.role != "vector"]
+        stacks = [layers[i].matrices(tensors[i]).float() for i in self._where]
+        self._values: SpectralExtremes | None = None
+        if stacks:
+            self._values = per_stack(by_shape(stacks, spectral_extremes), [len(stack) for stack in stacks])
         self._sigma = self.column("sigma_max")
 
     def sigma(self, position: int) -> Tensor:
         return self._sigma[position]
 
     def column(self, field: str) -> Tensor:
-        """One statistic for every tensor; a stack of matrices gives its largest."""
+        """One statistic for every tensor, NaN for vectors."""
         out = torch.full((self.count,), torch.nan, device=self.device)
-        if self.values is None:
+        if self._values is None:
             return out
-        owners = torch.tensor(self.owners, device=self.device)
-        return out.scatter_reduce(0, owners, getattr(self.values, field), "amax", include_self=False)
+        return out.index_copy(0, torch.tensor(self._where, device=self.device), getattr(self._values, field))
 
 
 def _angle(one: Tensor, other: Tensor) -> Tensor:
@@ -121,21 +127,40 @@ def _angle(one: Tensor, other: Tensor) -> Tensor:
     return 2 * torch.asin((distance / 2).clamp_max(1.0)).float()
 
 
-def spectra_of(layers: Sequence[Layer], exact: bool = False) -> tuple[list[str], WeightSpectrum | None]:
-    """Names and full spectra of those layers that are one matrix, or a convolution, which is flattened.
+def spectra_of(
+    layers: Sequence[Layer], exact: bool = False, group: Any = None
+) -> tuple[list[str], WeightSpectrum | None]:
+    """Names and full spectra of those layers that are matrices; a convolution is taken by its flattening.
 
     Args:
-        layers: The layers, on one device.
+        layers: The layers, on one device. Several blocks of one layer are put together by
+            :func:`dynamon.spectra.per_stack`.
         exact: Compute in float64.
+        group: Processes that all hold these weights and call this together: each takes a part of the layers, and
+            one reduction brings the results to all.
+
+    Returns:
+        N names and statistics ``[N]``; None where no layer is a matrix.
 
     Cost: as :func:`dynamon.spectra.weight_spectrum`, batched by shape; waits for the device.
     """
-    own = {
-        layer.name: layer.parameter.detach().flatten(1)
-        for layer in layers
-        if layer.role == "conv" or layer.role != "vector" and layer.parameter.ndim == 2
-    }
-    return list(own), weight_spectra(list(own.values()), exact) if own else None
+    own = {layer.name: layer.matrices(layer.parameter.detach()) for layer in layers if layer.role != "vector"}
+    if not own:
+        return [], None
+    stacks = list(own.values())
+
+    def measure(chosen: list[int]) -> Tensor:
+        part = [stacks[i] for i in chosen]
+        found = per_stack(weight_spectra(part, exact), [len(stack) for stack in part])
+        return torch.stack([getattr(found, field.name).double() for field in fields(found)])
+
+    if group is None:
+        table = measure(list(range(len(stacks))))
+    else:
+        costs = [len(s) * s.shape[1] * s.shape[2] * min(s.shape[1:]) for s in stacks]
+        table = dealt_out(measure, costs, len(fields(WeightSpectrum)), stacks[0].device, group)
+    wide = exact or any(stack.dtype == torch.float64 for stack in stacks)
+    return list(own), WeightSpectrum(*(table if wide else table.float()))
 
 
 def _operator(layer: Layer, tensor: Tensor, spectra: _Spectra, position: int) -> Tensor:
@@ -143,4 +168,4 @@ def _operator(layer: Layer, tensor: Tensor, spectra: _Spectra, position: int) ->
     factor = sigma_factor(layer)
     if factor is not None:
         return spectra.sigma(position) * factor
-    return operator_norm(layer).primal(tensor).amax().float()
+    return operator_norm(layer).primal(tensor).float()

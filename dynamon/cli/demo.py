@@ -194,7 +194,7 @@ def _noise_lines(module: pl.LightningModule, monitor: DynamicsMonitor, steering:
     by_name = {layer.name: layer for layer in describe_layers(module)}
     layers = [by_name[name] for name in series.layers or ()]
     # Relative to what the shape alone would give: raw dual norms grow with the number of entries.
-    factor = np.array([iid_dual_norm(update_norm(layer, "sign"), layer.parameter) for layer in layers])
+    factor = np.array([iid_dual_norm(update_norm(layer, "sign"), layer) for layer in layers])
     order = np.argsort(series.values[-1] / factor)
     names = _short(series.layers or ())
     ratios = {} if steering is None else steering.ratios

@@ -237,7 +237,7 @@ def test_hugging_face_gpt2(tied):
     }
     assert layers["transformer.h.0.attn.c_attn.weight"].matrices().shape == (3, 8, 8)
     assert layers["transformer.h.0.mlp.c_fc.weight"].matrices().shape == (1, 32, 8)
-    assert layers["transformer.wte.weight"].matrices().shape == (1, 11, 8)
+    assert layers["transformer.wte.weight"].matrices().shape == (1, 8, 11)  # a token is a column
 
 
 def test_hugging_face_bert():

@@ -161,3 +161,18 @@ def test_bad_input():
         measure(mlp(4, 3), X.float())
     with pytest.raises(ValueError, match="loss_fn must return a scalar loss"):
         measure(mlp(4, 3), X.float(), loss_fn=lambda m, batch: m(batch))
+
+
+def test_convolutions_have_bounds_as_maps():
+    model, batch = cnn(), samples(4, 2, 6, 6)
+    found = measure(model, batch, loss_fn=LOSS, certify=False)
+    names = {layer.name for layer in describe_layers(model) if layer.role == "conv"}
+    assert names and set(found["spectrum/convolution_lower"]) == set(found["spectrum/convolution_upper"]) == names
+    for name, stride in (("0.weight", 1), ("3.weight", 2)):
+        transfer = torch.fft.fft2(model.get_parameter(name).detach().double(), s=(64, 64)).permute(2, 3, 0, 1)
+        # A stride adds up the frequencies that it cannot tell apart.
+        shifts = [(i * 64 // stride, j * 64 // stride) for i in range(stride) for j in range(stride)]
+        aliases = torch.cat([transfer.roll(shift, (0, 1)) for shift in shifts], dim=-1) / stride
+        exact = float(torch.linalg.matrix_norm(aliases, ord=2).max())
+        lower, upper = found["spectrum/convolution_lower"][name], found["spectrum/convolution_upper"][name]
+        assert lower <= exact * (1 + 1e-3) and exact <= upper <= 1.1 * lower

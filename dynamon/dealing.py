@@ -1,0 +1,65 @@
+"""Work that every process could do, dealt out over them and gathered once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def dealt_out(
+    measure: Callable[[list[int]], Tensor],
+    costs: Sequence[float],
+    rows: int,
+    device: torch.device,
+    group: Any = None,
+) -> Tensor:
+    """Measure T items, each on one process, and bring all results to all processes.
+
+    Every process of the group must call this, with the same costs. Items go to the processes by cost, the largest first
+    to whoever has least so far.
+
+    Args:
+        measure: From the positions of N items to their readings ``[rows, N]``.
+        costs: What each of the T items costs, in any unit.
+        rows: Readings an item.
+        device: Where the reduction takes place.
+        group: The processes; all if None.
+
+    Returns:
+        ``[rows, T]`` in float64, the same on every process.
+
+    Raises:
+        RuntimeError: On every process, if ``measure`` raised on one; it names how many did, and where it happened here
+            the cause is attached.
+
+    Cost: one all-reduce of ``rows * T + 1`` numbers.
+    """
+    own = shares(costs, dist.get_world_size(group))[dist.get_rank(group)]
+    packed = torch.zeros(rows * len(costs) + 1, dtype=torch.float64, device=device)
+    table, failed = packed[:-1].view(rows, -1), packed[-1]
+    cause: Exception | None = None
+    try:
+        if own:
+            table[:, own] = measure(own).to(table)
+    except Exception as error:  # the others are waiting in the reduction
+        cause = error
+        failed += 1
+    dist.all_reduce(packed, group=group)
+    failures = int(failed)
+    if failures:
+        raise RuntimeError(
+            f"the measurement failed on {failures} of {dist.get_world_size(group)} processes."
+        ) from cause
+    return table
+
+
+def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
+    """Which items each process takes: the most costly first, each to the process with the least so far."""
+    totals, found = [0.0] * processes, [[] for _ in range(processes)]  # type: list[float], list[list[int]]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        process = totals.index(min(totals))
+        totals[process] += costs[item]
+        found[process].append(item)
+    return [sorted(items) for items in found]
