@@ -30,6 +30,9 @@ class GradientReadings:
         difference_l2: Euclidean norm of that change, likewise.
         inner: Inner product with the previous gradient, likewise.
         compared: Whether there was a gradient one step before.
+        independent_dual: Dual norm of the difference of two independent gradients of this step, in the unit of two
+            full batches; NaN where there were none (:meth:`GradientReader.store_part`).
+        independent_l2: Euclidean norm of it, likewise.
     """
 
     present: Array
@@ -41,6 +44,8 @@ class GradientReadings:
     difference_l2: Array
     inner: Array
     compared: Array
+    independent_dual: Array
+    independent_l2: Array
 
     @property
     def finite(self) -> bool:
@@ -56,9 +61,9 @@ class PendingReadings:
     arrived, which one step later it has.
     """
 
-    def __init__(self, rows: Tensor, present: Array, compared: Array) -> None:
-        """Queue the copy of ``rows``, a device tensor ``[7, P]`` for the P layers that are present."""
-        self._present, self._compared = present, compared
+    def __init__(self, rows: Tensor, present: Array, compared: Array, parted: Array) -> None:
+        """Queue the copy of ``rows``, a device tensor ``[9, P]`` for the P layers that are present."""
+        self._present, self._compared, self._parted = present, compared, parted
         self._event: torch.cuda.Event | None = None
         self._host = rows
         if rows.is_cuda:
@@ -71,11 +76,14 @@ class PendingReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        table = np.zeros((7, len(self._present)))
+        table = np.zeros((9, len(self._present)))
         table[:, self._present] = self._host.double().numpy()
-        table[4:, ~self._compared] = np.nan
-        l1, l2, dual, nonfinite, change_dual, change_l2, inner = table
-        return GradientReadings(self._present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, self._compared)
+        table[4:7, ~self._compared] = np.nan
+        table[7:, ~self._parted] = np.nan
+        l1, l2, dual, nonfinite, change_dual, change_l2, inner, *independent = table
+        return GradientReadings(
+            self._present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, self._compared, *independent
+        )
 
 
 class GradientReader:
@@ -99,6 +107,7 @@ class GradientReader:
         self._pending: PendingReadings | None = None
         self._previous: dict[int, Tensor] = {}
         self._stored_at = -1  # the step whose gradients are stored
+        self._part: tuple[int, float, dict[int, Tensor]] | None = None  # step, share of its samples, their gradients
         self._mixed: tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def begin(self, key: Hashable) -> bool:
@@ -119,6 +128,31 @@ class GradientReader:
             return
         self._previous = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
         self._stored_at = self.step
+
+    def store_part(self, share: float, scale: float = 1.0) -> None:
+        r"""Keep what has been accumulated so far of the gradients of the step to come.
+
+        Where gradients are accumulated over several batches, two parts of the window are independent: with a share s
+        of the samples in :math:`S`, and :math:`G` the whole,
+
+        .. math:: \sqrt{\frac{2}{s (1 - s)}}\, (S - s G)
+
+        has the mean square of the difference of two independent gradients of full batches. Both parts are taken at
+        the same weights, so unlike the change between steps there is no curvature in it.
+
+        Args:
+            share: Samples accumulated so far over those of the whole window, in (0, 1).
+            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+
+        Raises:
+            ValueError: If ``share`` is not in (0, 1).
+
+        Memory: one copy of the gradients until the step is read.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share must lie in (0, 1), got {share}.")
+        parts = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
+        self._part = (self.step + 1, share, parts)
 
     def read(self, scale: float = 1.0) -> PendingReadings:
         """Measure this step's gradients and their change, and keep them for the next step.
@@ -155,8 +189,26 @@ class GradientReader:
         l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
         dual = self._duals(indices, stats.l1, l2, special)
         change_dual = self._duals(indices, stats.difference_l1, change_l2, special_change)
-        rows = torch.stack([stats.l1, l2, dual, stats.nonfinite, change_dual, change_l2, stats.inner])
-        return PendingReadings(rows, present, compared)
+        own = [stats.l1, l2, dual, stats.nonfinite, change_dual, change_l2, stats.inner]
+        independent, parted = self._independent(indices, current, own[0])
+        return PendingReadings(torch.stack([*own, *independent]), present, compared, parted)
+
+    def _independent(self, indices: list[int], current: list[Tensor], like: Tensor) -> tuple[list[Tensor], Array]:
+        """Dual and Euclidean norm of the difference of two parts of the window, and who has one."""
+        step, share, parts = self._part or (-1, 0.5, {})
+        self._part = None
+        parted = np.zeros(len(self.layers), bool)
+        if step != self.step:
+            return [torch.zeros_like(like)] * 2, parted
+        parted[[i for i in indices if i in parts]] = True
+        whole = [share * g for g in current]
+        halves = [parts[i] if i in parts else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
+        _, special = self._special_duals(indices, whole, halves)
+        stats = gradient_stats(whole, halves)
+        assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
+        l2 = stats.difference_sum_squares.sqrt()
+        factor = (2 / (share * (1 - share))) ** 0.5
+        return [factor * self._duals(indices, stats.difference_l1, l2, special), factor * l2], parted
 
     def _special_duals(
         self, indices: list[int], current: list[Tensor], previous: list[Tensor]

@@ -28,8 +28,9 @@ def dual(layer, g, family):
     if layer.role == "vector":
         return math.sqrt(g.size) * np.linalg.norm(g)
     window = math.prod(g.shape[2:])
-    singular = np.linalg.svd(g.reshape(len(g), -1), compute_uv=False)
-    return math.sqrt(g.shape[0] / g.shape[1]) / window * singular.sum()
+    blocks = np.split(g.reshape(len(g), -1), layer.blocks)  # queries, keys and values in one
+    singular = [np.linalg.svd(block, compute_uv=False) for block in blocks]
+    return math.sqrt(len(blocks[0]) / g.shape[1]) / window * np.sum(singular)
 
 
 def gradients(model, steps, seed=0):
@@ -113,9 +114,9 @@ def iid(layer, family):
     if family == "euclidean":
         return math.sqrt(math.prod(shape))
     if family == "spectral" and layer.role in ("hidden", "conv"):
-        rows, columns = shape[0], math.prod(shape[1:])
-        factor = math.sqrt(shape[0] / shape[1]) / math.prod(shape[2:])
-        return factor * min(rows, columns) * math.sqrt(max(rows, columns))
+        rows, columns = shape[0] // layer.blocks, math.prod(shape[1:])
+        factor = math.sqrt(rows / shape[1]) / math.prod(shape[2:])
+        return layer.blocks * factor * min(rows, columns) * math.sqrt(max(rows, columns))
     return math.prod(shape)
 
 
