@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamon.spectra import SigmaTracker, by_shape, spectral_extremes, weight_spectra, weight_spectrum
+from dynamon.spectra import SigmaTracker, by_shape, per_stack, spectral_extremes, weight_spectra, weight_spectrum
 from dynamon.tails import power_law
 
 MEASURES = {
@@ -121,6 +121,26 @@ def test_many_shapes_and_dtypes_keep_their_order(kind):
             assert float(getattr(found, name)[i]) == pytest.approx(float(getattr(alone, name)), rel=1e-4)
     if kind == "spectrum":
         assert weight_spectra(weights, exact=True).nuclear.dtype == torch.float64
+
+
+def test_stacks_and_their_members():
+    """Members of one shape are one batch wherever they come from, and a stack is read as the block-diagonal matrix."""
+    stacks = [gaussian(3, 8, 5), gaussian(6, 4, seed=1), gaussian(2, 8, 5, seed=2), gaussian(1, 6, 4, seed=3)]
+    members = [m for stack in stacks for m in stack.reshape(-1, *stack.shape[-2:])]
+    found, alone = by_shape(stacks, weight_spectrum), by_shape(members, weight_spectrum)
+    for name in (*ALL, "condition"):
+        torch.testing.assert_close(getattr(found, name), getattr(alone, name))
+    together = per_stack(found, [3, 1, 2, 1])
+    blocks = [torch.block_diag(*stack.reshape(-1, *stack.shape[-2:])).double() for stack in stacks]
+    sigmas = [torch.linalg.svdvals(block) for block in blocks]
+    torch.testing.assert_close(together.sigma_max.double(), torch.stack([s[0] for s in sigmas]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together.nuclear.double(), torch.stack([s.sum() for s in sigmas]), rtol=1e-4, atol=0)
+    for name, reduce in (("stable_rank", torch.mean), ("effective_rank", torch.mean), ("condition", torch.amax)):
+        expected = torch.stack([reduce(part) for part in getattr(alone, name).split([3, 1, 2, 1])])
+        torch.testing.assert_close(getattr(together, name), expected)
+    assert per_stack(alone, [1] * 7) is alone
+    with pytest.raises(ValueError, match="at least one matrix"):
+        by_shape([], weight_spectrum)
 
 
 @EVERY
