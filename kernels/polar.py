@@ -11,7 +11,7 @@ _SAFETY = 1.01  # the interval is widened by this before each step but the last,
 _TALL = 2  # from this aspect ratio on the iteration runs on the small Gram matrix
 
 
-def polar_factor(matrix: Tensor, steps: int = 5) -> Tensor:
+def polar_factor(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     r"""The factor :math:`U V^\top` of :math:`W = U \Sigma V^\top`: every singular value taken to one.
 
     Each step applies the odd polynomial of degree five that is closest to one on the interval where the singular
@@ -23,13 +23,17 @@ def polar_factor(matrix: Tensor, steps: int = 5) -> Tensor:
         steps: Polynomial steps. Singular values above a thousandth of the matrix's Schatten-4 norm are within 13 % of
             one after 5 steps, 0.2 % after 6, 1e-6 after 8, in exact arithmetic (:func:`polar_error`). Smaller ones
             are on their way there; zero stays zero.
+        dtype: What to iterate in, after normalising in float32, always on the matrix itself. ``torch.bfloat16`` is
+            several times faster on processors with units for it; its rounding moves singular values by up to 5 % and
+            rotates those below some hundredths of the norm. float32 (float64 for float64) by default.
 
     Returns:
         ``[..., m, n]`` in float32 (float64 for float64), zero for a zero matrix, NaN where the matrix holds NaN or
         infinity.
 
     Raises:
-        ValueError: If ``matrix`` is not floating point, has fewer than two dimensions, or ``steps`` is below one.
+        ValueError: If ``matrix`` or ``dtype`` is not floating point, the matrix has fewer than two dimensions, or
+            ``steps`` is below one.
 
     Cost: three products of the smaller side a step, ``2 m n s + 4 s^3`` FLOP with s = min(m, n) on the Gram matrix
     (``4 m n s + 2 s^3`` else); no host synchronisation. Reference: Amsel et al., "The Polar Express", arXiv 2505.16932.
@@ -38,13 +42,19 @@ def polar_factor(matrix: Tensor, steps: int = 5) -> Tensor:
         raise ValueError(f"polar_factor needs floating point matrices, got {matrix.dtype} {tuple(matrix.shape)}.")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating point, got {dtype}.")
     work = matrix if matrix.dtype == torch.float64 else matrix.float()
     if work.numel() == 0:
         return work
     tall = work if work.shape[-2] >= work.shape[-1] else work.mT
     tall = _normalised(tall)
-    iterate = _on_gram if tall.shape[-2] >= _TALL * tall.shape[-1] else _on_matrix
-    result = iterate(tall, coefficients(steps))
+    if dtype is not None:  # products of Gram matrices would not survive rounding to eight bits
+        result = _on_matrix(tall.to(dtype), coefficients(steps)).to(work.dtype)
+    elif tall.shape[-2] >= _TALL * tall.shape[-1]:
+        result = _on_gram(tall, coefficients(steps))
+    else:
+        result = _on_matrix(tall, coefficients(steps))
     return result if work.shape[-2] >= work.shape[-1] else result.mT
 
 
@@ -96,10 +106,12 @@ def _normalised(matrix: Tensor) -> Tensor:
 
 
 def _on_matrix(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ...]) -> Tensor:
+    work = matrix.reshape(-1, *matrix.shape[-2:])
     for a, b, c in polynomials:
-        gram = matrix.mT @ matrix
-        matrix = a * matrix + matrix @ (b * gram + c * (gram @ gram))
-    return matrix
+        gram = work.mT @ work
+        # Sum and product in one call: half precision then rounds once, and terms of opposite sign may cancel.
+        work = torch.baddbmm(work, work, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
+    return work.reshape(matrix.shape)
 
 
 def _on_gram(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ...]) -> Tensor:

@@ -1,0 +1,475 @@
+"""LANTON: steps of a fixed size in each layer's norm, smaller where the layer's gradient is noisy."""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynamon.gradients import GradientReader
+from dynamon.kernels import polar_factor
+from dynamon.layers import ROLES, Layer, describe_layers
+from dynamon.norms import get_norm, optimizer_family
+from dynamon.optim.layerwise import LayerwiseRates
+from dynamon.optim.sharded import is_sharded, local, local_as, part_of, whole
+from dynamon.rates import NoiseAdaptiveRates, Rule
+
+RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
+_SCALINGS: dict[str, Callable[[int, int], float]] = {
+    "rms_to_rms": lambda outputs, inputs: math.sqrt(outputs / inputs),
+    "original": lambda outputs, inputs: math.sqrt(max(1.0, outputs / inputs)),
+    "match_rms_adamw": lambda outputs, inputs: 0.2 * math.sqrt(max(outputs, inputs)),
+}
+_OF_CONV = ("conv", "vector")  # what the weight of a convolution can be
+_MOST = 2**26  # entries in one batched call; beyond, a device is busy anyway and memory counts
+
+
+@dataclass
+class _Item:
+    """One parameter in one step; of a sharded parameter the tensors are this process's part."""
+
+    layer: Layer
+    place: int
+    group: dict[str, Any]
+    weight: Tensor
+    gradient: Tensor
+    average: Tensor
+
+
+class Lanton(Optimizer):
+    r"""One optimizer for all parameters of a model: each layer steps in its own norm, noisy layers less far.
+
+    With G the gradient, ``lmo`` the direction of the largest decrease in the unit ball of the layer's norm
+    (:mod:`dynamon.norms`), and r the ratio of its rate:
+
+    .. math:: B \leftarrow \beta_1 B + (1 - \beta_1) G, \qquad
+              W \leftarrow (1 - \eta r \lambda) W + \eta\, r\, \mathrm{radius}\; \mathrm{lmo}(B).
+
+    =========  ==================================================================  ======
+    role       ``lmo(B)``                                                          radius
+    =========  ==================================================================  ======
+    hidden     minus the polar factor :math:`U V^\top` times ``sqrt(out / in)``    1
+    conv       the same for one patch of the input, divided by ``prod(kernel)``    1
+               where ``out`` and ``in`` are channels
+    embedding  ``-sign(B)``                                                        1
+    head       ``-sign(B) / in``                                                   32
+    vector     ``-B / rms(B)``                                                     1
+    =========  ==================================================================  ======
+
+    Tensors that hold several matrices (:meth:`dynamon.layers.Layer.matrices`: packed queries, keys and values, gates,
+    experts, groups of a convolution) are taken matrix by matrix. A zero gradient gives a zero direction. With
+    ``noise_adaptive=False`` all r are 1: the same optimizer without feedback, in the spirit of Muon and Scion, and
+    the baseline to compare with. It can be steered by :class:`LayerwiseRates`; one that adapts itself refuses that.
+
+    "LANTON-style": no code of the paper is public. From it come the average, the directions, and the rule with noise
+    as the change between successive gradients in the dual norm. It leaves open, and here: the size of alpha and
+    beta2, whether H is corrected for its start (it is) and divided by what the shape alone gives (it is), groups of
+    comparison (by role), how often H is read (every step): all in :class:`dynamon.rates.NoiseAdaptiveRates`; the radii
+    and the scaling of the polar factor (``radii``, ``scaling``); how it is computed (``polar``); whether the ratio
+    multiplies weight decay (it does); gradients before or after clipping (:meth:`observe`); head and embedding as
+    one group with plain signs (paper), or each with its own scale (here).
+
+    In Lightning give ``Lanton(self, lr=...)`` back from ``configure_optimizers``. Where gradients are clipped, let the
+    rule see them before::
+
+        def on_before_optimizer_step(self, optimizer):
+            optimizer.observe()
+
+    Args:
+        params_or_model: A module: its trainable parameters, with roles from
+            :func:`dynamon.layers.describe_layers`. Or what any torch optimizer takes: parameters, named parameters or
+            groups. Without a module the role is the group's ``"role"`` (less than two dimensions is always a vector),
+            else told by shape: at most one dimension larger than one: vector; two dimensions: hidden; three to five:
+            conv; more: hidden, a stack of matrices. Embeddings, heads and stacked experts need the name of their role.
+        lr: Base learning rate: how far a layer of radius 1 moves in its norm. A tensor is read on the host.
+        momentum: :math:`\beta_1`, in [0, 1).
+        nesterov: Take the direction from :math:`\beta_1 B + (1 - \beta_1) G` after the average is updated.
+        weight_decay: :math:`\lambda`, decoupled.
+        radii: Step size by role relative to ``lr``; roles left out keep the default. The first thing to tune: norms of
+            different roles are not comparable by themselves. Scion's settings for GPTs hold the head at 60 times the
+            radius of hidden layers; 32 is the cautious side of it.
+        polar: Polar factors of ``[n, out, in]``; must be safe for zero matrices. Closer than by default:
+            ``functools.partial(polar_factor, steps=8)``. Several times faster where bfloat16 is:
+            ``functools.partial(polar_factor, dtype=torch.bfloat16)``.
+        scaling: Factor on polar factors by ``(outputs, inputs)`` of the matrix: ``"rms_to_rms"`` (as above),
+            ``"original"`` or ``"match_rms_adamw"`` (as in ``torch.optim.Muon``; no division for kernels), or a
+            function.
+        noise_adaptive: Whether rates follow the noise.
+        rule: What sets the ratios; ``NoiseAdaptiveRates()`` by default. A rule of its own, not shared.
+        lag: 1: readings of a step act at the next, so that nothing waits for the device. 0: they act at once.
+        model: Where roles and names come from if ``params_or_model`` holds parameters or groups.
+        roles: Roles by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`; needs a module.
+
+    Groups may have their own ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``radius`` and ``role``.
+
+    Attributes:
+        layers: The layers, in the order of the groups.
+        rates: The :class:`LayerwiseRates` that sets the ratios, or None.
+
+    Raises:
+        ValueError: On arguments out of range, complex parameters, roles that do not exist.
+
+    Averages have the parameter's dtype, polar factors are computed in at least float32; bfloat16 parameters work.
+
+    Cost of a step: the average by one foreach call; one batched call of ``polar`` for all matrices of a shape
+    (:func:`dynamon.kernels.polar_factor`: 5 steps of 3 products), of which up to 2^26 entries are copied at a time; no
+    host synchronisation on a GPU. Memory: one buffer a parameter. The noise costs what
+    :class:`dynamon.gradients.GradientReader` does: two nuclear norms a matrix and one stored gradient.
+
+    Sharded parameters (FSDP2, DTensor) work: a step gathers the average of every matrix and vector, one all-gather
+    each, and each process repeats the same polar factors. The noise gathers the gradients too and stores them whole
+    on each process. Make the optimizer after ``fully_shard``. ``torch.distributed.checkpoint`` keeps averages only.
+
+    References: Hao et al. (LANTON), arXiv 2510.14009; Pethick et al. (Scion), arXiv 2502.07529; Bernstein and
+    Newhouse, arXiv 2409.20325; Amsel et al. (polar factors), arXiv 2505.16932.
+    """
+
+    def __init__(
+        self,
+        params_or_model: Any,
+        lr: float | Tensor,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        radii: Mapping[str, float] | None = None,
+        polar: Callable[[Tensor], Tensor] = polar_factor,
+        scaling: str | Callable[[int, int], float] = "rms_to_rms",
+        noise_adaptive: bool = True,
+        rule: Rule | None = None,
+        lag: int = 1,
+        model: nn.Module | None = None,
+        roles: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take up the parameters and, if rates are to follow the noise, the rule."""
+        if isinstance(params_or_model, nn.Module):
+            model = params_or_model
+            params_or_model = [p for p in model.parameters() if p.requires_grad and p.numel()]
+        if roles is not None and model is None:
+            raise ValueError("roles are globs on the names of a module: give it as model.")
+        if rule is not None and not noise_adaptive:
+            raise ValueError("a rule sets rates only with noise_adaptive=True.")
+        if isinstance(scaling, str) and scaling not in _SCALINGS:
+            raise ValueError(f"scaling must be one of {', '.join(_SCALINGS)} or a function, got {scaling!r}.")
+        self.radii = {**RADII, **_checked_radii(radii or {})}
+        self.polar, self.scaling = polar, scaling
+        self.rates: LayerwiseRates | None = None
+        self._model, self._roles = model, roles
+        self._layers: dict[Tensor, tuple[int, Layer]] = {}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "radius": None,
+            "role": None,
+        }
+        super().__init__(params_or_model, defaults)
+        if noise_adaptive:
+            self.rates = _OwnRates(self, rule or NoiseAdaptiveRates(), model, lag)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers, in the order of the groups they came with."""
+        return [layer for _, layer in self._layers.values()]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The ratio of each layer by name; 1 where rates do not follow the noise."""
+        return {layer.name: 1.0 for layer in self.layers} if self.rates is None else self.rates.ratios
+
+    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
+        """Read the gradients now, before they are clipped, for the step that follows.
+
+        Args:
+            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+            key: Names the step, so that several who observe the same one read it once.
+        """
+        if self.rates is not None:
+            self.rates.observe(scale, key)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take up further parameters, also in the middle of a run; what was learned of the others stays.
+
+        Args:
+            param_group: ``params`` and, where they differ, ``lr``, ``momentum``, ``nesterov``, ``weight_decay``,
+                ``radius`` and ``role``.
+
+        Raises:
+            ValueError: On values out of range, complex parameters, a role that does not exist.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+            found = self._describe(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for layer in found:
+            self._layers[layer.parameter] = (len(self._layers), layer)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; parameters without a gradient stay as they are.
+
+        Args:
+            closure: Evaluates the loss again and returns it.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: On a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # By the order of joining and not of the groups: steering regroups, and must not change a batch.
+        items = sorted(self._items(), key=lambda item: item.place)
+        if items:
+            self._update(items, _averages(items))
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups as of any optimizer, and under ``"rates"`` the rule's state and the previous gradient.
+
+        It loads under ``torch.load(weights_only=True)``; a resumed run is bitwise the one that never stopped.
+        """
+        state = super().state_dict()
+        if self.rates is not None:
+            state["rates"] = self.rates.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state; without ``"rates"`` in it the rule goes on from what it has."""
+        own = {key: value for key, value in state_dict.items() if key != "rates"}
+        super().load_state_dict(own)
+        if self.rates is not None and "rates" in state_dict:
+            self.rates.load_state_dict(state_dict["rates"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("Lanton cannot be copied or pickled; make another one and give it state_dict().")
+
+    def _describe(self, group: Mapping[str, Any]) -> list[Layer]:
+        """The layers of a new group: those of the model, else by the group's role or the shape."""
+        members, role = group["params"], group["role"]
+        known = {} if self._model is None else self._known(members, role)
+        first = len(self._layers)
+        names = group.get("param_names") or [f"parameters.{first + i}" for i in range(len(members))]
+        return [
+            known[parameter] if parameter in known else _plain_layer(name, parameter, role)
+            for name, parameter in zip(names, members, strict=True)
+            if parameter.numel()
+        ]
+
+    def _known(self, members: Sequence[Tensor], role: str | None) -> dict[Tensor, Layer]:
+        """The layers of the model, those of a group with the group's role where they can have it."""
+        assert self._model is not None
+        layers = describe_layers(self._model, self._roles)
+        if role is not None:
+            own = {id(p) for p in members if p.ndim >= 2}
+            fitting = [la for la in layers if id(la.parameter) in own and (la.conv is None or role in _OF_CONV)]
+            layers = describe_layers(self._model, {**(self._roles or {}), **{la.name: role for la in fitting}})
+        return {layer.parameter: layer for layer in layers}
+
+    def _items(self) -> Iterable[_Item]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None or parameter not in self._layers:
+                    continue
+                place, layer = self._layers[parameter]
+                if gradient.is_sparse:
+                    raise RuntimeError(
+                        f"Lanton needs dense gradients, and that of {layer.name} is sparse; use sparse=False."
+                    )
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                own = local_as(gradient.detach(), parameter).to(parameter.dtype)
+                yield _Item(layer, place, group, local(parameter.detach()), own, local(state["momentum_buffer"]))
+
+    def _update(self, items: Sequence[_Item], averages: Sequence[Tensor]) -> None:
+        directions = self._directions(items, averages)
+        rates = [float(item.group["lr"]) for item in items]
+        decayed = [(item, rate) for item, rate in zip(items, rates, strict=True) if item.group["weight_decay"]]
+        if decayed:
+            kept = [1 - rate * item.group["weight_decay"] for item, rate in decayed]
+            torch._foreach_mul_([item.weight for item, _ in decayed], kept)
+        # A factor rounded to bfloat16 would be off by up to 0.4 % for good.
+        steps = [direction.to(torch.promote_types(direction.dtype, torch.float32)) for direction, _ in directions]
+        factors = [
+            rate * self._radius(item) * factor for rate, item, (_, factor) in zip(rates, items, directions, strict=True)
+        ]
+        torch._foreach_mul_(steps, factors)
+        torch._foreach_add_([item.weight for item in items], steps)
+
+    def _radius(self, item: _Item) -> float:
+        own = item.group["radius"]
+        return float(self.radii[item.layer.role] if own is None else own)
+
+    def _directions(self, items: Sequence[_Item], averages: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
+        """The direction of each item, new memory, and what is still to be multiplied to it."""
+        found: dict[int, tuple[Tensor, float]] = {}
+        by_kind: dict[str, list[int]] = {"sign": [], "polar": [], "rms": []}
+        for i, item in enumerate(items):
+            by_kind[_KINDS[item.layer.role]].append(i)
+        signs = [averages[i] for i in by_kind["sign"]]
+        for i, sign in zip(by_kind["sign"], _signs(signs), strict=True):
+            found[i] = sign, -1.0 / (_inputs(items[i].layer) if items[i].layer.role == "head" else 1)
+        for kind, function in (("polar", self.polar), ("rms", get_norm("rms").lmo)):
+            layers = [items[i].layer for i in by_kind[kind]]
+            wholes = [whole(averages[i], items[i].layer.parameter) for i in by_kind[kind]]
+            stacks = [_stack(layer, tensor) for layer, tensor in zip(layers, wholes, strict=True)]
+            for i, layer, stack in zip(by_kind[kind], layers, _batched(function, stacks), strict=True):
+                factor = -self._scale(layer, stack) if kind == "polar" else 1.0
+                found[i] = part_of(_unstack(layer, stack), layer.parameter), factor
+        return [found[i] for i in range(len(items))]
+
+    def _scale(self, layer: Layer, stack: Tensor) -> float:
+        function = _SCALINGS[self.scaling] if isinstance(self.scaling, str) else self.scaling
+        window = math.prod(layer.parameter.shape[2:]) if layer.role == "conv" and self.scaling == "rms_to_rms" else 1
+        return function(stack.shape[-2], stack.shape[-1]) / math.sqrt(window)
+
+
+class _OwnRates(LayerwiseRates):
+    """Steering of a :class:`Lanton` by itself: its layers are those that the optimizer knows."""
+
+    optimizer: Lanton
+
+    def __init__(self, optimizer: Lanton, rule: Rule, model: nn.Module | None, lag: int) -> None:
+        super().__init__(optimizer, rule, _Listed(optimizer.layers) if model is None else model, lag=lag)
+
+    def _attach(self) -> None:
+        self.layers = self.optimizer.layers
+        # A reader wants whole gradients. A sharded parameter is stood in for by a tensor without memory.
+        self._standing = [(la.parameter, _stand_in(la.parameter)) for la in self.layers if is_sharded(la.parameter)]
+        by_parameter = dict(self._standing)
+        seen = [replace(la, parameter=by_parameter.get(la.parameter, la.parameter)) for la in self.layers]
+        self.reader = GradientReader(seen, optimizer_family(self.optimizer))
+        self.rule.start(seen, self.reader.norms)
+        self._count = self._parameters()
+
+    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
+        self._follow_optimizer()
+        for parameter, standing in self._standing:
+            gradient: Any = parameter.grad
+            standing.grad = None if gradient is None else gradient.detach().full_tensor().to(standing.dtype)
+        try:
+            super().observe(scale, key)
+        finally:
+            for _, standing in self._standing:
+                standing.grad = None
+
+
+class _Listed(nn.Module):
+    """Layers that came without a module, for a rule that checks names."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self._named = [(layer.name, layer.parameter) for layer in layers]
+
+    def named_parameters(self, *_: Any, **__: Any) -> Any:
+        return iter(self._named)
+
+
+_KINDS = {"hidden": "polar", "conv": "polar", "embedding": "sign", "head": "sign", "vector": "rms"}
+
+
+def _averages(items: Sequence[_Item]) -> list[Tensor]:
+    """Update the averages, and return what the directions are taken of."""
+    found: dict[int, Tensor] = {}
+    batches: dict[tuple[object, ...], list[int]] = {}
+    for i, item in enumerate(items):
+        key = item.group["momentum"], item.group["nesterov"], item.weight.dtype, item.weight.device
+        batches.setdefault(key, []).append(i)
+    for members in batches.values():
+        group = items[members[0]].group
+        averages, gradients = [items[i].average for i in members], [items[i].gradient for i in members]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
+        found.update(zip(members, ahead, strict=True))
+    return [found[i] for i in range(len(items))]
+
+
+def _signs(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """Signs, NaN where a tensor is not finite: ``torch.sign`` takes NaN to zero, and the layer would stand still."""
+    if not tensors:
+        return []
+    signs = torch._foreach_sign(tensors)
+    torch._foreach_add_(signs, torch._foreach_mul(tensors, 0.0))
+    return signs
+
+
+def _stack(layer: Layer, tensor: Tensor) -> Tensor:
+    """A tensor as the matrices ``[n, out, in]`` it holds; a vector as ``[1, 1, d]``."""
+    return tensor.reshape(1, 1, -1) if layer.role == "vector" else layer.matrices(tensor)
+
+
+def _unstack(layer: Layer, stack: Tensor) -> Tensor:
+    return stack.reshape(layer.parameter.shape) if layer.role == "vector" else layer.from_matrices(stack)
+
+
+def _batched(function: Callable[[Tensor], Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
+    """A function of matrices, called once for all stacks whose matrices have one shape."""
+    found: dict[int, Tensor] = {}
+    batches: dict[tuple[object, ...], list[list[int]]] = {}
+    for i, stack in enumerate(stacks):
+        calls = batches.setdefault((*stack.shape[1:], stack.dtype, stack.device), [[]])
+        if calls[-1] and sum(stacks[j].numel() for j in calls[-1]) + stack.numel() > _MOST:
+            calls.append([])
+        calls[-1].append(i)
+    for members in (call for calls in batches.values() for call in calls):
+        joined = torch.cat([stacks[i] for i in members])  # a copy always: the function may work in place
+        parts = function(joined).split([len(stacks[i]) for i in members])
+        found.update(zip(members, parts, strict=True))
+    return [found[i] for i in range(len(stacks))]
+
+
+def _plain_layer(name: str, parameter: Tensor, role: str | None) -> Layer:
+    """A layer known by its shape and perhaps its role."""
+    dims = parameter.ndim
+    if role is None:
+        flat = dims < 2 or sum(side > 1 for side in parameter.shape) <= 1
+        role = "vector" if flat else "conv" if 3 <= dims <= 5 else "hidden"
+    role = role if dims >= 2 else "vector"
+    stacked = dims > 2 and role not in ("conv", "vector")
+    blocks = math.prod(parameter.shape[:-2]) if stacked else 1
+    return Layer(name, role, parameter, rows_are_tokens=role == "embedding", blocks=blocks)
+
+
+def _inputs(layer: Layer) -> int:
+    return layer.parameter.shape[-2 if layer.inputs_first else -1]
+
+
+def _stand_in(parameter: Tensor) -> Tensor:
+    return torch.zeros((), dtype=parameter.dtype, device=local(parameter).device).expand(parameter.shape)
+
+
+def _checked_radii(radii: Mapping[str, float]) -> Mapping[str, float]:
+    for role, radius in radii.items():
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r} in radii; choose from {', '.join(ROLES)}.")
+        if not 0 < radius < math.inf:
+            raise ValueError(f"the radius of {role!r} must be positive and finite, got {radius}.")
+    return radii
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"lr as a tensor must have one entry, got {tuple(group['lr'].shape)}.")
+    for name in ("lr", "weight_decay"):
+        if not 0 <= float(group[name]) < math.inf:
+            raise ValueError(f"{name} must be zero or positive, got {group[name]}.")
+    if not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}.")
+    if group["radius"] is not None and not 0 < group["radius"] < math.inf:
+        raise ValueError(f"radius must be positive and finite, got {group['radius']}.")
+    if group["role"] is not None and group["role"] not in ROLES:
+        raise ValueError(f"unknown role {group['role']!r}; choose one of {', '.join(ROLES)}.")
+    if any(not p.is_floating_point() for p in group["params"]):
+        raise ValueError("Lanton takes real floating parameters only; give complex ones as torch.view_as_real.")
