@@ -14,8 +14,10 @@ from dynamon.callbacks.recorder import Recorder
 from dynamon.history import History
 from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal
-from dynamon.panels import RATES
+from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
+
+_NOISE: Layout = {"3 Rates": {"noise in the dual norm across layers": band("noise/dual")}}
 
 
 class LayerwiseLR(DynamonCallback):
@@ -23,7 +25,7 @@ class LayerwiseLR(DynamonCallback):
 
     Ratios act only inside ``optimizer.step()``: schedulers, ``optimizer.state_dict()``, checkpoints,
     ``LearningRateMonitor`` and gradient clipping see the groups and rates you made. A run saved with steering
-    resumes without it, and the other way round. Decoupled weight decay scales with the rate.
+    resumes without it, and the other way round.
 
     Tags, written every ``trainer.log_every_n_steps`` steps:
 
@@ -34,6 +36,8 @@ class LayerwiseLR(DynamonCallback):
     ``lr/bounded``                     layers whose ratio sits at a bound of the rule
     ``lr/ratio``                       per layer: factor on the learning rate
     ``lr/effective``                   per layer: learning rate times ratio
+    ``noise/dual``                     per layer: noise sqrt(H) in the dual norm, where the rule
+                                       follows it and no monitor in the Trainer shows it
     ``dynamon/steering_overhead``      time of reading gradients and of the rule over training
                                        time without it
     =================================  ====================================================
@@ -47,6 +51,9 @@ class LayerwiseLR(DynamonCallback):
             that never stopped. False saves its memory and skips one noise update after a resume.
         layers: Globs for the layers shown one by one. All layers are steered.
         loggers: Loggers to write to by part of the class name; None for all.
+        apply: False for a dry run: ratios and the rates they would give are computed and logged, and training is
+            bitwise that without the callback.
+        scale_weight_decay: Decoupled weight decay (AdamW) scales with the rate. False keeps it at the base rate.
 
     Raises:
         ValueError: On arguments out of range; when fit starts, if an optimizer cannot take layerwise rates,
@@ -62,6 +69,7 @@ class LayerwiseLR(DynamonCallback):
     quantities = {
         "lr/ratio": "factor on the learning rate",
         "lr/effective": "learning rate times ratio",
+        "noise/dual": "noise sqrt(H) in the dual norm",
     }
 
     def __init__(
@@ -71,6 +79,9 @@ class LayerwiseLR(DynamonCallback):
         save_gradient: bool = True,
         layers: Sequence[str] | None = None,
         loggers: Sequence[str] | None = None,
+        *,
+        apply: bool = True,
+        scale_weight_decay: bool = True,
     ) -> None:
         """Check the arguments."""
         super().__init__()
@@ -79,6 +90,7 @@ class LayerwiseLR(DynamonCallback):
         if lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1, got {lag}.")
         self.rule, self.lag, self.save_gradient = rule, lag, save_gradient
+        self.apply, self.scale_weight_decay = apply, scale_weight_decay
         self._patterns = layers
         self._loggers = loggers
         self._recorder = Recorder(loggers, len(self.quantities))
@@ -86,7 +98,7 @@ class LayerwiseLR(DynamonCallback):
         self._in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]] = {}
         self._state: list[Any] = []
         self._budget = Budget(None)
-        self._on = False
+        self._shows_noise = False
 
     @property
     def history(self) -> History:
@@ -100,8 +112,8 @@ class LayerwiseLR(DynamonCallback):
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The ratio in force for each layer, by parameter name."""
-        return {name: ratio for rates in self._steered.values() for name, ratio in rates.ratios.items()}
+        """The ratio of each layer, by parameter name; in a dry run the one that would be in force."""
+        return {name: ratio for rates in self._steered.values() for name, ratio in rates.wanted.items()}
 
     def one_of_a_kind(self) -> type:
         """Two callbacks must not steer one optimizer."""
@@ -114,6 +126,8 @@ class LayerwiseLR(DynamonCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the surroundings."""
         super().setup(trainer, pl_module, stage)
+        self._shows_noise = self.rule.needs_gradients and not _noise_is_shown(trainer)
+        self.panels = combined([RATES, _NOISE]) if self._shows_noise else RATES
         if stage == "fit" and not trainer.barebones:
             self._recorder.check(trainer)
 
@@ -130,7 +144,7 @@ class LayerwiseLR(DynamonCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers and take up a saved state."""
         self._release()
-        self._recorder = Recorder(self._loggers, len(self.quantities))
+        self._recorder = Recorder(self._loggers, len(self.quantities) - (not self._shows_noise))
         self._budget = Budget(None)
         self._attach(trainer, pl_module)
         if not trainer.barebones:
@@ -156,7 +170,7 @@ class LayerwiseLR(DynamonCallback):
             rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step))
             if trainer._logger_connector.should_update_logs and not trainer.barebones:
                 # Before the step: the scheduler has moved on by the time it is over.
-                self._in_force[optimizer] = (rates.base_rates(), rates.ratios)
+                self._in_force[optimizer] = (rates.base_rates(), rates.wanted)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -186,7 +200,16 @@ class LayerwiseLR(DynamonCallback):
         )
         self._recorder.layers("lr/ratio", np.array([ratio[name] for name in names]), names)
         self._recorder.layers("lr/effective", np.array([base[name] * ratio[name] for name in names]), names)
+        if self._shows_noise:
+            self._record_noise([self._steered[optimizer] for optimizer in in_force], names)
         self._recorder.flush(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _record_noise(self, steered: list[LayerwiseRates], names: list[str]) -> None:
+        estimators = [rates.rule.noise for rates in steered if rates.rule.noise is not None]
+        known = {n: v for noise in estimators for n, v in zip(noise.names, noise.values, strict=True)}
+        row = np.array([known.get(name, np.nan) for name in names])
+        if np.isfinite(row).any():
+            self._recorder.layers("noise/dual", row, names)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""
@@ -219,7 +242,14 @@ class LayerwiseLR(DynamonCallback):
         self._release()
         self._state = []
         for index, optimizer in enumerate(trainer.optimizers):
-            rates = LayerwiseRates(optimizer, copy.deepcopy(self.rule), pl_module, lag=self.lag)
+            rates = LayerwiseRates(
+                optimizer,
+                copy.deepcopy(self.rule),
+                pl_module,
+                lag=self.lag,
+                apply=self.apply,
+                scale_weight_decay=self.scale_weight_decay,
+            )
             if index < len(state):
                 rates.load_state_dict(state[index])
             self._steered[optimizer] = rates
@@ -250,6 +280,14 @@ class NoiseAdaptiveLR(LayerwiseLR):
         save_gradient: Keep the previous gradient in checkpoints.
         layers: Globs for the layers shown one by one.
         loggers: Loggers to write to by part of the class name; None for all.
+        exponent: Power of the quotient of two H; 1/4 as published.
+        relative_to: ``"quietest"``, or ``"mean"``, which keeps the geometric mean of a group's rates.
+        cap: Largest ratio under ``relative_to="mean"``.
+        dead_band: Relative change of a ratio that is too small to act on.
+        refresh: Noise updates between two changes of the ratios.
+        bias_correction: Correct the noise average for its start at zero.
+        apply: False for a dry run, which computes and logs and changes nothing.
+        scale_weight_decay: Decoupled weight decay scales with the rate; False keeps it at the base rate.
 
     Raises:
         ValueError: Naming the argument that is out of range, or the optimizer that cannot be steered.
@@ -269,10 +307,39 @@ class NoiseAdaptiveLR(LayerwiseLR):
         save_gradient: bool = True,
         layers: Sequence[str] | None = None,
         loggers: Sequence[str] | None = None,
+        *,
+        exponent: float = 0.25,
+        relative_to: str = "quietest",
+        cap: float = 10.0,
+        dead_band: float = 0.0,
+        refresh: int = 1,
+        bias_correction: bool = True,
+        apply: bool = True,
+        scale_weight_decay: bool = True,
     ) -> None:
         """Make the rule."""
-        rule = NoiseAdaptiveRates(alpha, beta2, group_by, normalize_shape, floor, warmup)
-        super().__init__(rule, lag, save_gradient, layers, loggers)
+        rule = NoiseAdaptiveRates(
+            alpha,
+            beta2,
+            group_by,
+            normalize_shape,
+            floor,
+            warmup,
+            exponent=exponent,
+            relative_to=relative_to,
+            cap=cap,
+            dead_band=dead_band,
+            refresh=refresh,
+            bias_correction=bias_correction,
+        )
+        super().__init__(rule, lag, save_gradient, layers, loggers, apply=apply, scale_weight_decay=scale_weight_decay)
+
+
+def _noise_is_shown(trainer: pl.Trainer) -> bool:
+    """Whether a monitor in the Trainer logs the noise of each layer."""
+    # By what they measure: callbacks.monitor's meters import this module.
+    meters = (meter for callback in callbacks_of(trainer) for meter in getattr(callback, "_meters", ()))
+    return any("noise/dual" in meter.quantities for meter in meters)
 
 
 def steering_of(trainer: pl.Trainer, optimizer: Optimizer) -> LayerwiseRates | None:

@@ -22,6 +22,7 @@ _REFUSED = {
     "zeroredundancy": "it partitions its groups over the processes when it is built",
     "deepspeed": "DeepSpeed owns the parameter groups",
 }
+_DECOUPLED = ("adamw", "muon", "lion")  # optimizers whose decay is the rate times weight_decay times the weight
 # Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
 _steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
 
@@ -53,8 +54,7 @@ class LayerwiseRates:
     regrouped by ratio, with scaled rates; right after it the original list is back. So schedulers,
     ``state_dict``, checkpoints and gradient clipping see only the groups the user made. The view goes in
     after the closure has returned. Entries that the optimizer writes into its groups are carried back. With
-    all ratios 1 no view is made. Decoupled weight decay, which optimizers multiply by the rate, is scaled
-    with it.
+    all ratios 1 no view is made.
 
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
@@ -66,6 +66,10 @@ class LayerwiseRates:
             keep ratio 1.
         lag: 1 (default): the readings of a step act at the next, so nothing waits for the device. 0: they
             act at once, as published.
+        apply: False for a dry run: the rule follows the run, :attr:`wanted` says what it asks for, and nothing is
+            changed.
+        scale_weight_decay: Decoupled weight decay, which AdamW and its like multiply by the rate, scales with the
+            rate. False divides ``weight_decay`` by the ratio, so that weights decay at the base rate.
 
     Attributes:
         layers: The steered layers.
@@ -74,13 +78,23 @@ class LayerwiseRates:
 
     Raises:
         ValueError: If the optimizer cannot take layerwise rates (the reason is in the message), is steered
-            already, shares no parameter with the model, or ``lag`` is not 0 or 1.
+            already, shares no parameter with the model, or ``lag`` is not 0 or 1; with ``scale_weight_decay=False``
+            if its weight decay is not decoupled.
 
     Cost: what the rule reads (noise: one pass over gradients and one stored copy), and an optimizer call
     with as many groups as there are different ratios.
     """
 
-    def __init__(self, optimizer: Optimizer, rule: Rule, model: nn.Module, *, lag: int = 1) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rule: Rule,
+        model: nn.Module,
+        *,
+        lag: int = 1,
+        apply: bool = True,
+        scale_weight_decay: bool = True,
+    ) -> None:
         """Attach to the optimizer's step."""
         reason = refusal(optimizer)
         if reason is not None:
@@ -89,13 +103,16 @@ class LayerwiseRates:
             raise ValueError(f"this {type(optimizer).__name__} is steered already; remove the other steering first.")
         if lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1, got {lag}.")
+        if not scale_weight_decay:
+            _check_decay(optimizer)
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
+        self.apply, self.scale_weight_decay = apply, scale_weight_decay
         rule.check(describe_layers(model))
         self._attach()
         self._waiting: PendingReadings | None = None
         self._observed = False
         self._original: list[dict[str, Any]] | None = None
-        self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]] = []
+        self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, float]]] = []
         self._rate_buffers: dict[tuple[int, int], Tensor] = {}
         _steered[optimizer] = ref(self)
         self._handles = [
@@ -131,6 +148,11 @@ class LayerwiseRates:
     @property
     def ratios(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name, that the next step takes unless readings change it."""
+        return self.wanted if self.apply else {layer.name: 1.0 for layer in self.layers}
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """The ratio that the rule asks for, by parameter name; :attr:`ratios` unless this is a dry run."""
         return {layer.name: float(r) for layer, r in zip(self.layers, self.rule.ratios(), strict=True)}
 
     def base_rates(self) -> dict[str, float]:
@@ -149,7 +171,10 @@ class LayerwiseRates:
         """
         self._observed = True
         self._follow_optimizer()
-        if not self.rule.needs_gradients or not self.reader.begin(object() if key is None else key):
+        if not self.reader.begin(object() if key is None else key):
+            return
+        self.rule.begin_step()
+        if not self.rule.needs_gradients:
             return
         readings = self.reader.read(scale)
         due = self._waiting if self.lag else readings
@@ -167,8 +192,8 @@ class LayerwiseRates:
         """Put the original groups back, whatever happened in between."""
         if self._original is None:
             return
-        for view, given, group, ratio in self._views:
-            _carry_back(view, given, group, ratio)
+        for view, given, group, factors in self._views:
+            _carry_back(view, given, group, factors)
         self.optimizer.param_groups[:] = self._original
         self._original, self._views = None, []
 
@@ -228,6 +253,8 @@ class LayerwiseRates:
         """Show the optimizer its groups with the ratios in force."""
         if not self._observed:
             self.observe()
+        if not self.apply:
+            return
         ratios = {id(la.parameter): float(r) for la, r in zip(self.layers, self.rule.ratios(), strict=True)}
         if all(ratio == 1.0 for ratio in ratios.values()):
             return
@@ -244,9 +271,12 @@ class LayerwiseRates:
             by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
         views = []
         for bucket, (ratio, parameters) in enumerate(by_ratio.items()):
-            given = {**group, "lr": self._scaled(group["lr"], ratio, (index, bucket))}
+            given, factors = {**group, "lr": self._scaled(group["lr"], ratio, (index, bucket))}, {"lr": ratio}
+            if not self.scale_weight_decay and group.get("weight_decay"):
+                given["weight_decay"] = group["weight_decay"] / ratio
+                factors["weight_decay"] = 1 / ratio
             view = {**given, "params": parameters}
-            self._views.append((view, given, group, ratio))
+            self._views.append((view, given, group, factors))
             views.append(view)
         return views
 
@@ -264,9 +294,23 @@ class LayerwiseRates:
         self._observed = False
 
 
-def _carry_back(view: dict[str, Any], given: dict[str, Any], group: dict[str, Any], ratio: float) -> None:
+def _carry_back(
+    view: dict[str, Any], given: dict[str, Any], group: dict[str, Any], factors: Mapping[str, float]
+) -> None:
     """Write what the optimizer changed in a view into the group it stands for."""
     for key, value in view.items():
         if key == "params" or value is given.get(key):
             continue
-        group[key] = value / ratio if key == "lr" else value
+        group[key] = value / factors[key] if key in factors else value
+
+
+def _check_decay(optimizer: Optimizer) -> None:
+    """Raise where weight decay is part of the gradient, so that dividing it by the ratio would not undo the rate's."""
+    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
+    if any(word in name for name in names for word in _DECOUPLED):
+        return
+    if any(group.get("weight_decay") and not group.get("decoupled_weight_decay") for group in optimizer.param_groups):
+        raise ValueError(
+            f"scale_weight_decay=False needs decoupled weight decay, as AdamW has; {type(optimizer).__name__} adds its "
+            "weight decay to the gradient. Leave scale_weight_decay at True, or set weight_decay to 0."
+        )

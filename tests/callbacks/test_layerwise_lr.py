@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, NoiseAdaptiveLR
-from dynamon.rates import FixedRates
+from dynamon.rates import FixedRates, NoiseAdaptiveRates, SpectralTailRates
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
 SCHEDULERS = {
@@ -254,3 +254,117 @@ def test_parameters_that_join_later_are_measured_and_steered() -> None:
     monitor = GradientMonitor(every_n_steps=1, strict=True)
     fit(module, [monitor, Joins()], steps=20, max_epochs=-1)
     assert len(monitor.history["noise/dual"].layers) == 4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [steering, lambda **k: LayerwiseLR(FixedRates({"role:vector": 0.5}), **k)],
+    ids=["noise", "fixed"],
+)
+def test_a_dry_run_is_bitwise_the_run_without_and_logs_what_it_would_do(make) -> None:
+    plain, dry = (Classifier(mlp(), scheduler=SCHEDULERS["cosine"]) for _ in range(2))
+    fit(plain, [])
+    callback = make(apply=False)
+    run = fit(dry, [callback, DynamicsMonitor(every_n_steps=3, strict=True)])
+    assert same_weights(plain, dry) and plain.rates == dry.rates
+    assert callback.history["lr/ratio"].values.min() < 1 and min(callback.ratios.values()) < 1
+    effective = callback.history["lr/base"].values[:, None] * callback.history["lr/ratio"].values
+    np.testing.assert_allclose(callback.history["lr/effective"].values, effective)
+    assert run.global_step == 20
+
+
+def test_a_dry_run_does_not_enter_what_monitors_take_for_the_rates_in_force() -> None:
+    monitors = [DynamicsMonitor(every_n_steps=5, strict=True) for _ in range(2)]
+    fit(Classifier(mlp()), [monitors[0]])
+    fit(Classifier(mlp()), [monitors[1], LayerwiseLR(FixedRates({"network.*": 0.1}), apply=False)])
+    for tag in ("update/effective_rate", "sharpness/stability_ratio"):
+        if tag in monitors[0].history:
+            np.testing.assert_allclose(monitors[1].history[tag].values, monitors[0].history[tag].values, rtol=1e-6)
+    assert "sharpness/stability_ratio" in monitors[0].history
+
+
+def test_noise_is_logged_once(tmp_path) -> None:
+    alone, beside, monitor = steering(), steering(), GradientMonitor(every_n_steps=1)
+    logger = CSVLogger(tmp_path, name=None, version="alone")
+    fit(Classifier(mlp()), [alone], logger=logger)
+    fit(Classifier(mlp()), [beside, monitor])
+    fixed = LayerwiseLR(FixedRates({"role:vector": 0.5}))
+    fit(Classifier(mlp()), [fixed])
+    shown, known = alone.history["noise/dual"], monitor.history["noise/dual"]
+    assert shown.layers == known.layers and "noise/dual" not in beside.history and "noise/dual" not in fixed.history
+    np.testing.assert_array_equal(shown.steps, known.steps)
+    np.testing.assert_allclose(shown.values, known.values, rtol=1e-12)
+    assert len(shown) > 10
+    assert "noise/dual_median" in (tmp_path / "alone" / "metrics.csv").read_text()
+    charts = [chart for category in alone.panels.values() for chart in category]
+    assert "noise in the dual norm across layers" in charts
+    assert not any("noise" in chart for category in beside.panels.values() for chart in category)
+
+
+def test_weight_decay_at_the_base_rate() -> None:
+    def shrunk(**arguments) -> float:
+        """How much one weight shrinks that has no gradient, at a quarter of the rate."""
+
+        class Extra(Classifier):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) + 0 * self.extra.sum()
+
+        module = Extra(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5))
+        module.extra = torch.nn.Parameter(torch.ones(3))
+        fit(module, [LayerwiseLR(FixedRates({"extra": 0.25}), **arguments)], steps=8)
+        return float(module.extra.detach()[0])
+
+    assert shrunk() == pytest.approx((1 - 0.25 * 1e-2 * 0.5) ** 8, rel=1e-6)
+    assert shrunk(scale_weight_decay=False) == pytest.approx((1 - 1e-2 * 0.5) ** 8, rel=1e-6)
+
+
+def test_arguments_of_the_rule_are_passed_on() -> None:
+    given = {
+        "alpha": 0.3,
+        "beta2": 0.5,
+        "group_by": "all",
+        "normalize_shape": False,
+        "floor": 0.2,
+        "warmup": 3,
+        "exponent": 0.5,
+        "relative_to": "mean",
+        "cap": 4.0,
+        "dead_band": 0.1,
+        "refresh": 5,
+        "bias_correction": False,
+    }
+    callback = NoiseAdaptiveLR(**given, apply=False, scale_weight_decay=False)
+    assert {name: getattr(callback.rule, name) for name in given} == given
+    assert not callback.apply and not callback.scale_weight_decay
+    default, rule = NoiseAdaptiveLR().rule, NoiseAdaptiveRates()
+    assert {name: getattr(default, name) for name in given} == {name: getattr(rule, name) for name in given}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LayerwiseLR(SpectralTailRates(refresh=4, ramp=3)),
+        lambda: steering(relative_to="mean", dead_band=0.1, refresh=3),
+    ],
+    ids=["tails", "noise"],
+)
+def test_rules_with_a_memory_resume_bitwise(tmp_path, make) -> None:
+    def network() -> torch.nn.Module:
+        torch.manual_seed(1)
+        made = torch.nn.Sequential(*(torch.nn.Linear(m, n) for m, n in ((8, 32), (32, 32), (32, 32), (32, 3))))
+        for layer, exponent in ((made[1], 2.0), (made[2], 4.0)):  # with power laws in their spectra
+            sides = torch.linalg.svd(torch.randn(32, 32))
+            sigmas = (torch.arange(1, 33) / 33) ** (-0.5 / (exponent - 1))
+            layer.weight.data = sides.U * sigmas / 8 @ sides.Vh
+        return made
+
+    whole, first, resumed = (Classifier(network()) for _ in range(3))
+    callback = make()
+    fit(whole, [callback], steps=32, max_epochs=-1)
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=16, save_top_k=-1)
+    fit(first, [make(), save], steps=16, max_epochs=-1, enable_checkpointing=True)
+    going_on = make()
+    fit(resumed, [going_on], steps=32, max_epochs=-1, ckpt_path=tmp_path / "step=16.ckpt")
+    assert same_weights(whole, resumed) and going_on.ratios == callback.ratios
+    assert min(callback.ratios.values()) < 0.9 and max(callback.ratios.values()) > 1.1

@@ -1,0 +1,225 @@
+"""``dynamon schedule``: the learning-rate schedule that the gradients of a finished run call for."""
+
+import argparse
+import csv
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamon.gradients import Array
+from dynamon.history import Series
+from dynamon.runs import last_step, read_run
+from dynamon.schedule import (
+    FEWEST_READINGS,
+    linear_decay,
+    refined_schedule,
+    smoothed_norms,
+    usable_readings,
+    warmup_end,
+)
+
+_TAGS = {"l2": "gradient/norm", "l1": "gradient/norm_dual"}
+_LOADERS = {
+    ".npy": ("import numpy as np", "np.load({!r})"),
+    ".json": ("import json, pathlib", "json.loads(pathlib.Path({!r}).read_text())"),
+    ".csv": ("import numpy as np", 'np.loadtxt({!r}, delimiter=",", skiprows=1)[:, 1]'),
+}
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "schedule",
+        help="make a learning-rate schedule from the gradient norms of a finished run",
+        description="Make the refined schedule of Defazio et al. (arXiv 2310.07831) from the gradient norms that "
+        "GradientMonitor or DynamicsMonitor logged to TensorBoard or CSVLogger.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run: event files or metrics.csv")
+    parser.add_argument(
+        "--norm",
+        choices=["auto", *_TAGS],
+        default="auto",
+        help="norm of the gradients: l1 for Adam and its like, l2 for SGD; auto tells by what was logged",
+    )
+    parser.add_argument("--output", type=_output, metavar="FILE", help="write the factors: .npy, .csv or .json")
+    parser.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw schedule and norms (needs matplotlib)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read, refine, print, write.
+
+    Args:
+        options: The parsed options.
+
+    Returns:
+        0, or 1 with the reason printed.
+    """
+    try:
+        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot draws a picture and needs matplotlib: pip install 'lightning-dynamon[demo]'")
+        found = _find(options.folder, options.norm)
+        _write(options.output, found.schedule)
+        if options.plot is not None:
+            _draw(options.plot, found)
+    except (ValueError, OSError) as error:
+        print(f"dynamon schedule: {error}", file=sys.stderr)
+        return 1
+    for line in _summary(found, options):
+        print(line)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The schedule and what it rests on."""
+
+    norm: str
+    reason: str
+    readings: Series  # those that can be used
+    left_out: int
+    total: int
+    schedule: Array
+
+
+def _find(folder: Path, asked: str) -> _Found:
+    logged = read_run(folder)
+    norm, reason = _choose(folder, logged, asked)
+    tag = _TAGS[norm]
+    if tag not in logged:
+        raise ValueError(_missing(folder, logged, tag))
+    series, total = logged[tag], last_step(logged) + 1
+    usable = usable_readings(series.values)
+    if usable.sum() < FEWEST_READINGS:
+        raise ValueError(
+            f"{folder} holds {usable.sum()} readings of {tag} that are finite and not zero, and it takes "
+            f"{FEWEST_READINGS}. Log more of them with GradientMonitor(every_n_steps=...) or a larger budget; without "
+            "any, linear decay is what to use."
+        )
+    series = Series(series.steps[usable], series.values[usable])
+    schedule = refined_schedule(series.values, norm=norm, steps=series.steps, total=total)
+    return _Found(norm, reason, series, int((~usable).sum()), total, schedule)
+
+
+def _choose(folder: Path, logged: dict[str, Series], asked: str) -> tuple[str, str]:
+    """The norm and why; the dual norm is the l1 norm where the optimizer is Adam or its like."""
+    by_sgd = _duals_are_l2(logged)
+    if asked == "l1" and by_sgd:
+        raise ValueError(
+            f"{folder} holds no l1 norm: its {_TAGS['l1']} is the sum of the layers' l2 norms, as under SGD. "
+            "Use --norm l2."
+        )
+    if asked != "auto":
+        return asked, "as asked"
+    if by_sgd:
+        return "l2", "the dual norms logged are l2 norms, as under SGD"
+    if _TAGS["l1"] not in logged:
+        return "l2", f"{_TAGS['l1']} was not logged"
+    return "l1", "the dual norms logged are not l2 norms, as under Adam; for Muon give --norm l2"
+
+
+def _duals_are_l2(logged: dict[str, Series]) -> bool:
+    """Whether the layers' dual norms are their l2 norms, by what GradientMonitor logs of both."""
+    pairs = [(logged.get(f"gradient/dual_{q}"), logged.get(f"gradient/l2_{q}")) for q in ("p10", "median", "p90")]
+    known = [(dual.values, l2.values) for dual, l2 in pairs if dual is not None and l2 is not None]
+    return bool(known) and all(
+        dual.shape == l2.shape and np.allclose(dual, l2, rtol=1e-4, equal_nan=True) for dual, l2 in known
+    )
+
+
+def _missing(folder: Path, logged: dict[str, Series], tag: str) -> str:
+    there = sorted(t for t in logged if "/" not in t or t.startswith(("gradient/", "train")))
+    shown = ", ".join(there[:12]) + (", ..." if len(there) > 12 or len(there) < len(logged) else "")
+    return (
+        f"{folder} holds no {tag}. It holds: {shown or 'no scalars'}. Add GradientMonitor() or DynamicsMonitor() to "
+        "the Trainer's callbacks and train again."
+    )
+
+
+def _summary(found: _Found, options: argparse.Namespace) -> list[str]:
+    peak = warmup_end(found.schedule)
+    left_out = f", {found.left_out} more were zero or not finite" if found.left_out else ""
+    lines = [
+        f"schedule      {found.total} steps, from {len(found.readings)} readings of {_TAGS[found.norm]}{left_out}",
+        f"norm          {found.norm}: {found.reason}",
+        f"warm-up       ends at step {peak} ({peak / found.total:.0%} of the run)",
+        "",
+        "  of the run   factor   linear decay",
+    ]
+    decay = linear_decay(found.total)
+    for share in np.linspace(0, 1, 11):
+        step = round(float(share) * (found.total - 1))
+        lines.append(f"  {share:10.0%}   {found.schedule[step]:6.3f}   {decay[step]:12.3f}")
+    written = [f"{what:<13} {path}" for what, path in (("factors", options.output), ("picture", options.plot)) if path]
+    return [*lines, "", *written, *_usage(options.output, found.total)]
+
+
+def _usage(output: Path | None, total: int) -> list[str]:
+    if output is None:
+        return ["to use it     give --output schedule.npy; the factors multiply the peak learning rate of your own"]
+    module, loader = _LOADERS[output.suffix]
+    return [
+        "to use it     in a run of any length:",
+        "",
+        f"    {module}",
+        "    from torch.optim.lr_scheduler import LambdaLR",
+        "    from dynamon.schedule import schedule_factor",
+        "",
+        f"    factors = {loader.format(str(output))}",
+        f"    scheduler = LambdaLR(optimizer, schedule_factor(factors, steps={total}))",
+        "",
+        'Step it after every optimizer step; in Lightning that is "interval": "step".',
+    ]
+
+
+def _write(path: Path | None, schedule: Array) -> None:
+    if path is None:
+        return
+    if path.suffix == ".npy":
+        np.save(path, schedule)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(schedule.tolist()))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "factor"])
+            writer.writerows(enumerate(schedule.tolist()))
+
+
+def _draw(path: Path, found: _Found) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    steps, norms = found.readings.steps, found.readings.values
+    left.plot(steps, norms, ".", color=_GREY, ms=2.5, label=_TAGS[found.norm])
+    left.plot(smoothed_norms(norms, steps, found.total), color=_BLUE, label="running median")
+    left.set(title=f"{found.norm} norm of the gradient", xlabel="step", yscale="log")
+    right.plot(found.schedule, color=_BLUE, label="refined")
+    right.plot(linear_decay(found.total), color=_ORANGE, ls="--", lw=1, label="linear decay")
+    right.set(title="factor on the learning rate", xlabel="step", ylim=(0, 1.05))
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in _LOADERS:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(_LOADERS)}, got {text!r}")
+    return path
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
+    return path

@@ -1,0 +1,188 @@
+"""Smaller steps where gradients are noisier."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dynamon.gradients import Array, GradientReadings
+from dynamon.layers import Layer
+from dynamon.noise import NoiseEstimator
+from dynamon.norms import Norm, iid_dual_norm
+from dynamon.rates.ramp import Ramp
+from dynamon.rates.rule import Rule, check_grouping, grouped
+
+_SILENT = 1e-6  # of the group's median H: a thousandth of its noise
+_REFERENCES = ("quietest", "mean")
+
+
+class NoiseAdaptiveRates(Rule):
+    r"""LANTON-style rates: layers with noisier gradients take smaller steps.
+
+    With H the noise of a layer (:class:`dynamon.noise.NoiseEstimator`), divided by what its shape alone would
+    give, within each group of layers
+
+    .. math:: r_l = \left(\frac{a^2 + H_{min}}{a^2 + H_l}\right)^{1/4}, \qquad
+              a^2 = \alpha^2\, \mathrm{median}(H), \qquad r_l \ge \mathrm{floor}.
+
+    The quietest layer of a group keeps the base rate, the others go below it: for :math:`H \gg a^2` this is
+    :math:`\sqrt{\sigma_{min} / \sigma_l}` in the noise :math:`\sigma = \sqrt H`, 0.32 at ten times the noise and 0.1 at
+    a hundred times. A layer with less than a thousandth of the group's median noise (a bias before BatchNorm) keeps the
+    base rate and is no yardstick for the others; so does one without a reading, and one that is alone in its group.
+
+    Args:
+        alpha: Noise floor relative to the group's median noise. The paper's is absolute; relative, ratios do
+            not depend on the scale of the loss. Larger values pull ratios to 1.
+        beta2: Decay of the noise average.
+        group_by: ``"role"``: layers of one role are compared with each other, as the paper does by norm;
+            ``"role_and_shape"``: only layers of one shape; ``"all"``: everything with everything.
+        normalize_shape: Divide the noise by the dual norm of i.i.d. noise of the layer's shape. The paper does
+            not say; without it a matrix of four times the entries gets half the rate from its shape alone.
+        floor: Smallest ratio, in (0, 1].
+        warmup: Noise updates before steering begins; ratios then go over from 1 in as many updates again.
+        exponent: Power of the quotient of two H, 1/4 as published: the square root of the quotient of two noises
+            :math:`\sigma`. 1/2 makes the rate inversely proportional to :math:`\sigma`.
+        relative_to: ``"quietest"`` as published, or ``"mean"``: the geometric mean of :math:`a^2 + H` in the group
+            takes the place of :math:`a^2 + H_{min}`, so that the geometric mean of the group's ratios is 1, unless
+            floor or cap cut one off. Half of the layers then go above the base rate.
+        cap: Largest ratio, at least 1; it can only be reached under ``relative_to="mean"``.
+        dead_band: Relative change of a layer's ratio that is too small to act on: the ratio in force stays, to the
+            bit, until the rule's is further from it than this. So rates do not follow the jitter of the noise, and a
+            layer that stays this close to 1 keeps the base rate exactly.
+        refresh: Noise updates between two changes of the ratios in force. Above 1 a change is spread linearly over
+            the first half of the time until the next one.
+        bias_correction: Divide the noise average by the weight of what it has seen. It cancels in the ratios of
+            layers that have been seen equally often, because the noise floor is relative; without it a layer that
+            joined late or has few gradients passes for quiet.
+
+    Raises:
+        ValueError: Naming the argument that is out of range.
+
+    Cost: nothing on the device beyond the readings; for L layers a few operations on arrays ``[L]`` a step.
+
+    Reference: Hao et al., arXiv 2510.14009. Its code is not public, and the exponents are put together from
+    secondary sources and a sibling paper (2509.15399). Reference, cap, dead band and refresh are ours.
+    """
+
+    needs_gradients = True
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        beta2: float = 0.98,
+        group_by: str = "role",
+        normalize_shape: bool = True,
+        floor: float = 0.1,
+        warmup: int = 20,
+        *,
+        exponent: float = 0.25,
+        relative_to: str = "quietest",
+        cap: float = 10.0,
+        dead_band: float = 0.0,
+        refresh: int = 1,
+        bias_correction: bool = True,
+    ) -> None:
+        """Check the arguments."""
+        if not 0 <= alpha < float("inf"):
+            raise ValueError(f"alpha must be zero or positive, got {alpha}.")
+        if not 0 <= beta2 < 1:
+            raise ValueError(f"beta2 must lie in [0, 1), got {beta2}.")
+        check_grouping(group_by)
+        if not 0 < floor <= 1:
+            raise ValueError(f"floor must lie in (0, 1], got {floor}.")
+        if warmup < 0:
+            raise ValueError(f"warmup must be zero or more updates, got {warmup}.")
+        if not 0 < exponent < float("inf"):
+            raise ValueError(f"exponent must be positive and finite (1/4 as published), got {exponent}.")
+        if relative_to not in _REFERENCES:
+            raise ValueError(f"relative_to must be one of {_REFERENCES}, got {relative_to!r}.")
+        if not 1 <= cap < float("inf"):
+            raise ValueError(f"cap must be a finite number of at least 1, got {cap}.")
+        if not 0 <= dead_band < 1:
+            raise ValueError(f"dead_band must lie in [0, 1), got {dead_band}.")
+        if refresh < 1:
+            raise ValueError(f"refresh must be one or more updates, got {refresh}.")
+        self.alpha, self.beta2, self.group_by = alpha, beta2, group_by
+        self.normalize_shape, self.floor, self.warmup = normalize_shape, floor, warmup
+        self.exponent, self.relative_to, self.cap = exponent, relative_to, cap
+        self.dead_band, self.refresh, self.bias_correction = dead_band, refresh, bias_correction
+        self.updates = 0
+
+    def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
+        """Form the groups and the shape factors."""
+        super().start(layers, norms)
+        names = [layer.name for layer in layers]
+        self.noise = NoiseEstimator(names, self.beta2)
+        self._ramp = Ramp(names, self.refresh // 2, self.dead_band)
+        self._groups = grouped(layers, norms, self.group_by)
+        self._shape_factor = np.array(
+            [
+                iid_dual_norm(norm, layer) if self.normalize_shape else 1.0
+                for layer, norm in zip(layers, norms, strict=True)
+            ]
+        )
+        self._target = np.ones(len(layers))
+
+    def update(self, readings: GradientReadings) -> None:
+        """Update the noise, and from it the ratios; readings that are not finite change neither."""
+        assert self.noise is not None
+        if not self.noise.update(readings):
+            return
+        self.updates += 1
+        self._set_target()
+        self._ramp.advance()
+        if self.updates % self.refresh == 0:
+            self._ramp.aim(self._target)
+
+    def _set_target(self) -> None:
+        noise = self._squared() / self._shape_factor**2
+        self._target = np.ones(len(self.layers))
+        for group in self._groups:
+            # A layer without a gradient, or with nothing but rounding in it (a bias before BatchNorm), has no noise
+            # to be compared by: it keeps the base rate and is no yardstick for the others.
+            known = group[np.nan_to_num(noise[group]) > 0]
+            known = known[noise[known] > _SILENT * np.median(noise[known])] if len(known) else known
+            if len(known):
+                floor = self.alpha**2 * float(np.median(noise[known]))
+                ratio = (self._reference(floor, noise[known]) / (floor + noise[known])) ** self.exponent
+                self._target[known] = np.clip(ratio, self.floor, self.cap)
+
+    def _squared(self) -> Array:
+        """The noise average of each layer, not positive where there is none."""
+        assert self.noise is not None
+        if self.bias_correction:
+            return self.noise.squared
+        return np.array([mean for mean, _ in self.noise.state_dict().values()])
+
+    def _reference(self, floor: float, noise: Array) -> float:
+        """What a layer's noise is compared with."""
+        if self.relative_to == "quietest":
+            return floor + float(noise.min())
+        middle = float(np.median(floor + noise))  # equal layers, or a single one, then get exactly 1
+        return middle * float(np.exp(np.log((floor + noise) / middle).mean()))
+
+    def ratios(self) -> Array:
+        """The ratios in force: ones during warm-up, then a geometric transition to the rule's."""
+        share = (self.updates - self.warmup) / max(self.warmup, 1)
+        return np.asarray(self._ramp.ratios() ** float(np.clip(share if self.warmup else 1.0, 0.0, 1.0)))
+
+    def bounded(self) -> int:
+        """How many layers sit at floor or cap."""
+        at_floor = (self._target <= self.floor) & (self.floor < 1)
+        return int((at_floor | (self._target >= self.cap) & (self.cap > 1)).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Noise averages, the ratios in force and the number of updates."""
+        assert self.noise is not None
+        return {"noise": self.noise.state_dict(), "updates": self.updates, "ramp": self._ramp.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        assert self.noise is not None
+        self.noise.load_state_dict(state["noise"])
+        self.updates = int(state["updates"])
+        self._set_target()
+        if "ramp" in state and (self.refresh > 1 or self.dead_band > 0):
+            self._ramp.load_state_dict(state["ramp"], self.floor, self.cap)
+        else:  # the noise says it all
+            self._ramp.aim(self._target)

@@ -1,0 +1,121 @@
+"""Reading runs back: event files of torch and of TensorFlow's kind, tables of CSVLogger."""
+
+import math
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.scalar.metadata import create_summary_metadata
+from tensorboard.util.tensor_util import make_tensor_proto
+from torch.utils.tensorboard import SummaryWriter
+
+from dynamon.runs import last_step, read_run
+
+
+def write(folder, points, new_style=False):
+    """One event file: ``[(tag, step, value)]``."""
+    with SummaryWriter(str(folder)) as writer:
+        for tag, step, value in points:
+            writer.add_scalar(tag, value, step, new_style=new_style)
+
+
+def series(run):
+    return {tag: dict(zip(s.steps.tolist(), s.values.tolist(), strict=True)) for tag, s in run.items()}
+
+
+@pytest.mark.parametrize("new_style", [False, True])
+def test_event_files_at_full_resolution(tmp_path, new_style):
+    values = np.random.default_rng(0).normal(size=15_000).astype(np.float32)  # more than TensorBoard shows
+    write(tmp_path, [("a/b", step, float(v)) for step, v in enumerate(values)], new_style)
+    run = read_run(tmp_path)
+    np.testing.assert_array_equal(run["a/b"].steps, np.arange(15_000))
+    np.testing.assert_array_equal(run["a/b"].values, values)
+    assert last_step(run) == 14_999 and run["a/b"].layers is None
+
+
+def test_of_several_event_files_the_later_one_counts(tmp_path):
+    for start in range(0, 48, 4):  # more than ten files, begun within a second
+        write(tmp_path, [("loss", step, float(start)) for step in range(start, start + 8)] + [("only", start, 1.0)])
+    found = series(read_run(str(tmp_path)))
+    assert found["loss"] == {step: float(min(step // 4 * 4, 44)) for step in range(52)}
+    assert list(found["only"]) == list(range(0, 48, 4))
+
+
+def test_other_summaries_are_passed_over(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_histogram("weights", np.arange(5.0), 0)
+        writer.add_text("notes", "hello", 0)
+        writer.add_scalar("loss", 2.0, 7)
+        writer.add_scalar("loss", math.nan, 8)
+    run = read_run(tmp_path)
+    assert list(run) == ["loss"] and run["loss"].values[0] == 2 and math.isnan(run["loss"].values[1])
+
+
+def test_the_kind_of_a_tensor_is_named_the_first_time_only(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(3):
+            metadata = create_summary_metadata("", "") if step == 0 else None
+            value = Summary.Value(tag="loss", tensor=make_tensor_proto(float(step)), metadata=metadata)
+            writer._get_file_writer().event_writer.add_event(Event(step=step, summary=Summary(value=[value])))
+    assert series(read_run(tmp_path)) == {"loss": {0: 0.0, 1: 1.0, 2: 2.0}}
+
+
+def test_an_event_file_that_was_cut_off(tmp_path):
+    write(tmp_path, [("loss", step, 1.0) for step in range(100)])
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for rest in (b"", b"\0" * 40, b"\xff" * 40, (5).to_bytes(8, "little") + b"\xff" * 40):
+        file.write_bytes(whole[:-7] + rest)
+        assert len(read_run(tmp_path)["loss"]) == 99 if not rest else len(read_run(tmp_path)["loss"]) >= 99
+        file.write_bytes(whole + rest)
+        assert read_run(tmp_path)["loss"].steps.tolist() == list(range(100))
+
+
+def test_tensorboard_reads_the_same(tmp_path):
+    values = np.random.default_rng(1).normal(size=300)
+    write(tmp_path, [(f"tag/{i % 3}", i, float(v)) for i, v in enumerate(values)])
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    expected = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    assert series(read_run(tmp_path)) == expected and len(expected) == 3
+
+
+TABLE = """epoch,loss,step,val,note
+0,2.5,0,,
+0,,0,7.25,text
+0,1.5,4,,
+1,nan,8,inf,
+1,1.25,4,,
+1,3.0,
+1
+,,,,
+"""
+
+
+def test_tables_of_csv_logger(tmp_path):
+    (tmp_path / "metrics.csv").write_text(TABLE)
+    found = series(read_run(tmp_path))
+    assert found["loss"].keys() == {0, 4, 8} and found["loss"][0] == 2.5 and math.isnan(found["loss"][8])
+    assert found["loss"][4] == 1.25  # the later row
+    assert found["val"] == {0: 7.25, 8: math.inf} and found["epoch"] == {0: 0, 4: 1, 8: 1}
+    assert "note" not in found and "step" not in found
+
+
+def test_a_table_beside_event_files_counts_first(tmp_path):
+    write(tmp_path, [("loss", 0, 0.1), ("loss", 1, 0.2)])
+    (tmp_path / "metrics.csv").write_text("step,loss\n0,0.1\n")
+    assert series(read_run(tmp_path)) == {"loss": {0: 0.1, 1: float(np.float32(0.2))}}
+
+
+def test_errors_say_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere is not a folder"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds neither event files nor metrics.csv\.$"):
+        read_run(tmp_path)
+    write(tmp_path / "logs" / "version_0", [("loss", 0, 1.0)])
+    with pytest.raises(FileNotFoundError, match=r"Runs below it: .*logs/version_0\."):
+        read_run(tmp_path)
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="metrics.csv has no column 'step'"):
+        read_run(tmp_path)
