@@ -99,7 +99,7 @@ class _Plan:
         if not kernel.is_floating_point() or not 3 <= kernel.ndim <= 5 or kernel.numel() == 0:
             raise ValueError(
                 "conv_gram_iteration needs a floating point kernel [out, in / groups, *k] with one to three spatial "
-                f"dimensions, got {kernel.dtype} {tuple(kernel.shape)}."
+                f"dimensions and none empty, got {kernel.dtype} {tuple(kernel.shape)}."
             )
         if padding_mode not in ("zeros", "circular"):
             raise ValueError(f"padding_mode must be 'zeros' or 'circular', got {padding_mode!r}.")

@@ -20,12 +20,16 @@ def top_singular(matrix: Tensor, start: Tensor | None = None, steps: int = 2) ->
         for a zero matrix, NaN where the matrix holds NaN or infinity.
 
     Raises:
-        ValueError: If ``matrix`` is not floating point or has fewer than two dimensions, or ``start`` does not fit.
+        ValueError: If ``matrix`` is not floating point, is empty or has fewer than two dimensions, or ``start`` does
+            not fit.
 
     Cost: ``4 m n steps + 2 m n`` FLOP: the matrix is read twice a step. No host synchronisation.
     """
     if not matrix.is_floating_point() or matrix.ndim < 2 or 0 in matrix.shape:
-        raise ValueError(f"top_singular needs floating point matrices, got {matrix.dtype} {tuple(matrix.shape)}.")
+        raise ValueError(
+            "top_singular needs floating point matrices [..., m, n] that are not empty, "
+            f"got {matrix.dtype} {tuple(matrix.shape)}."
+        )
     expected = (*matrix.shape[:-2], matrix.shape[-1])
     if start is not None and start.shape != expected:
         raise ValueError(f"start must have shape {list(expected)}, got {list(start.shape)}.")

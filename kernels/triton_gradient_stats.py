@@ -9,27 +9,28 @@ import torch
 from torch import Tensor
 
 from dynamon.kernels._triton import can_run, jit, require, tl
-from dynamon.kernels.gradient_stats import GradientStats
+from dynamon.kernels.gradient_stats import GradientStats, check_lists, no_stats
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 16384  # entries a program walks through; a multiple of 16 bytes in every dtype
 _BLOCK = 1024  # entries it takes at a time: eight a thread
 _WARPS = 4
-_SUMS, _LARGEST = 6, 2  # rows of partial results; the kernel lists them
+_SUMS, _LARGEST = 7, 2  # rows of partial results; the kernel lists them
 
 
 def triton_gradient_stats(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = None) -> GradientStats:
     """Norms of every gradient and of its change, refreshing the stored gradient, in one pass over memory.
 
-    Takes and gives what :func:`dynamon.kernels.gradient_stats` does, except for float64. Each entry is read once from
-    either list and written once. Sums are float32 within a chunk of 16,384 entries and float64 across chunks.
+    Takes and gives what :func:`dynamon.kernels.gradient_stats` does, except for float64 and for ``axes``: a chunk knows
+    no rows. Each entry is read once from either list and written once. Sums are float32 within a chunk of 16,384
+    entries and float64 across chunks.
 
     Args:
         gradients: T dense tensors on one GPU in float32, bfloat16 or float16; none may be empty.
         previous: Storage of the same shapes in one of these dtypes, or None.
 
     Returns:
-        A :class:`GradientStats` in float32 on the gradients' device.
+        A :class:`GradientStats` in float32 on the gradients' device, without sums of rows and columns.
 
     Raises:
         ImportError: If Triton is not installed.
@@ -41,13 +42,9 @@ def triton_gradient_stats(gradients: Sequence[Tensor], previous: Sequence[Tensor
     """
     gradients = [g.detach() for g in gradients]
     stored = None if previous is None else list(previous)
-    if any(g.numel() == 0 for g in gradients):
-        raise ValueError("gradient_stats cannot take an empty tensor; leave it out.")
-    if stored is not None and [g.shape for g in gradients] != [p.shape for p in stored]:
-        raise ValueError("gradients and previous must hold the same shapes in the same order.")
+    check_lists(gradients, stored)
     if not gradients:
-        nothing = torch.zeros(0)
-        return GradientStats(nothing, nothing, nothing, nothing, *(4 * [nothing if stored is not None else None]))
+        return no_stats(torch.float32, stored is not None)
     device = gradients[0].device
     require(device, "triton_gradient_stats")
     for tensor in (*gradients, *(stored or ())):
@@ -96,7 +93,7 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _launch(gradients: list[Tensor], previous: list[Tensor] | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Partial results ``[8, chunks]`` and the tensor that each chunk belongs to."""
+    """Partial results ``[9, chunks]`` and the tensor that each chunk belongs to."""
     # One launch for each kind; a model mostly has a single one.
     stored = gradients if previous is None else previous
     kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
@@ -142,14 +139,15 @@ def _launch(gradients: list[Tensor], previous: list[Tensor] | None, device: torc
 def _collect(partials: Tensor, owner: Tensor, count: int, compare: bool) -> GradientStats:
     """Add up the chunks of each tensor. In float64 the order in which they arrive does not show in float32."""
     sums = partials.new_zeros(_SUMS, count, dtype=torch.float64).index_add_(1, owner, partials[:_SUMS].double())
-    l1, squares, nonfinite, difference_l1, difference_squares, inner = sums.float()
+    l1, squares, nonfinite, change_l1, change_squares, change_nonfinite, inner = sums.float()
     index = owner.expand(_LARGEST, -1)
     largest = partials.new_zeros(_LARGEST, count).scatter_reduce_(1, index, partials[_SUMS:], "amax")
     # A maximum on a GPU passes over NaN, a sum does not.
-    largest = torch.where(torch.stack([l1, difference_l1]).isnan(), torch.nan, largest)
+    largest = torch.where(torch.stack([l1, change_l1]).isnan(), torch.nan, largest)
     if not compare:
         return GradientStats(l1, squares, largest[0], nonfinite)
-    return GradientStats(l1, squares, largest[0], nonfinite, difference_l1, difference_squares, largest[1], inner)
+    difference = (change_l1, change_squares, largest[1], change_nonfinite)
+    return GradientStats(l1, squares, largest[0], nonfinite, *difference, inner)
 
 
 def _triton_dtype(dtype: torch.dtype) -> object:
@@ -180,7 +178,7 @@ def _chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), dtype=tl.float32)
     l1, squares, nonfinite, largest = zeros, zeros, zeros, zeros
-    change_l1, change_squares, inner, change_largest = zeros, zeros, zeros, zeros
+    change_l1, change_squares, change_nonfinite, inner, change_largest = zeros, zeros, zeros, zeros, zeros
     # Whole blocks without a mask, which would split the loads into single entries; then the rest under one.
     whole = count // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
@@ -195,10 +193,12 @@ def _chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
             y = tl.load(previous + start + lanes).to(tl.float32)
             tl.store(previous + start + lanes, g.to(PREVIOUS))
             change = x - y
-            change_l1 += tl.abs(change)
+            distance = tl.abs(change)
+            change_l1 += distance
             change_squares += change * change
+            change_nonfinite += tl.where(distance < float("inf"), 0.0, 1.0)
             inner += x * y
-            change_largest = tl.maximum(change_largest, tl.abs(change))
+            change_largest = tl.maximum(change_largest, distance)
 
     inside = whole + lanes < count
     g = tl.load(gradient + whole + lanes, mask=inside, other=0.0)
@@ -208,12 +208,15 @@ def _chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
     tl.store(partials + chunk, tl.sum(l1 + size))
     tl.store(partials + chunks + chunk, tl.sum(squares + x * x))
     tl.store(partials + 2 * chunks + chunk, tl.sum(nonfinite))
-    tl.store(partials + 6 * chunks + chunk, tl.max(tl.maximum(largest, size)))
+    tl.store(partials + 7 * chunks + chunk, tl.max(tl.maximum(largest, size)))
     if COMPARE:
         y = tl.load(previous + whole + lanes, mask=inside, other=0.0).to(tl.float32)
         tl.store(previous + whole + lanes, g.to(PREVIOUS), mask=inside)
         change = x - y
-        tl.store(partials + 3 * chunks + chunk, tl.sum(change_l1 + tl.abs(change)))
+        distance = tl.abs(change)
+        change_nonfinite += tl.where(distance < float("inf"), 0.0, 1.0)
+        tl.store(partials + 3 * chunks + chunk, tl.sum(change_l1 + distance))
         tl.store(partials + 4 * chunks + chunk, tl.sum(change_squares + change * change))
-        tl.store(partials + 5 * chunks + chunk, tl.sum(inner + x * y))
-        tl.store(partials + 7 * chunks + chunk, tl.max(tl.maximum(change_largest, tl.abs(change))))
+        tl.store(partials + 5 * chunks + chunk, tl.sum(change_nonfinite))
+        tl.store(partials + 6 * chunks + chunk, tl.sum(inner + x * y))
+        tl.store(partials + 8 * chunks + chunk, tl.max(tl.maximum(change_largest, distance)))

@@ -29,7 +29,7 @@ EXACT = 2e-6  # of the product of the lengths of two columns: float32 sums of ex
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4, 3), (7,), (), (1, 1), (2, 3, 5), (300, 140), (1024,), (16384 + 1024,)]
 OWN = ("l1", "sum_squares", "max_abs", "nonfinite")
-CHANGE = ("difference_l1", "difference_sum_squares", "difference_max_abs", "inner")
+CHANGE = ("difference_l1", "difference_sum_squares", "difference_max_abs", "difference_nonfinite", "inner")
 
 pytestmark = [  # NumPy's, on its way through the interpreter
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
@@ -112,7 +112,8 @@ def test_gram_of_any_shape(rows, columns, dtype, seed):
 
 @kernel
 def test_every_tile_of_a_triangle_of_several_bands_is_computed():
-    assert_gram(matrix(500, 401), tiling=SMALL)  # 26 rows of tiles: three full bands and one that is not
+    deep = Tiling(side=16, depth=128, warps=1, stages=1)
+    assert_gram(matrix(500, 401), tiling=deep)  # 26 rows of tiles: three full bands and one that is not
 
 
 @kernel
@@ -268,6 +269,17 @@ def test_infinity_twice_has_no_difference():
     gradients = [torch.tensor([1.0, math.inf], device=DEVICE)]
     found = triton_gradient_stats(gradients, [g.clone() for g in gradients])
     assert found.max_abs.isinf().all() and found.difference_max_abs.isnan().all() and found.difference_l1.isnan().all()
+    assert found.nonfinite.tolist() == found.difference_nonfinite.tolist() == [1]
+
+
+@kernel
+def test_nonfinite_differences_are_counted_in_whole_blocks_and_in_the_rest():
+    gradient, stored = matrix(16384 + 1030), matrix(16384 + 1030, seed=1)
+    gradient[[5, 2000, 17000]] = torch.tensor([math.nan, math.inf, -math.inf], device=DEVICE)
+    stored[[2000, 3000, 17410]] = torch.tensor([math.inf, math.nan, math.inf], device=DEVICE)
+    gradient[7], stored[7] = 3e38, -3e38  # too far apart
+    found = triton_gradient_stats([gradient], [stored])
+    assert found.nonfinite.tolist() == [3] and found.difference_nonfinite.tolist() == [6]
 
 
 @kernel
