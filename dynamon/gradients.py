@@ -14,6 +14,7 @@ from dynamon.norms import Norm, dual_norms, update_norm
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
+_UNKNOWN = torch.tensor(torch.nan)
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class PendingReadings:
     arrived, which one step later it has.
     """
 
-    def __init__(self, rows: Tensor, present: Array, compared: Array, parted: Array) -> None:
+    def __init__(self, rows: Tensor, present: Array, compared: Array, parted: Array, has_dual: bool = True) -> None:
         """Queue the copy of ``rows``, a device tensor ``[9, P]`` for the P layers that are present."""
-        self._present, self._compared, self._parted = present, compared, parted
+        self.rows, self.present, self.compared, self.parted, self.has_dual = rows, present, compared, parted, has_dual
         self._event: torch.cuda.Event | None = None
         self._host = rows
         if rows.is_cuda:
@@ -76,13 +77,13 @@ class PendingReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        table = np.zeros((9, len(self._present)))
-        table[:, self._present] = self._host.double().numpy()
-        table[4:7, ~self._compared] = np.nan
-        table[7:, ~self._parted] = np.nan
+        table = np.zeros((9, len(self.present)))
+        table[:, self.present] = self._host.double().numpy()
+        table[4:7, ~self.compared] = np.nan
+        table[7:, ~self.parted] = np.nan
         l1, l2, dual, nonfinite, change_dual, change_l2, inner, *independent = table
         return GradientReadings(
-            self._present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, self._compared, *independent
+            self.present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, self.compared, *independent
         )
 
 
@@ -154,14 +155,18 @@ class GradientReader:
         parts = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
         self._part = (self.step + 1, share, parts)
 
-    def read(self, scale: float = 1.0) -> PendingReadings:
+    def read(self, scale: float = 1.0, dual: bool = True) -> PendingReadings:
         """Measure this step's gradients and their change, and keep them for the next step.
 
         Args:
             scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+            dual: Whether the dual norm of the gradients themselves is wanted. Without, it is NaN where it takes a
+                nuclear norm, which is half of the cost there; who asks for it later in the same step gets it.
         """
         if self._pending is None:
-            self._pending = self._measure(scale)
+            self._pending = self._measure(scale, dual)
+        elif dual and not self._pending.has_dual:
+            self._pending = self._with_dual(self._pending, scale)
         return self._pending
 
     def _gradients(self, scale: float) -> list[Tensor | None]:
@@ -174,7 +179,7 @@ class GradientReader:
             gradients.append(g)
         return gradients
 
-    def _measure(self, scale: float) -> PendingReadings:
+    def _measure(self, scale: float, dual: bool) -> PendingReadings:
         gradients = self._gradients(scale)
         stored = self._previous if self._stored_at == self.step - 1 else {}
         present = np.array([g is not None for g in gradients], bool)
@@ -182,16 +187,27 @@ class GradientReader:
         indices = np.flatnonzero(present).tolist()
         current = [g for g in gradients if g is not None]
         previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
-        special, special_change = self._special_duals(indices, current, previous)
+        special_change = self._special_duals(indices, _changes(current, previous))
+        special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
         stats = gradient_stats(current, previous)
         self._previous, self._stored_at = dict(zip(indices, previous, strict=True)), self.step
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
-        dual = self._duals(indices, stats.l1, l2, special)
+        own_dual = self._duals(indices, stats.l1, l2, special)
         change_dual = self._duals(indices, stats.difference_l1, change_l2, special_change)
-        own = [stats.l1, l2, dual, stats.nonfinite, change_dual, change_l2, stats.inner]
+        own = [stats.l1, l2, own_dual, stats.nonfinite, change_dual, change_l2, stats.inner]
         independent, parted = self._independent(indices, current, own[0])
-        return PendingReadings(torch.stack([*own, *independent]), present, compared, parted)
+        has_dual = dual or not special
+        return PendingReadings(torch.stack([*own, *independent]), present, compared, parted, has_dual)
+
+    def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
+        """The same readings with the dual norms of the gradients, which are still there."""
+        gradients = self._gradients(scale)
+        indices = np.flatnonzero(pending.present).tolist()
+        special = self._special_duals(indices, [g for g in gradients if g is not None])
+        rows = pending.rows.clone()
+        rows[2] = self._duals(indices, rows[0], rows[1], special)
+        return PendingReadings(rows, pending.present, pending.compared, pending.parted)
 
     def _independent(self, indices: list[int], current: list[Tensor], like: Tensor) -> tuple[list[Tensor], Array]:
         """Dual and Euclidean norm of the difference of two parts of the window, and who has one."""
@@ -203,22 +219,18 @@ class GradientReader:
         parted[[i for i in indices if i in parts]] = True
         whole = [share * g for g in current]
         halves = [parts[i] if i in parts else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
-        _, special = self._special_duals(indices, whole, halves)
+        special = self._special_duals(indices, _changes(whole, halves))
         stats = gradient_stats(whole, halves)
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
         l2 = stats.difference_sum_squares.sqrt()
         factor = (2 / (share * (1 - share))) ** 0.5
         return [factor * self._duals(indices, stats.difference_l1, l2, special), factor * l2], parted
 
-    def _special_duals(
-        self, indices: list[int], current: list[Tensor], previous: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Dual norms that need the matrix itself: of the gradients, and of their changes."""
-        chosen = [(i, g, p) for i, g, p in zip(indices, current, previous, strict=True) if self._is_special(i)]
-        layers, norms = [self.layers[i] for i, _, _ in chosen], [self.norms[i] for i, _, _ in chosen]
-        gradients = [g for _, g, _ in chosen]
-        changes = [g.to(torch.promote_types(g.dtype, torch.float32)) - p for _, g, p in chosen]
-        return dual_norms(layers, norms, gradients), dual_norms(layers, norms, changes)
+    def _special_duals(self, indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
+        """Dual norms that need the matrix itself."""
+        chosen = [(i, t) for i, t in zip(indices, tensors, strict=True) if self._is_special(i)]
+        layers, norms = [self.layers[i] for i, _ in chosen], [self.norms[i] for i, _ in chosen]
+        return dual_norms(layers, norms, [t for _, t in chosen])
 
     def _is_special(self, index: int) -> bool:
         return self.norms[index].name not in _FROM_STATS
@@ -259,3 +271,8 @@ class GradientReader:
             if name in index and g.shape == self.layers[index[name]].parameter.shape
         }
         self._stored_at = self.step if self._previous else -1
+
+
+def _changes(current: Sequence[Tensor], previous: Sequence[Tensor]) -> list[Tensor]:
+    """Differences in float32 at least."""
+    return [c.to(torch.promote_types(c.dtype, torch.float32)) - p for c, p in zip(current, previous, strict=True)]

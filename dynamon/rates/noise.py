@@ -7,7 +7,7 @@ import numpy as np
 
 from dynamon.gradients import Array, GradientReadings
 from dynamon.layers import Layer
-from dynamon.noise import NoiseEstimator
+from dynamon.noise import SOURCES, NoiseEstimator
 from dynamon.norms import Norm, iid_dual_norm
 from dynamon.rates.ramp import Ramp
 from dynamon.rates.rule import Rule, check_grouping, grouped
@@ -51,6 +51,10 @@ class NoiseAdaptiveRates(Rule):
             layer that stays this close to 1 keeps the base rate exactly.
         refresh: Noise updates between two changes of the ratios in force. Above 1 a change is spread linearly over
             the first half of the time until the next one.
+        source: What the noise is the difference of: ``"successive"`` gradients, as published in practice, which count
+            the change of the mean gradient as noise, or two ``"independent"`` parts of one accumulation window
+            (the paper's second option), which needs gradient accumulation and, outside Lightning, a call of
+            :meth:`dynamon.optim.LayerwiseRates.observe_part` in each window. Without parts ratios stay 1.
         bias_correction: Divide the noise average by the weight of what it has seen. It cancels in the ratios of
             layers that have been seen equally often, because the noise floor is relative; without it a layer that
             joined late or has few gradients passes for quiet.
@@ -80,6 +84,7 @@ class NoiseAdaptiveRates(Rule):
         cap: float = 10.0,
         dead_band: float = 0.0,
         refresh: int = 1,
+        source: str = "successive",
         bias_correction: bool = True,
     ) -> None:
         """Check the arguments."""
@@ -106,13 +111,15 @@ class NoiseAdaptiveRates(Rule):
         self.normalize_shape, self.floor, self.warmup = normalize_shape, floor, warmup
         self.exponent, self.relative_to, self.cap = exponent, relative_to, cap
         self.dead_band, self.refresh, self.bias_correction = dead_band, refresh, bias_correction
-        self.updates = 0
+        if source not in SOURCES:
+            raise ValueError(f"source must be one of {SOURCES}, got {source!r}.")
+        self.source, self.updates = source, 0
 
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
         """Form the groups and the shape factors."""
         super().start(layers, norms)
         names = [layer.name for layer in layers]
-        self.noise = NoiseEstimator(names, self.beta2)
+        self.noise = NoiseEstimator(names, self.beta2, self.source)
         self._ramp = Ramp(names, self.refresh // 2, self.dead_band)
         self._groups = grouped(layers, norms, self.group_by)
         self._shape_factor = np.array(

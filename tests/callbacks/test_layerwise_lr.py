@@ -368,3 +368,44 @@ def test_rules_with_a_memory_resume_bitwise(tmp_path, make) -> None:
     fit(resumed, [going_on], steps=32, max_epochs=-1, ckpt_path=tmp_path / "step=16.ckpt")
     assert same_weights(whole, resumed) and going_on.ratios == callback.ratios
     assert min(callback.ratios.values()) < 0.9 and max(callback.ratios.values()) > 1.1
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_independent_noise_of_accumulation_windows(window: int) -> None:
+    """H in ten lines from the gradients of every batch; the last window of an epoch is a short one (22 batches)."""
+    seen: list[list[torch.Tensor]] = []
+
+    class PerBatch(Callback):
+        def on_after_backward(self, trainer, pl_module) -> None:
+            seen.append([p.grad.double().clone() for p in pl_module.parameters()])
+
+    callback = steering(source="independent", beta2=0.9, warmup=0)
+    data = batches(22 * 4, 4)
+    fit(Classifier(mlp()), [callback, PerBatch()], data, steps=-1, max_epochs=1, accumulate_grad_batches=window)
+    average, weight = 0.0, 0.0
+    for begin in range(0, 22, window):
+        sums = seen[begin : begin + window]  # .grad adds up inside a window
+        length = len(sums)
+        if length < 2:
+            continue
+        share, part, whole = (length // 2) / length, sums[length // 2 - 1], sums[-1]
+        factor = (2 / (share * (1 - share))) ** 0.5
+        noise = np.array([factor * float((p - share * g).abs().sum()) for p, g in zip(part, whole, strict=True)])
+        average, weight = 0.9 * average + 0.1 * noise**2, 0.9 * weight + 0.1
+    (rates,) = callback._steered.values()
+    np.testing.assert_allclose(rates.rule.noise.squared, average / weight, rtol=1e-4)
+    assert min(callback.ratios.values()) < 1
+
+
+def test_independent_noise_needs_windows() -> None:
+    with pytest.raises(ValueError, match="set accumulate_grad_batches=2 or more"):
+        fit(Classifier(mlp()), [steering(source="independent")])
+
+
+def test_reading_every_fourth_step() -> None:
+    callback = steering(read_every=4, warmup=0)
+    fit(Classifier(mlp()), [callback], steps=20)
+    (rates,) = callback._steered.values()
+    assert rates.rule.updates == 5 and min(callback.ratios.values()) < 1
+    with pytest.raises(ValueError, match="read_every must be a whole number of 1 or more, got 0"):
+        NoiseAdaptiveLR(read_every=0)

@@ -1,0 +1,21 @@
+"""Where in an accumulation window a batch stands."""
+
+import lightning.pytorch as pl
+
+
+def half_window(trainer: pl.Trainer) -> float | None:
+    """The share of the window's batches that the gradients hold, at its middle; None at every other batch.
+
+    To be asked after a backward pass under automatic optimisation. The last window of an epoch may be shorter.
+    """
+    batch, wanted = trainer.fit_loop.epoch_loop.batch_idx, trainer.accumulate_grad_batches
+    begin = batch // wanted * wanted
+    length = int(min(wanted, trainer.num_training_batches - begin))
+    done = batch - begin + 1
+    return done / length if done == length // 2 else None
+
+
+def scale_before_step(trainer: pl.Trainer) -> float:
+    """What brings gradients to their true size before the precision plugin has unscaled them."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else 1.0 / float(scaler.get_scale())
