@@ -23,6 +23,7 @@ class Preset:
         sharpness: Steps between sharpness readings.
         probe_fraction: Share of a batch in the probe.
         quantities: Sharpness quantities, as in :class:`SharpnessMonitor`.
+        histograms: Whether every tenth reading of gradients and weights brings their histograms.
     """
 
     gradients: int
@@ -30,6 +31,7 @@ class Preset:
     sharpness: int
     probe_fraction: float
     quantities: tuple[str, ...]
+    histograms: bool = False
 
 
 _ECONOMY = ("stability_ratio", "directional", "critical")
@@ -45,6 +47,7 @@ PRESETS = {
         sharpness=10,
         probe_fraction=1.0,
         quantities=tuple(q for q in QUANTITIES if q not in _EXPENSIVE),
+        histograms=True,
     ),
 }
 
@@ -62,7 +65,7 @@ class DynamicsMonitor(Monitor):
                                                                      sharpness, on a quarter of a batch
     ``standard``  2 steps          10 steps        20 steps          with the Hessian and the bracket
     ``full``      1 step           5 steps         10 steps          with batch sharpness, the top eigenspace and
-                                                                     every layer's block, on a whole batch
+                                                                     every layer's block, on a whole batch; histograms
     ============  ===============  ==============  ================  =============================================
 
     These are the shortest intervals; the budget stretches them. Below 4 % (``full``: 17 %) it also cuts the probe,
@@ -125,7 +128,7 @@ def _meters(
     probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction)
     steps, eigenvalues = (partial(Cadence, every_n_steps, preset.sharpness, share) for share in (0.2, 1.0))
     return [
-        GradientMeter(Cadence(every_n_steps, preset.gradients, share=0.25)),
-        WeightMeter(Cadence(every_n_steps, preset.weights, share=0.1)),
+        GradientMeter(Cadence(every_n_steps, preset.gradients, share=0.25), preset.histograms),
+        WeightMeter(Cadence(every_n_steps, preset.weights, share=0.1), preset.histograms),
         *sharpness_meters(preset.quantities, probe, steps, eigenvalues),
     ]

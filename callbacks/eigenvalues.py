@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run
 from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, evaluation, trained_parameters
@@ -42,57 +43,10 @@ from dynamon.stability import (
     stability_threshold,
 )
 
-SUBSPACE = 5  # eigenvectors in the top eigenspace
 _TRACE_SAMPLES = 16
 _NOISY = 0.1  # relative error of differences from which on nothing is shown
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
 Outputs = Callable[[Any, Any], tuple[Any, Tensor]]
-
-
-def _solved(tag: str, meaning: str) -> dict[str, str]:
-    """The tags of one solve."""
-    return {
-        f"sharpness/{tag}": meaning,
-        f"sharpness/{tag}_upper": "99 % upper bound on it, now and then",
-        f"sharpness/{tag}_residual": "residual of its eigenpair",
-        f"sharpness/{tag}_unconverged": "the value where it did not converge: a lower bound only",
-    }
-
-
-TAGS: dict[str, dict[str, str]] = {
-    "stability_ratio": {
-        **_solved("stability_ratio", "largest eigenvalue of the update's own Hessian; 1 is the largest stable step"),
-        "sharpness/left_out": "coordinates left out because the optimizer has never seen them move",
-    },
-    "hessian": {
-        **_solved("hessian_max", "largest eigenvalue of the Hessian"),
-        "sharpness/hessian_min": "smallest Ritz value: an upper bound on the smallest eigenvalue",
-        "sharpness/threshold": "the eigenvalue at which plain gradient descent becomes unstable (SGD)",
-    },
-    "preconditioned": _solved("preconditioned_max", "largest eigenvalue of the Hessian between P^-1/2 (Adam's P)"),
-    "ggn": _solved("ggn_max", "largest eigenvalue of the Gauss-Newton matrix"),
-    "bracket": {
-        "sharpness/hessian_max_bracket": "the probe's top direction on other samples: below the full loss's eigenvalue",
-        "sharpness/stability_ratio_bracket": "the same for the stability ratio",
-    },
-    "subspace": {
-        "sharpness/gradient_share": f"share of the gradient in the top eigenspace of {SUBSPACE} vectors",
-        "sharpness/update_share": "share of the last update in it",
-        "sharpness/eigenspace_overlap": "overlap with the eigenspace of the measurement before",
-    },
-    "trace": {"sharpness/trace": "trace of the Hessian", "sharpness/trace_error": "its standard error"},
-    "density": {
-        "sharpness/outliers": "eigenvalues that stand apart above the bulk of the Hessian's spectrum",
-        "sharpness/bulk_edge": "where that bulk ends",
-    },
-    "blocks": {},
-}
-BLOCKS = "sharpness/block"
-COMMON = {
-    "sharpness/products": "Hessian products this measurement took",
-    "sharpness/probe_loss": "training loss on the probe",
-    "sharpness/probe_samples": "samples in the probe",
-}
 
 
 @dataclass
@@ -117,7 +71,7 @@ class EigenvalueMeter(Meter):
         cadence: When.
         probe: What the loss is evaluated on.
         steps: Takes over with critical sharpness where the vectors do not fit into memory.
-        quantities: Keys of :data:`TAGS`.
+        quantities: Keys of :data:`dynamon.callbacks.curvature_tags.TAGS`.
         tol: Relative tolerance of the solves.
         max_matvecs: Most products a solve.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
@@ -200,7 +154,7 @@ class EigenvalueMeter(Meter):
         A guess of two training steps for a product on a full batch counts as one experience, so that a single
         slow measurement does not keep the next one away for long.
         """
-        trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
+        trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & TRACKED))
         products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
         products += _TRACE_SAMPLES * ("trace" in self._wanted) + 6 * len(run.layers) * ("blocks" in self._wanted)
         products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
@@ -306,7 +260,7 @@ class EigenvalueMeter(Meter):
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
             found = self._solve_hessian(point)
-            point.readings |= _readings("stability_ratio", found.scaled(scaling.constant))
+            point.readings |= readings_of("stability_ratio", found.scaled(scaling.constant))
         else:
             found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
         self._note_bracket(point, "stability_ratio", found, scaling)
@@ -347,7 +301,7 @@ class EigenvalueMeter(Meter):
                 f"finite differences at two step sizes differ by {found.product_error:.0%}, so their eigenvalue means "
                 "nothing."
             )
-        point.readings |= _readings(tag, found)
+        point.readings |= readings_of(tag, found)
         return found
 
     def _tracker(self, k: int = 1) -> EigenTracker:
@@ -489,18 +443,5 @@ class EigenvalueMeter(Meter):
         self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
 
 
-_TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})
-
-
 def _only(optimizers: Sequence[Optimizer]) -> Optimizer | None:
     return optimizers[0] if len(optimizers) == 1 else None
-
-
-def _readings(quantity: str, found: Eigenpairs) -> dict[str, float]:
-    """The tags of one solve; a value that did not converge goes under a tag of its own."""
-    tag = f"sharpness/{quantity}"
-    readings = {
-        tag if found.converged else f"{tag}_unconverged": float(found.values[0]),
-        f"{tag}_residual": float(found.residuals[0]),
-    }
-    return readings if found.upper is None else {**readings, f"{tag}_upper": found.upper}

@@ -1,32 +1,37 @@
-"""Gradient norms, gradient noise and clipping."""
+"""Gradient norms, gradient noise, clipping, and how quickly gradients turn."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.base import gradient_scale
-from dynamon.callbacks.layerwise_lr import steering_of
-from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.gradient_source import GradientSource, SourceReading
+from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.gradients import Array, GradientReader, GradientReadings
-from dynamon.layers import describe_layers
-from dynamon.noise import NoiseEstimator
-from dynamon.norms import optimizer_family
-from dynamon.optim import LayerwiseRates
+from dynamon.gradients import Array, GradientReadings
+from dynamon.histograms import histogram_table, histograms
 from dynamon.panels import GRADIENTS
+from dynamon.updates import local_smoothness
+
+_ROUNDING = 1e-4  # the two norms are summed up differently; clipping by less than this is no clipping
 
 
-class GradientMeter(Meter):
+class GradientMeter(PairMeter):
     """Reads gradients before clipping, and their norm after it.
 
-    The change since the step before needs two successive steps: gradients are kept at one and read at the
-    next. Where a steering callback reads every step, its readings and its noise are shown, and nothing is
+    The change since the step before needs two successive steps: gradients and weights are kept at one and compared
+    at the next. Where a steering callback reads every step, its readings and its noise are shown, and nothing is
     read twice.
+
+    Args:
+        cadence: When.
+        with_histograms: Whether to take histograms, every tenth reading.
     """
 
     name = "gradient"
@@ -35,6 +40,7 @@ class GradientMeter(Meter):
         "gradient/norm": "l2 norm of all gradients before clipping",
         "gradient/norm_clipped": "the same after clipping (automatic optimisation)",
         "gradient/clip_coefficient": "after over before; 1 where nothing was clipped",
+        "gradient/clip_share": "share of the steps measured so far at which clipping changed the norm",
         "gradient/norm_dual": "sum of the layers' dual norms",
         "gradient/cosine": "cosine between this gradient and the one a step before",
         "gradient/nonfinite": "entries that are NaN or infinite",
@@ -42,16 +48,19 @@ class GradientMeter(Meter):
     quantities = {
         "gradient/l2": "l2 norm of the layer's gradient",
         "gradient/dual": "its dual norm, in the norm that fits optimizer and role",
+        "gradient/local_smoothness": "dual norm of the gradient's change over the norm of the step in between",
         "noise/dual": "noise sqrt(H) in that dual norm",
     }
+    histograms = {"gradient/histogram": "the layer's gradient before clipping, every tenth reading"}
 
-    def __init__(self, cadence: Cadence) -> None:
+    def __init__(self, cadence: Cadence, with_histograms: bool = False) -> None:
         """Nothing read yet."""
         super().__init__(cadence)
-        self._sources: dict[Optimizer, _Source] = {}
-        self._read: dict[Optimizer, tuple[_Source, GradientReadings]] = {}
-        self._kept = False  # gradients of this step were kept without being read
-        self._armed = False  # those of the step before were, so this step can be compared with it
+        self._with_histograms = with_histograms
+        self._sources: dict[Optimizer, GradientSource] = {}
+        self._read: dict[Optimizer, SourceReading] = {}
+        self._binned: dict[str, Tensor] = {}
+        self._clipped, self._clippable = 0, 0  # measured steps
         self._warned = False
         self._saved: dict[str, Any] = {}
 
@@ -59,157 +68,135 @@ class GradientMeter(Meter):
         """Keep or read this optimizer's gradients."""
         source = self._source(run, optimizer)
         source.begin((run.trainer.global_step, run.step))
-        if self._due(run, source):
+        reads, keeps = self.reads(run), self.keeps(run)
+        if reads:
             with run.charge(self.name):
                 # An optimizer that steps twice in a batch is shown at its last step.
-                self._read[optimizer] = (source, source.read(gradient_scale(run.trainer, optimizer)))
-        elif not source.steered and self._due_next(run):
+                self._read[optimizer] = source.read(run, optimizer)
+                self._bin(run, optimizer)
+                if keeps:
+                    source.keep_weights(run)
+        elif keeps:
             with run.charge(self.name):
-                source.reader.store(gradient_scale(run.trainer, optimizer))
-                self._kept = True
+                source.keep(run, optimizer)
 
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
-        read, kept, self._read, self._kept = list(self._read.values()), self._kept, {}, False
-        if read:
-            with run.charge(self.name):
-                self._hand_on(run, read)
-            self.done(run)
-        if self.cadence.every_n_steps is None:
-            self._armed = kept or (bool(read) and self._planned(run, run.step + 1))
+        read, self._read = list(self._read.values()), {}
+        try:
+            if read:
+                with run.charge(self.name):
+                    self._hand_on(run, read)
+                self.done(run)
+        finally:
+            self.turn(run)
 
-    def _due(self, run: Run, source: "_Source") -> bool:
-        if self.cadence.every_n_steps is not None or source.steered or run.trying_out:
-            return self._planned(run, run.step)
-        return self._armed
-
-    def _due_next(self, run: Run) -> bool:
-        """Whether the next step will be read, so that this one's gradients are needed then."""
-        fixed = self.cadence.every_n_steps is not None
-        return self._planned(run, run.step + 1 if fixed else run.step)
-
-    def _planned(self, run: Run, step: int) -> bool:
-        return self.cadence.due(run, self.name, self.expected(run), step)
-
-    def _source(self, run: Run, optimizer: Optimizer) -> "_Source":
+    def _source(self, run: Run, optimizer: Optimizer) -> GradientSource:
         known = self._sources.get(optimizer)
         if known is not None and known.is_complete(optimizer):
             return known
-        source = self._sources[optimizer] = _Source(run, optimizer)
+        source = self._sources[optimizer] = GradientSource(run, optimizer)
         source.load_state_dict(self._saved if known is None else known.state_dict())
         return source
 
-    def _hand_on(self, run: Run, read: list[tuple["_Source", GradientReadings]]) -> None:
+    def _bin(self, run: Run, optimizer: Optimizer) -> None:
+        """Histograms of this optimizer's gradients before they are clipped, still on the device."""
+        if not self._with_histograms or self.points % FULL_EVERY:
+            return
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        gradients = {la.name: la.parameter.grad for la in run.layers if id(la.parameter) in own}
+        dense = {name: _dense(g) for name, g in gradients.items() if g is not None}
+        if dense:
+            scale = gradient_scale(run.trainer, optimizer)
+            table = histogram_table([g if scale == 1.0 else g * scale for g in dense.values()])
+            self._binned |= zip(dense, table, strict=True)
+
+    def _hand_on(self, run: Run, read: list[SourceReading]) -> None:
         """Put the optimizers' readings together and give them to the recorder."""
-        squares = sum(float(np.square(r.l2).sum()) for _, r in read)
-        nonfinite = sum(float(r.nonfinite.sum()) for _, r in read)
+        clipped, steps = _to_host([la.parameter.grad for r in read for la in r.layers], read)
+        scalars = self._global(run, [r.readings for r in read], clipped)
+        run.recorder.scalars(scalars, headline=True)
+        self._per_layer(run, read, steps)
+        binned, self._binned = self._binned, {}
+        if binned:
+            run.recorder.histograms("gradient/histogram", histograms(torch.stack(list(binned.values()))), list(binned))
+        if scalars["gradient/nonfinite"] and not self._warned:
+            self._warned = True
+            self._warn(run, read)
+
+    def _global(self, run: Run, readings: list[GradientReadings], clipped: float) -> dict[str, float]:
+        norm = sum(float(np.square(r.l2).sum()) for r in readings) ** 0.5
         scalars = {
-            "gradient/norm": squares**0.5,
-            "gradient/norm_dual": sum(float(r.dual.sum()) for _, r in read),
-            "gradient/nonfinite": nonfinite,
+            "gradient/norm": norm,
+            "gradient/norm_dual": sum(float(r.dual.sum()) for r in readings),
+            "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
         if run.module.automatic_optimization:  # by hand, gradients may be gone or stale by now
-            clipped = _l2([layer.parameter.grad for source, _ in read for layer in source.reader.layers])
-            scalars["gradient/norm_clipped"] = clipped
-            scalars["gradient/clip_coefficient"] = min(clipped / squares**0.5, 1.0) if squares > 0 else 1.0
-        cosine = _cosine([r for _, r in read])
-        if cosine is not None:
-            scalars["gradient/cosine"] = cosine
-        run.recorder.scalars(scalars, headline=True)
-        for quantity, values in (
-            ("gradient/l2", [np.where(r.present, r.l2, np.nan) for _, r in read]),
-            ("gradient/dual", [np.where(r.present, r.dual, np.nan) for _, r in read]),
-            ("noise/dual", [source.noise_values() for source, _ in read]),
-        ):
-            by_name = {
-                layer.name: value
-                for (source, _), row in zip(read, values, strict=True)
-                for layer, value in zip(source.reader.layers, row, strict=True)
-            }
-            # All layers each time, also those of an optimizer that did not step: rows of a table must line up.
-            names = [layer.name for layer in run.layers]
-            row = np.array([by_name.get(name, np.nan) for name in names])
+            coefficient = min(clipped / norm, 1.0) if norm > 0 else 1.0
+            self._clippable += bool(np.isfinite(coefficient))
+            self._clipped += coefficient < 1 - _ROUNDING
+            scalars["gradient/norm_clipped"], scalars["gradient/clip_coefficient"] = clipped, coefficient
+            scalars["gradient/clip_share"] = self._clipped / max(self._clippable, 1)
+        cosine = _cosine(readings)
+        return scalars if cosine is None else {**scalars, "gradient/cosine": cosine}
+
+    def _per_layer(self, run: Run, read: list[SourceReading], steps: list[Array]) -> None:
+        tables: dict[str, dict[str, float]] = {quantity: {} for quantity in self.quantities}
+        for r, norms in zip(read, steps, strict=True):
+            found = r.readings
+            tables["gradient/l2"] |= r.row(np.where(found.present, found.l2, np.nan))
+            tables["gradient/dual"] |= r.row(np.where(found.present, found.dual, np.nan))
+            smoothness = local_smoothness(found.difference_dual, r.step_row(norms))
+            tables["gradient/local_smoothness"] |= r.row(smoothness)
+            tables["noise/dual"] |= r.row(r.noise)
+        # All layers each time, also those of an optimizer that did not step: rows of a table must line up.
+        names = [layer.name for layer in run.layers]
+        for quantity, table in tables.items():
+            row = np.array([table.get(name, np.nan) for name in names])
             if np.isfinite(row).any():
                 run.recorder.layers(quantity, row, names)
-        if nonfinite and not self._warned:
-            self._warned = True
-            bad = [la.name for s, r in read for la, n in zip(s.reader.layers, r.nonfinite, strict=True) if n]
-            rank_zero_warn(
-                f"step {run.step}: the gradient holds {nonfinite:.0f} values that are NaN or infinite, first in "
-                f"{bad[0]} ({len(bad)} layers). Usual causes: too large a learning rate, or overflow in half precision."
-            )
+
+    def _warn(self, run: Run, read: list[SourceReading]) -> None:
+        bad = {la.name: n for r in read for la, n in zip(r.layers, r.readings.nonfinite, strict=True) if n}
+        rank_zero_warn(
+            f"step {run.step}: the gradient holds {sum(bad.values()):.0f} values that are NaN or infinite, first in "
+            f"{next(iter(bad))} ({len(bad)} layers). Usual causes: too large a learning rate, or overflow in half "
+            "precision."
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Noise averages and the kept gradients, where no steering callback saves them."""
-        state: dict[str, Any] = {"noise": {}, "gradients": {"previous": {}}, "armed": self._armed}
-        for source in self._sources.values():
-            own = source.state_dict()
-            state["noise"].update(own["noise"])
-            state["gradients"]["previous"].update(own["gradients"]["previous"])
-        return state if self._sources else {**state, **self._saved}
+        """Counts, noise averages and what was kept of the last step, where no steering callback saves it."""
+        state = {**super().state_dict(), "clipped": self._clipped, "clippable": self._clippable}
+        if not self._sources:
+            return {**self._saved, **state}
+        parts = [source.state_dict() for source in self._sources.values()]
+        return {
+            **state,
+            "noise": {name: value for part in parts for name, value in part["noise"].items()},
+            "gradients": {"previous": {n: g for part in parts for n, g in part["gradients"]["previous"].items()}},
+            "weights": {n: w for part in parts for n, w in part["weights"].items() if self.saves_copies},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until the optimizers are met."""
+        super().load_state_dict(state)
         self._saved = state
-        self._armed = bool(state.get("armed", False))
+        self._clipped, self._clippable = int(state.get("clipped", 0)), int(state.get("clippable", 0))
 
 
-class _Source:
-    """Where an optimizer's readings come from: a reader of our own, or the steering's."""
-
-    def __init__(self, run: Run, optimizer: Optimizer) -> None:
-        rates = steering_of(run.trainer, optimizer)
-        self._rates: LayerwiseRates | None = rates if rates is not None and rates.rule.needs_gradients else None
-        self.steered = self._rates is not None
-        self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        layers = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
-        self._reader = GradientReader(layers, optimizer_family(optimizer))
-        self.noise = NoiseEstimator([layer.name for layer in layers])
-        self._key: Hashable = None
-
-    @property
-    def reader(self) -> GradientReader:
-        return self._reader if self._rates is None else self._rates.reader
-
-    def is_complete(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer still holds the parameters it held."""
-        return len(self._own) == sum(len(group["params"]) for group in optimizer.param_groups)
-
-    def begin(self, key: tuple[int, int]) -> None:
-        self._key = key
-        if not self.steered:
-            self.reader.begin(key)
-
-    def read(self, scale: float) -> GradientReadings:
-        if self._rates is not None:
-            self._rates.observe(scale, self._key)
-            return self.reader.read(scale).wait()
-        readings = self.reader.read(scale).wait()
-        self.noise.update(readings)
-        return readings
-
-    def noise_values(self) -> Array:
-        if self._rates is not None and self._rates.rule.noise is not None:
-            return self._rates.rule.noise.values
-        return self.noise.values
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.steered:  # saved by the steering callback
-            return {"noise": {}, "gradients": {"previous": {}}}
-        return {"noise": self.noise.state_dict(), "gradients": self.reader.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state and not self.steered:
-            self.noise.load_state_dict(state["noise"])
-            self.reader.load_state_dict(state["gradients"])
-
-
-def _l2(gradients: Sequence[torch.Tensor | None]) -> float:
-    dense = [g.detach().coalesce().values() if g.is_sparse else g.detach() for g in gradients if g is not None]
-    if not dense:
-        return 0.0
+def _to_host(gradients: Sequence[Tensor | None], read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
+    """The l2 norm of gradients, clipped by now, and the steps that were measured before: in one copy."""
+    dense = [_dense(g) for g in gradients if g is not None]
     wide = torch.float64 if any(g.dtype == torch.float64 for g in dense) else torch.float32
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense, 2, dtype=wide))))
+    norms = torch._foreach_norm(dense, 2, dtype=wide) if dense else [torch.zeros(1)]
+    total = torch.linalg.vector_norm(torch.stack([norm.reshape(()) for norm in norms]))
+    parts = [total.reshape(1), *(r.steps.to(total.device) for r in read)]
+    first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
+    return float(first[0]), steps
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
 
 
 def _cosine(read: Sequence[GradientReadings]) -> float | None:
@@ -225,7 +212,7 @@ def _cosine(read: Sequence[GradientReadings]) -> float | None:
 
 
 class GradientMonitor(Monitor):
-    """Gradient norms by layer and as a whole, gradient noise, and what clipping does.
+    """Gradient norms by layer and as a whole, gradient noise, what clipping does, and how quickly gradients turn.
 
     Gradients are read accumulated, reduced, unscaled and before clipping; the clipped norm is read after the
     step. Dual norms are those of the optimizer's geometry and the layer's role
@@ -239,19 +226,26 @@ class GradientMonitor(Monitor):
     ``gradient/norm``                 l2 norm of all gradients before clipping
     ``gradient/norm_clipped``         the same after clipping (automatic optimisation)
     ``gradient/clip_coefficient``     after over before; 1 where nothing was clipped
+    ``gradient/clip_share``           share of the steps measured so far at which clipping changed the norm
     ``gradient/norm_dual``            sum of the layers' dual norms
     ``gradient/cosine``               cosine between this gradient and the one a step before
     ``gradient/nonfinite``            entries that are NaN or infinite
     ``gradient/l2``                   per layer: l2 norm
     ``gradient/dual``                 per layer: dual norm
+    ``gradient/local_smoothness``     per layer: dual norm of the gradient's change over the norm of the step in between
     ``noise/dual``                    per layer: noise sqrt(H) in the dual norm
+    ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
     ``dynamon/overhead``              time of monitoring over training time without it
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================
 
     A per-layer quantity ``a/b`` is written as the quantiles ``a/b_p10``, ``a/b_median``, ``a/b_p90``, as
     ``a.b/<layer>`` for each layer while that makes at most 400 tags in all, and as one tensor summary
-    ``a/b/layers``.
+    ``a/b/layers``. Histograms are ``gradient/histogram/<layer>``, in TensorBoard only.
+
+    The local smoothness is the layerwise trajectory smoothness of Gluon (arXiv 2505.13416): how quickly a layer's
+    gradient turns along the run, in the norms of the layer's update. Two successive gradients are of two batches, and
+    on small batches their difference, and so this number, is dominated by gradient noise.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
@@ -260,12 +254,14 @@ class GradientMonitor(Monitor):
         layers: Globs for the layers shown one by one, ``!`` excludes: ``["blocks.*", "!*.bias"]``.
         loggers: Loggers to write to by part of the class name (``["tensorboard"]``); None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
+        histograms: Write a histogram of each layer's gradient to TensorBoard, every tenth reading.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
             fit starts.
 
-    Cost: a few passes over the gradients and one copy of them; one copy of a small table to the host.
+    Cost: a few passes over the gradients and a copy of gradients and weights for the length of one step; two copies
+    of small tables to the host. With ``every_n_steps``, checkpoints hold these copies where the next step is read.
     """
 
     def __init__(
@@ -275,11 +271,12 @@ class GradientMonitor(Monitor):
         layers: Sequence[str] | None = None,
         loggers: Sequence[str] | None = None,
         strict: bool = False,
+        histograms: bool = False,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
-        super().__init__(partial(_meters, every_n_steps), budget, layers, loggers, strict)
+        super().__init__(partial(_meters, every_n_steps, histograms), budget, layers, loggers, strict)
 
 
-def _meters(every_n_steps: int | None) -> list[Meter]:
-    return [GradientMeter(Cadence(every_n_steps, interval=4, share=1.0))]
+def _meters(every_n_steps: int | None, with_histograms: bool) -> list[Meter]:
+    return [GradientMeter(Cadence(every_n_steps, interval=4, share=1.0), with_histograms)]

@@ -2,11 +2,12 @@
 
 import math
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.base import is_tryout
@@ -16,6 +17,7 @@ from dynamon.layers import Layer, describe_layers
 from dynamon.panels import Layout
 
 PAUSE_AFTER = 3  # failures in a row
+FULL_EVERY = 10  # readings between two that take what is dear: full spectra, histograms
 
 
 class Run:
@@ -42,6 +44,8 @@ class Run:
         self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
         self.all_layers = describe_layers(module)
         self.layers = layers
+        self._copies: dict[str, Tensor] = {}
+        self._copied_at = (-1, -1)
 
     @property
     def step(self) -> int:
@@ -61,6 +65,19 @@ class Run:
     steps_seen = 0  # optimizer steps since training began
     failures = 0  # of single quantities in measurements that went on without them
     strict = False  # whether a failure is to be raised
+
+    def copies(self, layers: Iterable[Layer]) -> dict[str, Tensor]:
+        """Weights by layer name as they are before this optimizer step, copied once whoever asks; not to be written."""
+        step = self.trainer.global_step, self.step
+        if step != self._copied_at:
+            self._copies, self._copied_at = {}, step
+        own = {layer.name: layer.parameter for layer in layers}
+        self._copies |= {name: p.detach().clone() for name, p in own.items() if name not in self._copies}
+        return {name: self._copies[name] for name in own}
+
+    def forget_copies(self) -> None:
+        """Leave the copies to those who hold them."""
+        self._copies, self._copied_at = {}, (-1, -1)
 
     @contextmanager
     def charge(self, name: str) -> Iterator[None]:
@@ -102,28 +119,32 @@ class Meter(ABC):
         name: Name of the group, under which its time is booked.
         tags: Every scalar tag it writes, with what it is.
         quantities: Every per-layer quantity, likewise.
+        histograms: Every per-layer histogram it can write, likewise.
         panels: Its charts.
     """
 
     name: str
     tags: Mapping[str, str] = {}
     quantities: Mapping[str, str] = {}
+    histograms: Mapping[str, str] = {}
     panels: Layout = {}
 
     def __init__(self, cadence: Cadence) -> None:
         """Remember when to measure."""
         self.cadence = cadence
-        self.points = 0
+        self.points = 0  # measurements, those before a resume included
+        self._timed = 0  # those of this fit, whose time is known
 
     def expected(self, run: Run) -> float:
         """Seconds the next measurement will take: the mean so far, or a step's time for the first."""
-        if not self.points:
+        if not self._timed:
             return run.seconds_per_step / 10
-        return run.budget.spent_on.get(self.name, 0.0) / self.points
+        return run.budget.spent_on.get(self.name, 0.0) / self._timed
 
     def done(self, run: Run) -> None:
         """A measurement is complete."""
         self.points += 1
+        self._timed += 1
         self.cadence.last = run.step
 
     def is_missed(self) -> bool:
@@ -148,3 +169,54 @@ class Meter(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it up; the run may not have started yet."""
+
+
+class PairMeter(Meter):
+    """A meter whose readings compare two successive steps: what it needs of the first is kept there.
+
+    At fixed steps the step before a reading is known. Under a budget a step at which a reading could be paid for is
+    kept, and the next one is read.
+    """
+
+    def __init__(self, cadence: Cadence) -> None:
+        """Nothing kept."""
+        super().__init__(cadence)
+        self._keeping = False  # something of this step is kept
+        self._armed = False  # something of the step before was
+
+    def reads(self, run: Run) -> bool:
+        """Whether this step is measured."""
+        return self._planned(run, run.step) if self._is_fixed(run) else self._armed
+
+    def keeps(self, run: Run) -> bool:
+        """Whether the next step may be measured, so that it needs something of this one."""
+        if self._is_fixed(run) or not self._armed:
+            self._keeping = self._keeping or self._planned(run, run.step + 1)
+        else:  # this step is read, and only without an interval can the next one be
+            self._keeping = self.cadence.interval <= 1
+        return self._keeping
+
+    def turn(self, run: Run) -> None:
+        """The step is over: go on to the next."""
+        kept, self._keeping = self._keeping, False
+        was_read = self._armed and not self._is_fixed(run)
+        self._armed = kept and (not was_read or self._planned(run, run.step + 1))
+
+    def _planned(self, run: Run, step: int) -> bool:
+        return self.cadence.due(run, self.name, self.expected(run), step)
+
+    def _is_fixed(self, run: Run) -> bool:
+        return self.cadence.every_n_steps is not None or run.trying_out
+
+    @property
+    def saves_copies(self) -> bool:
+        """Whether checkpoints hold what was kept: a reading that a budget chose may go without a comparison."""
+        return self.cadence.every_n_steps is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many readings there were, since every tenth is a full one, and whether the next step is one."""
+        return {"points": self.points, "armed": self._armed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.points, self._armed = int(state.get("points", 0)), bool(state.get("armed", False))

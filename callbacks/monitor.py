@@ -132,6 +132,7 @@ class Monitor(DynamonCallback):
         self._run.steps_seen += 1
         for meter in self._meters:
             self._call(meter, "batch_end")
+        self._run.forget_copies()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""

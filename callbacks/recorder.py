@@ -12,6 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, Sum
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from dynamon.gradients import Array
+from dynamon.histograms import Histogram
 from dynamon.history import History
 
 MAX_LAYER_TAGS = 400  # per-layer scalars a callback writes; TensorBoard slows down beyond a few hundred
@@ -36,6 +37,7 @@ class Recorder:
         self._scalars: dict[str, float] = {}
         self._headlines: dict[str, float] = {}
         self._tables: dict[str, tuple[Array, tuple[str, ...]]] = {}
+        self._histograms: dict[str, Histogram] = {}
 
     def check(self, trainer: pl.Trainer) -> None:
         """Say which asked-for logger the Trainer does not have.
@@ -58,9 +60,15 @@ class Recorder:
         """Add one number a layer of a quantity like ``"gradient/dual"``; NaN where a layer has none."""
         self._tables[quantity] = (np.asarray(values, dtype=np.float64), tuple(names))
 
+    def histograms(self, quantity: str, values: Sequence[Histogram], names: Sequence[str]) -> None:
+        """Add one histogram a layer, for TensorBoard only; a tensor without a finite entry has none."""
+        own = zip(names, values, strict=True)
+        self._histograms |= {f"{quantity}/{name}": histogram for name, histogram in own if histogram.count}
+
     def flush(self, trainer: pl.Trainer, step: int) -> None:
         """Write what was collected to the history, the metrics and the loggers."""
         scalars, headlines, tables = self._scalars, self._headlines, self._tables
+        histograms, self._histograms = self._histograms, {}
         self._scalars, self._headlines, self._tables = {}, {}, {}
         for quantity, (values, names) in tables.items():
             self.history.add(quantity, step, values, names)
@@ -82,6 +90,8 @@ class Recorder:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for quantity, (values, names) in tables.items():
                     _add_table(logger, quantity, values, names, step)
+                for tag, histogram in histograms.items():
+                    _add_histogram(logger, tag, histogram, step)
 
     def _loggers(self, trainer: pl.Trainer) -> list[Logger]:
         if self._wanted is None:
@@ -110,3 +120,18 @@ def _add_table(logger: TensorBoardLogger, quantity: str, values: Array, names: S
     summary = Summary(value=[Summary.Value(tag=f"{quantity}/layers", tensor=proto, metadata=metadata)])
     writer: Any = logger.experiment
     writer._get_file_writer().add_summary(summary, step)
+
+
+def _add_histogram(logger: TensorBoardLogger, tag: str, histogram: Histogram, step: int) -> None:
+    limits, counts = histogram.buckets()
+    logger.experiment.add_histogram_raw(
+        tag,
+        min=histogram.minimum,
+        max=histogram.maximum,
+        num=histogram.count,
+        sum=histogram.total,
+        sum_squares=histogram.squares,
+        bucket_limits=limits.tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from functools import partial
 
-from dynamon.callbacks.eigenvalues import TAGS, EigenvalueMeter, Outputs
+from dynamon.callbacks.curvature_tags import TAGS
+from dynamon.callbacks.eigenvalues import EigenvalueMeter, Outputs
 from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.callbacks.probe import ProbeMeter, check_probe

@@ -104,7 +104,8 @@ class StepMeter(Meter):
         """Copy the weights as they are now, unless that was done for this step; the next update is then known."""
         if not self._before:
             with run.charge(self.name):
-                self._before = {name: p.detach().clone() for name, p in trained_parameters(run).items()}
+                trained = trained_parameters(run)
+                self._before = run.copies(layer for layer in run.all_layers if layer.name in trained)
 
     def _is_due(self, run: Run) -> bool:
         return not self._probe.off and self.cadence.due(run, self.name, self.expected(run), run.step)

@@ -1,4 +1,4 @@
-"""Sizes of weights and updates, and the spectrum's extremes."""
+"""Sizes of weights and updates, how updates turn, the spectrum's extremes, and what decay leaves."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,23 +9,43 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.layerwise_lr import steering_of
-from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
+from dynamon.decay import DecayMemory, decoupled_decay
 from dynamon.gradients import Array
+from dynamon.histograms import histogram_table, histograms
+from dynamon.layers import Layer
+from dynamon.optim import steering_of
 from dynamon.panels import WEIGHTS
+from dynamon.updates import compare_updates, joint_cosine
 from dynamon.weights import FULL_SPECTRUM, spectra_of, weight_readings
 
-_FULL_EVERY = 10  # readings between two with all singular values
-_COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Rprop", "ASGD"}  # add decay to gradients
+_FIELDS = {
+    "weight/operator": "operator",
+    "weight/frobenius": "frobenius",
+    "weight/rms": "rms",
+    "update/operator": "update",
+    "update/ratio": "ratio",
+    "update/rotation": "rotation",
+    "spectrum/sigma_max": "sigma_max",
+    "spectrum/sigma_lower": "sigma_lower",
+    "spectrum/sigma_upper": "sigma_upper",
+    "spectrum/stable_rank": "stable_rank",
+}  # of dynamon.weights.WeightReadings
 
 
-class WeightMeter(Meter):
-    """Copies the weights before a step and measures them, and the step, after it."""
+class WeightMeter(PairMeter):
+    """Copies the weights before a step and the one before it, and measures them, and the steps, afterwards.
+
+    Args:
+        cadence: When.
+        with_histograms: Whether to take histograms, every tenth reading.
+    """
 
     name = "weight"
     panels = WEIGHTS
-    tags: dict[str, str] = {}
+    tags = {"update/cosine": "cosine between the last update and the one before, over the layers measured"}
+    histograms = {"weight/histogram": "the layer's weights, every tenth reading"}
     quantities = {
         "weight/operator": "norm by role: RMS->RMS, 1->RMS, RMS->inf or RMS",
         "weight/frobenius": "Euclidean norm",
@@ -33,12 +53,14 @@ class WeightMeter(Meter):
         "update/operator": "the step in the norm by role",
         "update/ratio": "step over weight, both in that norm",
         "update/rotation": "angle between the weight before and after the step, in radians",
+        "update/layer_cosine": "cosine between the layer's last update and the one before",
         "spectrum/sigma_max": "largest singular value",
         "spectrum/sigma_lower": "certified lower bound on it",
         "spectrum/sigma_upper": "certified upper bound on it",
         "spectrum/stable_rank": "squared Frobenius norm over squared sigma_max",
         "weight/effective_rate": "learning rate over the squared Euclidean norm",
         "weight/constraint_usage": "rate x decay x norm by role over the step in it: 1 where decay balances the step",
+        "weight/memory": "what decoupled decay has left of the initial weights: product of 1 - rate x decay",
         "spectrum/effective_rank": "exp of the entropy of the singular values, every tenth reading",
         "spectrum/participation_ratio": "singular values that carry the energy, every tenth reading",
         "spectrum/nuclear": "sum of the singular values, every tenth reading",
@@ -46,71 +68,147 @@ class WeightMeter(Meter):
         "spectrum/tail_exponent": "power-law exponent of the Gram eigenvalues where there is one, every tenth reading",
     }
 
-    def __init__(self, cadence: Cadence) -> None:
+    def __init__(self, cadence: Cadence, with_histograms: bool = False) -> None:
         """Nothing copied."""
         super().__init__(cadence)
+        self._with_histograms = with_histograms
         self._before: dict[str, Tensor] = {}
+        self._earlier: dict[str, Tensor] = {}  # before the step that preceded
+        self._rates: dict[str, tuple[float, float]] = {}
+        self._memory = DecayMemory()
+        self._names: dict[int, str] = {}
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
-        """Copy the weights that this optimizer is about to change."""
-        if not self.cadence.due(run, self.name, self.expected(run), run.step):
+        """Follow this optimizer's decay, and copy the weights it is about to change."""
+        self._names = self._names or {id(layer.parameter): layer.name for layer in run.all_layers}
+        self._memory.before_step(optimizer, self._names, run.trainer.global_step)
+        reads, keeps = self.reads(run), self.keeps(run)
+        if not reads and not keeps:
             return
         with run.charge(self.name):
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for layer in run.layers:
-                if id(layer.parameter) in own and layer.name not in self._before:
-                    self._before[layer.name] = layer.parameter.detach().clone()
+            # Where an optimizer steps twice in a batch, its update is that of the batch.
+            self._before |= run.copies(
+                la for la in run.layers if id(la.parameter) in own and la.name not in self._before
+            )
+            if reads:
+                self._rates |= _rates(optimizer, self._names)
 
     def batch_end(self, run: Run) -> None:
-        """Measure, if weights were copied."""
-        if not self._before:
-            return
-        before, self._before = self._before, {}
-        with run.charge(self.name):
-            readings = weight_readings(run.layers, before)
-            names = [layer.name for layer in run.layers]
-            fields = dict(zip(self.quantities, readings.__dict__.values(), strict=False))
-            table = dict(zip(fields, torch.stack(list(fields.values())).cpu().numpy(), strict=True))
-            for quantity, row in (table | _rate_readings(run, table)).items():
-                run.recorder.layers(quantity, row, names)
-            if self.points % _FULL_EVERY == 0:
-                self._full_spectra(run)
-        self.done(run)
+        """Measure, if weights were copied for that."""
+        before, earlier, self._before, self._earlier = self._before, self._earlier, {}, {}
+        rates, self._rates = self._rates, {}
+        ratios, decay_ratios = self._ratios(run) if rates or self._memory.is_waiting else ({}, {})
+        self._memory.after_steps(decay_ratios)
+        try:
+            if before and self.reads(run):
+                with run.charge(self.name):
+                    steered = {
+                        name: (rate * ratios.get(name, 1.0), rate * decay * decay_ratios.get(name, 1.0))
+                        for name, (rate, decay) in rates.items()
+                    }
+                    self._measure(run, before, earlier, steered)
+                    if self.points % FULL_EVERY == 0:
+                        self._full(run)
+                self.done(run)
+        finally:
+            self.turn(run)
+        self._earlier = before if self._armed else {}
 
-    def _full_spectra(self, run: Run) -> None:
-        """What needs all singular values."""
+    def _ratios(self, run: Run) -> tuple[dict[str, float], dict[str, float]]:
+        """The factors that steering has on each layer's rate and on its decay, an optimizer's own steering included."""
+        on_rate: dict[str, float] = {}
+        on_decay: dict[str, float] = {}
+        for optimizer in run.trainer.optimizers:
+            rates = steering_of(optimizer)
+            if rates is not None:
+                ratios = rates.ratios
+                found = {self._names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
+                on_rate |= found
+                on_decay |= found if rates.scale_weight_decay else {}
+        return on_rate, on_decay
+
+    def _measure(
+        self,
+        run: Run,
+        before: Mapping[str, Tensor],
+        earlier: Mapping[str, Tensor],
+        rates: Mapping[str, tuple[float, float]],
+    ) -> None:
+        names = [layer.name for layer in run.layers]
+        readings = weight_readings(run.layers, before)
+        rows = torch.stack([getattr(readings, field) for field in _FIELDS.values()])
+        memory = self._memory.row(names, rows.device)
+        rows = torch.cat([rows, _compared(run.layers, before, earlier).to(rows), memory[None].to(rows)])
+        host = rows.cpu().numpy()  # the one copy
+        table = dict(zip(_FIELDS, host, strict=False))
+        updates, left = host[len(_FIELDS) : -1], host[-1]
+        cosine = joint_cosine(updates)
+        if np.isfinite(cosine):
+            run.recorder.scalars({"update/cosine": cosine}, headline=True)
+        table |= _rate_readings(names, rates, table)
+        optional = {"update/layer_cosine": updates[0], "weight/memory": left}
+        for quantity, row in (table | {q: row for q, row in optional.items() if np.isfinite(row).any()}).items():
+            run.recorder.layers(quantity, row, names)
+
+    def _full(self, run: Run) -> None:
+        """What needs all singular values, and histograms."""
         names, spectra = spectra_of(run.layers)
-        if spectra is None:
-            return
-        table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
-        for field, row in zip(FULL_SPECTRUM, table, strict=True):
-            run.recorder.layers(f"spectrum/{field}", row, names)
+        if spectra is not None:
+            table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
+            for field, row in zip(FULL_SPECTRUM, table, strict=True):
+                run.recorder.layers(f"spectrum/{field}", row, names)
+        if self._with_histograms:
+            binned = histograms(histogram_table([layer.parameter for layer in run.layers]))
+            run.recorder.histograms("weight/histogram", binned, [layer.name for layer in run.layers])
 
     def state_dict(self) -> dict[str, Any]:
-        """How many readings there were: every tenth is a full one."""
-        return {"points": self.points}
+        """What decay has left, and where the next step is read, the weights before the last one."""
+        earlier = dict(self._earlier) if self.saves_copies else {}
+        return {**super().state_dict(), "memory": self._memory.state_dict(), "earlier": earlier}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.points = int(state["points"])
+        """Go on from there."""
+        super().load_state_dict(state)
+        self._memory.load_state_dict(state.get("memory", {}))
+        self._earlier = dict(state.get("earlier", {}))
 
 
-def _rate_readings(run: Run, table: Mapping[str, Array]) -> dict[str, Array]:
-    """Learning rate and decay of each layer, as in force, against its norms."""
-    group_of = {id(p): (o, group) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
-    rates, decays = np.full((2, len(run.layers)), np.nan)
-    for i, layer in enumerate(run.layers):
-        optimizer, group = group_of.get(id(layer.parameter), (None, None))
-        if optimizer is not None and group is not None:
-            steering = steering_of(run.trainer, optimizer)
-            rates[i] = float(group["lr"]) * (1.0 if steering is None else steering.ratios.get(layer.name, 1.0))
-            decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__ not in _COUPLED)
-            decays[i] = float(group.get("weight_decay", 0.0)) if decoupled else 0.0
+def _compared(layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Tensor:
+    """How the last two updates compare, ``[3, L]``; NaN for layers of which one is not known."""
+    known = [
+        i
+        for i, la in enumerate(layers)
+        if la.name in before and la.name in earlier and earlier[la.name].shape == la.parameter.shape
+    ]
+    now = [layers[i].parameter.detach() for i in known]
+    earlier_ones = [earlier[layers[i].name].to(w.device) for i, w in zip(known, now, strict=True)]
+    found = compare_updates(now, [before[layers[i].name] for i in known], earlier_ones)
+    rows = torch.full((3, len(layers)), torch.nan, dtype=found.dtype, device=layers[0].parameter.device)
+    rows[:, torch.tensor(known, dtype=torch.int64, device=rows.device)] = found.to(rows.device)
+    return rows
+
+
+def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[float, float]]:
+    """Learning rate and decoupled decay by layer, before a scheduler moves on."""
+    return {
+        names[id(p)]: (float(group.get("lr", np.nan)), float(decoupled_decay(optimizer, group)))
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in names
+    }
+
+
+def _rate_readings(
+    names: Sequence[str], rates: Mapping[str, tuple[float, float]], table: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Learning rate and rate x decay of each layer, as in force, against its norms."""
+    rate, shrink = np.array([rates.get(name, (np.nan, np.nan)) for name in names]).T
     with np.errstate(divide="ignore", invalid="ignore"):
-        usage = rates * decays * table["weight/operator"] / table["update/operator"]
+        usage = shrink * table["weight/operator"] / table["update/operator"]
         return {
-            "weight/effective_rate": rates / np.square(table["weight/frobenius"].astype(np.float64)),
-            "weight/constraint_usage": np.where(decays > 0, usage, np.nan),
+            "weight/effective_rate": rate / np.square(table["weight/frobenius"].astype(np.float64)),
+            "weight/constraint_usage": np.where(shrink > 0, usage, np.nan),
         }
 
 
@@ -120,7 +218,8 @@ class WeightMonitor(Monitor):
     The norm by role (:func:`dynamon.norms.operator_norm`): hidden and convolution RMS->RMS, embedding 1->RMS,
     head RMS->inf, vectors RMS. The largest singular value comes from Gram iteration with its certificate.
 
-    Tags, all per layer and written as described in :class:`dynamon.callbacks.GradientMonitor`:
+    Tags, all but ``update/cosine`` (a headline) per layer, written as described in
+    :class:`dynamon.callbacks.GradientMonitor`:
 
     ================================  ====================================================
     tag                               what it is
@@ -131,9 +230,14 @@ class WeightMonitor(Monitor):
     ``update/operator``               the step in the norm by role
     ``update/ratio``                  step over weight, both in that norm
     ``update/rotation``               angle between the weight before and after the step
+    ``update/cosine``                 cosine between the last update and the one before, over the layers measured
+    ``update/layer_cosine``           the same of each layer
     ``weight/effective_rate``         learning rate over the squared Euclidean norm
     ``weight/constraint_usage``       rate x decay x norm by role over the step in it: 1 where decay balances the
                                       step (decoupled decay only)
+    ``weight/memory``                 what decoupled decay has left of the initial weights: product of 1 - rate x decay
+                                      over all steps
+    ``weight/histogram``              the weights (``histograms=True``), every tenth reading
     ``spectrum/sigma_max``            largest singular value
     ``spectrum/sigma_lower``          certified lower bound on it
     ``spectrum/sigma_upper``          certified upper bound on it
@@ -156,12 +260,15 @@ class WeightMonitor(Monitor):
         layers: Globs for the layers measured, ``!`` excludes.
         loggers: Loggers to write to by part of the class name; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
+        histograms: Write a histogram of each layer's weights to TensorBoard, every tenth reading.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
             fit starts.
 
-    Cost: a copy of the measured weights for the length of one step; two Gram iterations a matrix.
+    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix. With
+    ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
+    microseconds.
     """
 
     def __init__(
@@ -171,11 +278,12 @@ class WeightMonitor(Monitor):
         layers: Sequence[str] | None = None,
         loggers: Sequence[str] | None = None,
         strict: bool = False,
+        histograms: bool = False,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
-        super().__init__(partial(_meters, every_n_steps), budget, layers, loggers, strict)
+        super().__init__(partial(_meters, every_n_steps, histograms), budget, layers, loggers, strict)
 
 
-def _meters(every_n_steps: int | None) -> list[Meter]:
-    return [WeightMeter(Cadence(every_n_steps, interval=20, share=1.0))]
+def _meters(every_n_steps: int | None, with_histograms: bool) -> list[Meter]:
+    return [WeightMeter(Cadence(every_n_steps, interval=20, share=1.0), with_histograms)]

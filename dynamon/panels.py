@@ -49,8 +49,13 @@ STEPS: Layout = {
 GRADIENTS: Layout = {
     "2 Gradients": {
         "global norm, before and after clipping": lines("gradient/norm", "gradient/norm_clipped"),
+        "what clipping leaves, and the share of steps it acts at": lines(
+            "gradient/clip_coefficient", "gradient/clip_share"
+        ),
+        "cosine of successive gradients": lines("gradient/cosine"),
         "dual norm across layers": band("gradient/dual"),
         "noise in the dual norm across layers": band("noise/dual"),
+        "change of the gradient over the step, across layers": band("gradient/local_smoothness"),
     }
 }
 RATES: Layout = {"3 Rates": {"rate ratio across layers": band("lr/ratio"), "base rate": lines("lr/base")}}
@@ -58,6 +63,9 @@ WEIGHTS: Layout = {
     "4 Weights": {
         "operator norm across layers": band("weight/operator"),
         "update / weight across layers": band("update/ratio"),
+        "cosine of successive updates": lines("update/cosine"),
+        "cosine of successive updates across layers": band("update/layer_cosine"),
+        "what decay has left of the initial weights, across layers": band("weight/memory"),
         "largest singular value across layers": band("spectrum/sigma_max"),
         "stable rank across layers": band("spectrum/stable_rank"),
     }

@@ -9,6 +9,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SMALLER = {
     "edge_of_stability": {"steps": 1000},
+    "noisy_layers": {"seeds": 1},
     "norm_transfer": {"widths": (64, 256)},
     "spectral_density": {"classes": (5, 10), "widths": (16, 64)},
 }
@@ -35,7 +36,12 @@ def test_a_run_that_stops_short_is_refused(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_norms_that_do_not_grow_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="with one rate the norm grows 1.00 times, and not over 1.00"):
-        example(EXAMPLES[1])(widths=(64, 64), steps=20, out=tmp_path / "picture.png")
+        example(EXAMPLES[2])(widths=(64, 64), steps=20, out=tmp_path / "picture.png")
+
+
+def test_a_best_rate_at_the_edge_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is at the edge of those tried"):
+        example(EXAMPLES[1])(steps=20, seeds=1, out=tmp_path / "picture.png")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -110,7 +110,7 @@ def _at_least_five_finite_readings(monitors: list) -> None:
     """A monitor that measures nothing is invisible too."""
     for monitor in monitors:
         for meter in monitor._meters:
-            adam_only = {"sharpness/left_out", "sharpness/preconditioned_max"}
+            adam_only = {"sharpness/left_out", "sharpness/preconditioned_max", "weight/memory"}
             for tag in [*meter.tags, *meter.quantities]:
                 if tag.endswith(CONDITIONAL) or (tag.startswith(tuple(adam_only)) and tag not in monitor.history):
                     continue

@@ -42,7 +42,8 @@ def declared(meters) -> tuple[set[str], set[str]]:
 def test_docstring_table_is_the_declared_one(monitor) -> None:
     every = {"quantities": QUANTITIES} if monitor is SharpnessMonitor else {}
     tags, quantities = declared(monitor(**every)._meters)
-    assert documented(monitor) == tags | quantities | SHARED
+    binned = {h for m in monitor(**every)._meters for h in m.histograms}
+    assert documented(monitor) == tags | quantities | binned | SHARED
 
 
 def test_docstring_table_of_steering() -> None:

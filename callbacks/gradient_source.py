@@ -1,0 +1,139 @@
+"""Where the gradient readings of an optimizer come from."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynamon.callbacks.base import gradient_scale
+from dynamon.callbacks.layerwise_lr import steering_of
+from dynamon.callbacks.meter import Run
+from dynamon.gradients import Array, GradientReader, GradientReadings
+from dynamon.layers import Layer, describe_layers
+from dynamon.noise import NoiseEstimator
+from dynamon.norms import optimizer_family
+from dynamon.optim import LayerwiseRates
+from dynamon.updates import primal_norms
+
+
+@dataclass(frozen=True)
+class SourceReading:
+    """What was read before an optimizer's step.
+
+    Attributes:
+        layers: The L layers.
+        readings: Their gradients, on the host.
+        noise: Their noise.
+        moved: Positions of the M layers whose step since the gradient before is known.
+        steps: Norms of those steps ``[M]``, still on the device.
+    """
+
+    layers: list[Layer]
+    readings: GradientReadings
+    noise: Array
+    moved: Array
+    steps: Tensor
+
+    def row(self, values: Array) -> dict[str, float]:
+        """Numbers ``[L]`` by layer name."""
+        return dict(zip([layer.name for layer in self.layers], values.tolist(), strict=True))
+
+    def step_row(self, steps: Array) -> Array:
+        """Norms ``[M]`` in their places among L, NaN for layers whose step is not known."""
+        row = np.full(len(self.layers), np.nan)
+        row[self.moved] = steps
+        return row
+
+
+class GradientSource:
+    """An optimizer's gradients: from a reader of our own, or from the steering's, so that nothing is read twice."""
+
+    def __init__(self, run: Run, optimizer: Optimizer) -> None:
+        """Find the optimizer's layers and who reads them."""
+        rates = steering_of(run.trainer, optimizer)
+        self._rates: LayerwiseRates | None = rates if rates is not None and rates.rule.needs_gradients else None
+        self._steered = self._rates is not None
+        self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
+        self._reader = GradientReader(layers, optimizer_family(optimizer))
+        self._noise = NoiseEstimator([layer.name for layer in layers])
+        self._key: Hashable = None
+        self._step = 0
+        self._weights: dict[str, Tensor] = {}
+        self._kept_at = -1  # the step before which these were the weights
+
+    @property
+    def reader(self) -> GradientReader:
+        """Who reads."""
+        return self._reader if self._rates is None else self._rates.reader
+
+    def is_complete(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer still holds the parameters it held."""
+        return len(self._own) == sum(len(group["params"]) for group in optimizer.param_groups)
+
+    def begin(self, key: tuple[int, int]) -> None:
+        """Say that an optimizer step is being taken; the same key twice in a row is the same step."""
+        if key != self._key:
+            self._key, self._step = key, self._step + 1
+        if not self._steered:
+            self.reader.begin(key)
+
+    def keep(self, run: Run, optimizer: Optimizer) -> None:
+        """Keep gradients and weights of this step for a comparison at the next."""
+        if not self._steered:  # the steering keeps them itself
+            self.reader.store(gradient_scale(run.trainer, optimizer))
+        self.keep_weights(run)
+
+    def keep_weights(self, run: Run) -> None:
+        """Keep the weights of this step for a comparison at the next."""
+        self._weights, self._kept_at = run.copies(self.reader.layers), self._step
+
+    def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
+        """Read the gradients, and how far the weights have moved since those before."""
+        scale = gradient_scale(run.trainer, optimizer)
+        moved, steps = self._measure_steps()
+        if self._rates is not None:
+            self._rates.observe(scale, self._key)
+        readings = self.reader.read(scale).wait()
+        noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
+        if self._rates is None:
+            self._noise.update(readings)
+        return SourceReading(self.reader.layers, readings, noise.values, moved, steps)
+
+    def _measure_steps(self) -> tuple[Array, Tensor]:
+        """Positions of the layers whose weights one step before are known, and the norms of the steps between."""
+        before, self._weights = self._weights, {}
+        layers, norms = self.reader.layers, self.reader.norms
+        moved = [i for i, la in enumerate(layers) if la.name in before and self._kept_at == self._step - 1]
+        steps = [_difference(layers[i].parameter, before[layers[i].name]) for i in moved]
+        sizes = primal_norms([layers[i] for i in moved], [norms[i] for i in moved], steps)
+        return np.array(moved, dtype=np.int64), sizes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Noise and the kept gradients, where no steering callback saves them, and the kept weights."""
+        state: dict[str, Any] = {"noise": {}, "gradients": {"previous": {}}}
+        if not self._steered:
+            state = {"noise": self._noise.state_dict(), "gradients": self.reader.state_dict()}
+        return {**state, "weights": dict(self._weights) if self._kept_at == self._step else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them up; names and shapes that no longer exist are left out."""
+        if state and not self._steered:
+            self._noise.load_state_dict(state["noise"])
+            self.reader.load_state_dict(state["gradients"])
+        self._weights, self._kept_at = matching(self.reader.layers, state.get("weights", {})), self._step
+
+
+def matching(layers: list[Layer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of some saved weights that belong to a layer still, on its device."""
+    own = {layer.name: layer.parameter for layer in layers}
+    return {n: w.to(own[n].device) for n, w in weights.items() if n in own and w.shape == own[n].shape}
+
+
+def _difference(now: Tensor, before: Tensor) -> Tensor:
+    wide = torch.promote_types(now.dtype, torch.float32)
+    return now.detach().to(wide) - before.to(wide)
