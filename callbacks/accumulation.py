@@ -15,6 +15,11 @@ def half_window(trainer: pl.Trainer) -> float | None:
     return done / length if done == length // 2 else None
 
 
+def has_windows(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether gradients of one process are accumulated over several batches, by Lightning."""
+    return trainer.accumulate_grad_batches > 1 and trainer.world_size == 1 and module.automatic_optimization
+
+
 def scale_before_step(trainer: pl.Trainer) -> float:
     """What brings gradients to their true size before the precision plugin has unscaled them."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

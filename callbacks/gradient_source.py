@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.callbacks.accumulation import has_windows, scale_before_step
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import Array, GradientReader, GradientReadings
 from dynamon.layers import Layer, describe_layers
-from dynamon.noise import NoiseEstimator
+from dynamon.noise import NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates
 from dynamon.updates import primal_norms
@@ -28,6 +29,8 @@ class SourceReading:
         layers: The L layers.
         readings: Their gradients, on the host.
         noise: Their noise.
+        independent: Their noise by the halves of accumulation windows, NaN where there are none.
+        signal: Signal to noise of each, and of the whole gradient.
         moved: Positions of the M layers whose step since the gradient before is known.
         steps: Norms of those steps ``[M]``, still on the device.
     """
@@ -35,6 +38,8 @@ class SourceReading:
     layers: list[Layer]
     readings: GradientReadings
     noise: Array
+    independent: Array
+    signal: SignalToNoise
     moved: Array
     steps: Tensor
 
@@ -60,7 +65,11 @@ class GradientSource:
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         layers = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
         self._reader = GradientReader(layers, optimizer_family(optimizer))
-        self._noise = NoiseEstimator([layer.name for layer in layers])
+        names = [layer.name for layer in layers]
+        self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
+        self._signal = SignalToNoise(
+            names, source="independent" if has_windows(run.trainer, run.module) else "successive"
+        )
         self._key: Hashable = None
         self._step = 0
         self._weights: dict[str, Tensor] = {}
@@ -82,6 +91,10 @@ class GradientSource:
         if not self._steered:
             self.reader.begin(key)
 
+    def keep_half(self, run: Run, share: float) -> None:
+        """Keep the gradients of a part of the window, for a comparison with the rest of it."""
+        self.reader.store_part(share, scale_before_step(run.trainer))
+
     def keep(self, run: Run, optimizer: Optimizer) -> None:
         """Keep gradients and weights of this step for a comparison at the next."""
         if not self._steered:  # the steering keeps them itself
@@ -102,7 +115,10 @@ class GradientSource:
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
         if self._rates is None:
             self._noise.update(readings)
-        return SourceReading(self.reader.layers, readings, noise.values, moved, steps)
+        self._independent.update(readings)
+        self._signal.update(readings)
+        layers, independent = self.reader.layers, self._independent.values
+        return SourceReading(layers, readings, noise.values, independent, self._signal, moved, steps)
 
     def _measure_steps(self) -> tuple[Array, Tensor]:
         """Positions of the layers whose weights one step before are known, and the norms of the steps between."""
@@ -118,6 +134,7 @@ class GradientSource:
         state: dict[str, Any] = {"noise": {}, "gradients": {"previous": {}}}
         if not self._steered:
             state = {"noise": self._noise.state_dict(), "gradients": self.reader.state_dict()}
+        state |= {"independent": self._independent.state_dict(), "signal": self._signal.state_dict()}
         return {**state, "weights": dict(self._weights) if self._kept_at == self._step else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,6 +142,8 @@ class GradientSource:
         if state and not self._steered:
             self._noise.load_state_dict(state["noise"])
             self.reader.load_state_dict(state["gradients"])
+        self._independent.load_state_dict(state.get("independent", {}))
+        self._signal.load_state_dict(state.get("signal", {}))
         self._weights, self._kept_at = matching(self.reader.layers, state.get("weights", {})), self._step
 
 

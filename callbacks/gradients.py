@@ -10,12 +10,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.callbacks.accumulation import half_window, has_windows
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import Array, GradientReadings
 from dynamon.histograms import histogram_table, histograms
+from dynamon.noise import noise_scale
 from dynamon.panels import GRADIENTS
 from dynamon.updates import local_smoothness
 
@@ -44,12 +46,15 @@ class GradientMeter(PairMeter):
         "gradient/norm_dual": "sum of the layers' dual norms",
         "gradient/cosine": "cosine between this gradient and the one a step before",
         "gradient/nonfinite": "entries that are NaN or infinite",
+        "noise/scale": "gradient noise scale: the batch at which noise equals signal, in multiples of yours",
     }
     quantities = {
         "gradient/l2": "l2 norm of the layer's gradient",
         "gradient/dual": "its dual norm, in the norm that fits optimizer and role",
         "gradient/local_smoothness": "dual norm of the gradient's change over the norm of the step in between",
         "noise/dual": "noise sqrt(H) in that dual norm",
+        "noise/independent": "the same from the halves of accumulation windows, without curvature",
+        "noise/snr": "squared length of the mean gradient over its variance",
     }
     histograms = {"gradient/histogram": "the layer's gradient before clipping, every tenth reading"}
 
@@ -79,6 +84,14 @@ class GradientMeter(PairMeter):
         elif keeps:
             with run.charge(self.name):
                 source.keep(run, optimizer)
+
+    def after_backward(self, run: Run) -> None:
+        """In the middle of an accumulation window that will be read, keep its first half."""
+        share = half_window(run.trainer) if has_windows(run.trainer, run.module) and self.reads(run) else None
+        if share is not None:
+            with run.charge(self.name):
+                for optimizer in run.trainer.optimizers:
+                    self._source(run, optimizer).keep_half(run, share)
 
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
@@ -114,7 +127,7 @@ class GradientMeter(PairMeter):
     def _hand_on(self, run: Run, read: list[SourceReading]) -> None:
         """Put the optimizers' readings together and give them to the recorder."""
         clipped, steps = _to_host([la.parameter.grad for r in read for la in r.layers], read)
-        scalars = self._global(run, [r.readings for r in read], clipped)
+        scalars = self._global(run, [r.readings for r in read], clipped) | _noise_scale(read)
         run.recorder.scalars(scalars, headline=True)
         self._per_layer(run, read, steps)
         binned, self._binned = self._binned, {}
@@ -149,6 +162,8 @@ class GradientMeter(PairMeter):
             smoothness = local_smoothness(found.difference_dual, r.step_row(norms))
             tables["gradient/local_smoothness"] |= r.row(smoothness)
             tables["noise/dual"] |= r.row(r.noise)
+            tables["noise/independent"] |= r.row(r.independent)
+            tables["noise/snr"] |= r.row(r.signal.ratios)
         # All layers each time, also those of an optimizer that did not step: rows of a table must line up.
         names = [layer.name for layer in run.layers]
         for quantity, table in tables.items():
@@ -173,6 +188,8 @@ class GradientMeter(PairMeter):
         return {
             **state,
             "noise": {name: value for part in parts for name, value in part["noise"].items()},
+            "independent": {name: value for part in parts for name, value in part["independent"].items()},
+            "signal": {name: value for part in parts for name, value in part["signal"].items()},
             "gradients": {"previous": {n: g for part in parts for n, g in part["gradients"]["previous"].items()}},
             "weights": {n: w for part in parts for n, w in part["weights"].items() if self.saves_copies},
         }
@@ -193,6 +210,12 @@ def _to_host(gradients: Sequence[Tensor | None], read: Sequence[SourceReading]) 
     parts = [total.reshape(1), *(r.steps.to(total.device) for r in read)]
     first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     return float(first[0]), steps
+
+
+def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:
+    """Noise over signal of all layers together; left out where no signal stands out of the noise."""
+    scale = noise_scale([r.signal for r in read])
+    return {"noise/scale": scale} if np.isfinite(scale) else {}
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -233,7 +256,12 @@ class GradientMonitor(Monitor):
     ``gradient/l2``                   per layer: l2 norm
     ``gradient/dual``                 per layer: dual norm
     ``gradient/local_smoothness``     per layer: dual norm of the gradient's change over the norm of the step in between
+    ``noise/scale``                   gradient noise scale: the batch at which noise equals signal, in multiples of
+                                      yours; nothing while no signal stands out
     ``noise/dual``                    per layer: noise sqrt(H) in the dual norm
+    ``noise/independent``             per layer: the same from the two halves of accumulation windows; what
+                                      ``noise/dual`` has above it is curvature
+    ``noise/snr``                     per layer: squared length of the mean gradient over its variance
     ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
     ``dynamon/overhead``              time of monitoring over training time without it
     ``dynamon/failures``              measurements that failed so far
@@ -246,6 +274,10 @@ class GradientMonitor(Monitor):
     The local smoothness is the layerwise trajectory smoothness of Gluon (arXiv 2505.13416): how quickly a layer's
     gradient turns along the run, in the norms of the layer's update. Two successive gradients are of two batches, and
     on small batches their difference, and so this number, is dominated by gradient noise.
+
+    The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
+    over two or more batches (one process, automatic optimisation), the halves of a window are compared as well, and
+    ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) rest on them.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,

@@ -157,6 +157,9 @@ class Meter(ABC):
     def batch_start(self, run: Run, batch: Any) -> None:
         """A batch has arrived on the device."""
 
+    def after_backward(self, run: Run) -> None:
+        """A backward pass is over, not always the last before the optimizer's step."""
+
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Gradients are accumulated, reduced, unscaled and not yet clipped."""
 

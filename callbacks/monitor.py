@@ -113,6 +113,12 @@ class Monitor(DynamonCallback):
             for meter in self._meters:
                 self._call(meter, "batch_start", batch)
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the meters see gradients that are still being accumulated."""
+        if self._run is not None:
+            for meter in self._meters:
+                self._call(meter, "after_backward")
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:

@@ -152,6 +152,8 @@ class GradientReader:
         """
         if not 0 < share < 1:
             raise ValueError(f"share must lie in (0, 1), got {share}.")
+        if self._part is not None and self._part[:2] == (self.step + 1, share):
+            return  # somebody else has asked for it
         parts = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
         self._part = (self.step + 1, share, parts)
 

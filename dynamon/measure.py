@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynamon.convolution import convolution_bounds, has_bounds
+from dynamon.convolution import bounds_of
 from dynamon.curvature import Eigenpairs, HessianOperator, top_eigenvalues
 from dynamon.gradients import GradientReader
 from dynamon.layers import describe_layers
@@ -118,6 +118,7 @@ def _weights(layers: list[Any]) -> dict[str, Any]:
         "spectrum/sigma_lower": found.sigma_lower,
         "spectrum/sigma_upper": found.sigma_upper,
         "spectrum/stable_rank": found.stable_rank,
+        "spectrum/deviation": found.deviation,
     }
     return {tag: _known(names, values) for tag, values in tags.items()} | _spectra(layers) | _convolutions(layers)
 
@@ -132,13 +133,9 @@ def _spectra(layers: list[Any]) -> dict[str, Any]:
 
 def _convolutions(layers: list[Any]) -> dict[str, Any]:
     """Bounds on the norms of convolutions as maps of inputs of any size."""
-    bounds = {layer.name: convolution_bounds(layer) for layer in layers if has_bounds(layer)}
-    if not bounds:
-        return {}
-    sides = zip(("lower", "upper"), zip(*bounds.values(), strict=True), strict=True)
-    return {
-        f"spectrum/convolution_{side}": _known(list(bounds), torch.stack(values).detach()) for side, values in sides
-    }
+    names, bounds = bounds_of(layers)
+    sides = zip(("lower", "upper"), bounds, strict=True)
+    return {f"spectrum/convolution_{side}": _known(names, values) for side, values in sides} if names else {}
 
 
 def _known(names: list[str], values: Tensor) -> dict[str, float]:

@@ -129,11 +129,12 @@ class SignalToNoise:
     @property
     def noise_scale(self) -> float:
         """B_simple in multiples of the batch; infinite where no signal stands out, NaN before the first update."""
+        return noise_scale([self])
+
+    def totals(self) -> Array:
+        """Variance and squared length of the gradients of all layers that have been seen ``[2]``."""
         known = self._sums[2] > 0
-        variance, square = (self._sums[:2, known] / self._sums[2, known]).sum(1)
-        if not known.any():
-            return float("nan")
-        return float(variance / (square - variance)) if square > variance else float("inf")
+        return np.asarray((self._sums[:2, known] / self._sums[2, known]).sum(1))
 
     def state_dict(self) -> dict[str, Any]:
         """Averages by layer name."""
@@ -143,3 +144,11 @@ class SignalToNoise:
         """Take up saved averages; a layer that was not saved starts anew."""
         for index, name in enumerate(self.names):
             self._sums[:, index] = state.get(name, [0.0, 0.0, 0.0])
+
+
+def noise_scale(estimators: Sequence[SignalToNoise]) -> float:
+    """B_simple of several sets of layers together, in multiples of the batch; see :class:`SignalToNoise`."""
+    variance, square = np.sum([estimator.totals() for estimator in estimators], axis=0)
+    if square == 0:
+        return float("nan")
+    return float(variance / (square - variance)) if square > variance else float("inf")

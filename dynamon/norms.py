@@ -120,8 +120,11 @@ def operator_norm(layer: Layer) -> Norm:
 
 def sigma_factor(layer: Layer) -> float | None:
     """What multiplies sigma_max to give :func:`operator_norm`, or None where that is not a spectral norm."""
-    if layer.role not in ("hidden", "conv"):
-        return None
+    return rms_factor(layer) if layer.role in ("hidden", "conv") else None
+
+
+def rms_factor(layer: Layer) -> float:
+    """What multiplies the sigma_max of any layer that is a matrix to give its RMS-to-RMS norm."""
     outputs, inputs = layer.matrices().shape[-2:]
     return math.sqrt(inputs / outputs) * _window(layer)
 

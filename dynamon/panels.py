@@ -55,6 +55,8 @@ GRADIENTS: Layout = {
         "cosine of successive gradients": lines("gradient/cosine"),
         "dual norm across layers": band("gradient/dual"),
         "noise in the dual norm across layers": band("noise/dual"),
+        "gradient noise scale, in multiples of the batch": lines("noise/scale"),
+        "signal to noise across layers": band("noise/snr"),
         "change of the gradient over the step, across layers": band("gradient/local_smoothness"),
     }
 }
@@ -68,6 +70,7 @@ WEIGHTS: Layout = {
         "what decay has left of the initial weights, across layers": band("weight/memory"),
         "largest singular value across layers": band("spectrum/sigma_max"),
         "stable rank across layers": band("spectrum/stable_rank"),
+        "deviation from the spectral condition across layers, log2": band("spectrum/deviation"),
     }
 }
 OVERHEAD: Layout = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynamon.dealing import dealt_out
 from dynamon.layers import Layer
-from dynamon.norms import operator_norm, sigma_factor
+from dynamon.norms import operator_norm, rms_factor, sigma_factor
 from dynamon.spectra import (
     SpectralExtremes,
     WeightSpectrum,
@@ -24,7 +24,7 @@ FULL_SPECTRUM = ("effective_rank", "participation_ratio", "nuclear", "condition"
 
 @dataclass(frozen=True)
 class WeightReadings:
-    """Per-layer readings, each ``[L]`` on the weights' device; NaN where a quantity has no meaning.
+    r"""Per-layer readings, each ``[L]`` on the weights' device; NaN where a quantity has no meaning.
 
     Attributes:
         operator: Norm by role, see :func:`dynamon.norms.operator_norm`.
@@ -37,6 +37,9 @@ class WeightReadings:
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
         stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors.
+        deviation: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
+            :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one, and the
+            same number at every width where it holds with another; NaN for vectors.
     """
 
     operator: Tensor
@@ -49,6 +52,7 @@ class WeightReadings:
     sigma_lower: Tensor
     sigma_upper: Tensor
     stable_rank: Tensor
+    deviation: Tensor
 
 
 def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None = None) -> WeightReadings:
@@ -93,6 +97,7 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
         sigma_lower=spectra.column("sigma_lower"),
         sigma_upper=spectra.column("sigma_upper"),
         stable_rank=spectra.column("stable_rank"),
+        deviation=(spectra.column("sigma_max") * _rms_factors(layers).to(operator.device)).log2(),
     )
 
 
@@ -118,6 +123,10 @@ class _Spectra:
         if self._values is None:
             return out
         return out.index_copy(0, torch.tensor(self._where, device=self.device), getattr(self._values, field))
+
+
+def _rms_factors(layers: Sequence[Layer]) -> Tensor:
+    return torch.tensor([torch.nan if layer.role == "vector" else rms_factor(layer) for layer in layers])
 
 
 def _angle(one: Tensor, other: Tensor) -> Tensor:

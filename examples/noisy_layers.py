@@ -109,6 +109,8 @@ def draw(path: Path, found: dict[bool, dict[float, float]], curves: dict[bool, C
         left.plot(list(reached), list(reached.values()), "o-", color=color, label=name)
         right.plot(curves[adaptive], color=color, label=name)
     left.set(xscale="log", yscale="log", xlabel="base rate", ylabel="steps to the target")
+    left.set_xticks(ticks := [0.003, 0.01, 0.03], labels=list(map(str, ticks)))
+    left.set_xticks([], minor=True)
     right.axhline(TARGET, color="#666666", linewidth=0.8)
     right.set(yscale="log", xlabel="step", ylabel="loss, each at its best rate")
     right.legend(frameon=False)

@@ -1,5 +1,7 @@
 """The numbers on the panels are those of an independent calculation on the same run."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,45 @@ def test_rotation_effective_rate_and_constraint_usage() -> None:
     series = monitor.history["spectrum/nuclear"]
     assert len(series) == 1 and len(monitor.history["spectrum/sigma_max"]) == 5  # the first of ten readings
     assert series.values[0][series.layers.index("network.3.weight")] == pytest.approx(float(sigma.sum()), rel=1e-3)
+
+
+def test_the_spectral_condition_and_convolutions() -> None:
+    monitor = WeightMonitor(every_n_steps=1, strict=True, convolutions=True)
+    module = Classifier(cnn())
+    fit(module, [monitor], batches(features=(2, 8, 8)), steps=11)
+    value = lambda tag, name: monitor.history[tag].values[-1][monitor.history[tag].layers.index(name)]  # noqa: E731
+    for name, p in module.named_parameters():
+        if p.ndim > 1:
+            sigma = float(torch.linalg.svdvals(p.detach().double().flatten(1))[0])
+            expected = math.prod(p.shape[2:]) * math.sqrt(p.shape[1] / p.shape[0]) * sigma
+            assert value("spectrum/deviation", name) == pytest.approx(math.log2(expected), abs=0.01)
+    transfer = torch.fft.fft2(module.network[0].weight.detach().double(), s=(64, 64)).permute(2, 3, 0, 1)
+    exact = float(torch.linalg.matrix_norm(transfer, ord=2).max())
+    lower, upper = (value(f"spectrum/convolution_{side}", "network.0.weight") for side in ("lower", "upper"))
+    assert lower <= exact * 1.001 and exact <= upper <= 1.1 * lower
+    assert monitor.history["spectrum/convolution_upper"].layers == ("network.0.weight", "network.4.weight")
+
+
+def test_signal_to_noise_of_an_accumulated_run() -> None:
+    """From every batch's gradient in ten lines: variance by the halves of each window, both averaged over readings."""
+    monitor, seen = GradientMonitor(every_n_steps=1, strict=True), []
+
+    class PerBatch(Callback):
+        def on_after_backward(self, trainer, pl_module) -> None:
+            seen.append({n: p.grad.double().clone() for n, p in pl_module.named_parameters()})
+
+    fit(Classifier(mlp()), [monitor, PerBatch()], steps=20, max_epochs=-1, accumulate_grad_batches=2)
+    names = list(seen[0])
+    variance, square, h = np.zeros(len(names)), np.zeros(len(names)), np.zeros(len(names))
+    for half, whole in zip(seen[::2], seen[1::2], strict=True):
+        apart = [2**0.5 * (2 * half[n] - whole[n]) for n in names]
+        variance = 0.98 * variance + 0.01 * np.array([float(d.square().sum()) for d in apart])
+        square = 0.98 * square + 0.02 * np.array([float(whole[n].square().sum()) for n in names])
+        h = 0.98 * h + 0.02 * np.array([float(d.abs().sum()) ** 2 for d in apart])
+    independent, snr = monitor.history["noise/independent"], monitor.history["noise/snr"]
+    assert list(independent.layers) == names and len(independent) == 20
+    np.testing.assert_allclose(independent.values[-1], np.sqrt(h / (1 - 0.98**20)), rtol=1e-4)
+    np.testing.assert_allclose(snr.values[-1], np.maximum(square / variance - 1, 0), rtol=1e-3, atol=1e-3)
+    if square.sum() > variance.sum():
+        expected = variance.sum() / (square.sum() - variance.sum())
+        assert monitor.history["noise/scale"].values[-1] == pytest.approx(expected, rel=1e-3)
