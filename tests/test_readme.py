@@ -49,9 +49,21 @@ def test_the_adaptive_block_runs() -> None:
     assert names["steering"].rule.floor == 0.2
 
 
+def test_the_optimizer_block_runs() -> None:
+    names = {"network": mlp()}
+    exec(BLOCKS[3], names)  # noqa: S102
+    assert names["optimizer"].rates is None
+
+
+def test_the_norms_block_runs(capsys) -> None:
+    names = {"network": mlp()}
+    exec(BLOCKS[4], names)  # noqa: S102
+    assert "0.weight" in capsys.readouterr().out and names["lower"] <= names["upper"]
+
+
 def test_the_curvature_block_runs(capsys) -> None:
     inputs, labels = next(iter(batches()))
-    exec(BLOCKS[3], {"network": mlp(), "inputs": inputs, "labels": labels, "cross_entropy": cross_entropy})  # noqa: S102
+    exec(BLOCKS[5], {"network": mlp(), "inputs": inputs, "labels": labels, "cross_entropy": cross_entropy})  # noqa: S102
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and "double_backward" in lines[0] and "True" in lines[0]
 
