@@ -30,6 +30,7 @@ CASES: dict[str, Any] = {
     "stability ratio": lambda: SharpnessMonitor(every_n_steps=20, quantities=["stability_ratio"]),
     "stability ratio and Hessian": lambda: SharpnessMonitor(every_n_steps=20),
     "steering": NoiseAdaptiveLR,
+    "steering, noise every 10th step": lambda: NoiseAdaptiveLR(read_every=10),
     "economy, budget 0.02": lambda: DynamicsMonitor(budget=0.02),
 }
 

@@ -5,15 +5,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CosineAnnealingWarmRestarts,
+    CyclicLR,
     ExponentialLR,
     LambdaLR,
     LinearLR,
+    MultiStepLR,
     OneCycleLR,
+    PolynomialLR,
+    SequentialLR,
     StepLR,
 )
 
@@ -29,6 +33,10 @@ SCHEDULERS = {
     "linear": lambda o: LinearLR(o, 0.1, total_iters=10),
     "lambda": lambda o: LambdaLR(o, lambda t: 1 / (1 + t)),
     "one cycle": lambda o: OneCycleLR(o, 0.05, total_steps=30),
+    "multi-step": lambda o: MultiStepLR(o, [4, 9], 0.3),
+    "polynomial": lambda o: PolynomialLR(o, 20, 2.0),
+    "cyclic": lambda o: CyclicLR(o, 0.001, 0.02, step_size_up=5, cycle_momentum=False),
+    "sequential": lambda o: SequentialLR(o, [LinearLR(o, 0.1, total_iters=5), ExponentialLR(o, 0.9)], [5]),
 }
 
 
@@ -409,3 +417,25 @@ def test_reading_every_fourth_step() -> None:
     assert rates.rule.updates == 5 and min(callback.ratios.values()) < 1
     with pytest.raises(ValueError, match="read_every must be a whole number of 1 or more, got 0"):
         NoiseAdaptiveLR(read_every=0)
+
+
+class WithBackbone(Classifier):
+    """What BackboneFinetuning wants: an attribute of that name, an optimizer of what is trained at first."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Identity(), optimizer=lambda p: torch.optim.AdamW([q for q in p if q.requires_grad]))
+        torch.manual_seed(1)
+        self.backbone, self.head = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh()), torch.nn.Linear(16, 3)
+        self.network = torch.nn.Sequential(self.backbone, self.head)
+
+
+def test_a_backbone_that_is_unfrozen_in_mid_run() -> None:
+    """Its layers are measured and steered from then on, within the bounds."""
+    steered, monitor = steering(floor=0.3), DynamicsMonitor("full", every_n_steps=1)
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
+    fit(WithBackbone(), [thaw, steered, monitor], steps=-1, max_epochs=4)
+    assert len(steered.ratios) == 4 and all(0.3 <= r <= 1 for r in steered.ratios.values())
+    assert min(steered.ratios.values()) < 1 and monitor.failures == 0
+    noise = monitor.history["noise/dual"]
+    first = noise.values[:, noise.layers.index("network.0.0.weight")]
+    assert np.isnan(first[:16]).all() and np.isfinite(first[18:]).all()
