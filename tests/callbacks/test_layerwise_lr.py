@@ -439,3 +439,52 @@ def test_a_backbone_that_is_unfrozen_in_mid_run() -> None:
     noise = monitor.history["noise/dual"]
     first = noise.values[:, noise.layers.index("network.0.0.weight")]
     assert np.isnan(first[:16]).all() and np.isfinite(first[18:]).all()
+
+
+class Resumable:
+    """A loader that goes on where it stopped, as torchdata's does; Lightning resumes inside an epoch with such."""
+
+    def __init__(self) -> None:
+        self._batches, self._begin, self._at = list(batches()), 0, 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self):
+        begin, self._begin = self._begin, 0
+        for at in range(begin, len(self._batches)):
+            self._at = at
+            yield self._batches[at]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self._at + 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._begin = state["at"] % len(self._batches)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("stop", [5, 8, 11])
+@pytest.mark.parametrize("arguments", [{}, {"read_every": 3}, {"refresh": 4, "dead_band": 0.01}], ids=str)
+def test_stopping_anywhere_in_an_epoch_and_going_on(tmp_path, stop: int, arguments: dict) -> None:
+    """Epochs of eight steps: weights, ratios and the logged series are those of the run that never stopped."""
+    whole, uninterrupted = Classifier(mlp()), steering(**arguments)
+    fit(whole, [uninterrupted], Resumable(), steps=20, max_epochs=-1)
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_top_k=-1, filename="{step}")
+    fit(
+        Classifier(mlp()),
+        [steering(**arguments), keep],
+        Resumable(),
+        steps=stop,
+        max_epochs=-1,
+        enable_checkpointing=True,
+    )
+    again, resumed = Classifier(mlp()), steering(**arguments)
+    path = str(tmp_path / f"step={stop}.ckpt")
+    fit(again, [resumed], Resumable(), steps=20, max_epochs=-1, ckpt_path=path)
+    assert same_weights(whole, again) and resumed.ratios == uninterrupted.ratios
+    assert min(resumed.ratios.values()) < 1
+    for tag in ("lr/ratio", "lr/effective", "noise/dual"):
+        one, other = uninterrupted.history[tag], resumed.history[tag]
+        np.testing.assert_array_equal(one.values[-len(other.values) :], other.values)
+        assert list(one.steps[-len(other.steps) :]) == list(other.steps)
