@@ -25,7 +25,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     own = {k: r for k, r in runs.items() if (k[0], k[4], k[5], k[6]) == ("bytes", batch, steps, "cosine")}
     figure, (sweep, course, controls) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for arm, colour in _COLOURS.items():
-        points = sorted((k[2], r["final"]) for k, r in own.items() if k[1] == arm and k[3] == TUNING)
+        points = sorted((k[2], r["final"]) for k, r in own.items() if k[1] == arm and k[3] == TUNING[0])
         sweep.plot(*zip(*points, strict=True), "o-", color=colour, label=arm, markersize=3)
         best = _best(own, arm)
         curves = [r["losses"] for k, r in own.items() if k[1] == arm and k[2] == best and k[3] in REPORTED]
@@ -57,8 +57,12 @@ def _parsed(key: str) -> Run:
 
 
 def _best(runs: dict[Run, Any], arm: str) -> float:
-    tuned = {k[2]: r["final"] for k, r in runs.items() if k[1] == arm and k[3] == TUNING}
-    return min(tuned, key=lambda rate: tuned[rate]) if tuned else math.nan
+    tuned: dict[float, list[float]] = {}
+    for key, run in runs.items():
+        if key[1] == arm and key[3] in TUNING:
+            tuned.setdefault(key[2], []).append(run["final"])
+    means = {rate: statistics.fmean(finals) for rate, finals in tuned.items() if len(finals) == len(TUNING)}
+    return min(means, key=lambda rate: means[rate]) if means else math.nan
 
 
 def _finals(runs: dict[Run, Any], arm: str) -> list[float]:
