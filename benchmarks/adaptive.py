@@ -5,9 +5,9 @@ Run ``python -m benchmarks.adaptive --quick`` (a few minutes, the main arms on d
 end; what is there already is not run again (``--fresh`` begins anew). ``docs/evidence.md`` discusses the result,
 ``python -m benchmarks.adaptive --plot`` draws its pictures.
 
-Every arm is tuned on seeds 100 and 101, on a grid of factors of two that grows until its best rate is inside, then refined by
-half an octave; figures are of other seeds at that rate: five for the main arms and the controls, three for the rest.
-All arms see the same initial weights and batches for the same seed, so they are compared seed by seed.
+Every arm is tuned on seeds 100 and 101, on a grid of factors of two that grows until its best rate is inside, then
+refined by half an octave; figures are of other seeds at that rate: five for the main arms and the controls, three for
+the rest. All arms see the same initial weights and batches for the same seed, so they are compared seed by seed.
 """
 
 import argparse
