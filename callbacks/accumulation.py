@@ -15,6 +15,16 @@ def half_window(trainer: pl.Trainer) -> float | None:
     return done / length if done == length // 2 else None
 
 
+def window_is_whole(trainer: pl.Trainer) -> bool:
+    """Whether the step about to be taken ends a window of the length that :func:`half_window` took it for.
+
+    At the end of an epoch of unknown length it does not, and what was kept of the window is no half of it.
+    """
+    batch, wanted = trainer.fit_loop.epoch_loop.batch_idx, trainer.accumulate_grad_batches
+    begin = batch // wanted * wanted
+    return batch - begin + 1 == int(min(wanted, trainer.num_training_batches - begin))
+
+
 def has_windows(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     """Whether gradients of one process are accumulated over several batches, by Lightning."""
     return trainer.accumulate_grad_batches > 1 and trainer.world_size == 1 and module.automatic_optimization

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.accumulation import has_windows, scale_before_step
+from dynamon.callbacks.accumulation import scale_before_step, window_is_whole
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import Array, GradientReader, GradientReadings
-from dynamon.layers import Layer, describe_layers
-from dynamon.noise import NoiseEstimator, SignalToNoise
+from dynamon.layers import Layer, describe_layers, is_measurable
+from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates
 from dynamon.updates import primal_norms
@@ -30,7 +30,7 @@ class SourceReading:
         readings: Their gradients, on the host.
         noise: Their noise.
         independent: Their noise by the halves of accumulation windows, NaN where there are none.
-        signal: Signal to noise of each, and of the whole gradient.
+        signal: Signal to noise of each, and of the whole gradient: by halves of a window where this step had them.
         moved: Positions of the M layers whose step since the gradient before is known.
         steps: Norms of those steps ``[M]``, still on the device.
     """
@@ -63,13 +63,12 @@ class GradientSource:
         self._rates: LayerwiseRates | None = rates if rates is not None and rates.rule.needs_gradients else None
         self._steered = self._rates is not None
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        layers = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
+        found = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
+        layers = [la for la in found if is_measurable(la)]
         self._reader = GradientReader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
-        self._signal = SignalToNoise(
-            names, source="independent" if has_windows(run.trainer, run.module) else "successive"
-        )
+        self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}
         self._key: Hashable = None
         self._step = 0
         self._weights: dict[str, Tensor] = {}
@@ -108,6 +107,8 @@ class GradientSource:
     def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
         """Read the gradients, and how far the weights have moved since those before."""
         scale = gradient_scale(run.trainer, optimizer)
+        if not window_is_whole(run.trainer):
+            self.reader.drop_part()
         moved, steps = self._measure_steps()
         if self._rates is not None:
             self._rates.observe(scale, self._key)
@@ -116,9 +117,14 @@ class GradientSource:
         if self._rates is None:
             self._noise.update(readings)
         self._independent.update(readings)
-        self._signal.update(readings)
+        for signal in self._signals.values():
+            signal.update(readings)
+        halves = not np.isnan(readings.independent_l2).all()
+        signal = self._signals["independent" if halves else "successive"]
         layers, independent = self.reader.layers, self._independent.values
-        return SourceReading(layers, readings, noise.values, independent, self._signal, moved, steps)
+        if not halves:
+            independent = np.full(len(layers), np.nan)
+        return SourceReading(layers, readings, noise.values, independent, signal, moved, steps)
 
     def _measure_steps(self) -> tuple[Array, Tensor]:
         """Positions of the layers whose weights one step before are known, and the norms of the steps between."""
@@ -134,7 +140,8 @@ class GradientSource:
         state: dict[str, Any] = {"noise": {}, "gradients": {"previous": {}}}
         if not self._steered:
             state = {"noise": self._noise.state_dict(), "gradients": self.reader.state_dict()}
-        state |= {"independent": self._independent.state_dict(), "signal": self._signal.state_dict()}
+        signals = {source: signal.state_dict() for source, signal in self._signals.items()}
+        state |= {"independent": self._independent.state_dict(), "signals": signals}
         return {**state, "weights": dict(self._weights) if self._kept_at == self._step else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,7 +150,8 @@ class GradientSource:
             self._noise.load_state_dict(state["noise"])
             self.reader.load_state_dict(state["gradients"])
         self._independent.load_state_dict(state.get("independent", {}))
-        self._signal.load_state_dict(state.get("signal", {}))
+        for source, signal in self._signals.items():
+            signal.load_state_dict(state.get("signals", {}).get(source, {}))
         self._weights, self._kept_at = matching(self.reader.layers, state.get("weights", {})), self._step
 
 

@@ -17,7 +17,7 @@ from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import Array, GradientReadings
 from dynamon.histograms import histogram_table, histograms
-from dynamon.noise import noise_scale
+from dynamon.noise import SOURCES, noise_scale
 from dynamon.panels import GRADIENTS
 from dynamon.updates import local_smoothness
 
@@ -44,6 +44,7 @@ class GradientMeter(PairMeter):
         "gradient/clip_coefficient": "after over before; 1 where nothing was clipped",
         "gradient/clip_share": "share of the steps measured so far at which clipping changed the norm",
         "gradient/norm_dual": "sum of the layers' dual norms",
+        "gradient/norm_l1": "l1 norm of all gradients before clipping",
         "gradient/cosine": "cosine between this gradient and the one a step before",
         "gradient/nonfinite": "entries that are NaN or infinite",
         "noise/scale": "gradient noise scale: the batch at which noise equals signal, in multiples of yours",
@@ -142,6 +143,7 @@ class GradientMeter(PairMeter):
         scalars = {
             "gradient/norm": norm,
             "gradient/norm_dual": sum(float(r.dual.sum()) for r in readings),
+            "gradient/norm_l1": sum(float(r.l1.sum()) for r in readings),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
         if run.module.automatic_optimization:  # by hand, gradients may be gone or stale by now
@@ -189,7 +191,7 @@ class GradientMeter(PairMeter):
             **state,
             "noise": {name: value for part in parts for name, value in part["noise"].items()},
             "independent": {name: value for part in parts for name, value in part["independent"].items()},
-            "signal": {name: value for part in parts for name, value in part["signal"].items()},
+            "signals": {s: {n: v for part in parts for n, v in part["signals"][s].items()} for s in SOURCES},
             "gradients": {"previous": {n: g for part in parts for n, g in part["gradients"]["previous"].items()}},
             "weights": {n: w for part in parts for n, w in part["weights"].items() if self.saves_copies},
         }
@@ -251,6 +253,7 @@ class GradientMonitor(Monitor):
     ``gradient/clip_coefficient``     after over before; 1 where nothing was clipped
     ``gradient/clip_share``           share of the steps measured so far at which clipping changed the norm
     ``gradient/norm_dual``            sum of the layers' dual norms
+    ``gradient/norm_l1``              l1 norm of all gradients before clipping
     ``gradient/cosine``               cosine between this gradient and the one a step before
     ``gradient/nonfinite``            entries that are NaN or infinite
     ``gradient/l2``                   per layer: l2 norm

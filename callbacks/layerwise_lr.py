@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 
-from dynamon.callbacks.accumulation import half_window, scale_before_step
+from dynamon.callbacks.accumulation import half_window, scale_before_step, window_is_whole
 from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.recorder import Recorder
@@ -183,6 +183,8 @@ class LayerwiseLR(DynamonCallback):
             rates = self._steered.get(optimizer)
             if rates is None:
                 return
+            if not window_is_whole(trainer):
+                rates.reader.drop_part()
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step))
             if trainer._logger_connector.should_update_logs and not trainer.barebones:

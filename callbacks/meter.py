@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dynamon.callbacks.base import is_tryout
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.recorder import Recorder
-from dynamon.layers import Layer, describe_layers
+from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.panels import Layout
 
 PAUSE_AFTER = 3  # failures in a row
@@ -42,7 +42,7 @@ class Run:
     ) -> None:
         """Remember them."""
         self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
-        self.all_layers = describe_layers(module)
+        self.all_layers = [layer for layer in describe_layers(module) if is_measurable(layer)]
         self.layers = layers
         self._copies: dict[str, Tensor] = {}
         self._copied_at = (-1, -1)

@@ -15,7 +15,7 @@ from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run
 from dynamon.callbacks.recorder import Recorder
 from dynamon.history import History
-from dynamon.layers import describe_layers, select
+from dynamon.layers import Layer, describe_layers, is_measurable, select
 from dynamon.panels import OVERHEAD, combined
 
 
@@ -91,7 +91,9 @@ class Monitor(DynamonCallback):
             return
         if trainer.barebones:
             return
-        layers = select(describe_layers(pl_module), self._patterns)
+        every = describe_layers(pl_module)
+        layers = [layer for layer in select(every, self._patterns) if is_measurable(layer)]
+        self._say_left_out([layer for layer in every if not is_measurable(layer)])
         if not layers:
             raise ValueError(f"layers={list(self._patterns or ())} matches no layer of {type(pl_module).__name__}.")
         if not trainer.loggers:
@@ -188,6 +190,14 @@ class Monitor(DynamonCallback):
             if self._strict:
                 raise
             self._failed(meter, error)
+
+    def _say_left_out(self, layers: Sequence[Layer]) -> None:
+        if layers:
+            kinds = ", ".join(sorted({str(layer.parameter.dtype).removeprefix("torch.") for layer in layers}))
+            rank_zero_info(
+                f"{type(self).__name__} leaves out {len(layers)} layers in {kinds}, first {layers[0].name}: "
+                "it measures real floating point weights of sixteen bits or more."
+            )
 
     def _finish(self) -> None:
         assert self._run is not None

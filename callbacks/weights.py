@@ -128,7 +128,7 @@ class WeightMeter(PairMeter):
         for optimizer in run.trainer.optimizers:
             rates = steering_of(optimizer)
             if rates is not None:
-                ratios = rates.ratios
+                ratios = rates.applied
                 found = {self._names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
                 on_rate |= found
                 on_decay |= found if rates.scale_weight_decay else {}

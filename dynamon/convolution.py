@@ -13,13 +13,13 @@ def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = 
     r"""Bounds on the spectral norm of a convolution layer, :math:`\max_x \|k * x\| / \|x\|`.
 
     That is another number than the largest singular value of the flattened kernel, which sees one patch of the input:
-    it lies between ``sigma`` and ``sqrt(prod(k)) sigma``. A transposed convolution
-    has the norm of the convolution it is the adjoint of.
+    for zero padding it lies between ``sigma`` and ``sqrt(prod(k)) sigma``. A transposed convolution has the norm of the
+    convolution it is the adjoint of, whose flattening is another than its own.
 
     Args:
         layer: A layer with a :class:`dynamon.layers.ConvGeometry`: stride, dilation, groups and padding count.
         input_size: Spatial size of the input (of the output for a transposed convolution). None: the supremum over
-            all sizes, for which padding does not matter.
+            all sizes, for which padding with zeros does not matter.
 
     Returns:
         ``(lower, upper)``, 0-d, in float32 (float64 for float64); NaN where the kernel holds NaN or infinity. The upper
@@ -39,11 +39,11 @@ def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = 
         raise ValueError(
             f"{layer.name} pads by {geometry.padding_mode!r}; bounds are known for 'zeros' and 'circular'."
         )
-    weight = layer.parameter
+    weight, zeros = layer.parameter, geometry.padding_mode == "zeros"
     return conv_gram_iteration(
         weight,
         input_size,
-        padding=0 if input_size is None else _padding(layer, geometry),
+        padding=0 if zeros and input_size is None else _padding(layer, geometry),
         padding_mode=geometry.padding_mode,
         stride=geometry.stride,
         dilation=geometry.dilation,

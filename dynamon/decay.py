@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 # Optimizers that add decay to the gradients. What is not known is taken to shrink the weights by rate x decay.
 _COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop", "ASGD", "LBFGS"}
-_DECOUPLED = {"AdamW", "Adafactor", "Muon"}
+_DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lanton"}
 
 
 def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
@@ -20,10 +20,14 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
         optimizer: Any optimizer; a class derived from one of torch's counts as that one.
         group: One of its groups; ``decoupled_weight_decay`` in it decides where it is there.
     """
+    return group.get("weight_decay", 0.0) if is_decoupled(optimizer, group) else 0.0
+
+
+def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether weight decay, if there is any, multiplies the weights; see :func:`decoupled_decay`."""
     names = [cls.__name__ for cls in type(optimizer).__mro__]
     known = next((name for name in names if name in _COUPLED | _DECOUPLED), "")
-    decoupled = group.get("decoupled_weight_decay", known not in _COUPLED)
-    return group.get("weight_decay", 0.0) if decoupled else 0.0
+    return bool(group.get("decoupled_weight_decay", known not in _COUPLED))
 
 
 class DecayMemory:

@@ -157,6 +157,10 @@ class GradientReader:
         parts = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
         self._part = (self.step + 1, share, parts)
 
+    def drop_part(self) -> None:
+        """Forget the part of a window that turned out to be another share of it."""
+        self._part = None
+
     def read(self, scale: float = 1.0, dual: bool = True) -> PendingReadings:
         """Measure this step's gradients and their change, and keep them for the next step.
 

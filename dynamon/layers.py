@@ -152,11 +152,14 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
         One :class:`Layer` a tensor.
 
     Raises:
-        ValueError: On a role that does not exist and on a glob that matches nothing, or nothing that can have its role.
+        ValueError: On a role that does not exist; on a glob that matches nothing, or nothing that can have its role;
+            on a lazy module that has not seen a batch.
     """
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{plain_name(name)} has no shape yet: run the model on a batch once, then describe it.")
         if parameter.numel():
             names.setdefault(id(parameter), []).append(plain_name(name))
             parameters.setdefault(id(parameter), parameter)
@@ -215,6 +218,11 @@ def layer_table(layers: Iterable[Layer]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def is_measurable(layer: Layer) -> bool:
+    """Whether a layer holds real numbers to calculate with: no integers, no eight-bit floats, nothing complex."""
+    return layer.parameter.is_floating_point() and layer.parameter.element_size() > 1
 
 
 def select(layers: Iterable[Layer], patterns: Sequence[str] | None) -> list[Layer]:

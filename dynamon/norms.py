@@ -196,7 +196,7 @@ def optimizer_family(optimizer: Optimizer) -> str:
         name = cls.__name__.lower()
         if any(word in name for word in ("muon", "scion", "lanton")):
             return "spectral"
-        if any(word in name for word in ("adam", "lion", "sign", "rmsprop", "rprop", "adagrad", "adadelta", "lamb")):
+        if any(word in name for word in _SIGN_LIKE):
             return "sign"
     return "euclidean"
 
@@ -329,5 +329,6 @@ _NORMS = {
         Norm("frobenius", _l2, _l2, lambda g: (-_unit(g, _dims(g))).to(g.dtype)),
     )
 }
+_SIGN_LIKE = ("adam", "adan", "adema", "adafactor", "lion", "sign", "rmsprop", "rprop", "adagrad", "adadelta", "lamb")
 _ON_MATRICES = {"rms_to_rms", "spectral", "one_to_rms", "rms_to_inf"}
 _NUCLEAR = {"rms_to_rms", "spectral"}

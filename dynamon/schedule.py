@@ -55,7 +55,10 @@ def refined_schedule(
     Reference: Defazio et al., arXiv 2310.07831.
     """
     norms = np.asarray(gradient_norms, dtype=np.float64)
-    at = np.arange(len(norms)) if steps is None else np.asarray(steps)
+    at = np.arange(len(norms)) if steps is None else np.asarray(steps, dtype=np.float64)
+    if not (np.isfinite(at) & (at == np.round(at))).all():
+        raise ValueError("steps must be whole numbers.")
+    at = at.astype(np.int64)
     _check(norms, at, norm, smoothing)
     length = _run_length(at, total)
     usable = usable_readings(norms)

@@ -76,7 +76,7 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
 
     Returns:
         :class:`WeightSpectrum` in float32 (float64 for float64 weights or ``exact``), on the weight's device.
-        NaN where the weight holds NaN or infinity, zeros for a zero matrix.
+        NaN where the weight holds NaN or infinity; zeros for a zero matrix, whose condition and tail are NaN.
 
     Raises:
         ValueError: If ``weight`` is not floating point, has fewer than two dimensions or is empty.
@@ -150,7 +150,7 @@ def spectral_extremes(weight: Tensor) -> SpectralExtremes:
     tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
     energy = matrix.square().sum((-2, -1))
     fourth = (tall.mT @ tall).square().sum((-2, -1))
-    sigma = (lower + upper) / 2
+    sigma = lower + (upper - lower) / 2  # the sum could overflow
     relative = sigma / torch.where(scale > 0, scale, torch.ones_like(scale))[..., 0, 0]
     return SpectralExtremes(
         sigma_max=sigma,

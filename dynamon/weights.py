@@ -119,14 +119,15 @@ class _Spectra:
 
     def column(self, field: str) -> Tensor:
         """One statistic for every tensor, NaN for vectors."""
-        out = torch.full((self.count,), torch.nan, device=self.device)
+        out = torch.full((self.count,), torch.nan, dtype=torch.float32, device=self.device)
         if self._values is None:
             return out
         return out.index_copy(0, torch.tensor(self._where, device=self.device), getattr(self._values, field))
 
 
 def _rms_factors(layers: Sequence[Layer]) -> Tensor:
-    return torch.tensor([torch.nan if layer.role == "vector" else rms_factor(layer) for layer in layers])
+    factors = [torch.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
+    return torch.tensor(factors, dtype=torch.float32)
 
 
 def _angle(one: Tensor, other: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def conv_gram_iteration(
     Without ``input_size`` the bounds are for the supremum over all input sizes, which is the supremum of the matrix
     over all frequencies: a grid of N a dimension, divided by :math:`\cos(\pi \delta / N)` a dimension with
     :math:`\delta = \lfloor k/2 \rfloor` for what lies between (Duffin and Schaeffer), and the grid itself from below.
+    For circular padding the upper bound is that of stride one, times the root of how often outputs can repeat.
 
     Args:
         kernel: ``[out, in / groups, *k]`` with one to three spatial dimensions.
@@ -53,7 +54,8 @@ def conv_gram_iteration(
 
     Returns:
         ``(lower, upper)``, 0-d tensors in float32 (float64 for float64), with an allowance for rounding; NaN where the
-        kernel holds NaN or infinity. Differentiable.
+        kernel holds NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound takes the
+        direction that the power steps found as given.
 
     Raises:
         ValueError: On shapes and arguments that no convolution has, or another padding mode.
@@ -70,10 +72,12 @@ def conv_gram_iteration(
     scale = work.detach().abs().amax()
     scale = torch.where(finite & (scale > 0), scale, torch.ones_like(scale))
     work = torch.where(finite, work, torch.zeros_like(work)) / scale
-    phases = plan.polyphase(work)
-    lower, upper = _over_frequencies(phases, plan.grid, steps)
+    lower, upper = _over_frequencies(plan.polyphase(work), plan.grid, steps)
     if plan.size is None:
-        upper = upper * plan.between_frequencies
+        if plan.circular and max(plan.stride) > 1:  # circles that the stride does not divide: drop no outputs
+            plan = _Plan(kernel, None, padding, padding_mode, 1, dilation, groups)
+            upper = _over_frequencies(plan.polyphase(work), plan.grid, steps)[1]
+        upper = upper * plan.between_frequencies * plan.repeats
     else:
         upper = upper * plan.repeats
         lower = _rayleigh(work, plan)
@@ -148,9 +152,10 @@ class _Plan:
     @property
     def repeats(self) -> float:
         """Circular padding beyond the kernel repeats outputs, each at most so often."""
-        if not self.circular or self.size is None:
+        if not self.circular:
             return 1.0
-        axes = zip(self.size, self.padding, self.extent, strict=True)
+        smallest = [max(p, 1) for p in self.padding]  # where outputs are repeated most often
+        axes = zip(self.size or smallest, self.padding, self.extent, strict=True)
         return math.sqrt(math.prod(max(1, -(-(n + 2 * p - e + 1) // n)) for n, p, e in axes))
 
     def polyphase(self, kernel: Tensor) -> Tensor:

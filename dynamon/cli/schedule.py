@@ -23,7 +23,7 @@ from dynamon.schedule import (
     warmup_end,
 )
 
-_TAGS = {"l2": "gradient/norm", "l1": "gradient/norm_dual"}
+_TAGS = {"l2": "gradient/norm", "l1": "gradient/norm_l1"}
 _LOADERS = {
     ".npy": ("import numpy as np", "np.load({!r})"),
     ".json": ("import json, pathlib", "json.loads(pathlib.Path({!r}).read_text())"),
@@ -90,7 +90,7 @@ class _Found:
 
 def _find(folder: Path, asked: str) -> _Found:
     logged = read_run(folder)
-    norm, reason = _choose(folder, logged, asked)
+    norm, reason = _choose(logged, asked)
     tag = _TAGS[norm]
     if tag not in logged:
         raise ValueError(_missing(folder, logged, tag))
@@ -107,30 +107,16 @@ def _find(folder: Path, asked: str) -> _Found:
     return _Found(norm, reason, series, int((~usable).sum()), total, schedule)
 
 
-def _choose(folder: Path, logged: dict[str, Series], asked: str) -> tuple[str, str]:
-    """The norm and why; the dual norm is the l1 norm where the optimizer is Adam or its like."""
-    by_sgd = _duals_are_l2(logged)
-    if asked == "l1" and by_sgd:
-        raise ValueError(
-            f"{folder} holds no l1 norm: its {_TAGS['l1']} is the sum of the layers' l2 norms, as under SGD. "
-            "Use --norm l2."
-        )
+def _choose(logged: dict[str, Series], asked: str) -> tuple[str, str]:
+    """The norm and why; under Adam and its like the dual norms that were logged are l1 norms."""
     if asked != "auto":
         return asked, "as asked"
-    if by_sgd:
-        return "l2", "the dual norms logged are l2 norms, as under SGD"
-    if _TAGS["l1"] not in logged:
+    dual, l1 = logged.get("gradient/norm_dual"), logged.get(_TAGS["l1"])
+    if dual is None or l1 is None:
         return "l2", f"{_TAGS['l1']} was not logged"
-    return "l1", "the dual norms logged are not l2 norms, as under Adam; for Muon give --norm l2"
-
-
-def _duals_are_l2(logged: dict[str, Series]) -> bool:
-    """Whether the layers' dual norms are their l2 norms, by what GradientMonitor logs of both."""
-    pairs = [(logged.get(f"gradient/dual_{q}"), logged.get(f"gradient/l2_{q}")) for q in ("p10", "median", "p90")]
-    known = [(dual.values, l2.values) for dual, l2 in pairs if dual is not None and l2 is not None]
-    return bool(known) and all(
-        dual.shape == l2.shape and np.allclose(dual, l2, rtol=1e-4, equal_nan=True) for dual, l2 in known
-    )
+    if dual.values.shape == l1.values.shape and np.allclose(dual.values, l1.values, rtol=1e-4, equal_nan=True):
+        return "l1", "the optimizer's dual norm is the l1 norm, as Adam's is"
+    return "l2", "the optimizer's dual norm is not the l1 norm, as Adam's is"
 
 
 def _missing(folder: Path, logged: dict[str, Series], tag: str) -> str:

@@ -1,7 +1,9 @@
 """Layerwise learning rates on top of any optimizer, without touching its parameter groups."""
 
 import itertools
+import sys
 from collections.abc import Callable, Hashable, Mapping
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynamon.decay import is_decoupled
 from dynamon.gradients import GradientReader, PendingReadings
-from dynamon.layers import describe_layers
+from dynamon.layers import describe_layers, is_measurable
 from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 
@@ -22,7 +25,6 @@ _REFUSED = {
     "zeroredundancy": "it partitions its groups over the processes when it is built",
     "deepspeed": "DeepSpeed owns the parameter groups",
 }
-_DECOUPLED = ("adamw", "muon", "lion")  # optimizers whose decay is the rate times weight_decay times the weight
 # Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
 _steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
 
@@ -51,10 +53,10 @@ class LayerwiseRates:
     """Steers ``optimizer.step()`` with one learning-rate ratio a layer.
 
     For the duration of a step the optimizer sees a view of its ``param_groups`` in which parameters are
-    regrouped by ratio, with scaled rates; right after it the original list is back. So schedulers,
-    ``state_dict``, checkpoints and gradient clipping see only the groups the user made. The view goes in
-    after the closure has returned. Entries that the optimizer writes into its groups are carried back. With
-    all ratios 1 no view is made.
+    regrouped by ratio, with scaled rates; right after it the original list is back (after a step that raised: from the
+    next step or ``state_dict`` on, with what was changed in between). So schedulers, ``state_dict``, checkpoints and
+    gradient clipping see only the groups the user made. The view goes in after the closure has returned. Entries that
+    the optimizer writes into its groups are carried back. With all ratios 1 no view is made.
 
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
@@ -118,6 +120,7 @@ class LayerwiseRates:
         self._waiting: PendingReadings | None = None
         self._observed = False
         self._original: list[dict[str, Any]] | None = None
+        self._applied: dict[str, float] = {}
         self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, float]]] = []
         self._rate_buffers: dict[tuple[int, int], Tensor] = {}
         _steered[optimizer] = ref(self)
@@ -131,7 +134,8 @@ class LayerwiseRates:
     def _attach(self) -> None:
         """Take up the parameters that the optimizer holds now."""
         own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        self.layers = [layer for layer in describe_layers(self.model) if id(layer.parameter) in own]
+        found = [layer for layer in describe_layers(self.model) if id(layer.parameter) in own]
+        self.layers = [layer for layer in found if is_measurable(layer)]  # the others keep the base rate
         if not self.layers:
             raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
         self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
@@ -155,6 +159,11 @@ class LayerwiseRates:
     def ratios(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name, that the next step takes unless readings change it."""
         return self.wanted if self.apply else {layer.name: 1.0 for layer in self.layers}
+
+    @property
+    def applied(self) -> dict[str, float]:
+        """The ratio of each layer, by parameter name, in the step that was taken last; 1 before the first."""
+        return self._applied or {layer.name: 1.0 for layer in self.layers}
 
     @property
     def wanted(self) -> dict[str, float]:
@@ -212,7 +221,18 @@ class LayerwiseRates:
             self._waiting = None
 
     def restore(self) -> None:
-        """Put the original groups back, whatever happened in between."""
+        """Put the original groups back after a step that raised; what changed since, the user did."""
+        if self._original is None:
+            return
+        views = {id(view) for view, *_ in self._views}
+        joined = [group for group in self.optimizer.param_groups if id(group) not in views]
+        self._views = [(view, given, group, {}) for view, given, group, _ in self._views]
+        self._leave()
+        self.optimizer.param_groups.extend(joined)
+        self._observed = False
+
+    def _leave(self) -> None:
+        """Put the original groups back, with what the optimizer wrote into the views."""
         if self._original is None:
             return
         for view, given, group, factors in self._views:
@@ -253,7 +273,10 @@ class LayerwiseRates:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.restore()  # left over where the last step raised or was skipped
+        if _is_nested(optimizer):
+            self._leave()
+        else:
+            self.restore()  # left over where the last step raised
         arguments = list(args)
         position = 1 if arguments and arguments[0] is optimizer else 0
         closure = kwargs.get("closure", arguments[position] if len(arguments) > position else None)
@@ -268,7 +291,7 @@ class LayerwiseRates:
 
     def _then_enter(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_view() -> Any:
-            self.restore()  # some optimizers call their closure twice
+            self._leave()  # some optimizers call their closure twice
             result = closure()
             self._enter()
             return result
@@ -279,9 +302,8 @@ class LayerwiseRates:
         """Show the optimizer its groups with the ratios in force."""
         if not self._observed:
             self.observe()
-        if not self.apply:
-            return
-        ratios = {id(la.parameter): float(r) for la, r in zip(self.layers, self.rule.ratios(), strict=True)}
+        self._applied = self.ratios
+        ratios = {id(layer.parameter): self._applied[layer.name] for layer in self.layers}
         if all(ratio == 1.0 for ratio in ratios.values()):
             return
         original = list(self.optimizer.param_groups)
@@ -316,8 +338,20 @@ class LayerwiseRates:
             return self._rate_buffers[key].copy_(rate).mul_(ratio)
 
     def _after_step(self) -> None:
-        self.restore()
+        self._leave()
         self._observed = False
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether this is a step inside a step of the same optimizer: a class whose ``step`` calls its base class's."""
+    # Hooks run around both, and an exception runs none: only the stack tells the one from the other.
+    frame: FrameType | None = sys._getframe(1)
+    steps = 0
+    while frame is not None and steps < 2:
+        if frame.f_code.co_name == "wrapper":  # what torch puts around every step
+            steps += next(iter(frame.f_locals.get("args", ())), None) is optimizer
+        frame = frame.f_back
+    return steps == 2
 
 
 def _carry_back(
@@ -332,10 +366,7 @@ def _carry_back(
 
 def _check_decay(optimizer: Optimizer) -> None:
     """Raise where weight decay is part of the gradient, so that dividing it by the ratio would not undo the rate's."""
-    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
-    if any(word in name for name in names for word in _DECOUPLED):
-        return
-    if any(group.get("weight_decay") and not group.get("decoupled_weight_decay") for group in optimizer.param_groups):
+    if any(group.get("weight_decay") and not is_decoupled(optimizer, group) for group in optimizer.param_groups):
         raise ValueError(
             f"scale_weight_decay=False needs decoupled weight decay, as AdamW has; {type(optimizer).__name__} adds its "
             "weight decay to the gradient. Leave scale_weight_decay at True, or set weight_decay to 0."

@@ -488,3 +488,23 @@ def test_stopping_anywhere_in_an_epoch_and_going_on(tmp_path, stop: int, argumen
         one, other = uninterrupted.history[tag], resumed.history[tag]
         np.testing.assert_array_equal(one.values[-len(other.values) :], other.values)
         assert list(one.steps[-len(other.steps) :]) == list(other.steps)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Ten times the same batch, and no length: no noise at all."""
+
+    def __iter__(self):
+        yield from [next(iter(batches()))] * 10
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_windows_of_an_epoch_without_a_length(window: int) -> None:
+    """The last window may be cut short, and is then not taken for a half and a whole."""
+    callback, monitor = steering(source="independent", warmup=0), GradientMonitor(every_n_steps=1)
+    module = Classifier(mlp(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    data = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    fit(module, [callback, monitor], data, steps=-1, max_epochs=2, accumulate_grad_batches=window)
+    noise, sizes = monitor.history["noise/independent"], monitor.history["gradient/dual"]
+    assert np.nanmax(noise.values) < 1e-3 * np.nanmin(sizes.values[:, :1])
+    (rates,) = callback._steered.values()
+    assert rates.rule.updates == 10 // window * 2

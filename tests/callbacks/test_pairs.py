@@ -366,3 +366,25 @@ def test_histograms_leave_out_what_is_not_finite(tmp_path) -> None:
     assert "gradient/histogram/network.3.bias" not in events.Tags()["histograms"]
     (event,) = events.Histograms("gradient/histogram/network.0.bias")
     assert event.histogram_value.num == 15
+
+
+class SaveFirst(Callback):
+    """Saves as soon as the step is over, before the monitors look at it."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_in_between_does_not_move_the_rates_that_are_shown(tmp_path) -> None:
+    seen = []
+    for first in ([], [SaveFirst(tmp_path / "x.ckpt")]):
+        monitor, steering = WeightMonitor(every_n_steps=1, strict=True), NoiseAdaptiveLR(warmup=0, group_by="all")
+        module = Classifier(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5))
+        fit(module, [*first, monitor, steering], steps=8)
+        tags = ("weight/memory", "weight/effective_rate", "weight/constraint_usage")
+        seen.append([monitor.history[tag].values for tag in tags])
+    for one, other in zip(*seen, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -312,3 +312,26 @@ def test_validation_after_training_does_not_run_the_clock() -> None:
     run.limit_val_batches = 1.0
     run.validate(module, batches(), verbose=False)
     assert monitor.overhead == before
+
+
+class Quantised(torch.nn.Module):
+    """A frozen layer of eight-bit integers beside a trained one, and numbers that are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 3)
+        self.frozen = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+        self.waves = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x @ self.frozen.float()) * self.waves.abs()
+
+
+def test_what_is_no_real_number_is_left_out(caplog) -> None:
+    monitors = [GradientMonitor(every_n_steps=1, strict=True), WeightMonitor(every_n_steps=1, strict=True)]
+    plain, steered = Classifier(Quantised()), NoiseAdaptiveLR(warmup=0, floor=1.0)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit(plain, [*monitors, steered], steps=5)
+    assert set(monitors[1].history["weight/frobenius"].layers) == {"network.linear.weight", "network.linear.bias"}
+    assert set(steered.ratios) == set(monitors[0].history["gradient/l2"].layers)
+    assert "GradientMonitor leaves out 2 layers in complex64, int8, first network.frozen" in caplog.text

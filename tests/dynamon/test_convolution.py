@@ -76,3 +76,16 @@ def test_the_upper_bound_is_a_regulariser():
     module = nn.Conv2d(2, 3, 3, padding=1)
     convolution_bounds(describe_layers(module)[0])[1].backward()
     assert module.weight.grad is not None and module.weight.grad.isfinite().all() and module.weight.grad.any()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (4, 2), (3, 3), (2, 0), (5, 1)])
+def test_circular_padding_of_any_size(kernel, padding, stride):
+    """Where the stride does not divide the circle, and where outputs repeat: the bound of any size holds."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        mode = {"padding_mode": "circular"} if padding else {}
+        module = nn.Conv1d(2, 3, kernel, stride=stride, padding=padding, bias=False, **mode).double()
+        lower, upper = (float(bound.detach()) for bound in convolution_bounds(describe_layers(module)[0]))
+        norms = [spectral_norm(module, (n,)) for n in range(max(padding, kernel - 2 * padding, 1), 30)]
+        assert max(norms) <= upper and lower <= max(norms) * 1.02

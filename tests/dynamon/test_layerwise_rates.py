@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -620,3 +621,44 @@ def test_parameters_of_one_ratio_share_a_group():
     model(tokens).sum().backward()
     optimizer.step()
     assert counts == [3] and set(rates.ratios.values()) == {0.5, 1.0, 2.0}
+
+
+class OutOfMemory(SGD):
+    fail = True
+
+    def step(self, closure=None):
+        if self.fail:
+            raise torch.OutOfMemoryError("no memory")
+        return super().step(closure)
+
+
+def test_what_the_user_does_after_a_failed_step_is_kept():
+    model, extra = mlp(5, 7, 3), torch.nn.Parameter(torch.ones(2))
+    optimizer = OutOfMemory(model.parameters(), lr=0.1)
+    rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(warmup=0), model)
+    rates.rule._ramp.aim(np.full(4, 0.5))
+    for p in (*model.parameters(), extra):
+        p.grad = torch.ones_like(p)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    optimizer.add_param_group({"params": [extra], "lr": 1.0})
+    optimizer.fail = False
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 1.0] and float(extra.detach()[0]) == 0
+    assert len(rates.reader.state_dict()["previous"]) == 4  # the gradients of the second step were read
+
+
+def test_the_ratios_of_the_step_taken_last():
+    model = mlp(5, 7, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(warmup=0, group_by="all"), model)
+    assert set(rates.applied.values()) == {1.0}
+    before = {}
+    optimizer.register_step_pre_hook(lambda *_: before.update(rates.ratios))
+    for step in range(4):
+        train(model, optimizer, range(step, step + 1))
+        assert rates.applied == before
+        rates.state_dict()  # settles: the ratios of the next step are known now
+        assert rates.applied == before and (step < 1 or rates.ratios != before)

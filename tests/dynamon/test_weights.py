@@ -122,3 +122,12 @@ def test_nonfinite_weights_read_nan_for_themselves_only():
 def test_only_vectors():
     found = weight_readings(describe_layers(nn.LayerNorm(4)))
     assert found.operator.tolist() == [1, 0] and found.sigma_max.isnan().all()
+
+
+def test_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = weight_readings(describe_layers(nn.Linear(3, 2)), {"weight": torch.zeros(2, 3)})
+        assert found.sigma_max.isfinite().tolist() == [True, False] and found.deviation.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
