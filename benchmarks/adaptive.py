@@ -6,7 +6,8 @@ end; what is there already is not run again (``--fresh`` begins anew). ``docs/ev
 ``python -m benchmarks.adaptive_plot`` draws it.
 
 Main arms and controls are tuned on seeds 100 and 101, the rest on seed 100, on a grid of factors of two that grows
-until the best rate is inside, then refined by half an octave; figures are of other seeds at that rate, five and three. All arms see the same initial weights and batches for the same seed, so they are compared seed by seed.
+until the best rate is inside, then refined by half an octave; figures are of other seeds at that rate, five and three.
+All arms see the same initial weights and batches for the same seed, so they are compared seed by seed.
 """
 
 import argparse
