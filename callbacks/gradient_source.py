@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.accumulation import has_windows, scale_before_step
+from dynamon.callbacks.accumulation import compares_ranks, has_windows, scale_before_step
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
@@ -29,7 +29,7 @@ class SourceReading:
         layers: The L layers.
         readings: Their gradients, on the host.
         noise: Their noise.
-        independent: Their noise by the halves of accumulation windows, NaN where there are none.
+        independent: Their noise by halves of accumulation windows or by processes, NaN where there are none.
         signal: Signal to noise of each, and of the whole gradient.
         moved: Positions of the M layers whose step since the gradient before is known.
         steps: Norms of those steps ``[M]``, still on the device.
@@ -67,9 +67,8 @@ class GradientSource:
         self._reader = GradientReader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
-        self._signal = SignalToNoise(
-            names, source="independent" if has_windows(run.trainer, run.module) else "successive"
-        )
+        independent = has_windows(run.trainer, run.module) or compares_ranks(run.trainer, run.module)
+        self._signal = SignalToNoise(names, source="independent" if independent else "successive")
         self._key: Hashable = None
         self._step = 0
         self._weights: dict[str, Tensor] = {}
@@ -95,6 +94,10 @@ class GradientSource:
         """Keep the gradients of a part of the window, for a comparison with the rest of it."""
         self.reader.store_part(share, scale_before_step(run.trainer))
 
+    def watch_ranks(self) -> None:
+        """Have the gradients of the processes compared at the step to come."""
+        self.reader.watch_ranks()
+
     def keep(self, run: Run, optimizer: Optimizer) -> None:
         """Keep gradients and weights of this step for a comparison at the next."""
         if not self._steered:  # the steering keeps them itself
@@ -107,11 +110,16 @@ class GradientSource:
 
     def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
         """Read the gradients, and how far the weights have moved since those before."""
-        scale = gradient_scale(run.trainer, optimizer)
+        try:
+            scale, local = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
+            if self._rates is not None:
+                self._rates.observe(scale, self._key, local)
+            pending = self.reader.read(scale, local_scale=local)
+        finally:
+            if not self._steered:  # the steering reads by itself
+                self.reader.give_up_ranks()
         moved, steps = self._measure_steps()
-        if self._rates is not None:
-            self._rates.observe(scale, self._key)
-        readings = self.reader.read(scale).wait()
+        readings = pending.wait()
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
         if self._rates is None:
             self._noise.update(readings)

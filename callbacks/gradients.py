@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.accumulation import half_window, has_windows
+from dynamon.callbacks.accumulation import begins_window, compares_ranks, half_window, has_windows
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
@@ -64,6 +64,7 @@ class GradientMeter(PairMeter):
         self._with_histograms = with_histograms
         self._sources: dict[Optimizer, GradientSource] = {}
         self._read: dict[Optimizer, SourceReading] = {}
+        self._reading = False  # this step is measured
         self._binned: dict[str, Tensor] = {}
         self._clipped, self._clippable = 0, 0  # measured steps
         self._warned = False
@@ -71,9 +72,10 @@ class GradientMeter(PairMeter):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients."""
+        reads, keeps = self.reads(run), self.keeps(run)
+        self._reading = reads
         source = self._source(run, optimizer)
         source.begin((run.trainer.global_step, run.step))
-        reads, keeps = self.reads(run), self.keeps(run)
         if reads:
             with run.charge(self.name):
                 # An optimizer that steps twice in a batch is shown at its last step.
@@ -84,6 +86,13 @@ class GradientMeter(PairMeter):
         elif keeps:
             with run.charge(self.name):
                 source.keep(run, optimizer)
+
+    def batch_start(self, run: Run, batch: Any) -> None:
+        """Of several processes, have each one's own gradients kept at a step that will be read."""
+        if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.reads(run):
+            with run.charge(self.name):
+                for optimizer in run.trainer.optimizers:
+                    self._source(run, optimizer).watch_ranks()
 
     def after_backward(self, run: Run) -> None:
         """In the middle of an accumulation window that will be read, keep its first half."""
@@ -96,9 +105,10 @@ class GradientMeter(PairMeter):
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
         read, self._read = list(self._read.values()), {}
+        reads, self._reading = self._reading, False
         try:
-            if read:
-                with run.charge(self.name):
+            if reads and (read or run.ranks.several):
+                with run.together(self.name):
                     self._hand_on(run, read)
                 self.done(run)
         finally:

@@ -181,7 +181,7 @@ class Lanton(Optimizer):
         """The ratio of each layer by name; 1 where rates do not follow the noise."""
         return {layer.name: 1.0 for layer in self.layers} if self.rates is None else self.rates.ratios
 
-    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
+    def observe(self, scale: float = 1.0, key: Hashable = None, local_scale: float | None = None) -> None:
         """Read the gradients now, before they are clipped, for the step that follows.
 
         Args:
@@ -354,13 +354,13 @@ class _OwnRates(LayerwiseRates):
         self.rule.start(seen, self.reader.norms)
         self._count = self._parameters()
 
-    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
+    def observe(self, scale: float = 1.0, key: Hashable = None, local_scale: float | None = None) -> None:
         self._follow_optimizer()
         for parameter, standing in self._standing:
             gradient: Any = parameter.grad
             standing.grad = None if gradient is None else gradient.detach().full_tensor().to(standing.dtype)
         try:
-            super().observe(scale, key)
+            super().observe(scale, key, local_scale)
         finally:
             for _, standing in self._standing:
                 standing.grad = None
