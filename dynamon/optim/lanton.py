@@ -181,7 +181,7 @@ class Lanton(Optimizer):
         """The ratio of each layer by name; 1 where rates do not follow the noise."""
         return {layer.name: 1.0 for layer in self.layers} if self.rates is None else self.rates.ratios
 
-    def observe(self, scale: float = 1.0, key: Hashable = None, local_scale: float | None = None) -> None:
+    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
         """Read the gradients now, before they are clipped, for the step that follows.
 
         Args:
