@@ -1,7 +1,7 @@
 """Under a budget the first process decides for all when to measure, at steps agreed on before."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dynamon.callbacks.meter import Meter, Run
 
 _LONGEST = 10_000  # steps between two decisions at most
+_AFTER_FAILURE = 100  # ... where the first process cannot decide
 
 
 class Decisions:
@@ -38,9 +39,9 @@ class Decisions:
             return
         waiting = [meter for meter in meters if meter.awaits_decision(run)]
         if not waiting:
-            return
+            return  # for good: what is off stays off
         with run.charge("decision"):
-            said = run.ranks.first_says(self._decide(run, waiting))
+            said = run.ranks.first_says(self._say(run, waiting))
         self.taken += 1
         self._allowed = frozenset(m.name for m, allowed in zip(waiting, said, strict=False) if allowed)
         self._at, self._next = run.step, int(said[-1])
@@ -48,6 +49,17 @@ class Decisions:
     def allows(self, name: str, step: int) -> bool:
         """Whether the last decision allows a meter to begin at ``step``, or at the one before."""
         return name in self._allowed and self._at <= step <= self._at + 1
+
+    def _say(self, run: "Run", waiting: Sequence["Meter"]) -> list[float]:
+        """What the first process has to say; the others wait for it, so it must say something."""
+        said = [0.0] * len(waiting) + [run.step + 1.0]
+        if run.ranks.rank == 0:
+            try:
+                said = self._decide(run, waiting)
+            except Exception as error:
+                said[-1] = run.step + _AFTER_FAILURE
+                run.unsettled.setdefault(waiting[0].name, error)
+        return said
 
     @staticmethod
     def _decide(run: "Run", waiting: Iterable["Meter"]) -> list[float]:

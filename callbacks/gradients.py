@@ -118,6 +118,8 @@ class GradientMeter(PairMeter):
         known = self._sources.get(optimizer)
         if known is not None and known.is_complete(optimizer):
             return known
+        if known is not None:
+            known.reader.forget_ranks()
         source = self._sources[optimizer] = GradientSource(run, optimizer)
         source.load_state_dict(self._saved if known is None else known.state_dict())
         return source

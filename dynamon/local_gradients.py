@@ -23,9 +23,10 @@ class LocalGradients:
     has the unit of :class:`dynamon.noise.NoiseEstimator`: the mean square of the difference of two independent
     gradients of all processes' samples. All are taken at the same weights, so there is no curvature in it.
 
-    Hooks on the parameters see a gradient before DDP's reducer does. They are there between :meth:`open` and
-    :meth:`compare` only, return nothing and keep copies, so that training is bitwise what it is without them. Over
-    several backward passes (accumulation under ``no_sync``) what they see is summed up.
+    Hooks on the parameters see ``.grad`` when it has been accumulated (under ``no_sync`` over several batches) and
+    before DDP's reducer averages it. They are there between :meth:`open` and :meth:`compare` only and keep copies, so
+    that training is bitwise what it is without them. Gradients that are not accumulated, of a penalty say, do not
+    count.
 
     Args:
         layers: L layers, on one device.
@@ -51,7 +52,7 @@ class LocalGradients:
         try:
             for index, layer in enumerate(self._layers):
                 if layer.parameter.requires_grad:
-                    self._handles.append(layer.parameter.register_hook(self._keeper(index)))
+                    self._handles.append(layer.parameter.register_post_accumulate_grad_hook(self._keeper(index)))
         except Exception as error:
             self._error = error
 
@@ -62,9 +63,9 @@ class LocalGradients:
         self._handles, self._kept, self._error, self.is_open = [], {}, None, False
 
     def _keeper(self, index: int) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            known, own = self._kept.get(index), gradient.detach()
-            self._kept[index] = own.clone() if known is None else known + own
+        def keep(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                self._kept[index] = parameter.grad.detach().clone()
 
         return keep
 

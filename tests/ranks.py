@@ -47,13 +47,13 @@ def fit_ranks(
     """What each of some forked processes ends with; one process runs without a strategy."""
     folder.mkdir()
     given = {"steps": 16, "max_epochs": -1, "use_distributed_sampler": False, **settings}
-    options = given.pop("ddp", {})
+    options, others = given.pop("ddp", {}), given.pop("others", [])
     if ranks > 1:
         strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
         given |= {"strategy": strategy, "devices": ranks}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's advice on forking
-        fit(make(), [*callbacks, Report(folder, callbacks, more)], **given)
+        fit(make(), [*callbacks, *others, Report(folder, callbacks, more)], **given)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from dynamon import dealing, gradients
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor, monitor
+from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.sharpness import QUANTITIES
 from tests.helpers import Classifier, mlp
 from tests.ranks import fit_ranks, loader
@@ -151,7 +152,6 @@ class Breaks(Callback):
 
     def __init__(self, owner, name: str, begin: int, end: int, on: int = 1) -> None:
         self.owner, self.name, self.begin, self.end, self.on = owner, name, begin, end, on
-        self.history: dict = {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if rank() != self.on:
@@ -177,7 +177,7 @@ BREAKS = {
 def test_gradients_that_one_process_cannot_read(tmp_path: Path, name: str, on: int) -> None:
     callback = GradientMonitor(every_n_steps=3)
     broken = Breaks(*BREAKS[name], begin=2, end=5, on=on)
-    ranks = fit_ranks(tmp_path / "seen", classifier, [broken, callback], data=loader(), steps=12)
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=12)
     assert ranks[0]["failures"] == ranks[1]["failures"] == [1]
     steps = [found["tables"]["gradient/norm"]["steps"] for found in ranks]
     assert steps == [[0, 6, 9]] * 2
@@ -189,7 +189,7 @@ def test_spectra_that_one_process_cannot_take(tmp_path: Path, monkeypatch) -> No
     said = Warnings(monkeypatch)
     broken = Breaks(dealing, "shares", begin=0, end=3)
     callback = WeightMonitor(every_n_steps=1)
-    ranks = fit_ranks(tmp_path / "seen", classifier, [broken, callback], data=loader(), steps=6, more=said)
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=6, more=said)
     assert ranks[0]["failures"] == ranks[1]["failures"] == [3]  # every tenth point is a full one: all of them failed
     assert "broken" in ranks[0]["more"][0]
 
@@ -246,8 +246,9 @@ class Counts(Callback):
 
 
 def counted_fit(tmp_path: Path, callback, counts: Counts, steps: int) -> list[dict]:
-    counts.history = {}
-    return fit_ranks(tmp_path / "seen", classifier, [counts, callback], data=loader(), steps=steps, more=counts)
+    return fit_ranks(
+        tmp_path / "seen", classifier, [callback], data=loader(), steps=steps, others=[counts], more=counts
+    )
 
 
 @SOON
@@ -262,6 +263,9 @@ def test_steps_that_measure_nothing_have_no_collective(tmp_path: Path, monkeypat
 def test_under_a_budget_the_first_process_decides(tmp_path: Path, monkeypatch) -> None:
     counts = Counts(monkeypatch)
     plain = fit_ranks(tmp_path / "plain", classifier, [], data=loader(), steps=150)
+    # The second process's clock says something else.
+    allows = Budget.allows
+    monkeypatch.setattr(Budget, "allows", lambda *args, **named: rank() == 0 and allows(*args, **named))
     callback = DynamicsMonitor(budget=0.3, strict=True)
     ranks = counted_fit(tmp_path, callback, counts, steps=150)
     assert same_weights(plain[0], ranks[0]) and same_weights(plain[0], ranks[1])
@@ -269,3 +273,43 @@ def test_under_a_budget_the_first_process_decides(tmp_path: Path, monkeypatch) -
     assert steps[0] == steps[1] and len(steps[0]["gradient/norm"]) > 2
     assert ranks[0]["more"] == ranks[1]["more"]
     assert sum(count == 0 for count in ranks[0]["more"]) > 75  # most steps cost nothing
+
+
+class Hidden(torch.autograd.Function):
+    """The identity without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+class Once(PartlyUsed):
+    def forward(self, x):
+        return Hidden.apply(self.network(x) + (self.side(x) if rank() == 0 else 0))
+
+
+@SOON
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+def test_differences_of_gradients_leave_the_reducer_alone(tmp_path: Path, option: str) -> None:
+    def make() -> Classifier:
+        torch.manual_seed(5)
+        network = Once() if option == "find_unused_parameters" else nn.Sequential(mlp(), Wrapped())
+        return Classifier(network.double())
+
+    settings = {"data": loader(), "steps": 8, "ddp": {option: True}}
+    plain = fit_ranks(tmp_path / "plain", make, [], **settings)
+    quantities = ["hessian", "batch", "directional"]
+    callback = SharpnessMonitor(2, quantities=quantities, probe_fraction=1.0, strict=True)
+    ranks = fit_ranks(tmp_path / "seen", make, [callback], **settings)
+    assert same_weights(plain[0], ranks[0]) and same_weights(plain[0], ranks[1])
+    assert any(tag.startswith("sharpness/hessian_max") for tag in ranks[0]["tables"])
+
+
+class Wrapped(nn.Module):
+    def forward(self, x):
+        return Hidden.apply(x)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
@@ -13,7 +14,7 @@ from tests.helpers import Classifier, mlp
 from tests.models import dense_hessian
 from tests.ranks import fit_ranks, loader, regression
 
-OWN_CLOCK = "dynamon/overhead"
+OWN_CLOCK = {"dynamon/overhead", "dynamon/steering_overhead"}
 OTHER_SOURCE = re.compile("noise/(independent|scale|snr)")  # by processes where there are several
 ITERATIVE = re.compile("sharpness/.*(_max|_min|ratio|block|share|overlap|critical|edge)")
 NOT_A_VALUE = re.compile(".*_residual|sharpness/products|sharpness/outliers")  # how a solve went
@@ -40,7 +41,7 @@ def values(report: dict, tag: str) -> torch.Tensor:
 def test_every_tag_is_that_of_one_process(tmp_path: Path, ranks: int) -> None:
     (one,) = fit_ranks(tmp_path / "one", classifier, monitors(), 1, data=loader())
     several = fit_ranks(tmp_path / "several", classifier, monitors(), ranks, data=loader())
-    compared = {tag for tag in one["tables"] if not OTHER_SOURCE.match(tag) and tag != OWN_CLOCK}
+    compared = {tag for tag in one["tables"] if not OTHER_SOURCE.match(tag) and tag not in OWN_CLOCK}
     assert compared <= set(several[0]["tables"]) and len(compared) > 100
     assert {"sharpness/hessian_max_bracket", "spectrum/nuclear", "sharpness/batch"} <= compared
     for tag in compared:
@@ -51,7 +52,7 @@ def test_every_tag_is_that_of_one_process(tmp_path: Path, ranks: int) -> None:
             torch.testing.assert_close(
                 together["values"], alone["values"], rtol=within, atol=1e-12, equal_nan=True, msg=lambda m, t=tag: t + m
             )
-    for tag in set(several[0]["tables"]) - {OWN_CLOCK}:  # callbacks that watch a metric decide alike on all ranks
+    for tag in set(several[0]["tables"]) - OWN_CLOCK:  # callbacks that watch a metric decide alike on all ranks
         assert all(
             torch.equal(values(rank, tag).nan_to_num(), values(several[0], tag).nan_to_num()) for rank in several
         )
@@ -131,10 +132,10 @@ def test_noise_of_four_processes_and_what_follows_from_it(tmp_path: Path) -> Non
     length, noise = values(ranks[0], "gradient/l2")[0] ** 2, noise_at_the_start(4, 1, torch.linalg.vector_norm)
     variance = torch.tensor(list(noise.values())).double() ** 2 / 2
     expected = (length - variance).clamp_min(0) / variance
-    torch.testing.assert_close(values(ranks[0], "noise/snr")[0], expected, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(values(ranks[0], "noise/snr")[0], expected, rtol=1e-5, atol=1e-7)
     if length.sum() > variance.sum():
         scale = float(variance.sum() / (length.sum() - variance.sum()))
-        assert float(values(ranks[0], "noise/scale")[0]) == pytest.approx(scale, rel=1e-6)
+        assert float(values(ranks[0], "noise/scale")[0]) == pytest.approx(scale, rel=1e-5)
 
 
 @pytest.mark.timeout(120)
@@ -161,3 +162,48 @@ def test_noise_between_processes_is_what_one_process_finds_by_halves(tmp_path: P
     torch.testing.assert_close(
         values(ranks[0], "noise/independent"), values(halves, "noise/independent"), rtol=1e-6, atol=0
     )
+
+
+def still() -> Classifier:
+    return Classifier(mlp().double(), lambda p: torch.optim.SGD(p, lr=0.0))
+
+
+@pytest.mark.timeout(120)
+def test_uneven_batches_and_an_uneven_last_one(tmp_path: Path) -> None:
+    """At weights that stay, so that only what is measured differs: DDP itself does not weigh by samples."""
+    quantities = [q for q in QUANTITIES if q not in ("directional", "critical", "stability_ratio", "subspace")]
+    settings = {"steps": 12, "max_epochs": -1}
+    found = []
+    for name, ranks, bounds in (("one", 1, ()), ("two", 2, (3,))):
+        callback = SharpnessMonitor(
+            1, quantities=quantities, probe_fraction=1.0, probe_batches=2, tol=1e-6, max_matvecs=200, strict=True
+        )
+        data = loader(count=88, bounds=bounds)
+        found.append(fit_ranks(tmp_path / name, still, [callback], ranks, data=data, **settings)[0]["tables"])
+    one, two = found
+    for tag in set(one) - OWN_CLOCK:
+        assert one[tag]["steps"] == two[tag]["steps"], tag
+        if not NOT_A_VALUE.fullmatch(tag):
+            torch.testing.assert_close(two[tag]["values"], one[tag]["values"], rtol=1e-5, atol=1e-12, equal_nan=True)
+    assert {"sharpness/batch", "sharpness/ggn_max", "sharpness/trace", "sharpness/hessian_max_bracket"} <= set(one)
+
+
+@pytest.mark.timeout(120)
+def test_a_resumed_run_measures_what_the_whole_one_did(tmp_path: Path) -> None:
+    def callbacks() -> list:
+        return [*monitors(every=2), NoiseAdaptiveLR(warmup=1, group_by="all", source="independent")]
+
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    whole = fit_ranks(
+        tmp_path / "whole", classifier, callbacks(), data=loader(), others=[save], enable_checkpointing=True, steps=12
+    )
+    path = str(tmp_path / "step=6.ckpt")
+    rest = fit_ranks(tmp_path / "rest", classifier, callbacks(), data=loader(), steps=12, ckpt_path=path)
+    for rank, own in zip(rest, whole, strict=True):
+        assert all(torch.equal(rank["weights"][key], own["weights"][key]) for key in own["weights"])
+        assert rank["ratios"] == own["ratios"]
+        for tag in set(rank["tables"]) - OWN_CLOCK:
+            table, known = rank["tables"][tag], own["tables"][tag]
+            places = [known["steps"].index(step) for step in table["steps"]]
+            assert torch.equal(table["values"].nan_to_num(), known["values"][places].nan_to_num()), tag
+        assert len(rank["tables"]["sharpness/hessian_max"]["steps"]) == 3
