@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dynamon.callbacks.meter import Meter, Run
 
 _LONGEST = 10_000  # steps between two decisions at most
+_SHARE = 0.1  # most of the budget that decisions may take
 _AFTER_FAILURE = 100  # ... where the first process cannot decide
 
 
@@ -30,6 +31,7 @@ class Decisions:
     def __init__(self) -> None:
         """The first step decides."""
         self.taken = 0
+        self._seconds = math.inf  # that one takes, at best: others include waiting
         self._next, self._at = -math.inf, -1
         self._allowed: frozenset[str] = frozenset()
 
@@ -43,6 +45,7 @@ class Decisions:
         with run.charge("decision"):
             said = run.ranks.first_says(self._say(run, waiting))
         self.taken += 1
+        self._seconds = min(self._seconds, run.budget.last["decision"])
         self._allowed = frozenset(m.name for m, allowed in zip(waiting, said, strict=False) if allowed)
         self._at, self._next = run.step, int(said[-1])
 
@@ -61,8 +64,7 @@ class Decisions:
                 run.unsettled.setdefault(waiting[0].name, error)
         return said
 
-    @staticmethod
-    def _decide(run: "Run", waiting: Iterable["Meter"]) -> list[float]:
+    def _decide(self, run: "Run", waiting: Iterable["Meter"]) -> list[float]:
         """For each meter whether it may begin now, and the step of the next decision."""
         allowed, steps = [], [float(_LONGEST)]
         for meter in waiting:
@@ -70,7 +72,13 @@ class Decisions:
             allowed.append(run.budget.allows(meter.name, expected, meter.cadence.share))
             begins = meter.cadence.is_free(run.step + meter.begins_before) and allowed[-1]
             steps.append(meter.cadence.steps_to_wait(run, meter.name, expected, begins, meter.begins_before))
-        return [*map(float, allowed), run.step + max(1.0, min(steps))]
+        wait = max(1.0, min(steps), self._steps_that_pay(run) if self.taken else 1.0)
+        return [*map(float, allowed), run.step + min(wait, _LONGEST)]
+
+    def _steps_that_pay(self, run: "Run") -> float:
+        """Steps in which a decision is earned."""
+        assert run.budget.fraction is not None
+        return math.ceil(self._seconds / max(_SHARE * run.budget.fraction * run.seconds_per_step, 1e-9))
 
 
 def ranks_of(trainer: pl.Trainer, module: pl.LightningModule) -> Ranks:
