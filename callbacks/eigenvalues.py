@@ -186,8 +186,12 @@ class EigenvalueMeter(Meter):
         if not self._is_due(run):
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
-        with run.together(self.name):
-            products = self._measure(run)
+        try:
+            with run.together(self.name):
+                products = self._measure(run)
+        except Exception:
+            self._start_anew(run)
+            raise
         self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
         self.done(run)
 
@@ -243,6 +247,12 @@ class EigenvalueMeter(Meter):
             if ran_out_of_memory(error):
                 raise
             point.failed[quantity] = error
+            self._start_anew(point.run)
+
+    def _start_anew(self, run: Run) -> None:
+        """After a failure some of several processes may have come further than others: all track from nothing."""
+        if run.ranks.several:
+            self._trackers, self._blocks, self._space = {}, {}, None
 
     def _judge(self, point: _Point) -> None:
         """Raise if nothing succeeded; else say once what failed, and leave out what failed three times in a row."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.accumulation import compares_ranks, has_windows, scale_before_step
-from dynamon.callbacks.base import gradient_scale
+from dynamon.callbacks.base import SteeringError, gradient_scale
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import Array, GradientReader, GradientReadings
@@ -113,7 +113,7 @@ class GradientSource:
         try:
             scale, local = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
             if self._rates is not None:
-                self._rates.observe(scale, self._key, local)
+                self._observe(run, self._rates, scale, local)
             pending = self.reader.read(scale, local_scale=local)
         finally:
             if not self._steered:  # the steering reads by itself
@@ -127,6 +127,14 @@ class GradientSource:
         self._signal.update(readings)
         layers, independent = self.reader.layers, self._independent.values
         return SourceReading(layers, readings, noise.values, independent, self._signal, moved, steps)
+
+    def _observe(self, run: Run, rates: LayerwiseRates, scale: float, local: float) -> None:
+        try:
+            rates.observe(scale, self._key, local)
+        except Exception as error:
+            if run.ranks.several:
+                raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
+            raise
 
     def _measure_steps(self) -> tuple[Array, Tensor]:
         """Positions of the layers whose weights one step before are known, and the norms of the steps between."""

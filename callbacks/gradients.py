@@ -53,7 +53,7 @@ class GradientMeter(PairMeter):
         "gradient/dual": "its dual norm, in the norm that fits optimizer and role",
         "gradient/local_smoothness": "dual norm of the gradient's change over the norm of the step in between",
         "noise/dual": "noise sqrt(H) in that dual norm",
-        "noise/independent": "the same from the halves of accumulation windows, without curvature",
+        "noise/independent": "the same from the processes or the halves of accumulation windows, without curvature",
         "noise/snr": "squared length of the mean gradient over its variance",
     }
     histograms = {"gradient/histogram": "the layer's gradient before clipping, every tenth reading"}
@@ -271,8 +271,8 @@ class GradientMonitor(Monitor):
     ``noise/scale``                   gradient noise scale: the batch at which noise equals signal, in multiples of
                                       yours; nothing while no signal stands out
     ``noise/dual``                    per layer: noise sqrt(H) in the dual norm
-    ``noise/independent``             per layer: the same from the two halves of accumulation windows; what
-                                      ``noise/dual`` has above it is curvature
+    ``noise/independent``             per layer: the same from the processes of a DDP run, or the two halves of
+                                      accumulation windows; what ``noise/dual`` has above it is curvature
     ``noise/snr``                     per layer: squared length of the mean gradient over its variance
     ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
     ``dynamon/overhead``              time of monitoring over training time without it
@@ -288,8 +288,9 @@ class GradientMonitor(Monitor):
     on small batches their difference, and so this number, is dominated by gradient noise.
 
     The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
-    over two or more batches (one process, automatic optimisation), the halves of a window are compared as well, and
-    ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) rest on them.
+    over two or more batches, the halves of a window are compared as well, and under DDP the gradients of the processes
+    with their mean (both with automatic optimisation); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest
+    on that.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,

@@ -67,7 +67,7 @@ class LayerwiseLR(DynamonCallback):
 
     Raises:
         ValueError: On arguments out of range; when fit starts, if an optimizer cannot take layerwise rates,
-            with the reason, and for a rule that compares parts of an accumulation window if there is no accumulation.
+            with the reason, and for a rule that compares independent gradients without accumulation or DDP.
     """
 
     panels = RATES
@@ -314,7 +314,8 @@ class NoiseAdaptiveLR(LayerwiseLR):
         cap: Largest ratio under ``relative_to="mean"``.
         dead_band: Relative change of a ratio that is too small to act on.
         refresh: Noise updates between two changes of the ratios.
-        source: ``"successive"`` gradients, or the two ``"independent"`` halves of an accumulation window.
+        source: ``"successive"`` gradients, or ``"independent"`` ones: those of the processes under DDP, else the two
+            halves of an accumulation window.
         bias_correction: Correct the noise average for its start at zero.
         apply: False for a dry run, which computes and logs and changes nothing.
         scale_weight_decay: Decoupled weight decay scales with the rate; False keeps it at the base rate.
@@ -395,7 +396,10 @@ def _no_parts(rule: Rule, trainer: pl.Trainer, module: pl.LightningModule) -> st
         return f"source='independent' compares the processes of a DDP run, and this is {name}; take 'successive'."
     scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
     if trainer.accumulate_grad_batches < 2 and not scheduled:
-        return "source='independent' compares halves of an accumulation window; set accumulate_grad_batches=2 or more."
+        return (
+            "source='independent' compares halves of an accumulation window, or processes under DDP; "
+            "set accumulate_grad_batches=2 or more."
+        )
     return None
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from dynamon.callbacks.base import DynamonCallback, off_reason
+from dynamon.callbacks.base import DynamonCallback, SteeringError, off_reason
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run
 from dynamon.callbacks.recorder import Recorder
@@ -189,6 +189,8 @@ class Monitor(DynamonCallback):
                 self._in_a_row[meter.name] = 0
                 with self._run.charge(meter.name):
                     self._finish()
+        except SteeringError:
+            raise
         except Exception as error:
             if not self._run.ranks.is_known_to_all(error):
                 # The other processes have not heard of it: they do when they measure this together.

@@ -270,7 +270,8 @@ class WeightMonitor(Monitor):
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================
 
-    (*) matrices and flattened convolutions, every tenth reading: they need all singular values.
+    (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP each process
+    takes a part of the layers.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,

@@ -8,12 +8,22 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn.functional import cross_entropy
 
 from dynamon import dealing, gradients
-from dynamon.callbacks import DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor, monitor
+from dynamon.callbacks import (
+    DynamicsMonitor,
+    GradientMonitor,
+    NoiseAdaptiveLR,
+    SharpnessMonitor,
+    WeightMonitor,
+    eigenvalues,
+    monitor,
+)
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.curvature import HessianOperator, lanczos
 from tests.helpers import Classifier, mlp
 from tests.ranks import fit_ranks, loader
 
@@ -313,3 +323,35 @@ def test_differences_of_gradients_leave_the_reducer_alone(tmp_path: Path, option
 class Wrapped(nn.Module):
     def forward(self, x):
         return Hidden.apply(x)
+
+
+LATE = {
+    "vectors": (lanczos.Lanczos, "vectors"),
+    "products": (HessianOperator, "_product"),
+    "judging": (eigenvalues.EigenvalueMeter, "_judge"),
+}
+
+
+@SOON
+@pytest.mark.parametrize("name", LATE)
+def test_a_solve_that_one_process_cannot_end(tmp_path: Path, name: str) -> None:
+    """What it had tracked until then is forgotten by all, or they would go on from different vectors."""
+    quantities = ["hessian", "blocks", "subspace", "trace"]
+    callback = SharpnessMonitor(1, quantities=quantities, probe_fraction=1.0)
+    broken = Breaks(*LATE[name], begin=3, end=5)
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=12)
+    assert ranks[0]["failures"] == ranks[1]["failures"] and ranks[0]["failures"][0] >= 2
+    tables = [found["tables"] for found in ranks]
+    assert tables[0].keys() == tables[1].keys() and tables[0]["sharpness/hessian_max"]["steps"][-1] == 11
+    for tag in set(tables[0]) - {"dynamon/overhead"}:
+        assert tables[0][tag]["steps"] == tables[1][tag]["steps"]
+        assert torch.equal(*(table[tag]["values"].nan_to_num() for table in tables)), tag
+
+
+@SOON
+def test_steering_that_fails_on_one_process_stops_the_run(tmp_path: Path) -> None:
+    """Weights that part without a word would be worse."""
+    callbacks = [GradientMonitor(every_n_steps=1), NoiseAdaptiveLR(warmup=1)]
+    broken = Breaks(gradients, "gradient_stats", begin=3, end=5)
+    with pytest.raises(ProcessRaisedException, match="reading the gradients for layerwise rates failed: broken"):
+        fit_ranks(tmp_path / "seen", classifier, callbacks, others=[broken], data=loader(), steps=12)
