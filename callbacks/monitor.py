@@ -212,6 +212,7 @@ class Monitor(DynamonCallback):
         assert self._run is not None
         if ran_out_of_memory(error):
             torch.cuda.empty_cache()
+        self._recorder.forget()
         self._failures += 1
         self._in_a_row[meter.name] += 1
         meter.cadence.last = self._run.step
