@@ -181,7 +181,7 @@ class FiniteDifference:
                     loss.backward()
                     gradients = [p.grad for p in tensors]
                 else:
-                    gradients = self._params.differentiate(loss)
+                    gradients = self._params.differentiate(loss, keep_graph=False)
             if all(g is None for g in gradients):
                 raise ValueError("the loss does not depend on any of the parameters.")
             return loss.detach(), self._params.flatten(gradients).clone()
