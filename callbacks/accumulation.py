@@ -1,6 +1,8 @@
-"""Where in an accumulation window a batch stands."""
+"""Where in an accumulation window a batch stands, and where independent gradients come from."""
 
 import lightning.pytorch as pl
+
+from dynamon.callbacks.decisions import is_distributed
 
 
 def half_window(trainer: pl.Trainer) -> float | None:
@@ -28,6 +30,16 @@ def window_is_whole(trainer: pl.Trainer) -> bool:
 def has_windows(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     """Whether gradients of one process are accumulated over several batches, by Lightning."""
     return trainer.accumulate_grad_batches > 1 and trainer.world_size == 1 and module.automatic_optimization
+
+
+def begins_window(trainer: pl.Trainer) -> bool:
+    """Whether a batch is the first of those whose gradients are accumulated; to be asked at its start."""
+    return trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
+
+
+def compares_ranks(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether independent gradients are those of the processes; by hand it is not known which ones belong together."""
+    return is_distributed(trainer) and module.automatic_optimization
 
 
 def scale_before_step(trainer: pl.Trainer) -> float:

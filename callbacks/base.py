@@ -7,6 +7,10 @@ from torch.optim import Optimizer
 from dynamon.panels import Layout, combined
 
 
+class SteeringError(RuntimeError):
+    """Steering failed on one of several processes: going on would let their weights part, so this is not caught."""
+
+
 class DynamonCallback(pl.Callback):
     """What steering and monitors have in common: one of a kind in a Trainer, and a clear word when not.
 

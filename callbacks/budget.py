@@ -88,6 +88,14 @@ class Budget:
         cost = _MARGIN * expected
         return self.spent + cost <= allowance and self.spent_on.get(name, 0.0) + cost <= share * allowance
 
+    def seconds_to_wait(self, name: str, expected: float, share: float = 1.0) -> float:
+        """Seconds of training after which :meth:`allows` would say yes; 0 where it does."""
+        if self.fraction is None:
+            return 0.0
+        cost = _MARGIN * expected
+        needed = max(self.spent + cost, (self.spent_on.get(name, 0.0) + cost) / share) / self.fraction
+        return max(needed - self.training, 0.0)
+
     def _book(self, name: str, seconds: float) -> None:
         self.spent += seconds
         self.spent_on[name] = self.spent_on.get(name, 0.0) + seconds

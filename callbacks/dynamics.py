@@ -72,6 +72,8 @@ class DynamicsMonitor(Monitor):
     to ``6 * budget`` of a batch; ``sharpness/probe_samples`` shows what is left. For SGD the Hessian's eigenvalue
     comes with the stability ratio at no cost, so ``economy`` shows it too.
 
+    Under DDP every reading is that of all processes, and the budget is kept by the first one's clock.
+
     Args:
         preset: ``"economy"``, ``"standard"`` or ``"full"``.
         budget: Share of training time that monitoring may take; None for no limit. It never touches steering.

@@ -24,6 +24,7 @@ from dynamon.curvature import (
     GGNOperator,
     HessianOperator,
     LinearOperator,
+    MeanOverRanks,
     OutputsOfLoss,
     SpectralDensity,
     blockwise_sharpness,
@@ -35,6 +36,7 @@ from dynamon.curvature import (
 from dynamon.memory import basis_memory, free_memory
 from dynamon.panels import SHARPNESS, shown
 from dynamon.preconditioner import has_second_moment, preconditioned, preconditioner
+from dynamon.ranks import ran_out_of_memory
 from dynamon.stability import (
     StabilityScaling,
     has_stability_condition,
@@ -55,7 +57,7 @@ class _Point:
 
     run: Run
     params: dict[str, Tensor]
-    hessian: HessianOperator
+    hessian: HessianOperator | MeanOverRanks
     optimizer: Optimizer | None
     readings: dict[str, float] = field(default_factory=dict)
     products: int = 0
@@ -115,6 +117,9 @@ class EigenvalueMeter(Meter):
         if self._probe.off:
             return
         optimizer = _only(run.trainer.optimizers)
+        if self._wanted & {"stability_ratio", "preconditioned"} and _is_spread(run.trainer.optimizers):
+            self._wanted -= {"stability_ratio", "preconditioned"}
+            rank_zero_warn("no stability ratio: ZeroRedundancyOptimizer keeps a part of its state on each process.")
         if optimizer is None and self._wanted & {"stability_ratio", "preconditioned"}:
             rank_zero_info("no stability ratio: it is defined for one optimizer, and there are several.")
         if optimizer is not None and "stability_ratio" in self._wanted and not has_stability_condition(optimizer):
@@ -123,16 +128,18 @@ class EigenvalueMeter(Meter):
                 f"no stability ratio: {type(optimizer).__name__} has no known stability condition; the Hessian's "
                 "largest eigenvalue and the sharpness along the step in the layers' own norms are shown instead."
             )
-        self._check_memory(run)
+        with run.ranks.measurement():
+            self._check_memory(run)
 
     def _check_memory(self, run: Run) -> None:
         params = list(trained_parameters(run).values())
         if not params:
             return
         limit = self._memory_limit * 2**30 if self._memory_limit else free_memory(params[0].device) / 2
-        self._certify = basis_memory(params, certify=True) <= limit
         needed = basis_memory(params, self._max_eigenvalues())
-        self._too_large = needed > limit
+        lacks = [basis_memory(params, certify=True) > limit, needed > limit]
+        lacks = run.ranks.maximum(torch.tensor(lacks, dtype=torch.float64, device=params[0].device)).bool().tolist()
+        self._certify, self._too_large = not lacks[0], lacks[1]
         if self._too_large:
             self._steps.also("critical")
             rank_zero_warn(
@@ -143,6 +150,10 @@ class EigenvalueMeter(Meter):
 
     def _max_eigenvalues(self) -> int:
         return SUBSPACE if "subspace" in self._wanted else 1
+
+    def is_off(self) -> bool:
+        """Where nothing was asked for or its vectors do not fit, or sharpness is off."""
+        return not self._wanted or self._too_large or self._probe.off
 
     def is_missed(self) -> bool:
         """Not where it is off for another reason."""
@@ -162,7 +173,7 @@ class EigenvalueMeter(Meter):
         return products * median([guess, *self._product_seconds])
 
     def _is_due(self, run: Run) -> bool:
-        possible = self._wanted and self._probe.ready and not self._too_large
+        possible = self._wanted and self._probe.is_expected(run) and not self._too_large
         return bool(possible) and self.cadence.due(run, self.name, self.expected(run), run.step)
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
@@ -175,21 +186,26 @@ class EigenvalueMeter(Meter):
         if not self._is_due(run):
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
-        with run.charge(self.name):
-            products = self._measure(run)
+        try:
+            with run.together(self.name):
+                products = self._measure(run)
+        except Exception:
+            self._start_anew(run)
+            raise
         self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
         self.done(run)
 
     def _measure(self, run: Run) -> int:
         params = trained_parameters(run)
+        self._probe.agree(run)
         with evaluation(run):
-            hessian = HessianOperator(lambda: self._probe.loss(run), params)
+            hessian = self._probe.hessian(run, params)
             point = _Point(run, params, hessian, _only(run.trainer.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
             if not math.isfinite(point.readings["sharpness/probe_loss"]):
                 raise FloatingPointError("the loss on the probe is not finite.")
-            if self._probe.samples is not None:
-                point.readings["sharpness/probe_samples"] = float(self._probe.samples)
+            if self._probe.samples_in_all is not None:
+                point.readings["sharpness/probe_samples"] = float(self._probe.samples_in_all)
             self._measure_hessian(point)
             self._say_backend(point)
             del hessian, point.hessian  # its graph makes room for those that follow
@@ -224,12 +240,19 @@ class EigenvalueMeter(Meter):
         """Measure one quantity; its failure leaves the others alone."""
         try:
             before = point.products
-            function(point)
+            with point.run.ranks.measurement():
+                function(point)
             point.succeeded += point.products > before
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if ran_out_of_memory(error):
+                raise
             point.failed[quantity] = error
+            self._start_anew(point.run)
+
+    def _start_anew(self, run: Run) -> None:
+        """After a failure some of several processes may have come further than others: all track from nothing."""
+        if run.ranks.several:
+            self._trackers, self._blocks, self._space = {}, {}, None
 
     def _judge(self, point: _Point) -> None:
         """Raise if nothing succeeded; else say once what failed, and leave out what failed three times in a row."""
@@ -311,14 +334,14 @@ class EigenvalueMeter(Meter):
 
     def _note_bracket(self, point: _Point, tag: str, found: Eigenpairs, scaling: StabilityScaling | None) -> None:
         """Have the top direction tried on other samples, when the upper bound is taken."""
-        if found.upper is not None and "bracket" in self._wanted and self._probe.second_ready:
+        if found.upper is not None and "bracket" in self._wanted and self._probe.second_in_all:
             point.brackets.append((tag, found.vectors[:, 0], scaling))
 
     def _measure_brackets(self, point: _Point) -> None:
         """Curvature of the top directions on the second set of samples."""
         if not point.brackets:
             return
-        other = HessianOperator(lambda: self._probe.loss(point.run, second=True), point.params)
+        other = self._probe.hessian(point.run, point.params, second=True)
         for tag, vector, scaling in point.brackets:
             operator = other if scaling is None else stability_operator(other, scaling)
             vector = vector.to(operator.dtype)
@@ -367,7 +390,7 @@ class EigenvalueMeter(Meter):
 
         operator = GGNOperator(outputs, lambda _: held["loss"], point.params)
         self._say_what_is_missing(operator, held["loss"])
-        self._solve(point, "ggn_max", operator)
+        self._solve(point, "ggn_max", self._probe.over_ranks(run, operator))
 
     def _say_what_is_missing(self, operator: GGNOperator, loss: Tensor) -> None:
         """A loss may reach the parameters past the outputs that were found: another head, a penalty."""
@@ -399,11 +422,11 @@ class EigenvalueMeter(Meter):
         if reason is not None and "backend" not in self._told:
             self._told.add("backend")
             rank_zero_info(f"{reason} Finite differences of gradients are used instead, at two gradients a product.")
-        if self._probe.samples is not None and "probe" not in self._told:
+        if self._probe.samples_in_all is not None and "probe" not in self._told:
             self._told.add("probe")
             rank_zero_info(
-                f"sharpness is measured on {self._probe.samples} samples; so small a probe is sharper than the whole "
-                "training set. probe_size sets their number."
+                f"sharpness is measured on {self._probe.samples_in_all} samples; so small a probe is sharper than the "
+                "whole training set. probe_size sets their number."
             )
 
     def _warn(self, run: Run, readings: Mapping[str, float]) -> None:
@@ -445,3 +468,8 @@ class EigenvalueMeter(Meter):
 
 def _only(optimizers: Sequence[Optimizer]) -> Optimizer | None:
     return optimizers[0] if len(optimizers) == 1 else None
+
+
+def _is_spread(optimizers: Sequence[Optimizer]) -> bool:
+    """Whether an optimizer's state is dealt out over the processes."""
+    return any(cls.__name__ == "ZeroRedundancyOptimizer" for o in optimizers for cls in type(o).__mro__)

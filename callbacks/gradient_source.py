@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.accumulation import scale_before_step, window_is_whole
-from dynamon.callbacks.base import gradient_scale
+from dynamon.callbacks.base import SteeringError, gradient_scale
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import Array, GradientReader, GradientReadings
@@ -29,8 +29,8 @@ class SourceReading:
         layers: The L layers.
         readings: Their gradients, on the host.
         noise: Their noise.
-        independent: Their noise by the halves of accumulation windows, NaN where there are none.
-        signal: Signal to noise of each, and of the whole gradient: by halves of a window where this step had them.
+        independent: Their noise by halves of accumulation windows or by processes, NaN where there are none.
+        signal: Signal to noise of each, and of the whole gradient: by the same where this step had them.
         moved: Positions of the M layers whose step since the gradient before is known.
         steps: Norms of those steps ``[M]``, still on the device.
     """
@@ -94,6 +94,10 @@ class GradientSource:
         """Keep the gradients of a part of the window, for a comparison with the rest of it."""
         self.reader.store_part(share, scale_before_step(run.trainer))
 
+    def watch_ranks(self) -> None:
+        """Have the gradients of the processes compared at the step to come."""
+        self.reader.watch_ranks()
+
     def keep(self, run: Run, optimizer: Optimizer) -> None:
         """Keep gradients and weights of this step for a comparison at the next."""
         if not self._steered:  # the steering keeps them itself
@@ -106,13 +110,18 @@ class GradientSource:
 
     def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
         """Read the gradients, and how far the weights have moved since those before."""
-        scale = gradient_scale(run.trainer, optimizer)
         if not window_is_whole(run.trainer):
             self.reader.drop_part()
+        try:
+            scale, local = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
+            if self._rates is not None:
+                self._observe(run, self._rates, scale, local)
+            pending = self.reader.read(scale, local_scale=local)
+        finally:
+            if not self._steered:  # the steering reads by itself
+                self.reader.give_up_ranks()
         moved, steps = self._measure_steps()
-        if self._rates is not None:
-            self._rates.observe(scale, self._key)
-        readings = self.reader.read(scale).wait()
+        readings = pending.wait()
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
         if self._rates is None:
             self._noise.update(readings)
@@ -125,6 +134,14 @@ class GradientSource:
         if not halves:
             independent = np.full(len(layers), np.nan)
         return SourceReading(layers, readings, noise.values, independent, signal, moved, steps)
+
+    def _observe(self, run: Run, rates: LayerwiseRates, scale: float, local: float) -> None:
+        try:
+            rates.observe(scale, self._key, local)
+        except Exception as error:
+            if run.ranks.several:
+                raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
+            raise
 
     def _measure_steps(self) -> tuple[Array, Tensor]:
         """Positions of the layers whose weights one step before are known, and the norms of the steps between."""

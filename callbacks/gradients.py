@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.accumulation import half_window, has_windows
+from dynamon.callbacks.accumulation import begins_window, compares_ranks, half_window, has_windows
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
@@ -54,7 +54,7 @@ class GradientMeter(PairMeter):
         "gradient/dual": "its dual norm, in the norm that fits optimizer and role",
         "gradient/local_smoothness": "dual norm of the gradient's change over the norm of the step in between",
         "noise/dual": "noise sqrt(H) in that dual norm",
-        "noise/independent": "the same from the halves of accumulation windows, without curvature",
+        "noise/independent": "the same from the processes or the halves of accumulation windows, without curvature",
         "noise/snr": "squared length of the mean gradient over its variance",
     }
     histograms = {"gradient/histogram": "the layer's gradient before clipping, every tenth reading"}
@@ -65,6 +65,7 @@ class GradientMeter(PairMeter):
         self._with_histograms = with_histograms
         self._sources: dict[Optimizer, GradientSource] = {}
         self._read: dict[Optimizer, SourceReading] = {}
+        self._reading = False  # this step is measured
         self._binned: dict[str, Tensor] = {}
         self._clipped, self._clippable = 0, 0  # measured steps
         self._warned = False
@@ -72,9 +73,10 @@ class GradientMeter(PairMeter):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients."""
+        reads, keeps = self.reads(run), self.keeps(run)
+        self._reading = reads
         source = self._source(run, optimizer)
         source.begin((run.trainer.global_step, run.step))
-        reads, keeps = self.reads(run), self.keeps(run)
         if reads:
             with run.charge(self.name):
                 # An optimizer that steps twice in a batch is shown at its last step.
@@ -85,6 +87,13 @@ class GradientMeter(PairMeter):
         elif keeps:
             with run.charge(self.name):
                 source.keep(run, optimizer)
+
+    def batch_start(self, run: Run, batch: Any) -> None:
+        """Of several processes, have each one's own gradients kept at a step that will be read."""
+        if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.reads(run):
+            with run.charge(self.name):
+                for optimizer in run.trainer.optimizers:
+                    self._source(run, optimizer).watch_ranks()
 
     def after_backward(self, run: Run) -> None:
         """In the middle of an accumulation window that will be read, keep its first half."""
@@ -97,9 +106,10 @@ class GradientMeter(PairMeter):
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
         read, self._read = list(self._read.values()), {}
+        reads, self._reading = self._reading, False
         try:
-            if read:
-                with run.charge(self.name):
+            if reads and (read or run.ranks.several):
+                with run.together(self.name):
                     self._hand_on(run, read)
                 self.done(run)
         finally:
@@ -109,6 +119,8 @@ class GradientMeter(PairMeter):
         known = self._sources.get(optimizer)
         if known is not None and known.is_complete(optimizer):
             return known
+        if known is not None:
+            known.reader.forget_ranks()
         source = self._sources[optimizer] = GradientSource(run, optimizer)
         source.load_state_dict(self._saved if known is None else known.state_dict())
         return source
@@ -262,8 +274,8 @@ class GradientMonitor(Monitor):
     ``noise/scale``                   gradient noise scale: the batch at which noise equals signal, in multiples of
                                       yours; nothing while no signal stands out
     ``noise/dual``                    per layer: noise sqrt(H) in the dual norm
-    ``noise/independent``             per layer: the same from the two halves of accumulation windows; what
-                                      ``noise/dual`` has above it is curvature
+    ``noise/independent``             per layer: the same from the processes of a DDP run, or the two halves of
+                                      accumulation windows; what ``noise/dual`` has above it is curvature
     ``noise/snr``                     per layer: squared length of the mean gradient over its variance
     ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
     ``dynamon/overhead``              time of monitoring over training time without it
@@ -279,8 +291,9 @@ class GradientMonitor(Monitor):
     on small batches their difference, and so this number, is dominated by gradient noise.
 
     The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
-    over two or more batches (one process, automatic optimisation), the halves of a window are compared as well, and
-    ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) rest on them.
+    over two or more batches, the halves of a window are compared as well, and under DDP the gradients of the processes
+    with their mean (both with automatic optimisation); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest
+    on that.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,

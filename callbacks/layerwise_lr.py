@@ -9,7 +9,14 @@ import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 
-from dynamon.callbacks.accumulation import half_window, scale_before_step, window_is_whole
+from dynamon.callbacks.accumulation import (
+    begins_window,
+    compares_ranks,
+    half_window,
+    has_windows,
+    scale_before_step,
+    window_is_whole,
+)
 from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.recorder import Recorder
@@ -61,7 +68,7 @@ class LayerwiseLR(DynamonCallback):
 
     Raises:
         ValueError: On arguments out of range; when fit starts, if an optimizer cannot take layerwise rates,
-            with the reason, and for a rule that compares parts of an accumulation window if there is no accumulation.
+            with the reason, and for a rule that compares independent gradients without accumulation or DDP.
     """
 
     panels = RATES
@@ -160,12 +167,16 @@ class LayerwiseLR(DynamonCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The clock runs."""
+        """The clock runs; a rule that compares the processes has their own gradients kept."""
         self._budget.start()
+        if _wants_parts(self.rule) and compares_ranks(trainer, pl_module) and begins_window(trainer):
+            with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
+                for rates in self._steered.values():
+                    rates.watch_ranks()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the first half of an accumulation window, for a rule that compares the halves."""
-        if not _wants_parts(self.rule):
+        if not _wants_parts(self.rule) or not has_windows(trainer, pl_module):
             return
         share = half_window(trainer)
         if share is not None:
@@ -186,7 +197,8 @@ class LayerwiseLR(DynamonCallback):
             if not window_is_whole(trainer):
                 rates.reader.drop_part()
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step))
+            local = scale_before_step(trainer)
+            rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local)
             if trainer._logger_connector.should_update_logs and not trainer.barebones:
                 # Before the step: the scheduler has moved on by the time it is over.
                 self._in_force[optimizer] = (rates.base_rates(), rates.wanted)
@@ -305,7 +317,8 @@ class NoiseAdaptiveLR(LayerwiseLR):
         cap: Largest ratio under ``relative_to="mean"``.
         dead_band: Relative change of a ratio that is too small to act on.
         refresh: Noise updates between two changes of the ratios.
-        source: ``"successive"`` gradients, or the two ``"independent"`` halves of an accumulation window.
+        source: ``"successive"`` gradients, or ``"independent"`` ones: those of the processes under DDP, else the two
+            halves of an accumulation window.
         bias_correction: Correct the noise average for its start at zero.
         apply: False for a dry run, which computes and logs and changes nothing.
         scale_weight_decay: Decoupled weight decay scales with the rate; False keeps it at the base rate.
@@ -374,16 +387,22 @@ def _wants_parts(rule: Rule) -> bool:
 
 
 def _no_parts(rule: Rule, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
-    """Why a rule that compares the halves of an accumulation window cannot have them; None where it can."""
+    """Why a rule that compares independent gradients cannot have them; None where it can."""
     if not _wants_parts(rule):
         return None
-    if trainer.world_size > 1:
-        return "source='independent' compares gradients of one process; take source='successive' with several."
     if not module.automatic_optimization:
         return "source='independent' needs automatic optimisation, which says where an accumulation window begins."
+    if compares_ranks(trainer, module):
+        return None
+    if trainer.world_size > 1:
+        name = type(trainer.strategy).__name__
+        return f"source='independent' compares the processes of a DDP run, and this is {name}; take 'successive'."
     scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
     if trainer.accumulate_grad_batches < 2 and not scheduled:
-        return "source='independent' compares halves of an accumulation window; set accumulate_grad_batches=2 or more."
+        return (
+            "source='independent' compares halves of an accumulation window, or processes under DDP; "
+            "set accumulate_grad_batches=2 or more."
+        )
     return None
 
 

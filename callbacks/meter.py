@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import is_tryout
 from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.decisions import Decisions, ranks_of
 from dynamon.callbacks.recorder import Recorder
 from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.panels import Layout
@@ -30,6 +31,9 @@ class Run:
         recorder: Takes readings.
         all_layers: Every layer of the module.
         layers: Those that per-layer readings are wanted for.
+        ranks: The processes that measure together, this one alone where there is no other.
+        decisions: When they measure under a budget.
+        unsettled: What went wrong in a meter on this process and has yet to be said to the others, by its name.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class Run:
         self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
         self.all_layers = [layer for layer in describe_layers(module) if is_measurable(layer)]
         self.layers = layers
+        self.ranks, self.decisions = ranks_of(trainer, module), Decisions()
+        self.unsettled: dict[str, Exception] = {}
         self._copies: dict[str, Tensor] = {}
         self._copied_at = (-1, -1)
 
@@ -85,6 +91,14 @@ class Run:
         with self.budget.charge(name, cuda=self.module.device.type == "cuda"):
             yield
 
+    @contextmanager
+    def together(self, name: str) -> Iterator[None]:
+        """Book the time of a measurement that succeeds on all processes, or on none."""
+        with self.charge(name), self.ranks.measurement():
+            if name in self.unsettled:
+                raise self.unsettled.pop(name)
+            yield
+
 
 class Cadence:
     """When a meter measures.
@@ -107,7 +121,21 @@ class Cadence:
             return True
         if self.every_n_steps is not None:
             return step % self.every_n_steps == 0
-        return step - self.last >= self.interval and run.budget.allows(name, expected, self.share)
+        if not self.is_free(step):
+            return False
+        if run.ranks.several and run.budget.fraction is not None:
+            return run.decisions.allows(name, step)
+        return run.budget.allows(name, expected, self.share)
+
+    def is_free(self, step: int) -> bool:
+        """Whether the last measurement is far enough away."""
+        return step - self.last >= self.interval
+
+    def steps_to_wait(self, run: Run, name: str, expected: float, begins: bool, begins_before: int) -> float:
+        """Steps until the next measurement can begin, after one at this step if ``begins``."""
+        seconds = run.budget.seconds_to_wait(name, expected * (2 if begins else 1), self.share)
+        free = self.interval if begins else self.last + self.interval - begins_before - run.step
+        return max(free, math.ceil(seconds / max(run.seconds_per_step, 1e-9)), 1)
 
 
 class Meter(ABC):
@@ -124,6 +152,7 @@ class Meter(ABC):
     """
 
     name: str
+    begins_before = 0  # steps before the one that is measured
     tags: Mapping[str, str] = {}
     quantities: Mapping[str, str] = {}
     histograms: Mapping[str, str] = {}
@@ -146,6 +175,15 @@ class Meter(ABC):
         self.points += 1
         self._timed += 1
         self.cadence.last = run.step
+
+    def awaits_decision(self, run: Run) -> bool:
+        """Whether it depends on the budget when this measures, and so on the first process's clock."""
+        fixed = self.cadence.every_n_steps is not None or run.trying_out
+        return not fixed and run.budget.fraction is not None and not self.is_off()
+
+    def is_off(self) -> bool:
+        """Whether it does not measure in this run."""
+        return False
 
     def is_missed(self) -> bool:
         """Whether the budget alone kept it from ever measuring."""
@@ -180,6 +218,8 @@ class PairMeter(Meter):
     At fixed steps the step before a reading is known. Under a budget a step at which a reading could be paid for is
     kept, and the next one is read.
     """
+
+    begins_before = 1
 
     def __init__(self, cadence: Cadence) -> None:
         """Nothing kept."""

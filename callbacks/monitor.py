@@ -10,13 +10,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from dynamon.callbacks.base import DynamonCallback, off_reason
+from dynamon.callbacks.base import DynamonCallback, SteeringError, off_reason
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run
 from dynamon.callbacks.recorder import Recorder
 from dynamon.history import History
 from dynamon.layers import Layer, describe_layers, is_measurable, select
 from dynamon.panels import OVERHEAD, combined
+from dynamon.ranks import ran_out_of_memory
 
 
 class Monitor(DynamonCallback):
@@ -112,6 +113,7 @@ class Monitor(DynamonCallback):
         """Let the meters see the batch."""
         if self._run is not None:
             self._budget.start()
+            self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
             for meter in self._meters:
                 self._call(meter, "batch_start", batch)
 
@@ -175,7 +177,10 @@ class Monitor(DynamonCallback):
         self._state = dict(state_dict)
 
     def _call(self, meter: Meter, method: str, *arguments: Any) -> None:
-        """Call a meter. What it raises costs one warning and a count; three in a row pause it."""
+        """Call a meter. What it raises costs one warning and a count; three in a row pause it.
+
+        Of several processes all count the same, since a measurement that fails on one fails on all of them.
+        """
         assert self._run is not None
         if self.paused(meter):
             return
@@ -186,7 +191,13 @@ class Monitor(DynamonCallback):
                 self._in_a_row[meter.name] = 0
                 with self._run.charge(meter.name):
                     self._finish()
+        except SteeringError:
+            raise
         except Exception as error:
+            if not self._run.ranks.is_known_to_all(error):
+                # The other processes have not heard of it: they do when they measure this together.
+                self._run.unsettled.setdefault(meter.name, error)
+                return
             if self._strict:
                 raise
             self._failed(meter, error)
@@ -209,8 +220,9 @@ class Monitor(DynamonCallback):
 
     def _failed(self, meter: Meter, error: Exception) -> None:
         assert self._run is not None
-        if isinstance(error, torch.OutOfMemoryError):
+        if ran_out_of_memory(error):
             torch.cuda.empty_cache()
+        self._recorder.forget()
         self._failures += 1
         self._in_a_row[meter.name] += 1
         meter.cadence.last = self._run.step

@@ -1,20 +1,23 @@
 """The probe: samples of training that sharpness is measured on, kept for the whole run."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.probe import LossFn, batch_weight, take_samples, training_loss, undisturbed
+from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks
+from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss, undisturbed
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 _SEED = 20_240_801
+OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
 
 class ProbeMeter(Meter):
@@ -30,6 +33,12 @@ class ProbeMeter(Meter):
         size: Samples to keep in all, instead of ``batches`` and ``fraction``.
         weight: Name of an entry of the batch whose sum weighs it (a mask of tokens), or None for its samples.
         second: Whether to keep the second set.
+
+    Under DDP each process keeps a share of its own batches, and what is measured is that of all of them together.
+
+    Attributes:
+        samples_in_all: Samples in the probe of all processes, None where they cannot be told apart.
+        second_in_all: Whether all have their second set.
     """
 
     name = "probe"
@@ -50,13 +59,20 @@ class ProbeMeter(Meter):
         self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
         self._sets: list[list[dict[str, Any]]] = [[], []] if second else [[]]
         self.off = False
+        self.samples_in_all: int | None = None
+        self.second_in_all = False
+        self._parts: list[list[list[dict[str, Any]]]] = [[] for _ in self._sets]  # of all processes, for a checkpoint
+        self._loaded: list[list[list[dict[str, Any]]]] = []
         self._resumed_without = False
 
     def start(self, run: Run) -> None:
-        """Say what cannot be measured."""
+        """Say what cannot be measured, and take up what a checkpoint held."""
         self.off = True
-        if run.trainer.world_size > 1:
-            rank_zero_warn("sharpness is off: it is measured in one process only so far, and there are several.")
+        if run.trainer.world_size > 1 and not run.ranks.several:
+            name = type(run.trainer.strategy).__name__
+            rank_zero_warn(f"sharpness is off: of several processes it is measured under DDP only, and this is {name}.")
+        elif run.ranks.several and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
+            rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")
         elif self.loss_fn is None and not run.module.automatic_optimization:
             rank_zero_warn(
                 "sharpness is off: with manual optimisation training_step would train; "
@@ -64,6 +80,15 @@ class ProbeMeter(Meter):
             )
         else:
             self.off = False
+            self._take_up(run)
+
+    def _take_up(self, run: Run) -> None:
+        """This process's part of a saved probe: what it had, or where their number has changed, as many as others."""
+        for place, parts in enumerate(self._loaded[: len(self._sets)]):
+            own = dealt(parts, run.ranks.rank, run.ranks.size)
+            self._sets[place] = [{**entry, "batch": moved(entry["batch"], run.module.device)} for entry in own]
+        self._resumed_without = self._resumed_without or bool(self._loaded) and not self._sets[0]
+        self._loaded = []
 
     def is_missed(self) -> bool:
         """It has no readings of its own."""
@@ -83,7 +108,7 @@ class ProbeMeter(Meter):
             kept = waiting[0]
             most = None if self._size is None else self._size - sum(entry["samples"] or 0 for entry in kept)
             part, samples = take_samples(batch, 1.0 if self._size else self._fraction, most)
-            weight = batch_weight(part, self._weight) if self._weight else float(samples or 1)
+            weight = self._weight_of(part, samples)
             index = run.trainer.fit_loop.epoch_loop.batch_idx
             kept.append({"batch": part, "index": index, "samples": samples, "weight": weight})
 
@@ -94,8 +119,39 @@ class ProbeMeter(Meter):
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to measure on."""
+        """Whether there is something to measure on, on this process."""
         return not self.off and bool(self._sets[0])
+
+    def is_expected(self, run: Run) -> bool:
+        """Whether there should be something to measure on: the same on all processes."""
+        return not self.off and (run.ranks.several or self.ready)
+
+    def agree(self, run: Run) -> None:
+        """At the begin of a measurement, see that all processes have something to measure on.
+
+        Raises:
+            LookupError: Where this one has nothing.
+        """
+        if not self._sets[0]:
+            raise LookupError("there is no batch for the probe.") from run.unsettled.get(self.name)
+        numbers = [_numbers([entry["batch"] for entry in kept]) for kept in self._sets]
+        full = [float(self._is_full(kept)) for kept in self._sets]
+        known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
+        summed = torch.tensor([*known, *full], dtype=torch.float64, device=run.module.device)
+        samples, *found = run.ranks.sum(summed).tolist()
+        self.samples_in_all = None if math.isnan(samples) else int(samples)
+        are_full = [count == run.ranks.size for count in found[len(numbers) :]]
+        self.second_in_all = len(are_full) > 1 and are_full[1]
+        if run.ranks.several:
+            small = sum(found[: len(numbers)]) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
+            self._gather(run, [is_full and small for is_full in are_full])
+
+    def _gather(self, run: Run, wanted: Sequence[bool]) -> None:
+        """Have the parts of all processes here, once: a checkpoint holds what the first process saves."""
+        for place, (kept, is_wanted) in enumerate(zip(self._sets, wanted, strict=True)):
+            if is_wanted and not self._parts[place]:
+                host = [{**entry, "batch": moved(entry["batch"], torch.device("cpu"))} for entry in kept]
+                self._parts[place] = run.ranks.share(host)
 
     @property
     def samples(self) -> int | None:
@@ -109,8 +165,32 @@ class ProbeMeter(Meter):
         return len(self._sets) > 1 and bool(self._sets[1]) and self._is_full(self._sets[1])
 
     def loss(self, run: Run, second: bool = False) -> Tensor:
-        """Mean loss over the probe's batches by their weights."""
+        """Mean loss over this process's batches of the probe by their weights."""
         return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
+
+    def mean_loss(self, run: Run) -> Tensor:
+        """The same over the batches of all processes, without a graph where there are several."""
+        return run.ranks.mean(self.loss(run), self._total())
+
+    def hessian(self, run: Run, params: Mapping[str, Tensor], second: bool = False) -> HessianOperator | MeanOverRanks:
+        """The Hessian of the mean loss over the probe of all processes."""
+        return self.over_ranks(run, HessianOperator(lambda: self.loss(run, second), params), second)
+
+    def over_ranks(self, run: Run, operator: OperatorT, second: bool = False) -> OperatorT | MeanOverRanks:
+        """From an operator of this process's part of the probe to that of the whole."""
+        return MeanOverRanks(operator, self._total(second), run.ranks) if run.ranks.several else operator
+
+    def batch_hessian(self, run: Run, params: Mapping[str, Tensor], batch: Any) -> HessianOperator | MeanOverRanks:
+        """The Hessian of the loss on a batch, that of all processes together."""
+        index = run.trainer.fit_loop.epoch_loop.batch_idx
+        own = HessianOperator(lambda: training_loss(run.module, batch, self.loss_fn, index), params)
+        return MeanOverRanks(own, self._weight_of(*counted(batch)), run.ranks) if run.ranks.several else own
+
+    def _weight_of(self, part: Any, samples: int | None) -> float:
+        return batch_weight(part, self._weight) if self._weight else float(samples or 1)
+
+    def _total(self, second: bool = False) -> float:
+        return float(sum(entry["weight"] for entry in self._sets[1 if second else 0]))
 
     def weighted(self, evaluate: Callable[[Any, int], Tensor], second: bool = False) -> Tensor:
         """Weighted mean of something evaluated on each batch."""
@@ -121,15 +201,23 @@ class ProbeMeter(Meter):
 
     def state_dict(self) -> dict[str, Any]:
         """The samples, where they are not many and hold nothing that a checkpoint could not load safely."""
+        if self._parts[0]:
+            return {"parts": self._parts}
         numbers = _numbers([[entry["batch"] for entry in kept] for kept in self._sets])
         return {"sets": self._sets} if numbers is not None and numbers <= SAVED_NUMBERS else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the samples; without them new ones are kept."""
-        sets = [list(kept) for kept in state.get("sets", [])]
-        self._resumed_without = not sets
-        for place, kept in enumerate(sets[: len(self._sets)]):
-            self._sets[place] = kept
+        self._loaded = [list(parts) for parts in state.get("parts", [])] or [[kept] for kept in state.get("sets", [])]
+        self._resumed_without = not self._loaded
+
+
+def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:
+    """One process's share of what each of perhaps another number of processes had; nothing where it is too few."""
+    if len(parts) == size:
+        return list(parts[rank])
+    entries = [entry for part in parts for entry in part]
+    return entries[rank::size] if len(entries) >= size else []
 
 
 @contextmanager
@@ -138,7 +226,7 @@ def evaluation(run: Run) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(undisturbed(run.module, _SEED))
+        stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
         stack.enter_context(_loggers_muted(run.trainer))
         stack.enter_context(run.trainer.precision_plugin.train_step_context())
         yield

@@ -65,6 +65,10 @@ class Recorder:
         own = zip(names, values, strict=True)
         self._histograms |= {f"{quantity}/{name}": histogram for name, histogram in own if histogram.count}
 
+    def forget(self) -> None:
+        """Drop what was collected: the measurement did not come to its end."""
+        self._scalars, self._headlines, self._tables, self._histograms = {}, {}, {}, {}
+
     def flush(self, trainer: pl.Trainer, step: int) -> None:
         """Write what was collected to the history, the metrics and the loggers."""
         scalars, headlines, tables = self._scalars, self._headlines, self._tables

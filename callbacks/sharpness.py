@@ -105,6 +105,10 @@ class SharpnessMonitor(Monitor):
     The stability ratio needs one optimizer of class SGD, Adam, AdamW or RMSprop; for others there is the Hessian, and
     ``directional`` in the layers' own norms.
 
+    Under DDP each process keeps its part of the probe, and what is measured is the curvature of the mean loss over all
+    of them, weighed by samples; ``batch`` is that of the batches of all processes together. A measurement that fails on
+    one process fails on all. Sharpness is off with SyncBatchNorm, and under other strategies of several processes.
+
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
             every twentieth step at most.
@@ -116,7 +120,8 @@ class SharpnessMonitor(Monitor):
             the outputs where they go into cross-entropy or squared error.
         probe_batches: How many of the first batches enter the probe.
         probe_fraction: Share of each batch's samples in the probe.
-        probe_size: Samples in the probe, from as many of the first batches as that takes; instead of the two above.
+        probe_size: Samples in the probe (of each process, under DDP), from as many of the first batches as that takes;
+            instead of the two above.
         probe_weight: Name of an entry (or attribute) of the batch whose sum weighs it among the probe's batches,
             a mask of tokens say. None weighs by samples.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.

@@ -12,7 +12,6 @@ from dynamon.callbacks.meter import Cadence, Meter, Run
 from dynamon.callbacks.probe import ProbeMeter, evaluation, trained_parameters
 from dynamon.curvature import (
     DirectionalSharpness,
-    HessianOperator,
     batch_sharpness,
     critical_sharpness,
     directional_sharpness,
@@ -21,7 +20,6 @@ from dynamon.curvature import (
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.panels import STEPS, shown
-from dynamon.probe import training_loss
 
 STEP_TAGS: dict[str, dict[str, str]] = {
     "directional": {
@@ -57,6 +55,7 @@ class StepMeter(Meter):
             self.also(quantity)
         self._before: dict[str, Tensor] = {}
         self._update: dict[str, Tensor] = {}
+        self._planned = False  # something of this step is compared
         self._batch: float | None = None
         self._seconds: float | None = None
 
@@ -65,6 +64,10 @@ class StepMeter(Meter):
         self._wanted |= {quantity}
         self.tags = {tag: text for name in STEP_TAGS if name in self._wanted for tag, text in STEP_TAGS[name].items()}
         self.panels = shown(STEPS, self.tags)
+
+    def is_off(self) -> bool:
+        """Where nothing was asked for, or sharpness is off."""
+        return not self._wanted or self._probe.off
 
     def is_missed(self) -> bool:
         """Not where nothing was asked for."""
@@ -88,12 +91,8 @@ class StepMeter(Meter):
         self._update = {}
         if "batch" not in self._wanted or not self._is_due(run):
             return
-        with run.charge(self.name), evaluation(run):
-            index = run.trainer.fit_loop.epoch_loop.batch_idx
-            loss_fn = self._probe.loss_fn
-            params = trained_parameters(run)
-            operator = HessianOperator(lambda: training_loss(run.module, batch, loss_fn, index), params)
-            self._batch = batch_sharpness([operator])
+        with run.together(self.name), evaluation(run):
+            self._batch = batch_sharpness([self._probe.batch_hessian(run, trained_parameters(run), batch)])
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Copy the weights that are about to change."""
@@ -102,6 +101,7 @@ class StepMeter(Meter):
 
     def copy_weights(self, run: Run) -> None:
         """Copy the weights as they are now, unless that was done for this step; the next update is then known."""
+        self._planned = True
         if not self._before:
             with run.charge(self.name):
                 trained = trained_parameters(run)
@@ -113,10 +113,11 @@ class StepMeter(Meter):
     def batch_end(self, run: Run) -> None:
         """Measure along the update, if the weights were copied."""
         before, self._before = self._before, {}
-        if not before and self._batch is None:
+        planned, self._planned = self._planned and (bool(before) or run.ranks.several), False
+        if not planned and self._batch is None:
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
-        with run.charge(self.name):
+        with run.together(self.name):
             readings = self._along_update(run, before)
             if self._batch is not None:
                 readings["sharpness/batch"] = self._batch
@@ -130,8 +131,9 @@ class StepMeter(Meter):
         self._update = {name: p.detach() - before[name] for name, p in params.items()}
         update = self.last_update(params) if params else None
         readings: dict[str, float] = {}
-        if update is None or not self._probe.ready or not self._wanted or not bool(update.any()):
+        if update is None or not self._wanted or not self._probe.is_expected(run) or not bool(update.any()):
             return readings
+        self._probe.agree(run)
         with evaluation(run):
             if "directional" in self._wanted:
                 readings |= self._directional(run, params, update)
@@ -140,7 +142,7 @@ class StepMeter(Meter):
         return readings
 
     def _directional(self, run: Run, params: Mapping[str, Tensor], update: Tensor) -> dict[str, float]:
-        hessian = HessianOperator(lambda: self._probe.loss(run), params)
+        hessian = self._probe.hessian(run, params)
         found = directional_sharpness(hessian, update)
         readings = {
             "sharpness/directional": found.sharpness,
@@ -161,7 +163,7 @@ class StepMeter(Meter):
     def _critical(self, run: Run, params: Mapping[str, Tensor], update: Tensor) -> dict[str, float]:
         rate = _one_rate(run.trainer.optimizers)
         with FlatParameters(params).moved(-update):  # where the step came from
-            found = critical_sharpness(lambda: self._probe.loss(run), params, update, rate=rate)
+            found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
         return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})
 

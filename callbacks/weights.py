@@ -81,14 +81,16 @@ class WeightMeter(PairMeter):
         self._before: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
+        self._reading = False  # this step is measured
         self._memory = DecayMemory()
         self._names: dict[int, str] = {}
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Follow this optimizer's decay, and copy the weights it is about to change."""
+        reads, keeps = self.reads(run), self.keeps(run)
+        self._reading = reads
         self._names = self._names or {id(layer.parameter): layer.name for layer in run.all_layers}
         self._memory.before_step(optimizer, self._names, run.trainer.global_step)
-        reads, keeps = self.reads(run), self.keeps(run)
         if not reads and not keeps:
             return
         with run.charge(self.name):
@@ -104,11 +106,12 @@ class WeightMeter(PairMeter):
         """Measure, if weights were copied for that."""
         before, earlier, self._before, self._earlier = self._before, self._earlier, {}, {}
         rates, self._rates = self._rates, {}
+        reads, self._reading = self._reading, False
         ratios, decay_ratios = self._ratios(run) if rates or self._memory.is_waiting else ({}, {})
         self._memory.after_steps(decay_ratios)
         try:
-            if before and self.reads(run):
-                with run.charge(self.name):
+            if reads and (before or run.ranks.several):
+                with run.together(self.name):
                     steered = {
                         name: (rate * ratios.get(name, 1.0), rate * decay * decay_ratios.get(name, 1.0))
                         for name, (rate, decay) in rates.items()
@@ -159,7 +162,7 @@ class WeightMeter(PairMeter):
 
     def _full(self, run: Run) -> None:
         """What needs all singular values, histograms, and what convolutions do to whole inputs."""
-        names, spectra = spectra_of(run.layers)
+        names, spectra = spectra_of(run.layers, group=run.ranks if run.ranks.several else None)
         if spectra is not None:
             table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
             for field, row in zip(FULL_SPECTRUM, table, strict=True):
@@ -267,7 +270,8 @@ class WeightMonitor(Monitor):
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================
 
-    (*) matrices and flattened convolutions, every tenth reading: they need all singular values.
+    (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP each process
+    takes a part of the layers.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,

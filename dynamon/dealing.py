@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dynamon.ranks import Ranks
+
 
 def dealt_out(
     measure: Callable[[list[int]], Tensor],
@@ -25,7 +27,8 @@ def dealt_out(
         costs: What each of the T items costs, in any unit.
         rows: Readings an item.
         device: Where the reduction takes place.
-        group: The processes; all if None.
+        group: The processes; all if None. Given as :class:`Ranks`, one that failed before does not leave the others
+            waiting.
 
     Returns:
         ``[rows, T]`` in float64, the same on every process.
@@ -36,7 +39,8 @@ def dealt_out(
 
     Cost: one all-reduce of ``rows * T + 1`` numbers.
     """
-    own = shares(costs, dist.get_world_size(group))[dist.get_rank(group)]
+    ranks = group if isinstance(group, Ranks) else Ranks(device, group)
+    own = shares(costs, ranks.size)[ranks.rank]
     packed = torch.zeros(rows * len(costs) + 1, dtype=torch.float64, device=device)
     table, failed = packed[:-1].view(rows, -1), packed[-1]
     cause: Exception | None = None
@@ -46,12 +50,13 @@ def dealt_out(
     except Exception as error:  # the others are waiting in the reduction
         cause = error
         failed += 1
-    dist.all_reduce(packed, group=group)
+    if ranks is group:
+        ranks.sum(packed)
+    else:  # outside of a measurement there is nobody to check
+        dist.all_reduce(packed, group=group)
     failures = int(failed)
     if failures:
-        raise RuntimeError(
-            f"the measurement failed on {failures} of {dist.get_world_size(group)} processes."
-        ) from cause
+        raise RuntimeError(f"the measurement failed on {failures} of {ranks.size} processes.") from cause
     return table
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
+from dynamon.local_gradients import LocalGradients
 from dynamon.norms import Norm, dual_norms, update_norm
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,7 +33,8 @@ class GradientReadings:
         inner: Inner product with the previous gradient, likewise.
         compared: Whether there was a gradient one step before.
         independent_dual: Dual norm of the difference of two independent gradients of this step, in the unit of two
-            full batches; NaN where there were none (:meth:`GradientReader.store_part`).
+            full batches; NaN where there were none (:meth:`GradientReader.store_part`,
+            :meth:`GradientReader.watch_ranks`).
         independent_l2: Euclidean norm of it, likewise.
     """
 
@@ -109,6 +111,7 @@ class GradientReader:
         self._previous: dict[int, Tensor] = {}
         self._stored_at = -1  # the step whose gradients are stored
         self._part: tuple[int, float, dict[int, Tensor]] | None = None  # step, share of its samples, their gradients
+        self._local: LocalGradients | None = None
         self._mixed: tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def begin(self, key: Hashable) -> bool:
@@ -161,16 +164,45 @@ class GradientReader:
         """Forget the part of a window that turned out to be another share of it."""
         self._part = None
 
-    def read(self, scale: float = 1.0, dual: bool = True) -> PendingReadings:
+    def watch_ranks(self, group: Any = None) -> None:
+        """Compare the gradients of the processes of a DDP run at the step to come.
+
+        To be called on all of them before the first backward pass of that step, which all must then read, or give up:
+        see :class:`dynamon.local_gradients.LocalGradients`, which says what is compared and in which unit.
+
+        Args:
+            group: The processes; all if None.
+        """
+        if self._local is None:
+            self._local = LocalGradients(self.layers, group)
+        self._local.open()
+
+    def give_up_ranks(self) -> None:
+        """Leave no other process waiting, where this one was watched and could not be read."""
+        if self._local is not None:
+            self._local.give_up()
+
+    def forget_ranks(self) -> None:
+        """Stop watching, on all processes at once."""
+        if self._local is not None:
+            self._local.close()
+
+    def read(self, scale: float = 1.0, dual: bool = True, local_scale: float | None = None) -> PendingReadings:
         """Measure this step's gradients and their change, and keep them for the next step.
 
         Args:
             scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
             dual: Whether the dual norm of the gradients themselves is wanted. Without, it is NaN where it takes a
                 nuclear norm, which is half of the cost there; who asks for it later in the same step gets it.
+            local_scale: ``scale`` for what :meth:`watch_ranks` kept, which an AMP scaler never unscales; None for the
+                same.
         """
         if self._pending is None:
-            self._pending = self._measure(scale, dual)
+            try:
+                self._pending = self._measure(scale, dual, scale if local_scale is None else local_scale)
+            except Exception:
+                self.give_up_ranks()
+                raise
         elif dual and not self._pending.has_dual:
             self._pending = self._with_dual(self._pending, scale)
         return self._pending
@@ -185,7 +217,7 @@ class GradientReader:
             gradients.append(g)
         return gradients
 
-    def _measure(self, scale: float, dual: bool) -> PendingReadings:
+    def _measure(self, scale: float, dual: bool, local_scale: float) -> PendingReadings:
         gradients = self._gradients(scale)
         stored = self._previous if self._stored_at == self.step - 1 else {}
         present = np.array([g is not None for g in gradients], bool)
@@ -202,7 +234,11 @@ class GradientReader:
         own_dual = self._duals(indices, stats.l1, l2, special)
         change_dual = self._duals(indices, stats.difference_l1, change_l2, special_change)
         own = [stats.l1, l2, own_dual, stats.nonfinite, change_dual, change_l2, stats.inner]
-        independent, parted = self._independent(indices, current, own[0])
+        if self._local is not None and self._local.is_open:
+            rows = self._local.compare(gradients, self._both_norms, local_scale)
+            independent, parted = list(rows[:, indices].to(own[0])), present
+        else:
+            independent, parted = self._independent(indices, current, own[0])
         has_dual = dual or not special
         return PendingReadings(torch.stack([*own, *independent]), present, compared, parted, has_dual)
 
@@ -231,6 +267,19 @@ class GradientReader:
         l2 = stats.difference_sum_squares.sqrt()
         factor = (2 / (share * (1 - share))) ** 0.5
         return [factor * self._duals(indices, stats.difference_l1, l2, special), factor * l2], parted
+
+    def _both_norms(self, tensors: list[Tensor | None]) -> Tensor:
+        """Dual and Euclidean norms ``[2, L]`` in float64, zero where there is no tensor."""
+        found = torch.zeros(2, len(tensors), dtype=torch.float64, device=self.layers[0].parameter.device)
+        indices = [i for i, t in enumerate(tensors) if t is not None]
+        given = [t for t in tensors if t is not None]
+        if given:
+            stats = gradient_stats(given)
+            l2 = stats.sum_squares.sqrt()
+            found[:, indices] = torch.stack(
+                [self._duals(indices, stats.l1, l2, self._special_duals(indices, given)), l2]
+            ).double()
+        return found
 
     def _special_duals(self, indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
         """Dual norms that need the matrix itself."""

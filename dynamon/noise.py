@@ -19,8 +19,10 @@ class NoiseEstimator:
     The unit is that of :math:`E\|G - \tilde G\|_*^2` for two independent gradients of the full batch. Panels show
     :math:`\sqrt{\hat H}`. With ``source="successive"`` :math:`\tilde G_t = G_{t-1}`: the two share no data but sit at
     neighbouring weights, so the change of the mean gradient (curvature times step) is in the number too. With
-    ``"independent"`` they are two parts of one accumulation window at the same weights
-    (:meth:`dynamon.gradients.GradientReader.store_part`), so the gap between the two estimates is curvature.
+    ``"independent"`` they are taken at the same weights, so the gap between the two estimates is curvature: from two
+    parts of one accumulation window (:meth:`dynamon.gradients.GradientReader.store_part`), or from the processes of a
+    DDP run (:meth:`dynamon.gradients.GradientReader.watch_ranks`), where :math:`\|G - \tilde G\|_*^2` is the mean
+    over R processes of :math:`\tfrac{2}{R-1}\|g_r - G\|_*^2`.
 
     Args:
         names: Layer names, which key the saved state.

@@ -120,6 +120,17 @@ def take_samples(batch: Any, fraction: float, most: int | None = None) -> tuple[
     return part, count
 
 
+def counted(batch: Any) -> tuple[Any, int | None]:
+    """A batch, not copied, and the number of its samples as :func:`take_samples` counts them."""
+    sizes = {t.shape[0] for t in _tensors(batch) if t.ndim}
+    return batch, sizes.pop() if len(sizes) == 1 else None
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with all its tensors on a device; tensors that are there already are not copied."""
+    return _map_tensors(batch, lambda t: t.to(device))
+
+
 def batch_weight(batch: Any, name: str) -> float:
     """The sum of a batch's entry of that name (a mask of tokens, say): its weight among others.
 

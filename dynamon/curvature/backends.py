@@ -165,7 +165,10 @@ class FiniteDifference:
             return self._evaluate()[1]
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
-        """Loss and gradient by ``backward``, which reentrant checkpointing insists on; ``.grad`` is borrowed."""
+        """Loss and gradient; by ``backward`` where reentrant checkpointing insists on it, with ``.grad`` borrowed.
+
+        Elsewhere nothing is accumulated, which would call the hooks that DDP reduces gradients in.
+        """
         tensors = self._params.tensors
         kept = [p.grad for p in tensors]
         try:
@@ -174,11 +177,14 @@ class FiniteDifference:
             with torch.enable_grad(), self._params.hooks_off():
                 loss = self._loss_fn()
                 check_scalar_loss(loss)
-                live = [p for p in tensors if p.requires_grad]
-                loss.backward(inputs=None if _has_reentrant_checkpoint(loss) else live)
-            if all(p.grad is None for p in tensors):
+                if _has_reentrant_checkpoint(loss):
+                    loss.backward()
+                    gradients = [p.grad for p in tensors]
+                else:
+                    gradients = self._params.differentiate(loss, keep_graph=False)
+            if all(g is None for g in gradients):
                 raise ValueError("the loss does not depend on any of the parameters.")
-            return loss.detach(), self._params.flatten([p.grad for p in tensors]).clone()
+            return loss.detach(), self._params.flatten(gradients).clone()
         finally:
             for p, grad in zip(tensors, kept, strict=True):
                 p.grad = grad

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynamon.curvature.distributed import MeanOverRanks
 from dynamon.curvature.hessian import HessianOperator
 
 
@@ -114,14 +115,15 @@ def norm_sharpness(
     return NormSharpness(float(curvatures.sum()) / longest**2, longest, dict(zip(norms, alone, strict=True)))
 
 
-def batch_sharpness(hessians: Sequence[HessianOperator]) -> float:
+def batch_sharpness(hessians: Sequence[HessianOperator | MeanOverRanks]) -> float:
     r"""Sharpness that mini-batches see: :math:`E_B[g_B^\top H_B g_B / \|g_B\|^2]`.
 
     Each Hessian is that of one training batch's own loss. Under SGD this settles at 2 / lr, while the largest
     eigenvalue of the full loss stays below.
 
     Args:
-        hessians: One operator a batch; a single one gives an unbiased, noisy estimate.
+        hessians: One operator a batch (a mean over ranks, where a batch is spread over processes); a single one gives
+            an unbiased, noisy estimate.
 
     Raises:
         ValueError: Without an operator, or where a gradient is zero.

@@ -1,6 +1,6 @@
 """Curvature of a loss whose samples, or whose parameters, are spread over processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynamon.curvature.operators import LinearOperator
+from dynamon.curvature.parameters import FlatParameters
+from dynamon.ranks import Ranks
 
 _FLAGS = ("post_forward_mesh_info", "reshard_after_backward", "reduce_grads", "all_reduce_grads")
 
@@ -17,40 +19,67 @@ class MeanOverRanks(LinearOperator):
     """The weighted mean of one operator a process: the Hessian on the samples of all processes.
 
     Every process must take the same products in the same order; :func:`top_eigenvalues` does, since all see the same
-    numbers and the same seed.
+    numbers and the same seed. It stands wherever a :class:`HessianOperator` or :class:`GGNOperator` does.
 
     Args:
         operator: This process's operator, on its own samples.
         weight: Its weight, the number of its samples say.
-        group: The processes; all if None.
+        group: The processes; all if None. Given as :class:`dynamon.ranks.Ranks`, a process whose product fails does
+            not leave the others waiting.
 
-    Cost: one all-reduce of n numbers a product.
+    Attributes:
+        loss: The weighted mean of the losses, where the operator has one.
+        gradient: The weighted mean of the gradients, likewise.
+
+    Cost: one all-reduce of n numbers a product, and one for the gradient at construction.
     """
 
+    parameters: FlatParameters
+    gradient: Tensor
+    loss: Tensor
+
     def __init__(self, operator: LinearOperator, weight: float = 1.0, group: Any = None) -> None:
-        """Sum the weights over the processes."""
+        """Sum the weights over the processes, and take the mean of what is there already."""
         super().__init__(operator.shape[0], operator.dtype, operator.device)
-        total = torch.tensor(weight, dtype=torch.float64, device=operator.device)
-        dist.all_reduce(total, group=group)
-        self._operator, self._group, self._share = operator, group, weight / float(total)
-        self.backend = operator.backend
+        own: Any = operator
+        self._operator, self._group = own, group
+        total = self._sum(torch.tensor(weight, dtype=torch.float64, device=operator.device))
+        self._share = weight / float(total)
+        self.backend, self.reason = operator.backend, getattr(operator, "reason", None)
+        if hasattr(operator, "parameters"):
+            self.parameters = own.parameters
+        if isinstance(getattr(operator, "gradient", None), Tensor):
+            self.gradient = self._mean(own.gradient)
+            self.loss = self._mean(own.loss.double()).to(own.loss.dtype)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if isinstance(self._group, Ranks):
+            return self._group.sum(tensor)
+        dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def _mean(self, own: Tensor) -> Tensor:
+        return self._sum(self._share * own)
 
     def _product(self, vector: Tensor) -> Tensor:
-        product = self._share * self._operator._product(vector)
-        dist.all_reduce(product, group=self._group)
-        return product
+        return self._mean(self._operator._product(vector))
+
+    def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
+        """``H_bb v`` for the parameters in some places, where the operators have blocks."""
+        return self._mean(self._operator.block_product(vector, block))
 
     def likely_direction(self) -> Tensor | None:
         """The weighted mean of those of all processes."""
+        if hasattr(self, "gradient"):
+            return self.gradient
         known = self._operator.likely_direction()
-        if known is not None:
-            known = self._share * known
-            dist.all_reduce(known, group=self._group)
-        return known
+        return None if known is None else self._mean(known)
 
     def product_error(self, vector: Tensor) -> float:
         """The largest among the processes."""
         error = torch.tensor(self._operator.product_error(vector), dtype=torch.float64, device=self.device)
+        if isinstance(self._group, Ranks):
+            return float(self._group.maximum(error))
         dist.all_reduce(error, dist.ReduceOp.MAX, group=self._group)
         return float(error)
 

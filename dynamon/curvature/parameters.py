@@ -63,13 +63,17 @@ class FlatParameters:
             found = [p.reshape(-1)[:: max(1, p.numel() // 4)] for p in self.tensors if p.numel()]
             return [str(sample.double().sum().item()) for sample in found]  # text: NaN is itself there
 
-    def differentiate(self, outputs: Any, weights: Any = None, *, create_graph: bool = False) -> list[Tensor | None]:
+    def differentiate(
+        self, outputs: Any, weights: Any = None, *, create_graph: bool = False, keep_graph: bool = True
+    ) -> list[Tensor | None]:
         """Gradients of ``outputs`` in the parameters, on a graph that is kept; None for those without one."""
         live = [p for p in self.tensors if p.requires_grad]
         if not live:
             raise ValueError("none of the parameters requires a gradient.")
         found = iter(
-            torch.autograd.grad(outputs, live, weights, retain_graph=True, create_graph=create_graph, allow_unused=True)
+            torch.autograd.grad(
+                outputs, live, weights, retain_graph=keep_graph, create_graph=create_graph, allow_unused=True
+            )
         )
         return [next(found) if p.requires_grad else None for p in self.tensors]
 

@@ -354,13 +354,13 @@ class _OwnRates(LayerwiseRates):
         self.rule.start(seen, self.reader.norms)
         self._count = self._parameters()
 
-    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
+    def observe(self, scale: float = 1.0, key: Hashable = None, local_scale: float | None = None) -> None:
         self._follow_optimizer()
         for parameter, standing in self._standing:
             gradient: Any = parameter.grad
             standing.grad = None if gradient is None else gradient.detach().full_tensor().to(standing.dtype)
         try:
-            super().observe(scale, key)
+            super().observe(scale, key, local_scale)
         finally:
             for _, standing in self._standing:
                 standing.grad = None

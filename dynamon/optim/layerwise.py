@@ -150,6 +150,7 @@ class LayerwiseRates:
         if self._parameters() == self._count:
             return
         self.settle()
+        self.reader.forget_ranks()
         rule, gradients = self.rule.state_dict(), self.reader.state_dict()
         self._attach()
         self.rule.load_state_dict(rule)
@@ -176,13 +177,14 @@ class LayerwiseRates:
         rate = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         return {layer.name: rate[id(layer.parameter)] for layer in self.layers}
 
-    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
+    def observe(self, scale: float = 1.0, key: Hashable = None, local_scale: float | None = None) -> None:
         """Read the gradients now, for the step that follows.
 
         Args:
             scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
             key: Names the step, so that several who observe the same one read it once. Without a key every
                 call is a new step.
+            local_scale: The same factor for the gradients that :meth:`watch_ranks` kept; None for ``scale``.
         """
         self._observed = True
         self._follow_optimizer()
@@ -194,7 +196,7 @@ class LayerwiseRates:
         self.settle()
         self._phase = (self._phase + 1) % self.read_every
         if self._phase == 0:
-            self._waiting = self.reader.read(scale, dual=False)
+            self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale)
             if self.lag == 0:
                 self.settle()
         elif self._phase == self.read_every - 1:
@@ -213,6 +215,19 @@ class LayerwiseRates:
         noise = self.rule.noise
         if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
             self.reader.store_part(share, scale)
+
+    def watch_ranks(self, group: Any = None) -> None:
+        """Under DDP, before the first backward pass of a step, have the gradients of the processes compared at it.
+
+        For rules that compare independent gradients (``NoiseAdaptiveRates(source="independent")``); does nothing for
+        others, nor at steps that are not read. All processes call it at the same steps.
+
+        Args:
+            group: The processes; all if None.
+        """
+        noise = self.rule.noise
+        if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
+            self.reader.watch_ranks(group)
 
     def settle(self) -> None:
         """Hand readings that are still waiting to the rule, so that its state is complete."""
@@ -243,6 +258,7 @@ class LayerwiseRates:
     def remove(self) -> None:
         """Detach from the optimizer; it then steps with its own rates."""
         self.restore()
+        self.reader.forget_ranks()
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -52,9 +52,10 @@ class NoiseAdaptiveRates(Rule):
         refresh: Noise updates between two changes of the ratios in force. Above 1 a change is spread linearly over
             the first half of the time until the next one.
         source: What the noise is the difference of: ``"successive"`` gradients, as published in practice, which count
-            the change of the mean gradient as noise, or two ``"independent"`` parts of one accumulation window
-            (the paper's second option), which needs gradient accumulation and, outside Lightning, a call of
-            :meth:`dynamon.optim.LayerwiseRates.observe_part` in each window. Without parts ratios stay 1.
+            the change of the mean gradient as noise, or ``"independent"`` ones (the paper's second option): those of
+            the processes under DDP, or two parts of one accumulation window. Outside Lightning that takes a call of
+            :meth:`dynamon.optim.LayerwiseRates.watch_ranks` before each step's first backward pass, or of
+            :meth:`dynamon.optim.LayerwiseRates.observe_part` in each window. Without either ratios stay 1.
         bias_correction: Divide the noise average by the weight of what it has seen. It cancels in the ratios of
             layers that have been seen equally often, because the noise floor is relative; without it a layer that
             joined late or has few gradients passes for quiet.

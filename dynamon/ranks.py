@@ -1,0 +1,155 @@
+"""Processes that measure together, and never wait for one that cannot."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LETTERS = 200  # bytes of a failed process's message that the others get to see
+
+
+class OthersFailedError(RuntimeError):
+    """A measurement ended here because it failed on another process.
+
+    Attributes:
+        out_of_memory: Whether one of the others ran out of memory.
+    """
+
+    out_of_memory = False
+
+
+class Ranks:
+    """Several processes that take the same measurements in the same order; one alone works too and reduces nothing.
+
+    A process that fails must not leave the others waiting in a reduction. So every reduction of a measurement begins
+    with a check in which each process says whether it is well, and one that fails inside of :meth:`measurement` says
+    so in the place of its next check: the measurement is then over on all processes, with an exception on each.
+
+    Args:
+        device: Where reductions take place: that of the parameters.
+        group: The processes; all if None.
+        alone: Whether this is one process, without ``torch.distributed``.
+
+    Attributes:
+        size: Number of processes.
+        rank: Which of them this is.
+
+    Cost: a check is a reduction of two numbers and a host read.
+    """
+
+    def __init__(self, device: torch.device, group: Any = None, alone: bool = False) -> None:
+        """Remember who takes part."""
+        self._device, self._group = device, group
+        self.size = 1 if alone else dist.get_world_size(group)
+        self.rank = 0 if alone else dist.get_rank(group)
+
+    @property
+    def several(self) -> bool:
+        """Whether there is anybody to agree with."""
+        return self.size > 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the processes, in place; inside of :meth:`measurement`."""
+        if self.several:
+            self.check()
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The largest over the processes, entry by entry, in place; inside of :meth:`measurement`."""
+        if self.several:
+            self.check()
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        return tensor
+
+    def mean(self, value: Tensor, weight: float) -> Tensor:
+        """The weighted mean of a 0-d tensor over the processes, in its dtype, without graph."""
+        if not self.several:
+            return value
+        pair = torch.tensor([float(value) * weight, weight], dtype=torch.float64, device=self._device)
+        total, weights = self.sum(pair).tolist()
+        return torch.tensor(total / weights, dtype=value.dtype, device=value.device)
+
+    def first_says(self, values: list[float]) -> list[float]:
+        """What the first process gives, on all of them. It must not fail: there is no check before it."""
+        if not self.several:
+            return values
+        said = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.broadcast(said, group=self._group, group_src=0)
+        return said.tolist()
+
+    def share(self, item: Any) -> list[Any]:
+        """An object of every process, in their order, on all of them; inside of :meth:`measurement`."""
+        if not self.several:
+            return [item]
+        self.check()
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, item, group=self._group)
+        return found
+
+    def check(self) -> None:
+        """Go on only if all processes are well.
+
+        Raises:
+            OthersFailedError: Where another one is not.
+        """
+        if self.several:
+            self._raise_if_failed(self._count(None))
+
+    @contextmanager
+    def measurement(self) -> Iterator[None]:
+        """What all processes measure together: it succeeds on all of them, or on none.
+
+        Raises:
+            OthersFailedError: Where it failed on another process; where it failed here, its own exception.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.several and not self.is_known_to_all(error):
+                self._tell(error)
+            raise
+        self.check()
+
+    def is_known_to_all(self, error: Exception) -> bool:
+        """Whether an exception ended a measurement on every process, here and there."""
+        return not self.several or getattr(error, "_dynamon_known_to_all", False)
+
+    def _tell(self, error: Exception) -> None:
+        error._dynamon_known_to_all = True  # type: ignore[attr-defined]
+        self._count(error)
+        self._exchange(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}")
+
+    def _count(self, error: Exception | None) -> tuple[int, int]:
+        """How many processes have failed, and how many of them for want of memory."""
+        counts = [float(error is not None), float(isinstance(error, torch.OutOfMemoryError))]
+        packed = torch.tensor(counts, dtype=torch.float64, device=self._device)
+        dist.all_reduce(packed, group=self._group)
+        failed, memory = packed.tolist()
+        return int(failed), int(memory)
+
+    def _raise_if_failed(self, counts: tuple[int, int]) -> None:
+        failed, memory = counts
+        if not failed:
+            return
+        rank, cause = next((rank, text) for rank, text in enumerate(self._exchange("")) if text)
+        error = OthersFailedError(f"on {failed} of {self.size} processes, first on rank {rank}: {cause}")
+        error.out_of_memory = memory > 0
+        error._dynamon_known_to_all = True  # type: ignore[attr-defined]
+        raise error
+
+    def _exchange(self, text: str) -> list[str]:
+        """The messages of all processes; only after a count that told all of them of a failure."""
+        letters = torch.zeros(self.size, _LETTERS, dtype=torch.int32, device=self._device)
+        own = list(text.encode()[:_LETTERS])
+        letters[self.rank, : len(own)] = torch.tensor(own, dtype=torch.int32, device=self._device)
+        dist.all_reduce(letters, group=self._group)
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in letters.tolist()]
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, here or on another process."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, OthersFailedError) and error.out_of_memory

@@ -1,0 +1,357 @@
+"""What goes wrong on one process ends a measurement on all of them, and no process waits for another for ever."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.nn.functional import cross_entropy
+
+from dynamon import dealing, gradients
+from dynamon.callbacks import (
+    DynamicsMonitor,
+    GradientMonitor,
+    NoiseAdaptiveLR,
+    SharpnessMonitor,
+    WeightMonitor,
+    eigenvalues,
+    monitor,
+)
+from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.curvature import HessianOperator, lanczos
+from tests.helpers import Classifier, mlp
+from tests.ranks import fit_ranks, loader
+
+SOON = pytest.mark.timeout(90)  # a collective without its partner waits for half an hour
+
+
+def classifier() -> Classifier:
+    return Classifier(mlp().double())
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def same_weights(one: dict, other: dict) -> bool:
+    return all(torch.equal(one["weights"][key], other["weights"][key]) for key in one["weights"])
+
+
+class Warnings:
+    """Counts the monitor's warnings, which the processes cannot hand back."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.lines: list[str] = []
+        monkeypatch.setattr(monitor, "rank_zero_warn", self.lines.append)
+
+    def __call__(self, module) -> list[str]:
+        return self.lines if rank() == 0 else []
+
+
+class FailsInBackward(torch.autograd.Function):
+    """The identity, whose second derivative fails on one process."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SecondTime.apply(gradient)
+
+
+class SecondTime(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if rank() == 1:
+            raise MemoryError("no room for the product")
+        return gradient
+
+
+def fails_at_once(module, batch):
+    if rank() == 1:
+        raise ValueError("no loss today")
+    return cross_entropy(module.network(batch[0]), batch[1])
+
+
+def fails_later(module, batch):
+    """In the line search of critical sharpness, and other forward passes after the first."""
+    module.calls = getattr(module, "calls", 0) + 1
+    if rank() == 1 and not torch.is_grad_enabled():
+        raise ValueError("no loss today")
+    return cross_entropy(module.network(batch[0]), batch[1])
+
+
+def runs_out_of_memory(module, batch):
+    if rank() == 0:
+        raise torch.OutOfMemoryError("out of memory")
+    return cross_entropy(module.network(batch[0]), batch[1])
+
+
+def fails_in_products(module, batch):
+    hidden = FailsInBackward.apply(module.network[0](batch[0]))
+    return cross_entropy(module.network[1:](hidden), batch[1])
+
+
+FAILING = {
+    "at once": (fails_at_once, "on 1 of 2 processes, first on rank 1: no loss today"),
+    "in products": (fails_in_products, "no room for the product"),
+    "memory": (runs_out_of_memory, "out of memory"),
+}
+
+
+@SOON
+@pytest.mark.parametrize("name", FAILING)
+def test_a_loss_that_fails_on_one_process(tmp_path: Path, monkeypatch, name: str) -> None:
+    loss_fn, message = FAILING[name]
+    said = Warnings(monkeypatch)
+    plain = fit_ranks(tmp_path / "plain", classifier, [], data=loader(), steps=12)
+    callback = SharpnessMonitor(every_n_steps=2, quantities=["hessian", "ggn"], loss_fn=loss_fn, probe_fraction=1.0)
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], data=loader(), steps=12, more=said)
+    assert ranks[0]["failures"] == ranks[1]["failures"] == [3]  # then it is paused, everywhere
+    assert message in ranks[0]["more"][0] and len(ranks[0]["more"]) == 2 and ranks[1]["more"] == []
+    assert "paused" in ranks[0]["more"][1]
+    assert same_weights(plain[0], ranks[0]) and same_weights(plain[0], ranks[1])
+
+
+@SOON
+def test_one_quantity_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    callback = SharpnessMonitor(
+        every_n_steps=2, quantities=["hessian", "critical", "directional"], loss_fn=fails_later, probe_fraction=1.0
+    )
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], data=loader(), steps=12)
+    assert ranks[0]["failures"] == ranks[1]["failures"] == [3]
+    for found in ranks:
+        assert len(found["tables"]["sharpness/hessian_max"]["steps"]) == 6  # the eigenvalue meter went on
+
+
+@SOON
+def test_a_process_without_a_probe(tmp_path: Path, monkeypatch) -> None:
+    said = Warnings(monkeypatch)
+    monkeypatch.setattr("dynamon.callbacks.probe.take_samples", taken_on_rank_zero)
+    callback = SharpnessMonitor(every_n_steps=2, quantities=["hessian"])
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], data=loader(), steps=10, more=said)
+    assert ranks[0]["failures"] == ranks[1]["failures"] == [3]
+    assert "first on rank 1: there is no batch for the probe." in ranks[0]["more"][0]
+
+
+def taken_on_rank_zero(batch, fraction, most=None):
+    if rank() == 1:
+        raise ValueError("a batch of another kind")
+    return batch, len(batch[0])
+
+
+def fails_on_rank_one(message: str):
+    def fail(*_, **__):
+        raise RuntimeError(message)
+
+    return fail
+
+
+class Breaks(Callback):
+    """Makes a function fail on one process, between two steps."""
+
+    def __init__(self, owner, name: str, begin: int, end: int, on: int = 1) -> None:
+        self.owner, self.name, self.begin, self.end, self.on = owner, name, begin, end, on
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if rank() != self.on:
+            return
+        if trainer.global_step == self.begin:
+            self.kept = getattr(self.owner, self.name)
+            setattr(self.owner, self.name, fails_on_rank_one("broken"))
+        if trainer.global_step == self.end:
+            setattr(self.owner, self.name, self.kept)
+
+
+BREAKS = {
+    "reading": (gradients, "gradient_stats"),
+    "norms": (gradients.GradientReader, "_both_norms"),
+    "keeping": (gradients.GradientReader, "store"),
+    "hooks": (gradients.LocalGradients, "_keeper"),
+}
+
+
+@SOON
+@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("on", [0, 1])
+def test_gradients_that_one_process_cannot_read(tmp_path: Path, name: str, on: int) -> None:
+    callback = GradientMonitor(every_n_steps=3)
+    broken = Breaks(*BREAKS[name], begin=2, end=5, on=on)
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=12)
+    assert ranks[0]["failures"] == ranks[1]["failures"] == [1]
+    steps = [found["tables"]["gradient/norm"]["steps"] for found in ranks]
+    assert steps == [[0, 6, 9]] * 2
+    assert torch.equal(*(found["tables"]["noise/independent"]["values"] for found in ranks))
+
+
+@SOON
+def test_spectra_that_one_process_cannot_take(tmp_path: Path, monkeypatch) -> None:
+    said = Warnings(monkeypatch)
+    broken = Breaks(dealing, "shares", begin=0, end=3)
+    callback = WeightMonitor(every_n_steps=1)
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=6, more=said)
+    assert ranks[0]["failures"] == ranks[1]["failures"] == [3]  # every tenth point is a full one: all of them failed
+    assert "broken" in ranks[0]["more"][0]
+
+
+class PartlyUsed(nn.Module):
+    """A layer that the first process uses in every other step, and one that no process uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.side, self.idle = mlp(), nn.Linear(8, 3), nn.Linear(2, 2)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.network(x) + (self.side(x) if rank() == 0 and self.calls % 2 else 0)
+
+
+@SOON
+def test_parameters_that_some_processes_do_not_use(tmp_path: Path) -> None:
+    def make() -> Classifier:
+        torch.manual_seed(5)
+        return Classifier(PartlyUsed().double())
+
+    settings = {"data": loader(), "steps": 8, "ddp": {"find_unused_parameters": True}}
+    plain = fit_ranks(tmp_path / "plain", make, [], **settings)
+    callbacks = [GradientMonitor(1, strict=True), SharpnessMonitor(2, quantities=QUANTITIES, strict=True)]
+    ranks = fit_ranks(tmp_path / "seen", make, callbacks, **settings)
+    assert same_weights(plain[0], ranks[0]) and same_weights(plain[0], ranks[1])
+    assert ranks[0]["failures"] == [0, 0]
+    noise = ranks[0]["tables"]["noise/independent"]["values"]
+    assert torch.equal(noise.nan_to_num(), ranks[1]["tables"]["noise/independent"]["values"].nan_to_num())
+
+
+class Counts(Callback):
+    """Counts the collectives of each step that dynamon makes; Lightning makes one at every step."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.by_step = 0, []
+        for name in ("all_reduce", "broadcast", "all_gather_object", "all_gather"):
+            monkeypatch.setattr(dist, name, self.counted(getattr(dist, name)))
+
+    def counted(self, function):
+        def call(*arguments, **named):
+            self.now += sys._getframe(1).f_globals["__name__"].startswith("dynamon")
+            return function(*arguments, **named)
+
+        return call
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.by_step.append(self.now)
+
+    def __call__(self, module) -> list[int]:
+        return [after - before for before, after in zip(self.by_step, [*self.by_step[1:], self.now], strict=True)]
+
+
+def counted_fit(tmp_path: Path, callback, counts: Counts, steps: int) -> list[dict]:
+    return fit_ranks(
+        tmp_path / "seen", classifier, [callback], data=loader(), steps=steps, others=[counts], more=counts
+    )
+
+
+@SOON
+def test_steps_that_measure_nothing_have_no_collective(tmp_path: Path, monkeypatch) -> None:
+    counts = Counts(monkeypatch)
+    callback = DynamicsMonitor(every_n_steps=4, strict=True)
+    ranks = counted_fit(tmp_path, callback, counts, steps=12)
+    assert [step for step, count in enumerate(ranks[0]["more"]) if count] == [0, 4, 8]
+
+
+@SOON
+def test_under_a_budget_the_first_process_decides(tmp_path: Path, monkeypatch) -> None:
+    counts = Counts(monkeypatch)
+    plain = fit_ranks(tmp_path / "plain", classifier, [], data=loader(), steps=150)
+    # The second process's clock says something else.
+    allows = Budget.allows
+    monkeypatch.setattr(Budget, "allows", lambda *args, **named: rank() == 0 and allows(*args, **named))
+    callback = DynamicsMonitor(budget=0.3, strict=True)
+    ranks = counted_fit(tmp_path, callback, counts, steps=150)
+    assert same_weights(plain[0], ranks[0]) and same_weights(plain[0], ranks[1])
+    steps = [{tag: table["steps"] for tag, table in found["tables"].items()} for found in ranks]
+    assert steps[0] == steps[1] and len(steps[0]["gradient/norm"]) > 2
+    assert ranks[0]["more"] == ranks[1]["more"]
+    assert sum(count == 0 for count in ranks[0]["more"]) > 75  # most steps cost nothing
+
+
+class Hidden(torch.autograd.Function):
+    """The identity without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+class Once(PartlyUsed):
+    def forward(self, x):
+        return Hidden.apply(self.network(x) + (self.side(x) if rank() == 0 else 0))
+
+
+@SOON
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+def test_differences_of_gradients_leave_the_reducer_alone(tmp_path: Path, option: str) -> None:
+    def make() -> Classifier:
+        torch.manual_seed(5)
+        network = Once() if option == "find_unused_parameters" else nn.Sequential(mlp(), Wrapped())
+        return Classifier(network.double())
+
+    settings = {"data": loader(), "steps": 8, "ddp": {option: True}}
+    plain = fit_ranks(tmp_path / "plain", make, [], **settings)
+    quantities = ["hessian", "batch", "directional"]
+    callback = SharpnessMonitor(2, quantities=quantities, probe_fraction=1.0, strict=True)
+    ranks = fit_ranks(tmp_path / "seen", make, [callback], **settings)
+    assert same_weights(plain[0], ranks[0]) and same_weights(plain[0], ranks[1])
+    assert any(tag.startswith("sharpness/hessian_max") for tag in ranks[0]["tables"])
+
+
+class Wrapped(nn.Module):
+    def forward(self, x):
+        return Hidden.apply(x)
+
+
+LATE = {
+    "vectors": (lanczos.Lanczos, "vectors"),
+    "products": (HessianOperator, "_product"),
+    "judging": (eigenvalues.EigenvalueMeter, "_judge"),
+}
+
+
+@SOON
+@pytest.mark.parametrize("name", LATE)
+def test_a_solve_that_one_process_cannot_end(tmp_path: Path, name: str) -> None:
+    """What it had tracked until then is forgotten by all, or they would go on from different vectors."""
+    quantities = ["hessian", "blocks", "subspace", "trace"]
+    callback = SharpnessMonitor(1, quantities=quantities, probe_fraction=1.0)
+    broken = Breaks(*LATE[name], begin=3, end=5)
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=12)
+    assert ranks[0]["failures"] == ranks[1]["failures"] and ranks[0]["failures"][0] >= 2
+    tables = [found["tables"] for found in ranks]
+    assert tables[0].keys() == tables[1].keys() and tables[0]["sharpness/hessian_max"]["steps"][-1] == 11
+    for tag in set(tables[0]) - {"dynamon/overhead"}:
+        assert tables[0][tag]["steps"] == tables[1][tag]["steps"]
+        assert torch.equal(*(table[tag]["values"].nan_to_num() for table in tables)), tag
+
+
+@SOON
+def test_steering_that_fails_on_one_process_stops_the_run(tmp_path: Path) -> None:
+    """Weights that part without a word would be worse."""
+    callbacks = [GradientMonitor(every_n_steps=1), NoiseAdaptiveLR(warmup=1)]
+    broken = Breaks(gradients, "gradient_stats", begin=3, end=5)
+    with pytest.raises(ProcessRaisedException, match="reading the gradients for layerwise rates failed: broken"):
+        fit_ranks(tmp_path / "seen", classifier, callbacks, others=[broken], data=loader(), steps=12)
