@@ -174,7 +174,7 @@ def test_tables_that_are_not_ours_are_passed_over(tmp_path):
     assert list(read_run_data(tmp_path).tables) == ["good/one"]
 
 
-def test_tables_of_csv_logger(tmp_path):
+def test_single_layers_of_csv_logger_make_a_table(tmp_path):
     """Single layers make the table; a layer may lack steps; numbers in names sort as numbers."""
     (tmp_path / "metrics.csv").write_text(
         "gradient.dual/b.10,gradient.dual/b.2,gradient/dual_median,plain.tag/x,step\n"
