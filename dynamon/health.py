@@ -121,6 +121,17 @@ class _Loss:
         beyond = rise > _LOSS_NOISES * self.noise or self._times(low, float(self.level[last - 1]))
         return rise if beyond and rise > max(gained / 4, 1e-6 * abs(low)) else 0.0
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether nine tenths of the last quarter lie far above the beginning, however it jumps.
+
+        Twice as high as the first three readings, or eight times the very first: a run may be lost with its first step.
+        """
+        last = self.values[-(len(self.values) // 4) :]
+        if len(last) < _IN_A_ROW**2 or self.values[0] <= 0:
+            return False
+        return float(np.quantile(last, 0.1)) > min(2 * float(self.values[:3].max()), 8 * float(self.values[0]))
+
     def _times(self, low: float, high: float) -> bool:
         """Whether a positive loss has doubled at least, and that beyond its relative noise."""
         if not len(self.values) or self.values.min() <= 0:
@@ -144,12 +155,12 @@ def _diverging(data: RunData, loss: _Loss) -> Iterator[Finding]:
     if len(loss) < 2 * _IN_A_ROW:
         return
     lowest = int(np.argmin(loss.level))
-    rise = loss.rise(loss.steps[lowest], loss.steps[-1])
     low, end, start = float(loss.level[lowest]), float(loss.level[-1]), float(loss.level[0])
+    rise = end - low if loss.is_lost else loss.rise(loss.steps[lowest], loss.steps[-1])
     if not rise or rise < (start - low) / 2:
         return
     begin = int(loss.steps[lowest + int(np.argmax(loss.level[lowest:] > low + rise / 10))])
-    lost = bool(loss.rise(loss.steps[0], loss.steps[-1])) and end > start
+    lost = loss.is_lost or (end > start and bool(loss.rise(loss.steps[0], loss.steps[-1])))
     yield Finding(
         "loss/rising",
         "fault" if lost else "warning",

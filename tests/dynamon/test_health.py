@@ -86,14 +86,18 @@ def test_a_loss_without_a_trend_raises_nothing(seed, kind):
     draws = {"normal": rng.normal, "lognormal": rng.lognormal, "cauchy": rng.standard_cauchy}
     values = 0.02 * np.cumsum(rng.normal(size=300)) + 3 * np.exp(-np.arange(300) / 50) if kind == "walk" else None
     values = draws[kind](size=300) if values is None else values + 0.2 * rng.normal(size=300)
-    assert rules({"train/loss": Series(np.arange(300), values), "gradient/norm": Series(np.arange(2), np.ones(2))}) == []
+    assert (
+        rules({"train/loss": Series(np.arange(300), values), "gradient/norm": Series(np.arange(2), np.ones(2))}) == []
+    )
 
 
 def test_many_layers_raise_nothing():
     rng = np.random.default_rng(5)
     values = np.exp(rng.normal(size=(2000, 200)))
     table = Series(np.arange(2000), values, tuple(map(str, range(200))))
-    assert rules({"gradient/l2": table, "weight/operator": table, "gradient/norm": Series(np.arange(1), np.ones(1))}) == []
+    assert (
+        rules({"gradient/l2": table, "weight/operator": table, "gradient/norm": Series(np.arange(1), np.ones(1))}) == []
+    )
 
 
 def one(run, rule):
@@ -316,7 +320,8 @@ class Dying(Classifier):
     def on_train_batch_start(self, batch, batch_idx):
         if self.trainer.global_step == 60:
             with torch.no_grad():
-                self.network[2].bias.fill_(-6.0)
+                self.network[2].weight.abs_().neg_()  # its inputs are never negative
+                self.network[2].bias.fill_(-0.5)
 
 
 class Breaking(Classifier):
@@ -385,15 +390,13 @@ def test_a_steered_run(tmp_path):
     assert "lr/bounded" in run.scalars and findings(run) == []
 
 
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. the")
 def test_a_run_that_diverges(tmp_path):
-    network, data = smooth()
-    run, monitor = run_of(tmp_path, Regression(network, sgd(0.1)), data, steps=150)
-    assert findings(run) == []
-    torch.manual_seed(0)
-    run, _ = run_of(tmp_path / "b", Classifier(mlp(), sgd(300.0)), samples(8))
+    run, _ = run_of(tmp_path, Classifier(mlp(), sgd(300.0)), samples(8))
     assert findings(run)[0].rule == "loss/rising" and findings(run)[0].severity == "fault"
 
 
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. the", "ignore:step 100. the gradient holds")
 def test_a_run_of_nan(tmp_path):
     run, monitor = run_of(tmp_path, Breaking(mlp(), adam(1e-2)), samples(8), steps=150)
     first, second, *rest = findings(run)
