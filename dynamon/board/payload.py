@@ -60,7 +60,7 @@ def _table(series: Series) -> dict[str, Any]:
 
 
 def _extremes(values: Array, limit: int) -> Array:
-    """Indices of at most ``limit`` values: of each bucket the lowest and the highest, a value that is none as highest."""
+    """Indices of at most ``limit`` values: the lowest and the highest of each bucket, NaN where one is in it."""
     if len(values) <= limit:
         return np.arange(len(values))
     edges = np.linspace(0, len(values), limit // 2 + 1).astype(int)
