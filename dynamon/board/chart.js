@@ -3,11 +3,12 @@
 import { el, onWidth, svg } from "./dom.js";
 import { logTicks, nearest, short, ticks } from "./numbers.js";
 
+const MARKS = ["points", "rings", "hollow"];
 const MARGIN = { left: 64, right: 16, top: 10, bottom: 28 };
 
 /**
  * options: title, note, height, isLog, steps [first, last], rules [{value, label}],
- * lines [{label, steps, values, color (1 to 6), dash, kind ("line" | "points" | "hollow" | "band"), upper}].
+ * lines [{label, steps, values, color (1 to 6), dash, kind ("line" | "points" | "rings" | "hollow" | "band"), upper}].
  */
 export function lineChart(options) {
   const lines = options.lines.filter((line) => line.steps.length);
@@ -31,6 +32,7 @@ export function lineChart(options) {
       readings[i].textContent = line.upper
         ? `${short(line.values[index])} to ${short(line.upper[index])}`
         : short(line.values[index]);
+      if (MARKS.includes(line.kind) && line.steps[index] !== step) readings[i].append(` (step ${line.steps[index]})`);
     });
     if (view) view.move(step);
   };
@@ -47,14 +49,26 @@ export function lineChart(options) {
       event.preventDefault();
     }
   });
-  onWidth(holder, (width) => {
-    view = drawn(width, options, lines);
+  let width = 0;
+  let isLog = Boolean(options.isLog);
+  const draw = () => {
+    view = drawn(width, { ...options, isLog }, lines);
     holder.replaceChildren(view.node);
     show(current);
+  };
+  onWidth(holder, (wide) => {
+    width = wide;
+    draw();
   });
+  const scale = el("button", { class: "scale", "aria-pressed": String(isLog), onclick: () => {
+    isLog = !isLog;
+    scale.setAttribute("aria-pressed", String(isLog));
+    draw();
+  } }, "log scale");
   return el(
     "figure",
     { class: "chart" },
+    scale,
     el("figcaption", {}, el("h3", {}, options.title), options.note ? el("p", {}, options.note) : null),
     legend,
     holder,
@@ -67,7 +81,7 @@ function described(lines) {
 
 function swatch(line) {
   const mark = svg("svg", { width: 22, height: 10, "aria-hidden": "true", class: `ink${line.color}` });
-  if (line.kind === "points" || line.kind === "hollow") mark.append(marker(11, 5, line.kind));
+  if (MARKS.includes(line.kind)) mark.append(marker(11, 5, line.kind));
   else if (line.kind === "band") mark.append(svg("rect", { class: "band", x: 1, y: 1, width: 20, height: 8 }));
   else mark.append(svg("line", { class: "line", x1: 1, x2: 21, y1: 5, y2: 5, "stroke-dasharray": line.dash ? "5 3" : null }));
   return mark;
@@ -75,7 +89,7 @@ function swatch(line) {
 
 function marker(x, y, kind) {
   if (kind === "hollow") return svg("path", { class: "hollow", d: `M${x - 4} ${y + 3}h8l-4 -7z` });
-  return svg("circle", { class: "dot", cx: x, cy: y, r: 2.5 });
+  return svg("circle", { class: kind === "rings" ? "hollow" : "dot", cx: x, cy: y, r: kind === "rings" ? 3.5 : 2.5 });
 }
 
 function extent(options, lines) {
@@ -140,7 +154,7 @@ function axes(options, inner, x, y, low, high, height, width) {
 
 function shapes(line, x, y, isLog, width) {
   const fits = (value) => Number.isFinite(value) && (!isLog || value > 0);
-  if (line.kind === "points" || line.kind === "hollow") {
+  if (MARKS.includes(line.kind)) {
     const marks = [];
     line.steps.forEach((step, i) => fits(line.values[i]) && marks.push(marker(x(step), y(line.values[i]), line.kind)));
     return marks;

@@ -33,7 +33,7 @@ function sharedPrefix(names) {
   let cut = 0;
   for (let end = names[0].indexOf("."); end >= 0; end = names[0].indexOf(".", end + 1)) {
     if (!names.every((name) => name.startsWith(names[0].slice(0, end + 1)))) break;
-    if (/\.\d+\.$/.test(`.${names[0].slice(0, end + 1)}`)) break; // a number tells layers apart
+    if (/\d/.test(names[0][end + 1])) break; // blocks.0 says more than 0
     cut = end + 1;
   }
   return cut;
@@ -120,7 +120,7 @@ export function heatmap(options) {
   });
   canvas.addEventListener("pointerleave", () => (box.hidden = tip.hidden = true));
   canvas.addEventListener("blur", () => (box.hidden = tip.hidden = true));
-  canvas.addEventListener("click", (event) => choose(under(event)[0]));
+  canvas.addEventListener("click", (event) => choose(cursor && !tip.hidden ? cursor[0] : under(event)[0]));
   canvas.addEventListener("keydown", (event) => {
     const [dy, dx] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
     const [row, column] = cursor ?? [0, table.steps.length - 1];

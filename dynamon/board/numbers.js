@@ -29,15 +29,17 @@ export function ticks(low, high, count) {
   return found;
 }
 
-/** Powers of ten between two positive numbers; round numbers where there are fewer than two. */
+/** Powers of ten between two positive numbers, with 2 and 5 times those where there is room for them. */
 export function logTicks(low, high, count) {
-  const first = Math.ceil(Math.log10(low) - 1e-9);
-  const last = Math.floor(Math.log10(high) + 1e-9);
-  if (last - first < 1) return ticks(low, high, count).filter((value) => value > 0);
-  const stride = Math.ceil((last - first + 1) / Math.max(count, 1));
-  const found = [];
-  for (let power = first; power <= last; power += stride) found.push(10 ** power);
-  return found;
+  const first = Math.floor(Math.log10(low));
+  const last = Math.ceil(Math.log10(high));
+  const inside = (value) => value >= low * 0.999 && value <= high * 1.001;
+  const powers = Array.from({ length: last - first + 1 }, (_, i) => first + i);
+  const fine = powers.flatMap((power) => [1, 2, 5].map((factor) => Number(`${factor}e${power}`))).filter(inside);
+  if (fine.length < 2) return ticks(low, high, count).filter((value) => value > 0);
+  if (fine.length <= count + 2) return fine;
+  const stride = Math.ceil(powers.length / count);
+  return powers.filter((power) => power % stride === 0).map((power) => Number(`1e${power}`)).filter(inside);
 }
 
 /** Index of the last of increasing steps that is not after `step`; 0 before the first. */

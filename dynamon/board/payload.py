@@ -27,7 +27,7 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
         readings there were as ``total``; ``findings``, taken from all of them.
 
     Cost: 7 bytes a value of a table. Beyond 4,000 readings every so many-th of a table is packed; of more than 20,000
-    points of a scalar the lowest and the highest of each bucket.
+    points of a scalar the lowest and the highest of each bucket. A table without a single value is left out.
     """
     tag = loss or loss_tag(run.scalars)
     return {
@@ -35,7 +35,7 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
         "last_step": run.last_step,
         "loss": tag if tag in run.scalars else None,
         "scalars": {key: _scalar(series) for key, series in run.scalars.items()},
-        "tables": {key: _table(series) for key, series in run.tables.items()},
+        "tables": {key: _table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()},
         "findings": [finding.as_dict() for finding in findings(run, loss)],
     }
 

@@ -22,7 +22,8 @@ function linesOf(runs, specs) {
       const series = tag ? run.scalar(tag) : null;
       if (!series) return [];
       const name = runs.length > 1 ? `${label} (${run.label})` : label;
-      return [{ label: name, ...series, color: i + 1, dash: which > 0, ...more }];
+      const kind = which > 0 && more.kind === "points" ? "rings" : more.kind;
+      return [{ label: name, ...series, color: i + 1, dash: which > 0, ...more, kind }];
     }),
   );
 }
