@@ -24,6 +24,7 @@ _FAR_ABOVE = 2.0  # stability ratio: a probe's may well read some tenths above 1
 _STILL = 1e-8  # update over weight that float32 does not resolve
 _NOTHING = 1e-12  # share of the median layer's gradient; rounding where a gradient is zero in theory leaves 1e-9
 _DEAD_FOR = 10  # readings
+_ENOUGH = 4000  # readings of a layer
 _LOSSES = ("train/loss", "train_loss", "loss", "training/loss", "training_loss", "train/loss_step", "train_loss_step")
 _EIGENVALUES = ("stability_ratio", "hessian_max", "preconditioned_max", "ggn_max")
 
@@ -37,7 +38,7 @@ class Finding:
         severity: ``"fault"``: training is broken or about to be; ``"warning"``: worth a look; ``"note"``: good to
             know.
         step: Where it began.
-        layers: The layers concerned, the worst first; none where it is about the whole run.
+        layers: The layers concerned, the earliest or the worst first; none where it is about the whole run.
         message: What was seen, in a sentence with its numbers.
         advice: What one usually does about it.
         numbers: The numbers in the message, by name.
@@ -70,7 +71,7 @@ def findings(run: RunData | Mapping[str, Series], loss: str | None = None) -> li
         The findings, the worst first and of those the earliest.
     """
     data = run if isinstance(run, RunData) else RunData.of(run)
-    known = _Loss(data.scalars.get(loss or loss_tag(data.scalars) or ""))
+    known = _Loss(data.scalars, loss or loss_tag(data.scalars))
     found = [finding for rule in RULES for finding in rule(data, known)]
     return sorted(found, key=lambda finding: (SEVERITIES.index(finding.severity), finding.step))
 
@@ -91,8 +92,9 @@ class _Loss:
     ``level`` is its running median at each of ``steps``, ``noise`` the standard deviation of a single reading.
     """
 
-    def __init__(self, series: Series | None) -> None:
-        steps, values = (np.zeros(0), np.zeros(0)) if series is None else (series.steps, series.values)
+    def __init__(self, scalars: Mapping[str, Series], tag: str | None) -> None:
+        self.tags = (tag,) if tag is not None and tag in scalars else ()
+        steps, values = _merged(scalars, *self.tags)
         finite = np.isfinite(values)
         broken = np.flatnonzero(~finite)
         self.broken_at = int(steps[broken[0]]) if len(broken) else None
@@ -148,6 +150,7 @@ def _broken_loss(data: RunData, loss: _Loss) -> Iterator[Finding]:
             f"The training loss is not finite from step {loss.broken_at} on.",
             "Go back to a checkpoint before that step. Usual causes: too large a learning rate, overflow in half "
             "precision, a logarithm or a division of zero; gradient clipping helps against rare large batches.",
+            tags=loss.tags,
         )
 
 
@@ -169,6 +172,7 @@ def _diverging(data: RunData, loss: _Loss) -> Iterator[Finding]:
         + (f", above the {start:.4g} it began with." if lost else " and did not come back."),
         "Lower the learning rate or lengthen the warm-up; look at what the data and the schedule did at that step.",
         numbers={"lowest": low, "last": end, "first": start},
+        tags=loss.tags,
     )
 
 
@@ -191,7 +195,7 @@ def _unstable(data: RunData, loss: _Loss) -> Iterator[Finding]:
                 "Lower the learning rate (divide it by the ratio as a first guess) or lengthen the warm-up. A ratio "
                 "around 1 is normal; a loss that is not smooth need not obey it.",
                 numbers={"stability_ratio": ratio, "readings": stop - start, "rise": rise},
-                tags=("sharpness/stability_ratio",),
+                tags=("sharpness/stability_ratio", *loss.tags),
             )
             return
 
@@ -297,7 +301,7 @@ def _stopped_layers(data: RunData, loss: _Loss) -> Iterator[Finding]:
         if len(still) - start >= _IN_A_ROW and (~still[:start]).sum() >= 3 and name not in dead:
             hits.append((int(table.steps[known][start]), name, float(np.median(column[known][:start]))))
     if hits:
-        hits.sort()
+        hits.sort(key=lambda hit: hit[0])
         layers = tuple(name for _, name, _ in hits)
         yield Finding(
             "update/stopped",
@@ -314,7 +318,7 @@ def _stopped_layers(data: RunData, loss: _Loss) -> Iterator[Finding]:
 
 
 def _dead_gradients(data: RunData, loss: _Loss) -> Iterator[Finding]:
-    hits = sorted((step, name) for name, step in _dead_columns(data))
+    hits = sorted(((step, name) for name, step in _dead_columns(data)), key=lambda hit: hit[0])
     if hits:
         layers = tuple(name for _, name in hits)
         since = "since the first reading" if hits[0][0] == _first_step(data, "gradient/l2") else "ever since"
@@ -390,7 +394,7 @@ def _collapsed_ranks(data: RunData, loss: _Loss) -> Iterator[Finding]:
         if fell and (name not in effective or effective[name][-1] < 2.0):
             hits.append((int(steps[start]), name, float(np.median(values[: min(3, start)])), float(values[-1])))
     if hits:
-        hits.sort()
+        hits.sort(key=lambda hit: hit[0])
         layers = tuple(name for _, name, _, _ in hits)
         yield Finding(
             "spectrum/collapse",
@@ -503,13 +507,15 @@ RULES: tuple[Callable[[RunData, _Loss], Iterator[Finding]], ...] = (
 
 
 def _columns(data: RunData, quantity: str) -> Iterator[tuple[str, Array, Array]]:
-    """Name, steps and finite values of each layer that has any."""
+    """Name, steps and finite values of each layer that has any; every so many-th of a very long run, and the last."""
     table = data.tables.get(quantity)
     if table is not None:
         for name, column in zip(table.layers or (), table.values.T, strict=True):
             finite = np.isfinite(column)
             if finite.any():
-                yield name, table.steps[finite], column[finite]
+                kept = np.flatnonzero(finite)
+                kept = kept[:: -(len(kept) // _ENOUGH + 1)][::-1]
+                yield name, table.steps[kept], column[kept]
 
 
 def _first_step(data: RunData, quantity: str) -> int:

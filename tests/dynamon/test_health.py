@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -98,6 +99,15 @@ def test_many_layers_raise_nothing():
     assert (
         rules({"gradient/l2": table, "weight/operator": table, "gradient/norm": Series(np.arange(1), np.ones(1))}) == []
     )
+
+
+def test_a_very_long_run_takes_seconds():
+    rng = np.random.default_rng(0)
+    table = Series(np.arange(40_000), np.exp(0.3 * rng.normal(size=(40_000, 20))), tuple(map(str, range(20))))
+    table.values[30_000:, 7] *= 100
+    begin = time.process_time()
+    (found,) = findings({"gradient/l2": table, "gradient/norm": Series(np.arange(1), np.ones(1))})
+    assert time.process_time() - begin < 5 and found.layers == ("7",) and abs(found.step - 30_000) < 100
 
 
 def one(run, rule):
@@ -380,7 +390,7 @@ def test_healthy_runs(name, tmp_path):
 
 def test_gradient_descent_at_the_edge_of_stability(tmp_path):
     network, data = smooth()
-    run, monitor = run_of(tmp_path, Regression(network, sgd(0.1)), data, steps=1000, logger=CSVLogger)
+    run, monitor = run_of(tmp_path, Regression(network, sgd(0.1)), data, steps=1000, every=10, logger=CSVLogger)
     assert run.scalars["sharpness/stability_ratio"].values.max() > 1 and findings(run) == []
     assert findings(monitor.history) == []
 
