@@ -385,11 +385,14 @@ def _exploding_weights(data: RunData, loss: _Loss) -> Iterator[Finding]:
 
 
 def _collapsed_ranks(data: RunData, loss: _Loss) -> Iterator[Finding]:
-    """Both ranks must agree where both are known: one strong direction above a healthy rest is common."""
+    """Both ranks must agree: a head soon has one strong direction, how frequent each class is, above a healthy rest.
+
+    Without an effective rank, which is taken now and then only, the stable rank must say that nothing else is left.
+    """
     effective = {name: values for name, _, values in _columns(data, "spectrum/effective_rank")}
     hits = []
     for name, steps, values in _columns(data, "spectrum/stable_rank"):
-        start = _to_the_end(values < 1.1)
+        start = _to_the_end(values < (1.1 if name in effective else 1.01))
         fell = len(values) - start >= 3 and start >= 2 and float(np.median(values[: min(3, start)])) >= 2.0
         if fell and (name not in effective or effective[name][-1] < 2.0):
             hits.append((int(steps[start]), name, float(np.median(values[: min(3, start)])), float(values[-1])))

@@ -235,6 +235,8 @@ def test_a_rank_that_collapses():
     found = one(run, "spectrum/collapse")
     assert found.step == 300 and found.layers == (LAYERS[0],) and found.numbers["last"] == 1.02
     del run.tables["spectrum/effective_rank"]
+    assert rules(run) == []  # a language model's head comes to 1.07
+    run.tables["spectrum/stable_rank"].values[60:, 0] = 1.001
     assert one(run, "spectrum/collapse").step == 300
     run.tables["spectrum/stable_rank"].values[:, 0] = 1.0  # a layer of one output has always had it
     assert rules(run) == []
