@@ -30,6 +30,34 @@ class Series:
         return len(self.steps)
 
 
+@dataclass(frozen=True)
+class RunData:
+    """What is known of a run: the same for one that is going on and one that was read from its files.
+
+    Attributes:
+        scalars: Series by tag, ``gradient/norm``.
+        tables: Series with one column a layer by quantity, ``gradient/dual``.
+    """
+
+    scalars: dict[str, Series]
+    tables: dict[str, Series]
+
+    @classmethod
+    def of(cls, *histories: Mapping[str, Series]) -> "RunData":
+        """Sort what callbacks keep: ``RunData.of(monitor.history, steering.history)``; the later ones count."""
+        known = {quantity: history[quantity] for history in histories for quantity in history}
+        return cls(
+            {name: series for name, series in known.items() if series.layers is None},
+            {name: series for name, series in known.items() if series.layers is not None},
+        )
+
+    @property
+    def last_step(self) -> int:
+        """The last step at which anything is known, -1 where nothing is."""
+        series = [*self.scalars.values(), *self.tables.values()]
+        return max((int(one.steps[-1]) for one in series if len(one)), default=-1)
+
+
 class History(Mapping[str, Series]):
     """Everything a monitor measured, by quantity: ``history["noise"].values`` is an array.
 

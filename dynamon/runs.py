@@ -1,21 +1,28 @@
 """What a finished run logged, from TensorBoard's event files or from CSVLogger's ``metrics.csv``."""
 
 import csv
+import json
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.util import tensor_util
 
-from dynamon.history import Series
+from dynamon.gradients import Array
+from dynamon.history import RunData, Series
 
 _EVENTS = "*tfevents*"
 _TABLE = "metrics.csv"
-_Points = Iterator[tuple[str, int, float]]
+_PLUGIN = "dynamon"  # of the tensor summaries that hold all layers of a quantity
+_LAYERS = "/layers"  # how their tags end
+_Row = tuple[tuple[str, ...], Array]
+_Points = Iterator[tuple[str, int, float | _Row]]
 
 
 def read_run(folder: Path | str) -> dict[str, Series]:
@@ -35,18 +42,89 @@ def read_run(folder: Path | str) -> dict[str, Series]:
 
     Cost: a pass over the files in Python, some hundred thousand values a second.
     """
-    path = Path(folder)
+    return _read(Path(folder))[0]
+
+
+def read_run_data(folder: Path | str) -> RunData:
+    """Read scalars and the per-layer tables of a run, at full resolution.
+
+    A table comes from the tensor summaries ``gradient/dual/layers`` of the event files, in model order and to the
+    precision of float32; where there are none, as with CSVLogger, from the scalars ``gradient.dual/<layer>``, in
+    alphabetical order with numbers by their size, since that logger sorts its columns. Scalars that a table holds are
+    not among the scalars.
+
+    Args:
+        folder: As for :func:`read_run`. Of several event files the later one counts where both have a step. The
+            columns are the layers of the last row, then those that only earlier rows had.
+
+    Raises:
+        FileNotFoundError: As :func:`read_run`.
+        ValueError: Likewise.
+    """
+    scalars, rows = _read(Path(folder))
+    tables = {quantity: _stacked(points) for quantity, points in rows.items()}
+    owners = {_layer_prefix(quantity): quantity for quantity in tables}
+    for tag in scalars:  # the quantiles that come with each table
+        if tag.endswith("_median") and "/" in tag:
+            owners.setdefault(_layer_prefix(tag.removesuffix("_median")), tag.removesuffix("_median"))
+    single: dict[str, dict[str, Series]] = {}
+    for tag in list(scalars):
+        prefix, _, layer = tag.partition("/")
+        if prefix in owners:
+            single.setdefault(owners[prefix], {})[layer] = scalars.pop(tag)
+    tables |= {quantity: _joined(columns) for quantity, columns in single.items() if quantity not in tables}
+    return RunData(scalars, tables)
+
+
+def _read(path: Path) -> tuple[dict[str, Series], dict[str, dict[int, _Row]]]:
+    """Scalars by tag, and rows of tables by quantity and step."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder.")
     events, table = _event_files(path), path / _TABLE
     if not events and not table.exists():
         raise FileNotFoundError(_no_run(path))
-    found: dict[str, dict[int, float]] = {}
-    for file in events:
-        _collect(found, _events(file))
-    if table.exists():
-        _collect(found, _rows(table))
-    return {tag: _series(points) for tag, points in found.items()}
+    scalars: dict[str, dict[int, float]] = {}
+    rows: dict[str, dict[int, _Row]] = {}
+    for points in [*map(_events, events), *([_rows(table)] if table.exists() else [])]:
+        for tag, step, value in points:
+            if isinstance(value, tuple):
+                rows.setdefault(tag, {})[step] = value
+            else:
+                scalars.setdefault(tag, {})[step] = value
+    return {tag: _series(points) for tag, points in scalars.items()}, rows
+
+
+def _layer_prefix(quantity: str) -> str:
+    return quantity.replace("/", ".")
+
+
+def _stacked(rows: dict[int, _Row]) -> Series:
+    """Rows of one step each as a table ``[T, L]``; NaN where a row lacks a layer."""
+    steps = sorted(rows)
+    kinds = dict.fromkeys(rows[step][0] for step in reversed(steps))
+    names = tuple(dict.fromkeys(name for kind in kinds for name in kind))
+    column = {name: index for index, name in enumerate(names)}
+    places = {kind: [column[name] for name in kind] for kind in kinds}
+    values = np.full((len(steps), len(names)), np.nan)
+    for index, step in enumerate(steps):
+        kind, row = rows[step]
+        values[index, places[kind]] = row
+    return Series(np.array(steps, dtype=np.int64), values, names)
+
+
+def _joined(columns: dict[str, Series]) -> Series:
+    """Series of single layers as a table, NaN where one of them has no value."""
+    names = sorted(columns, key=_natural)
+    steps = np.unique(np.concatenate([series.steps for series in columns.values()]))
+    values = np.full((len(steps), len(names)), np.nan)
+    for index, name in enumerate(names):
+        values[np.searchsorted(steps, columns[name].steps), index] = columns[name].values
+    return Series(steps, values, tuple(names))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts ``blocks.2`` before ``blocks.10``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def last_step(run: dict[str, Series]) -> int:
@@ -66,19 +144,18 @@ def _no_run(folder: Path) -> str:
     return f"{message} Runs below it: {', '.join(str(path) for path in below[:10])}." if below else message
 
 
-def _collect(found: dict[str, dict[int, float]], points: _Points) -> None:
-    for tag, step, value in points:
-        found.setdefault(tag, {})[step] = value
-
-
 def _series(points: dict[int, float]) -> Series:
     steps = np.array(sorted(points), dtype=np.int64)
     return Series(steps, np.array([points[step] for step in steps.tolist()], dtype=np.float64))
 
 
 def _events(path: Path) -> _Points:
-    """Scalars as torch writes them (a number) and as TensorFlow does (a tensor, its kind named the first time)."""
+    """Scalars as torch writes them (a number) and as TensorFlow does (a tensor, its kind named the first time).
+
+    And rows of tables, whose names may come the first time only, too.
+    """
     scalars: set[str] = set()
+    layers: dict[str, tuple[bytes, tuple[str, ...]]] = {}
     for record in _records(path):
         try:
             event = Event.FromString(record)
@@ -88,10 +165,32 @@ def _events(path: Path) -> _Points:
             if value.HasField("simple_value"):
                 yield value.tag, event.step, value.simple_value
                 continue
-            if value.metadata.plugin_data.plugin_name == "scalars":
+            plugin = value.metadata.plugin_data
+            if plugin.plugin_name == "scalars":
                 scalars.add(value.tag)
+            elif plugin.plugin_name == _PLUGIN and layers.get(value.tag, (b"",))[0] != plugin.content:
+                layers[value.tag] = plugin.content, _layer_names(plugin.content)
             if value.tag in scalars:
                 yield value.tag, event.step, float(tensor_util.make_ndarray(value.tensor))
+            elif value.tag in layers:
+                names, row = layers[value.tag][1], _row(value.tensor)
+                if len(names) == len(row):
+                    yield value.tag.removesuffix(_LAYERS), event.step, (names, row)
+
+
+def _layer_names(content: bytes) -> tuple[str, ...]:
+    """The names in a table's metadata; none where it is not as the recorder writes it."""
+    try:
+        return tuple(map(str, json.loads(content)["layers"]))
+    except (ValueError, KeyError, TypeError):
+        return ()
+
+
+def _row(tensor: Any) -> Array:
+    content = tensor.tensor_content
+    if content and tensor.dtype == DT_FLOAT:  # as it is written; several times faster than make_ndarray
+        return np.frombuffer(content, dtype="<f4")
+    return np.ravel(tensor_util.make_ndarray(tensor)).astype(np.float64)
 
 
 def _records(path: Path) -> Iterator[bytes]:

@@ -135,7 +135,11 @@ def test_wheel_holds_nothing_else(wheel):
         "dynamon",
         f"lightning_dynamon-{PROJECT['project']['version']}.dist-info",
     }
-    assert "dynamon/py.typed" in {file.as_posix() for file in files}
+    names = {file.as_posix() for file in files}
+    front_end = {
+        path.relative_to(ROOT).as_posix() for kind in ("*.js", "*.css") for path in (ROOT / "dynamon").rglob(kind)
+    }
+    assert {"dynamon/py.typed", *front_end} <= names and "dynamon/board/board.js" in front_end
     code = "import sys, importlib.util as util; print([util.find_spec(name) for name in sys.argv[1:]])"
     assert wheel.run("-c", code, "callbacks", "kernels") == "[None, None]"
 

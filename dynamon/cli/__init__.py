@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from dynamon.cli import demo, schedule
+from dynamon.cli import demo, report, schedule
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dynamon", description="Training dynamics for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo.add_parser(commands)
+    report.add_parser(commands)
     schedule.add_parser(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
