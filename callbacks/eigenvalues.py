@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
 from dynamon.callbacks.layerwise_lr import steering_of
-from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run
+from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run, forget_frames
 from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, evaluation, trained_parameters
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
@@ -163,16 +164,24 @@ class EigenvalueMeter(Meter):
 
     def _is_due(self, run: Run) -> bool:
         possible = self._wanted and self._probe.ready and not self._too_large
-        return bool(possible) and self.cadence.due(run, self.name, self.expected(run), run.step)
+        return bool(possible) and self.cadence.due(run, self.name, self.expected, run.step)
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
         if "subspace" in self._wanted and self._is_due(run):
             self._steps.copy_weights(run)
 
+    def make_room(self, run: Run) -> str | None:
+        """Halve the probe."""
+        return self._probe.halve()
+
     def batch_end(self, run: Run) -> None:
         """Measure when due."""
         if not self._is_due(run):
+            return
+        with run.charge(self.name):
+            self._probe.check(run)
+        if self._probe.off:
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
         with run.charge(self.name):
@@ -226,15 +235,16 @@ class EigenvalueMeter(Meter):
             before = point.products
             function(point)
             point.succeeded += point.products > before
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if point.run.strict or isinstance(error, MemoryError) or is_oom_error(error):
+                raise
+            forget_frames(error)  # this point is one of their variables: together they would keep the graph alive
             point.failed[quantity] = error
 
     def _judge(self, point: _Point) -> None:
         """Raise if nothing succeeded; else say once what failed, and leave out what failed three times in a row."""
         first = next(iter(point.failed.values()), None)
-        if first is not None and (point.run.strict or not point.succeeded):
+        if first is not None and not point.succeeded:
             raise first
         self._failures = {q: self._failures.get(q, 0) + 1 for q in point.failed}
         for quantity, error in point.failed.items():

@@ -118,6 +118,11 @@ class LayerwiseLR(DynamonCallback):
         return self._budget.overhead
 
     @property
+    def failures(self) -> int:
+        """Calls of loggers that failed so far."""
+        return self._recorder.failures
+
+    @property
     def ratios(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name; in a dry run the one that would be in force."""
         return {name: ratio for rates in self._steered.values() for name, ratio in rates.wanted.items()}

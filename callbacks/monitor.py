@@ -8,11 +8,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch.optim import Optimizer
 
 from dynamon.callbacks.base import DynamonCallback, off_reason
 from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run
+from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder
 from dynamon.history import History
 from dynamon.layers import describe_layers, select
@@ -50,7 +51,7 @@ class Monitor(DynamonCallback):
         """Begin like new: a callback may see several fits."""
         self._meters = self._make_meters()
         self._budget = Budget(self._fraction)
-        self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters))
+        self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
         self._run: Run | None = None
         self._failures = 0
         self._in_a_row = {meter.name: 0 for meter in self._meters}
@@ -69,8 +70,8 @@ class Monitor(DynamonCallback):
 
     @property
     def failures(self) -> int:
-        """Measurements that failed so far."""
-        return self._failures + (0 if self._run is None else self._run.failures)
+        """Measurements that failed so far, and calls of loggers that did."""
+        return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
 
     def paused(self, meter: Meter) -> bool:
         """Whether a meter failed too often in a row."""
@@ -85,6 +86,10 @@ class Monitor(DynamonCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers, write the panels, start the meters."""
         self._forget()
+        with self._budget.watch():
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reason = off_reason(trainer, pl_module)
         if reason is not None:
             rank_zero_warn(f"{type(self).__name__} is off: {reason}")
@@ -110,14 +115,12 @@ class Monitor(DynamonCallback):
         """Let the meters see the batch."""
         if self._run is not None:
             self._budget.start()
-            for meter in self._meters:
-                self._call(meter, "batch_start", batch)
+            self._call_all("batch_start", batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the meters see gradients that are still being accumulated."""
         if self._run is not None:
-            for meter in self._meters:
-                self._call(meter, "after_backward")
+            self._call_all("after_backward")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -125,8 +128,7 @@ class Monitor(DynamonCallback):
         """Let the meters see the gradients."""
         if self._run is not None:
             self._stepped = True
-            for meter in self._meters:
-                self._call(meter, "before_step", optimizer)
+            self._call_all("before_step", optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,8 +138,7 @@ class Monitor(DynamonCallback):
             return
         self._stepped = False
         self._run.steps_seen += 1
-        for meter in self._meters:
-            self._call(meter, "batch_end")
+        self._call_all("batch_end")
         self._run.forget_copies()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -157,8 +158,14 @@ class Monitor(DynamonCallback):
                 rank_zero_info(
                     f"{type(self).__name__}: no {meter.name} reading in this run: one takes about "
                     f"{meter.expected(self._run):.2g} s, and a budget of {self._fraction:.3g} gave all of them "
-                    f"{(self._fraction or 0) * self._budget.training:.2g} s. Raise budget, or set every_n_steps."
+                    f"{(self._fraction or 0) * self._budget.training:.2g} s{self._hooks()}. Raise budget, or set "
+                    "every_n_steps."
                 )
+
+    def _hooks(self) -> str:
+        """How much of the budget goes into deciding what to measure, where that is much: where steps are short."""
+        spent, given = self._budget.spent_on.get("hooks", 0.0), (self._fraction or 0) * self._budget.training
+        return f", of which looking after so short steps took {spent:.2g} s" if spent > given / 4 else ""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop the clock."""
@@ -171,6 +178,12 @@ class Monitor(DynamonCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts; some strategies load before there are optimizers, some after."""
         self._state = dict(state_dict)
+
+    def _call_all(self, method: str, *arguments: Any) -> None:
+        with self._budget.watch():
+            for meter in self._meters:
+                if getattr(type(meter), method) is not getattr(Meter, method):  # most have nothing to do at most hooks
+                    self._call(meter, method, *arguments)
 
     def _call(self, meter: Meter, method: str, *arguments: Any) -> None:
         """Call a meter. What it raises costs one warning and a count; three in a row pause it."""
@@ -199,16 +212,20 @@ class Monitor(DynamonCallback):
 
     def _failed(self, meter: Meter, error: Exception) -> None:
         assert self._run is not None
-        if isinstance(error, torch.OutOfMemoryError):
+        room = None
+        if isinstance(error, MemoryError) or is_oom_error(error):
+            forget_frames(error)
             torch.cuda.empty_cache()
+            room = meter.make_room(self._run)
         self._failures += 1
         self._in_a_row[meter.name] += 1
         meter.cadence.last = self._run.step
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         after = "It is paused now." if self.paused(meter) else "Training goes on; strict=True raises here instead."
+        after = after if room is None else f"{room} {after}"
         news = self._in_a_row[meter.name] == 1 and first_line not in self._causes
         self._causes.add(first_line)  # what stops two meters at once is one story
-        if news or self.paused(meter):
+        if news or room or self.paused(meter):
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
 
 

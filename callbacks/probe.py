@@ -1,5 +1,6 @@
 """The probe: samples of training that sharpness is measured on, kept for the whole run."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,10 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.effects import changes, outside_state
 from dynamon.probe import LossFn, batch_weight, take_samples, training_loss, undisturbed
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 _SEED = 20_240_801
+_SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
 
 
 class ProbeMeter(Meter):
@@ -51,6 +54,8 @@ class ProbeMeter(Meter):
         self._sets: list[list[dict[str, Any]]] = [[], []] if second else [[]]
         self.off = False
         self._resumed_without = False
+        self._halvings = 0
+        self._checked = loss_fn is not None
 
     def start(self, run: Run) -> None:
         """Say what cannot be measured."""
@@ -119,10 +124,70 @@ class ProbeMeter(Meter):
         weights = values.new_tensor([entry["weight"] for entry in kept])
         return (values * weights).sum() / weights.sum()
 
+    def check(self, run: Run) -> None:
+        """Once, before the first measurement: evaluate the loss twice, and be off if that changed anything for good.
+
+        Raises:
+            ValueError: Instead, under ``strict=True``.
+        """
+        if self._checked:
+            return
+        step, marks, losses = run.module.training_step, [], []
+        for _ in range(2):
+            marks.append(outside_state(run.module, step))
+            with evaluation(run):
+                losses.append(float(self.loss(run).detach()))
+        marks.append(outside_state(run.module, step))
+        self._checked = True
+        # What changed the first time only is a cache that has been filled.
+        changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
+        reason = f"it changes {', '.join(changed[:3])}" if changed else _difference(*losses)
+        if reason is None:
+            return
+        self.off = True
+        sentence = (
+            f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); pass "
+            "loss_fn=lambda module, batch: ... that computes the loss and nothing else."
+        )
+        if run.strict:
+            raise ValueError(sentence)
+        rank_zero_warn(sentence)
+
+    def halve(self) -> str | None:
+        """Keep half of the samples, or of the batches where there are no samples to leave out.
+
+        Returns:
+            One sentence the first time, None later and where nothing can be left out.
+        """
+        before = sum(_size(kept) for kept in self._sets)
+        self._sets = [self._half(kept) for kept in self._sets]
+        if sum(_size(kept) for kept in self._sets) == before:
+            return None
+        self._halvings += 1
+        self._want_less(1)
+        return f"The probe is halved to {_size(self._sets[0])} samples." if self._halvings == 1 else None
+
+    def _half(self, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        halves = []
+        for entry in kept:
+            part, samples = take_samples(entry["batch"], 0.5)
+            if samples is None:
+                return kept
+            weight = batch_weight(part, self._weight) if self._weight else float(samples)
+            halves.append({**entry, "batch": part, "samples": samples, "weight": weight})
+        return halves
+
+    def _want_less(self, times: int) -> None:
+        """What is still to be kept is as small as what is there."""
+        self._fraction, self.share = self._fraction / 2**times, self.share / 2**times
+        if self._size is not None:
+            self._size = max(2, min(self._size // 2**times, _size(self._sets[0]) or self._size))
+
     def state_dict(self) -> dict[str, Any]:
         """The samples, where they are not many and hold nothing that a checkpoint could not load safely."""
         numbers = _numbers([[entry["batch"] for entry in kept] for kept in self._sets])
-        return {"sets": self._sets} if numbers is not None and numbers <= SAVED_NUMBERS else {}
+        state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
+        return {**state, "sets": self._sets} if numbers is not None and numbers <= SAVED_NUMBERS else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the samples; without them new ones are kept."""
@@ -130,6 +195,9 @@ class ProbeMeter(Meter):
         self._resumed_without = not sets
         for place, kept in enumerate(sets[: len(self._sets)]):
             self._sets[place] = kept
+        self._halvings = int(state.get("halvings", 0))
+        if self._halvings:
+            self._want_less(self._halvings)
 
 
 @contextmanager
@@ -161,6 +229,17 @@ def check_probe(probe_batches: int, probe_fraction: float, loss_fn: object, prob
         raise ValueError(f"probe_size must be 2 samples or more, or None, got {probe_size}.")
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")
+
+
+def _size(kept: Sequence[dict[str, Any]]) -> int:
+    return sum(entry["samples"] or 0 for entry in kept)
+
+
+def _difference(first: float, second: float) -> str | None:
+    """What to say of two evaluations of one loss; None where they agree."""
+    if math.isclose(first, second, rel_tol=_SAME) or not math.isfinite(first + second):
+        return None
+    return f"on the same samples with the same random numbers its loss was {first:.6g}, then {second:.6g}"
 
 
 @contextmanager

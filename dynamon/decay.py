@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 # Optimizers that add decay to the gradients. What is not known is taken to shrink the weights by rate x decay.
 _COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop", "ASGD", "LBFGS"}
 _DECOUPLED = {"AdamW", "Adafactor", "Muon"}
+_KNOWN = _COUPLED | _DECOUPLED
 
 
 def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
@@ -20,8 +21,7 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
         optimizer: Any optimizer; a class derived from one of torch's counts as that one.
         group: One of its groups; ``decoupled_weight_decay`` in it decides where it is there.
     """
-    names = [cls.__name__ for cls in type(optimizer).__mro__]
-    known = next((name for name in names if name in _COUPLED | _DECOUPLED), "")
+    known = next((cls.__name__ for cls in type(optimizer).__mro__ if cls.__name__ in _KNOWN), "")
     decoupled = group.get("decoupled_weight_decay", known not in _COUPLED)
     return group.get("weight_decay", 0.0) if decoupled else 0.0
 
