@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from benchmarks.environment import environment
 from dynamon.callbacks import DynamicsMonitor
@@ -112,9 +113,9 @@ class Baton:
 class Clock:
     """Two callbacks around all others: seconds of each block, waiting not counted."""
 
-    def __init__(self, baton: Baton, arm: int, block: int) -> None:
+    def __init__(self, baton: Baton, arm: int, block: int, monitor: DynamicsMonitor | None) -> None:
         """Nothing timed yet."""
-        self.baton, self.arm, self.block = baton, arm, block
+        self.baton, self.arm, self.monitor = baton, arm, monitor
         self.seconds: list[float] = []
         clock = self
 
@@ -141,6 +142,8 @@ class Clock:
     def close(self) -> None:
         """A block is over."""
         self.seconds.append(now() - self.begin)
+        if self.monitor is not None:
+            self.monitor._budget.stop()  # waiting is no training; its clock goes on with the next batch
         self.baton.pass_on()
 
 
@@ -151,22 +154,19 @@ def now() -> float:
     return time.perf_counter()
 
 
-def batches(shape: Shape, steps: int, text: Tensor) -> list[Tensor]:
+def batches(shape: Shape, steps: int, text: Tensor) -> Any:
     """The same batches for every arm."""
     if shape.vocabulary == 256:
-        return list(training_batches(text, shape.batch, shape.context, steps, 0))
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(shape.vocabulary, (shape.batch, shape.context + 1), generator=generator) for _ in range(steps)
-    ]
+        return training_batches(text, shape.batch, shape.context, steps, 0)
+    rows = torch.randint(shape.vocabulary, (256, shape.context + 1), generator=torch.Generator().manual_seed(0))
+    return DataLoader(rows, shape.batch)
 
 
 def run_in_turn(shape: Shape, steps: int, block: int, device: str, text: Tensor) -> dict[str, tuple[list[float], Any]]:
     """Seconds of each block and the monitor, by arm."""
     monitors = {name: make() for name, make in ARMS.items()}
     baton = Baton(len(monitors))
-    clocks = {name: Clock(baton, place, block) for place, name in enumerate(monitors)}
-    data = batches(shape, steps, text)
+    clocks = {name: Clock(baton, place, block, monitors[name]) for place, name in enumerate(monitors)}
 
     def train(name: str, folder: str) -> None:
         clock, monitor = clocks[name], monitors[name]
@@ -177,6 +177,7 @@ def run_in_turn(shape: Shape, steps: int, block: int, device: str, text: Tensor)
                 devices=1,
                 precision="bf16-mixed" if device == "cuda" else "32-true",
                 max_steps=steps,
+                max_epochs=-1,
                 logger=TensorBoardLogger(folder, name=None, version=name.replace(" ", "_")),
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -184,7 +185,7 @@ def run_in_turn(shape: Shape, steps: int, block: int, device: str, text: Tensor)
                 limit_val_batches=0,
                 callbacks=[clock.first, *([] if monitor is None else [monitor]), clock.last],
             )
-            trainer.fit(Model(shape, steps), data)
+            trainer.fit(Model(shape, steps), batches(shape, steps, text))
         except BaseException as error:
             with baton.condition:
                 baton.failed.append(error)
@@ -280,7 +281,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, help="steps an arm takes before the next one's turn")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--gpt2", action="store_true", help="the shape of GPT-2 124M too (bf16 on a GPU)")
-    parser.add_argument("--quick", action="store_true", help="few steps: shows that it works, says nothing")
+    parser.add_argument("--quick", action="store_true", help="few steps on short texts: it works, no more than that")
     default = Path(__file__).parent / "results" / "overhead.json"
     parser.add_argument("--output", type=Path, help=f"{default.relative_to(default.parents[2])} unless --quick")
     options = parser.parse_args()
@@ -290,7 +291,8 @@ def main() -> None:
     for name, shape in SHAPES.items():
         if name == "GPT-2 124M" and not options.gpt2:
             continue
-        steps = 60 if options.quick else options.steps // options.block * options.block
+        steps = 120 if options.quick else options.steps // options.block * options.block
+        shape = replace(shape, batch=4, context=32) if options.quick else shape
         run_in_turn(shape, 2 * options.block, options.block, options.device, text)  # warm up
         runs = run_in_turn(shape, steps, options.block, options.device, text)
         results[name] = summary(runs, steps, options.block, shape)
