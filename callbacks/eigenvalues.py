@@ -131,6 +131,13 @@ class EigenvalueMeter(Meter):
         if not params:
             return
         limit = self._memory_limit * 2**30 if self._memory_limit else free_memory(params[0].device) / 2
+        density = (_DENSITY_STEPS + 1) * sum(p.numel() * max(p.element_size(), 4) for p in params)
+        if "density" in self._wanted and density > limit:
+            self._wanted -= {"density"}
+            rank_zero_warn(
+                f"density is left out: its vectors take {density / 2**30:.3g} GiB and {limit / 2**30:.3g} GiB are "
+                "allowed. Raise memory_limit to have it."
+            )
         self._certify = basis_memory(params, certify=True) <= limit
         needed = basis_memory(params, self._max_eigenvalues())
         self._too_large = needed > limit

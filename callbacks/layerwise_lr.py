@@ -317,6 +317,9 @@ class NoiseAdaptiveLR(LayerwiseLR):
     Raises:
         ValueError: Naming the argument that is out of range, or the optimizer that cannot be steered.
 
+    Cost: one pass over the gradients at each step that is read. Memory: 2 copies of the parameters at a peak, 1 in
+    between, the previous gradient.
+
     Reference: Hao et al., "Noise-Adaptive Layerwise Learning Rates", arXiv 2510.14009.
     """
 

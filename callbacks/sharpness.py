@@ -131,8 +131,30 @@ class SharpnessMonitor(Monitor):
         ValueError: On an argument out of range, at construction.
 
     Cost: on a full-size probe a product takes 2 to 3.5 training steps, on a quarter of it about half a step; a
-    tracked measurement takes 5 to 8 products. Memory: 9 vectors of the size of the parameters (21 every tenth
-    time) and the graph of a gradient on the probe.
+    tracked measurement takes 5 to 8 products.
+
+    Memory, beyond the activations of a gradient on the probe, in copies of the parameters (vectors of their size): what
+    a measurement takes at most, what one with an upper bound takes, and what is kept from one to the next. A solve for
+    the k largest holds ``2 k + 7`` basis vectors, 22 and more with a bound, and k + 3 beside them; the rest is the copy
+    that puts the module back, the gradient and its graph, and a product. Quantities are measured one after the other:
+    the largest of their peaks counts, and the sum of what they keep.
+
+    ====================  =========  ============  ====
+    quantity              at a peak  with a bound  kept
+    ====================  =========  ============  ====
+    ``stability_ratio``   24         37            3
+    ``hessian``           24         37            3
+    ``bracket``           24         37            3
+    ``preconditioned``    25         38            3
+    ``ggn``               24         37            3
+    ``subspace``          46         73            8
+    ``blocks``            12         12            3
+    ``trace``             10         10            0
+    ``density``           72         72            0
+    ``directional``       12         12            1
+    ``critical``          9          9             1
+    ``batch``             9          9             0
+    ====================  =========  ============  ====
     """
 
     def __init__(

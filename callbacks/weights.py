@@ -302,7 +302,9 @@ class WeightMonitor(Monitor):
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
             fit starts.
 
-    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix. With
+    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix. Memory: 9 copies
+    of the parameters at a peak, 2 in between, where matrices are square; matrices of one shape are measured together,
+    and other shapes take less. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
     microseconds.
     """
