@@ -225,7 +225,9 @@ def test_the_other_import_is_refused_with_the_fix(name: str, tmp_path) -> None:
 
     from dynamon.rates import FixedRates
 
-    made = dynamon.callbacks.LayerwiseLR(FixedRates({})) if name == "LayerwiseLR" else getattr(dynamon.callbacks, name)()
+    made = (
+        dynamon.callbacks.LayerwiseLR(FixedRates({})) if name == "LayerwiseLR" else getattr(dynamon.callbacks, name)()
+    )
     run = pytorch_lightning.Trainer(
         callbacks=[made],
         max_steps=2,
