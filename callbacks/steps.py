@@ -73,7 +73,7 @@ class StepMeter(Meter):
 
     def expected(self, run: Run) -> float:
         """Seconds a measurement took last; forward passes and products on the probe for the first."""
-        steps = 1 + 3 * ("critical" in self._wanted) + 5 * ("directional" in self._wanted)  # 1 to check the loss
+        steps = 1 + 3 * ("critical" in self._wanted) + 4 * ("directional" in self._wanted)  # 1 to check the loss
         guess = run.seconds_per_step * (0.1 + steps * self._probe.share + 5 * ("batch" in self._wanted))
         return guess if self._seconds is None else self._seconds
 
