@@ -2,6 +2,7 @@
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from dynamon.panels import Layout, combined
@@ -56,7 +57,10 @@ class DynamonCallback(pl.Callback):
         layout = combined(callback.panels for callback in ours)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(layout)
+                try:
+                    logger.experiment.add_custom_scalars(layout)
+                except Exception as error:
+                    rank_zero_warn(f"dynamon's panels could not be written: {error} Training goes on without them.")
 
 
 def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:

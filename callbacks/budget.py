@@ -72,6 +72,18 @@ class Budget:
                 events[1].record()
                 self._events.append((name, seconds, *events))
 
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Book what passes inside beyond what is charged there: start-up, deciding what to measure."""
+        begin, spent = time.perf_counter(), self.spent
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            if self._since is None:  # before the first batch
+                self._running += seconds
+            self._book("hooks", max(seconds - (self.spent - spent), 0.0))
+
     def allows(self, name: str, expected: float, share: float = 1.0) -> bool:
         """Whether a measurement may be taken now.
 

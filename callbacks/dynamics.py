@@ -91,6 +91,8 @@ class DynamicsMonitor(Monitor):
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
             fit starts.
+
+    Memory: what the three monitors keep in between, and the peak of one of them at a time; they share their copies.
     """
 
     def __init__(

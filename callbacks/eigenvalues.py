@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
 from dynamon.callbacks.layerwise_lr import steering_of
-from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run
+from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run, forget_frames
 from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, evaluation, trained_parameters
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
@@ -136,10 +136,17 @@ class EigenvalueMeter(Meter):
         if not params:
             return
         limit = self._memory_limit * 2**30 if self._memory_limit else free_memory(params[0].device) / 2
+        density = (_DENSITY_STEPS + 1) * sum(p.numel() * max(p.element_size(), 4) for p in params)
         needed = basis_memory(params, self._max_eigenvalues())
-        lacks = [basis_memory(params, certify=True) > limit, needed > limit]
+        lacks = [basis_memory(params, certify=True) > limit, needed > limit, density > limit]
         lacks = run.ranks.maximum(torch.tensor(lacks, dtype=torch.float64, device=params[0].device)).bool().tolist()
         self._certify, self._too_large = not lacks[0], lacks[1]
+        if "density" in self._wanted and lacks[2]:
+            self._wanted -= {"density"}
+            rank_zero_warn(
+                f"density is left out: its vectors take {density / 2**30:.3g} GiB and {limit / 2**30:.3g} GiB are "
+                "allowed. Raise memory_limit to have it."
+            )
         if self._too_large:
             self._steps.also("critical")
             rank_zero_warn(
@@ -174,16 +181,24 @@ class EigenvalueMeter(Meter):
 
     def _is_due(self, run: Run) -> bool:
         possible = self._wanted and self._probe.is_expected(run) and not self._too_large
-        return bool(possible) and self.cadence.due(run, self.name, self.expected(run), run.step)
+        return bool(possible) and self.cadence.due(run, self.name, self.expected, run.step)
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
         if "subspace" in self._wanted and self._is_due(run):
             self._steps.copy_weights(run)
 
+    def make_room(self, run: Run) -> str | None:
+        """Halve the probe."""
+        return self._probe.halve()
+
     def batch_end(self, run: Run) -> None:
         """Measure when due."""
         if not self._is_due(run):
+            return
+        with run.charge(self.name):
+            self._probe.check(run)
+        if self._probe.off:
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
         try:
@@ -244,8 +259,9 @@ class EigenvalueMeter(Meter):
                 function(point)
             point.succeeded += point.products > before
         except Exception as error:
-            if ran_out_of_memory(error):
+            if point.run.strict or ran_out_of_memory(error):
                 raise
+            forget_frames(error)  # this point is one of their variables: together they would keep the graph alive
             point.failed[quantity] = error
             self._start_anew(point.run)
 
@@ -257,7 +273,7 @@ class EigenvalueMeter(Meter):
     def _judge(self, point: _Point) -> None:
         """Raise if nothing succeeded; else say once what failed, and leave out what failed three times in a row."""
         first = next(iter(point.failed.values()), None)
-        if first is not None and (point.run.strict or not point.succeeded):
+        if first is not None and not point.succeeded:
             raise first
         self._failures = {q: self._failures.get(q, 0) + 1 for q in point.failed}
         for quantity, error in point.failed.items():

@@ -309,7 +309,8 @@ class GradientMonitor(Monitor):
             fit starts.
 
     Cost: a few passes over the gradients and a copy of gradients and weights for the length of one step; two copies
-    of small tables to the host. With ``every_n_steps``, checkpoints hold these copies where the next step is read.
+    of small tables to the host. Memory: 4 copies of the parameters at a peak, 2 in between. With ``every_n_steps``,
+    checkpoints hold these copies where the next step is read.
     """
 
     def __init__(

@@ -125,6 +125,11 @@ class LayerwiseLR(DynamonCallback):
         return self._budget.overhead
 
     @property
+    def failures(self) -> int:
+        """Calls of loggers that failed so far."""
+        return self._recorder.failures
+
+    @property
     def ratios(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name; in a dry run the one that would be in force."""
         return {name: ratio for rates in self._steered.values() for name, ratio in rates.wanted.items()}
@@ -326,6 +331,9 @@ class NoiseAdaptiveLR(LayerwiseLR):
 
     Raises:
         ValueError: Naming the argument that is out of range, or the optimizer that cannot be steered.
+
+    Cost: one pass over the gradients at each step that is read. Memory: 2 copies of the parameters at a peak, 1 in
+    between, the previous gradient.
 
     Reference: Hao et al., "Noise-Adaptive Layerwise Learning Rates", arXiv 2510.14009.
     """

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,6 +100,13 @@ class Run:
             yield
 
 
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions that failed held, graphs above all; the sentence of the error stays."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class Cadence:
     """When a meter measures.
 
@@ -115,8 +122,8 @@ class Cadence:
         self.every_n_steps, self.interval, self.share = every_n_steps, interval, share
         self.last = -math.inf
 
-    def due(self, run: Run, name: str, expected: float, step: int) -> bool:
-        """Whether to measure at ``step``."""
+    def due(self, run: Run, name: str, expected: Callable[[Run], float], step: int) -> bool:
+        """Whether to measure at ``step``; ``expected`` is asked only where the budget decides."""
         if run.trying_out:
             return True
         if self.every_n_steps is not None:
@@ -125,7 +132,7 @@ class Cadence:
             return False
         if run.ranks.several and run.budget.fraction is not None:
             return run.decisions.allows(name, step)
-        return run.budget.allows(name, expected, self.share)
+        return run.budget.allows(name, expected(run), self.share)
 
     def is_free(self, step: int) -> bool:
         """Whether the last measurement is far enough away."""
@@ -204,6 +211,10 @@ class Meter(ABC):
     def batch_end(self, run: Run) -> None:
         """The optimizer has stepped."""
 
+    def make_room(self, run: Run) -> str | None:
+        """Take less memory after it ran out in a measurement; one sentence the first time, else None."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {}
@@ -246,7 +257,7 @@ class PairMeter(Meter):
         self._armed = kept and (not was_read or self._planned(run, run.step + 1))
 
     def _planned(self, run: Run, step: int) -> bool:
-        return self.cadence.due(run, self.name, self.expected(run), step)
+        return self.cadence.due(run, self.name, self.expected, step)
 
     def _is_fixed(self, run: Run) -> bool:
         return self.cadence.every_n_steps is not None or run.trying_out

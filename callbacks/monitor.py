@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import DynamonCallback, SteeringError, off_reason
 from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run
+from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder
 from dynamon.history import History
 from dynamon.layers import Layer, describe_layers, is_measurable, select
@@ -51,7 +51,7 @@ class Monitor(DynamonCallback):
         """Begin like new: a callback may see several fits."""
         self._meters = self._make_meters()
         self._budget = Budget(self._fraction)
-        self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters))
+        self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
         self._run: Run | None = None
         self._failures = 0
         self._in_a_row = {meter.name: 0 for meter in self._meters}
@@ -70,8 +70,8 @@ class Monitor(DynamonCallback):
 
     @property
     def failures(self) -> int:
-        """Measurements that failed so far."""
-        return self._failures + (0 if self._run is None else self._run.failures)
+        """Measurements that failed so far, and calls of loggers that did."""
+        return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
 
     def paused(self, meter: Meter) -> bool:
         """Whether a meter failed too often in a row."""
@@ -86,6 +86,10 @@ class Monitor(DynamonCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers, write the panels, start the meters."""
         self._forget()
+        with self._budget.watch():
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reason = off_reason(trainer, pl_module)
         if reason is not None:
             rank_zero_warn(f"{type(self).__name__} is off: {reason}")
@@ -114,14 +118,12 @@ class Monitor(DynamonCallback):
         if self._run is not None:
             self._budget.start()
             self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
-            for meter in self._meters:
-                self._call(meter, "batch_start", batch)
+            self._call_all("batch_start", batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the meters see gradients that are still being accumulated."""
         if self._run is not None:
-            for meter in self._meters:
-                self._call(meter, "after_backward")
+            self._call_all("after_backward")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -129,8 +131,7 @@ class Monitor(DynamonCallback):
         """Let the meters see the gradients."""
         if self._run is not None:
             self._stepped = True
-            for meter in self._meters:
-                self._call(meter, "before_step", optimizer)
+            self._call_all("before_step", optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -140,8 +141,7 @@ class Monitor(DynamonCallback):
             return
         self._stepped = False
         self._run.steps_seen += 1
-        for meter in self._meters:
-            self._call(meter, "batch_end")
+        self._call_all("batch_end")
         self._run.forget_copies()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -161,8 +161,14 @@ class Monitor(DynamonCallback):
                 rank_zero_info(
                     f"{type(self).__name__}: no {meter.name} reading in this run: one takes about "
                     f"{meter.expected(self._run):.2g} s, and a budget of {self._fraction:.3g} gave all of them "
-                    f"{(self._fraction or 0) * self._budget.training:.2g} s. Raise budget, or set every_n_steps."
+                    f"{(self._fraction or 0) * self._budget.training:.2g} s{self._hooks()}. Raise budget, or set "
+                    "every_n_steps."
                 )
+
+    def _hooks(self) -> str:
+        """How much of the budget goes into deciding what to measure, where that is much: where steps are short."""
+        spent, given = self._budget.spent_on.get("hooks", 0.0), (self._fraction or 0) * self._budget.training
+        return f", of which looking after so short steps took {spent:.2g} s" if spent > given / 4 else ""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop the clock."""
@@ -175,6 +181,12 @@ class Monitor(DynamonCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts; some strategies load before there are optimizers, some after."""
         self._state = dict(state_dict)
+
+    def _call_all(self, method: str, *arguments: Any) -> None:
+        with self._budget.watch():
+            for meter in self._meters:
+                if getattr(type(meter), method) is not getattr(Meter, method):  # most have nothing to do at most hooks
+                    self._call(meter, method, *arguments)
 
     def _call(self, meter: Meter, method: str, *arguments: Any) -> None:
         """Call a meter. What it raises costs one warning and a count; three in a row pause it.
@@ -220,17 +232,21 @@ class Monitor(DynamonCallback):
 
     def _failed(self, meter: Meter, error: Exception) -> None:
         assert self._run is not None
+        room = None
         if ran_out_of_memory(error):
+            forget_frames(error)
             torch.cuda.empty_cache()
+            room = meter.make_room(self._run)
         self._recorder.forget()
         self._failures += 1
         self._in_a_row[meter.name] += 1
         meter.cadence.last = self._run.step
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         after = "It is paused now." if self.paused(meter) else "Training goes on; strict=True raises here instead."
+        after = after if room is None else f"{room} {after}"
         news = self._in_a_row[meter.name] == 1 and first_line not in self._causes
         self._causes.add(first_line)  # what stops two meters at once is one story
-        if news or self.paused(meter):
+        if news or room or self.paused(meter):
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
 
 

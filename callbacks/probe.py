@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from dynamon.callbacks.meter import Cadence, Meter, Run
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks
+from dynamon.effects import changes, outside_state
 from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss, undisturbed
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 _SEED = 20_240_801
+_SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
 
@@ -64,6 +66,8 @@ class ProbeMeter(Meter):
         self._parts: list[list[list[dict[str, Any]]]] = [[] for _ in self._sets]  # of all processes, for a checkpoint
         self._loaded: list[list[list[dict[str, Any]]]] = []
         self._resumed_without = False
+        self._halvings = 0
+        self._checked = loss_fn is not None
 
     def start(self, run: Run) -> None:
         """Say what cannot be measured, and take up what a checkpoint held."""
@@ -89,6 +93,8 @@ class ProbeMeter(Meter):
             self._sets[place] = [{**entry, "batch": moved(entry["batch"], run.module.device)} for entry in own]
         self._resumed_without = self._resumed_without or bool(self._loaded) and not self._sets[0]
         self._loaded = []
+        if self._halvings:
+            self._want_less(self._halvings)
 
     def is_missed(self) -> bool:
         """It has no readings of its own."""
@@ -199,17 +205,79 @@ class ProbeMeter(Meter):
         weights = values.new_tensor([entry["weight"] for entry in kept])
         return (values * weights).sum() / weights.sum()
 
+    def check(self, run: Run) -> None:
+        """Once, before the first measurement: evaluate the loss twice, and be off if that changed anything for good.
+
+        Raises:
+            ValueError: Instead, under ``strict=True``.
+        """
+        if self._checked or run.ranks.several:  # one process alone cannot switch off what all measure
+            return
+        step, marks, losses = run.module.training_step, [], []
+        for _ in range(2):
+            marks.append(outside_state(run.module, step))
+            with evaluation(run):
+                losses.append(float(self.loss(run).detach()))
+        marks.append(outside_state(run.module, step))
+        self._checked = True
+        # What changed the first time only is a cache that has been filled.
+        changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
+        reason = f"it changes {', '.join(changed[:3])}" if changed else _difference(*losses)
+        if reason is None:
+            return
+        self.off = True
+        sentence = (
+            f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); pass "
+            "loss_fn=lambda module, batch: ... that computes the loss and nothing else."
+        )
+        if run.strict:
+            raise ValueError(sentence)
+        rank_zero_warn(sentence)
+
+    def halve(self) -> str | None:
+        """Keep half of the samples, or of the batches where there are no samples to leave out.
+
+        Returns:
+            One sentence the first time, None later and where nothing can be left out.
+        """
+        before = sum(_size(kept) for kept in self._sets)
+        self._sets = [self._half(kept) for kept in self._sets]
+        if sum(_size(kept) for kept in self._sets) == before:
+            return None
+        self._halvings += 1
+        self._want_less(1)
+        self._parts = [[] for _ in self._sets]
+        return f"The probe is halved to {_size(self._sets[0])} samples." if self._halvings == 1 else None
+
+    def _half(self, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        halves = []
+        for entry in kept:
+            part, samples = take_samples(entry["batch"], 0.5)
+            if samples is None:
+                return kept
+            weight = batch_weight(part, self._weight) if self._weight else float(samples)
+            halves.append({**entry, "batch": part, "samples": samples, "weight": weight})
+        return halves
+
+    def _want_less(self, times: int) -> None:
+        """What is still to be kept is as small as what is there."""
+        self._fraction, self.share = self._fraction / 2**times, self.share / 2**times
+        if self._size is not None:
+            self._size = max(2, min(self._size // 2**times, _size(self._sets[0]) or self._size))
+
     def state_dict(self) -> dict[str, Any]:
         """The samples, where they are not many and hold nothing that a checkpoint could not load safely."""
         if self._parts[0]:
-            return {"parts": self._parts}
+            return {"parts": self._parts, "halvings": self._halvings}
         numbers = _numbers([[entry["batch"] for entry in kept] for kept in self._sets])
-        return {"sets": self._sets} if numbers is not None and numbers <= SAVED_NUMBERS else {}
+        state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
+        return {**state, "sets": self._sets} if numbers is not None and numbers <= SAVED_NUMBERS else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the samples; without them new ones are kept."""
         self._loaded = [list(parts) for parts in state.get("parts", [])] or [[kept] for kept in state.get("sets", [])]
         self._resumed_without = not self._loaded
+        self._halvings = int(state.get("halvings", 0))
 
 
 def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:
@@ -249,6 +317,17 @@ def check_probe(probe_batches: int, probe_fraction: float, loss_fn: object, prob
         raise ValueError(f"probe_size must be 2 samples or more, or None, got {probe_size}.")
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")
+
+
+def _size(kept: Sequence[dict[str, Any]]) -> int:
+    return sum(entry["samples"] or 0 for entry in kept)
+
+
+def _difference(first: float, second: float) -> str | None:
+    """What to say of two evaluations of one loss; None where they agree."""
+    if math.isclose(first, second, rel_tol=_SAME) or not math.isfinite(first + second):
+        return None
+    return f"on the same samples with the same random numbers its loss was {first:.6g}, then {second:.6g}"
 
 
 @contextmanager

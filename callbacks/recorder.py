@@ -1,13 +1,15 @@
 """Where readings go: every logger, the history, and Lightning's own metrics."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.util.tensor_util import make_tensor_proto
 
@@ -27,11 +29,18 @@ class Recorder:
             None for all.
         quantities: Number of per-layer quantities that will come, which decides whether each layer gets
             scalars of its own or only the quantiles and the tensor summary.
+        strict: Raise what a logger raises, instead of warning once and going on.
+
+    Attributes:
+        history: Everything handed on so far.
+        failures: Calls of loggers that failed so far.
     """
 
-    def __init__(self, loggers: Sequence[str] | None, quantities: int) -> None:
+    def __init__(self, loggers: Sequence[str] | None, quantities: int, strict: bool = False) -> None:
         """Start with nothing collected."""
         self.history = History()
+        self.failures = 0
+        self._strict, self._told = strict, set[str]()
         self._wanted = loggers
         self._quantities = max(quantities, 1)
         self._scalars: dict[str, float] = {}
@@ -90,12 +99,31 @@ class Recorder:
                 pairs = zip(names, values.tolist(), strict=True)
                 per_layer |= {layer_tag(quantity, name): v for name, v in pairs if np.isfinite(v)}
         for logger in self._loggers(trainer):
-            logger.log_metrics(per_layer, step=step)
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                for quantity, (values, names) in tables.items():
-                    _add_table(logger, quantity, values, names, step)
-                for tag, histogram in histograms.items():
-                    _add_histogram(logger, tag, histogram, step)
+            with self._guarded(logger):
+                logger.log_metrics(per_layer, step=step)
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    for quantity, (values, names) in tables.items():
+                        _add_table(logger, quantity, values, names, step)
+                    for tag, histogram in histograms.items():
+                        _add_histogram(logger, tag, histogram, step)
+
+    @contextmanager
+    def _guarded(self, logger: Logger) -> Iterator[None]:
+        """A logger that fails costs a count, one warning, and what it should have written."""
+        try:
+            yield
+        except Exception as error:
+            if self._strict:
+                raise
+            self.failures += 1
+            name = type(logger).__name__
+            if name not in self._told:
+                self._told.add(name)
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                rank_zero_warn(
+                    f"{name} failed to write dynamon's readings: {line} Training goes on, and so do other loggers; "
+                    "every reading is in .history."
+                )
 
     def _loggers(self, trainer: pl.Trainer) -> list[Logger]:
         if self._wanted is None:

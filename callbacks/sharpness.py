@@ -40,7 +40,7 @@ class SharpnessMonitor(Monitor):
     ``directional``       curvature along the last update, also in the optimizer's norm   1 product, 1 graph
     ``critical``          how far the last update could go before the loss rises          5 to 9 forward passes
     ``batch``             curvature of a training batch's own loss along its gradient     1 product on a full batch
-    ``subspace``          share of gradient and update in the top eigenspace              10 to 20 products
+    ``subspace``          share of gradient and update in the top eigenspace              20 to 40 products
     ``blocks``            top eigenvalue of every layer's own block                       5 to 10 products a layer
     ``preconditioned``    top eigenvalue between P^-1/2, P of an Adam-type optimizer      5 to 10 products
     ``ggn``               top eigenvalue of the Gauss-Newton matrix                       5 to 10 products, 1 graph
@@ -115,7 +115,9 @@ class SharpnessMonitor(Monitor):
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         quantities: What to measure, from the table above.
         loss_fn: ``loss_fn(module, batch) -> scalar``, instead of ``training_step``. Needed for manual
-            optimisation and where ``training_step`` has effects outside the module (files, iterators).
+            optimisation and where ``training_step`` has effects outside the module (files, iterators, objects of your
+            own classes). Before the first measurement ``training_step`` is tried twice; where the two losses differ, or
+            something outside has changed both times, sharpness is off and a sentence says what was found.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for ``ggn``, both from one forward pass. None finds
             the outputs where they go into cross-entropy or squared error.
         probe_batches: How many of the first batches enter the probe.
@@ -128,7 +130,8 @@ class SharpnessMonitor(Monitor):
         tol: Relative tolerance on residual and change; the value's error is about its square.
         max_matvecs: Most Hessian products a solve may take.
         memory_limit: GiB that the solver's vectors may take; None for half of what is free when training starts.
-            Where they do not fit, critical sharpness is measured instead, and that is said.
+            Where they do not fit, critical sharpness is measured instead, and that is said. Where memory runs out
+            in a measurement all the same, the probe is halved for the next one.
         loggers: Loggers to write to by part of the class name; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
 
@@ -136,8 +139,30 @@ class SharpnessMonitor(Monitor):
         ValueError: On an argument out of range, at construction.
 
     Cost: on a full-size probe a product takes 2 to 3.5 training steps, on a quarter of it about half a step; a
-    tracked measurement takes 5 to 8 products. Memory: 9 vectors of the size of the parameters (21 every tenth
-    time) and the graph of a gradient on the probe.
+    tracked measurement takes 5 to 8 products.
+
+    Memory, beyond the activations of a gradient on the probe, in copies of the parameters (vectors of their size): what
+    a measurement takes at most, what one with an upper bound takes, and what is kept from one to the next. A solve for
+    the k largest holds ``2 k + 7`` basis vectors, 22 and more with a bound, and k + 3 beside them; the rest is the copy
+    that puts the module back, the gradient and its graph, and a product. Quantities are measured one after the other:
+    the largest of their peaks counts, and the sum of what they keep.
+
+    ====================  =========  ============  ====
+    quantity              at a peak  with a bound  kept
+    ====================  =========  ============  ====
+    ``stability_ratio``   24         37            3
+    ``hessian``           24         37            3
+    ``bracket``           24         37            3
+    ``preconditioned``    25         38            3
+    ``ggn``               24         37            3
+    ``subspace``          46         73            8
+    ``blocks``            12         12            3
+    ``trace``             10         10            0
+    ``density``           72         72            0
+    ``directional``       12         12            1
+    ``critical``          9          9             1
+    ``batch``             9          9             0
+    ====================  =========  ============  ====
     """
 
     def __init__(

@@ -57,6 +57,7 @@ class StepMeter(Meter):
         self._update: dict[str, Tensor] = {}
         self._planned = False  # something of this step is compared
         self._batch: float | None = None
+        self._on_batch = False  # measuring on a whole batch, not on the probe
         self._seconds: float | None = None
 
     def also(self, quantity: str) -> None:
@@ -75,7 +76,7 @@ class StepMeter(Meter):
 
     def expected(self, run: Run) -> float:
         """Seconds a measurement took last; forward passes and products on the probe for the first."""
-        steps = 3 * ("critical" in self._wanted) + 5 * ("directional" in self._wanted)
+        steps = 1 + 3 * ("critical" in self._wanted) + 4 * ("directional" in self._wanted)  # 1 to check the loss
         guess = run.seconds_per_step * (0.1 + steps * self._probe.share + 5 * ("batch" in self._wanted))
         return guess if self._seconds is None else self._seconds
 
@@ -91,8 +92,22 @@ class StepMeter(Meter):
         self._update = {}
         if "batch" not in self._wanted or not self._is_due(run):
             return
+        with run.charge(self.name):
+            self._probe.check(run)
+        if self._probe.off:
+            return
+        self._on_batch = True
         with run.together(self.name), evaluation(run):
             self._batch = batch_sharpness([self._probe.batch_hessian(run, trained_parameters(run), batch)])
+        self._on_batch = False
+
+    def make_room(self, run: Run) -> str | None:
+        """Halve the probe; where a whole batch was too large, leave that quantity out."""
+        if not self._on_batch:
+            return self._probe.halve()
+        self._on_batch = False
+        self._wanted -= {"batch"}
+        return "Batch sharpness, which takes a whole batch, is left out from now on."
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Copy the weights that are about to change."""
@@ -108,7 +123,7 @@ class StepMeter(Meter):
                 self._before = run.copies(layer for layer in run.all_layers if layer.name in trained)
 
     def _is_due(self, run: Run) -> bool:
-        return not self._probe.off and self.cadence.due(run, self.name, self.expected(run), run.step)
+        return not self._probe.off and self.cadence.due(run, self.name, self.expected, run.step)
 
     def batch_end(self, run: Run) -> None:
         """Measure along the update, if the weights were copied."""
@@ -132,6 +147,9 @@ class StepMeter(Meter):
         update = self.last_update(params) if params else None
         readings: dict[str, float] = {}
         if update is None or not self._wanted or not self._probe.is_expected(run) or not bool(update.any()):
+            return readings
+        self._probe.check(run)
+        if self._probe.off:
             return readings
         self._probe.agree(run)
         with evaluation(run):

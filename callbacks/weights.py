@@ -34,6 +34,8 @@ _FIELDS = {
     "spectrum/stable_rank": "stable_rank",
     "spectrum/deviation": "deviation",
 }  # of dynamon.weights.WeightReadings
+_FULL = "full spectra"  # under which their time is booked
+_FULL_TO_PLAIN = 10
 
 
 class WeightMeter(PairMeter):
@@ -78,6 +80,7 @@ class WeightMeter(PairMeter):
         """Nothing copied."""
         super().__init__(cadence)
         self._with_histograms, self._with_convolutions = with_histograms, with_convolutions
+        self._full_at: int | None = None  # the number of the last full reading
         self._before: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
@@ -117,12 +120,27 @@ class WeightMeter(PairMeter):
                         for name, (rate, decay) in rates.items()
                     }
                     self._measure(run, before, earlier, steered)
-                    if self.points % FULL_EVERY == 0:
+                if self._full_is_due(run):
+                    with run.charge(_FULL):
                         self._full(run)
+                    self._full_at = self.points
                 self.done(run)
         finally:
             self.turn(run)
         self._earlier = before if self._armed else {}
+
+    def expected(self, run: Run) -> float:
+        """The mean so far without full readings; half a step for the first."""
+        return super().expected(run) if self._timed else run.seconds_per_step / 2
+
+    def _full_is_due(self, run: Run) -> bool:
+        """Whether this reading brings what is dear; the first of those is taken to cost so many plain ones."""
+        if self._is_fixed(run):
+            return self.points % FULL_EVERY == 0
+        if self._full_at is not None and self.points - self._full_at < FULL_EVERY:
+            return False
+        guess = _FULL_TO_PLAIN * run.budget.last.get(self.name, 0.0)
+        return run.budget.allows(_FULL, run.budget.last.get(_FULL, guess), self.cadence.share)
 
     def _ratios(self, run: Run) -> tuple[dict[str, float], dict[str, float]]:
         """The factors that steering has on each layer's rate and on its decay, an optimizer's own steering included."""
@@ -288,7 +306,9 @@ class WeightMonitor(Monitor):
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
             fit starts.
 
-    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix. With
+    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix. Memory: 9 copies
+    of the parameters at a peak, 2 in between, where matrices are square; matrices of one shape are measured together,
+    and other shapes take less. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
     microseconds.
     """

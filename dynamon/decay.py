@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 # Optimizers that add decay to the gradients. What is not known is taken to shrink the weights by rate x decay.
 _COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop", "ASGD", "LBFGS"}
 _DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lanton"}
+_KNOWN = _COUPLED | _DECOUPLED
 
 
 def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
@@ -25,8 +26,7 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
 
 def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether weight decay, if there is any, multiplies the weights; see :func:`decoupled_decay`."""
-    names = [cls.__name__ for cls in type(optimizer).__mro__]
-    known = next((name for name in names if name in _COUPLED | _DECOUPLED), "")
+    known = next((cls.__name__ for cls in type(optimizer).__mro__ if cls.__name__ in _KNOWN), "")
     return bool(group.get("decoupled_weight_decay", known not in _COUPLED))
 
 

@@ -1,5 +1,6 @@
 """Processes that measure together, and never wait for one that cannot."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 _LETTERS = 200  # bytes of a failed process's message that the others get to see
 
 
@@ -125,7 +127,7 @@ class Ranks:
 
     def _count(self, error: Exception | None) -> tuple[int, int]:
         """How many processes have failed, and how many of them for want of memory."""
-        counts = [float(error is not None), float(isinstance(error, torch.OutOfMemoryError))]
+        counts = [float(error is not None), float(error is not None and ran_out_of_memory(error))]
         packed = torch.tensor(counts, dtype=torch.float64, device=self._device)
         dist.all_reduce(packed, group=self._group)
         failed, memory = packed.tolist()
@@ -152,4 +154,8 @@ class Ranks:
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, here or on another process."""
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, OthersFailedError) and error.out_of_memory
+    if isinstance(error, OthersFailedError):
+        return error.out_of_memory
+    # The allocators of some devices, and of the CPU, raise a plain RuntimeError.
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))

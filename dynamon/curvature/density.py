@@ -167,6 +167,7 @@ def spectral_density(operator: Any, *, steps: int = 80, probes: int = 4, seed: i
         nodes[run], weights[run] = ritz.values[-1], 0.0
         nodes[run, :found], residuals[run, :found] = ritz.values, ritz.residuals
         weights[run, :found] = ritz.rotation[0] ** 2
+        del state  # its vectors make room for those of the next start
     return SpectralDensity(nodes, weights, residuals, size, spent, getattr(operator, "backend", "exact"))
 
 

@@ -1,44 +1,15 @@
 """What the solver's vectors take, against the vectors it really holds."""
 
 import os
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamon.curvature import Diagonal, LinearOperator, top_eigenvalues
 from dynamon.memory import basis_memory, free_memory
+from tests.peak import Peak
 
 N = 20_000
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside were alive at once, each storage counted once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key, size):
-        self.known.discard(key)
-        self.now -= size
 
 
 class Basis(LinearOperator):

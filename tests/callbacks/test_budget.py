@@ -1,0 +1,92 @@
+"""The budget on a clock of our own: what is counted, how intervals follow the cost, what start-up does."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dynamon.callbacks import DynamicsMonitor, WeightMonitor
+from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.meter import Cadence, Meter
+from tests.helpers import Classifier, fit, mlp
+
+STEP = 0.1
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("dynamon.callbacks.budget.time.perf_counter", lambda: clock.now)
+    return clock
+
+
+def readings(clock, budget: Budget, costs: list[tuple[int, float]], hooks: float = 0.0, start_up: float = 0.0):
+    """Steps of a tenth of a second with one meter, whose reading costs so much in each stretch; steps read, shares."""
+    meter = Meter(Cadence(None, interval=20, share=1.0))
+    meter.name = "it"
+    run = SimpleNamespace(budget=budget, step=0, trying_out=False, seconds_per_step=STEP)
+    with budget.watch():
+        clock.now += start_up
+    read, shares = [], []
+    for steps, cost in costs:
+        for _ in range(steps):
+            budget.start()
+            clock.now += STEP
+            with budget.watch():
+                clock.now += hooks
+                if meter.cadence.due(run, meter.name, meter.expected, run.step):
+                    with budget.charge(meter.name):
+                        clock.now += cost
+                    meter.done(run)
+                    read.append(run.step)
+            run.step += 1
+            shares.append(budget.overhead)
+    return read, shares
+
+
+def test_intervals_stretch_and_shrink_with_the_cost(clock) -> None:
+    """0.2 s at 2 % of steps of 0.1 s: every 100 steps; five times that when it gets dearer; the shortest when cheap."""
+    read, shares = readings(clock, Budget(0.02), [(2000, 0.2), (4000, 1.0), (4000, 0.02)])
+    per_stretch = [[s for s in read if a <= s < b] for a, b in ((0, 2000), (2000, 6000), (6000, 10000))]
+    intervals = [(steps[-1] - steps[0]) / (len(steps) - 1) for steps in per_stretch]
+    assert intervals[0] == pytest.approx(100, rel=0.1) and intervals[1] == pytest.approx(500, rel=0.2)
+    assert intervals[2] == pytest.approx(20, rel=0.1)
+    # What became dearer than expected is over by one reading (a second in 200), which is then made up for.
+    assert max(shares[300:2000]) <= 0.02 and max(shares[2000:]) <= 0.02 + 1.0 / 200 and shares[-1] <= 0.02
+
+
+def test_start_up_is_paid_back(clock) -> None:
+    """Half a second before the first batch is a debt of 250 steps; nothing is read until it is paid."""
+    read, shares = readings(clock, Budget(0.02), [(1000, 0.05)], start_up=0.5)
+    assert 250 <= read[0] <= 320 and shares[0] > 0.02
+    assert max(shares[read[0] + 30 :]) <= 0.0201  # the first reading took five times what was expected
+
+
+def test_time_between_the_measurements_counts(clock) -> None:
+    """Hooks that take 1 % leave half of a budget of 2 %; those that take 3 % leave nothing, and no reading is taken."""
+    plain, half, none = (readings(clock, Budget(0.02), [(4000, 0.1)], hooks=h * STEP) for h in (0.0, 0.01, 0.03))
+    assert len(half[0]) == pytest.approx(len(plain[0]) / 2, rel=0.1) and not none[0]
+    assert half[1][-1] <= 0.02 and none[1][-1] == pytest.approx(0.03, rel=1e-3)
+
+
+def test_a_first_reading_that_is_dear_is_made_up_for(clock) -> None:
+    """Nobody knows what the first one takes: three steps where a tenth was expected; 2 % again 150 steps later."""
+    read, shares = readings(clock, Budget(0.02), [(600, 0.3)])
+    assert max(shares[read[0] + 160 :]) <= 0.0201
+
+
+def test_hooks_and_start_up_are_in_the_stated_overhead() -> None:
+    monitor = DynamicsMonitor(every_n_steps=1000)
+    fit(Classifier(mlp()), [monitor], steps=10)
+    spent = monitor._budget.spent_on
+    assert spent["hooks"] > 0 and monitor._budget.spent == pytest.approx(sum(spent.values()))
+
+
+def test_full_spectra_wait_for_their_own_money(monkeypatch) -> None:
+    """At fixed steps they come with the first reading; under a budget that the plain one just fits, they do not."""
+    fixed, tight = WeightMonitor(every_n_steps=2), WeightMonitor(budget=0.5)
+    allows = Budget.allows
+    monkeypatch.setattr(Budget, "allows", lambda self, name, *rest: name == "weight" and allows(self, name, *rest))
+    for monitor in (fixed, tight):
+        fit(Classifier(mlp()), [monitor], steps=40, max_epochs=-1)
+        assert len(monitor.history["weight/operator"]) >= 1
+    assert "spectrum/effective_rank" in fixed.history and "spectrum/effective_rank" not in tight.history
