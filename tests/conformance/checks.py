@@ -5,7 +5,8 @@ import importlib
 import io
 import random
 import re
-from functools import lru_cache
+from collections import deque
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynamon.callbacks
 from dynamon.callbacks.base import DynamonCallback
@@ -34,7 +36,7 @@ CONDITIONAL = (
     "lr/bounded",
 )
 # Every tenth reading has these, so the first of six.
-EVERY_TENTH = ("_upper", "effective_rank", "participation_ratio", "nuclear")
+EVERY_TENTH = ("_upper", "effective_rank", "participation_ratio", "nuclear", "convolution_lower")
 READINGS = 5
 SHARED = {"dynamon/overhead", "dynamon/failures"}
 
@@ -148,7 +150,7 @@ def run_by_cli(cell: Cell, root: Path, plain: bool) -> tuple[Outcome, list[Dynam
     return Outcome(cli.trainer, cli.model, witness, cli.trainer.logger), callbacks
 
 
-@lru_cache(maxsize=4)
+@cache
 def plain(model: str, setup: str, root: Path) -> Outcome:
     """The run without dynamon."""
     cell = Cell(model, setup, next(iter(CALLBACKS)))
@@ -273,7 +275,7 @@ def _applies(tag: str, cell: Cell, callback: DynamonCallback) -> bool:
         "gradient/clip": not by_hand,
         "weight/memory": name == "AdamW" and not sparse_adam,
         "weight/constraint_usage": name == "AdamW" and not sparse_adam,
-        "spectrum/convolution": cell.model.startswith("CNN"),
+        "spectrum/convolution": cell.model.startswith("CNN") and cell.callback == "WeightMonitor",
         "sharpness/stability_ratio": alone,
         "sharpness/left_out": alone,
         "sharpness/preconditioned": one and name in ("Adam", "AdamW", "RMSprop"),
@@ -295,3 +297,48 @@ def check_solved(callbacks: list[DynamonCallback]) -> None:
     for tag in {t for c in callbacks for t in c.history if t.endswith("_residual")}:
         base = tag.removesuffix("_residual")
         assert finite(callbacks, base) + finite(callbacks, f"{base}_unconverged") == finite(callbacks, tag)
+
+
+PACKAGE = Path(dynamon.callbacks.__file__).parents[1]
+OWN_FILES = [str(PACKAGE / folder / "*") for folder in ("callbacks", "dynamon", "kernels")]
+
+
+def fit_quietly(cell: Cell, callbacks: list[Any], steps: int) -> None:
+    """Train for some steps and log nothing but what monitors measure."""
+    random.seed(0), np.random.seed(0), torch.manual_seed(3)
+    arguments = {**_trainer_arguments(cell), "max_steps": steps * optimizers_of(cell), "log_every_n_steps": 10_000}
+    trainer = pl.Trainer(**arguments, callbacks=callbacks, logger=False)
+    subject = Subject(cell.model, options={"foreach": True})  # the others read their count of steps on the host
+    subject.collected = deque(maxlen=10)
+    trainer.fit(subject, Data(cell.model))
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    OPERATIONS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in self.OPERATIONS
+        return func(*args, **(kwargs or {}))
+
+
+class _ByStep(pl.Callback):
+    def __init__(self, mode: _Waits) -> None:
+        self.mode, self.counts = mode, []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.counts.append(self.mode.count)
+        self.mode.count = 0
+
+
+def waits_by_step(cell: Cell, callbacks: list[Any], steps: int = 24) -> list[int]:
+    """How often the host waits for the device in each step, whoever makes it wait."""
+    with _Waits() as mode:
+        counter = _ByStep(mode)
+        fit_quietly(cell, [*callbacks, counter], steps)
+    return counter.counts
