@@ -14,13 +14,25 @@ import pytest
 import torch
 
 from tests.conformance.subjects import MODELS
-from tests.conformance.tables import CALLBACKS, IMPOSSIBLE, KNOWN, SAME, SETUPS, Cell, all_cells, cells, covering, seconds_of
+from tests.conformance.tables import (
+    CALLBACKS,
+    IMPOSSIBLE,
+    KNOWN,
+    SAME,
+    SETUPS,
+    Cell,
+    all_cells,
+    cells,
+    covering,
+    seconds_of,
+)
 
 TARGET = Path(__file__).parents[2] / "docs" / "conformance.md"
 _HOLDS = """In every cell that is counted below
 
-- weights, buffers, optimizer state, the random streams of torch, numpy and python, the order of the data, torchmetrics,
-  and everything the user logs are bitwise those of the run without dynamon (rows marked * steer, so only the rest holds);
+- weights, buffers, optimizer state, the random streams of torch, numpy and python, the order of the data,
+  torchmetrics, and everything the user logs are bitwise those of the run without dynamon (the row marked * steers: of
+  it the rest holds);
 - every documented tag that applies has at least five finite readings (tags of every tenth reading: one), and no
   measurement failed; under `barebones` there are none at all;
 - loggers and history hold documented keys only, and the same ones;
@@ -64,10 +76,10 @@ class Table:
             "# Conformance",
             "",
             f"{len(MODELS)} models x {len(SETUPS)} set-ups x {len(CALLBACKS)} callbacks are {len(every)} cells; "
-            f"{len(possible)} of them exist, and {len(self.outcomes)} were run in {self.seconds / 60:.0f} minutes on one "
-            f"thread: {counts['passed']} passed, {counts['known']} have a known fault, {counts['failed']} failed. "
-            f"`make conformance` writes this page; `make test` runs the {len(covering(possible))} cells that hold every "
-            "pair of rows.",
+            f"{len(possible)} of them exist, and {len(self.outcomes)} were run in {self.seconds / 60:.0f} minutes on "
+            f"one thread: {counts['passed']} passed, {counts['known']} have a known fault, {counts['failed']} failed. "
+            f"`make conformance` writes this page; `make test` runs the {len(covering(possible))} cells that hold "
+            "every pair of rows.",
             "",
             f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}, CPU.",
             "",

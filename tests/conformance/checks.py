@@ -51,7 +51,9 @@ def _row(cell: Cell) -> list[tuple[str, dict[str, Any]]]:
     by_hand = optimizers_of(cell) > 1 or SETUPS[cell.setup].subject.get("manual", False)
     extra = {"loss_fn": "tests.conformance.subjects.loss_fn"} if by_hand else {}
     takes = ("SharpnessMonitor", "DynamicsMonitor")
-    return [(n, {**arguments, **extra} if n in takes else arguments) for n, arguments in CALLBACKS[cell.callback].classes]
+    return [
+        (n, {**arguments, **extra} if n in takes else arguments) for n, arguments in CALLBACKS[cell.callback].classes
+    ]
 
 
 def _built(value: Any) -> Any:
@@ -82,7 +84,9 @@ class Outcome:
             "logged": {k: float(v) for k, v in trainer.logged_metrics.items() if is_users(k)},
             "steps": [trainer.global_step, trainer.current_epoch, subject.training],
         }
-        written = [(step, {k: v for k, v in row.items() if is_users(k)}) for step, row in logger.written] if logger else []
+        written = (
+            [(step, {k: v for k, v in row.items() if is_users(k)}) for step, row in logger.written] if logger else []
+        )
         self.left["written"] = [entry for entry in written if entry[1]]
         self.keys = {k for _, row in logger.written for k in row if not is_users(k)} if logger else set()
         self.batches = sum(1 for _ in witness.seen)
@@ -97,7 +101,9 @@ def run(cell: Cell, callbacks: list[DynamonCallback], root: Path) -> Outcome:
     loggers: Any = [memory] if memory else False
     if setup.loggers == "several":
         loggers = [memory, CSVLogger(root), TensorBoardLogger(root)]
-    trainer = pl.Trainer(**_trainer_arguments(cell), callbacks=[*callbacks, witness], logger=loggers, default_root_dir=root)
+    trainer = pl.Trainer(
+        **_trainer_arguments(cell), callbacks=[*callbacks, witness], logger=loggers, default_root_dir=root
+    )
     subject = Subject(cell.model, **setup.subject)
     trainer.fit(subject, Data(cell.model, shuffle="overfit_batches" not in setup.trainer))
     return Outcome(trainer, subject, witness, memory)
@@ -144,7 +150,10 @@ def run_by_cli(cell: Cell, root: Path, plain: bool) -> tuple[Outcome, list[Dynam
         save_config_callback=None,
         seed_everything_default=False,
         trainer_defaults={"callbacks": [witness]},
-        args={"subcommand": "fit", "fit": {"trainer": trainer, "model": {"model": cell.model}, "data": {"model": cell.model}}},
+        args={
+            "subcommand": "fit",
+            "fit": {"trainer": trainer, "model": {"model": cell.model}, "data": {"model": cell.model}},
+        },
     )
     callbacks = [c for c in cli.trainer.callbacks if isinstance(c, DynamonCallback)]
     return Outcome(cli.trainer, cli.model, witness, cli.trainer.logger), callbacks
@@ -199,7 +208,12 @@ def check_twice(callback: DynamonCallback, before: dict[str, Any]) -> None:
     """A second fit with the same object measures what the first did."""
     now = histories(callback)
     timed = ("dynamon/overhead", "dynamon/steering_overhead")
-    assert differences({k: v for k, v in now.items() if k not in timed}, {k: v for k, v in before.items() if k not in timed}) == []
+    assert (
+        differences(
+            {k: v for k, v in now.items() if k not in timed}, {k: v for k, v in before.items() if k not in timed}
+        )
+        == []
+    )
 
 
 def histories(callback: DynamonCallback) -> dict[str, Any]:
@@ -283,7 +297,12 @@ def _applies(tag: str, cell: Cell, callback: DynamonCallback) -> bool:
     }
     if tag in CONDITIONAL or tag.endswith(("_unconverged", "_bracket", "_upper")):
         return False
-    if tag in ("sharpness/stability_ratio", "sharpness/hessian_max", "sharpness/ggn_max", "sharpness/preconditioned_max"):
+    if tag in (
+        "sharpness/stability_ratio",
+        "sharpness/hessian_max",
+        "sharpness/ggn_max",
+        "sharpness/preconditioned_max",
+    ):
         return False  # with its twin for values that did not converge, by check_solved
     return next((holds for start, holds in cases.items() if tag.startswith(start)), True)
 

@@ -244,7 +244,9 @@ class Subject(pl.LightningModule):
         parameters = list(self.network.parameters())
         if self.parts == 1:
             return [parameters]
-        first = list(self.network.generator.parameters()) if self.row.parts > 1 else parameters[: -(-len(parameters) // 2)]
+        first = (
+            list(self.network.generator.parameters()) if self.row.parts > 1 else parameters[: -(-len(parameters) // 2)]
+        )
         if self.row.sparse:
             first = parameters[:1]
         return [first, [p for p in parameters if all(p is not q for q in first)]]

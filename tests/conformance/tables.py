@@ -131,7 +131,11 @@ IMPOSSIBLE = [
 ]
 # Another cell of the same callback is the same run.
 SAME = [
-    Rule("always by hand with two optimizers, as in its plain cell", ("GAN",), ("manual optimisation", "several optimizers")),
+    Rule(
+        "always by hand with two optimizers, as in its plain cell",
+        ("GAN",),
+        ("manual optimisation", "several optimizers"),
+    ),
     Rule("not a chain of layers that could be recomputed", ("GAN",), ("activation checkpointing",)),
 ]
 # Faults that are known; a cell that passes nevertheless fails the suite, so that its line is taken out.

