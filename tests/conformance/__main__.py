@@ -33,8 +33,9 @@ _HOLDS = """In every cell that is counted below
 - weights, buffers, optimizer state, the random streams of torch, numpy and python, the order of the data,
   torchmetrics, and everything the user logs are bitwise those of the run without dynamon (the row marked * steers: of
   it the rest holds);
-- every documented tag that applies has at least five finite readings (tags of every tenth reading: one), and no
-  measurement failed; under `barebones` there are none at all;
+- every documented tag that applies has at least five finite readings (tags of every tenth reading: one; tags that
+  depend on what is found, a power law or a value that did not converge, are not counted), and no measurement failed;
+  under `barebones` there are none at all;
 - loggers and history hold documented keys only, and the same ones;
 - the state survives a file loaded with `weights_only=True`, and is saved again as it was;
 - a second fit with the same callback objects does all of this again, with the same readings."""
