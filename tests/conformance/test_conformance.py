@@ -145,7 +145,7 @@ def test_nothing_grows_over_500_steps(model: str, row: str, monkeypatch) -> None
     finally:
         tracemalloc.stop()
     (tensors, objects, held), (tensors_late, objects_late, held_late) = growth.found
-    assert tensors_late == tensors
+    assert tensors_late <= tensors  # those of other tests may go
     assert objects_late < objects + 60  # 30 readings in between, and 300 steps
     assert held_late < held + 2**15  # torch keeps some emptied objects for later, up to a limit
 
