@@ -10,10 +10,10 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format clean
+.PHONY: help demo test slow conformance lint format clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 demo: $(READY) ## Train a small model under the monitor and show what it finds
 	@$(BIN)/dynamon demo
@@ -22,7 +22,10 @@ test: lint ## Check the style, then run the tests
 	@$(BIN)/pytest
 
 slow: $(READY) ## Run the tests that take minutes
-	@$(BIN)/pytest -m slow --timeout 3600
+	@$(BIN)/pytest -m slow --timeout 3600 --ignore tests/conformance
+
+conformance: $(READY) ## Run every callback in every set-up on every model, and write docs/conformance.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
 
 lint: $(READY) ## Check style and formatting
 	@$(BIN)/ruff check .

@@ -382,7 +382,8 @@ class EigenvalueMeter(Meter):
         point.readings["sharpness/bulk_edge"] = found.bulk_edge
 
     def _blockwise(self, point: _Point) -> None:
-        blocks = {la.name: [la.parameter] for la in point.run.layers if la.name in point.params}
+        layers = [la for la in point.run.layers if la.parameter.numel()]
+        blocks = {la.name: [la.parameter] for la in layers if la.name in point.params}
         found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
         self._blocks = {name: pairs.vectors for name, pairs in found.items()}
         point.products += sum(pairs.matvecs for pairs in found.values())

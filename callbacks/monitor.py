@@ -175,8 +175,8 @@ class Monitor(DynamonCallback):
         self._budget.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """The meters' states: numbers and tensors by name."""
-        return {**self._state, **{meter.name: meter.state_dict() for meter in self._meters}}
+        """The meters' states: numbers and tensors by name; those loaded and not yet taken up stay as they are."""
+        return {**{meter.name: meter.state_dict() for meter in self._meters}, **self._state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts; some strategies load before there are optimizers, some after."""

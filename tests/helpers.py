@@ -1,5 +1,6 @@
 """Small modules, data and fits that many tests share."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,8 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether all parameters and buffers are bitwise equal."""
     first, second = one.state_dict(), other.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def documented(cls: type) -> set[str]:
+    """The tags in the table of a docstring."""
+    return set(re.findall(r"^    ``([a-z_]+/[a-z_0-9]+)``", cls.__doc__ or "", re.M))

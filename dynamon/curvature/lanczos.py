@@ -350,7 +350,7 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
 def _turned(start: Tensor, operator: Any) -> Tensor:
     """Half noise, half the direction that an operator thinks likely."""
     likely = operator.likely_direction() if hasattr(operator, "likely_direction") else None
-    if likely is None:
+    if likely is None or len(start) == 1:  # in one dimension the two can cancel
         return start
     likely = likely.to(start)
     length = torch.linalg.vector_norm(likely)

@@ -22,16 +22,11 @@ from dynamon.callbacks import (
 from dynamon.callbacks.recorder import layer_tag
 from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.layers import describe_layers
-from tests.helpers import Classifier, fit, mlp
+from tests.helpers import Classifier, documented, fit, mlp
 
 OURS = ("sharpness", "gradient", "noise", "weight", "update", "spectrum", "lr", "dynamon")
 NOW_AND_THEN = ("_unconverged", "sharpness/threshold", "sharpness/critical", "sharpness/greedy_multiple")
 SHARED = {"dynamon/overhead", "dynamon/failures"}
-
-
-def documented(cls: type) -> set[str]:
-    """The tags in the table of a docstring."""
-    return set(re.findall(r"^    ``([a-z_]+/[a-z_0-9]+)``", cls.__doc__ or "", re.M))
 
 
 def declared(meters) -> tuple[set[str], set[str]]:

@@ -149,3 +149,13 @@ def test_wrong_choices(model, kind):
         make(kind, model).block([])
     with pytest.raises(ValueError, match=r"expected \[30\] or \[30, k\], got \(5,\)"):
         make(kind, model).block("0.*") @ torch.ones(5, dtype=X.dtype)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_block_of_one_entry(seed) -> None:
+    """In one dimension a start vector and the gradient can be opposite, and their sum nothing."""
+    weight = torch.tensor(2.0, requires_grad=True)
+    for sign in (1.0, -1.0):
+        operator = HessianOperator(lambda sign=sign: 1.5 * weight**2 + sign * 20 * weight, {"weight": weight})
+        found = blockwise_sharpness(operator, {"weight": "weight"}, seed=seed)["weight"]
+        assert float(found.values[0]) == pytest.approx(3.0)
