@@ -121,7 +121,7 @@ class WeightMeter(PairMeter):
                     }
                     self._measure(run, before, earlier, steered)
                 if self._full_is_due(run):
-                    with run.charge(_FULL):
+                    with run.together(_FULL):
                         self._full(run)
                     self._full_at = self.points
                 self.done(run)
@@ -135,7 +135,7 @@ class WeightMeter(PairMeter):
 
     def _full_is_due(self, run: Run) -> bool:
         """Whether this reading brings what is dear; the first of those is taken to cost so many plain ones."""
-        if self._is_fixed(run):
+        if self._is_fixed(run) or run.ranks.several:  # several processes must all come to the same answer
             return self.points % FULL_EVERY == 0
         if self._full_at is not None and self.points - self._full_at < FULL_EVERY:
             return False

@@ -14,7 +14,7 @@ STEP = 0.1
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
-    clock = SimpleNamespace(now=0.0)
+    clock = SimpleNamespace(ranks=SimpleNamespace(several=False), now=0.0)
     monkeypatch.setattr("dynamon.callbacks.budget.time.perf_counter", lambda: clock.now)
     return clock
 
@@ -23,7 +23,9 @@ def readings(clock, budget: Budget, costs: list[tuple[int, float]], hooks: float
     """Steps of a tenth of a second with one meter, whose reading costs so much in each stretch; steps read, shares."""
     meter = Meter(Cadence(None, interval=20, share=1.0))
     meter.name = "it"
-    run = SimpleNamespace(budget=budget, step=0, trying_out=False, seconds_per_step=STEP)
+    run = SimpleNamespace(
+        ranks=SimpleNamespace(several=False), budget=budget, step=0, trying_out=False, seconds_per_step=STEP
+    )
     with budget.watch():
         clock.now += start_up
     read, shares = [], []
