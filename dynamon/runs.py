@@ -14,7 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.util import tensor_util
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 from dynamon.history import RunData, Series
 
 _EVENTS = "*tfevents*"
