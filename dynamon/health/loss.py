@@ -94,7 +94,7 @@ def broken_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def diverging(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """The loss rose and did not come back."""
+    """The loss rose and has not come back."""
     if len(loss) < 2 * IN_A_ROW:
         return
     lowest = int(np.argmin(loss.level))
@@ -109,7 +109,7 @@ def diverging(data: RunData, loss: Loss) -> Iterator[Finding]:
         "fault" if lost else "warning",
         begin,
         f"The training loss rose from {low:.4g} to {end:.4g}"
-        + (f", above the {start:.4g} it began with." if lost else " and did not come back."),
+        + (f", above the {start:.4g} it began with." if lost else " and has not come back."),
         "Lower the learning rate or lengthen the warm-up; look at what the data and the schedule did at that step.",
         numbers={"lowest": low, "last": end, "first": start},
         tags=loss.tags,
