@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from dynamon.board import page, payload
+from dynamon.board.page import page
+from dynamon.board.payload import payload
 from dynamon.board.page import MODULES, embedded
 from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR

@@ -1,10 +1,6 @@
-"""The board: what users look at, as a page of its own.
+"""The board: what users look at, as a page of its own (:mod:`dynamon.board.page`) and as a tab of TensorBoard
+(:mod:`dynamon.board.plugin`).
 
-The front end is plain ES modules and CSS in this folder, with no build step: ``board.js`` mounts it on runs that
-``packed`` unpacks from :func:`payload`. :func:`page` puts both into one HTML file.
+The front end is plain ES modules and CSS in this folder, with no build step: ``board.js`` mounts it on runs.
+``packed.js`` makes them from :func:`dynamon.board.payload.payload`, ``tab.js`` from what the plugin answers.
 """
-
-from dynamon.board.page import page
-from dynamon.board.payload import payload
-
-__all__ = ["page", "payload"]

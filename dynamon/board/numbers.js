@@ -80,3 +80,14 @@ export function median(values) {
   if (!kept.length) return NaN;
   return kept.length % 2 ? kept[half] : (kept[half - 1] + kept[half]) / 2;
 }
+
+/** A running mean that forgets: each value weighs `weight` times the one after it. NaN stays NaN and is passed over. */
+export function smoothed(values, weight) {
+  let [sum, total] = [0, 0];
+  return Float64Array.from(values, (value) => {
+    if (!Number.isFinite(value)) return value;
+    sum = weight * sum + value;
+    total = weight * total + 1;
+    return sum / total;
+  });
+}

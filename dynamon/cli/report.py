@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dynamon.arrays import Array
-from dynamon.board import page, payload
+from dynamon.board.page import page
+from dynamon.board.payload import payload
 from dynamon.health import Finding, findings, loss_tag
 from dynamon.history import RunData, Series
 from dynamon.runs import read_run_data
