@@ -43,11 +43,11 @@ export function unpackedTable({ steps, values, layers, total }) {
 }
 
 /**
- * Fill an element with the board. options: runs; controls, an element for the header; hasTheme, whether the reader
- * chooses the theme here. Returns `update(runs, notice)`, which shows other runs or what is new in them, and instead of
- * them a notice [title, lines ...] where there is one.
+ * Fill an element with the board. options: controls, an element for the header; hasTheme, whether the reader chooses the
+ * theme here; notice. Returns `update(runs, notice)`, which shows other runs or what is new in them, and instead of
+ * them a notice [title, lines ...] where there is one; and `examined()`, for when their findings are there.
  */
-export function mount(root, runs, { controls = null, hasTheme = true } = {}) {
+export function mount(root, runs, { controls = null, hasTheme = true, notice = null } = {}) {
   const state = {
     view: "stability", smoothing: 0, charts: {}, cell: {}, map: "viridis", density: "auto", folded: new Set(), chosen: new Set(),
   };
@@ -55,20 +55,23 @@ export function mount(root, runs, { controls = null, hasTheme = true } = {}) {
   const tabs = VIEWS.map(([key, title]) =>
     el("button", { role: "tab", id: `tab-${key}`, "aria-controls": "panel", onclick: () => show(key) }, title),
   );
-  let notice = null;
   let turn = 0;
   let touchedAt = -PATIENCE;
   for (const kind of ["pointerdown", "keydown"]) panel.addEventListener(kind, () => (touchedAt = performance.now()));
 
+  const label = () => {
+    tabs.forEach((tab, i) => {
+      const [key, title] = VIEWS[i];
+      tab.setAttribute("aria-selected", String(key === state.view));
+      tab.tabIndex = key === state.view ? 0 : -1;
+      tab.replaceChildren(title, badge(key, runs));
+    });
+  };
   const draw = async () => {
     const mine = (turn += 1);
     const { view } = state;
-    tabs.forEach((tab, i) => {
-      const [key, title] = VIEWS[i];
-      tab.setAttribute("aria-selected", String(key === view));
-      tab.tabIndex = key === view ? 0 : -1;
-      tab.replaceChildren(title, badge(key, runs));
-    });
+    panel.setAttribute("aria-busy", "true");
+    label();
     panel.setAttribute("aria-labelledby", `tab-${view}`);
     let node;
     try {
@@ -79,7 +82,10 @@ export function mount(root, runs, { controls = null, hasTheme = true } = {}) {
     if (mine !== turn) return;
     swap(panel, node);
     root.dataset.view = view;
-    afterPaint(`dynamon ${view}`);
+    afterPaint(() => {
+      performance.mark(`dynamon ${view}`); // in the browser's timeline, for those who measure
+      if (mine === turn) panel.setAttribute("aria-busy", "false");
+    });
   };
   const show = (view) => {
     state.view = view;
@@ -109,13 +115,13 @@ export function mount(root, runs, { controls = null, hasTheme = true } = {}) {
     panel,
   );
   draw();
-  return (others, instead = null) => {
+  const update = (others, instead = null) => {
     const isChoosing = panel.contains(document.activeElement) && document.activeElement.tagName === "SELECT";
     runs = others;
     notice = instead;
-    if (!isChoosing || performance.now() - touchedAt > PATIENCE) return draw();
-    return null; // a list of choices would close; the next update shows it
+    if (!isChoosing || performance.now() - touchedAt > PATIENCE) draw(); // a list of choices would close
   };
+  return { update, examined: () => (state.view === "health" ? draw() : label()) };
 }
 
 /** Put a node in the place of what is there, and keep the place scrolled to and the focus. */
@@ -133,9 +139,9 @@ function swap(panel, node) {
   at?.focus({ preventScroll: true });
 }
 
-/** Leave a mark in the browser's timeline once what was just drawn is on the screen. */
-function afterPaint(mark) {
-  requestAnimationFrame(() => setTimeout(() => performance.mark(mark)));
+/** Act once what was just drawn is on the screen. */
+function afterPaint(act) {
+  requestAnimationFrame(() => setTimeout(act));
 }
 
 function badge(key, runs) {

@@ -2,7 +2,7 @@
 
 import { BELOW, INFINITE, colorScale, colorTable } from "./colors.js";
 import { el, onWidth } from "./dom.js";
-import { lastBefore, median, range, short, ticks } from "./numbers.js";
+import { median, nearest, range, short, ticks } from "./numbers.js";
 
 const LABELS = 260; // pixels
 const ROW = { compact: 4, readable: 17 };
@@ -147,7 +147,7 @@ export function heatmap(options) {
     const y = event.clientY - place.top;
     const share = (event.clientX - place.left) / place.width;
     const step = options.steps[0] + share * (options.steps[1] - options.steps[0]);
-    return [layout.rows.findIndex((row) => y >= row.y && y < row.y + row.height), lastBefore(table.steps, step)];
+    return [layout.rows.findIndex((row) => y >= row.y && y < row.y + row.height), nearest(table.steps, step)];
   };
   onWidth(root, (whole) => {
     width = Math.max(whole - LABELS - 4, 50);
@@ -187,7 +187,7 @@ function rowsOf(groups, options, table) {
   return { rows, labels, height: y };
 }
 
-/** One line of colours a row, stretched to its height; a column of pixels shows the last reading before it. */
+/** One line of colours a row, stretched to its height; a column of pixels shows the nearest reading, none before the first. */
 function paint(canvas, layout, table, steps, width, color) {
   const dense = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * dense);
@@ -196,7 +196,7 @@ function paint(canvas, layout, table, steps, width, color) {
   if (!table.steps.length || !layout.rows.length) return;
   const columns = Int32Array.from({ length: width }, (_, x) => {
     const step = steps[0] + ((x + 0.5) / width) * (steps[1] - steps[0]);
-    return step < table.steps[0] ? -1 : lastBefore(table.steps, step);
+    return step < table.steps[0] ? -1 : nearest(table.steps, step);
   });
   const image = new ImageData(width, layout.rows.length);
   layout.rows.forEach((row, r) => {

@@ -145,9 +145,13 @@ class LiveRun:
     def findings(self) -> list[dict[str, Any]]:
         """What looks wrong in what was read so far, see :mod:`dynamon.health`."""
         with self._lock:
-            if self._health is None or self._health[0] != self._count:
-                self._health = self._count, [finding.as_dict() for finding in findings(self._data())]
-            return self._health[1]
+            count, data = self._count, self._data()
+            if self._health is not None and self._health[0] == count:
+                return self._health[1]
+        found = [finding.as_dict() for finding in findings(data)]  # longer than others should wait
+        with self._lock:
+            self._health = count, found
+        return found
 
     def _data(self, with_rows: bool = True) -> RunData:
         """What was read so far; tables of tensor summaries without their rows where those are not needed."""

@@ -21,11 +21,10 @@ export async function render() {
   const first = el("select", { "aria-label": "run", onchange: () => poll() });
   const second = el("select", { "aria-label": "run to compare with", onchange: () => poll() });
   const controls = el("span", { class: "runs" }, el("label", {}, "run ", first), el("label", {}, "compare with ", second), status);
-  let update = null;
+  let board = null;
   const show = (runs, notice = null) => {
-    if (update) update(runs, notice);
-    else if (runs.length) update = mount(root, runs, { controls, hasTheme: !follows });
-    else (update = mount(root, [], { controls, hasTheme: !follows }))([], notice);
+    if (board) board.update(runs, notice);
+    else board = mount(root, runs, { controls, hasTheme: !follows, notice });
   };
 
   const opened = new Map();
@@ -38,10 +37,10 @@ export async function render() {
     let wait = EVERY;
     try {
       const isSeen = !document.hidden && document.documentElement.clientWidth > 0; // 0: another tab is in front
-      if (isSeen || !update) wait = await look(() => mine === turn);
+      if (isSeen || !board) wait = await look(() => mine === turn);
     } catch (error) {
       status.textContent = "TensorBoard does not answer; trying again.";
-      if (!update) show([], ["TensorBoard does not answer", String(error.message ?? error)]);
+      if (!board) show([], ["TensorBoard does not answer", String(error.message ?? error)]);
     }
     if (mine === turn) timer = setTimeout(poll, wait);
   };
@@ -76,7 +75,7 @@ export async function render() {
     status.textContent = share < 1 ? `reading, ${Math.floor(100 * share)} % …` : `step ${Math.max(...runs.map((run) => run.lastStep))}`;
     if (share < 1) return 0;
     const found = await Promise.all(runs.map((run) => run.examine()));
-    if (isCurrent() && found.some(Boolean)) show(runs);
+    if (isCurrent() && found.some(Boolean)) board.examined();
     return EVERY;
   };
   await poll();
@@ -170,6 +169,7 @@ function appended(old, part, from) {
 
 /** Take TensorBoard's theme; false where its page is out of reach. */
 function followTheme() {
+  if (window.parent === window) return false;
   try {
     const { body } = window.parent.document;
     const take = () => (document.documentElement.dataset.theme = body.classList.contains("dark-mode") ? "dark" : "light");

@@ -1,6 +1,7 @@
 """Event files of a big model, as the recorder writes them: 200 layers, 2,000 steps."""
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, Sum
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 PARTS = ("attn.qkv.weight", "attn.proj.weight", "mlp.up.weight", "mlp.down.weight")
 TABLES = (
@@ -45,14 +45,20 @@ def write(folder: Path, layers: int = 200, steps: int = 2000) -> dict[str, np.nd
     for quantity, table in tables.items():
         quantiles = np.quantile(table, [0.1, 0.5, 0.9], axis=1).astype(np.float32)
         scalars |= {f"{quantity}_{q}": row for q, row in zip(("p10", "median", "p90"), quantiles, strict=True)}
-    writer = EventFileWriter(str(folder))
-    for step in range(steps):
-        for tag, values in scalars.items():
-            value = Summary.Value(tag=tag, simple_value=float(values[step]))
-            writer.add_event(Event(step=step, summary=Summary(value=[value])))
-        for quantity, table in tables.items():
-            tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=table[step].tobytes())
-            value = Summary.Value(tag=f"{quantity}/layers", tensor=tensor, metadata=metadata if step == 0 else None)
-            writer.add_event(Event(step=step, summary=Summary(value=[value])))
-    writer.close()
+    folder.mkdir(parents=True)
+    with (folder / "events.out.tfevents.1.big.1.0").open("wb") as file:
+        for step in range(steps):
+            for tag, values in scalars.items():
+                value = Summary.Value(tag=tag, simple_value=float(values[step]))
+                file.write(record(Event(step=step, summary=Summary(value=[value]))))
+            for quantity, table in tables.items():
+                tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=table[step].tobytes())
+                value = Summary.Value(tag=f"{quantity}/layers", tensor=tensor, metadata=metadata if step == 0 else None)
+                file.write(record(Event(step=step, summary=Summary(value=[value]))))
     return {**tables, **scalars}
+
+
+def record(event: Event) -> bytes:
+    """A record with empty checksums: in Python those of the whole file would take eight seconds."""
+    data = event.SerializeToString()
+    return struct.pack("<QI", len(data), 0) + data + bytes(4)

@@ -1,0 +1,156 @@
+"""A browser, a real run with readings in every view, TensorBoard on it, and the board in the tab and in the report."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
+from dynamon.cli import main
+from tests.browser.board import Board
+from tests.helpers import Classifier, fit, mlp
+
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def missing(reason):
+    """DYNAMON_BROWSER=required, as CI sets it, makes a failure of what is otherwise a skip."""
+    if os.environ.get("DYNAMON_BROWSER") == "required":
+        pytest.fail(f"DYNAMON_BROWSER=required, and {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        missing("playwright is not installed (pip install playwright)")
+    own = next(filter(None, map(shutil.which, CHROMIUMS)), None)  # otherwise what `playwright install` fetched
+    with sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=own, args=["--no-sandbox", "--disable-gpu"])
+        except Error as error:
+            missing(f"no Chromium starts here (playwright install chromium, or a package): {error.message.strip()}")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open pages whose console stays without an error, and which ask nobody but `allowed` for anything."""
+    problems, contexts = [], []
+
+    def opened(address, allowed, **settings):
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, **settings)
+        contexts.append(context)
+        context.route(lambda url: not url.startswith((allowed, "data:", "blob:")), refuse)
+        page = context.new_page()
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(address)
+        return page
+
+    def refuse(route):
+        problems.append(f"asked for {route.request.url}")
+        route.abort()
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+@contextmanager
+def serving(folder: Path | str, log: Path) -> Iterator[str]:
+    """TensorBoard on a folder; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port), "--logdir", str(folder)]
+    address = f"http://127.0.0.1:{port}/"
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
+        try:
+            until = time.monotonic() + 60
+            while True:
+                try:
+                    urllib.request.urlopen(f"{address}data/plugins_listing", timeout=10).close()
+                    break
+                except OSError:
+                    assert server.poll() is None and time.monotonic() < until, log.read_text()
+                    time.sleep(0.1)
+            yield address
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="session")
+def logdir(browser, tmp_path_factory) -> Path:
+    """Two real runs; the second one is the longer one."""
+    root = tmp_path_factory.mktemp("logs")
+    for version, steps in (("one", 60), ("two", 90)):
+        callbacks = [DynamicsMonitor(preset="full", every_n_steps=4), NoiseAdaptiveLR()]
+        logger = TensorBoardLogger(root, name="run", version=version)
+        fit(Classifier(mlp()), callbacks, logger=logger, steps=steps, max_epochs=-1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tensorboard(logdir, tmp_path_factory) -> Iterator[str]:
+    with serving(logdir, tmp_path_factory.mktemp("server") / "log") as address:
+        yield address
+
+
+@pytest.fixture
+def open_tab(open_page, tensorboard):
+    """The tab on a run, compared with another or with none; in the whole of TensorBoard or its frame alone, which is
+    there seconds earlier.
+    """
+
+    def opened(run="run/one", other=None, address=tensorboard, whole=False, **settings):
+        if whole:
+            page = open_page(f"{address}#dynamon", address, **settings)
+            frame = page.wait_for_selector("iframe", state="attached").content_frame()
+        else:
+            page = open_page(f"{address}data/plugin_entry.html?name=dynamon", address, **settings)
+            frame = page.main_frame
+        board = Board(page, frame)
+        board.wait("#board[data-view]")
+        if run:
+            for label, name in (("run", run), ("run to compare with", other or "")):
+                choice = frame.get_by_label(label, exact=True)
+                if choice.input_value() != name:
+                    board.after_drawing(lambda: choice.select_option(name))  # noqa: B023
+        return board
+
+    return opened
+
+
+@pytest.fixture
+def open_report(open_page, logdir, tmp_path):
+    """The report of some runs, as a file."""
+
+    def opened(run="run/one", other=None, whole=True, **settings):
+        file = tmp_path / "report.html"
+        assert main(["report", *(str(logdir / name) for name in (run, other) if name), "-o", str(file)]) == 0
+        page = open_page(file.as_uri(), file.as_uri(), offline=True, **settings)
+        board = Board(page, page.main_frame)
+        board.wait("#board[data-view]")
+        return board
+
+    return opened
+
+
+@pytest.fixture(params=["tab", "report"])
+def open_board(request):
+    """Either: what holds for the one holds for the other."""
+    return request.getfixturevalue(f"open_{request.param}")
