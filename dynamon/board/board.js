@@ -109,7 +109,8 @@ export function mount(root, runs, { controls = null, hasTheme = true, notice = n
     tabs[next].focus();
     event.preventDefault();
   });
-  const name = controls ?? el("span", { class: "run" }, runs.map((run) => run.label).join(" and "));
+  const names = runs.map((run) => run.label).join(" and ");
+  const name = controls ?? el("span", { class: "run", title: names }, names);
   root.replaceChildren(
     el("header", {}, el("h1", {}, "dynamon "), name, list, smoothing(change), hasTheme ? themeSwitch() : null),
     panel,

@@ -35,7 +35,8 @@ export function lineChart(options) {
         ? `${short(line.values[index])} to ${short(line.upper[index])}`
         : short(line.values[index]);
       if (line.smooth) readings[i].append(` (${short(line.smooth[index])})`);
-      if (MARKS.includes(line.kind) && line.steps[index] !== step) readings[i].append(` (step ${line.steps[index]})`);
+      const isOutside = step < line.steps[0] || step > line.steps[line.steps.length - 1];
+      if (isOutside || (MARKS.includes(line.kind) && line.steps[index] !== step)) readings[i].append(` (step ${line.steps[index]})`);
     });
     if (view) view.move(step);
   };

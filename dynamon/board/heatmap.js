@@ -187,16 +187,18 @@ function rowsOf(groups, options, table) {
   return { rows, labels, height: y };
 }
 
-/** One line of colours a row, stretched to its height; a column of pixels shows the nearest reading, none before the first. */
+/** One line of colours a row, stretched to its height; a column of pixels shows the nearest reading, none outside of them. */
 function paint(canvas, layout, table, steps, width, color) {
   const dense = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * dense);
   canvas.height = Math.max(1, Math.round(layout.height * dense));
   Object.assign(canvas.style, { width: `${width}px`, height: `${layout.height}px` });
   if (!table.steps.length || !layout.rows.length) return;
+  const known = table.steps.length;
+  const end = table.steps[known - 1] + (known > 1 ? (table.steps[known - 1] - table.steps[known - 2]) / 2 : 0.5);
   const columns = Int32Array.from({ length: width }, (_, x) => {
     const step = steps[0] + ((x + 0.5) / width) * (steps[1] - steps[0]);
-    return step < table.steps[0] ? -1 : nearest(table.steps, step);
+    return step < table.steps[0] || step > end ? -1 : nearest(table.steps, step);
   });
   const image = new ImageData(width, layout.rows.length);
   layout.rows.forEach((row, r) => {

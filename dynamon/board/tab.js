@@ -49,7 +49,8 @@ export async function render() {
   const look = async (isCurrent) => {
     const { runs: names, folder, problem } = await asked("runs");
     if (!isCurrent()) return EVERY;
-    if (problem || !names.length) {
+    controls.hidden = Boolean(problem) || !names.length;
+    if (controls.hidden) {
       shown = "";
       status.textContent = "";
       show([], problem ? ["Nothing to show here", problem] : nothing(folder));

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
@@ -97,10 +98,11 @@ def serving(folder: Path | str, log: Path) -> Iterator[str]:
 def logdir(browser, tmp_path_factory) -> Path:
     """Two real runs; the second one is the longer one."""
     root = tmp_path_factory.mktemp("logs")
-    for version, steps in (("one", 60), ("two", 90)):
+    for version, steps, rate in (("one", 60, 1e-2), ("two", 90, 3e-2)):
         callbacks = [DynamicsMonitor(preset="full", every_n_steps=4), NoiseAdaptiveLR()]
         logger = TensorBoardLogger(root, name="run", version=version)
-        fit(Classifier(mlp()), callbacks, logger=logger, steps=steps, max_epochs=-1)
+        module = Classifier(mlp(), lambda parameters, rate=rate: torch.optim.AdamW(parameters, lr=rate))
+        fit(module, callbacks, logger=logger, steps=steps, max_epochs=-1)
     return root
 
 
