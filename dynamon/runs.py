@@ -144,7 +144,10 @@ def last_step(run: dict[str, Series]) -> int:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The event files of a run, in the order in which they were begun: their names hold the time, and a count within a process."""
+    """The event files of a run in the order in which they were begun.
+
+    Their names hold the time, and a count within a process.
+    """
     files = [path for path in folder.glob(_EVENTS) if path.is_file()]
     return sorted(files, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
 

@@ -1,6 +1,6 @@
-"""The board: what users look at, as a page of its own (:mod:`dynamon.board.page`) and as a tab of TensorBoard
-(:mod:`dynamon.board.plugin`).
+"""The board: what users look at, as a page of its own and as a tab in TensorBoard.
 
-The front end is plain ES modules and CSS in this folder, with no build step: ``board.js`` mounts it on runs.
-``packed.js`` makes them from :func:`dynamon.board.payload.payload`, ``tab.js`` from what the plugin answers.
+The front end is plain ES modules and CSS in this folder, with no build step: ``board.js`` mounts it on runs. In the
+page of :mod:`dynamon.board.page` they are unpacked from what lies in it; in the tab ``tab.js`` asks
+:mod:`dynamon.board.plugin` for them.
 """

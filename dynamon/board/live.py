@@ -121,9 +121,7 @@ class LiveRun:
             }
             return answer | {
                 "scalars": {tag: news for tag, news in scalars.items() if news},
-                "quantities": [
-                    tag for tag in data.tables if tag not in self._tables or self._tables[tag].has_values
-                ],
+                "quantities": [tag for tag in data.tables if tag not in self._tables or self._tables[tag].has_values],
                 "last_step": data.last_step,
                 "loss": loss_tag(data.scalars),
             }

@@ -35,7 +35,9 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
         "last_step": run.last_step,
         "loss": tag if tag in run.scalars else None,
         "scalars": {key: packed_scalar(series) for key, series in run.scalars.items()},
-        "tables": {key: packed_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()},
+        "tables": {
+            key: packed_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()
+        },
         "findings": [finding.as_dict() for finding in findings(run, loss)],
     }
 

@@ -1,5 +1,7 @@
-"""The tab in TensorBoard. TensorBoard imports this file at every start and must start whatever happens here, so what
-reads runs is imported with the first question.
+"""The tab in TensorBoard.
+
+TensorBoard imports this file at every start and must start whatever happens here, so what reads runs is imported with
+the first question.
 """
 
 import importlib
@@ -13,15 +15,12 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
-_FILES = {
-    ".js": "text/javascript",
-    ".css": "text/css",
-}
+_KINDS = {".js": "text/javascript", ".css": "text/css"}
 _REMOTE = re.compile(r"[a-zA-Z][\w+.-]+://")
 _Answer = Callable[[Any, Any], Any]  # from the runs and the arguments of the question
 
 
-class DynamonPlugin(base_plugin.TBPlugin):
+class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard ships no types
     """Serves the board's modules and, as JSON, what it asks for about the runs below ``--logdir``.
 
     Args:
@@ -38,7 +37,7 @@ class DynamonPlugin(base_plugin.TBPlugin):
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
         """The routes: files of the board by their names, and four questions."""
-        files = [path.name for path in resources.files(__package__).iterdir() if path.name.endswith(tuple(_FILES))]
+        files = [path.name for path in resources.files(__package__).iterdir() if path.name.endswith(tuple(_KINDS))]
         return {f"/{name}": _file(name) for name in files} | {
             "/runs": self._answers(lambda folder, _: {"runs": folder.names(), "folder": self._logdir}),
             "/run": self._answers(lambda folder, asked: _run(folder, asked).news(*_known(asked))),
@@ -111,7 +110,7 @@ def _known(asked: Any) -> tuple[int, int]:
 def _file(name: str) -> Callable[..., Any]:
     @Request.application
     def application(request: Request) -> Response:
-        kind = next(kind for end, kind in _FILES.items() if name.endswith(end))
+        kind = _KINDS[name[name.rindex(".") :]]
         content = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
         return http_util.Respond(request, content, kind)
 

@@ -1,10 +1,20 @@
-"""The board as a reader sees it."""
+"""The board as a reader sees it, in a browser, and TensorBoard to serve it."""
 
 import math
 import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # git ignores it
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+IDLE = "document.querySelector('#panel')?.getAttribute('aria-busy') === 'false'"
 VIEWS = ("stability", "layers", "rates", "health")
 
 
@@ -22,6 +32,14 @@ class Board:
     def wait(self, selector: str):
         return self.frame.wait_for_selector(selector, timeout=20_000)
 
+    def choose_runs(self, run: str, other: str | None = None) -> None:
+        """Choose in the header of the tab."""
+        for label, name in (("run", run), ("run to compare with", other or "")):
+            choice = self.frame.get_by_label(label, exact=True).first
+            if choice.input_value() != name:
+                self.after_drawing(lambda choice=choice, name=name: choice.select_option(name))
+        self.wait_until_drawn()
+
     def show(self, view: str) -> None:
         self.after_drawing(lambda: self.frame.click(f"#tab-{view}"))
         self.wait(f"#board[data-view={view}]")
@@ -32,12 +50,14 @@ class Board:
 
     def after_drawing(self, act) -> None:
         """Do something that draws the view anew, and wait until it is on the screen."""
-        idle = "document.querySelector('#panel').getAttribute('aria-busy') === 'false'"
+        self.wait_until_drawn()
         marks = "performance.getEntriesByType('mark').length"
-        self.frame.wait_for_function(f"() => {idle}")
         before = self.frame.evaluate(marks)
         act()
-        self.frame.wait_for_function(f"(n) => {idle} && {marks} > n", arg=before)
+        self.frame.wait_for_function(f"(n) => {IDLE} && {marks} > n", arg=before)
+
+    def wait_until_drawn(self) -> None:
+        self.frame.wait_for_function(f"() => {IDLE}")
 
     def wait_for_layers(self, count: int) -> None:
         self.frame.wait_for_function("(n) => document.querySelectorAll('button.layer').length === n", arg=count)
@@ -78,6 +98,52 @@ class Board:
     def shot(self, name: str) -> None:
         SHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SHOTS / f"{name}.png")
+
+
+@contextmanager
+def serving(folder: Path | str, log: Path) -> Iterator[str]:
+    """TensorBoard on a folder; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--logdir",
+        str(folder),
+    ]
+    address = f"http://127.0.0.1:{port}/"
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
+        try:
+            until = time.monotonic() + 60
+            while True:
+                try:
+                    urllib.request.urlopen(f"{address}data/plugins_listing", timeout=10).close()
+                    break
+                except OSError:
+                    assert server.poll() is None and time.monotonic() < until, log.read_text()
+                    time.sleep(0.1)
+            yield address
+        finally:
+            server.terminate()
+
+
+def chromium(driver):
+    """The Chromium of this machine without a window, or the one that `playwright install` fetched."""
+    own = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    return driver.chromium.launch(executable_path=own, args=["--no-sandbox", "--disable-gpu"])
+
+
+def in_tensorboard(page) -> Board:
+    """The tab of a page that is on its way to it."""
+    board = Board(page, page.wait_for_selector("iframe", state="attached").content_frame())
+    board.wait_until_drawn()
+    return board
 
 
 def number(text: str) -> float:

@@ -1,14 +1,7 @@
 """A browser, a real run with readings in every view, TensorBoard on it, and the board in the tab and in the report."""
 
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,10 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.cli import main
-from tests.browser.board import Board
+from tests.browser.board import Board, chromium, in_tensorboard, serving
 from tests.helpers import Classifier, fit, mlp
-
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def missing(reason):
@@ -36,14 +27,13 @@ def browser():
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
         missing("playwright is not installed (pip install playwright)")
-    own = next(filter(None, map(shutil.which, CHROMIUMS)), None)  # otherwise what `playwright install` fetched
     with sync_playwright() as driver:
         try:
-            browser = driver.chromium.launch(executable_path=own, args=["--no-sandbox", "--disable-gpu"])
+            browser = chromium(driver)
         except Error as error:
             missing(f"no Chromium starts here (playwright install chromium, or a package): {error.message.strip()}")
-        yield browser
-        browser.close()
+        with browser:
+            yield browser
 
 
 @pytest.fixture
@@ -71,29 +61,6 @@ def open_page(browser):
     assert problems == []
 
 
-@contextmanager
-def serving(folder: Path | str, log: Path) -> Iterator[str]:
-    """TensorBoard on a folder; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port), "--logdir", str(folder)]
-    address = f"http://127.0.0.1:{port}/"
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
-        try:
-            until = time.monotonic() + 60
-            while True:
-                try:
-                    urllib.request.urlopen(f"{address}data/plugins_listing", timeout=10).close()
-                    break
-                except OSError:
-                    assert server.poll() is None and time.monotonic() < until, log.read_text()
-                    time.sleep(0.1)
-            yield address
-        finally:
-            server.terminate()
-
-
 @pytest.fixture(scope="session")
 def logdir(browser, tmp_path_factory) -> Path:
     """Two real runs; the second one is the longer one."""
@@ -119,19 +86,13 @@ def open_tab(open_page, tensorboard):
     """
 
     def opened(run="run/one", other=None, address=tensorboard, whole=False, **settings):
-        if whole:
-            page = open_page(f"{address}#dynamon", address, **settings)
-            frame = page.wait_for_selector("iframe", state="attached").content_frame()
-        else:
-            page = open_page(f"{address}data/plugin_entry.html?name=dynamon", address, **settings)
-            frame = page.main_frame
-        board = Board(page, frame)
-        board.wait("#board[data-view]")
+        page = open_page(
+            f"{address}{'#dynamon' if whole else 'data/plugin_entry.html?name=dynamon'}", address, **settings
+        )
+        board = in_tensorboard(page) if whole else Board(page, page.main_frame)
+        board.wait_until_drawn()
         if run:
-            for label, name in (("run", run), ("run to compare with", other or "")):
-                choice = frame.get_by_label(label, exact=True)
-                if choice.input_value() != name:
-                    board.after_drawing(lambda: choice.select_option(name))  # noqa: B023
+            board.choose_runs(run, other)
         return board
 
     return opened
@@ -146,7 +107,7 @@ def open_report(open_page, logdir, tmp_path):
         assert main(["report", *(str(logdir / name) for name in (run, other) if name), "-o", str(file)]) == 0
         page = open_page(file.as_uri(), file.as_uri(), offline=True, **settings)
         board = Board(page, page.main_frame)
-        board.wait("#board[data-view]")
+        board.wait_until_drawn()
         return board
 
     return opened

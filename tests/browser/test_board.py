@@ -51,7 +51,9 @@ def test_every_view(open_board, request, scheme):
         board.shot(f"{name}-{view}-{scheme}")
     channels = board.frame.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (max(channels) < 64) if scheme == "dark" else (min(channels) > 224)
-    assert board.frame.evaluate("performance.getEntriesByType('mark').map((mark) => mark.name)")[0] == "dynamon stability"
+    assert (
+        board.frame.evaluate("performance.getEntriesByType('mark').map((mark) => mark.name)")[0] == "dynamon stability"
+    )
 
 
 def test_values_under_the_pointer(open_board, events):
@@ -138,7 +140,12 @@ def test_views_and_charts_by_keyboard(open_board):
         board.page.keyboard.press("Tab")
         reached.add(board.frame.evaluate("document.activeElement.tagName + '.' + document.activeElement.className"))
     assert {"SELECT.", "BUTTON.layer", "BUTTON.group", "CANVAS.", "BUTTON.scale", "DIV.plot", "INPUT."} & reached >= {
-        "SELECT.", "BUTTON.layer", "BUTTON.group", "CANVAS.", "BUTTON.scale", "DIV.plot",
+        "SELECT.",
+        "BUTTON.layer",
+        "BUTTON.group",
+        "CANVAS.",
+        "BUTTON.scale",
+        "DIV.plot",
     }
     board.show("stability")
     board.chart("Training loss").locator(".plot").focus()

@@ -1,4 +1,4 @@
-"""What only the tab has: runs that grow, appear and vanish; TensorBoard's own theme; names that try to be more; speed."""
+"""What only the tab has, as runs that grow and TensorBoard's theme; names that try to be more than names; speed."""
 
 import json
 import shutil
@@ -11,8 +11,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.browser import big
-from tests.browser.board import rounded
-from tests.browser.conftest import serving
+from tests.browser.board import rounded, serving
 
 NASTY = "<img src=x onerror=window.attacked=1>"
 
@@ -73,7 +72,9 @@ def test_the_board_follows_a_run(open_tab, add_run, logdir):
     add_run("newer").close()  # runs appear and vanish
     shutil.rmtree(logdir / "live")
     choice = "() => [...document.querySelector('.runs select').options].map((option) => option.value)"
-    board.frame.wait_for_function(f"() => {{ const names = ({choice})(); return names[0] === 'newer' && names.length === 3; }}")
+    board.frame.wait_for_function(
+        f"() => {{ const names = ({choice})(); return names[0] === 'newer' && names.length === 3; }}"
+    )
     assert "No reading of the curvature" in board.frame.locator("#panel").text_content()
     board.shot("tab-nothing-read")
 
@@ -122,6 +123,7 @@ def test_what_the_tab_says_without_runs(open_tab, tmp_path, kind):
         board = open_tab(None, address=address)
         said = board.frame.locator(".empty").text_content()
         board.shot(f"tab-{kind}")
+        board.page.close()  # before the server goes
     assert {
         "empty": "Add DynamicsMonitor()",
         "damaged": "No reading of the curvature in this run",
@@ -139,12 +141,16 @@ def test_200_layers_and_2000_steps(open_tab, open_report, logdir, add_run, capsy
             board.wait("figure")
             times[name] = marks(board)["dynamon stability"]
             if name == "tab":
-                board.frame.wait_for_function("() => document.querySelector('.runs [role=status]').textContent === 'step 1999'")
+                board.frame.wait_for_function(
+                    "() => document.querySelector('.runs [role=status]').textContent === 'step 1999'"
+                )
             begin = board.frame.evaluate("performance.now()")
             board.show("layers")
             board.frame.wait_for_function("() => performance.getEntriesByName('dynamon layers').length")
             times[f"{name}, map"] = marks(board)["dynamon layers"] - begin
-            value, step, layer = board.point_at_map(board.frame.locator(".maparea canvas").bounding_box()["height"] / 2, 0.5)
+            value, step, layer = board.point_at_map(
+                board.frame.locator(".maparea canvas").bounding_box()["height"] / 2, 0.5
+            )
             column = big.names(200).index(layer)
             assert value == rounded(float(expected["gradient/dual"][step, column])) and 990 < step < 1010
             begin = board.frame.evaluate("performance.now()")
