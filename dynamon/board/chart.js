@@ -69,6 +69,7 @@ export function lineChart(options) {
     scale.setAttribute("aria-pressed", String(isLog));
     draw();
   } }, "log scale");
+  show(current); // the legend need not wait for the width
   const note = lines.some((line) => line.smooth) ? "Lines are smoothed; in brackets the smoothed value." : null;
   return el(
     "figure",

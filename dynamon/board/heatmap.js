@@ -147,6 +147,7 @@ export function heatmap(options) {
     const y = event.clientY - place.top;
     const share = (event.clientX - place.left) / place.width;
     const step = options.steps[0] + share * (options.steps[1] - options.steps[0]);
+    if (!layout) return [-1, 0]; // not on the screen yet
     return [layout.rows.findIndex((row) => y >= row.y && y < row.y + row.height), nearest(table.steps, step)];
   };
   onWidth(root, (whole) => {

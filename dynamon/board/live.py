@@ -158,7 +158,7 @@ class LiveRun:
         return assembled(scalars, tables)
 
     def _read(self, read_for: float) -> float:
-        """Read for so many seconds; give the share of all bytes that is read."""
+        """Read for so many seconds; give the share of all bytes that is read, 1 where there is nothing more to read."""
         paths = event_files(self._folder)
         numbers = {path: path.stat().st_ino for path in paths}
         for path, (number, file) in self._files.items():
@@ -172,11 +172,9 @@ class LiveRun:
                 for tag, step, value in points:
                     self._add(tag, step, value)
                 if time.monotonic() > until:
-                    break
-            if time.monotonic() > until:
-                break
-        total = sum(path.stat().st_size for path in paths)
-        return sum(file.offset for _, file in self._files.values()) / total if total else 1.0
+                    read = sum(file.offset for _, file in self._files.values())
+                    return read / sum(path.stat().st_size for path in paths)
+        return 1.0
 
     def _add(self, tag: str, step: int, value: float | Row) -> None:
         self._count += 1

@@ -87,6 +87,7 @@ class Board:
         canvas.scroll_into_view_if_needed()
         place = canvas.bounding_box()
         self.page.mouse.move(place["x"] + share * place["width"], place["y"] + row)
+        self.frame.wait_for_selector(".tip", state="visible")
         return self.tip()
 
     def tip(self) -> tuple[float, int, str]:

@@ -31,7 +31,8 @@ def browser():
         try:
             browser = chromium(driver)
         except Error as error:
-            missing(f"no Chromium starts here (playwright install chromium, or a package): {error.message.strip()}")
+            reason = error.message.strip().splitlines()[0]
+            missing(f"no Chromium starts here (playwright install chromium, or a package): {reason}")
         with browser:
             yield browser
 

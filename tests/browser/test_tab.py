@@ -75,6 +75,7 @@ def test_the_board_follows_a_run(open_tab, add_run, logdir):
     board.frame.wait_for_function(
         f"() => {{ const names = ({choice})(); return names[0] === 'newer' && names.length === 3; }}"
     )
+    board.wait(".empty")
     assert "No reading of the curvature" in board.frame.locator("#panel").text_content()
     board.shot("tab-nothing-read")
 
@@ -108,6 +109,8 @@ def test_names_are_shown_as_text(open_tab, open_report, add_run, logdir):
         board.show("health")
         assert NASTY in board.frame.locator(".finding").first.text_content()
         assert board.frame.locator("#panel button").first.is_visible()
+        board.after_drawing(lambda: board.frame.get_by_role("button", name="show gradient/l2").click())  # noqa: B023
+        assert board.readings("gradient/l2")[1][NASTY] == "0"
         assert not board.frame.locator("img").count()
         assert board.frame.evaluate("window.attacked") is None
         board.shot("nasty-names")
