@@ -4,7 +4,7 @@ import { mount, unpackedScalar, unpackedTable } from "./board.js";
 import { el } from "./dom.js";
 import { ADD } from "./views.js";
 
-const EVERY = 4000; // milliseconds between two questions
+const EVERY = 2500; // milliseconds between two questions
 const NONE = ""; // the name of no run
 
 /** TensorBoard calls this in the frame of the tab. */
@@ -36,7 +36,7 @@ export async function render() {
     const mine = (turn += 1);
     let wait = EVERY;
     try {
-      const isSeen = !document.hidden && document.documentElement.clientWidth > 0; // 0: another tab is in front
+      const isSeen = !document.hidden && window.innerHeight > 0; // 0: another tab is in front
       if (isSeen || !board) wait = await look(() => mine === turn);
     } catch (error) {
       status.textContent = "TensorBoard does not answer; trying again.";

@@ -80,7 +80,7 @@ def test_the_board_follows_a_run(open_tab, add_run, logdir):
     board.shot("tab-nothing-read")
 
 
-def test_the_theme_of_tensorboard(open_tab):
+def test_inside_of_tensorboard(open_tab):
     board = open_tab(whole=True, color_scheme="light")
     color = "getComputedStyle(document.body).backgroundColor"
     light = board.frame.evaluate(color)
@@ -89,6 +89,14 @@ def test_the_theme_of_tensorboard(open_tab):
     board.page.get_by_text("Dark", exact=True).click()
     board.frame.wait_for_function(f"(light) => {color} !== light", arg=light)
     assert board.frame.evaluate("document.documentElement.dataset.theme") == "dark"
+    asked = []
+    board.page.on("request", lambda request: asked.append(request.url) if "/plugin/dynamon/" in request.url else None)
+    board.page.evaluate("location.hash = 'scalars'")
+    board.page.wait_for_timeout(3000)
+    assert len(asked) <= 2  # what was on its way: behind another tab it rests
+    board.page.evaluate("location.hash = 'dynamon'")
+    with board.page.expect_request("**/plugin/dynamon/run?*"):
+        pass
 
 
 def test_names_are_shown_as_text(open_tab, open_report, add_run, logdir):

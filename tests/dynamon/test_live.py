@@ -313,3 +313,15 @@ def test_tensorboard_starts_without_torch():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(printed.replace("'", '"').replace("False", "false")) == [[], [], False]
+
+
+def test_the_package_has_what_it_had_with_torch_in_it():
+    """Functions and modules come when they are asked for, in whatever order."""
+    code = (
+        "import dynamon, dynamon.measuring; from dynamon import measure; "
+        "assert dynamon.measure is measure is dynamon.measuring.measure; "
+        "assert dynamon.describe_layers is dynamon.layers.describe_layers; "
+        "dynamon.kernels.gram_iteration, dynamon.norms.get_norm, dynamon.callbacks.DynamicsMonitor; "
+        "assert not hasattr(dynamon, 'nothing') and not hasattr(dynamon, '_nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
