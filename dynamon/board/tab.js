@@ -6,6 +6,7 @@ import { ADD } from "./views.js";
 
 const EVERY = 2500; // milliseconds between two questions
 const NONE = ""; // the name of no run
+const UNREAD = "Its event files hold no readings: the run has only just begun, or they are damaged or of another kind.";
 
 /** TensorBoard calls this in the frame of the tab. */
 export async function render() {
@@ -61,16 +62,18 @@ export async function render() {
     const chosen = [first.value, second.value].filter((name) => name !== NONE);
     for (const name of chosen) if (!opened.has(name)) opened.set(name, new Live(name));
     const runs = chosen.map((name) => opened.get(name));
-    const changes = await Promise.all(runs.map((run) => run.refresh()));
+    await Promise.all(runs.map((run) => run.refresh()));
     if (!isCurrent()) return 0;
-    const failed = runs.find((run) => run.problem);
+    const isUnread = runs.every((run) => run.share === 1 && run.lastStep < 0);
+    const failed = runs.find((run) => run.problem) ?? (isUnread ? runs[0] : null);
     if (failed) {
       shown = "";
-      show([], [`${failed.label} cannot be shown`, failed.problem]);
+      status.textContent = "";
+      show([], [`${failed.label} cannot be shown`, failed.problem ?? UNREAD]);
       return EVERY;
     }
-    const key = JSON.stringify(chosen);
-    if (changes.some(Boolean) || key !== shown) show(runs);
+    const key = JSON.stringify(runs.map((run) => [run.label, run.epoch, run.count]));
+    if (key !== shown) show(runs);
     shown = key;
     const share = Math.min(...runs.map((run) => run.share));
     status.textContent = share < 1 ? `reading, ${Math.floor(100 * share)} % …` : `step ${Math.max(...runs.map((run) => run.lastStep))}`;
@@ -117,17 +120,16 @@ class Live {
     [this.scalars, this.tables] = [new Map(), new Map()];
   }
 
-  /** Read on; true if anything is new. */
+  /** Read on; what is new is in `count`. */
   async refresh() {
     const news = await asked("run", { run: this.label, epoch: this.epoch, since: this.count });
     this.problem = news.problem ?? null;
-    if (this.problem) return true;
+    if (this.problem) return;
     this.share = news.share;
-    if (!news.scalars) return false;
+    if (!news.scalars) return;
     if (news.epoch !== this.epoch) this.forget(news.epoch);
     for (const [tag, part] of Object.entries(news.scalars)) this.scalars.set(tag, appended(this.scalars.get(tag), unpackedScalar(part), part.from));
     Object.assign(this, { count: news.count, lastStep: news.last_step, loss: news.loss, quantities: news.quantities.sort() });
-    return true;
   }
 
   /** Look for what is wrong; true if that was done anew. */

@@ -14,7 +14,11 @@ from pathlib import Path
 
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # git ignores it
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-IDLE = "document.querySelector('#panel')?.getAttribute('aria-busy') === 'false'"
+# Nothing is being drawn, and in the tab nothing of a file is left to be read.
+IDLE = (
+    "document.querySelector('#panel')?.getAttribute('aria-busy') === 'false' && "
+    "!document.querySelector('.runs [role=status]')?.textContent.startsWith('reading')"
+)
 VIEWS = ("stability", "layers", "rates", "health")
 
 

@@ -76,7 +76,9 @@ def test_the_board_follows_a_run(open_tab, add_run, logdir):
         f"() => {{ const names = ({choice})(); return names[0] === 'newer' && names.length === 3; }}"
     )
     board.wait(".empty")
-    assert "No reading of the curvature" in board.frame.locator("#panel").text_content()
+    assert "newer cannot be shown Its event files hold no readings" in board.frame.locator(
+        "#panel"
+    ).inner_text().replace("\n\n", " ")
     board.shot("tab-nothing-read")
 
 
@@ -137,7 +139,7 @@ def test_what_the_tab_says_without_runs(open_tab, tmp_path, kind):
         board.page.close()  # before the server goes
     assert {
         "empty": "Add DynamicsMonitor()",
-        "damaged": "No reading of the curvature in this run",
+        "damaged": "Its event files hold no readings: the run has only just begun, or they are damaged",
         "remote": "gs://bucket/logs lies elsewhere",
     }[kind] in said
 
