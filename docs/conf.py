@@ -1,0 +1,51 @@
+"""Sphinx: pages in Markdown, reference from the docstrings, nothing from the network.
+
+Tables that the code or a benchmark knows are made by ``docs/generated.py`` each time, so that they cannot go stale.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import generated
+import mathml
+
+import dynamon
+
+project, author, copyright = "dynamon", "the authors of dynamon", "the authors of dynamon"
+release = version = dynamon.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build", "generated/include"]
+nitpicky = True  # a reference to something of ours that does not exist is an error
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|lightning|pl|numpy|np|collections|contextlib|typing|types|argparse)(\..*)?"),
+    ("py:.*", r"(nn|optim|Tensor|Optimizer|Any|Path|date|optional|callable)(\..*)?"),
+]
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+suppress_warnings: list[str] = []
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "dynamon"
+html_math_renderer = "mathml"
+html_copy_source = False
+html_show_sphinx = False
+html_static_path: list[str] = []
+pygments_style = "friendly"
+pygments_dark_style = "native"
+
+
+def setup(app):
+    mathml.setup(app)
+    app.connect("builder-inited", lambda app: generated.write(Path(app.srcdir)))
