@@ -18,21 +18,21 @@ release = version = dynamon.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build", "generated/include"]
+exclude_patterns = ["generated"]  # included by other pages
 nitpicky = True  # a reference to something of ours that does not exist is an error
-nitpick_ignore_regex = [
-    ("py:.*", r"(torch|lightning|pl|numpy|np|collections|contextlib|typing|types|argparse)(\..*)?"),
-    ("py:.*", r"(nn|optim|Tensor|Optimizer|Any|Path|date|optional|callable)(\..*)?"),
+nitpick_ignore_regex = [  # other people's, whose pages are on the network
+    ("py:.*", r"(torch|nn|optim|lightning|pl|numpy|np|scipy|collections|pathlib|typing|types)(\..*)?"),
+    ("py:.*", r"(Any|Tensor|Optimizer|optional|callable|tuple\[str|dict\[str)"),
+    ("py:.*", r"dynamon\..*(\._\w+|\.Statistics)"),  # private classes and type variables in signatures
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings: list[str] = []
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
