@@ -97,7 +97,10 @@ def sharpness(losses: list[float], history: Readings) -> Figure:
     (loss, ratio), (step, space) = figure.subplots(2, 2, sharex=True)
     loss.plot(losses, color=COLORS[0], linewidth=0.7)
     loss.set(title="training loss, nats a byte")
-    lines(ratio, history, on_the_probe="sharpness/stability_ratio", upper_bound="sharpness/stability_ratio_upper")
+    lines(ratio, history, on_the_probe="sharpness/stability_ratio")
+    bound = history["sharpness/stability_ratio_upper"]
+    ratio.plot(bound.steps, bound.values, "v", markersize=4, color=COLORS[1], label="99 % upper bound, now and then")
+    ratio.legend(frameon=False, fontsize="small")
     ratio.axhline(1, color="#444444", linewidth=0.8)
     ratio.set(title="stability ratio: 1 is the largest stable step", ylim=(0, 2))
     lines(step, history, loss_is_back_at="sharpness/critical_multiple", best_at="sharpness/greedy_multiple")

@@ -149,9 +149,7 @@ def check(good: Watch, bad: Watch) -> None:
     print(f"  step {passed}: {RATIO} passes 1, which it never does at the good rate")
     print(f"  step {left}: the loss leaves the range of its first fifty steps, for good")
     print(f"  step {faults[0]}: the health list names it ({', '.join(rules_at(bad, faults[0]))})")
-    print(
-        f"  step {bad.lost_at}: the loss is no longer a number, {bad.lost_at - faults[0]} steps after the list spoke"
-    )
+    print(f"  step {bad.lost_at}: the loss is no longer a number, {bad.lost_at - faults[0]} steps after the list spoke")
 
 
 def rules_at(watch: Watch, step: int) -> list[str]:
