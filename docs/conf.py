@@ -41,7 +41,8 @@ html_title = "dynamon"
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 pygments_style = "friendly"
 pygments_dark_style = "native"
 
