@@ -251,7 +251,7 @@ def gallery_page(script: Path, runs: Mapping[str, Any]) -> str:
     if run is None or run["source"] != source_hash(script):
         raise ValueError(f"examples/{name}.py has changed since its output was recorded: run `make gallery`.")
     title, _, text = (ast.get_docstring(ast.parse(code)) or "").partition("\n")
-    where = f"*Printed in {run['seconds']:.0f} s under {runs['environment']}.*"
+    where = f"*Printed under {runs['environment']}.*"
     return (
         f"# {title.rstrip('.')}\n{_as_markdown(text)}\n\n![{title}]({name}.png)\n\n## What it prints\n\n"
         f"```text\n{run['printed']}```\n\n{where}\n\n## The script\n\n`examples/{name}.py`\n\n```python\n{code}```\n"

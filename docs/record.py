@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,12 +20,10 @@ RUNS = GALLERY / "runs.json"
 def record(script: Path) -> dict[str, object]:
     """Run a script; it checks its own numbers and fails where they are wrong."""
     picture = GALLERY / f"{script.stem}.png"
-    begin = time.perf_counter()
     command = [sys.executable, "-W", "ignore", str(script), "--out", picture.name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=GALLERY, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    seconds = time.perf_counter() - begin
-    return {"source": source_hash(script), "seconds": round(seconds, 1), "printed": run.stdout}
+    return {"source": source_hash(script), "printed": run.stdout}
 
 
 def main(names: list[str]) -> None:

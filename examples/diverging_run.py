@@ -8,7 +8,7 @@ larger. After each reading the script asks for the health list, ``monitor.findin
 it warns. It checks that the list names the fault before the loss stops being a number, that the stability ratio had
 passed 1 before the loss showed anything, and that the list of the good run stays empty.
 
-Takes about half a minute; run ``python examples/diverging_run.py``. The picture goes to ``diverging_run.png``, or where
+Takes about ten seconds; run ``python examples/diverging_run.py``. The picture goes to ``diverging_run.png``, or where
 ``--out`` says.
 """
 

@@ -86,7 +86,18 @@ def test_every_key_has_a_meaning() -> None:
 def test_pages_name_only_keys_that_exist(page) -> None:
     known = {tag + ending for tag in generated.keys() for ending in ENDINGS}
     named = set(re.findall(rf"`((?:{GROUPS})/[a-z0-9_]+)`", page.read_text()))
-    assert named - known == set()
+    assert named - known - health_rules() == set()
+
+
+def health_rules() -> set[str]:
+    """The names that findings can have, as the source says them."""
+    sources = "".join(path.read_text() for path in (ROOT / "dynamon" / "health").glob("*.py"))
+    return set(re.findall(r'Finding\(\s+"([a-z]+/[a-z_]+)"', sources))
+
+
+def test_every_health_rule_is_explained() -> None:
+    section = (DOCS / "quantities.md").read_text().split("## The health list")[1]
+    assert set(re.findall(r"^\| `([a-z]+/[a-z_]+)`", section, re.M)) == health_rules()
 
 
 def test_tables_of_the_comparison_are_those_of_the_benchmarks() -> None:
@@ -113,7 +124,7 @@ def test_sentences_of_the_comparison_hold_in_the_benchmarks() -> None:
 def test_a_changed_example_asks_for_a_new_recording(tmp_path) -> None:
     script = tmp_path / "edge_of_stability.py"
     script.write_text((generated.EXAMPLES / "edge_of_stability.py").read_text() + "\n")
-    runs = {"environment": "", "scripts": {"edge_of_stability": {"source": "another", "printed": "", "seconds": 1}}}
+    runs = {"environment": "", "scripts": {"edge_of_stability": {"source": "another", "printed": ""}}}
     with pytest.raises(ValueError, match="run `make gallery`"):
         generated.gallery_page(script, runs)
 
