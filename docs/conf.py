@@ -39,6 +39,7 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = "dynamon"
 html_math_renderer = "mathml"
+toc_object_entries_show_parents = "hide"
 html_copy_source = False
 html_show_sphinx = False
 html_static_path = ["static"]
