@@ -19,6 +19,7 @@ from dynamon.callbacks.accumulation import (
 )
 from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
 from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.decisions import is_sharded_run
 from dynamon.callbacks.recorder import Recorder
 from dynamon.history import History
 from dynamon.layers import select
@@ -402,7 +403,7 @@ def _no_parts(rule: Rule, trainer: pl.Trainer, module: pl.LightningModule) -> st
         return "source='independent' needs automatic optimisation, which says where an accumulation window begins."
     if compares_ranks(trainer, module):
         return None
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not is_sharded_run(trainer):
         name = type(trainer.strategy).__name__
         return f"source='independent' compares the processes of a DDP run, and this is {name}; take 'successive'."
     scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
