@@ -7,7 +7,6 @@ from torch.optim import Optimizer
 
 from dynamon.panels import Layout, combined
 
-
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
 _REFUSED = {
     "FSDP": "(FSDP1) flattens parameters, so that layers cannot be told apart: nothing is measured or steered. "

@@ -19,6 +19,7 @@ from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates
+from dynamon.sharded_gradients import gradient_reader
 from dynamon.updates import primal_norms
 
 
@@ -66,7 +67,7 @@ class GradientSource:
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         found = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
         layers = [la for la in found if is_measurable(la)]
-        self._reader = GradientReader(layers, optimizer_family(optimizer))
+        self._reader = gradient_reader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
         self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynamon.decay import is_decoupled
-from dynamon.gradients import GradientReader, PendingReadings
+from dynamon.gradients import PendingReadings
 from dynamon.layers import describe_layers, is_measurable
 from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
+from dynamon.sharded_gradients import gradient_reader
+from dynamon.shards import put_back
 
 _REFUSED = {
     "prodigy": "it estimates one step size for all groups and raises when their rates differ",
@@ -134,11 +136,12 @@ class LayerwiseRates:
     def _attach(self) -> None:
         """Take up the parameters that the optimizer holds now."""
         own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        put_back(self.model)
         found = [layer for layer in describe_layers(self.model) if id(layer.parameter) in own]
         self.layers = [layer for layer in found if is_measurable(layer)]  # the others keep the base rate
         if not self.layers:
             raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
-        self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
+        self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
         self.rule.start(self.layers, self.reader.norms)
         self._count = self._parameters()
 
