@@ -93,9 +93,10 @@ def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
         stepping = [position for position, tensors in enumerate(wholes) if len(tensors) > 1]
         norms = torch.zeros(2, len(chosen), dtype=torch.float64, device=rows[0].device)
         if stepping:
-            chosen_layers = [layers[position] for position in stepping]
-            for row in range(2):
-                norms[row, stepping] = _whole_norms(chosen_layers, [wholes[position][row] for position in stepping])
+            own = [layers[position] for position in stepping]
+            steps = [wholes[position][1] for position in stepping]
+            norms[0, stepping] = _by_role(own, [layer.parameter for layer in own], spectra.sigma_max[stepping])
+            norms[1, stepping] = _by_role(own, steps, _largest_of(own, steps))
         return torch.cat([torch.stack(rows).double(), norms])
 
     costs = [part.layer.parameter.numel() * min(part.layer.matrix_shape[1:]) for part in here]
@@ -103,14 +104,18 @@ def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
     return measured_whole(measure, [part.gathered() for part in here], likes, costs, _DEALT, ranks)
 
 
-def _whole_norms(layers: Sequence[Layer], tensors: Sequence[Tensor]) -> Tensor:
-    """Norms by role of whole tensors, as :func:`dynamon.weights.weight_readings` takes them."""
+def _largest_of(layers: Sequence[Layer], tensors: Sequence[Tensor]) -> Tensor:
     stacks = [layer.matrices(tensor).float() for layer, tensor in zip(layers, tensors, strict=True)]
-    sigmas = per_stack(by_shape(stacks, spectral_extremes), [len(stack) for stack in stacks]).sigma_max
-    norms = []
-    for layer, tensor, sigma in zip(layers, tensors, sigmas, strict=True):
-        factor = sigma_factor(layer)
-        norms.append(operator_norm(layer).primal(tensor) if factor is None else sigma * factor)
+    return per_stack(by_shape(stacks, spectral_extremes), [len(stack) for stack in stacks]).sigma_max
+
+
+def _by_role(layers: Sequence[Layer], tensors: Sequence[Tensor], sigmas: Tensor) -> Tensor:
+    """Norms by role of whole tensors ``[M]``; where they rest on sigma_max, the one that Gram iteration found."""
+    factors = [sigma_factor(layer) for layer in layers]
+    norms = [
+        operator_norm(layer).primal(tensor) if factor is None else sigma * factor
+        for layer, tensor, sigma, factor in zip(layers, tensors, sigmas, factors, strict=True)
+    ]
     return torch.stack([norm.double() for norm in norms])
 
 
@@ -150,7 +155,8 @@ def _angles(start: Tensor, along: Tensor, step: Tensor, end: Tensor) -> Tensor:
     """
     longer = (2 * along + step) / (start.sqrt() + end.sqrt())
     squares = (step - longer.square()).clamp_min(0) / (start * end).sqrt()
-    return 2 * torch.asin((squares.sqrt() / 2).clamp_max(1.0))
+    angles = 2 * torch.asin((squares.sqrt() / 2).clamp_max(1.0))
+    return _where(start * end > 0, angles)
 
 
 def _where(known: Tensor, values: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ def has_whole_rows(like: Tensor) -> bool:
 
 def put_back(module: nn.Module) -> None:
     """Have the FSDP2 parts of a module show their shards again: after an evaluation the root keeps whole weights."""
-    for part in module.modules():
-        if hasattr(part, "set_requires_gradient_sync") and hasattr(part, "reshard"):
-            part.reshard()
+    parts: list[Any] = [part for part in module.modules() if hasattr(part, "set_reshard_after_backward")]
+    for part in parts:
+        part.reshard()
 
 
 class Gathering:

@@ -121,7 +121,8 @@ class Lanton(Optimizer):
 
     Sharded parameters (FSDP2, DTensor) work: a step gathers the average of every matrix and vector, one all-gather
     each, and each process repeats the same polar factors. The noise deals gradients out, each gathered on one process,
-    and stores parts; its state holds whole ones. Make the optimizer after ``fully_shard``. ``torch.distributed.checkpoint`` keeps averages only.
+    and stores parts; its state holds whole ones. Make the optimizer after ``fully_shard``.
+    ``torch.distributed.checkpoint`` keeps averages only.
 
     References: Hao et al. (LANTON), arXiv 2510.14009; Pethick et al. (Scion), arXiv 2502.07529; Bernstein and
     Newhouse, arXiv 2409.20325; Amsel et al. (polar factors), arXiv 2505.16932.
