@@ -85,7 +85,11 @@ class GradientMeter(PairMeter):
         if reads:
             with run.charge(self.name):
                 # An optimizer that steps twice in a batch is shown at its last step.
-                self._read[optimizer] = source.read(run, optimizer)
+                try:
+                    self._read[optimizer] = source.read(run, optimizer)
+                except Exception as error:
+                    self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
+                    raise
                 self._bin(run, optimizer)
                 if keeps:
                     source.keep_weights(run)
