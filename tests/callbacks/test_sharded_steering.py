@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from dynamon.callbacks import GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, WeightMonitor
 from dynamon.optim import Lanton
@@ -126,6 +127,10 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, name: str) 
         assert rank["tables"]["update/cosine"]["steps"] == [6, 8, 10]
 
 
+def at_once(whole: nn.Module, mesh: Any) -> None:
+    fully_shard(whole, mesh=mesh["data_parallel"])
+
+
 class Validated(ShardedClassifier):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.network(batch[0])
@@ -135,7 +140,7 @@ def test_what_an_evaluation_leaves_behind(tmp_path: Path) -> None:
     """The root of an FSDP2 model keeps whole weights after an evaluation, the sanity check before training too."""
     callbacks = [*watched(), by_noise()]
     found = fit_shards(
-        tmp_path / "two", lambda: Validated(network(), adamw), callbacks, 2,
+        tmp_path / "two", lambda: Validated(network(), adamw, shard=at_once), callbacks, 2,
         data=loader(), validation=loader(), steps=8, val_check_interval=3,
     )  # fmt: skip
     (one,) = fit_ranks(tmp_path / "one", make(), [*watched(), by_noise()], 1, data=loader(), steps=8)

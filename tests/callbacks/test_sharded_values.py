@@ -170,7 +170,7 @@ def rows_and_columns(network: nn.Module, mesh: Any) -> None:
 
 def even() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)).double()
 
 
 def test_tensor_parallelism(tmp_path: Path) -> None:
@@ -179,6 +179,27 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
     module = make(even, orthogonal, shard=rows_and_columns)
     (one,) = fit_ranks(tmp_path / "one", module, monitors(), 1, **settings)
     compare(one, fit_shards(tmp_path / "several", module, monitors(), 2, sizes=(1, 2), **settings))
+
+
+def in_copies(network: nn.Module, mesh: Any) -> None:
+    """Each half of the processes holds a whole copy (HSDP)."""
+    fully_shard(network[0], mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+MESHES = {
+    "copies of rows": (make(uneven, shard=in_copies), loader()),
+    "columns, and rows of those": (make(even, orthogonal, shard=rows_and_columns), whole_batches()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_meshes_of_two_dimensions(tmp_path: Path, name: str) -> None:
+    module, data = MESHES[name]
+    settings = {"data": data, "steps": 4}
+    (one,) = fit_ranks(tmp_path / "one", module, monitors(), 1, **settings)
+    compare(one, fit_shards(tmp_path / "several", module, monitors(), 4, sizes=(2, 2), **settings))
 
 
 def mixed(network: nn.Module, mesh: Any) -> None:
