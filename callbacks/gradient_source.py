@@ -165,14 +165,18 @@ class GradientSource:
         sizes = primal_norms([layers[i] for i in moved], [norms[i] for i in moved], list(steps.values()))
         return np.array(moved, dtype=np.int64), sizes, None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Noise and the kept gradients, where no steering callback saves them, and the kept weights."""
+    def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
+        """Noise and the kept gradients, where no steering callback saves them, and the kept weights.
+
+        Args:
+            everywhere: False for a checkpoint: of what is sharded, only the first process needs the whole.
+        """
         state: dict[str, Any] = {"noise": {}, "gradients": {"previous": {}}}
         if not self._steered:
-            state = {"noise": self._noise.state_dict(), "gradients": self.reader.state_dict()}
+            state = {"noise": self._noise.state_dict(), "gradients": self.reader.state_dict(everywhere)}
         signals = {source: signal.state_dict() for source, signal in self._signals.items()}
         state |= {"independent": self._independent.state_dict(), "signals": signals}
-        weights = whole_copies(self._weights, self.reader.layers) if self._kept_at == self._step else {}
+        weights = whole_copies(self._weights, self.reader.layers, everywhere) if self._kept_at == self._step else {}
         return {**state, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -207,7 +207,7 @@ class GradientMeter(PairMeter):
         state = {**super().state_dict(), "clipped": self._clipped, "clippable": self._clippable}
         if not self._sources:
             return {**self._saved, **state}
-        parts = [source.state_dict() for source in self._sources.values()]
+        parts = [source.state_dict(everywhere=False) for source in self._sources.values()]
         return {
             **state,
             "noise": {name: value for part in parts for name, value in part["noise"].items()},

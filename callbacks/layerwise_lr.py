@@ -267,7 +267,9 @@ class LayerwiseLR(DynamonCallback):
         """The rules' states and previous gradients: numbers and tensors by parameter name."""
         if not self._steered:
             return {"optimizers": self._state}
-        return {"optimizers": [rates.state_dict(self.save_gradient) for rates in self._steered.values()]}
+        return {
+            "optimizers": [rates.state_dict(self.save_gradient, everywhere=False) for rates in self._steered.values()]
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the optimizers are there."""

@@ -321,8 +321,12 @@ class GradientReader:
             self._mixed = (indices, mixture)
         return self._mixed[1]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The stored gradient by parameter name, if it is this step's."""
+    def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
+        """The stored gradient by parameter name, if it is this step's.
+
+        Args:
+            everywhere: Says nothing here; see :class:`dynamon.sharded_gradients.ShardedGradientReader`.
+        """
         if self._stored_at != self.step:
             return {"previous": {}}
         return {"previous": {self.layers[i].name: g.clone() for i, g in self._previous.items()}}

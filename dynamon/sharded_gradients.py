@@ -15,7 +15,7 @@ from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
 from dynamon.ranks import Ranks
-from dynamon.shards import any_sharded, local, local_as, part_of, wholes_on_cpu
+from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
 
 _SUMS = 8  # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window
@@ -222,16 +222,18 @@ class ShardedGradientReader(GradientReader):
         rows[2] = self._duals(indices, rows[0], rows[1], [table[0, places[i]] for i in indices if i in places])
         return PendingReadings(rows, pending.present, pending.compared, pending.parted)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The stored gradient by parameter name, if it is this step's: whole, in the main memory of every process.
+    def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
+        """The stored gradient by parameter name, if it is this step's: whole, in main memory.
 
-        Every process must call this. Cost: an all-gather of the gradients.
+        Every process must call this. Cost: a gather of each gradient, one after the other.
+
+        Args:
+            everywhere: False for a checkpoint, which the first process writes: the others need no whole gradient.
         """
         if self._stored_at != self.step:
             return {"previous": {}}
-        layers = [self.layers[i] for i in self._previous]
-        wholes = wholes_on_cpu(list(self._previous.values()), [layer.parameter for layer in layers])
-        return {"previous": dict(zip([layer.name for layer in layers], wholes, strict=True))}
+        parts = {self.layers[i].name: g for i, g in self._previous.items()}
+        return {"previous": saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this process's part of a stored gradient; names and shapes that no longer exist are left out."""

@@ -1,7 +1,7 @@
 """Tensors that several processes hold in parts (DTensor): the part here, the whole, and the whole in one place."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,11 +165,29 @@ def _portions(items: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]
         yield portion
 
 
-def wholes_on_cpu(parts: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
-    """The whole tensors on every process, in main memory; the device holds one at a time. Every process calls it."""
-    return [
-        whole(part, like).cpu() if is_sharded(like) else part.clone() for part, like in zip(parts, likes, strict=True)
-    ]
+def saved(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], everywhere: bool = True) -> dict[str, Tensor]:
+    """Tensors as a state holds them: sharded ones whole, in main memory; the device holds one of them at a time.
+
+    Args:
+        parts: What this process holds, by name; where one is sharded, every process must call this with the same names.
+        likes: What they are laid out as.
+        everywhere: False leaves out what is sharded on all processes but the first, which writes checkpoints.
+
+    Cost: a gather of each sharded tensor.
+    """
+    found = {}
+    for name, part in parts.items():
+        like = likes[name]
+        if not is_sharded(like):
+            found[name] = part.clone()
+        elif everywhere:
+            found[name] = whole(part, like).cpu()
+        else:
+            gathering = Gathering([like], [0], [part.dtype], Ranks(part.device))
+            (complete,) = gathering.run([part])
+            if complete is not None:
+                found[name] = complete.cpu()
+    return found
 
 
 def _is_cut_over(like: Any, ranks: Ranks) -> bool:

@@ -267,15 +267,19 @@ class LayerwiseRates:
         self._handles = []
         _steered.pop(self.optimizer, None)
 
-    def state_dict(self, save_gradient: bool = True) -> dict[str, Any]:
+    def state_dict(self, save_gradient: bool = True, everywhere: bool = True) -> dict[str, Any]:
         """The rule's state and the stored gradient, loadable under ``weights_only=True``.
+
+        The gradient of sharded parameters is whole, in main memory, and every process must call this.
 
         Args:
             save_gradient: Without the gradient the file is smaller, and a resumed run skips one noise
                 update, so that it is not bitwise the run that never stopped.
+            everywhere: Without the gradient of sharded parameters on processes other than the first, which writes
+                checkpoints.
         """
         self.settle()
-        stored = self.reader.state_dict() if save_gradient and self.rule.needs_gradients else {"previous": {}}
+        stored = self.reader.state_dict(everywhere) if save_gradient and self.rule.needs_gradients else {"previous": {}}
         rule = self.rule.state_dict()
         state = {"kind": type(self.rule).__name__, "rule": rule, "gradients": stored}
         return state if self.read_every == 1 else {**state, "phase": self._phase}

@@ -3,16 +3,19 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dynamon import dealing, sharded_gradients, sharded_weights
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, WeightMonitor
+from dynamon.callbacks.base import off_reason
 from dynamon.gradients import GradientReader
 from dynamon.optim import Lanton
 from tests.helpers import mlp
@@ -91,6 +94,23 @@ class Counts(Callback):
 
     def __call__(self, module: Any) -> list[dict[str, int]]:
         return self.by_step
+
+
+def test_under_a_budget_the_first_process_decides(tmp_path: Path) -> None:
+    callbacks = [GradientMonitor(budget=1.0, strict=True), WeightMonitor(budget=1.0, strict=True)]
+    plain = fit_shards(tmp_path / "plain", classifier, [], data=loader(), steps=60)
+    ranks = fit_shards(tmp_path / "seen", classifier, callbacks, data=loader(), steps=60)
+    steps = [{tag: table["steps"] for tag, table in found["tables"].items()} for found in ranks]
+    assert steps[0] == steps[1] and len(steps[0]["gradient/norm"]) > 2 and len(steps[0]["weight/frobenius"]) > 1
+    assert all(torch.equal(plain[0]["weights"][key], ranks[0]["weights"][key]) for key in plain[0]["weights"])
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_hide_their_parameters_say_what_to_take_instead(name: str) -> None:
+    strategy = type("Own" + name, (type(name, (), {}),), {})()
+    reason = off_reason(SimpleNamespace(strategy=strategy), mlp())
+    assert reason is not None and reason.startswith(f"Own{name} ") and "ModelParallelStrategy" in reason
+    assert off_reason(SimpleNamespace(strategy=ModelParallelStrategy()), mlp()) is None
 
 
 # One reduction before the step and one after it, for what is clipped in between. Of two matrices the head's norm by

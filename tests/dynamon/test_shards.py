@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from dynamon.dealing import measured_whole
 from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.ranks import OthersFailedError, Ranks
-from dynamon.shards import Gathering, batches, has_whole_rows, local, part_of, whole, wholes_on_cpu
+from dynamon.shards import Gathering, batches, has_whole_rows, local, part_of, saved, whole
 from dynamon.totals import Totals
 from tests.shards import in_group
 
@@ -45,11 +45,19 @@ def check_layouts(size: int) -> None:
         for one, like, part in zip(wholes, likes, parts, strict=True):
             assert torch.equal(whole(part, like).detach(), one), name
             assert torch.equal(part_of(one, like), part)
-        assert all(torch.equal(a, b) for a, b in zip(wholes_on_cpu(parts, likes), wholes, strict=True))
+        check_saved(ranks, likes, parts, wholes)
         check_totals(ranks, likes, parts, wholes)
         check_gathering(ranks, likes, parts, wholes)
         rows = [has_whole_rows(like) for like in likes]
         assert rows == [all("1" not in str(place) for place in placements)] * 4 + [True], name
+
+
+def check_saved(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
+    names = list(map(str, range(len(parts))))
+    for everywhere in (True, False):
+        found = saved(dict(zip(names, parts, strict=True)), dict(zip(names, likes, strict=True)), everywhere)
+        assert list(found) == (names if everywhere or ranks.rank == 0 else names[-1:])  # the last one is plain
+        assert all(torch.equal(tensor, wholes[int(name)]) for name, tensor in found.items())
 
 
 def check_totals(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
