@@ -16,13 +16,15 @@ from dynamon.history import History, RunData
 _LOSS = "loss"
 _SHARE = 0.002  # of training time, whatever the budget of the measurements
 _EVERY = 5  # readings: fewer tell nothing new
+_TOLD = ("dynamon/", "gradient/nonfinite")  # by those who measure
 
 
 class HealthWatch:
     """Applies :func:`dynamon.health.findings` to what has been measured so far and warns of what is new.
 
-    A rule is quoted once a run, and only faults and warnings are; failed measurements have had a warning of their own.
-    The loss is what ``training_step`` returned on measured steps. Host work only, on the first process.
+    A rule is quoted once a run, when two looks in a row found the same, or at once where the loss is not finite or the
+    run is over. Only faults and warnings are; failed measurements and gradients with NaN have had a warning of their
+    own. The loss is what ``training_step`` returned on measured steps. Host work only, on the first process.
 
     Args:
         name: Who speaks.
@@ -35,6 +37,7 @@ class HealthWatch:
         self._name = name
         self._losses = History()
         self._said: set[str] = set()
+        self._found: set[str] = set()
         self._readings, self._looked_at = 0, 0.0
         self._took, self._is_off = 0.0, False
 
@@ -52,7 +55,7 @@ class HealthWatch:
         if self._readings >= _EVERY and waited * _SHARE >= self._took:
             self.look(run, *histories)
 
-    def look(self, run: Run, *histories: History) -> None:
+    def look(self, run: Run, *histories: History, is_last: bool = False) -> None:
         """Say what is new; a rule that fails costs a warning and ends the watch."""
         if self._is_off:
             return
@@ -66,8 +69,12 @@ class HealthWatch:
             return
         self._readings, self._looked_at = 0, time.monotonic()
         self._took = self._looked_at - begin
+        self._say([one for one in found if is_last or one.rule in self._found or one.rule == "loss/nonfinite"])
+        self._found = {one.rule for one in found}
+
+    def _say(self, found: list[Finding]) -> None:
         for one in found:
-            if one.severity != "note" and not one.rule.startswith("dynamon/") and one.rule not in self._said:
+            if one.severity != "note" and not one.rule.startswith(_TOLD) and one.rule not in self._said:
                 self._said.add(one.rule)
                 rank_zero_warn(f"{self._name}: {one.message} {one.advice}")
 

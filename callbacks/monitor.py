@@ -191,7 +191,7 @@ class Monitor(DynamonCallback):
 
     def _last_look(self, trainer: pl.Trainer) -> None:
         if self._run is not None and self._watches_health(trainer):
-            self._health.look(self._run, *histories_of(trainer))
+            self._health.look(self._run, *histories_of(trainer), is_last=True)
 
     def _watches_health(self, trainer: pl.Trainer) -> bool:
         """Whether this monitor speaks for all of them: the first one does, on the first process."""

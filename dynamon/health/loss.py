@@ -58,7 +58,8 @@ class Loss:
         low = float(self.level[:first].min())
         rise = float(self.level[last - 1]) - low
         gained = float(self.level[0]) - low
-        beyond = rise > _LOSS_NOISES * self.noise or self._times(low, float(self.level[last - 1]))
+        is_known = len(self.values) >= 4 * IN_A_ROW  # the noise, from a few readings it is not
+        beyond = is_known and rise > _LOSS_NOISES * self.noise or self._times(low, float(self.level[last - 1]))
         return rise if beyond and rise > max(gained / 4, 1e-6 * abs(low)) else 0.0
 
     @property

@@ -67,10 +67,16 @@ def running_median(values: Array, width: int) -> Array:
 
 
 def noise_of(values: Array) -> float:
-    """Standard deviation of one reading, from what changes within a few: trends do not enter, nor do a few jumps."""
-    if len(values) < 2:
-        return 0.0
-    changes = values[IN_A_ROW:] - values[:-IN_A_ROW] if len(values) > 3 * IN_A_ROW else np.diff(values)
+    """Standard deviation of one reading, from what changes within a few: trends do not enter, nor do a few jumps.
+
+    The larger of neighbours and of readings a few apart: the first are alike where noise is slow, the others where
+    batches come back in the same order.
+    """
+    apart = (1, IN_A_ROW) if len(values) > 3 * IN_A_ROW else (1,)
+    return max((_spread(values[lag:] - values[:-lag]) for lag in apart if len(values) > lag), default=0.0)
+
+
+def _spread(changes: Array) -> float:
     return float(1.4826 / math.sqrt(2) * np.median(np.abs(changes - np.median(changes))))
 
 

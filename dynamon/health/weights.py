@@ -10,6 +10,7 @@ from dynamon.health.loss import Loss
 from dynamon.health.series import IN_A_ROW, JUMP, columns, finite_or_zero, row_median, running_median, to_the_end
 from dynamon.history import RunData
 
+_MOVING = 100  # times as much is no rounding: the bias before a BatchNorm has that
 _STILL = 1e-8  # update over weight that float32 does not resolve
 
 
@@ -26,8 +27,9 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
         known = np.isfinite(column) & (others > 100 * _STILL)
         still = column[known] < _STILL
         start = to_the_end(still)
-        if len(still) - start >= IN_A_ROW and (~still[:start]).sum() >= 3 and name not in dead:
-            hits.append((int(table.steps[known][start]), name, float(np.median(column[known][:start]))))
+        before = float(np.median(column[known][:start])) if start else 0.0
+        if len(still) - start >= IN_A_ROW and start >= 3 and before > _MOVING * _STILL and name not in dead:
+            hits.append((int(table.steps[known][start]), name, before))
     if hits:
         hits.sort(key=lambda hit: hit[0])
         layers = tuple(name for _, name, _ in hits)
