@@ -331,7 +331,7 @@ class GradientMonitor(Monitor):
 
     The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
     over two or more batches, the halves of a window are compared as well, and under DDP the gradients of the processes
-    with their mean (both with automatic optimisation); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest
+    with their mean (both with automatic optimisation; not under FSDP2, where gradients arrive summed); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest
     on that.
 
     Args:
@@ -349,7 +349,9 @@ class GradientMonitor(Monitor):
 
     Cost: a few passes over the gradients and a copy of gradients and weights for the length of one step; two copies
     of small tables to the host. Memory: 4 copies of the parameters at a peak, 2 in between. With ``every_n_steps``,
-    checkpoints hold these copies where the next step is read.
+    checkpoints hold these copies where the next step is read. Under FSDP2 the copies are of this process's part; a
+    reading sends one small all-reduce before the step and one after it, and for orthogonalised steps gathers each
+    hidden gradient, its change and the step on one process.
     """
 
     def __init__(

@@ -326,7 +326,8 @@ class NoiseAdaptiveLR(LayerwiseLR):
         TypeError: On an argument that the rule does not have.
 
     Cost: one pass over the gradients at each step that is read. Memory: 2 copies of the parameters at a peak, 1 in
-    between, the previous gradient.
+    between, the previous gradient. Under FSDP2 these are of this process's part, and reading sends one small all-reduce
+    without a host read; for orthogonalised steps it gathers each hidden gradient's change on one process.
 
     Reference: Hao et al., "Noise-Adaptive Layerwise Learning Rates", arXiv 2510.14009.
     """

@@ -304,8 +304,8 @@ class WeightMonitor(Monitor):
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================
 
-    (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP each process
-    takes a part of the layers.
+    (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP and FSDP2
+    each process takes a part of the layers.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
@@ -326,7 +326,8 @@ class WeightMonitor(Monitor):
     of the parameters at a peak, 2 in between, where matrices are square; matrices of one shape are measured together,
     and other shapes take less. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
-    microseconds.
+    microseconds. Under FSDP2 the copies are of this process's part; a reading sends one small all-reduce, and gathers
+    each matrix, with its step where it is a hidden weight or a convolution, on the process that takes it.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ def test_steering_that_fails_on_one_process_stops_the_run(tmp_path: Path, make: 
 
 
 class Counts(Callback):
-    """Counts what dynamon sends at each step: checks are reductions of two numbers."""
+    """Counts what dynamon sends at each step, and the numbers in it: checks are reductions of two."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now: Counter[str] = Counter()
@@ -83,7 +83,9 @@ class Counts(Callback):
     def counted(self, name: str, function: Any) -> Any:
         def call(tensor: Any, *arguments: Any, **named: Any) -> Any:
             if sys._getframe(1).f_globals["__name__"].startswith("dynamon"):
-                self.now["check" if name == "all_reduce" and tensor.numel() == 2 else name] += 1
+                is_check = name == "all_reduce" and tensor.numel() == 2
+                self.now["check" if is_check else name] += 1
+                self.now["numbers"] += tensor.numel() * (name == "all_reduce" and not is_check)
             return function(tensor, *arguments, **named)
 
         return call
@@ -116,11 +118,11 @@ def test_strategies_that_hide_their_parameters_say_what_to_take_instead(name: st
 # One reduction before the step and one after it, for what is clipped in between. Of two matrices the head's norm by
 # role takes its rows only, which are not cut; the hidden one is gathered, and so is its change or its step.
 MESSAGES = {
-    "gradients": (classifier, lambda: GradientMonitor(3, strict=True), {"all_reduce": 2, "check": 2}),
+    "gradients": (classifier, lambda: GradientMonitor(3, strict=True), {"all_reduce": 2, "check": 2, "numbers": 4 * 11 + 1 + 4 * 7}),
     "gradients, nuclear": (
-        orthogonalised, lambda: GradientMonitor(3, strict=True), {"all_reduce": 2, "check": 6, "gather": 3}
+        orthogonalised, lambda: GradientMonitor(3, strict=True), {"all_reduce": 2, "check": 6, "gather": 3, "numbers": 4 * 14 + 4 * 7}
     ),
-    "weights": (classifier, lambda: WeightMonitor(3, strict=True), {"all_reduce": 1, "check": 3, "gather": 3}),
+    "weights": (classifier, lambda: WeightMonitor(3, strict=True), {"all_reduce": 1, "check": 3, "gather": 3, "numbers": 4 * 20}),
 }  # fmt: skip
 
 
@@ -138,4 +140,4 @@ def test_steering_sends_one_reduction_a_step(tmp_path: Path, monkeypatch) -> Non
     counts = Counts(monkeypatch)
     steering = NoiseAdaptiveLR(warmup=1)
     ranks = fit_shards(tmp_path / "seen", classifier, [steering], others=[counts], data=loader(), steps=4, more=counts)
-    assert ranks[0]["more"] == [{"all_reduce": 1}] * 4
+    assert ranks[0]["more"] == [{"all_reduce": 1, "numbers": 4 * 11 + 1}] * 4
