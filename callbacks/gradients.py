@@ -331,8 +331,8 @@ class GradientMonitor(Monitor):
 
     The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
     over two or more batches, the halves of a window are compared as well, and under DDP the gradients of the processes
-    with their mean (both with automatic optimisation; not under FSDP2, where gradients arrive summed); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest
-    on that.
+    with their mean (both with automatic optimisation; under FSDP2 gradients arrive summed, and only windows have
+    halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,

@@ -118,12 +118,22 @@ def test_strategies_that_hide_their_parameters_say_what_to_take_instead(name: st
 # One reduction before the step and one after it, for what is clipped in between. Of two matrices the head's norm by
 # role takes its rows only, which are not cut; the hidden one is gathered, and so is its change or its step.
 MESSAGES = {
-    "gradients": (classifier, lambda: GradientMonitor(3, strict=True), {"all_reduce": 2, "check": 2, "numbers": 4 * 11 + 1 + 4 * 7}),
-    "gradients, nuclear": (
-        orthogonalised, lambda: GradientMonitor(3, strict=True), {"all_reduce": 2, "check": 6, "gather": 3, "numbers": 4 * 14 + 4 * 7}
+    "gradients": (
+        classifier,
+        lambda: GradientMonitor(3, strict=True),
+        {"all_reduce": 2, "check": 2, "numbers": 4 * 11 + 1 + 4 * 7},
     ),
-    "weights": (classifier, lambda: WeightMonitor(3, strict=True), {"all_reduce": 1, "check": 3, "gather": 3, "numbers": 4 * 20}),
-}  # fmt: skip
+    "gradients, nuclear": (
+        orthogonalised,
+        lambda: GradientMonitor(3, strict=True),
+        {"all_reduce": 2, "check": 6, "gather": 3, "numbers": 4 * 14 + 4 * 7},
+    ),
+    "weights": (
+        classifier,
+        lambda: WeightMonitor(3, strict=True),
+        {"all_reduce": 1, "check": 3, "gather": 3, "numbers": 4 * 20},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MESSAGES)
