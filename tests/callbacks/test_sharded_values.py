@@ -24,9 +24,11 @@ ITERATIVE = re.compile("spectrum/.*|weight/operator.*|update/(operator|ratio).*|
 
 
 def uneven() -> nn.Module:
-    """5, 7 and 3 rows: shards of different sizes, and with four processes one that is empty."""
+    """5, 7, 1 and 3 rows: shards of different sizes, and some that are empty."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    sides = [8, 5, 7, 1, 3]
+    layers = [nn.Linear(*pair) for pair in zip(sides, sides[1:], strict=False)]
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))).double()
 
 
 def convolutions() -> nn.Module:
@@ -105,8 +107,10 @@ def compare(one: dict, several: list[dict]) -> None:
         assert alone["steps"] == together["steps"], tag
         within = 1e-9 if SUMS.fullmatch(tag) else 1e-4 if ITERATIVE.fullmatch(tag) else 1e-6
         size = float(alone["values"].nan_to_num().abs().max())
+        # The angle of a step along the weight, of one entry say, is the root of what rounding leaves of zero.
+        least = 1e-8 if tag.startswith("update/rotation") else within * size * 1e-3
         torch.testing.assert_close(
-            together["values"], alone["values"], rtol=within, atol=within * size * 1e-3, equal_nan=True,
+            together["values"], alone["values"], rtol=within, atol=least, equal_nan=True,
             msg=lambda m, t=tag: f"{t}: {m}",
         )  # fmt: skip
         for rank in several[1:]:
@@ -226,6 +230,6 @@ def test_half_precision(tmp_path: Path, name: str) -> None:
     )
     assert all(torch.equal(plain[0]["weights"][key], seen[0]["weights"][key]) for key in plain[0]["weights"])
     compare(seen[1], seen)
-    expected = torch.linalg.vector_norm(seen[0]["weights"]["network.4.weight"].double())
-    found = seen[0]["tables"]["weight/frobenius"]["values"][-1, 4]
+    expected = torch.linalg.vector_norm(seen[0]["weights"]["network.2.weight"].double())
+    found = seen[0]["tables"]["weight/frobenius"]["values"][-1, 2]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
