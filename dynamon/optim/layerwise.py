@@ -63,6 +63,9 @@ class LayerwiseRates:
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
 
+    Sharded parameters (FSDP2, DTensor) work: make it after ``fully_shard`` and the optimizer, on every process. Readings
+    are brought together by one all-reduce, so that all processes take the same ratios to the bit.
+
     Args:
         optimizer: Any ``torch.optim.Optimizer`` whose groups have an ``lr``.
         rule: A :class:`dynamon.rates.Rule` of its own (one a ``LayerwiseRates``).
