@@ -21,6 +21,8 @@ from dynamon.totals import Found, Totals
 _SUMS = 8  # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window
 _FLAGS, _DUALS = 2, 3  # where there is a change, where there are two parts; duals of gradient, change, and between them
 
+_MOST_CONSTANTS = 16  # sets of layers that have gradients, in turns
+
 
 def gradient_reader(layers: Sequence[Layer], family: str) -> GradientReader:
     """A reader for some layers: :class:`ShardedGradientReader` where several processes hold them in parts.
@@ -111,6 +113,7 @@ class ShardedGradientReader(GradientReader):
         self._special = [i for i in self._everything if self._is_special(i)]
         dealt = _FLAGS + (_DUALS if self._special else 0)
         self._totals = Totals(parameters, self._ranks, sums=_SUMS, dealt=dealt)
+        self._constants: dict[tuple[float, ...], Tensor] = {}
 
     def watch_ranks(self, group: Any = None) -> None:
         """Not here.
@@ -147,7 +150,7 @@ class ShardedGradientReader(GradientReader):
         else:
             found = self._totals.or_nan(find)
         here = seen[0]
-        rows = self._rows(found, dual)[:, np.flatnonzero(here.present).tolist()]
+        rows = self._rows(found, dual).index_select(1, self._places(here.present))
         return PendingReadings(rows, here.present, here.compared, here.parted, dual or not self._special)
 
     def _parts_here(self, scale: float) -> _Parts:
@@ -162,9 +165,9 @@ class ShardedGradientReader(GradientReader):
         if self._special:
             wanted = [0] * dual + [1] + [2] * bool(here.halves)
             found.dealt[_FLAGS:, self._special] = self._dealt_duals(here, wanted)
-        flags = np.stack([here.compared, here.parted]).astype(np.float64)
-        found.dealt[:_FLAGS] = torch.from_numpy(flags).to(found.dealt)
-        indices = np.flatnonzero(here.present).tolist()
+        flags = np.concatenate([here.compared, here.parted]).astype(float)
+        found.dealt[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
+        indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
         stats = gradient_stats(current, previous)
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
@@ -172,11 +175,24 @@ class ShardedGradientReader(GradientReader):
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         own = [stats.l1, stats.sum_squares, stats.nonfinite]
         change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
-        found.sums[:6, indices] = torch.stack([*own, *change]).to(found.sums)
+        found.sums[:6].index_copy_(1, places, torch.stack([*own, *change]).to(found.sums))
         if here.halves:
             stats = gradient_stats([_filled(here.between(i)) for i in indices])
-            found.sums[6:, indices] = torch.stack([stats.l1, stats.sum_squares]).to(found.sums)
+            found.sums[6:].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
         return found
+
+    def _places(self, chosen: Array) -> Tensor:
+        """Positions of the layers chosen, on the device."""
+        return self._on_device(np.flatnonzero(chosen)).long()
+
+    def _on_device(self, values: Array) -> Tensor:
+        """Numbers in float64 that seldom change: copied once, since a copy to the device waits for what is queued."""
+        key = tuple(values.tolist())
+        if key not in self._constants:
+            if len(self._constants) > _MOST_CONSTANTS:
+                self._constants.clear()
+            self._constants[key] = torch.tensor(key, dtype=torch.float64, device=self._totals.device)
+        return self._constants[key]
 
     def _dealt_duals(self, here: _Parts, wanted: Sequence[int]) -> Tensor:
         """Dual norms ``[3, S]`` of the S layers that need the matrix, of those that are gathered on this process."""

@@ -63,8 +63,8 @@ class LayerwiseRates:
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
 
-    Sharded parameters (FSDP2, DTensor) work: make it after ``fully_shard`` and the optimizer, on every process. Readings
-    are brought together by one all-reduce, so that all processes take the same ratios to the bit.
+    Sharded parameters (FSDP2, DTensor) work: make it after ``fully_shard`` and the optimizer, on every process.
+    Readings are brought together by one all-reduce, so that all processes take the same ratios to the bit.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer`` whose groups have an ``lr``.
