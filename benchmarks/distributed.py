@@ -1,17 +1,23 @@
-"""What several processes measure under DDP, held against one process on all of their samples, tag by tag.
+"""What several processes measure under DDP and FSDP2, held against one process on all of their samples, tag by tag.
 
-Run ``python -m benchmarks.distributed``; the table is printed, and goes to ``benchmarks/results/distributed.json``
-with what agreeing costs: a decision under a budget, and the check that every reduction begins with. A difference is
-the largest of a tag's series relative to the largest value in it. Takes less than two minutes on two cores.
+Run ``python -m benchmarks.distributed``; the tables are printed, and go to ``benchmarks/results/distributed.json``
+with what agreeing costs (a decision under a budget, and the check that every reduction begins with) and what a
+reading sends under FSDP2. A difference is the largest of a tag's series relative to the largest value in it; the
+values beside it are those of the last reading, the mean over layers. Takes a few minutes on two cores.
 """
 
 import argparse
 import json
 import logging
+import os
+import socket
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +25,21 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from benchmarks.environment import environment
-from dynamon.callbacks import DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.optim import Lanton
 from dynamon.ranks import Ranks
 
 GLOBAL_BATCH, BATCHES = 32, 6
+WITH_SHARPNESS = ("DDP",)
 OTHERWISE = ("dynamon/overhead", "noise/independent", "noise/scale", "noise/snr")  # a clock; another source of noise
 HOW_IT_WENT = ("_residual", "/products")  # of a solve that has reached rounding
 
@@ -37,8 +47,9 @@ HOW_IT_WENT = ("_residual", "/products")  # of a solve that has reached rounding
 class Module(pl.LightningModule):
     """A small network on inputs of 16 numbers."""
 
-    def __init__(self, kind: str, dtype: torch.dtype) -> None:
+    def __init__(self, kind: str, dtype: torch.dtype, orthogonal: bool = False) -> None:
         super().__init__()
+        self.orthogonal = orthogonal
         torch.manual_seed(1)
         parts: list[nn.Module] = [nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 5)]
         if kind == "cnn":
@@ -55,7 +66,17 @@ class Module(pl.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return cross_entropy(self.network(batch[0]), batch[1])
 
+    def configure_model(self) -> None:
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:
+            for part in self.network:
+                if any(True for _ in part.parameters()):
+                    fully_shard(part, mesh=mesh["data_parallel"])
+            fully_shard(self.network, mesh=mesh["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.orthogonal:
+            return Lanton(self.network, lr=1e-2, noise_adaptive=False)
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
@@ -93,57 +114,166 @@ class Report(pl.Callback):
             torch.save({"seconds": time.perf_counter() - self.begin, "report": self.report()}, self.path)
 
 
-def fit(kind: str, dtype: torch.dtype, ranks: int, callbacks: list[Any], report: Callable[[], Any], steps: int) -> Any:
+@dataclass(frozen=True)
+class Case:
+    """One comparison with one process.
+
+    Attributes:
+        kind: The network.
+        dtype: Its dtype.
+        strategy: "DDP" or "FSDP2", whatever the number of processes.
+        ranks: The number of processes.
+        orthogonal: Whether steps are orthogonalised, so that dual norms need whole matrices.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    strategy: str
+    ranks: int
+    orthogonal: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+        steps = ", orthogonalised" if self.orthogonal else ""
+        return f"{self.kind}{steps}, {str(self.dtype)[6:]}, {self.strategy}, {self.ranks} processes"
+
+
+def fit(case: Case, callbacks: list[Any], report: Callable[[], Any], steps: int) -> Any:
     """What the first of some processes reports of a run."""
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if ranks > 1 else "auto"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.pt"
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=ranks,
-            strategy=strategy,
-            max_steps=steps,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=[*callbacks, Report(path, report)],
-        )
-        trainer.fit(Module(kind, dtype), data(dtype))
+        run = partial(train, case, [*callbacks, Report(path, report)], steps)
+        if case.strategy == "FSDP2" and case.ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            start_processes(sharded, (run, case.ranks, port), nprocs=case.ranks, start_method="fork")
+        else:
+            ddp = DDPStrategy(start_method="fork", process_group_backend="gloo")
+            run(ddp if case.ranks > 1 else "auto")
         return torch.load(path, weights_only=False)
 
 
-def measured(kind: str, dtype: torch.dtype, ranks: int, steps: int = 13) -> dict[str, Any]:
+def sharded(rank: int, run: Callable[[Any], None], ranks: int, port: int) -> None:
+    """One process of an FSDP2 run."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    os.environ.update(WORLD_SIZE=str(ranks), RANK=str(rank))
+    torch.set_num_threads(1)
+    try:
+        run(ModelParallelStrategy(ranks, 1, process_group_backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+def train(case: Case, callbacks: list[Any], steps: int, strategy: Any) -> None:
+    """Fit."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=case.ranks,
+        strategy=strategy,
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+    )
+    trainer.fit(Module(case.kind, case.dtype, case.orthogonal), data(case.dtype))
+
+
+def monitors(case: Case, every: int = 3) -> list[Any]:
+    """What measures."""
+    tolerance = 1e-6 if case.dtype == torch.float64 else 1e-4
+    found: list[Any] = [GradientMonitor(every_n_steps=every), WeightMonitor(every_n_steps=every)]
+    if case.strategy in WITH_SHARPNESS:
+        found.append(SharpnessMonitor(every, quantities=QUANTITIES, probe_fraction=1.0, tol=tolerance, max_matvecs=150))
+    return found
+
+
+def measured(case: Case, steps: int = 13) -> dict[str, Any]:
     """Every tag's values."""
-    tolerance = 1e-6 if dtype == torch.float64 else 1e-4
-    sharpness = SharpnessMonitor(3, quantities=QUANTITIES, probe_fraction=1.0, tol=tolerance, max_matvecs=150)
-    callbacks = [sharpness, GradientMonitor(every_n_steps=3), WeightMonitor(every_n_steps=3)]
+    callbacks = monitors(case)
 
     def report() -> dict[str, Any]:
         return {tag: np.asarray(c.history[tag].values) for c in callbacks for tag in c.history}
 
-    return fit(kind, dtype, ranks, callbacks, report, steps)["report"]
+    return fit(case, callbacks, report, steps)["report"]
 
 
-def differences(one: dict[str, Any], several: dict[str, Any]) -> dict[str, float]:
-    """The largest difference of each tag, relative to its largest value."""
+class Sent(pl.Callback):
+    """Counts what dynamon sends at each step, and how many bytes; checks apart, which are reductions of two numbers."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, dict[str, int]]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.now: dict[str, dict[str, int]] = {}
+        for name in ("all_reduce", "broadcast", "gather"):
+            setattr(dist, name, self.counted(name, getattr(dist, name)))
+
+    def counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
+            if sys._getframe(1).f_globals["__name__"].startswith("dynamon"):
+                what = "check" if name == "all_reduce" and tensor.numel() == 2 else name
+                entry = self.now.setdefault(what, {"messages": 0, "bytes": 0})
+                entry["messages"] += 1
+                entry["bytes"] += tensor.nbytes
+            return function(tensor, *arguments, **named)
+
+        return call
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.steps.append(self.now)
+        self.now = {}
+
+
+def messages(case: Case) -> dict[str, Any]:
+    """What one process sends for a reading, by what reads; the fourth, when nothing is measured for the first time."""
+    callbacks = {
+        "GradientMonitor": GradientMonitor(every_n_steps=1),
+        "WeightMonitor": WeightMonitor(every_n_steps=1),
+        "NoiseAdaptiveLR": NoiseAdaptiveLR(warmup=1),
+    }
+    found = {}
+    for name, callback in callbacks.items():
+        sent = Sent()
+        found[name] = fit(case, [callback, sent], lambda sent=sent: sent.steps[3], 5)["report"]
+    parameters = sum(p.numel() * p.element_size() for p in Module(case.kind, case.dtype).parameters())
+    return {
+        "bytes of the parameters": parameters,
+        "layers": len(list(Module(case.kind, case.dtype).parameters())),
+        **found,
+    }
+
+
+def differences(one: dict[str, Any], several: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The last values of each tag, and the largest difference relative to its largest value."""
     found = {}
     for tag in sorted(set(one) - set(OTHERWISE)):
         if tag.endswith((*HOW_IT_WENT, "_p10", "_p90", "_median")) or not np.isfinite(one[tag]).any():
             continue
         if tag not in several or several[tag].shape != one[tag].shape:
-            found[tag] = float("nan")
+            found[tag] = {"difference": float("nan")}
             continue
         size = np.nanmax(np.abs(one[tag]))
-        found[tag] = float(np.nanmax(np.abs(one[tag] - several[tag])) / size) if size else 0.0
+        difference = float(np.nanmax(np.abs(one[tag] - several[tag])) / size) if size else 0.0
+        found[tag] = {"one process": _last(one[tag]), "distributed": _last(several[tag]), "difference": difference}
     return found
+
+
+def _last(values: Any) -> float:
+    """The mean over layers of the last reading that has a value."""
+    means = [np.mean(row[np.isfinite(row)]) for row in (np.atleast_1d(v) for v in values) if np.isfinite(row).any()]
+    return float(means[-1])
 
 
 def agreeing(ranks: int, steps: int, budget: float) -> dict[str, Any]:
     """What agreeing costs: decisions in a run under a budget, and checks by themselves."""
-    plain = fit("mlp", torch.float32, ranks, [], lambda: None, steps)["seconds"]
+    case = Case("mlp", torch.float32, "DDP", ranks)
+    plain = fit(case, [], lambda: None, steps)["seconds"]
     monitor = DynamicsMonitor(budget=budget)
 
     def report() -> dict[str, Any]:
@@ -171,10 +301,10 @@ def agreeing(ranks: int, steps: int, budget: float) -> dict[str, Any]:
             **timed,
         }
 
-    return {**fit_all(ranks, monitor, report, steps), "ms a step without": round(1000 * plain / steps, 2)}
+    return {**fit_all(case, monitor, report, steps), "ms a step without": round(1000 * plain / steps, 2)}
 
 
-def fit_all(ranks: int, monitor: DynamicsMonitor, report: Callable[[], Any], steps: int) -> dict[str, Any]:
+def fit_all(case: Case, monitor: DynamicsMonitor, report: Callable[[], Any], steps: int) -> dict[str, Any]:
     """The report is made on every process, since its checks are collectives."""
 
     class Everywhere(Report):
@@ -185,16 +315,31 @@ def fit_all(ranks: int, monitor: DynamicsMonitor, report: Callable[[], Any], ste
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "all.pt"
-        fit("mlp", torch.float32, ranks, [monitor, Everywhere(path, report)], lambda: None, steps)
+        fit(case, [monitor, Everywhere(path, report)], lambda: None, steps)
         return torch.load(path, weights_only=False)
 
 
-CASES = {
-    "mlp, float64, 2 processes": ("mlp", torch.float64, 2),
-    "mlp, float64, 4 processes": ("mlp", torch.float64, 4),
-    "cnn, float64, 2 processes": ("cnn", torch.float64, 2),
-    "mlp, float32, 2 processes": ("mlp", torch.float32, 2),
-}
+CASES = [
+    Case("mlp", torch.float64, "DDP", 2),
+    Case("mlp", torch.float64, "DDP", 4),
+    Case("cnn", torch.float64, "DDP", 2),
+    Case("mlp", torch.float32, "DDP", 2),
+    Case("mlp", torch.float64, "FSDP2", 2),
+    Case("mlp", torch.float64, "FSDP2", 4),
+    Case("cnn", torch.float64, "FSDP2", 2),
+    Case("cnn", torch.float64, "FSDP2", 4),
+    Case("mlp", torch.float32, "FSDP2", 2),
+    Case("mlp", torch.float64, "FSDP2", 2, orthogonal=True),
+    Case("mlp", torch.float64, "FSDP2", 4, orthogonal=True),
+]
+
+
+def show(name: str, table: dict[str, dict[str, float]]) -> None:
+    """Print a table."""
+    print(f"\n{name}\n\n| quantity | one process | distributed | relative difference |\n| --- | --- | --- | --- |")
+    for tag, row in table.items():
+        values = [f"{row[key]:.6g}" if key in row else "" for key in ("one process", "distributed")]
+        print(f"| `{tag}` | {' | '.join(values)} | {row['difference']:.0e} |")
 
 
 def main() -> None:
@@ -207,21 +352,28 @@ def main() -> None:
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    alone: dict[Any, dict[str, Any]] = {}
-    table: dict[str, dict[str, float]] = {}
-    for name, (kind, dtype, ranks) in CASES.items():
-        if (kind, dtype) not in alone:
-            alone[kind, dtype] = measured(kind, dtype, 1)
-        table[name] = differences(alone[kind, dtype], measured(kind, dtype, ranks))
+    alone: dict[Case, dict[str, Any]] = {}
+    tables: dict[str, dict[str, dict[str, float]]] = {}
+    for case in CASES:
+        one = replace(case, ranks=1)
+        if one not in alone:
+            alone[one] = measured(one)
+        tables[case.name] = differences(alone[one], measured(case))
+        show(case.name, tables[case.name])
+    sent = {case.name: messages(case) for case in CASES if case.strategy == "FSDP2" and case.dtype == torch.float64}
     cost = [agreeing(2, options.steps, budget) for budget in (0.02, 0.1)]
-    tags = sorted({tag for column in table.values() for tag in column})
-    print("| tag | " + " | ".join(table) + " |\n|" + " --- |" * (len(table) + 1))
-    for tag in tags:
-        print(f"| `{tag}` | " + " | ".join(f"{c[tag]:.0e}" if tag in c else "" for c in table.values()) + " |")
-    print(json.dumps(cost, indent=2))
-    worst = {name: max(column.values()) for name, column in table.items()}
-    rounded = {name: {tag: float(f"{v:.2g}") for tag, v in column.items()} for name, column in table.items()}
-    results = {"largest": worst, "differences": rounded, "agreeing, 2 processes": cost}
+    print(json.dumps([sent, cost], indent=2))
+    largest = {name: max(row["difference"] for row in table.values()) for name, table in tables.items()}
+    rounded = {
+        name: {tag: {key: float(f"{v:.6g}") for key, v in row.items()} for tag, row in table.items()}
+        for name, table in tables.items()
+    }
+    results = {
+        "largest": {name: float(f"{value:.2g}") for name, value in largest.items()},
+        "tables": rounded,
+        "one reading sends, FSDP2": sent,
+        "agreeing, 2 processes": cost,
+    }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     written = {"environment": environment("distributed", lightning=pl.__version__), "results": results}
     options.output.write_text(json.dumps(written, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 import lightning.pytorch as pl
 
-from dynamon.callbacks.decisions import is_distributed
+from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 
 
 def half_window(trainer: pl.Trainer) -> float | None:
@@ -28,8 +28,12 @@ def window_is_whole(trainer: pl.Trainer) -> bool:
 
 
 def has_windows(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Whether gradients of one process are accumulated over several batches, by Lightning."""
-    return trainer.accumulate_grad_batches > 1 and trainer.world_size == 1 and module.automatic_optimization
+    """Whether the gradients of what counts as one batch are accumulated over several, by Lightning.
+
+    Those of one process, or under FSDP2 of all of them, which are summed in every backward pass.
+    """
+    whole = trainer.world_size == 1 or is_sharded_run(trainer)
+    return trainer.accumulate_grad_batches > 1 and whole and module.automatic_optimization
 
 
 def begins_window(trainer: pl.Trainer) -> bool:
@@ -39,7 +43,7 @@ def begins_window(trainer: pl.Trainer) -> bool:
 
 def compares_ranks(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     """Whether independent gradients are those of the processes; by hand it is not known which ones belong together."""
-    return is_distributed(trainer) and module.automatic_optimization
+    return averages_gradients(trainer) and module.automatic_optimization
 
 
 def scale_before_step(trainer: pl.Trainer) -> float:

@@ -7,6 +7,14 @@ from torch.optim import Optimizer
 
 from dynamon.panels import Layout, combined
 
+# What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
+_REFUSED = {
+    "FSDP": "(FSDP1) flattens parameters, so that layers cannot be told apart: nothing is measured or steered. "
+    "ModelParallelStrategy with fully_shard (FSDP2) shards a model of the same size, and dynamon works there.",
+    "DeepSpeed": "owns gradients and optimizer states and shows neither: nothing is measured or steered. "
+    "ModelParallelStrategy with fully_shard (FSDP2) shards a model of the same size, and dynamon works there.",
+}
+
 
 class SteeringError(RuntimeError):
     """Steering failed on one of several processes: going on would let their weights part, so this is not caught."""
@@ -85,7 +93,13 @@ def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
     """Why dynamon cannot measure this run at all, in one sentence; None where it can."""
     if not any(p.numel() and p.requires_grad for p in module.parameters()):
         return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
-    strategy = type(trainer.strategy).__name__
-    if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-        return f"{strategy} shards the parameters, which dynamon cannot measure yet."
+    return _strategy_reason(type(trainer.strategy))
+
+
+def _strategy_reason(strategy: type) -> str | None:
+    """Why the parameters of a run cannot be told apart, by the class of its strategy or one it derives from."""
+    for cls in strategy.__mro__:
+        for word, reason in _REFUSED.items():
+            if word in cls.__name__:
+                return f"{strategy.__name__} {reason}"
     return None

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import scale_before_step, window_is_whole
 from dynamon.callbacks.base import SteeringError, gradient_scale
+from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import GradientReader, GradientReadings
@@ -19,6 +20,9 @@ from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates
+from dynamon.sharded_gradients import gradient_reader
+from dynamon.sharded_norms import StepParts
+from dynamon.shards import local, put_back
 from dynamon.updates import primal_norms
 
 
@@ -34,6 +38,7 @@ class SourceReading:
         signal: Signal to noise of each, and of the whole gradient: by the same where this step had them.
         moved: Positions of the M layers whose step since the gradient before is known.
         steps: Norms of those steps ``[M]``, still on the device.
+        parts: What is known here of those steps where several processes hold a part of each; ``steps`` is then empty.
     """
 
     layers: list[Layer]
@@ -43,6 +48,7 @@ class SourceReading:
     signal: SignalToNoise
     moved: Array
     steps: Tensor
+    parts: StepParts | None = None
 
     def row(self, values: Array) -> dict[str, float]:
         """Numbers ``[L]`` by layer name."""
@@ -64,9 +70,10 @@ class GradientSource:
         self._rates: LayerwiseRates | None = rates if rates is not None and rates.rule.needs_gradients else None
         self._steered = self._rates is not None
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        put_back(run.module)
         found = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
         layers = [la for la in found if is_measurable(la)]
-        self._reader = GradientReader(layers, optimizer_family(optimizer))
+        self._reader = gradient_reader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
         self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}
@@ -107,7 +114,8 @@ class GradientSource:
 
     def keep_weights(self, run: Run) -> None:
         """Keep the weights of this step for a comparison at the next."""
-        self._weights, self._kept_at = run.copies(self.reader.layers), self._step
+        copies = run.copies(self.reader.layers)
+        self._weights, self._kept_at = {name: local(weight) for name, weight in copies.items()}, self._step
 
     def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
         """Read the gradients, and how far the weights have moved since those before."""
@@ -121,7 +129,7 @@ class GradientSource:
         finally:
             if not self._steered:  # the steering reads by itself
                 self.reader.give_up_ranks()
-        moved, steps = self._measure_steps()
+        moved, steps, parts = self._measure_steps(run)
         readings = pending.wait()
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
         if self._rates is None:
@@ -134,7 +142,7 @@ class GradientSource:
         layers, independent = self.reader.layers, self._independent.values
         if not halves:
             independent = np.full(len(layers), np.nan)
-        return SourceReading(layers, readings, noise.values, independent, signal, moved, steps)
+        return SourceReading(layers, readings, noise.values, independent, signal, moved, steps, parts)
 
     def _observe(self, run: Run, rates: LayerwiseRates, scale: float, local: float) -> None:
         try:
@@ -144,23 +152,32 @@ class GradientSource:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
             raise
 
-    def _measure_steps(self) -> tuple[Array, Tensor]:
+    def _measure_steps(self, run: Run) -> tuple[Array, Tensor, StepParts | None]:
         """Positions of the layers whose weights one step before are known, and the norms of the steps between."""
         before, self._weights = self._weights, {}
         layers, norms = self.reader.layers, self.reader.norms
         moved = [i for i, la in enumerate(layers) if la.name in before and self._kept_at == self._step - 1]
-        steps = [_difference(layers[i].parameter, before[layers[i].name]) for i in moved]
-        sizes = primal_norms([layers[i] for i in moved], [norms[i] for i in moved], steps)
-        return np.array(moved, dtype=np.int64), sizes
+        steps = {i: _difference(local(layers[i].parameter), before[layers[i].name]) for i in moved}
+        if run.is_sharded:
+            everything = range(len(layers))
+            parts = StepParts(layers, norms, [steps.get(i) for i in everything])
+            return np.array(everything, dtype=np.int64), torch.zeros(0), parts
+        sizes = primal_norms([layers[i] for i in moved], [norms[i] for i in moved], list(steps.values()))
+        return np.array(moved, dtype=np.int64), sizes, None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Noise and the kept gradients, where no steering callback saves them, and the kept weights."""
+    def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
+        """Noise and the kept gradients, where no steering callback saves them, and the kept weights.
+
+        Args:
+            everywhere: False for a checkpoint: of what is sharded, only the first process needs the whole.
+        """
         state: dict[str, Any] = {"noise": {}, "gradients": {"previous": {}}}
         if not self._steered:
-            state = {"noise": self._noise.state_dict(), "gradients": self.reader.state_dict()}
+            state = {"noise": self._noise.state_dict(), "gradients": self.reader.state_dict(everywhere)}
         signals = {source: signal.state_dict() for source, signal in self._signals.items()}
         state |= {"independent": self._independent.state_dict(), "signals": signals}
-        return {**state, "weights": dict(self._weights) if self._kept_at == self._step else {}}
+        weights = whole_copies(self._weights, self.reader.layers, everywhere) if self._kept_at == self._step else {}
+        return {**state, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them up; names and shapes that no longer exist are left out."""
@@ -171,12 +188,6 @@ class GradientSource:
         for source, signal in self._signals.items():
             signal.load_state_dict(state.get("signals", {}).get(source, {}))
         self._weights, self._kept_at = matching(self.reader.layers, state.get("weights", {})), self._step
-
-
-def matching(layers: list[Layer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of some saved weights that belong to a layer still, on its device."""
-    own = {layer.name: layer.parameter for layer in layers}
-    return {n: w.to(own[n].device) for n, w in weights.items() if n in own and w.shape == own[n].shape}
 
 
 def _difference(now: Tensor, before: Tensor) -> Tensor:

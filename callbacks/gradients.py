@@ -1,6 +1,6 @@
 """Gradient norms, gradient noise, clipping, and how quickly gradients turn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,13 @@ from dynamon.callbacks.gradient_source import GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
-from dynamon.histograms import histogram_table, histograms
+from dynamon.histograms import histogram_table, histograms, joined_tables
+from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.panels import GRADIENTS
+from dynamon.ranks import Ranks
+from dynamon.sharded_norms import steps_and_lengths
+from dynamon.shards import local, local_as
 from dynamon.updates import local_smoothness
 
 _ROUNDING = 1e-4  # the two norms are summed up differently; clipping by less than this is no clipping
@@ -81,7 +85,11 @@ class GradientMeter(PairMeter):
         if reads:
             with run.charge(self.name):
                 # An optimizer that steps twice in a batch is shown at its last step.
-                self._read[optimizer] = source.read(run, optimizer)
+                try:
+                    self._read[optimizer] = source.read(run, optimizer)
+                except Exception as error:
+                    self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
+                    raise
                 self._bin(run, optimizer)
                 if keeps:
                     source.keep_weights(run)
@@ -131,8 +139,8 @@ class GradientMeter(PairMeter):
         if not self._with_histograms or self.points % FULL_EVERY:
             return
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        gradients = {la.name: la.parameter.grad for la in run.layers if id(la.parameter) in own}
-        dense = {name: _dense(g) for name, g in gradients.items() if g is not None}
+        layers = [la for la in run.layers if id(la.parameter) in own]
+        dense = {la.name: _here(la, la.parameter.grad) for la in layers if la.parameter.grad is not None}
         if dense:
             scale = gradient_scale(run.trainer, optimizer)
             table = histogram_table([g if scale == 1.0 else g * scale for g in dense.values()])
@@ -140,13 +148,13 @@ class GradientMeter(PairMeter):
 
     def _hand_on(self, run: Run, read: list[SourceReading]) -> None:
         """Put the optimizers' readings together and give them to the recorder."""
-        clipped, steps = _to_host([la.parameter.grad for r in read for la in r.layers], read)
+        clipped, steps = _together(read, run.ranks) if _has_parts(read) else _to_host(read)
         scalars = self._global(run, [r.readings for r in read], clipped) | _noise_scale(read)
         run.recorder.scalars(scalars, headline=True)
         self._per_layer(run, read, steps)
         binned, self._binned = self._binned, {}
         if binned:
-            run.recorder.histograms("gradient/histogram", histograms(torch.stack(list(binned.values()))), list(binned))
+            run.recorder.histograms("gradient/histogram", histograms(_table(run, binned)), list(binned))
         if scalars["gradient/nonfinite"] and not self._warned:
             self._warned = True
             self._warn(run, read)
@@ -199,7 +207,7 @@ class GradientMeter(PairMeter):
         state = {**super().state_dict(), "clipped": self._clipped, "clippable": self._clippable}
         if not self._sources:
             return {**self._saved, **state}
-        parts = [source.state_dict() for source in self._sources.values()]
+        parts = [source.state_dict(everywhere=False) for source in self._sources.values()]
         return {
             **state,
             "noise": {name: value for part in parts for name, value in part["noise"].items()},
@@ -216,8 +224,9 @@ class GradientMeter(PairMeter):
         self._clipped, self._clippable = int(state.get("clipped", 0)), int(state.get("clippable", 0))
 
 
-def _to_host(gradients: Sequence[Tensor | None], read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
+def _to_host(read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
     """The l2 norm of gradients, clipped by now, and the steps that were measured before: in one copy."""
+    gradients = [la.parameter.grad for r in read for la in r.layers]
     dense = [_dense(g) for g in gradients if g is not None]
     wide = torch.float64 if any(g.dtype == torch.float64 for g in dense) else torch.float32
     norms = torch._foreach_norm(dense, 2, dtype=wide) if dense else [torch.zeros(1)]
@@ -225,6 +234,35 @@ def _to_host(gradients: Sequence[Tensor | None], read: Sequence[SourceReading]) 
     parts = [total.reshape(1), *(r.steps.to(total.device) for r in read)]
     first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     return float(first[0]), steps
+
+
+def _has_parts(read: Sequence[SourceReading]) -> bool:
+    """Whether several processes hold a part of each gradient."""
+    return any(r.parts is not None for r in read)
+
+
+def _together(read: Sequence[SourceReading], ranks: Ranks) -> tuple[float, list[Array]]:
+    """The same where each process holds a part of them: one reduction, one copy."""
+    gradients = [[_here(la, la.parameter.grad) for la in r.layers] for r in read]
+    length, steps = steps_and_lengths([r.parts for r in read if r.parts is not None], gradients, ranks)
+    first, *rows = np.split(torch.cat([length.reshape(1), *steps]).cpu().numpy(), np.cumsum([1, *map(len, steps)])[:-1])
+    return float(first[0]), rows
+
+
+def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
+    """What this process holds of a layer's gradient; zeros where there is none."""
+    if gradient is None:
+        return torch.zeros_like(local(layer.parameter.detach()))
+    return local_as(_dense(gradient), layer.parameter)
+
+
+def _table(run: Run, binned: Mapping[str, Tensor]) -> Tensor:
+    """The table of histograms that was filled before the step, of whole gradients."""
+    table = torch.stack(list(binned.values()))
+    if not run.is_sharded:
+        return table
+    own = {layer.name: layer.parameter for layer in run.layers}
+    return joined_tables(table, [own[name] for name in binned], run.ranks)
 
 
 def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:
@@ -293,8 +331,8 @@ class GradientMonitor(Monitor):
 
     The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
     over two or more batches, the halves of a window are compared as well, and under DDP the gradients of the processes
-    with their mean (both with automatic optimisation); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest
-    on that.
+    with their mean (both with automatic optimisation; under FSDP2 gradients arrive summed, and only windows have
+    halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
@@ -311,7 +349,9 @@ class GradientMonitor(Monitor):
 
     Cost: a few passes over the gradients and a copy of gradients and weights for the length of one step; two copies
     of small tables to the host. Memory: 4 copies of the parameters at a peak, 2 in between. With ``every_n_steps``,
-    checkpoints hold these copies where the next step is read.
+    checkpoints hold these copies where the next step is read. Under FSDP2 the copies are of this process's part; a
+    reading sends one small all-reduce before the step and one after it, and for orthogonalised steps gathers each
+    hidden gradient, its change and the step on one process.
     """
 
     def __init__(

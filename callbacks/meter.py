@@ -16,6 +16,7 @@ from dynamon.callbacks.decisions import Decisions, ranks_of
 from dynamon.callbacks.recorder import Recorder
 from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.panels import Layout
+from dynamon.shards import any_sharded
 
 PAUSE_AFTER = 3  # failures in a row
 FULL_EVERY = 10  # readings between two that take what is dear: full spectra, histograms
@@ -57,6 +58,11 @@ class Run:
     def step(self) -> int:
         """The x axis of Lightning's own monitors; constant from the start of a batch to its end."""
         return self.trainer.fit_loop.epoch_loop._batches_that_stepped
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold parameters in parts (FSDP2), so that every measurement takes all of them."""
+        return any_sharded([layer.parameter for layer in self.all_layers])
 
     @property
     def trying_out(self) -> bool:

@@ -20,6 +20,7 @@ from dynamon.history import History
 from dynamon.layers import Layer, describe_layers, is_measurable, select
 from dynamon.panels import OVERHEAD, combined
 from dynamon.ranks import ran_out_of_memory
+from dynamon.shards import put_back
 
 
 class Monitor(DynamonCallback):
@@ -104,6 +105,7 @@ class Monitor(DynamonCallback):
             return
         if trainer.barebones:
             return
+        put_back(pl_module)
         every = describe_layers(pl_module)
         layers = [layer for layer in select(every, self._patterns) if is_measurable(layer)]
         self._say_left_out([layer for layer in every if not is_measurable(layer)])

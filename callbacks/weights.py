@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.arrays import Array
+from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.convolution import bounds_of
 from dynamon.decay import DecayMemory, decoupled_decay
-from dynamon.histograms import histogram_table, histograms
+from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.layers import Layer
 from dynamon.optim import steering_of
 from dynamon.panels import WEIGHTS
+from dynamon.sharded_weights import sharded_weight_readings
+from dynamon.shards import local
 from dynamon.updates import compare_updates, joint_cosine
 from dynamon.weights import FULL_SPECTRUM, spectra_of, weight_readings
 
@@ -87,6 +90,12 @@ class WeightMeter(PairMeter):
         self._reading = False  # this step is measured
         self._memory = DecayMemory()
         self._names: dict[int, str] = {}
+        self._layers: list[Layer] = []
+
+    def start(self, run: Run) -> None:
+        """Take up saved weights of the layers that are there still."""
+        self._layers = run.layers
+        self._earlier = matching(run.layers, self._earlier)
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Follow this optimizer's decay, and copy the weights it is about to change."""
@@ -99,9 +108,8 @@ class WeightMeter(PairMeter):
         with run.charge(self.name):
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             # Where an optimizer steps twice in a batch, its update is that of the batch.
-            self._before |= run.copies(
-                la for la in run.layers if id(la.parameter) in own and la.name not in self._before
-            )
+            wanted = [la for la in run.layers if id(la.parameter) in own and la.name not in self._before]
+            self._before |= {name: local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
                 self._rates |= _rates(optimizer, self._names)
 
@@ -163,10 +171,13 @@ class WeightMeter(PairMeter):
         rates: Mapping[str, tuple[float, float]],
     ) -> None:
         names = [layer.name for layer in run.layers]
-        readings = weight_readings(run.layers, before)
+        if run.is_sharded:
+            readings, compared = sharded_weight_readings(run.layers, before, earlier, run.ranks)
+        else:
+            readings, compared = weight_readings(run.layers, before), _compared(run.layers, before, earlier)
         rows = torch.stack([getattr(readings, field) for field in _FIELDS.values()])
         memory = self._memory.row(names, rows.device)
-        rows = torch.cat([rows, _compared(run.layers, before, earlier).to(rows), memory[None].to(rows)])
+        rows = torch.cat([rows, compared.to(rows), memory[None].to(rows)])
         host = rows.cpu().numpy()  # the one copy
         table = dict(zip(_FIELDS, host, strict=False))
         updates, left = host[len(_FIELDS) : -1], host[-1]
@@ -186,17 +197,22 @@ class WeightMeter(PairMeter):
             for field, row in zip(FULL_SPECTRUM, table, strict=True):
                 run.recorder.layers(f"spectrum/{field}", row, names)
         if self._with_histograms:
-            binned = histograms(histogram_table([layer.parameter for layer in run.layers]))
+            binned = histograms(self._binned(run))
             run.recorder.histograms("weight/histogram", binned, [layer.name for layer in run.layers])
         if self._with_convolutions:
-            names, bounds = bounds_of(run.layers)
+            names, bounds = bounds_of(run.layers, run.ranks)
             for side, row in zip(("lower", "upper"), bounds.cpu().numpy(), strict=True):
                 if names:
                     run.recorder.layers(f"spectrum/convolution_{side}", row, names)
 
+    def _binned(self, run: Run) -> Tensor:
+        weights = [local(layer.parameter.detach()) for layer in run.layers]
+        table = histogram_table(weights)
+        return joined_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
+
     def state_dict(self) -> dict[str, Any]:
         """What decay has left, and where the next step is read, the weights before the last one."""
-        earlier = dict(self._earlier) if self.saves_copies else {}
+        earlier = whole_copies(self._earlier, self._layers) if self.saves_copies else {}
         return {**super().state_dict(), "memory": self._memory.state_dict(), "earlier": earlier}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -288,8 +304,8 @@ class WeightMonitor(Monitor):
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================
 
-    (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP each process
-    takes a part of the layers.
+    (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP and FSDP2
+    each process takes a part of the layers.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
@@ -310,7 +326,8 @@ class WeightMonitor(Monitor):
     of the parameters at a peak, 2 in between, where matrices are square; matrices of one shape are measured together,
     and other shapes take less. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
-    microseconds.
+    microseconds. Under FSDP2 the copies are of this process's part; a reading sends one small all-reduce, and gathers
+    each matrix, with its step where it is a hidden weight or a convolution, on the process that takes it.
     """
 
     def __init__(

@@ -1,12 +1,16 @@
 """What a convolution does to a whole input: bounds on its norm as a linear map."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dynamon.dealing import measured_whole
 from dynamon.kernels import conv_gram_iteration
 from dynamon.layers import ConvGeometry, Layer
+from dynamon.ranks import Ranks
+from dynamon.shards import any_sharded, local
 
 
 def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
@@ -51,20 +55,36 @@ def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = 
     )
 
 
-def bounds_of(layers: Sequence[Layer]) -> tuple[list[str], Tensor]:
+def bounds_of(layers: Sequence[Layer], ranks: Ranks | None = None) -> tuple[list[str], Tensor]:
     """Names and bounds ``[2, N]`` of the N convolutions among some layers, for inputs of any size.
 
     Args:
         layers: The layers, on one device; those that are no convolutions, or pad by reflection, are passed over.
+        ranks: The processes, where weights are sharded: each takes a part of the convolutions, inside of their
+            :meth:`dynamon.ranks.Ranks.measurement`.
 
     Cost: that of :func:`convolution_bounds` for each: a second and more for a few hundred channels on a CPU.
     """
-    bounds = {}
+    chosen = [layer for layer in layers if has_bounds(layer)]
+    weights = [layer.parameter for layer in chosen]
+    if not chosen:
+        return [], torch.empty(2, 0)
     with torch.no_grad():
-        for layer in layers:
-            if has_bounds(layer):
-                bounds[layer.name] = torch.stack(convolution_bounds(layer)).float()
-    return list(bounds), torch.stack(list(bounds.values()), dim=1) if bounds else torch.empty(2, 0)
+        if ranks is None or not any_sharded(weights):
+            return [layer.name for layer in chosen], _bounds(chosen, weights).float()
+        parts = [[local(weight.detach())] for weight in weights]
+        costs = [float(weight.numel()) for weight in weights]
+
+        def measure(positions: list[int], wholes: list[list[Tensor]]) -> Tensor:
+            return _bounds([chosen[i] for i in positions], [tensors[0] for tensors in wholes])
+
+        table = ranks.sum(measured_whole(measure, parts, weights, costs, 2, ranks))
+    return [layer.name for layer in chosen], table.float()
+
+
+def _bounds(layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
+    pairs = [convolution_bounds(replace(la, parameter=weight)) for la, weight in zip(layers, weights, strict=True)]
+    return torch.stack([torch.stack(pair).float() for pair in pairs], dim=1)
 
 
 def has_bounds(layer: Layer) -> bool:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dynamon.ranks import Ranks
+from dynamon.shards import Gathering, batches, local
 
 
 def dealt_out(
@@ -57,6 +58,48 @@ def dealt_out(
     failures = int(failed)
     if failures:
         raise RuntimeError(f"the measurement failed on {failures} of {ranks.size} processes.") from cause
+    return table
+
+
+def measured_whole(
+    measure: Callable[[list[int], list[list[Tensor]]], Tensor],
+    items: Sequence[Sequence[Tensor]],
+    likes: Sequence[Tensor],
+    costs: Sequence[float],
+    rows: int,
+    ranks: Ranks,
+) -> Tensor:
+    """Measure T items that every process holds in parts, each on the one process that it is gathered on.
+
+    Every process must call this, inside of :meth:`dynamon.ranks.Ranks.measurement`. Items are dealt out as by
+    :func:`dealt_out` and gathered a few at a time (:func:`dynamon.shards.batches`).
+
+    Args:
+        measure: From the positions of N items and their tensors, whole, to their readings ``[rows, N]``.
+        items: The parts here of the tensors of each item; the dtypes are the same on every process.
+        likes: What the tensors of each item are laid out as.
+        costs: What each costs, in any unit.
+        rows: Readings an item.
+        ranks: The processes.
+
+    Returns:
+        ``[rows, T]`` in float64 with zeros for items that went elsewhere; to be summed over the processes.
+
+    Cost: each tensor goes to one process; a check for each round. Memory: those of one round, twice.
+    """
+    table = torch.zeros(rows, len(items), dtype=torch.float64, device=local(likes[0]).device if likes else None)
+    sizes = [len(parts) * like.numel() for parts, like in zip(items, likes, strict=True)]
+    for turn in batches(shares(costs, ranks.size), sizes):
+        flat = [(i, rank, part) for rank, own in enumerate(turn) for i in own for part in items[i]]
+        owners, dtypes = [rank for _, rank, _ in flat], [part.dtype for *_, part in flat]
+        gathering = Gathering([likes[i] for i, *_ in flat], owners, dtypes, ranks)
+        ranks.check()
+        wholes: dict[int, list[Tensor]] = {}
+        for (i, *_), found in zip(flat, gathering.run([part for *_, part in flat]), strict=True):
+            if found is not None:
+                wholes.setdefault(i, []).append(found)
+        if own := turn[ranks.rank]:
+            table[:, own] = measure(own, [wholes[i] for i in own]).to(table)
     return table
 
 

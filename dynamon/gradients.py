@@ -65,7 +65,11 @@ class PendingReadings:
     """
 
     def __init__(self, rows: Tensor, present: Array, compared: Array, parted: Array, has_dual: bool = True) -> None:
-        """Queue the copy of ``rows``, a device tensor ``[9, P]`` for the P layers that are present."""
+        """Queue the copy of ``rows``, a device tensor ``[9, P]`` for the P layers that are present.
+
+        Of several processes that hold parts, further rows ``[2, P]`` say where all of them have compared, and where
+        all have a part of the window.
+        """
         self.rows, self.present, self.compared, self.parted, self.has_dual = rows, present, compared, parted, has_dual
         self._event: torch.cuda.Event | None = None
         self._host = rows
@@ -80,12 +84,18 @@ class PendingReadings:
         if self._event is not None:
             self._event.synchronize()
         table = np.zeros((9, len(self.present)))
-        table[:, self.present] = self._host.double().numpy()
-        table[4:7, ~self.compared] = np.nan
-        table[7:, ~self.parted] = np.nan
+        rows = self._host.double().numpy()
+        table[:, self.present] = rows[:9]
+        compared, parted = self.compared, self.parted
+        if len(rows) > 9:
+            agreed = np.zeros((2, len(self.present)), bool)
+            agreed[:, self.present] = rows[9:] > 0
+            compared, parted = compared & agreed[0], parted & agreed[1]
+        table[4:7, ~compared] = np.nan
+        table[7:, ~parted] = np.nan
         l1, l2, dual, nonfinite, change_dual, change_l2, inner, *independent = table
         return GradientReadings(
-            self.present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, self.compared, *independent
+            self.present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, compared, *independent
         )
 
 
@@ -225,7 +235,7 @@ class GradientReader:
         indices = np.flatnonzero(present).tolist()
         current = [g for g in gradients if g is not None]
         previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
-        special_change = self._special_duals(indices, _changes(current, previous))
+        special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
         stats = gradient_stats(current, previous)
         self._previous, self._stored_at = dict(zip(indices, previous, strict=True)), self.step
@@ -261,7 +271,7 @@ class GradientReader:
         parted[[i for i in indices if i in parts]] = True
         whole = [share * g for g in current]
         halves = [parts[i] if i in parts else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
-        special = self._special_duals(indices, _changes(whole, halves))
+        special = self._special_duals(indices, changes(whole, halves))
         stats = gradient_stats(whole, halves)
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
         l2 = stats.difference_sum_squares.sqrt()
@@ -311,8 +321,12 @@ class GradientReader:
             self._mixed = (indices, mixture)
         return self._mixed[1]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The stored gradient by parameter name, if it is this step's."""
+    def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
+        """The stored gradient by parameter name, if it is this step's.
+
+        Args:
+            everywhere: Says nothing here; see :class:`dynamon.sharded_gradients.ShardedGradientReader`.
+        """
         if self._stored_at != self.step:
             return {"previous": {}}
         return {"previous": {self.layers[i].name: g.clone() for i, g in self._previous.items()}}
@@ -328,6 +342,6 @@ class GradientReader:
         self._stored_at = self.step if self._previous else -1
 
 
-def _changes(current: Sequence[Tensor], previous: Sequence[Tensor]) -> list[Tensor]:
-    """Differences in float32 at least."""
+def changes(current: Sequence[Tensor], previous: Sequence[Tensor]) -> list[Tensor]:
+    """Differences of tensors to earlier ones, in float32 at least."""
     return [c.to(torch.promote_types(c.dtype, torch.float32)) - p for c, p in zip(current, previous, strict=True)]

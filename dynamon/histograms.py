@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dynamon.arrays import Array
+from dynamon.ranks import Ranks
+from dynamon.totals import Totals
 
 _SHIFT = 20  # of a float32's 23 bits of mantissa the first 3 tell the bin: 8 bins an octave
 _LEVELS = 128  # bins on each side of zero: 16 octaves below the largest magnitude
@@ -70,6 +72,41 @@ def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
     Cost: about fifteen passes over the tensors. No host synchronisation on a GPU.
     """
     return torch.stack([_row(tensor.detach().reshape(-1)) for tensor in tensors])
+
+
+def joined_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
+    """The table of whole tensors from the tables of the parts that several processes hold.
+
+    Every process must call this, inside of :meth:`dynamon.ranks.Ranks.measurement`. Bins of a part that lie below those
+    of the whole fall into the one around zero, as they would have.
+
+    Args:
+        table: What :func:`histogram_table` found in the parts of T tensors here ``[T, 264]``.
+        likes: What those tensors are laid out as.
+        ranks: The processes.
+
+    Returns:
+        ``[T, 264]`` in float64, the same on every process.
+
+    Cost: two reductions, of the extremes and of the counts.
+    """
+    counts, (base, low, high, *moments) = table[:, :_BINS].double(), table[:, _BINS:].double().unbind(1)
+    known = moments[2] > 0
+    base, low = torch.where(known, base, 0.0), torch.where(known, low, torch.inf)
+    high = torch.where(known, high, -torch.inf)
+    top = ranks.maximum(torch.stack([base, -low, high]))
+    totals = Totals(likes, ranks, sums=_BINS + len(moments))
+    found = totals.empty()
+    found.sums[:_BINS], found.sums[_BINS:] = _rebased(counts, top[0] - base).T, torch.stack(moments)
+    sums = totals.of(found).sums.T
+    return torch.cat([sums[:, :_BINS], torch.stack([top[0], -top[1], top[2]], 1), sums[:, _BINS:]], 1)
+
+
+def _rebased(counts: Tensor, shift: Tensor) -> Tensor:
+    """Counts ``[T, 257]`` with the bin around zero so many levels wider, ``[T]``, on each side."""
+    level = torch.arange(_BINS, device=counts.device) - _LEVELS
+    kept = level.sign() * (level.abs() - shift.long()[:, None]).clamp_min(0)
+    return torch.zeros_like(counts).scatter_add_(1, kept + _LEVELS, counts)
 
 
 def histograms(table: Tensor) -> list[Histogram]:

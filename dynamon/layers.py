@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
@@ -91,6 +92,12 @@ class Layer:
             stacked = weight.flatten(0, -3)
             return stacked.mT if self._is_transposed else stacked
         return (weight.mT if self._is_transposed else weight).unflatten(0, (self.blocks, -1))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """``(blocks, out, in)`` of :meth:`matrices`; told without the weight, of which this process may hold a part."""
+        blocks, outputs, inputs = self.matrices(torch.empty(self.parameter.shape, device="meta")).shape
+        return blocks, outputs, inputs
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
         """The inverse of :meth:`matrices`: ``[blocks, out, in]`` in the shape in which the weight is stored."""

@@ -125,8 +125,14 @@ def sigma_factor(layer: Layer) -> float | None:
 
 def rms_factor(layer: Layer) -> float:
     """What multiplies the sigma_max of any layer that is a matrix to give its RMS-to-RMS norm."""
-    outputs, inputs = layer.matrices().shape[-2:]
+    outputs, inputs = layer.matrix_shape[-2:]
     return math.sqrt(inputs / outputs) * _window(layer)
+
+
+def rms_factors(layers: Sequence[Layer]) -> Tensor:
+    """:func:`rms_factor` of L layers ``[L]`` in float32, NaN for vectors."""
+    factors = [math.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
+    return torch.tensor(factors, dtype=torch.float32)
 
 
 def update_norm(layer: Layer, family: str) -> Norm:
@@ -216,7 +222,7 @@ def iid_dual_norm(norm: Norm, layer: Layer) -> float:
         return float(size)
     if norm.name == "frobenius":
         return math.sqrt(size)
-    blocks, rows, columns = (1, 1, size) if layer.role == "vector" else layer.matrices().shape
+    blocks, rows, columns = (1, 1, size) if layer.role == "vector" else layer.matrix_shape
     if norm.name == "one_to_rms":
         return float(size)
     if norm.name == "rms_to_inf":

@@ -1,7 +1,7 @@
 """Processes that measure together, and never wait for one that cannot."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,13 +38,14 @@ class Ranks:
     Attributes:
         size: Number of processes.
         rank: Which of them this is.
+        group: The processes; all if None.
 
     Cost: a check is a reduction of two numbers and a host read.
     """
 
     def __init__(self, device: torch.device, group: Any = None, alone: bool = False) -> None:
         """Remember who takes part."""
-        self._device, self._group = device, group
+        self._device, self.group = device, group
         self.size = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
 
@@ -57,15 +58,43 @@ class Ranks:
         """Sum a tensor over the processes, in place; inside of :meth:`measurement`."""
         if self.several:
             self.check()
-            dist.all_reduce(tensor, group=self._group)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
         """The largest over the processes, entry by entry, in place; inside of :meth:`measurement`."""
         if self.several:
             self.check()
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
+
+    def sum_or_nan(self, measure: Callable[[], Tensor], count: int) -> Tensor:
+        """Sum what each process measures, in one reduction without a check or a host read, anywhere.
+
+        Every process must call this at the same time.
+
+        Args:
+            measure: Gives ``count`` numbers.
+            count: How many, the same on every process.
+
+        Returns:
+            ``[count]`` in float64, the same on every process; NaN where another one failed.
+
+        Raises:
+            Exception: What ``measure`` raised, on this process only.
+        """
+        packed = torch.zeros(count + 1, dtype=torch.float64, device=self._device)
+        error: Exception | None = None
+        try:
+            packed[:-1] = measure().reshape(-1)
+        except Exception as caught:  # the others are waiting in the reduction
+            error = caught
+            packed[-1] = 1.0
+        if self.several:
+            dist.all_reduce(packed, group=self.group)
+        if error is not None:
+            raise error
+        return torch.where(packed[-1] > 0, torch.nan, packed[:-1])
 
     def mean(self, value: Tensor, weight: float) -> Tensor:
         """The weighted mean of a 0-d tensor over the processes, in its dtype, without graph."""
@@ -80,7 +109,7 @@ class Ranks:
         if not self.several:
             return values
         said = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.broadcast(said, group=self._group, group_src=0)
+        dist.broadcast(said, group=self.group, group_src=0)
         return said.tolist()
 
     def share(self, item: Any) -> list[Any]:
@@ -89,7 +118,7 @@ class Ranks:
             return [item]
         self.check()
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, item, group=self._group)
+        dist.all_gather_object(found, item, group=self.group)
         return found
 
     def check(self) -> None:
@@ -129,7 +158,7 @@ class Ranks:
         """How many processes have failed, and how many of them for want of memory."""
         counts = [float(error is not None), float(error is not None and ran_out_of_memory(error))]
         packed = torch.tensor(counts, dtype=torch.float64, device=self._device)
-        dist.all_reduce(packed, group=self._group)
+        dist.all_reduce(packed, group=self.group)
         failed, memory = packed.tolist()
         return int(failed), int(memory)
 
@@ -148,7 +177,7 @@ class Ranks:
         letters = torch.zeros(self.size, _LETTERS, dtype=torch.int32, device=self._device)
         own = list(text.encode()[:_LETTERS])
         letters[self.rank, : len(own)] = torch.tensor(own, dtype=torch.int32, device=self._device)
-        dist.all_reduce(letters, group=self._group)
+        dist.all_reduce(letters, group=self.group)
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in letters.tolist()]
 
 

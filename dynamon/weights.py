@@ -1,15 +1,18 @@
 """Sizes of weights and of the steps they take, in the norm of each layer's role."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynamon.dealing import dealt_out
+from dynamon.dealing import dealt_out, measured_whole
 from dynamon.layers import Layer
-from dynamon.norms import operator_norm, rms_factor, sigma_factor
+from dynamon.norms import operator_norm, rms_factors, sigma_factor
+from dynamon.ranks import Ranks
+from dynamon.shards import any_sharded, local
 from dynamon.spectra import (
     SpectralExtremes,
     WeightSpectrum,
@@ -97,7 +100,7 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
         sigma_lower=spectra.column("sigma_lower"),
         sigma_upper=spectra.column("sigma_upper"),
         stable_rank=spectra.column("stable_rank"),
-        deviation=(spectra.column("sigma_max") * _rms_factors(layers).to(operator.device)).log2(),
+        deviation=(spectra.column("sigma_max") * rms_factors(layers).to(operator.device)).log2(),
     )
 
 
@@ -125,11 +128,6 @@ class _Spectra:
         return out.index_copy(0, torch.tensor(self._where, device=self.device), getattr(self._values, field))
 
 
-def _rms_factors(layers: Sequence[Layer]) -> Tensor:
-    factors = [torch.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
-    return torch.tensor(factors, dtype=torch.float32)
-
-
 def _angle(one: Tensor, other: Tensor) -> Tensor:
     """Angle between two tensors, exact for small ones too: twice the arc sine of half the distance of unit vectors."""
     one, other = (t if t.dtype == torch.float64 else t.float() for t in (one, other))
@@ -147,22 +145,24 @@ def spectra_of(
             :func:`dynamon.spectra.per_stack`.
         exact: Compute in float64.
         group: Processes that all hold these weights and call this together: each takes a part of the layers, and
-            one reduction brings the results to all.
+            one reduction brings the results to all. Where weights are sharded, who holds a part is known without it;
+            given as :class:`dynamon.ranks.Ranks`, this is part of their measurement.
 
     Returns:
         N names and statistics ``[N]``; None where no layer is a matrix.
 
-    Cost: as :func:`dynamon.spectra.weight_spectrum`, batched by shape; waits for the device.
+    Cost: as :func:`dynamon.spectra.weight_spectrum`, batched by shape; waits for the device. Sharded weights are
+    gathered, each on the process that takes it, and all processes must call this.
     """
+    if any_sharded([layer.parameter for layer in layers]):
+        return _sharded_spectra([layer for layer in layers if layer.role != "vector"], exact, group)
     own = {layer.name: layer.matrices(layer.parameter.detach()) for layer in layers if layer.role != "vector"}
     if not own:
         return [], None
     stacks = list(own.values())
 
     def measure(chosen: list[int]) -> Tensor:
-        part = [stacks[i] for i in chosen]
-        found = per_stack(weight_spectra(part, exact), [len(stack) for stack in part])
-        return torch.stack([getattr(found, field.name).double() for field in fields(found)])
+        return _spectra([stacks[i] for i in chosen], exact)
 
     if group is None:
         table = measure(list(range(len(stacks))))
@@ -171,6 +171,30 @@ def spectra_of(
         table = dealt_out(measure, costs, len(fields(WeightSpectrum)), stacks[0].device, group)
     wide = exact or any(stack.dtype == torch.float64 for stack in stacks)
     return list(own), WeightSpectrum(*(table if wide else table.float()))
+
+
+def _spectra(stacks: Sequence[Tensor], exact: bool) -> Tensor:
+    found = per_stack(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
+    return torch.stack([getattr(found, field.name).double() for field in fields(found)])
+
+
+def _sharded_spectra(layers: Sequence[Layer], exact: bool, group: Any) -> tuple[list[str], WeightSpectrum | None]:
+    """The same of matrices of which each process holds a part."""
+    if not layers:
+        return [], None
+    parts = [local(layer.parameter.detach()) for layer in layers]
+    ranks = group if isinstance(group, Ranks) else Ranks(parts[0].device, group)
+
+    def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
+        return _spectra([layers[i].matrices(tensors[0]) for i, tensors in zip(chosen, wholes, strict=True)], exact)
+
+    likes = [layer.parameter for layer in layers]
+    costs = [layer.parameter.numel() * min(layer.matrix_shape[1:]) for layer in layers]
+    with nullcontext() if ranks is group else ranks.measurement():
+        own = measured_whole(measure, [[part] for part in parts], likes, costs, len(fields(WeightSpectrum)), ranks)
+        table = ranks.sum(own)
+    wide = exact or any(part.dtype == torch.float64 for part in parts)
+    return [layer.name for layer in layers], WeightSpectrum(*(table if wide else table.float()))
 
 
 def _operator(layer: Layer, tensor: Tensor, spectra: _Spectra, position: int) -> Tensor:

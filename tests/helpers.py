@@ -85,11 +85,11 @@ def trainer(callbacks: list[Any], steps: int = 20, root: Path | None = None, **a
 
 def fit(module: pl.LightningModule, callbacks: list[Any], data: DataLoader[Any] | None = None, **arguments: Any) -> Any:
     """Fit from a fixed seed and return the Trainer; other arguments go to :func:`trainer` and ``fit``."""
-    checkpoint = arguments.pop("ckpt_path", None)
+    checkpoint, validation = arguments.pop("ckpt_path", None), arguments.pop("validation", None)
     torch.manual_seed(3)
     run = trainer(callbacks, **arguments)
     extra = {"ckpt_path": checkpoint, "weights_only": True} if checkpoint else {}
-    run.fit(module, data if data is not None else batches(), **extra)
+    run.fit(module, data if data is not None else batches(), validation, **extra)
     return run
 
 

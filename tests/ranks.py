@@ -87,3 +87,31 @@ class Parts(Sampler[list[int]]):
 def loader(size: int = 16, count: int = 96, bounds: Sequence[int] = ()) -> DataLoader[Any]:
     """The same samples in each step whatever the number of processes."""
     return DataLoader(regression(count), batch_sampler=Parts(count, size, bounds))
+
+
+def rank() -> int:
+    """Which process this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _fails(message: str) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(message)
+
+    return fail
+
+
+class Breaks(Callback):
+    """Makes a function fail on one process, between two steps."""
+
+    def __init__(self, owner, name: str, begin: int, end: int, on: int = 1) -> None:
+        self.owner, self.name, self.begin, self.end, self.on = owner, name, begin, end, on
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if rank() != self.on:
+            return
+        if trainer.global_step == self.begin:
+            self.kept = getattr(self.owner, self.name)
+            setattr(self.owner, self.name, _fails("broken"))
+        if trainer.global_step == self.end:
+            setattr(self.owner, self.name, self.kept)

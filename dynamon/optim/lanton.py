@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynamon.gradients import GradientReader
 from dynamon.kernels import polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.norms import get_norm, optimizer_family
 from dynamon.optim.layerwise import LayerwiseRates
-from dynamon.optim.sharded import is_sharded, local, local_as, part_of, whole
 from dynamon.rates import NoiseAdaptiveRates, Rule
+from dynamon.sharded_gradients import gradient_reader
+from dynamon.shards import local, local_as, part_of, whole
 
 RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
 _SCALINGS: dict[str, Callable[[int, int], float]] = {
@@ -119,8 +119,9 @@ class Lanton(Optimizer):
     :class:`dynamon.gradients.GradientReader` does: two nuclear norms a matrix and one stored gradient.
 
     Sharded parameters (FSDP2, DTensor) work: a step gathers the average of every matrix and vector, one all-gather
-    each, and each process repeats the same polar factors. The noise gathers the gradients too and stores them whole
-    on each process. Make the optimizer after ``fully_shard``. ``torch.distributed.checkpoint`` keeps averages only.
+    each, and each process repeats the same polar factors. The noise deals gradients out, each gathered on one process,
+    and stores parts; its state holds whole ones. Make the optimizer after ``fully_shard``.
+    ``torch.distributed.checkpoint`` keeps averages only.
 
     References: Hao et al. (LANTON), arXiv 2510.14009; Pethick et al. (Scion), arXiv 2502.07529; Bernstein and
     Newhouse, arXiv 2409.20325; Amsel et al. (polar factors), arXiv 2505.16932.
@@ -345,24 +346,9 @@ class _OwnRates(LayerwiseRates):
 
     def _attach(self) -> None:
         self.layers = self.optimizer.layers
-        # A reader wants whole gradients. A sharded parameter is stood in for by a tensor without memory.
-        self._standing = [(la.parameter, _stand_in(la.parameter)) for la in self.layers if is_sharded(la.parameter)]
-        by_parameter = dict(self._standing)
-        seen = [replace(la, parameter=by_parameter.get(la.parameter, la.parameter)) for la in self.layers]
-        self.reader = GradientReader(seen, optimizer_family(self.optimizer))
-        self.rule.start(seen, self.reader.norms)
+        self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
+        self.rule.start(self.layers, self.reader.norms)
         self._count = self._parameters()
-
-    def observe(self, scale: float = 1.0, key: Hashable = None, local_scale: float | None = None) -> None:
-        self._follow_optimizer()
-        for parameter, standing in self._standing:
-            gradient: Any = parameter.grad
-            standing.grad = None if gradient is None else gradient.detach().full_tensor().to(standing.dtype)
-        try:
-            super().observe(scale, key, local_scale)
-        finally:
-            for _, standing in self._standing:
-                standing.grad = None
 
 
 class _Listed(nn.Module):
@@ -443,10 +429,6 @@ def _plain_layer(name: str, parameter: Tensor, role: str | None) -> Layer:
 
 def _inputs(layer: Layer) -> int:
     return layer.parameter.shape[-2 if layer.inputs_first else -1]
-
-
-def _stand_in(parameter: Tensor) -> Tensor:
-    return torch.zeros((), dtype=parameter.dtype, device=local(parameter).device).expand(parameter.shape)
 
 
 def _checked_radii(radii: Mapping[str, float]) -> Mapping[str, float]:

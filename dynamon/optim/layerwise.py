@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynamon.decay import is_decoupled
-from dynamon.gradients import GradientReader, PendingReadings
+from dynamon.gradients import PendingReadings
 from dynamon.layers import describe_layers, is_measurable
 from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
+from dynamon.sharded_gradients import gradient_reader
+from dynamon.shards import put_back
 
 _REFUSED = {
     "prodigy": "it estimates one step size for all groups and raises when their rates differ",
@@ -60,6 +62,9 @@ class LayerwiseRates:
 
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
+
+    Sharded parameters (FSDP2, DTensor) work: make it after ``fully_shard`` and the optimizer, on every process.
+    Readings are brought together by one all-reduce, so that all processes take the same ratios to the bit.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer`` whose groups have an ``lr``.
@@ -134,11 +139,12 @@ class LayerwiseRates:
     def _attach(self) -> None:
         """Take up the parameters that the optimizer holds now."""
         own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        put_back(self.model)
         found = [layer for layer in describe_layers(self.model) if id(layer.parameter) in own]
         self.layers = [layer for layer in found if is_measurable(layer)]  # the others keep the base rate
         if not self.layers:
             raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
-        self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
+        self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
         self.rule.start(self.layers, self.reader.norms)
         self._count = self._parameters()
 
@@ -264,15 +270,19 @@ class LayerwiseRates:
         self._handles = []
         _steered.pop(self.optimizer, None)
 
-    def state_dict(self, save_gradient: bool = True) -> dict[str, Any]:
+    def state_dict(self, save_gradient: bool = True, everywhere: bool = True) -> dict[str, Any]:
         """The rule's state and the stored gradient, loadable under ``weights_only=True``.
+
+        The gradient of sharded parameters is whole, in main memory, and every process must call this.
 
         Args:
             save_gradient: Without the gradient the file is smaller, and a resumed run skips one noise
                 update, so that it is not bitwise the run that never stopped.
+            everywhere: Without the gradient of sharded parameters on processes other than the first, which writes
+                checkpoints.
         """
         self.settle()
-        stored = self.reader.state_dict() if save_gradient and self.rule.needs_gradients else {"previous": {}}
+        stored = self.reader.state_dict(everywhere) if save_gradient and self.rule.needs_gradients else {"previous": {}}
         rule = self.rule.state_dict()
         state = {"kind": type(self.rule).__name__, "rule": rule, "gradients": stored}
         return state if self.read_every == 1 else {**state, "phase": self._phase}

@@ -25,17 +25,13 @@ from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import HessianOperator, lanczos
 from tests.helpers import Classifier, mlp
-from tests.ranks import fit_ranks, loader
+from tests.ranks import Breaks, fit_ranks, loader, rank
 
 SOON = pytest.mark.timeout(90)  # a collective without its partner waits for half an hour
 
 
 def classifier() -> Classifier:
     return Classifier(mlp().double())
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def same_weights(one: dict, other: dict) -> bool:
@@ -148,29 +144,6 @@ def taken_on_rank_zero(batch, fraction, most=None):
     if rank() == 1:
         raise ValueError("a batch of another kind")
     return batch, len(batch[0])
-
-
-def fails_on_rank_one(message: str):
-    def fail(*_, **__):
-        raise RuntimeError(message)
-
-    return fail
-
-
-class Breaks(Callback):
-    """Makes a function fail on one process, between two steps."""
-
-    def __init__(self, owner, name: str, begin: int, end: int, on: int = 1) -> None:
-        self.owner, self.name, self.begin, self.end, self.on = owner, name, begin, end, on
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if rank() != self.on:
-            return
-        if trainer.global_step == self.begin:
-            self.kept = getattr(self.owner, self.name)
-            setattr(self.owner, self.name, fails_on_rank_one("broken"))
-        if trainer.global_step == self.end:
-            setattr(self.owner, self.name, self.kept)
 
 
 BREAKS = {

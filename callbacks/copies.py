@@ -1,0 +1,29 @@
+"""Copies of weights between two steps: kept as this process holds them, saved whole."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from dynamon.layers import Layer
+from dynamon.shards import is_sharded, part_of, saved
+
+
+def whole_copies(copies: Mapping[str, Tensor], layers: Iterable[Layer], everywhere: bool = False) -> dict[str, Tensor]:
+    """Copies as a checkpoint holds them: those of sharded weights whole, in main memory.
+
+    Args:
+        copies: By layer name. Where weights are sharded, every process must call this, with the same names.
+        layers: The layers, and maybe others.
+        everywhere: Whether other processes than the first, which writes checkpoints, need the whole ones too.
+    """
+    own = {layer.name: layer.parameter for layer in layers}
+    sharded = {name: copy for name, copy in copies.items() if name in own and is_sharded(own[name])}
+    plain = {name: copy for name, copy in copies.items() if name not in sharded}
+    return {**plain, **saved(sharded, own, everywhere)}
+
+
+def matching(layers: Sequence[Layer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of some saved weights that belong to a layer still: what this process holds of them, on its device."""
+    own = {layer.name: layer.parameter for layer in layers}
+    known = {name: weight for name, weight in weights.items() if name in own and weight.shape == own[name].shape}
+    return {name: part_of(weight.to(own[name].device), own[name]) for name, weight in known.items()}

@@ -1,0 +1,262 @@
+"""Reading gradients that several processes hold in parts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamon.arrays import Array
+from dynamon.dealing import measured_whole
+from dynamon.gradients import GradientReader, PendingReadings, changes
+from dynamon.kernels import gradient_stats
+from dynamon.layers import Layer
+from dynamon.norms import dual_norms
+from dynamon.ranks import Ranks
+from dynamon.shards import any_sharded, local, local_as, part_of, saved
+from dynamon.totals import Found, Totals
+
+_SUMS = 8  # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window
+_FLAGS, _DUALS = 2, 3  # where there is a change, where there are two parts; duals of gradient, change, and between them
+
+_MOST_CONSTANTS = 16  # sets of layers that have gradients, in turns
+
+
+def gradient_reader(layers: Sequence[Layer], family: str) -> GradientReader:
+    """A reader for some layers: :class:`ShardedGradientReader` where several processes hold them in parts.
+
+    Args:
+        layers: As for :class:`dynamon.gradients.GradientReader`.
+        family: Likewise.
+    """
+    kind = ShardedGradientReader if any_sharded([layer.parameter for layer in layers]) else GradientReader
+    return kind(layers, family)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What one process holds at one step, by layer.
+
+    Attributes:
+        layers: L layers.
+        gradients: Parts of their gradients.
+        stored: Those of one step before.
+        halves: Those of the first part of an accumulation window.
+        share: Its share of the window.
+    """
+
+    layers: Sequence[Layer]
+    gradients: Sequence[Tensor | None]
+    stored: Mapping[int, Tensor]
+    halves: Mapping[int, Tensor]
+    share: float
+
+    @property
+    def present(self) -> Array:
+        return np.array([g is not None for g in self.gradients], bool)
+
+    @property
+    def compared(self) -> Array:
+        return self.present & np.array([i in self.stored for i in range(len(self.gradients))], bool)
+
+    @property
+    def parted(self) -> Array:
+        return self.present & np.array([i in self.halves for i in range(len(self.gradients))], bool)
+
+    @property
+    def factor(self) -> float:
+        return float((2 / (self.share * (1 - self.share))) ** 0.5)
+
+    def own(self, i: int) -> Tensor:
+        """The gradient, zeros where there is none: others may be waiting for this part."""
+        gradient = self.gradients[i]
+        return torch.zeros_like(local(self.layers[i].parameter.detach())) if gradient is None else gradient
+
+    def before(self, i: int) -> Tensor:
+        return self.stored[i] if i in self.stored else torch.zeros_like(self.own(i))
+
+    def tensor(self, i: int, row: int) -> Tensor:
+        """The gradient, its change, or the difference of two parts of the window."""
+        if row == 0:
+            return self.own(i)
+        return self.between(i) if row == 2 else changes([self.own(i)], [self.before(i)])[0]
+
+    def between(self, i: int) -> Tensor:
+        """The first part of the window less its share of the whole, to the scale of two full batches."""
+        half = self.halves[i] if i in self.halves else torch.zeros_like(self.own(i))
+        return self.factor * changes([half], [self.share * self.own(i)])[0]
+
+
+class ShardedGradientReader(GradientReader):
+    """Reads gradients of which each process holds a part (DTensor, as FSDP2 and tensor parallelism make them).
+
+    Sums over entries are taken of the parts and brought together by one packed all-reduce, in which a process that
+    failed says so, without a host read. Dual norms that need the matrix (a nuclear norm, under optimizers that
+    orthogonalise) are taken of whole matrices, each gathered on one process; the processes then check first that all
+    of them are well, which is a host read. Every process reads and stores at the same steps. What is kept from step
+    to step are parts.
+
+    The gradients of one process before they are summed cannot be had: :meth:`watch_ranks` raises.
+
+    Cost: an all-reduce of ``11 L + 1`` numbers for L layers. For nuclear norms, ``14 L`` and a gather of each gradient,
+    of its change and of the difference of parts of windows.
+    """
+
+    def __init__(self, layers: Sequence[Layer], family: str) -> None:
+        """Choose norms, and find the processes."""
+        super().__init__(layers, family)
+        parameters = [layer.parameter for layer in self.layers]
+        self._ranks = Ranks(local(parameters[0].detach()).device)
+        self._everything = list(range(len(parameters)))
+        self._special = [i for i in self._everything if self._is_special(i)]
+        dealt = _FLAGS + (_DUALS if self._special else 0)
+        self._totals = Totals(parameters, self._ranks, sums=_SUMS, dealt=dealt)
+        self._constants: dict[tuple[float, ...], Tensor] = {}
+
+    def watch_ranks(self, group: Any = None) -> None:
+        """Not here.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "gradients of sharded parameters are summed over the processes as they arrive, and no process sees its "
+            "own: compare successive gradients, or parts of an accumulation window."
+        )
+
+    def _gradients(self, scale: float) -> list[Tensor | None]:
+        """The parts of this process."""
+        found: list[Tensor | None] = []
+        for layer in self.layers:
+            g = layer.parameter.grad
+            if g is not None:
+                g = local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter)
+                g = g if scale == 1.0 else g * scale
+            found.append(g)
+        return found
+
+    def _measure(self, scale: float, dual: bool, local_scale: float) -> PendingReadings:
+        seen: list[_Parts] = []
+
+        def find() -> Found:
+            seen.append(self._parts_here(scale))
+            return self._found(seen[0], dual)
+
+        if self._special:
+            with self._ranks.measurement():
+                found = self._totals.of(find())
+        else:
+            found = self._totals.or_nan(find)
+        here = seen[0]
+        rows = self._rows(found, dual).index_select(1, self._places(here.present))
+        return PendingReadings(rows, here.present, here.compared, here.parted, dual or not self._special)
+
+    def _parts_here(self, scale: float) -> _Parts:
+        stored = self._previous if self._stored_at == self.step - 1 else {}
+        step, share, halves = self._part or (-1, 0.5, {})
+        self._part = None
+        return _Parts(self.layers, self._gradients(scale), stored, halves if step == self.step else {}, share)
+
+    def _found(self, here: _Parts, dual: bool) -> Found:
+        """What is in the parts here; they take the place of those of one step before."""
+        found = self._totals.empty()
+        if self._special:
+            wanted = [0] * dual + [1] + [2] * bool(here.halves)
+            found.dealt[_FLAGS:, self._special] = self._dealt_duals(here, wanted)
+        flags = np.concatenate([here.compared, here.parted]).astype(float)
+        found.dealt[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
+        indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
+        current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
+        stats = gradient_stats(current, previous)
+        kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
+        self._previous, self._stored_at = dict(zip(indices, kept, strict=True)), self.step
+        assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
+        own = [stats.l1, stats.sum_squares, stats.nonfinite]
+        change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
+        found.sums[:6].index_copy_(1, places, torch.stack([*own, *change]).to(found.sums))
+        if here.halves:
+            stats = gradient_stats([_filled(here.between(i)) for i in indices])
+            found.sums[6:].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
+        return found
+
+    def _places(self, chosen: Array) -> Tensor:
+        """Positions of the layers chosen, on the device."""
+        return self._on_device(np.flatnonzero(chosen)).long()
+
+    def _on_device(self, values: Array) -> Tensor:
+        """Numbers in float64 that seldom change: copied once, since a copy to the device waits for what is queued."""
+        key = tuple(values.tolist())
+        if key not in self._constants:
+            if len(self._constants) > _MOST_CONSTANTS:
+                self._constants.clear()
+            self._constants[key] = torch.tensor(key, dtype=torch.float64, device=self._totals.device)
+        return self._constants[key]
+
+    def _dealt_duals(self, here: _Parts, wanted: Sequence[int]) -> Tensor:
+        """Dual norms ``[3, S]`` of the S layers that need the matrix, of those that are gathered on this process."""
+        items = [[here.tensor(i, row) for row in wanted] for i in self._special]
+
+        def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
+            layers = [self.layers[self._special[i]] for i in chosen]
+            norms = [self.norms[self._special[i]] for i in chosen]
+            rows = torch.zeros(_DUALS, len(chosen), dtype=torch.float64, device=self._totals.device)
+            for position, row in enumerate(wanted):
+                rows[row] = torch.stack(dual_norms(layers, norms, [tensors[position] for tensors in wholes])).to(rows)
+            return rows
+
+        layers = [self.layers[i] for i in self._special]
+        likes = [layer.parameter for layer in layers]
+        costs = [layer.parameter.numel() * min(layer.matrix_shape[1:]) for layer in layers]
+        return measured_whole(measure, items, likes, costs, _DUALS, self._ranks)
+
+    def _rows(self, found: Found, dual: bool) -> Tensor:
+        """What :class:`PendingReadings` takes, of all layers."""
+        l1, squares, nonfinite, change_l1, change_squares, inner, between_l1, between_squares = found.sums
+        l2, change_l2, between_l2 = squares.sqrt(), change_squares.sqrt(), between_squares.sqrt()
+        duals = [[row[i] for i in self._special] for row in found.dealt[_FLAGS:]] or [[]] * _DUALS
+        if not dual:
+            duals[0] = [torch.full_like(value, torch.nan) for value in duals[0]]
+        own, change, between = (
+            self._duals(self._everything, sums, lengths, special)
+            for sums, lengths, special in zip(
+                (l1, change_l1, between_l1), (l2, change_l2, between_l2), duals, strict=True
+            )
+        )
+        agreed = [(flags == self._ranks.size).to(l1) for flags in found.dealt[:_FLAGS]]
+        return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, *agreed])
+
+    def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
+        """The same readings with the dual norms of the gradients, which are still there."""
+        here = _Parts(self.layers, self._gradients(scale), {}, {}, 0.5)
+        with self._ranks.measurement():
+            table = self._ranks.sum(self._dealt_duals(here, [0]))
+        places = {i: position for position, i in enumerate(self._special)}
+        indices = np.flatnonzero(pending.present).tolist()
+        rows = pending.rows.clone()
+        rows[2] = self._duals(indices, rows[0], rows[1], [table[0, places[i]] for i in indices if i in places])
+        return PendingReadings(rows, pending.present, pending.compared, pending.parted)
+
+    def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
+        """The stored gradient by parameter name, if it is this step's: whole, in main memory.
+
+        Every process must call this. Cost: a gather of each gradient, one after the other.
+
+        Args:
+            everywhere: False for a checkpoint, which the first process writes: the others need no whole gradient.
+        """
+        if self._stored_at != self.step:
+            return {"previous": {}}
+        parts = {self.layers[i].name: g for i, g in self._previous.items()}
+        return {"previous": saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up this process's part of a stored gradient; names and shapes that no longer exist are left out."""
+        super().load_state_dict(state)
+        self._previous = {i: part_of(g, self.layers[i].parameter) for i, g in self._previous.items()}
+
+
+def _filled(part: Tensor) -> Tensor:
+    """A part that can be measured: one without entries has a zero in it."""
+    return part if part.numel() else part.new_zeros(1)

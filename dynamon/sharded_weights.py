@@ -1,0 +1,164 @@
+"""Sizes of weights and of their steps where several processes hold them in parts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dynamon.dealing import measured_whole
+from dynamon.layers import Layer
+from dynamon.norms import operator_norm, rms_factors, sigma_factor
+from dynamon.ranks import Ranks
+from dynamon.sharded_norms import largest_here, needs_whole, primal, squares_here
+from dynamon.shards import local
+from dynamon.spectra import by_shape, per_stack, spectral_extremes
+from dynamon.totals import Found, Totals
+from dynamon.weights import WeightReadings
+
+_SUMS = 7  # squares of weight, weight before, step (twice: rounded as weights are, and not), step before; two products
+_FLAGS = 2  # where a step is known, where two are
+_DEALT = 6  # sigma_max with its bounds, stable rank; the norms by role of weight and step
+
+
+def sharded_weight_readings(
+    layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor], ranks: Ranks
+) -> tuple[WeightReadings, Tensor]:
+    """What :func:`dynamon.weights.weight_readings` and :func:`dynamon.updates.compare_updates` find, from parts.
+
+    Every process must call this, inside of :meth:`dynamon.ranks.Ranks.measurement`. Sums and maxima over entries and
+    rows come from the parts. Matrices are dealt out, and each, with its step where that has a spectral norm, is
+    gathered on one process.
+
+    Args:
+        layers: L layers.
+        before: The parts here of the weights before the last step, by layer name.
+        earlier: Those before the step that preceded it.
+        ranks: The processes.
+
+    Returns:
+        The readings in float32, and ``[3, L]`` how the last two updates compare (NaN where one is not known), the same
+        on every process.
+
+    Cost: one all-reduce of ``(16 + 2 R) L`` numbers for R processes; a gather of each matrix and of each step of a
+    hidden weight or a convolution.
+    """
+    here = [_Here(layer, before.get(layer.name), earlier.get(layer.name)) for layer in layers]
+    norms = [operator_norm(layer) for layer in layers]
+    totals = Totals([layer.parameter for layer in layers], ranks, sums=_SUMS, maxima=2, dealt=_FLAGS + _DEALT)
+    found = totals.empty()
+    found.sums[:] = torch.stack([part.sums() for part in here], 1)
+    for row, parts in enumerate([[part.weight for part in here], [part.rounded_step for part in here]]):
+        found.maxima[row] = largest_here(layers, norms, parts)
+    flags = [[float(part.before is not None) for part in here], [float(part.has_two) for part in here]]
+    found.dealt[:_FLAGS] = torch.tensor(flags).to(found.dealt)
+    matrices = [i for i, layer in enumerate(layers) if layer.role != "vector"]
+    found.dealt[_FLAGS:, matrices] = _of_matrices([here[i] for i in matrices], ranks)
+    return _readings(layers, totals.of(found), ranks.size)
+
+
+class _Here:
+    """What this process holds of one layer."""
+
+    def __init__(self, layer: Layer, before: Tensor | None, earlier: Tensor | None) -> None:
+        self.layer, self.before = layer, before
+        self.weight = local(layer.parameter.detach())
+        self.has_two = before is not None and earlier is not None and earlier.shape == self.weight.shape
+        start = self.weight if before is None else before
+        self.rounded_step = self.weight - start  # as its norm is taken of
+        self._wide = torch.promote_types(self.weight.dtype, torch.float32)
+        self._start = start.to(self._wide)
+        self._step_before = self._start - earlier.to(self._start) if self.has_two and earlier is not None else None
+
+    def sums(self) -> Tensor:
+        step, start = (self.weight.to(self._wide) - self._start).reshape(-1), self._start.reshape(-1)
+        last = torch.zeros_like(step) if self._step_before is None else self._step_before.reshape(-1)
+        squares = squares_here([self.weight, start, step, self.rounded_step, last])
+        products = torch.stack([torch.dot(start, step), torch.dot(step, last)])
+        return torch.cat([squares, products.double()])
+
+    def gathered(self) -> list[Tensor]:
+        """What its norms take whole: the weight, and where its norm by role is one of the matrix, its step."""
+        return [self.weight, self.rounded_step] if needs_whole(self.layer, operator_norm(self.layer)) else [self.weight]
+
+
+def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
+    """Spectra and norms by role ``[6, M]`` of M matrices, of those that are gathered on this process."""
+
+    def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
+        layers = [replace(here[i].layer, parameter=tensors[0]) for i, tensors in zip(chosen, wholes, strict=True)]
+        stacks = [layer.matrices().float() for layer in layers]
+        spectra = per_stack(by_shape(stacks, spectral_extremes), [len(stack) for stack in stacks])
+        rows = [spectra.sigma_max, spectra.sigma_lower, spectra.sigma_upper, spectra.stable_rank]
+        stepping = [position for position, tensors in enumerate(wholes) if len(tensors) > 1]
+        norms = torch.zeros(2, len(chosen), dtype=torch.float64, device=rows[0].device)
+        if stepping:
+            own = [layers[position] for position in stepping]
+            steps = [wholes[position][1] for position in stepping]
+            norms[0, stepping] = _by_role(own, [layer.parameter for layer in own], spectra.sigma_max[stepping])
+            norms[1, stepping] = _by_role(own, steps, _largest_of(own, steps))
+        return torch.cat([torch.stack(rows).double(), norms])
+
+    costs = [part.layer.parameter.numel() * min(part.layer.matrix_shape[1:]) for part in here]
+    likes = [part.layer.parameter for part in here]
+    return measured_whole(measure, [part.gathered() for part in here], likes, costs, _DEALT, ranks)
+
+
+def _largest_of(layers: Sequence[Layer], tensors: Sequence[Tensor]) -> Tensor:
+    stacks = [layer.matrices(tensor).float() for layer, tensor in zip(layers, tensors, strict=True)]
+    return per_stack(by_shape(stacks, spectral_extremes), [len(stack) for stack in stacks]).sigma_max
+
+
+def _by_role(layers: Sequence[Layer], tensors: Sequence[Tensor], sigmas: Tensor) -> Tensor:
+    """Norms by role of whole tensors ``[M]``; where they rest on sigma_max, the one that Gram iteration found."""
+    factors = [sigma_factor(layer) for layer in layers]
+    norms = [
+        operator_norm(layer).primal(tensor) if factor is None else sigma * factor
+        for layer, tensor, sigma, factor in zip(layers, tensors, sigmas, factors, strict=True)
+    ]
+    return torch.stack([norm.double() for norm in norms])
+
+
+def _readings(layers: Sequence[Layer], found: Found, processes: int) -> tuple[WeightReadings, Tensor]:
+    weight, start, step, rounded, last, along, between = found.sums
+    moved, compared = (flags == processes for flags in found.dealt[:_FLAGS])
+    sigma, lower, upper, stable_rank, whole, whole_step = found.dealt[_FLAGS:]
+    norms = [operator_norm(layer) for layer in layers]
+    operator = primal(layers, norms, weight, found.maxima[0], whole)
+    update = _where(moved, primal(layers, norms, rounded, found.maxima[1], whole_step))
+    is_matrix = torch.tensor([layer.role != "vector" for layer in layers], device=sigma.device)
+    sizes = torch.tensor([layer.parameter.numel() for layer in layers], dtype=torch.float64, device=sigma.device)
+    readings = WeightReadings(
+        operator=operator,
+        frobenius=weight.sqrt(),
+        rms=(weight / sizes).sqrt(),
+        update=update,
+        ratio=torch.where(operator > 0, update / operator, torch.nan),
+        rotation=_where(moved, _angles(start, along, step, weight)),
+        sigma_max=_where(is_matrix, sigma),
+        sigma_lower=_where(is_matrix, lower),
+        sigma_upper=_where(is_matrix, upper),
+        stable_rank=_where(is_matrix, stable_rank),
+        deviation=(sigma * rms_factors(layers).to(sigma)).log2(),
+    )
+    lengths = torch.stack([step.sqrt(), last.sqrt()])
+    rows = torch.stack([between / lengths[0] / lengths[1], *lengths])
+    floats = {name: value.float() for name, value in vars(readings).items()}
+    return WeightReadings(**floats), _where(compared, rows).float()
+
+
+def _angles(start: Tensor, along: Tensor, step: Tensor, end: Tensor) -> Tensor:
+    r"""The angle between tensors before and after a step, from :math:`|a|^2, \langle a, d \rangle, |d|^2, |b|^2`.
+
+    The squared distance of the unit vectors is :math:`(|d|^2 - (|b| - |a|)^2) / (|a| |b|)`, and the difference of the
+    lengths follows from the step without a cancellation, so that small angles are exact too. Where the step is along
+    the weight, the root of the sums' rounding stays: up to 3e-4 of ``|d| / |a|`` in float32, 2e-8 of it in float64.
+    """
+    longer = (2 * along + step) / (start.sqrt() + end.sqrt())
+    squares = (step - longer.square()).clamp_min(0) / (start * end).sqrt()
+    angles = 2 * torch.asin((squares.sqrt() / 2).clamp_max(1.0))
+    return _where(start * end > 0, angles)
+
+
+def _where(known: Tensor, values: Tensor) -> Tensor:
+    return torch.where(known, values, torch.nan)

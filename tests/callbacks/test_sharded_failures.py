@@ -1,0 +1,153 @@
+"""FSDP2: what goes wrong on one process ends a measurement on all, and what a measurement sends."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from dynamon import dealing, sharded_gradients, sharded_weights
+from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, WeightMonitor
+from dynamon.callbacks.base import off_reason
+from dynamon.gradients import GradientReader
+from dynamon.optim import Lanton
+from tests.helpers import mlp
+from tests.ranks import Breaks, loader
+from tests.shards import ShardedClassifier, fit_shards
+
+# A collective without its partner waits for half an hour.
+pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore")]
+
+
+def orthogonal(parameters: Any) -> torch.optim.Optimizer:
+    return Lanton(parameters, lr=0.02, noise_adaptive=False)
+
+
+def classifier() -> ShardedClassifier:
+    return ShardedClassifier(mlp().double())
+
+
+def orthogonalised() -> ShardedClassifier:
+    return ShardedClassifier(mlp().double(), orthogonal)
+
+
+BREAKS = {
+    "reading": (classifier, GradientMonitor, sharded_gradients, "gradient_stats", 1),
+    "keeping": (classifier, GradientMonitor, GradientReader, "store", 0),
+    "making room for a gradient": (orthogonalised, GradientMonitor, dealing, "Gathering", 1),
+    "a nuclear norm": (orthogonalised, GradientMonitor, sharded_gradients, "dual_norms", 0),
+    "making room for a weight": (classifier, WeightMonitor, dealing, "Gathering", 0),
+    "a spectrum": (classifier, WeightMonitor, sharded_weights, "spectral_extremes", 1),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_one_process_cannot_measure(tmp_path: Path, name: str) -> None:
+    make, monitor, owner, attribute, on = BREAKS[name]
+    broken = Breaks(owner, attribute, begin=2, end=5, on=on)
+    callback = monitor(every_n_steps=3)
+    ranks = fit_shards(tmp_path / "seen", make, [callback], others=[broken], data=loader(), steps=10)
+    assert ranks[0]["failures"] == ranks[1]["failures"] == [1]
+    tag = "gradient/norm" if monitor is GradientMonitor else "weight/frobenius"
+    assert [found["tables"][tag]["steps"] for found in ranks] == [[0, 6, 9]] * 2
+    for other in ranks[0]["tables"]:
+        if "overhead" not in other:
+            values = [found["tables"][other]["values"].nan_to_num() for found in ranks]
+            assert torch.equal(*values), other
+    assert all(torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]) for key in ranks[0]["weights"])
+
+
+@pytest.mark.parametrize("make", [classifier, orthogonalised])
+def test_steering_that_fails_on_one_process_stops_the_run(tmp_path: Path, make: Any) -> None:
+    broken = Breaks(sharded_gradients, "gradient_stats", begin=3, end=5)
+    with pytest.raises(ProcessRaisedException, match="broken"):
+        fit_shards(tmp_path / "seen", make, [NoiseAdaptiveLR(warmup=1)], others=[broken], data=loader(), steps=8)
+
+
+class Counts(Callback):
+    """Counts what dynamon sends at each step, and the numbers in it: checks are reductions of two."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now: Counter[str] = Counter()
+        self.by_step: list[dict[str, int]] = []
+        for name in ("all_reduce", "broadcast", "all_gather_object", "gather"):
+            monkeypatch.setattr(dist, name, self.counted(name, getattr(dist, name)))
+
+    def counted(self, name: str, function: Any) -> Any:
+        def call(tensor: Any, *arguments: Any, **named: Any) -> Any:
+            if sys._getframe(1).f_globals["__name__"].startswith("dynamon"):
+                is_check = name == "all_reduce" and tensor.numel() == 2
+                self.now["check" if is_check else name] += 1
+                self.now["numbers"] += tensor.numel() * (name == "all_reduce" and not is_check)
+            return function(tensor, *arguments, **named)
+
+        return call
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.by_step.append(dict(self.now))
+        self.now.clear()
+
+    def __call__(self, module: Any) -> list[dict[str, int]]:
+        return self.by_step
+
+
+def test_under_a_budget_the_first_process_decides(tmp_path: Path) -> None:
+    callbacks = [GradientMonitor(budget=1.0, strict=True), WeightMonitor(budget=1.0, strict=True)]
+    plain = fit_shards(tmp_path / "plain", classifier, [], data=loader(), steps=60)
+    ranks = fit_shards(tmp_path / "seen", classifier, callbacks, data=loader(), steps=60)
+    steps = [{tag: table["steps"] for tag, table in found["tables"].items()} for found in ranks]
+    assert steps[0] == steps[1] and len(steps[0]["gradient/norm"]) > 2 and len(steps[0]["weight/frobenius"]) > 1
+    assert all(torch.equal(plain[0]["weights"][key], ranks[0]["weights"][key]) for key in plain[0]["weights"])
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_hide_their_parameters_say_what_to_take_instead(name: str) -> None:
+    strategy = type("Own" + name, (type(name, (), {}),), {})()
+    reason = off_reason(SimpleNamespace(strategy=strategy), mlp())
+    assert reason is not None and reason.startswith(f"Own{name} ") and "ModelParallelStrategy" in reason
+    assert off_reason(SimpleNamespace(strategy=ModelParallelStrategy()), mlp()) is None
+
+
+# One reduction before the step and one after it, for what is clipped in between. Of two matrices the head's norm by
+# role takes its rows only, which are not cut; the hidden one is gathered, and so is its change or its step.
+MESSAGES = {
+    "gradients": (
+        classifier,
+        lambda: GradientMonitor(3, strict=True),
+        {"all_reduce": 2, "check": 2, "numbers": 4 * 11 + 1 + 4 * 7},
+    ),
+    "gradients, nuclear": (
+        orthogonalised,
+        lambda: GradientMonitor(3, strict=True),
+        {"all_reduce": 2, "check": 6, "gather": 3, "numbers": 4 * 14 + 4 * 7},
+    ),
+    "weights": (
+        classifier,
+        lambda: WeightMonitor(3, strict=True),
+        {"all_reduce": 1, "check": 3, "gather": 3, "numbers": 4 * 20},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_measurement_sends_one_reduction_and_gathers_each_matrix_once(tmp_path: Path, monkeypatch, name: str) -> None:
+    make, monitor, expected = MESSAGES[name]
+    counts = Counts(monkeypatch)
+    ranks = fit_shards(tmp_path / "seen", make, [monitor()], others=[counts], data=loader(), steps=7, more=counts)
+    for found in ranks:
+        assert [step for step, sent in enumerate(found["more"]) if sent] == [0, 3, 6]
+        assert found["more"][3] == expected
+
+
+def test_steering_sends_one_reduction_a_step(tmp_path: Path, monkeypatch) -> None:
+    counts = Counts(monkeypatch)
+    steering = NoiseAdaptiveLR(warmup=1)
+    ranks = fit_shards(tmp_path / "seen", classifier, [steering], others=[counts], data=loader(), steps=4, more=counts)
+    assert ranks[0]["more"] == [{"all_reduce": 1, "numbers": 4 * 11 + 1}] * 4
