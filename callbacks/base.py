@@ -86,6 +86,6 @@ def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
     if not any(p.numel() and p.requires_grad for p in module.parameters()):
         return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
     strategy = type(trainer.strategy).__name__
-    if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+    if any(word in strategy for word in ("FSDP", "DeepSpeed")):
         return f"{strategy} shards the parameters, which dynamon cannot measure yet."
     return None

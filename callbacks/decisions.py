@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from dynamon.ranks import Ranks
 
@@ -82,10 +82,10 @@ class Decisions:
 
 
 def ranks_of(trainer: pl.Trainer, module: pl.LightningModule) -> Ranks:
-    """The processes of a DDP run, or this one alone."""
+    """The processes of a DDP or FSDP2 run, or this one alone."""
     return Ranks(module.device, alone=not is_distributed(trainer))
 
 
 def is_distributed(trainer: pl.Trainer) -> bool:
-    """Whether several processes share their gradients by DDP."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
+    """Whether several processes share their gradients, by DDP or by FSDP2."""
+    return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy)

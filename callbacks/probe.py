@@ -1,7 +1,7 @@
 """The probe: samples of training that sharpness is measured on, kept for the whole run."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from dynamon.callbacks.meter import Cadence, Meter, Run
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks
+from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.shards import Shards, is_sharded, unsharded, whole_parameters, why_not_whole
+from dynamon.curvature.spaces import GatheredSpace
 from dynamon.effects import changes, outside_state
 from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss, undisturbed
 
@@ -36,7 +39,8 @@ class ProbeMeter(Meter):
         weight: Name of an entry of the batch whose sum weighs it (a mask of tokens), or None for its samples.
         second: Whether to keep the second set.
 
-    Under DDP each process keeps a share of its own batches, and what is measured is that of all of them together.
+    Under DDP and FSDP2 each process keeps a share of its own batches, and what is measured is that of all of them
+    together.
 
     Attributes:
         samples_in_all: Samples in the probe of all processes, None where they cannot be told apart.
@@ -74,7 +78,11 @@ class ProbeMeter(Meter):
         self.off = True
         if run.trainer.world_size > 1 and not run.ranks.several:
             name = type(run.trainer.strategy).__name__
-            rank_zero_warn(f"sharpness is off: of several processes it is measured under DDP only, and this is {name}.")
+            rank_zero_warn(
+                f"sharpness is off: of several processes it is measured under DDP and FSDP2 only, and this is {name}."
+            )
+        elif (split := why_not_whole(run.module, list(trained_parameters(run).values()), run.ranks.size)) is not None:
+            rank_zero_warn(f"sharpness is off: {split}.")
         elif run.ranks.several and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
             rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")
         elif self.loss_fn is None and not run.module.automatic_optimization:
@@ -138,8 +146,7 @@ class ProbeMeter(Meter):
         Raises:
             LookupError: Where this one has nothing.
         """
-        if not self._sets[0]:
-            raise LookupError("there is no batch for the probe.") from run.unsettled.get(self.name)
+        self._require_samples(run)
         numbers = [_numbers([entry["batch"] for entry in kept]) for kept in self._sets]
         full = [float(self._is_full(kept)) for kept in self._sets]
         known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
@@ -151,6 +158,10 @@ class ProbeMeter(Meter):
         if run.ranks.several:
             small = sum(found[: len(numbers)]) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
             self._gather(run, [is_full and small for is_full in are_full])
+
+    def _require_samples(self, run: Run) -> None:
+        if not self._sets[0]:
+            raise LookupError("there is no batch for the probe.") from run.unsettled.get(self.name)
 
     def _gather(self, run: Run, wanted: Sequence[bool]) -> None:
         """Have the parts of all processes here, once: a checkpoint holds what the first process saves."""
@@ -170,6 +181,29 @@ class ProbeMeter(Meter):
         """Whether the second set is there too."""
         return len(self._sets) > 1 and bool(self._sets[1]) and self._is_full(self._sets[1])
 
+    @contextmanager
+    def evaluation(self, run: Run, names: Collection[str] | None = None) -> Iterator[FlatParameters]:
+        """Where the training loss may be evaluated again: nothing inside leaves a trace on the run.
+
+        All processes must enter it together, inside of a measurement.
+
+        Args:
+            run: The run.
+            names: Layers whose parameters are meant; None for all that are trained.
+
+        Yields:
+            These parameters as the loss sees them, whole. Their ``space`` makes flat vectors of what optimizers hold.
+        """
+        trained = trained_parameters(run)
+        owned = {name: p for name, p in trained.items() if names is None or name in names}
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
+            stack.enter_context(_loggers_muted(run.trainer))
+            stack.enter_context(run.trainer.precision_plugin.train_step_context())
+            yield stack.enter_context(_made_whole(run, owned))
+
     def loss(self, run: Run, second: bool = False) -> Tensor:
         """Mean loss over this process's batches of the probe by their weights."""
         return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
@@ -178,7 +212,7 @@ class ProbeMeter(Meter):
         """The same over the batches of all processes, without a graph where there are several."""
         return run.ranks.mean(self.loss(run), self._total())
 
-    def hessian(self, run: Run, params: Mapping[str, Tensor], second: bool = False) -> HessianOperator | MeanOverRanks:
+    def hessian(self, run: Run, params: FlatParameters, second: bool = False) -> HessianOperator | MeanOverRanks:
         """The Hessian of the mean loss over the probe of all processes."""
         return self.over_ranks(run, HessianOperator(lambda: self.loss(run, second), params), second)
 
@@ -186,7 +220,7 @@ class ProbeMeter(Meter):
         """From an operator of this process's part of the probe to that of the whole."""
         return MeanOverRanks(operator, self._total(second), run.ranks) if run.ranks.several else operator
 
-    def batch_hessian(self, run: Run, params: Mapping[str, Tensor], batch: Any) -> HessianOperator | MeanOverRanks:
+    def batch_hessian(self, run: Run, params: FlatParameters, batch: Any) -> HessianOperator | MeanOverRanks:
         """The Hessian of the loss on a batch, that of all processes together."""
         index = run.trainer.fit_loop.epoch_loop.batch_idx
         own = HessianOperator(lambda: training_loss(run.module, batch, self.loss_fn, index), params)
@@ -208,21 +242,18 @@ class ProbeMeter(Meter):
     def check(self, run: Run) -> None:
         """Once, before the first measurement: evaluate the loss twice, and be off if that changed anything for good.
 
+        Of several processes each looks at its own part; what one of them finds switches all of them off.
+
         Raises:
             ValueError: Instead, under ``strict=True``.
         """
-        if self._checked or run.ranks.several:  # one process alone cannot switch off what all measure
+        if self._checked:
             return
-        step, marks, losses = run.module.training_step, [], []
-        for _ in range(2):
-            marks.append(outside_state(run.module, step))
-            with evaluation(run):
-                losses.append(float(self.loss(run).detach()))
-        marks.append(outside_state(run.module, step))
+        with run.ranks.measurement():
+            self._require_samples(run)
+            found = run.ranks.share(self._effect(run))
         self._checked = True
-        # What changed the first time only is a cache that has been filled.
-        changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
-        reason = f"it changes {', '.join(changed[:3])}" if changed else _difference(*losses)
+        reason = next((text for text in found if text is not None), None)
         if reason is None:
             return
         self.off = True
@@ -234,20 +265,37 @@ class ProbeMeter(Meter):
             raise ValueError(sentence)
         rank_zero_warn(sentence)
 
-    def halve(self) -> str | None:
+    def _effect(self, run: Run) -> str | None:
+        """What two evaluations change outside of the module, in words; None where there is nothing."""
+        step, marks, losses = run.module.training_step, [], []
+        for _ in range(2):
+            marks.append(outside_state(run.module, step))
+            with self.evaluation(run):
+                losses.append(float(self.loss(run).detach()))
+        marks.append(outside_state(run.module, step))
+        # What changed the first time only is a cache that has been filled.
+        changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
+        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*losses)
+
+    def halve(self, run: Run) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
+
+        Several processes call it together, whichever of them ran out of memory. One that has two samples keeps them.
 
         Returns:
             One sentence the first time, None later and where nothing can be left out.
         """
         before = sum(_size(kept) for kept in self._sets)
         self._sets = [self._half(kept) for kept in self._sets]
-        if sum(_size(kept) for kept in self._sets) == before:
+        if sum(_size(kept) for kept in self._sets) == before and not run.ranks.several:
             return None
         self._halvings += 1
         self._want_less(1)
         self._parts = [[] for _ in self._sets]
-        return f"The probe is halved to {_size(self._sets[0])} samples." if self._halvings == 1 else None
+        if self._halvings > 1:
+            return None
+        here = "on each process" if run.ranks.several else f"to {_size(self._sets[0])} samples"
+        return f"The probe is halved {here}."
 
     def _half(self, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
         halves = []
@@ -289,15 +337,18 @@ def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:
 
 
 @contextmanager
-def evaluation(run: Run) -> Iterator[None]:
-    """Where the training loss may be evaluated again: nothing inside leaves a trace on the run."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
-        stack.enter_context(_loggers_muted(run.trainer))
-        stack.enter_context(run.trainer.precision_plugin.train_step_context())
-        yield
+def _made_whole(run: Run, owned: Mapping[str, Tensor]) -> Iterator[FlatParameters]:
+    """Parameters that FSDP2 has dealt out come together for a while; others are as they are."""
+    if not any(is_sharded(p) for p in owned.values()):
+        yield FlatParameters(owned)
+        return
+    shards = Shards(list(owned.values()), run.ranks)
+    # A process that runs out of memory between two messages would leave the others waiting: have it do so before.
+    torch.empty(shards.size, dtype=next(iter(owned.values())).dtype, device=run.module.device)
+    run.ranks.check()
+    with unsharded(run.module):
+        whole = whole_parameters(run.module)
+        yield FlatParameters({name: whole[name] for name in owned}, GatheredSpace(shards))
 
 
 def trained_parameters(run: Run) -> dict[str, Tensor]:

@@ -218,6 +218,7 @@ def second_derivatives() -> Iterator[None]:
 
 
 _DECORATORS = torch.autograd.function.__file__
+_SHARDING = "torch.distributed.fsdp."
 _REFUSED = {
     "torch::autograd::Error": "the loss uses an operation marked once_differentiable, which has no second derivative.",
     "CheckpointFunctionBackward": "the loss uses reentrant activation checkpointing, which has no second derivative; "
@@ -238,8 +239,9 @@ def refuse_nodes(tensors: Sequence[Tensor]) -> None:
 
 
 def has_custom_functions(tensors: Sequence[Tensor]) -> bool:
-    """Whether a ``torch.autograd.Function`` of Python took part."""
-    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(tensors))
+    """Whether a ``torch.autograd.Function`` of Python took part, FSDP2's own left out: they pass gradients through."""
+    own = (node for node in _nodes(tensors) if isinstance(node, torch.autograd.function.BackwardCFunction))
+    return any(not getattr(node, "_forward_cls", type(node)).__module__.startswith(_SHARDING) for node in own)
 
 
 def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
