@@ -34,6 +34,7 @@ from dynamon.curvature import (
     trace,
 )
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.shards import is_rounded, is_sharded, local_part
 from dynamon.memory import basis_memory, free_memory
 from dynamon.panels import SHARPNESS, shown
 from dynamon.preconditioner import has_second_moment, preconditioned, preconditioner
@@ -47,6 +48,8 @@ from dynamon.stability import (
 )
 
 _TRACE_SAMPLES = 16
+_WHOLE = 4  # gathered parameters, their gradient with its graph, a product
+_PRECISE = ("32-true", "64-true")  # precisions in which neighbouring weights are close enough for differences
 _NOISY = 0.1  # relative error of differences from which on nothing is shown
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
 Outputs = Callable[[Any, Any], tuple[Any, Tensor]]
@@ -134,10 +137,11 @@ class EigenvalueMeter(Meter):
             self._check_memory(run)
 
     def _check_memory(self, run: Run) -> None:
-        params = list(trained_parameters(run).values())
-        if not params:
+        trained = list(trained_parameters(run).values())
+        if not trained:
             return
-        limit = self._memory_limit * 2**30 if self._memory_limit else free_memory(params[0].device) / 2
+        limit = self._memory_limit * 2**30 if self._memory_limit else _allowed(run)
+        params = self._tensors_of_vectors(run, trained, limit)
         density = (_DENSITY_STEPS + 1) * sum(p.numel() * max(p.element_size(), 4) for p in params)
         needed = basis_memory(params, self._max_eigenvalues())
         lacks = [basis_memory(params, certify=True) > limit, needed > limit, density > limit]
@@ -156,6 +160,36 @@ class EigenvalueMeter(Meter):
                 "allowed: critical sharpness, which needs forward passes only, is shown instead. Raise memory_limit "
                 "to have eigenvalues."
             )
+
+    def _tensors_of_vectors(self, run: Run, trained: Sequence[Tensor], limit: float) -> list[Tensor]:
+        """What the solver's vectors are as long as: parameters, or this process's shards where more does not fit."""
+        if not any(is_sharded(p) for p in trained):
+            return list(trained)
+        needed = basis_memory(trained, self._max_eigenvalues()) + _WHOLE * sum(p.nbytes for p in trained)
+        too_much = torch.tensor(float(needed > limit), dtype=torch.float64, device=run.module.device)
+        self._probe.gathers = not bool(run.ranks.maximum(too_much))
+        if self._probe.gathers:
+            rank_zero_info(
+                f"sharpness: sharded parameters are gathered on each process while they are measured, and products are "
+                f"exact; with the solver's vectors that takes {needed / 2**30:.3g} GiB of {limit / 2**30:.3g} allowed."
+            )
+            return list(trained)
+        exact = f"{needed / 2**30:.3g} GiB on each process, and {limit / 2**30:.3g} are allowed"
+        if run.trainer.precision not in _PRECISE or is_rounded(run.module):
+            rank_zero_info(
+                f"sharpness: gathered parameters and vectors take {exact}; gradients at precision "
+                f"{run.trainer.precision} are too coarse for differences, the only other way."
+            )
+            return list(trained)
+        rank_zero_info(
+            f"sharpness: gathered parameters and vectors would take {exact}. Parameters stay sharded, and products are "
+            "differences of gradients, at two gradients a product. Raise memory_limit to have exact ones."
+        )
+        self._told.add("backend")
+        if "ggn" in self._wanted:
+            self._wanted -= {"ggn"}
+            rank_zero_warn("ggn is left out: it needs gathered parameters. Raise memory_limit to have it.")
+        return [local_part(p) for p in trained]
 
     def _max_eigenvalues(self) -> int:
         return SUBSPACE if "subspace" in self._wanted else 1
@@ -469,10 +503,11 @@ class EigenvalueMeter(Meter):
     def state_dict(self) -> dict[str, Any]:
         """Trackers, their vectors where they are not large."""
         state: dict[str, Any] = {"points": self.points}
-        state["trackers"] = {tag: tracker.state_dict(SAVED_NUMBERS) for tag, tracker in self._trackers.items()}
-        if sum(v.numel() for v in self._blocks.values()) <= SAVED_NUMBERS:
+        most = SAVED_NUMBERS if self._probe.gathers else -1  # one process cannot save what each has a part of
+        state["trackers"] = {tag: tracker.state_dict(most) for tag, tracker in self._trackers.items()}
+        if sum(v.numel() for v in self._blocks.values()) <= most:
             state["blocks"] = dict(self._blocks)
-        if self._space is not None and self._space.numel() <= SAVED_NUMBERS:
+        if self._space is not None and self._space.numel() <= most:
             state["space"] = self._space
         return state
 
@@ -483,6 +518,12 @@ class EigenvalueMeter(Meter):
             self._trackers[tag] = self._tracker(int(saved["k"]))
             self._trackers[tag].load_state_dict(saved)
         self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
+
+
+def _allowed(run: Run) -> float:
+    """Half of the memory that is free, dealt out where processes share a host's: activations take the rest."""
+    device = run.module.device
+    return free_memory(device) / (2 if device.type != "cpu" else 2 * run.trainer.num_devices)
 
 
 def _only(optimizers: Sequence[Optimizer]) -> Optimizer | None:

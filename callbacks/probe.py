@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks
+from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.shards import Shards, is_sharded, unsharded, whole_parameters, why_not_whole
+from dynamon.curvature.shards import Shards, at_rest, is_rounded, is_sharded, unsharded, whole_parameters, why_not_whole
 from dynamon.curvature.spaces import GatheredSpace
 from dynamon.effects import changes, outside_state
 from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss, undisturbed
@@ -43,6 +43,7 @@ class ProbeMeter(Meter):
     together.
 
     Attributes:
+        gathers: Whether parameters that are sharded are gathered while they are measured; else they stay so.
         samples_in_all: Samples in the probe of all processes, None where they cannot be told apart.
         second_in_all: Whether all have their second set.
     """
@@ -64,7 +65,7 @@ class ProbeMeter(Meter):
         self.share = batches * fraction  # of one batch, roughly: what an evaluation costs in training steps
         self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
         self._sets: list[list[dict[str, Any]]] = [[], []] if second else [[]]
-        self.off = False
+        self.off, self.gathers = False, True
         self.samples_in_all: int | None = None
         self.second_in_all = False
         self._parts: list[list[list[dict[str, Any]]]] = [[] for _ in self._sets]  # of all processes, for a checkpoint
@@ -182,7 +183,9 @@ class ProbeMeter(Meter):
         return len(self._sets) > 1 and bool(self._sets[1]) and self._is_full(self._sets[1])
 
     @contextmanager
-    def evaluation(self, run: Run, names: Collection[str] | None = None) -> Iterator[FlatParameters]:
+    def evaluation(
+        self, run: Run, names: Collection[str] | None = None, moves: bool = False
+    ) -> Iterator[FlatParameters]:
         """Where the training loss may be evaluated again: nothing inside leaves a trace on the run.
 
         All processes must enter it together, inside of a measurement.
@@ -190,19 +193,27 @@ class ProbeMeter(Meter):
         Args:
             run: The run.
             names: Layers whose parameters are meant; None for all that are trained.
+            moves: Whether they are to be moved by as little as a step. Whole ones that are rounded for FSDP2's mixed
+                precision would not notice.
 
         Yields:
-            These parameters as the loss sees them, whole. Their ``space`` makes flat vectors of what optimizers hold.
+            These parameters as the loss sees them. Their ``space`` makes flat vectors of what optimizers hold.
         """
         trained = trained_parameters(run)
         owned = {name: p for name, p in trained.items() if names is None or name in names}
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(at_rest(run.module))
             stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
             stack.enter_context(_loggers_muted(run.trainer))
             stack.enter_context(run.trainer.precision_plugin.train_step_context())
-            yield stack.enter_context(_made_whole(run, owned))
+            if not any(is_sharded(p) for p in owned.values()):
+                yield FlatParameters(owned)
+            elif self.gathers and not (moves and is_rounded(run.module)):
+                yield stack.enter_context(_made_whole(run, owned))
+            else:
+                yield ShardedParameters(run.module, owned, run.ranks)
 
     def loss(self, run: Run, second: bool = False) -> Tensor:
         """Mean loss over this process's batches of the probe by their weights."""
@@ -214,6 +225,9 @@ class ProbeMeter(Meter):
 
     def hessian(self, run: Run, params: FlatParameters, second: bool = False) -> HessianOperator | MeanOverRanks:
         """The Hessian of the mean loss over the probe of all processes."""
+        if isinstance(params, ShardedParameters):
+            share = self._share(run, self._total(second))
+            return ShardedHessian(lambda: share * self.loss(run, second), params)
         return self.over_ranks(run, HessianOperator(lambda: self.loss(run, second), params), second)
 
     def over_ranks(self, run: Run, operator: OperatorT, second: bool = False) -> OperatorT | MeanOverRanks:
@@ -222,9 +236,17 @@ class ProbeMeter(Meter):
 
     def batch_hessian(self, run: Run, params: FlatParameters, batch: Any) -> HessianOperator | MeanOverRanks:
         """The Hessian of the loss on a batch, that of all processes together."""
-        index = run.trainer.fit_loop.epoch_loop.batch_idx
+        index, weight = run.trainer.fit_loop.epoch_loop.batch_idx, self._weight_of(*counted(batch))
+        if isinstance(params, ShardedParameters):
+            share = self._share(run, weight)
+            return ShardedHessian(lambda: share * training_loss(run.module, batch, self.loss_fn, index), params)
         own = HessianOperator(lambda: training_loss(run.module, batch, self.loss_fn, index), params)
-        return MeanOverRanks(own, self._weight_of(*counted(batch)), run.ranks) if run.ranks.several else own
+        return MeanOverRanks(own, weight, run.ranks) if run.ranks.several else own
+
+    def _share(self, run: Run, weight: float) -> float:
+        """What this process's loss counts in the mean over the processes that FSDP2 takes."""
+        total = run.ranks.sum(torch.tensor(weight, dtype=torch.float64, device=run.module.device))
+        return weight * run.ranks.size / float(total)
 
     def _weight_of(self, part: Any, samples: int | None) -> float:
         return batch_weight(part, self._weight) if self._weight else float(samples or 1)
@@ -338,10 +360,7 @@ def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:
 
 @contextmanager
 def _made_whole(run: Run, owned: Mapping[str, Tensor]) -> Iterator[FlatParameters]:
-    """Parameters that FSDP2 has dealt out come together for a while; others are as they are."""
-    if not any(is_sharded(p) for p in owned.values()):
-        yield FlatParameters(owned)
-        return
+    """Parameters that FSDP2 has dealt out come together for a while."""
     shards = Shards(list(owned.values()), run.ranks)
     # A process that runs out of memory between two messages would leave the others waiting: have it do so before.
     torch.empty(shards.size, dtype=next(iter(owned.values())).dtype, device=run.module.device)

@@ -88,6 +88,11 @@ class StepMeter(Meter):
             return None
         return params.space.join([self._update[name] for name in names])
 
+    def _known_update(self, params: FlatParameters) -> Tensor:
+        update = self.last_update(params)
+        assert update is not None
+        return update
+
     def batch_start(self, run: Run, batch: Any) -> None:
         """Measure what concerns the batch before it is trained on."""
         self._batch = None
@@ -153,13 +158,12 @@ class StepMeter(Meter):
         if self._probe.off:
             return readings
         self._probe.agree(run)
-        with self._probe.evaluation(run, self._update) as params:
-            update = self.last_update(params)
-            assert update is not None
-            if "directional" in self._wanted:
-                readings |= self._directional(run, params, update)
-            if "critical" in self._wanted:
-                readings |= self._critical(run, params, update)
+        if "directional" in self._wanted:
+            with self._probe.evaluation(run, self._update) as params:
+                readings |= self._directional(run, params)
+        if "critical" in self._wanted:
+            with self._probe.evaluation(run, self._update, moves=True) as params:
+                readings |= self._critical(run, params)
         return readings
 
     def _has_moved(self, run: Run) -> bool:
@@ -167,7 +171,8 @@ class StepMeter(Meter):
         moved = any(bool(step.any()) for step in self._update.values())
         return bool(run.ranks.maximum(torch.tensor(float(moved), dtype=torch.float64, device=run.module.device)))
 
-    def _directional(self, run: Run, params: FlatParameters, update: Tensor) -> dict[str, float]:
+    def _directional(self, run: Run, params: FlatParameters) -> dict[str, float]:
+        update = self._known_update(params)
         hessian = self._probe.hessian(run, params)
         found = directional_sharpness(hessian, update)
         readings = {
@@ -186,8 +191,8 @@ class StepMeter(Meter):
         norms = {name: update_norm(layers[name], family).primal for name in params.names or []}
         return norm_sharpness(found.product, params.split(update), norms, params.space).sharpness
 
-    def _critical(self, run: Run, params: FlatParameters, update: Tensor) -> dict[str, float]:
-        rate = _one_rate(run.trainer.optimizers)
+    def _critical(self, run: Run, params: FlatParameters) -> dict[str, float]:
+        rate, update = _one_rate(run.trainer.optimizers), self._known_update(params)
         with params.moved(-update):  # where the step came from
             found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}

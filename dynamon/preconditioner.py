@@ -64,7 +64,7 @@ def preconditioned(operator: LinearOperator, diagonal: Tensor) -> LinearOperator
 
 
 def second_moment_scale(state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor) -> Tensor | None:
-    """P of one parameter, of the part that is here, flat; NaN where its second moment is zero, None without a second moment."""
+    """P of the part of a parameter that is here, flat; NaN where its second moment is zero, None where it has none."""
     if not state:
         return None
     eps = float(group.get("eps", 0.0))

@@ -18,6 +18,7 @@ from dynamon.curvature.ggn import GGNOperator
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.operators import Diagonal, LinearOperator
 from dynamon.curvature.outputs import OutputsOfLoss
+from dynamon.curvature.sharded import ShardedHessian, ShardedParameters
 from dynamon.curvature.shards import unsharded
 from dynamon.curvature.subspace import eigenspace_overlap, eigenspace_share
 from dynamon.curvature.trace import TraceEstimate, trace
@@ -37,6 +38,8 @@ __all__ = [
     "NoSecondDerivativeError",
     "NormSharpness",
     "OutputsOfLoss",
+    "ShardedHessian",
+    "ShardedParameters",
     "SpectralDensity",
     "TraceEstimate",
     "batch_sharpness",

@@ -151,10 +151,11 @@ class FiniteDifference:
     def error(self, vector: Tensor) -> float:
         """Relative difference between two step sizes, the second one half of the first."""
         one, other = (self._difference(vector, step) for step in (self._step, self._step / 2))
-        return float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(other).clamp_min(1e-30))
+        norm = self._params.space.norm
+        return float(norm(one - other) / norm(other).clamp_min(1e-30))
 
     def _difference(self, vector: Tensor, step: float) -> Tensor:
-        norm = torch.linalg.vector_norm(vector)
+        norm = self._params.space.norm(vector)
         if not norm > 0:
             return torch.zeros_like(vector)
         ahead, behind = (self._gradient_at(sign * step / norm * vector) for sign in (1, -1))

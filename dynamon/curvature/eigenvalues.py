@@ -101,7 +101,8 @@ def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, war
         raise ValueError(f"max_matvecs must be a whole number, at least {max(2, k)}, got {max_matvecs!r}.")
     if warm_start is not None and not isinstance(warm_start, Tensor):
         raise ValueError(f"warm_start must be a tensor [n] or [n, m], got {type(warm_start).__name__}.")
-    if warm_start is not None and warm_start.shape[0] != space_of(operator).length:
+    rows = space_of(operator).length
+    if warm_start is not None and warm_start.shape[0] != rows:
         raise ValueError(
-            f"warm_start must have {space_of(operator).length} rows, got {warm_start.shape[0]}: it belongs to another operator."
+            f"warm_start must have {rows} rows, got {warm_start.shape[0]}: it belongs to another operator."
         )

@@ -155,10 +155,14 @@ class FlatParameters:
             for p, data in zip(self.tensors, kept, strict=True):
                 p.data = data
 
+    def _hooked(self) -> list[Tensor]:
+        """The tensors that people hang hooks on."""
+        return self.tensors
+
     @contextmanager
     def hooks_off(self) -> Iterator[None]:
         """Parameter hooks (clamping, logging) are meant for gradients of training, not for products."""
-        registries = [getattr(p, name) for p in self.tensors for name in _HOOKS]
+        registries = [getattr(p, name) for p in self._hooked() for name in _HOOKS]
         hooked = [(hooks, dict(hooks)) for hooks in registries if hooks]
         for hooks, _ in hooked:
             hooks.clear()

@@ -1,5 +1,6 @@
-"""Parameters that FSDP2 has dealt out over processes: their parts, the whole of them, and the module between the two."""
+"""Parameters that FSDP2 has dealt out over processes: their parts, the whole of them, and the way between."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,8 @@ def _whole(owner: Any, part: Tensor) -> Tensor:
 
 def why_not_whole(module: nn.Module, params: Sequence[Tensor], processes: int) -> str | None:
     """Why :func:`unsharded` does not make all of some parameters whole on every process; None where it does."""
+    if any(type(group.offload_policy).__name__ == "CPUOffloadPolicy" for group in _groups(module)):
+        return "parameters are kept on the host and brought to the device for each pass"
     managed = {id(p.sharded_param) for group in _groups(module) for p in group.fsdp_params if not p.is_dtensor}
     sharded = [p for p in params if is_sharded(p)]
     if any(id(p) not in managed or p.device_mesh.size() != processes for p in sharded):  # type: ignore[attr-defined]
@@ -117,8 +120,25 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def full_gradients(module: nn.Module) -> Iterator[None]:
+    """Inside of :func:`at_rest`: each backward pass reduces its gradients at once, to their mean over the processes."""
+    for part in _parts(module):
+        part.set_requires_gradient_sync(True, recurse=False)
+        part.set_reshard_after_backward(True, recurse=False)
+    contexts = [part._get_fsdp_state()._state_ctx for part in _parts(module)]
+    kept = [context.is_last_backward for context in contexts]
+    for context in contexts:
+        context.is_last_backward = True
+    try:
+        yield
+    finally:
+        for context, flag in zip(contexts, kept, strict=True):
+            context.is_last_backward = flag
+
+
+@contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
-    """Passes through an FSDP2 module that leave no trace on its machinery, whether they end or fail.
+    """Passes through an FSDP2 module that begin from its shards and leave no trace on its machinery, even if they fail.
 
     Puts back at exit: shards in the place of whole parameters, flags, gradients that wait to be reduced, and the
     states that hooks keep between the forward and the backward pass.
@@ -129,9 +149,12 @@ def at_rest(module: nn.Module) -> Iterator[None]:
     automatic = [(state._auto_reshard_after_forward, state._is_root) for state in states]
     waiting = [(p, _waiting(p)) for group in groups for p in group.fsdp_params]
     for group in groups:
-        group._partial_reduce_output = None
+        for name in _HELD:
+            setattr(group, name, None)
     for p, _ in waiting:
         _set_waiting(p, (None, None))
+    for part in parts:  # a pass without gradients leaves an outermost module whole, at weights of before
+        part.reshard()
     try:
         yield
     finally:
@@ -169,7 +192,7 @@ def _come_to_rest(state: Any) -> None:
     getattr(state, "_modules_to_run_forward", set()).clear()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
-    state._comm_ctx.post_forward_order.clear() if hasattr(state._comm_ctx, "post_forward_order") else None
+    getattr(state._comm_ctx, "post_forward_order", []).clear()  # made in the first pass
     for group in _groups_of(state):
         group._training_state = idle
         group._post_forward_indices.clear()
@@ -177,7 +200,9 @@ def _come_to_rest(state: Any) -> None:
 
 def _parts(module: nn.Module) -> list[Any]:
     """Every module that ``fully_shard`` was applied to, outer ones first."""
-    from torch.distributed.fsdp import FSDPModule  # half a second, and not in every build of torch
+    if "torch.distributed.fsdp" not in sys.modules:  # half a second, and not in every build of torch
+        return []
+    from torch.distributed.fsdp import FSDPModule
 
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
