@@ -274,17 +274,17 @@ class ProbeMeter(Meter):
         with run.ranks.measurement():
             self._require_samples(run)
             found = run.ranks.share(self._effect(run))
-        self._checked = True
-        reason = next((text for text in found if text is not None), None)
-        if reason is None:
-            return
-        self.off = True
-        sentence = (
-            f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); pass "
-            "loss_fn=lambda module, batch: ... that computes the loss and nothing else."
-        )
-        if run.strict:
-            raise ValueError(sentence)
+            self._checked = True
+            reason = next((text for text in found if text is not None), None)
+            if reason is None:
+                return
+            self.off = True
+            sentence = (
+                f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); pass "
+                "loss_fn=lambda module, batch: ... that computes the loss and nothing else."
+            )
+            if run.strict:
+                raise ValueError(sentence)
         rank_zero_warn(sentence)
 
     def _effect(self, run: Run) -> str | None:
