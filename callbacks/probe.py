@@ -280,8 +280,8 @@ class ProbeMeter(Meter):
                 return
             self.off = True
             sentence = (
-                f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); pass "
-                "loss_fn=lambda module, batch: ... that computes the loss and nothing else."
+                f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); "
+                "pass loss_fn=lambda module, batch: ... that computes the loss and nothing else."
             )
             if run.strict:
                 raise ValueError(sentence)

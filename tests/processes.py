@@ -62,6 +62,7 @@ def fit_here(module: Any, callbacks: list[Any], **settings: Any) -> dict[str, An
         "tables": tables([c for c in callbacks if hasattr(c, "history")]),
         "failures": sum(c.failures for c in callbacks if hasattr(c, "failures")),
         "said": said,
+        "random": torch.get_rng_state(),
     }
 
 

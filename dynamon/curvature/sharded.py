@@ -59,7 +59,7 @@ class ShardedParameters(FlatParameters):
         return list(self._owners.values())
 
     def loss_and_gradient(self, loss_fn: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean of the processes' losses, and this process's part of its gradient, by an ordinary backward pass.
+        """This process's loss, and its part of the gradient of the processes' mean, by an ordinary backward pass.
 
         ``.grad`` of the module's parameters, and gradients that wait to be reduced, are what they were afterwards.
         """
@@ -76,8 +76,7 @@ class ShardedParameters(FlatParameters):
         finally:
             for p, gradient in kept:
                 p.grad = gradient
-        total = self.ranks.sum(loss.detach().double().reshape(1))
-        return (total[0] / self.ranks.size).to(loss.dtype), flat
+        return loss.detach(), flat
 
 
 class ShardedHessian(HessianOperator):
@@ -107,6 +106,7 @@ class ShardedHessian(HessianOperator):
     def __init__(self, loss_fn: Callable[[], Tensor], params: ShardedParameters) -> None:
         """Take the gradient."""
         super().__init__(loss_fn, params, backend="finite_difference")
+        self.loss = params.ranks.mean(self.loss, 1.0)
         self.reason = "the parameters stay sharded."
 
     def _choose(self, backend: str) -> FiniteDifference:
