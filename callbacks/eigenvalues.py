@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
+from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run, forget_frames
-from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, trained_parameters
+from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter
+from dynamon.callbacks.room import room_for
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
     Eigenpairs,
@@ -34,8 +36,6 @@ from dynamon.curvature import (
     trace,
 )
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.shards import is_rounded, is_sharded, local_part
-from dynamon.memory import basis_memory, free_memory
 from dynamon.panels import SHARPNESS, shown
 from dynamon.preconditioner import has_second_moment, preconditioned, preconditioner
 from dynamon.ranks import ran_out_of_memory
@@ -48,8 +48,6 @@ from dynamon.stability import (
 )
 
 _TRACE_SAMPLES = 16
-_WHOLE = 4  # gathered parameters, their gradient with its graph, a product
-_PRECISE = ("32-true", "64-true")  # precisions in which neighbouring weights are close enough for differences
 _NOISY = 0.1  # relative error of differences from which on nothing is shown
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
 Outputs = Callable[[Any, Any], tuple[Any, Tensor]]
@@ -140,56 +138,26 @@ class EigenvalueMeter(Meter):
         trained = list(trained_parameters(run).values())
         if not trained:
             return
-        limit = self._memory_limit * 2**30 if self._memory_limit else _allowed(run)
-        params = self._tensors_of_vectors(run, trained, limit)
-        density = (_DENSITY_STEPS + 1) * sum(p.numel() * max(p.element_size(), 4) for p in params)
-        needed = basis_memory(params, self._max_eigenvalues())
-        lacks = [basis_memory(params, certify=True) > limit, needed > limit, density > limit]
-        lacks = run.ranks.maximum(torch.tensor(lacks, dtype=torch.float64, device=params[0].device)).bool().tolist()
-        self._certify, self._too_large = not lacks[0], lacks[1]
-        if "density" in self._wanted and lacks[2]:
+        room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
+        self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
+        allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
+        if room.differences:
+            self._told.add("backend")
+            if "ggn" in self._wanted:
+                self._wanted -= {"ggn"}
+                rank_zero_warn("ggn is left out: it needs gathered parameters. Raise memory_limit to have it.")
+        if "density" in self._wanted and not room.has_density:
             self._wanted -= {"density"}
             rank_zero_warn(
-                f"density is left out: its vectors take {density / 2**30:.3g} GiB and {limit / 2**30:.3g} GiB are "
-                "allowed. Raise memory_limit to have it."
+                f"density is left out: its vectors take {room.density / 2**30:.3g} {allowed}. Raise memory_limit to "
+                "have it."
             )
         if self._too_large:
             self._steps.also("critical")
             rank_zero_warn(
-                f"the vectors of an eigenvalue solve take {needed / 2**30:.3g} GiB and {limit / 2**30:.3g} GiB are "
-                "allowed: critical sharpness, which needs forward passes only, is shown instead. Raise memory_limit "
-                "to have eigenvalues."
+                f"the vectors of an eigenvalue solve take {room.needed / 2**30:.3g} {allowed}: critical sharpness, "
+                "which needs forward passes only, is shown instead. Raise memory_limit to have eigenvalues."
             )
-
-    def _tensors_of_vectors(self, run: Run, trained: Sequence[Tensor], limit: float) -> list[Tensor]:
-        """What the solver's vectors are as long as: parameters, or this process's shards where more does not fit."""
-        if not any(is_sharded(p) for p in trained):
-            return list(trained)
-        needed = basis_memory(trained, self._max_eigenvalues()) + _WHOLE * sum(p.nbytes for p in trained)
-        too_much = torch.tensor(float(needed > limit), dtype=torch.float64, device=run.module.device)
-        self._probe.gathers = not bool(run.ranks.maximum(too_much))
-        if self._probe.gathers:
-            rank_zero_info(
-                f"sharpness: sharded parameters are gathered on each process while they are measured, and products are "
-                f"exact; with the solver's vectors that takes {needed / 2**30:.3g} GiB of {limit / 2**30:.3g} allowed."
-            )
-            return list(trained)
-        exact = f"{needed / 2**30:.3g} GiB on each process, and {limit / 2**30:.3g} are allowed"
-        if run.trainer.precision not in _PRECISE or is_rounded(run.module):
-            rank_zero_info(
-                f"sharpness: gathered parameters and vectors take {exact}; gradients at precision "
-                f"{run.trainer.precision} are too coarse for differences, the only other way."
-            )
-            return list(trained)
-        rank_zero_info(
-            f"sharpness: gathered parameters and vectors would take {exact}. Parameters stay sharded, and products are "
-            "differences of gradients, at two gradients a product. Raise memory_limit to have exact ones."
-        )
-        self._told.add("backend")
-        if "ggn" in self._wanted:
-            self._wanted -= {"ggn"}
-            rank_zero_warn("ggn is left out: it needs gathered parameters. Raise memory_limit to have it.")
-        return [local_part(p) for p in trained]
 
     def _max_eigenvalues(self) -> int:
         return SUBSPACE if "subspace" in self._wanted else 1
@@ -518,12 +486,6 @@ class EigenvalueMeter(Meter):
             self._trackers[tag] = self._tracker(int(saved["k"]))
             self._trackers[tag].load_state_dict(saved)
         self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
-
-
-def _allowed(run: Run) -> float:
-    """Half of the memory that is free, dealt out where processes share a host's: activations take the rest."""
-    device = run.module.device
-    return free_memory(device) / (2 if device.type != "cpu" else 2 * run.trainer.num_devices)
 
 
 def _only(optimizers: Sequence[Optimizer]) -> Optimizer | None:

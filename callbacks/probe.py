@@ -1,26 +1,23 @@
 """The probe: samples of training that sharpness is measured on, kept for the whole run."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from dynamon.callbacks.evaluation import evaluation, trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.shards import Shards, at_rest, is_rounded, is_sharded, unsharded, whole_parameters, why_not_whole
-from dynamon.curvature.spaces import GatheredSpace
+from dynamon.curvature.shards import why_not_whole
 from dynamon.effects import changes, outside_state
-from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss, undisturbed
+from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
-_SEED = 20_240_801
 _SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
@@ -182,38 +179,18 @@ class ProbeMeter(Meter):
         """Whether the second set is there too."""
         return len(self._sets) > 1 and bool(self._sets[1]) and self._is_full(self._sets[1])
 
-    @contextmanager
     def evaluation(
         self, run: Run, names: Collection[str] | None = None, moves: bool = False
-    ) -> Iterator[FlatParameters]:
-        """Where the training loss may be evaluated again: nothing inside leaves a trace on the run.
-
-        All processes must enter it together, inside of a measurement.
+    ) -> AbstractContextManager[FlatParameters]:
+        """Where the loss may be evaluated again: :func:`dynamon.callbacks.evaluation.evaluation`.
 
         Args:
             run: The run.
             names: Layers whose parameters are meant; None for all that are trained.
-            moves: Whether they are to be moved by as little as a step. Whole ones that are rounded for FSDP2's mixed
-                precision would not notice.
-
-        Yields:
-            These parameters as the loss sees them. Their ``space`` makes flat vectors of what optimizers hold.
+            moves: Whether they are to be moved by as little as a step.
         """
-        trained = trained_parameters(run)
-        owned = {name: p for name, p in trained.items() if names is None or name in names}
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(at_rest(run.module))
-            stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
-            stack.enter_context(_loggers_muted(run.trainer))
-            stack.enter_context(run.trainer.precision_plugin.train_step_context())
-            if not any(is_sharded(p) for p in owned.values()):
-                yield FlatParameters(owned)
-            elif self.gathers and not (moves and is_rounded(run.module)):
-                yield stack.enter_context(_made_whole(run, owned))
-            else:
-                yield ShardedParameters(run.module, owned, run.ranks)
+        owned = {name: p for name, p in trained_parameters(run).items() if names is None or name in names}
+        return evaluation(run, owned, self.gathers, moves)
 
     def loss(self, run: Run, second: bool = False) -> Tensor:
         """Mean loss over this process's batches of the probe by their weights."""
@@ -358,25 +335,6 @@ def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:
     return entries[rank::size] if len(entries) >= size else []
 
 
-@contextmanager
-def _made_whole(run: Run, owned: Mapping[str, Tensor]) -> Iterator[FlatParameters]:
-    """Parameters that FSDP2 has dealt out come together for a while."""
-    shards = Shards(list(owned.values()), run.ranks)
-    # A process that runs out of memory between two messages would leave the others waiting: have it do so before.
-    torch.empty(shards.size, dtype=next(iter(owned.values())).dtype, device=run.module.device)
-    run.ranks.check()
-    with unsharded(run.module):
-        whole = whole_parameters(run.module)
-        yield FlatParameters({name: whole[name] for name in owned}, GatheredSpace(shards))
-
-
-def trained_parameters(run: Run) -> dict[str, Tensor]:
-    """The parameters that the optimizers move, by the names of their layers."""
-    moving = {id(p) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
-    tensors = {layer.name: layer.parameter for layer in run.all_layers}
-    return {name: p for name, p in tensors.items() if p.requires_grad and id(p) in moving}
-
-
 def check_probe(probe_batches: int, probe_fraction: float, loss_fn: object, probe_size: int | None = None) -> None:
     """Raise ValueError naming the argument that is out of range."""
     if probe_batches < 1:
@@ -398,17 +356,6 @@ def _difference(first: float, second: float) -> str | None:
     if math.isclose(first, second, rel_tol=_SAME) or not math.isfinite(first + second):
         return None
     return f"on the same samples with the same random numbers its loss was {first:.6g}, then {second:.6g}"
-
-
-@contextmanager
-def _loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
-    """What ``training_step`` writes to ``self.logger`` itself is written for its own batches only."""
-    loggers = trainer.loggers
-    trainer.loggers = [DummyLogger()] if loggers else []
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
 
 
 def _numbers(batch: Any) -> int | None:

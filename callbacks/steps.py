@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.callbacks.probe import ProbeMeter, trained_parameters
+from dynamon.callbacks.probe import ProbeMeter
 from dynamon.curvature import (
     DirectionalSharpness,
     batch_sharpness,

@@ -51,9 +51,9 @@ class ShardedParameters(FlatParameters):
             self._write(kept)
 
     def _write(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.tensors)):
+        with torch.no_grad():
             for p, value in zip(self.tensors, values, strict=True):
-                p.copy_(value)
+                p.data.copy_(value)  # past the version counter: graphs built before stay valid
 
     def _hooked(self) -> list[Tensor]:
         return list(self._owners.values())

@@ -22,8 +22,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What of a tensor is on this process, without graph and in the same storage; all of it where it is not sharded."""
-    detached = tensor.detach()
-    return detached.to_local() if is_sharded(detached) else detached  # type: ignore[operator]
+    detached: Any = tensor.detach()
+    return detached.to_local() if is_sharded(detached) else detached
 
 
 class Shards:
@@ -70,7 +70,7 @@ def _whole(owner: Any, part: Tensor) -> Tensor:
         shape=owner.shape,
         stride=owner.stride(),
     )
-    return spread.full_tensor()  # type: ignore[no-any-return]
+    return spread.full_tensor()
 
 
 def why_not_whole(module: nn.Module, params: Sequence[Tensor], processes: int) -> str | None:
