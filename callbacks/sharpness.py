@@ -105,10 +105,10 @@ class SharpnessMonitor(Monitor):
     The stability ratio needs one optimizer of class SGD, Adam, AdamW or RMSprop; for others there is the Hessian, and
     ``directional`` in the layers' own norms.
 
-    Under DDP and FSDP2 (``ModelParallelStrategy``) each process keeps its part of the probe, and what is measured is the
-    curvature of the mean loss over all of them, weighed by samples; ``batch`` is that of the batches of all processes
-    together. A measurement that fails on one process fails on all, and a probe that one has no memory for is halved on
-    all. Sharpness is off with SyncBatchNorm, tensor parallelism, parameters offloaded to the host, and under other
+    Under DDP and FSDP2 (``ModelParallelStrategy``) each process keeps its part of the probe, and what is measured is
+    the curvature of the mean loss over all of them, weighed by samples; ``batch`` is that of the batches of all
+    processes together. A measurement that fails on one process fails on all, and a probe that one has no memory for is
+    halved on all. Sharpness is off with SyncBatchNorm, tensor parallelism, parameters offloaded to the host, and under other
     strategies of several processes.
 
     Parameters that FSDP2 has dealt out are gathered while they are measured where memory allows, and products are as
