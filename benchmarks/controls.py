@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dynamon.gradients import Array, GradientReadings
+from dynamon.arrays import Array
+from dynamon.gradients import GradientReadings
 from dynamon.layers import Layer
 from dynamon.noise import SignalToNoise
 from dynamon.norms import Norm, iid_dual_norm

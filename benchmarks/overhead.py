@@ -63,13 +63,14 @@ class Shape:
     heads: int
     context: int
     batch: int
+    steps: int = 1500
     vocabulary: int = 256
 
 
 SHAPES = {
     "demo GPT": Shape(144, 4, 4, 128, 16),
-    "GPT 10M": Shape(360, 6, 6, 128, 8),
-    "GPT-2 124M": Shape(768, 12, 12, 1024, 8, 50_257),
+    "GPT 10M": Shape(360, 6, 6, 128, 8, steps=500),
+    "GPT-2 124M": Shape(768, 12, 12, 1024, 8, vocabulary=50_257),
 }
 
 
@@ -277,7 +278,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 def main() -> None:
     """Measure the models and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, help="1500, and 500 of the GPT with 10M parameters")
     parser.add_argument("--block", type=int, default=10, help="steps an arm takes before the next one's turn")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--gpt2", action="store_true", help="the shape of GPT-2 124M too (bf16 on a GPU)")
@@ -291,7 +292,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         if name == "GPT-2 124M" and not options.gpt2:
             continue
-        steps = 120 if options.quick else options.steps // options.block * options.block
+        steps = 120 if options.quick else (options.steps or shape.steps) // options.block * options.block
         shape = replace(shape, batch=4, context=32) if options.quick else shape
         run_in_turn(shape, 2 * options.block, options.block, options.device, text)  # warm up
         runs = run_in_turn(shape, steps, options.block, options.device, text)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import scale_before_step, window_is_whole
 from dynamon.callbacks.base import SteeringError, gradient_scale
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
-from dynamon.gradients import Array, GradientReader, GradientReadings
+from dynamon.gradients import GradientReader, GradientReadings
 from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family

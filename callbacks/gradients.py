@@ -10,12 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import begins_window, compares_ranks, half_window, has_windows
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.gradients import Array, GradientReadings
+from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.panels import GRADIENTS

@@ -307,30 +307,20 @@ class NoiseAdaptiveLR(LayerwiseLR):
     defaults, and :class:`LayerwiseLR` for how rates are applied and the tags that are written.
 
     Args:
-        alpha: Noise floor relative to the group's median noise; larger pulls ratios to 1.
-        beta2: Decay of the noise average.
-        group_by: ``"role"``, ``"role_and_shape"`` or ``"all"``.
-        normalize_shape: Divide out the noise that a layer's shape alone would give.
-        floor: Smallest ratio, in (0, 1].
-        warmup: Noise updates before steering begins, and again as many to go over to it.
         lag: 1: readings of a step act at the next. 0: they act at once, as published.
         save_gradient: Keep the previous gradient in checkpoints.
         layers: Globs for the layers shown one by one.
         loggers: Loggers to write to by part of the class name; None for all.
-        exponent: Power of the quotient of two H; 1/4 as published.
-        relative_to: ``"quietest"``, or ``"mean"``, which keeps the geometric mean of a group's rates.
-        cap: Largest ratio under ``relative_to="mean"``.
-        dead_band: Relative change of a ratio that is too small to act on.
-        refresh: Noise updates between two changes of the ratios.
-        source: ``"successive"`` gradients, or ``"independent"`` ones: those of the processes under DDP, else the two
-            halves of an accumulation window.
-        bias_correction: Correct the noise average for its start at zero.
         apply: False for a dry run, which computes and logs and changes nothing.
         scale_weight_decay: Decoupled weight decay scales with the rate; False keeps it at the base rate.
         read_every: Read the noise at every so many-th step only.
+        **rule: The rule's own arguments, those of :class:`dynamon.rates.NoiseAdaptiveRates`: ``alpha``, ``beta2``,
+            ``group_by``, ``normalize_shape``, ``floor``, ``warmup`` and, where the paper leaves a choice open,
+            ``exponent``, ``relative_to``, ``cap``, ``dead_band``, ``refresh``, ``source``, ``bias_correction``.
 
     Raises:
         ValueError: Naming the argument that is out of range, or the optimizer that cannot be steered.
+        TypeError: On an argument that the rule does not have.
 
     Cost: one pass over the gradients at each step that is read. Memory: 2 copies of the parameters at a peak, 1 in
     between, the previous gradient.
@@ -340,46 +330,19 @@ class NoiseAdaptiveLR(LayerwiseLR):
 
     def __init__(
         self,
-        alpha: float = 0.1,
-        beta2: float = 0.98,
-        group_by: str = "role",
-        normalize_shape: bool = True,
-        floor: float = 0.1,
-        warmup: int = 20,
+        *,
         lag: int = 1,
         save_gradient: bool = True,
         layers: Sequence[str] | None = None,
         loggers: Sequence[str] | None = None,
-        *,
-        exponent: float = 0.25,
-        relative_to: str = "quietest",
-        cap: float = 10.0,
-        dead_band: float = 0.0,
-        refresh: int = 1,
-        source: str = "successive",
-        bias_correction: bool = True,
         apply: bool = True,
         scale_weight_decay: bool = True,
         read_every: int = 1,
+        **rule: Any,
     ) -> None:
         """Make the rule."""
-        rule = NoiseAdaptiveRates(
-            alpha,
-            beta2,
-            group_by,
-            normalize_shape,
-            floor,
-            warmup,
-            exponent=exponent,
-            relative_to=relative_to,
-            cap=cap,
-            dead_band=dead_band,
-            refresh=refresh,
-            source=source,
-            bias_correction=bias_correction,
-        )
         super().__init__(
-            rule,
+            NoiseAdaptiveRates(**rule),
             lag,
             save_gradient,
             layers,

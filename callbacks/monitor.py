@@ -10,10 +10,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from dynamon.callbacks.base import DynamonCallback, SteeringError, off_reason
+from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.health import HealthWatch, histories_of
 from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder
+from dynamon.health import Finding
 from dynamon.history import History
 from dynamon.layers import Layer, describe_layers, is_measurable, select
 from dynamon.panels import OVERHEAD, combined
@@ -56,12 +58,18 @@ class Monitor(DynamonCallback):
         self._failures = 0
         self._in_a_row = {meter.name: 0 for meter in self._meters}
         self._causes: set[str] = set()
-        self._stepped = False
+        self._stepped = self._measured = False
+        self._health = HealthWatch(type(self).__name__)
 
     @property
     def history(self) -> History:
         """Everything measured so far, as arrays by quantity."""
         return self._recorder.history
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What looks wrong in what this monitor has measured so far, see :mod:`dynamon.health`; the worst first."""
+        return self._health.findings(self.history)
 
     @property
     def overhead(self) -> float:
@@ -143,6 +151,9 @@ class Monitor(DynamonCallback):
         self._run.steps_seen += 1
         self._call_all("batch_end")
         self._run.forget_copies()
+        if self._measured and self._watches_health(trainer):
+            self._health.see(self._run, outputs, *histories_of(trainer))
+        self._measured = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""
@@ -156,6 +167,7 @@ class Monitor(DynamonCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock, and say what was never measured."""
         self._budget.stop()
+        self._last_look(trainer)
         for meter in self._meters:
             if self._run is not None and meter.is_missed() and not self.paused(meter) and not self._run.trying_out:
                 rank_zero_info(
@@ -173,6 +185,16 @@ class Monitor(DynamonCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop the clock."""
         self._budget.stop()
+        self._last_look(trainer)
+
+    def _last_look(self, trainer: pl.Trainer) -> None:
+        if self._run is not None and self._watches_health(trainer):
+            self._health.look(self._run, *histories_of(trainer), is_last=True)
+
+    def _watches_health(self, trainer: pl.Trainer) -> bool:
+        """Whether this monitor speaks for all of them: the first one does, on the first process."""
+        first = next(callback for callback in callbacks_of(trainer) if isinstance(callback, Monitor))
+        return first is self and trainer.is_global_zero and not is_tryout(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The meters' states: numbers and tensors by name; those loaded and not yet taken up stay as they are."""
@@ -200,6 +222,7 @@ class Monitor(DynamonCallback):
         try:
             getattr(meter, method)(self._run, *arguments)
             if meter.points > points:
+                self._measured = True
                 self._in_a_row[meter.name] = 0
                 with self._run.charge(meter.name):
                     self._finish()

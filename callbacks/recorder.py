@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 from dynamon.histograms import Histogram
 from dynamon.history import History
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.arrays import Array
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.convolution import bounds_of
 from dynamon.decay import DecayMemory, decoupled_decay
-from dynamon.gradients import Array
 from dynamon.histograms import histogram_table, histograms
 from dynamon.layers import Layer
 from dynamon.optim import steering_of

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamon.arrays import Array
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients
 from dynamon.norms import Norm, dual_norms, update_norm
 
-Array = np.ndarray[Any, np.dtype[Any]]
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
 _UNKNOWN = torch.tensor(torch.nan)
 

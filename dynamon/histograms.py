@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 
 _SHIFT = 20  # of a float32's 23 bits of mantissa the first 3 tell the bin: 8 bins an octave
 _LEVELS = 128  # bins on each side of zero: 16 octaves below the largest magnitude

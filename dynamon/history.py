@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 
 _LIMIT = 4096  # points a quantity; beyond it every second point is dropped, so memory stays bounded
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dynamon.gradients import Array, GradientReadings
+from dynamon.arrays import Array
+from dynamon.gradients import GradientReadings
 
 SOURCES = ("successive", "independent")
 

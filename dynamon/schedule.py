@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.ndimage import median_filter
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 
 FEWEST_READINGS = 10  # a median over a tenth of the run then rests on one at least
 POWERS = {"l2": 2.0, "l1": 1.0}

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 from dynamon.kernels import gram_iteration
 from dynamon.layers import Layer
 from dynamon.norms import Norm, sigma_factor

@@ -18,12 +18,12 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from dynamon.arrays import Array
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.callbacks.dynamics import PRESETS
 from dynamon.cli import picture
 from dynamon.cli.language_model import LanguageModel
 from dynamon.cli.text import standard_library_text, training_batches, validation_batches
-from dynamon.gradients import Array
 from dynamon.layers import describe_layers
 from dynamon.norms import iid_dual_norm, update_norm
 

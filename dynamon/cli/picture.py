@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 from dynamon.history import Series
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers

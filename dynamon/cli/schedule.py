@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 from dynamon.history import Series
 from dynamon.runs import last_step, read_run
 from dynamon.schedule import (

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dynamon.gradients import Array, GradientReadings
+from dynamon.arrays import Array
+from dynamon.gradients import GradientReadings
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, NoiseEstimator
 from dynamon.norms import Norm, iid_dual_norm

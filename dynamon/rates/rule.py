@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dynamon.gradients import Array, GradientReadings
+from dynamon.arrays import Array
+from dynamon.gradients import GradientReadings
 from dynamon.layers import Layer
 from dynamon.noise import NoiseEstimator
 from dynamon.norms import Norm

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamon.gradients import Array
+from dynamon.arrays import Array
 from dynamon.layers import Layer
 from dynamon.norms import Norm
 from dynamon.rates.ramp import Ramp

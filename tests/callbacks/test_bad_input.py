@@ -194,6 +194,8 @@ def test_a_gradient_that_is_not_finite_is_told_once() -> None:
             return loss * float("nan") if batch_idx == 5 else loss
 
     monitor = GradientMonitor(every_n_steps=1, strict=True)
-    with pytest.warns(UserWarning, match="step 5: the gradient holds .* NaN or infinite, first in network.0.weight"):
+    broken = pytest.warns(UserWarning, match="The training loss is not finite from step 5 on")
+    holds = "step 5: the gradient holds .* NaN or infinite, first in network.0.weight"
+    with broken, pytest.warns(UserWarning, match=holds):
         fit(Broken(mlp()), [monitor], steps=8)
     assert monitor.history["gradient/nonfinite"].values[5] == 195

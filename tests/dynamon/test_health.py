@@ -97,6 +97,26 @@ def test_a_loss_without_a_trend_raises_nothing(kind, alarms):
     assert found <= alarms
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_beginning_of_a_healthy_run_raises_nothing(seed):
+    """The rules are applied while a run goes on, to what there is."""
+    run = healthy(0.3, seed, 0.5 * (seed % 2))
+    for points in range(5, T, 10):
+        begin = RunData(*({n: first(s, points) for n, s in some.items()} for some in (run.scalars, run.tables)))
+        assert [one for one in findings(begin) if one.severity != "note"] == [], points
+
+
+def first(series, points):
+    return Series(series.steps[:points], series.values[:points], series.layers)
+
+
+def test_batches_that_come_in_one_order_are_noise():
+    """Eight batches of random labels, again and again: five apart they happen to be alike."""
+    order = [1.065, 1.261, 1.052, 1.246, 1.1, 1.051, 1.249, 1.371]
+    losses = Series(np.arange(32), np.array(order * 4) - 0.001 * np.arange(32))
+    assert [one for one in findings({"train/loss": losses}) if one.severity != "note"] == []
+
+
 def test_many_layers_raise_nothing():
     rng = np.random.default_rng(5)
     values = np.exp(rng.normal(size=(2000, 200)))
@@ -424,9 +444,11 @@ def test_a_run_of_nan(tmp_path):
     assert findings(monitor.history)[0].rule == "gradient/nonfinite"
 
 
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. The training loss rose")
 @pytest.mark.parametrize("optimizer", [adam(1e-2), sgd(0.1)])
 def test_a_run_with_a_dead_layer(optimizer, tmp_path):
-    run, _ = run_of(tmp_path, Dying(relu(), optimizer), samples(8))
+    with pytest.warns(UserWarning, match="DynamicsMonitor: The gradient of network.0.weight and .* is zero at step 60"):
+        run, _ = run_of(tmp_path, Dying(relu(), optimizer), samples(8))
     found = {finding.rule: finding for finding in findings(run)}
     dead = found.pop("gradient/dead")
     assert dead.step == 60 and set(found) <= {"loss/rising", "update/stopped"}

@@ -1,0 +1,43 @@
+"""What a rule says."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SEVERITIES = ("fault", "warning", "note")  # the worst first
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that looks wrong.
+
+    Attributes:
+        rule: Which rule found it.
+        severity: ``"fault"``: training is broken or about to be; ``"warning"``: worth a look; ``"note"``: good to
+            know.
+        step: Where it began.
+        layers: The layers concerned, the earliest or the worst first; none where it is about the whole run.
+        message: What was seen, in a sentence with its numbers.
+        advice: What one usually does about it.
+        numbers: The numbers in the message, by name.
+        tags: Tags and per-layer quantities that show it.
+    """
+
+    rule: str
+    severity: str
+    step: int
+    message: str
+    advice: str
+    layers: tuple[str, ...] = ()
+    numbers: dict[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: numbers that are not finite become text."""
+        numbers = {name: value if math.isfinite(value) else str(value) for name, value in self.numbers.items()}
+        return {**asdict(self), "numbers": numbers}
+
+
+def several(layers: tuple[str, ...]) -> str:
+    """One layer's name, or the first and how many more."""
+    return layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more layers"

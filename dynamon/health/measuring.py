@@ -1,0 +1,95 @@
+"""Steering at its bounds, measurements that failed, and those that were never taken."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from dynamon.health.finding import Finding
+from dynamon.health.loss import Loss
+from dynamon.health.series import LONG, to_the_end
+from dynamon.history import RunData
+
+_EIGENVALUES = ("stability_ratio", "hessian_max", "preconditioned_max", "ggn_max")
+
+
+def steering_at_bounds(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Half of the layers sit at a bound of the rule for long."""
+    bounded, table = data.scalars.get("lr/bounded"), data.tables.get("lr/ratio")
+    if bounded is None or table is None or not len(bounded):
+        return
+    layers = len(table.layers or ())
+    most = bounded.values >= max(layers / 2, 1)
+    start = to_the_end(most)
+    if len(most) - start < max(LONG, len(most) / 4):
+        return
+    count, low = float(np.median(bounded.values[start:])), float(np.nanmin(table.values))
+    last = table.values[-1]
+    at_bound = [i for i in range(layers) if last[i] <= low * 1.001 or last[i] >= float(np.nanmax(table.values)) > 1]
+    yield Finding(
+        "lr/bounded",
+        "warning",
+        int(bounded.steps[start]),
+        f"Steering holds {count:.0f} of {layers} layers at a bound of the rule, for {len(most) - start} readings.",
+        "Its wish is larger than the bounds allow: lower the base rate, or raise alpha for milder ratios, before "
+        "you widen the bounds.",
+        tuple((table.layers or ())[i] for i in at_bound),
+        {"layers": count, "ratio": low},
+        ("lr/bounded", "lr/ratio"),
+    )
+
+
+def failed_measurements(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Measurements that failed."""
+    series = data.scalars.get("dynamon/failures")
+    if series is not None and len(series) and series.values.max() > 0:
+        first, count = int(np.argmax(series.values > 0)), float(series.values.max())
+        yield Finding(
+            "dynamon/failures",
+            "warning",
+            int(series.steps[first]),
+            f"{count:.0f} measurements of dynamon failed; training was not touched.",
+            "The log of the run says why, once a cause; strict=True raises there. After three in a row a measurement "
+            "pauses.",
+            numbers={"failures": count},
+            tags=("dynamon/failures",),
+        )
+
+
+def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """What the budget did not carry. Only where its neighbours were measured: who did not ask for it misses nothing."""
+    scalars, overhead = data.scalars, data.scalars.get("dynamon/overhead")
+    raise_it = "Raise budget, set every_n_steps, or measure fewer quantities; a run of some hundred steps needs more."
+    if not any(tag.startswith(("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")) for tag in scalars):
+        yield Finding(
+            "dynamon/nothing",
+            "note",
+            max(data.last_step, 0),
+            "This run holds no readings of dynamon.",
+            "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks.",
+        )
+        return
+    converged = sum(len(scalars.get(f"sharpness/{name}", ())) for name in _EIGENVALUES)
+    unsolved = sum(len(scalars.get(f"sharpness/{name}_unconverged", ())) for name in _EIGENVALUES)
+    along = any(f"sharpness/{name}" in scalars for name in ("directional", "critical", "critical_multiple"))
+    everything = "gradient/norm" in scalars and "weight/operator" in data.tables
+    if overhead is not None and not converged and not unsolved and (along or everything):
+        share = float(overhead.values[-1])
+        yield Finding(
+            "dynamon/no_sharpness",
+            "note",
+            max(data.last_step, 0),
+            f"There is no eigenvalue of the curvature in this run; monitoring took {share:.2%} of training time.",
+            "Where a monitor was to measure it, its budget did not reach. " + raise_it,
+            numbers={"overhead": share},
+            tags=("dynamon/overhead",),
+        )
+    if unsolved >= 4 and unsolved > converged:
+        yield Finding(
+            "sharpness/unconverged",
+            "note",
+            max(data.last_step, 0),
+            f"{unsolved} of {converged + unsolved} eigenvalue solves did not converge: their values are lower bounds.",
+            "Raise max_matvecs or tol of SharpnessMonitor.",
+            numbers={"unconverged": unsolved, "converged": converged},
+            tags=("sharpness/stability_ratio_unconverged",),
+        )
