@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
+from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run, forget_frames
-from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, evaluation, trained_parameters
+from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter
+from dynamon.callbacks.room import room_for
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
     Eigenpairs,
@@ -33,7 +35,7 @@ from dynamon.curvature import (
     spectral_density,
     trace,
 )
-from dynamon.memory import basis_memory, free_memory
+from dynamon.curvature.parameters import FlatParameters
 from dynamon.panels import SHARPNESS, shown
 from dynamon.preconditioner import has_second_moment, preconditioned, preconditioner
 from dynamon.ranks import ran_out_of_memory
@@ -56,7 +58,8 @@ class _Point:
     """One measurement in the making."""
 
     run: Run
-    params: dict[str, Tensor]
+    params: FlatParameters  # as the loss sees them
+    owned: list[Tensor]  # as the optimizers do
     hessian: HessianOperator | MeanOverRanks
     optimizer: Optimizer | None
     readings: dict[str, float] = field(default_factory=dict)
@@ -132,27 +135,28 @@ class EigenvalueMeter(Meter):
             self._check_memory(run)
 
     def _check_memory(self, run: Run) -> None:
-        params = list(trained_parameters(run).values())
-        if not params:
+        trained = list(trained_parameters(run).values())
+        if not trained:
             return
-        limit = self._memory_limit * 2**30 if self._memory_limit else free_memory(params[0].device) / 2
-        density = (_DENSITY_STEPS + 1) * sum(p.numel() * max(p.element_size(), 4) for p in params)
-        needed = basis_memory(params, self._max_eigenvalues())
-        lacks = [basis_memory(params, certify=True) > limit, needed > limit, density > limit]
-        lacks = run.ranks.maximum(torch.tensor(lacks, dtype=torch.float64, device=params[0].device)).bool().tolist()
-        self._certify, self._too_large = not lacks[0], lacks[1]
-        if "density" in self._wanted and lacks[2]:
+        room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
+        self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
+        allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
+        if room.differences:
+            self._told.add("backend")
+            if "ggn" in self._wanted:
+                self._wanted -= {"ggn"}
+                rank_zero_warn("ggn is left out: it needs gathered parameters. Raise memory_limit to have it.")
+        if "density" in self._wanted and not room.has_density:
             self._wanted -= {"density"}
             rank_zero_warn(
-                f"density is left out: its vectors take {density / 2**30:.3g} GiB and {limit / 2**30:.3g} GiB are "
-                "allowed. Raise memory_limit to have it."
+                f"density is left out: its vectors take {room.density / 2**30:.3g} {allowed}. Raise memory_limit to "
+                "have it."
             )
         if self._too_large:
             self._steps.also("critical")
             rank_zero_warn(
-                f"the vectors of an eigenvalue solve take {needed / 2**30:.3g} GiB and {limit / 2**30:.3g} GiB are "
-                "allowed: critical sharpness, which needs forward passes only, is shown instead. Raise memory_limit "
-                "to have eigenvalues."
+                f"the vectors of an eigenvalue solve take {room.needed / 2**30:.3g} {allowed}: critical sharpness, "
+                "which needs forward passes only, is shown instead. Raise memory_limit to have eigenvalues."
             )
 
     def _max_eigenvalues(self) -> int:
@@ -190,7 +194,7 @@ class EigenvalueMeter(Meter):
 
     def make_room(self, run: Run) -> str | None:
         """Halve the probe."""
-        return self._probe.halve()
+        return self._probe.halve(run)
 
     def batch_end(self, run: Run) -> None:
         """Measure when due."""
@@ -211,11 +215,11 @@ class EigenvalueMeter(Meter):
         self.done(run)
 
     def _measure(self, run: Run) -> int:
-        params = trained_parameters(run)
         self._probe.agree(run)
-        with evaluation(run):
+        with self._probe.evaluation(run) as params:
             hessian = self._probe.hessian(run, params)
-            point = _Point(run, params, hessian, _only(run.trainer.optimizers))
+            owned = list(trained_parameters(run).values())
+            point = _Point(run, params, owned, hessian, _only(run.trainer.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
             if not math.isfinite(point.readings["sharpness/probe_loss"]):
                 raise FloatingPointError("the loss on the probe is not finite.")
@@ -293,8 +297,8 @@ class EigenvalueMeter(Meter):
         rates = steering_of(point.run.trainer, optimizer)
         ratios = {} if rates is None else rates.ratios
         ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
-        params = list(point.params.values())
-        scaling = stability_scaling(optimizer, params, [ratio_of.get(id(p), 1.0) for p in params])
+        factors = [ratio_of.get(id(p), 1.0) for p in point.owned]
+        scaling = stability_scaling(optimizer, point.owned, factors, point.params.space)
         point.readings["sharpness/left_out"] = float(scaling.left_out)
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
@@ -307,7 +311,7 @@ class EigenvalueMeter(Meter):
     def _preconditioned(self, point: _Point) -> None:
         optimizer = point.optimizer
         if optimizer is not None and has_second_moment(optimizer):
-            diagonal = preconditioner(optimizer, list(point.params.values()))
+            diagonal = preconditioner(optimizer, point.owned, point.params.space)
             self._solve(point, "preconditioned_max", preconditioned(point.hessian, diagonal))
         elif "preconditioned" not in self._told:
             self._told.add("preconditioned")
@@ -361,17 +365,17 @@ class EigenvalueMeter(Meter):
         for tag, vector, scaling in point.brackets:
             operator = other if scaling is None else stability_operator(other, scaling)
             vector = vector.to(operator.dtype)
-            point.readings[f"sharpness/{tag}_bracket"] = float(vector @ (operator @ vector))
+            point.readings[f"sharpness/{tag}_bracket"] = float(operator.space.inner(vector, operator @ vector))
             point.products += 1
 
     def _subspace(self, point: _Point, found: Eigenpairs) -> None:
-        space = found.vectors[:, : len(found.values)]
-        point.readings["sharpness/gradient_share"] = eigenspace_share(space, point.hessian.gradient)
+        space, where = found.vectors[:, : len(found.values)], point.params.space
+        point.readings["sharpness/gradient_share"] = eigenspace_share(space, point.hessian.gradient, where)
         update = self._steps.last_update(point.params)
         if update is not None:
-            point.readings["sharpness/update_share"] = eigenspace_share(space, update)
+            point.readings["sharpness/update_share"] = eigenspace_share(space, update, where)
         if self._space is not None and self._space.shape == space.shape:
-            point.readings["sharpness/eigenspace_overlap"] = eigenspace_overlap(self._space.to(space), space)
+            point.readings["sharpness/eigenspace_overlap"] = eigenspace_overlap(self._space.to(space), space, where)
         self._space = space
 
     def _density(self, point: _Point) -> None:
@@ -382,8 +386,8 @@ class EigenvalueMeter(Meter):
         point.readings["sharpness/bulk_edge"] = found.bulk_edge
 
     def _blockwise(self, point: _Point) -> None:
-        layers = [la for la in point.run.layers if la.parameter.numel()]
-        blocks = {la.name: [la.parameter] for la in layers if la.name in point.params}
+        tensors = dict(zip(point.params.names or [], point.params.tensors, strict=True))
+        blocks = {la.name: [tensors[la.name]] for la in point.run.layers if la.name in tensors}
         found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
         self._blocks = {name: pairs.vectors for name, pairs in found.items()}
         point.products += sum(pairs.matvecs for pairs in found.values())
@@ -467,10 +471,11 @@ class EigenvalueMeter(Meter):
     def state_dict(self) -> dict[str, Any]:
         """Trackers, their vectors where they are not large."""
         state: dict[str, Any] = {"points": self.points}
-        state["trackers"] = {tag: tracker.state_dict(SAVED_NUMBERS) for tag, tracker in self._trackers.items()}
-        if sum(v.numel() for v in self._blocks.values()) <= SAVED_NUMBERS:
+        most = SAVED_NUMBERS if self._probe.gathers else -1  # one process cannot save what each has a part of
+        state["trackers"] = {tag: tracker.state_dict(most) for tag, tracker in self._trackers.items()}
+        if sum(v.numel() for v in self._blocks.values()) <= most:
             state["blocks"] = dict(self._blocks)
-        if self._space is not None and self._space.numel() <= SAVED_NUMBERS:
+        if self._space is not None and self._space.numel() <= most:
             state["space"] = self._space
         return state
 

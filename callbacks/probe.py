@@ -1,23 +1,23 @@
 """The probe: samples of training that sharpness is measured on, kept for the whole run."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from dynamon.callbacks.evaluation import evaluation, trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks
+from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
+from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.shards import why_not_whole
 from dynamon.effects import changes, outside_state
-from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss, undisturbed
+from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
-_SEED = 20_240_801
 _SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
@@ -36,9 +36,11 @@ class ProbeMeter(Meter):
         weight: Name of an entry of the batch whose sum weighs it (a mask of tokens), or None for its samples.
         second: Whether to keep the second set.
 
-    Under DDP each process keeps a share of its own batches, and what is measured is that of all of them together.
+    Under DDP and FSDP2 each process keeps a share of its own batches, and what is measured is that of all of them
+    together.
 
     Attributes:
+        gathers: Whether parameters that are sharded are gathered while they are measured; else they stay so.
         samples_in_all: Samples in the probe of all processes, None where they cannot be told apart.
         second_in_all: Whether all have their second set.
     """
@@ -60,7 +62,7 @@ class ProbeMeter(Meter):
         self.share = batches * fraction  # of one batch, roughly: what an evaluation costs in training steps
         self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
         self._sets: list[list[dict[str, Any]]] = [[], []] if second else [[]]
-        self.off = False
+        self.off, self.gathers = False, True
         self.samples_in_all: int | None = None
         self.second_in_all = False
         self._parts: list[list[list[dict[str, Any]]]] = [[] for _ in self._sets]  # of all processes, for a checkpoint
@@ -74,7 +76,11 @@ class ProbeMeter(Meter):
         self.off = True
         if run.trainer.world_size > 1 and not run.ranks.several:
             name = type(run.trainer.strategy).__name__
-            rank_zero_warn(f"sharpness is off: of several processes it is measured under DDP only, and this is {name}.")
+            rank_zero_warn(
+                f"sharpness is off: of several processes it is measured under DDP and FSDP2 only, and this is {name}."
+            )
+        elif (split := why_not_whole(run.module, list(trained_parameters(run).values()), run.ranks.size)) is not None:
+            rank_zero_warn(f"sharpness is off: {split}.")
         elif run.ranks.several and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
             rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")
         elif self.loss_fn is None and not run.module.automatic_optimization:
@@ -138,8 +144,7 @@ class ProbeMeter(Meter):
         Raises:
             LookupError: Where this one has nothing.
         """
-        if not self._sets[0]:
-            raise LookupError("there is no batch for the probe.") from run.unsettled.get(self.name)
+        self._require_samples(run)
         numbers = [_numbers([entry["batch"] for entry in kept]) for kept in self._sets]
         full = [float(self._is_full(kept)) for kept in self._sets]
         known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
@@ -151,6 +156,10 @@ class ProbeMeter(Meter):
         if run.ranks.several:
             small = sum(found[: len(numbers)]) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
             self._gather(run, [is_full and small for is_full in are_full])
+
+    def _require_samples(self, run: Run) -> None:
+        if not self._sets[0]:
+            raise LookupError("there is no batch for the probe.") from run.unsettled.get(self.name)
 
     def _gather(self, run: Run, wanted: Sequence[bool]) -> None:
         """Have the parts of all processes here, once: a checkpoint holds what the first process saves."""
@@ -170,6 +179,19 @@ class ProbeMeter(Meter):
         """Whether the second set is there too."""
         return len(self._sets) > 1 and bool(self._sets[1]) and self._is_full(self._sets[1])
 
+    def evaluation(
+        self, run: Run, names: Collection[str] | None = None, moves: bool = False
+    ) -> AbstractContextManager[FlatParameters]:
+        """Where the loss may be evaluated again: :func:`dynamon.callbacks.evaluation.evaluation`.
+
+        Args:
+            run: The run.
+            names: Layers whose parameters are meant; None for all that are trained.
+            moves: Whether they are to be moved by as little as a step.
+        """
+        owned = {name: p for name, p in trained_parameters(run).items() if names is None or name in names}
+        return evaluation(run, owned, self.gathers, moves)
+
     def loss(self, run: Run, second: bool = False) -> Tensor:
         """Mean loss over this process's batches of the probe by their weights."""
         return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
@@ -178,19 +200,30 @@ class ProbeMeter(Meter):
         """The same over the batches of all processes, without a graph where there are several."""
         return run.ranks.mean(self.loss(run), self._total())
 
-    def hessian(self, run: Run, params: Mapping[str, Tensor], second: bool = False) -> HessianOperator | MeanOverRanks:
+    def hessian(self, run: Run, params: FlatParameters, second: bool = False) -> HessianOperator | MeanOverRanks:
         """The Hessian of the mean loss over the probe of all processes."""
+        if isinstance(params, ShardedParameters):
+            share = self._share(run, self._total(second))
+            return ShardedHessian(lambda: share * self.loss(run, second), params)
         return self.over_ranks(run, HessianOperator(lambda: self.loss(run, second), params), second)
 
     def over_ranks(self, run: Run, operator: OperatorT, second: bool = False) -> OperatorT | MeanOverRanks:
         """From an operator of this process's part of the probe to that of the whole."""
         return MeanOverRanks(operator, self._total(second), run.ranks) if run.ranks.several else operator
 
-    def batch_hessian(self, run: Run, params: Mapping[str, Tensor], batch: Any) -> HessianOperator | MeanOverRanks:
+    def batch_hessian(self, run: Run, params: FlatParameters, batch: Any) -> HessianOperator | MeanOverRanks:
         """The Hessian of the loss on a batch, that of all processes together."""
-        index = run.trainer.fit_loop.epoch_loop.batch_idx
+        index, weight = run.trainer.fit_loop.epoch_loop.batch_idx, self._weight_of(*counted(batch))
+        if isinstance(params, ShardedParameters):
+            share = self._share(run, weight)
+            return ShardedHessian(lambda: share * training_loss(run.module, batch, self.loss_fn, index), params)
         own = HessianOperator(lambda: training_loss(run.module, batch, self.loss_fn, index), params)
-        return MeanOverRanks(own, self._weight_of(*counted(batch)), run.ranks) if run.ranks.several else own
+        return MeanOverRanks(own, weight, run.ranks) if run.ranks.several else own
+
+    def _share(self, run: Run, weight: float) -> float:
+        """What this process's loss counts in the mean over the processes that FSDP2 takes."""
+        total = run.ranks.sum(torch.tensor(weight, dtype=torch.float64, device=run.module.device))
+        return weight * run.ranks.size / float(total)
 
     def _weight_of(self, part: Any, samples: int | None) -> float:
         return batch_weight(part, self._weight) if self._weight else float(samples or 1)
@@ -208,46 +241,60 @@ class ProbeMeter(Meter):
     def check(self, run: Run) -> None:
         """Once, before the first measurement: evaluate the loss twice, and be off if that changed anything for good.
 
+        Of several processes each looks at its own part; what one of them finds switches all of them off.
+
         Raises:
             ValueError: Instead, under ``strict=True``.
         """
-        if self._checked or run.ranks.several:  # one process alone cannot switch off what all measure
+        if self._checked:
             return
+        with run.ranks.measurement():
+            self._require_samples(run)
+            found = run.ranks.share(self._effect(run))
+            self._checked = True
+            reason = next((text for text in found if text is not None), None)
+            if reason is None:
+                return
+            self.off = True
+            sentence = (
+                f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); "
+                "pass loss_fn=lambda module, batch: ... that computes the loss and nothing else."
+            )
+            if run.strict:
+                raise ValueError(sentence)
+        rank_zero_warn(sentence)
+
+    def _effect(self, run: Run) -> str | None:
+        """What two evaluations change outside of the module, in words; None where there is nothing."""
         step, marks, losses = run.module.training_step, [], []
         for _ in range(2):
             marks.append(outside_state(run.module, step))
-            with evaluation(run):
+            with self.evaluation(run):
                 losses.append(float(self.loss(run).detach()))
         marks.append(outside_state(run.module, step))
-        self._checked = True
         # What changed the first time only is a cache that has been filled.
         changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
-        reason = f"it changes {', '.join(changed[:3])}" if changed else _difference(*losses)
-        if reason is None:
-            return
-        self.off = True
-        sentence = (
-            f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); pass "
-            "loss_fn=lambda module, batch: ... that computes the loss and nothing else."
-        )
-        if run.strict:
-            raise ValueError(sentence)
-        rank_zero_warn(sentence)
+        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*losses)
 
-    def halve(self) -> str | None:
+    def halve(self, run: Run) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
+
+        Several processes call it together, whichever of them ran out of memory. One that has two samples keeps them.
 
         Returns:
             One sentence the first time, None later and where nothing can be left out.
         """
         before = sum(_size(kept) for kept in self._sets)
         self._sets = [self._half(kept) for kept in self._sets]
-        if sum(_size(kept) for kept in self._sets) == before:
+        if sum(_size(kept) for kept in self._sets) == before and not run.ranks.several:
             return None
         self._halvings += 1
         self._want_less(1)
         self._parts = [[] for _ in self._sets]
-        return f"The probe is halved to {_size(self._sets[0])} samples." if self._halvings == 1 else None
+        if self._halvings > 1:
+            return None
+        here = "on each process" if run.ranks.several else f"to {_size(self._sets[0])} samples"
+        return f"The probe is halved {here}."
 
     def _half(self, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
         halves = []
@@ -288,25 +335,6 @@ def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:
     return entries[rank::size] if len(entries) >= size else []
 
 
-@contextmanager
-def evaluation(run: Run) -> Iterator[None]:
-    """Where the training loss may be evaluated again: nothing inside leaves a trace on the run."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
-        stack.enter_context(_loggers_muted(run.trainer))
-        stack.enter_context(run.trainer.precision_plugin.train_step_context())
-        yield
-
-
-def trained_parameters(run: Run) -> dict[str, Tensor]:
-    """The parameters that the optimizers move, by the names of their layers."""
-    moving = {id(p) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
-    tensors = {layer.name: layer.parameter for layer in run.all_layers}
-    return {name: p for name, p in tensors.items() if p.requires_grad and id(p) in moving}
-
-
 def check_probe(probe_batches: int, probe_fraction: float, loss_fn: object, probe_size: int | None = None) -> None:
     """Raise ValueError naming the argument that is out of range."""
     if probe_batches < 1:
@@ -328,17 +356,6 @@ def _difference(first: float, second: float) -> str | None:
     if math.isclose(first, second, rel_tol=_SAME) or not math.isfinite(first + second):
         return None
     return f"on the same samples with the same random numbers its loss was {first:.6g}, then {second:.6g}"
-
-
-@contextmanager
-def _loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
-    """What ``training_step`` writes to ``self.logger`` itself is written for its own batches only."""
-    loggers = trainer.loggers
-    trainer.loggers = [DummyLogger()] if loggers else []
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
 
 
 def _numbers(batch: Any) -> int | None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.callbacks.probe import ProbeMeter, evaluation, trained_parameters
+from dynamon.callbacks.probe import ProbeMeter
 from dynamon.curvature import (
     DirectionalSharpness,
     batch_sharpness,
@@ -18,6 +19,7 @@ from dynamon.curvature import (
     norm_sharpness,
 )
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.shards import local_part
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.panels import STEPS, shown
 
@@ -80,11 +82,17 @@ class StepMeter(Meter):
         guess = run.seconds_per_step * (0.1 + steps * self._probe.share + 5 * ("batch" in self._wanted))
         return guess if self._seconds is None else self._seconds
 
-    def last_update(self, params: Mapping[str, Tensor]) -> Tensor | None:
+    def last_update(self, params: FlatParameters) -> Tensor | None:
         """The update that was just made, flat in the order of ``params``; None where it was not kept."""
-        if set(params) - set(self._update):
+        names = params.names or []
+        if set(names) - set(self._update):
             return None
-        return torch.cat([self._update[name].reshape(-1) for name in params])
+        return params.space.join([self._update[name] for name in names])
+
+    def _known_update(self, params: FlatParameters) -> Tensor:
+        update = self.last_update(params)
+        assert update is not None
+        return update
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Measure what concerns the batch before it is trained on."""
@@ -97,14 +105,14 @@ class StepMeter(Meter):
         if self._probe.off:
             return
         self._on_batch = True
-        with run.together(self.name), evaluation(run):
-            self._batch = batch_sharpness([self._probe.batch_hessian(run, trained_parameters(run), batch)])
+        with run.together(self.name), self._probe.evaluation(run) as params:
+            self._batch = batch_sharpness([self._probe.batch_hessian(run, params, batch)])
         self._on_batch = False
 
     def make_room(self, run: Run) -> str | None:
         """Halve the probe; where a whole batch was too large, leave that quantity out."""
         if not self._on_batch:
-            return self._probe.halve()
+            return self._probe.halve(run)
         self._on_batch = False
         self._wanted -= {"batch"}
         return "Batch sharpness, which takes a whole batch, is left out from now on."
@@ -142,45 +150,51 @@ class StepMeter(Meter):
             self.done(run)
 
     def _along_update(self, run: Run, before: Mapping[str, Tensor]) -> dict[str, float]:
-        params = {name: p for name, p in trained_parameters(run).items() if name in before}
-        self._update = {name: p.detach() - before[name] for name, p in params.items()}
-        update = self.last_update(params) if params else None
+        weights = {name: local_part(p) for name, p in trained_parameters(run).items() if name in before}
+        self._update = {name: w - local_part(before[name]) for name, w in weights.items()}
         readings: dict[str, float] = {}
-        if update is None or not self._wanted or not self._probe.is_expected(run) or not bool(update.any()):
+        if not self._wanted or not self._probe.is_expected(run) or not self._has_moved(run):
             return readings
         self._probe.check(run)
         if self._probe.off:
             return readings
         self._probe.agree(run)
-        with evaluation(run):
-            if "directional" in self._wanted:
-                readings |= self._directional(run, params, update)
-            if "critical" in self._wanted:
-                readings |= self._critical(run, params, update)
+        if "directional" in self._wanted:
+            with self._probe.evaluation(run, self._update) as params:
+                readings |= self._directional(run, params)
+        if "critical" in self._wanted:
+            with self._probe.evaluation(run, self._update, moves=True) as params:
+                readings |= self._critical(run, params)
         return readings
 
-    def _directional(self, run: Run, params: Mapping[str, Tensor], update: Tensor) -> dict[str, float]:
+    def _has_moved(self, run: Run) -> bool:
+        """Whether the last step changed anything, on any process."""
+        moved = any(bool(step.any()) for step in self._update.values())
+        return bool(run.ranks.maximum(torch.tensor(float(moved), dtype=torch.float64, device=run.module.device)))
+
+    def _directional(self, run: Run, params: FlatParameters) -> dict[str, float]:
+        update = self._known_update(params)
         hessian = self._probe.hessian(run, params)
         found = directional_sharpness(hessian, update)
         readings = {
             "sharpness/directional": found.sharpness,
-            "sharpness/directional_norm": self._in_own_norm(run, found),
+            "sharpness/directional_norm": self._in_own_norm(run, params, update, found),
         }
         if found.curvature > 0:
             readings["sharpness/greedy_multiple"] = found.greedy_multiple_of_last_step
         return readings
 
-    def _in_own_norm(self, run: Run, found: DirectionalSharpness) -> float:
+    def _in_own_norm(self, run: Run, params: FlatParameters, update: Tensor, found: DirectionalSharpness) -> float:
         layers = {layer.name: layer for layer in run.all_layers}
         family = optimizer_family(run.trainer.optimizers[0])
         if family == "euclidean":  # one norm for all layers together
             return found.sharpness
-        norms = {name: update_norm(layers[name], family).primal for name in self._update}
-        return norm_sharpness(found.product, list(self._update.values()), norms).sharpness
+        norms = {name: update_norm(layers[name], family).primal for name in params.names or []}
+        return norm_sharpness(found.product, params.split(update), norms, params.space).sharpness
 
-    def _critical(self, run: Run, params: Mapping[str, Tensor], update: Tensor) -> dict[str, float]:
-        rate = _one_rate(run.trainer.optimizers)
-        with FlatParameters(params).moved(-update):  # where the step came from
+    def _critical(self, run: Run, params: FlatParameters) -> dict[str, float]:
+        rate, update = _one_rate(run.trainer.optimizers), self._known_update(params)
+        with params.moved(-update):  # where the step came from
             found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
         return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.curvature import LinearOperator
+from dynamon.curvature.shards import local_part
+from dynamon.curvature.spaces import VectorSpace
 
 
-def preconditioner(optimizer: Optimizer, params: Sequence[Tensor]) -> Tensor:
+def preconditioner(optimizer: Optimizer, params: Sequence[Tensor], space: VectorSpace | None = None) -> Tensor:
     r"""The diagonal P by which an Adam-type optimizer divides its step, from its own state.
 
     * ``exp_avg_sq`` in the state (Adam, AdamW, NAdam and others of their kind; RAdam up to its rectification):
@@ -21,7 +23,8 @@ def preconditioner(optimizer: Optimizer, params: Sequence[Tensor]) -> Tensor:
 
     Args:
         optimizer: Its groups and state are read, not changed.
-        params: The parameters, in the order of the flat vector.
+        params: The parameters as the optimizer has them, in the order of the flat vector.
+        space: Where the flat vector lies, if not all here.
 
     Returns:
         Flat ``[n]`` in the dtype of the parameters. NaN where the second moment is zero (a token never seen) or a
@@ -40,8 +43,9 @@ def preconditioner(optimizer: Optimizer, params: Sequence[Tensor]) -> Tensor:
     pieces = [second_moment_scale(optimizer.state.get(p), group_of[id(p)], p) for p in params]
     if all(piece is None for piece in pieces):
         raise ValueError(f"{type(optimizer).__name__} keeps no second moment, so it has no preconditioner.")
-    missing = [torch.full((p.numel(),), torch.nan, dtype=p.dtype, device=p.device) for p in params]
-    return torch.cat([m if piece is None else piece for piece, m in zip(pieces, missing, strict=True)])
+    missing = [torch.full((local_part(p).numel(),), torch.nan, dtype=p.dtype, device=p.device) for p in params]
+    space = space or VectorSpace(sum(p.numel() for p in params))
+    return space.join([m if piece is None else piece for piece, m in zip(pieces, missing, strict=True)])
 
 
 def has_second_moment(optimizer: Optimizer) -> bool:
@@ -60,7 +64,7 @@ def preconditioned(operator: LinearOperator, diagonal: Tensor) -> LinearOperator
 
 
 def second_moment_scale(state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor) -> Tensor | None:
-    """P of one parameter, flat; NaN where its second moment is zero, None without a second moment."""
+    """P of the part of a parameter that is here, flat; NaN where its second moment is zero, None where it has none."""
     if not state:
         return None
     eps = float(group.get("eps", 0.0))
@@ -85,7 +89,7 @@ _MOMENTS = {"exp_avg_sq", "square_avg", "exp_inf", "sum"}
 
 
 def _flat(moment: Tensor, p: Tensor) -> Tensor:
-    return moment.detach().reshape(-1).to(p.dtype)
+    return local_part(moment).reshape(-1).to(p.dtype)
 
 
 def _divisor(squared: Tensor, eps: float, warming: float) -> Tensor:

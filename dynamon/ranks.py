@@ -151,7 +151,8 @@ class Ranks:
 
     def _tell(self, error: Exception) -> None:
         error._dynamon_known_to_all = True  # type: ignore[attr-defined]
-        self._count(error)
+        # All draw the same conclusion, also one that failed of something else at the same time.
+        error._dynamon_out_of_memory = self._count(error)[1] > 0  # type: ignore[attr-defined]
         self._exchange(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}")
 
     def _count(self, error: Exception | None) -> tuple[int, int]:
@@ -185,6 +186,8 @@ def ran_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, here or on another process."""
     if isinstance(error, OthersFailedError):
         return error.out_of_memory
+    if hasattr(error, "_dynamon_out_of_memory"):
+        return bool(error._dynamon_out_of_memory)
     # The allocators of some devices, and of the CPU, raise a plain RuntimeError.
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))

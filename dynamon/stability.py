@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
+from dynamon.curvature.shards import local_part
+from dynamon.curvature.spaces import VectorSpace
 from dynamon.preconditioner import second_moment_scale
 
 
@@ -97,19 +99,23 @@ def stability_operator(hessian: LinearOperator, scaling: StabilityScaling) -> Li
     """
     signed = hessian if scaling.sign > 0 else scaling.sign * hessian
     if scaling.decay is not None:
-        signed = signed + Diagonal(scaling.decay)
+        signed = signed + Diagonal(scaling.decay, hessian.space)
     return signed.scaled(scaling.scale)
 
 
 def stability_scaling(
-    optimizer: Optimizer, params: Sequence[Tensor], ratios: Sequence[float] | None = None
+    optimizer: Optimizer,
+    params: Sequence[Tensor],
+    ratios: Sequence[float] | None = None,
+    space: VectorSpace | None = None,
 ) -> StabilityScaling:
     """Read the scaling of :func:`stability_ratio` off an optimizer's groups and state.
 
     Args:
         optimizer: SGD, Adam, AdamW or RMSprop of ``torch.optim`` (subclasses included).
-        params: The parameters, in the order of the flat coordinates.
+        params: The parameters as the optimizer has them, in the order of the flat coordinates.
         ratios: A factor on the learning rate for each parameter, or None for ones.
+        space: Where the flat coordinates lie, if not all here.
 
     Raises:
         ValueError: As for :func:`stability_ratio`.
@@ -121,6 +127,7 @@ def stability_scaling(
         )
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     factors = [1.0] * len(params) if ratios is None else list(ratios)
+    space = space or VectorSpace(sum(p.numel() for p in params))
     pieces, decays = [], []
     for p, factor in zip(params, factors, strict=True):
         if id(p) not in group_of:
@@ -128,9 +135,9 @@ def stability_scaling(
         group = group_of[id(p)]
         pieces.append(_squared_scale(optimizer, group, p, factor))
         decays.append(0.0 if _decoupled(group) else float(group.get("weight_decay", 0.0)))
-    squared = torch.cat(pieces)
+    squared = space.join(pieces)
     missing = squared.isnan()
-    left_out = int(missing.sum())
+    left_out = int(space.total(missing.sum()))
     if not any(optimizer.state.get(p) for p in params) and not isinstance(optimizer, SGD):
         raise ValueError("the optimizer has taken no step yet, so its stability ratio is not defined.")
     squared = squared.masked_fill(missing, 0.0)
@@ -139,11 +146,11 @@ def stability_scaling(
         raise ValueError("some groups maximize and some minimize: there is no single stability ratio.")
     decay = None
     if any(decays):
-        decay = torch.cat([torch.full_like(s, d) for s, d in zip(pieces, decays, strict=True)])
-    first = float(squared[0])
-    constant = first if decay is None and signs == {1.0} and isinstance(optimizer, SGD) else None
-    if constant is not None and not bool((squared == squared[0]).all()):
-        constant = None
+        decay = space.join([torch.full_like(s, d) for s, d in zip(pieces, decays, strict=True)])
+    constant = None
+    if decay is None and signs == {1.0} and isinstance(optimizer, SGD):
+        rates = {_sgd_factor(group_of[id(p)]) * factor for p, factor in zip(params, factors, strict=True)}
+        constant = float(torch.tensor(rates.pop(), dtype=squared.dtype)) if len(rates) == 1 else None
     return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, left_out)
 
 
@@ -184,10 +191,10 @@ def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ra
     """D / P of one parameter, flat; NaN where the second moment is zero or there is none: nothing moves there."""
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
-        return torch.full((p.numel(),), value, dtype=p.dtype, device=p.device)
+        return torch.full((local_part(p).numel(),), value, dtype=p.dtype, device=p.device)
     divisor = second_moment_scale(optimizer.state.get(p), group, p)
     if divisor is None:
-        return torch.full((p.numel(),), torch.nan, dtype=p.dtype, device=p.device)
+        return torch.full((local_part(p).numel(),), torch.nan, dtype=p.dtype, device=p.device)
     return _adaptive_factor(optimizer, group, ratio) / divisor
 
 

@@ -11,13 +11,15 @@ from dynamon.curvature.directional import (
     directional_sharpness,
     norm_sharpness,
 )
-from dynamon.curvature.distributed import MeanOverRanks, unsharded
+from dynamon.curvature.distributed import MeanOverRanks
 from dynamon.curvature.eigenpairs import Eigenpairs
 from dynamon.curvature.eigenvalues import top_eigenvalues
 from dynamon.curvature.ggn import GGNOperator
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.operators import Diagonal, LinearOperator
 from dynamon.curvature.outputs import OutputsOfLoss
+from dynamon.curvature.sharded import ShardedHessian, ShardedParameters
+from dynamon.curvature.shards import unsharded
 from dynamon.curvature.subspace import eigenspace_overlap, eigenspace_share
 from dynamon.curvature.trace import TraceEstimate, trace
 from dynamon.curvature.tracker import EigenTracker
@@ -36,6 +38,8 @@ __all__ = [
     "NoSecondDerivativeError",
     "NormSharpness",
     "OutputsOfLoss",
+    "ShardedHessian",
+    "ShardedParameters",
     "SpectralDensity",
     "TraceEstimate",
     "batch_sharpness",

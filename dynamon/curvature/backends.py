@@ -151,10 +151,11 @@ class FiniteDifference:
     def error(self, vector: Tensor) -> float:
         """Relative difference between two step sizes, the second one half of the first."""
         one, other = (self._difference(vector, step) for step in (self._step, self._step / 2))
-        return float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(other).clamp_min(1e-30))
+        norm = self._params.space.norm
+        return float(norm(one - other) / norm(other).clamp_min(1e-30))
 
     def _difference(self, vector: Tensor, step: float) -> Tensor:
-        norm = torch.linalg.vector_norm(vector)
+        norm = self._params.space.norm(vector)
         if not norm > 0:
             return torch.zeros_like(vector)
         ahead, behind = (self._gradient_at(sign * step / norm * vector) for sign in (1, -1))
@@ -218,6 +219,7 @@ def second_derivatives() -> Iterator[None]:
 
 
 _DECORATORS = torch.autograd.function.__file__
+_SHARDING = "torch.distributed.fsdp."
 _REFUSED = {
     "torch::autograd::Error": "the loss uses an operation marked once_differentiable, which has no second derivative.",
     "CheckpointFunctionBackward": "the loss uses reentrant activation checkpointing, which has no second derivative; "
@@ -238,8 +240,9 @@ def refuse_nodes(tensors: Sequence[Tensor]) -> None:
 
 
 def has_custom_functions(tensors: Sequence[Tensor]) -> bool:
-    """Whether a ``torch.autograd.Function`` of Python took part."""
-    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(tensors))
+    """Whether a ``torch.autograd.Function`` of Python took part, FSDP2's own left out: they pass gradients through."""
+    own = (node for node in _nodes(tensors) if isinstance(node, torch.autograd.function.BackwardCFunction))
+    return any(not getattr(node, "_forward_cls", type(node)).__module__.startswith(_SHARDING) for node in own)
 
 
 def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:

@@ -35,7 +35,8 @@ class BlockOperator(LinearOperator):
     def __init__(self, operator: _HasBlocks, places: Sequence[int]) -> None:
         """Remember whose block it is."""
         owners = [operator.parameters.tensors[i] for i in places]
-        super().__init__(sum(p.numel() for p in owners), owners[0].dtype, owners[0].device)
+        space = operator.parameters.subset(places).space
+        super().__init__(space.size, owners[0].dtype, owners[0].device, space)
         self._operator, self._places = operator, list(places)
 
     @property
@@ -86,6 +87,6 @@ def blockwise_sharpness(
     for name, chosen in blocks.items():
         block = BlockOperator(operator, operator.parameters.block(chosen))
         warm = (warm_starts or {}).get(name)
-        warm = warm if warm is not None and warm.shape[0] == block.shape[0] else None
+        warm = warm if warm is not None and warm.shape[0] == block.space.length else None
         found[name] = judged(lanczos_eigenpairs(block, 1, tol, max_matvecs, warm, False, seed), block, tol)
     return found

@@ -43,7 +43,7 @@ class CriticalSharpness:
 
 def critical_sharpness(
     loss_fn: Callable[[], Tensor],
-    params: Parameters,
+    params: Parameters | FlatParameters,
     update: Tensor,
     *,
     rate: float | None = None,
@@ -72,10 +72,10 @@ def critical_sharpness(
 
     Cost: usually 5 to 7 forward passes, a host read each. Reference: Kalra et al., arXiv 2601.16979.
     """
-    flat = FlatParameters(params)
+    flat = FlatParameters.of(params)
     if update.shape != (flat.size,):
         raise ValueError(f"update must have shape [{flat.size}], got {tuple(update.shape)}.")
-    if not bool(update.any()):
+    if not float(flat.space.total(update.any().double())):
         raise ValueError("the update is zero, so there is no critical multiple of it.")
     if not 0 < tol < 1 or max_evaluations < 3:
         raise ValueError(f"tol must lie in (0, 1) and max_evaluations be 3 or more, got {tol} and {max_evaluations}.")

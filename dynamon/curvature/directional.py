@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dynamon.curvature.distributed import MeanOverRanks
 from dynamon.curvature.hessian import HessianOperator
+from dynamon.curvature.spaces import VectorSpace, space_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def directional_sharpness(hessian: Any, direction: Tensor, gradient: Tensor | No
     gradient = hessian.gradient if gradient is None else gradient
     product = hessian @ direction
     pairs = [(direction, direction), (gradient, direction), (direction, product)]
-    squared, slope, curvature = torch.stack([a.double() @ b.double() for a, b in pairs]).tolist()
+    sums = torch.stack([a.double() @ b.double() for a, b in pairs])
+    squared, slope, curvature = space_of(hessian).total(sums).tolist()
     if squared == 0:
         raise ValueError("the direction is zero, so there is no curvature along it.")
     return DirectionalSharpness(curvature / squared, slope, curvature, product)
@@ -83,6 +85,7 @@ def norm_sharpness(
     product: Tensor,
     direction: Sequence[Tensor],
     norms: Mapping[str, Callable[[Tensor], Tensor]],
+    space: VectorSpace | None = None,
 ) -> NormSharpness:
     r"""Sharpness along a step in the norm the optimizer works in: :math:`d^\top H d / \|d\|^2`.
 
@@ -94,6 +97,7 @@ def norm_sharpness(
         product: ``H d``, flat ``[n]``, as :func:`directional_sharpness` returns it.
         direction: The step, one tensor a layer, in the order of the flat vector.
         norms: Each layer's primal norm by name, in the same order.
+        space: Where the numbers of product and step lie, if not all here: they are those of each layer that are.
 
     Raises:
         ValueError: If lengths do not fit, or the step is zero.
@@ -103,9 +107,11 @@ def norm_sharpness(
     sizes = [d.numel() for d in direction]
     if sum(sizes) != product.numel() or len(norms) != len(direction):
         raise ValueError(f"{len(norms)} norms and {sum(sizes)} numbers do not fit a product of {product.numel()}.")
-    lengths = torch.stack([norm(d).double() for norm, d in zip(norms.values(), direction, strict=True)])
+    whole = direction if space is None else [space.piece(d, place) for place, d in enumerate(direction)]
+    lengths = torch.stack([norm(d).double() for norm, d in zip(norms.values(), whole, strict=True)])
     pieces = zip(direction, product.split(sizes), strict=True)
     curvatures = torch.stack([d.reshape(-1).double() @ part.double() for d, part in pieces])
+    curvatures = curvatures if space is None else space.total(curvatures)
     table = torch.stack([lengths, curvatures]).cpu()
     lengths, curvatures = table[0], table[1]
     longest = float(lengths.max())

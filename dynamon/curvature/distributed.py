@@ -1,18 +1,15 @@
-"""Curvature of a loss whose samples, or whose parameters, are spread over processes."""
+"""Curvature of a loss whose samples are spread over processes."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.ranks import Ranks
-
-_FLAGS = ("post_forward_mesh_info", "reshard_after_backward", "reduce_grads", "all_reduce_grads")
 
 
 class MeanOverRanks(LinearOperator):
@@ -40,7 +37,7 @@ class MeanOverRanks(LinearOperator):
 
     def __init__(self, operator: LinearOperator, weight: float = 1.0, group: Any = None) -> None:
         """Sum the weights over the processes, and take the mean of what is there already."""
-        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        super().__init__(operator.shape[0], operator.dtype, operator.device, operator.space)
         own: Any = operator
         self._operator, self._group = own, group
         total = self._sum(torch.tensor(weight, dtype=torch.float64, device=operator.device))
@@ -82,46 +79,3 @@ class MeanOverRanks(LinearOperator):
             return float(self._group.maximum(error))
         dist.all_reduce(error, dist.ReduceOp.MAX, group=self._group)
         return float(error)
-
-
-@contextmanager
-def unsharded(module: nn.Module) -> Iterator[None]:
-    """Whole parameters on every process, so that the loss of an FSDP2 module can be differentiated twice.
-
-    Inside, ``module.parameters()`` are plain tensors, gradients are neither scattered nor summed, and nothing is
-    resharded; take the parameters and build the operator there. At exit the shards and the flags of every
-    ``FSDPModule`` are what they were. A module without FSDP2 is left alone.
-
-    Args:
-        module: A module, or part of it, that ``fully_shard`` was applied to.
-
-    Memory: all parameters of the module on each process while inside.
-    """
-    from torch.distributed.fsdp import FSDPModule  # half a second, and not in every build of torch
-
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    groups = [group for part in parts for group in _parameter_groups(part)]
-    kept = [{flag: getattr(group, flag) for flag in _FLAGS} for group in groups]
-    automatic = [part._get_fsdp_state()._auto_reshard_after_forward for part in parts]
-    try:
-        for part in parts:
-            part.set_reshard_after_forward(False, recurse=False)
-            part.set_reshard_after_backward(False, recurse=False)
-            part.set_requires_gradient_sync(False, recurse=False)
-            part.unshard()
-        yield
-    finally:
-        for part, flag in zip(parts, automatic, strict=True):
-            part.reshard()
-            part._get_fsdp_state()._auto_reshard_after_forward = flag
-        for group, flags in zip(groups, kept, strict=True):
-            for name, value in flags.items():
-                setattr(group, name, value)
-
-
-def _parameter_groups(part: Any) -> list[Any]:
-    """The internal groups of an FSDP module: several in torch 2.13, one or none before."""
-    state = part._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []

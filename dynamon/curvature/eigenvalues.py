@@ -10,6 +10,7 @@ from dynamon.curvature.ggn import GGNOperator
 from dynamon.curvature.gram import gram_eigenpairs
 from dynamon.curvature.lanczos import lanczos_eigenpairs
 from dynamon.curvature.power import power_eigenpairs
+from dynamon.curvature.spaces import space_of
 
 METHODS = ("lanczos", "power", "gram")
 
@@ -100,7 +101,8 @@ def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, war
         raise ValueError(f"max_matvecs must be a whole number, at least {max(2, k)}, got {max_matvecs!r}.")
     if warm_start is not None and not isinstance(warm_start, Tensor):
         raise ValueError(f"warm_start must be a tensor [n] or [n, m], got {type(warm_start).__name__}.")
-    if warm_start is not None and warm_start.shape[0] != operator.shape[0]:
+    rows = space_of(operator).length
+    if warm_start is not None and warm_start.shape[0] != rows:
         raise ValueError(
-            f"warm_start must have {operator.shape[0]} rows, got {warm_start.shape[0]}: it belongs to another operator."
+            f"warm_start must have {rows} rows, got {warm_start.shape[0]}: it belongs to another operator."
         )

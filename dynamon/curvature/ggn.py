@@ -54,11 +54,13 @@ class GGNOperator(LinearOperator):
 
     backend = "double_backward"
 
-    def __init__(self, output_fn: Callable[[], Outputs], loss_fn: Callable[..., Tensor], params: Parameters) -> None:
+    def __init__(
+        self, output_fn: Callable[[], Outputs], loss_fn: Callable[..., Tensor], params: Parameters | FlatParameters
+    ) -> None:
         """Evaluate outputs and loss and keep the graphs of both."""
-        self.parameters = FlatParameters(params)
+        self.parameters = FlatParameters.of(params)
         first = self.parameters.tensors[0]
-        super().__init__(self.parameters.size, first.dtype, first.device)
+        super().__init__(self.parameters.size, first.dtype, first.device, self.parameters.space)
         with twice_differentiable(self.parameters):
             given = output_fn()
             self._outputs = _as_tensors(given)

@@ -61,13 +61,15 @@ class HessianOperator(LinearOperator):
     vectors of length n and what a gradient takes.
     """
 
-    def __init__(self, loss_fn: Callable[[], Tensor], params: Parameters, *, backend: str = "auto") -> None:
+    def __init__(
+        self, loss_fn: Callable[[], Tensor], params: Parameters | FlatParameters, *, backend: str = "auto"
+    ) -> None:
         """Evaluate the loss and settle on a backend."""
         if backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}.")
-        self.parameters = FlatParameters(params)
+        self.parameters = FlatParameters.of(params)
         first = self.parameters.tensors[0]
-        super().__init__(self.parameters.size, first.dtype, first.device)
+        super().__init__(self.parameters.size, first.dtype, first.device, self.parameters.space)
         self._loss_fn, self._may_change = loss_fn, backend == "auto"
         self.reason: str | None = None
         self._engine = self._choose(backend)

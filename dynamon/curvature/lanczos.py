@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from dynamon.curvature.eigenpairs import Eigenpairs
+from dynamon.curvature.spaces import space_of
 
 _TRACKED = 2  # Ritz vectors returned beyond the wanted ones: with them a warm start sees what is about to overtake
 _MINIMUM = {0: 8, 1: 16, 2: 12}  # products before a run may stop, by the number of warm start vectors
@@ -109,7 +110,7 @@ class _Run:
 
     def _judge(self, ritz: "Ritz") -> _Outcome | None:
         """Whether what has settled is final; if there is more to look for, the space is made ready for that."""
-        own, whole = ritz.residuals[: self._k], self._before is None and len(ritz.values) == self._state.basis.shape[1]
+        own, whole = ritz.residuals[: self._k], self._before is None and len(ritz.values) == self._state.space.size
         if self._k == 1 or not self._may_restart or whole:
             return ritz, own, True
         fresh = self._noise()
@@ -138,7 +139,7 @@ class _Run:
         if state.full and self._may_restart:
             state.restart(self._k + 3)
         elif state.full:
-            state.grow(min(_GROWTH, state.basis.shape[1] - state.size))
+            state.grow(min(_GROWTH, state.space.size - state.size))
 
     def _noise(self) -> Tensor:
         return random_start(self._state.operator, None, self._seed + 1 + self._state.matvecs)
@@ -164,11 +165,11 @@ class Lanczos:
     """
 
     def __init__(self, operator: Any, start: Tensor, basis_size: int) -> None:
-        self.operator = operator
+        self.operator, self.space = operator, space_of(operator)
         self.dtype = getattr(operator, "dtype", start.dtype)  # half precision operators have a float32 basis
         self.capacity = basis_size
         self.basis = start.new_zeros(basis_size + 1, start.shape[0])
-        self.basis[0] = start / torch.linalg.vector_norm(start)
+        self.basis[0] = start / self.space.norm(start)
         self.projected = start.new_zeros(basis_size + 1, basis_size, dtype=torch.float64)
         self.size = 0
         self.kept = 0  # leading columns that came through a restart
@@ -192,11 +193,11 @@ class Lanczos:
             j = self.size
             product = (self.operator @ self.basis[j].to(self.dtype)).to(self.basis)
             known = self.basis[: j + 1]
-            coefficients = known @ product
+            coefficients = self.space.inner(known, product)
             product = product - known.mT @ coefficients
-            correction = known @ product
+            correction = self.space.inner(known, product)
             product = product - known.mT @ correction
-            norm = torch.linalg.vector_norm(product)
+            norm = self.space.norm(product)
             self.projected[: j + 1, j] = (coefficients + correction).double()
             self.projected[j + 1, j] = norm.double()
             self.basis[j + 1] = product / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -228,7 +229,7 @@ class Lanczos:
         for j in range(self.kept, self.size):  # kept columns couple through the arrow instead
             if abs(read[j + 1, j]) <= floor:
                 return j + 1, True
-        return self.size, self.size == self.basis.shape[1]
+        return self.size, self.size == self.space.size
 
     def restart(self, keep: int) -> None:
         """Shrink the basis to the top Ritz vectors, the bottom one and the residual vector (thick restart)."""
@@ -249,8 +250,8 @@ class Lanczos:
         """Go on outside the invariant space of the first vectors, where repeated eigenvalues show again."""
         known = self.basis[:size]
         for _ in range(2):
-            fresh = fresh - known.mT @ (known @ fresh)
-        self.basis[size] = fresh / torch.linalg.vector_norm(fresh)
+            fresh = fresh - known.mT @ self.space.inner(known, fresh)
+        self.basis[size] = fresh / self.space.norm(fresh)
         self.projected[size:] = 0
         self.projected[:, size:] = 0
         self.size = self.kept = size
@@ -272,7 +273,7 @@ class Lanczos:
             product = (self.operator @ x.to(self.dtype)).to(x)
             self.matvecs += 1
             vectors.append(product - value * x)
-            found.append(float(torch.linalg.vector_norm(vectors[-1])))
+            found.append(float(self.space.norm(vectors[-1])))
         return np.array(found), vectors[int(np.argmax(found))]
 
     def vectors(self, ritz: Ritz, count: int) -> Tensor:
@@ -336,23 +337,23 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
     """A start vector from a seed: noise, or the mix of a warm start's vectors with some noise."""
     device = getattr(operator, "device", torch.device("cpu")) if warm_start is None else warm_start.device
     dtype = getattr(operator, "dtype", torch.float32) if warm_start is None else warm_start.dtype
-    generator = torch.Generator(device).manual_seed(seed)
+    space = space_of(operator)
     dtype = torch.promote_types(dtype, torch.float32)
-    noise = torch.randn(operator.shape[0], generator=generator, device=device, dtype=dtype)
-    noise = noise / torch.linalg.vector_norm(noise)
+    noise = torch.randn(space.length, generator=space.generator(seed, device), device=device, dtype=dtype)
+    noise = noise / space.norm(noise)
     if warm_start is None:
         return noise
     mix = (warm_start if warm_start.ndim == 1 else warm_start.sum(1)).to(dtype)
-    norm = torch.linalg.vector_norm(mix)
+    norm = space.norm(mix)
     return mix / norm.clamp_min(torch.finfo(dtype).tiny) + _NOISE * noise
 
 
 def _turned(start: Tensor, operator: Any) -> Tensor:
     """Half noise, half the direction that an operator thinks likely."""
     likely = operator.likely_direction() if hasattr(operator, "likely_direction") else None
-    if likely is None or len(start) == 1:  # in one dimension the two can cancel
+    if likely is None or operator.shape[0] == 1:  # in one dimension the two can cancel
         return start
     likely = likely.to(start)
-    length = torch.linalg.vector_norm(likely)
+    length = space_of(operator).norm(likely)
     usable = torch.isfinite(length) & (length > 0)
     return start + torch.where(usable, likely / length, torch.zeros_like(likely))

@@ -7,6 +7,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import Tensor
 
+from dynamon.curvature.spaces import VectorSpace
+
 
 class LinearOperator:
     """A symmetric operator on flat vectors, known by its products.
@@ -15,9 +17,11 @@ class LinearOperator:
         size: Length n of the vectors.
         dtype: Dtype of the vectors.
         device: Device of the vectors.
+        space: Where the numbers of a vector lie; all here if None.
 
     Attributes:
         shape: ``(n, n)``.
+        space: Where the numbers of a vector lie.
         dtype: Dtype of the vectors.
         device: Device of the vectors.
         backend: How the products are made.
@@ -28,9 +32,10 @@ class LinearOperator:
 
     backend = "exact"
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, space: VectorSpace | None = None) -> None:
         """Remember what vectors look like."""
-        self.shape = (size, size)
+        self.space = VectorSpace(size) if space is None else space
+        self.shape = (self.space.size, self.space.size)
         self.dtype = dtype
         self.device = device
 
@@ -53,8 +58,9 @@ class LinearOperator:
         """
         if not isinstance(vectors, Tensor):
             raise ValueError(f"expected a tensor, got {type(vectors).__name__}; to_scipy() is for NumPy arrays.")
-        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.shape[1]:
-            raise ValueError(f"expected [{self.shape[1]}] or [{self.shape[1]}, k], got {tuple(vectors.shape)}.")
+        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.space.length:
+            length = self.space.length
+            raise ValueError(f"expected [{length}] or [{length}, k], got {tuple(vectors.shape)}.")
         if vectors.ndim == 1:
             return self._product(vectors)
         if vectors.shape[1] == 0:
@@ -91,8 +97,8 @@ class LinearOperator:
 
     def scaled(self, scale: Tensor) -> "LinearOperator":
         """The operator ``S A S`` with ``S = diag(scale)``, ``scale`` of shape ``[n]``."""
-        if scale.shape != self.shape[:1]:
-            raise ValueError(f"scale must have shape [{self.shape[0]}], got {tuple(scale.shape)}.")
+        if scale.shape != (self.space.length,):
+            raise ValueError(f"scale must have shape [{self.space.length}], got {tuple(scale.shape)}.")
         return _Combined([self], lambda v: scale * self._product(scale * v), lambda v: scale * v)
 
     def to_scipy(self) -> ScipyOperator:
@@ -106,11 +112,11 @@ class LinearOperator:
 
 
 class Diagonal(LinearOperator):
-    """Multiplication by a vector ``[n]``, entry by entry."""
+    """Multiplication by a vector ``[n]``, entry by entry; ``space`` says where its numbers lie, if not all here."""
 
-    def __init__(self, diagonal: Tensor) -> None:
+    def __init__(self, diagonal: Tensor, space: VectorSpace | None = None) -> None:
         """Keep the vector."""
-        super().__init__(diagonal.numel(), diagonal.dtype, diagonal.device)
+        super().__init__(diagonal.numel(), diagonal.dtype, diagonal.device, space)
         self._diagonal = diagonal
 
     def _product(self, vector: Tensor) -> Tensor:
@@ -126,7 +132,7 @@ class _Combined(LinearOperator):
         product: Callable[[Tensor], Tensor],
         argument: Callable[[Tensor], Tensor] = lambda vector: vector,
     ) -> None:
-        super().__init__(parts[0].shape[0], parts[0].dtype, parts[0].device)
+        super().__init__(parts[0].shape[0], parts[0].dtype, parts[0].device, parts[0].space)
         self._parts, self._combined, self._argument = parts, product, argument
         names = dict.fromkeys(part.backend for part in parts if not isinstance(part, Diagonal))
         self.backend = " + ".join(names) or "exact"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynamon.curvature.spaces import VectorSpace
 from dynamon.names import is_chosen, plain_name
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module
@@ -18,16 +19,19 @@ class FlatParameters:
     Args:
         params: The parameters, or a mapping from their names (``dict(model.named_parameters())``), which lets a
             block be named.
+        space: Where the numbers of vectors lie; all here if None.
 
     Attributes:
         tensors: The parameters.
-        size: Length n of the flat vector.
+        names: Their names, where they are known.
+        size: Length of the flat vector.
+        space: Where its numbers lie.
 
     Raises:
         ValueError: On no parameters, or parameters on several devices or in several dtypes.
     """
 
-    def __init__(self, params: Parameters) -> None:
+    def __init__(self, params: Parameters, space: VectorSpace | None = None) -> None:
         """Check and keep them."""
         self.names, self.tensors = _names_and_tensors(params)
         if not self.tensors:
@@ -41,7 +45,13 @@ class FlatParameters:
             raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
         self._sizes = [p.numel() for p in self.tensors]
         self.size = sum(self._sizes)
+        self.space = VectorSpace(self.size) if space is None else space
         self.mark_unchanged()
+
+    @staticmethod
+    def of(params: "Parameters | FlatParameters") -> "FlatParameters":
+        """Parameters that may have been flattened already."""
+        return params if isinstance(params, FlatParameters) else FlatParameters(params)
 
     def mark_unchanged(self) -> None:
         """Take the weights as they are now for those that :meth:`check_unchanged` compares with."""
@@ -145,10 +155,14 @@ class FlatParameters:
             for p, data in zip(self.tensors, kept, strict=True):
                 p.data = data
 
+    def _hooked(self) -> list[Tensor]:
+        """The tensors that people hang hooks on."""
+        return self.tensors
+
     @contextmanager
     def hooks_off(self) -> Iterator[None]:
         """Parameter hooks (clamping, logging) are meant for gradients of training, not for products."""
-        registries = [getattr(p, name) for p in self.tensors for name in _HOOKS]
+        registries = [getattr(p, name) for p in self._hooked() for name in _HOOKS]
         hooked = [(hooks, dict(hooks)) for hooks in registries if hooks]
         for hooks, _ in hooked:
             hooks.clear()

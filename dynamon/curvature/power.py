@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dynamon.curvature.eigenpairs import Eigenpairs
 from dynamon.curvature.lanczos import random_start
+from dynamon.curvature.spaces import space_of
 
 _MINIMUM = 8  # products before a run may stop, and before the shift is chosen
 _POSITIVE = 0.9  # Rayleigh quotient over length of the product, from which on the dominant eigenvalue is positive
@@ -61,6 +62,7 @@ class _Run:
 
     def __init__(self, operator: Any, known: Tensor, shift: float, scale: float, start: Tensor, seed: int) -> None:
         self._operator, self._known, self.shift, self._scale, self._seed = operator, known, shift, scale, seed
+        self._space = space_of(operator)
         self.vector = self._unit(start)
         self.value, self.residual, self.smallest = 0.0, float("inf"), float("inf")
         self.matvecs, self.converged = 0, False
@@ -70,12 +72,12 @@ class _Run:
         """Multiply until residual and change are small, or the products are spent."""
         for _ in range(max_matvecs):
             product = self._product()
-            value, moved = float(self.vector @ product), product - self.shift * self.vector
-            length = float(torch.linalg.vector_norm(moved))
+            value, moved = float(self._space.inner(self.vector, product)), product - self.shift * self.vector
+            length = float(self._space.norm(moved))
             scale = tol * max(abs(value), abs(self.shift), self._scale)
             error = self._outside(product - value * self.vector)
-            self.residual = float(torch.linalg.vector_norm(product - value * self.vector))
-            steady = float(torch.linalg.vector_norm(error)) <= scale and abs(value - self.value) <= scale
+            self.residual = float(self._space.norm(product - value * self.vector))
+            steady = float(self._space.norm(error)) <= scale and abs(value - self.value) <= scale
             self.value, self.smallest = value, min(self.smallest, value)
             share = (value - self.shift) / length if length else 1.0
             if steady and self.matvecs >= _MINIMUM and share >= _POSITIVE:
@@ -106,9 +108,9 @@ class _Run:
     def _outside(self, vector: Tensor) -> Tensor:
         """The part of a vector that is orthogonal to those known."""
         for _ in range(2):
-            vector = vector - self._known @ (self._known.mT @ vector)
+            vector = vector - self._known @ self._space.inner(self._known.mT, vector)
         return vector
 
     def _unit(self, vector: Tensor) -> Tensor:
         vector = self._outside(vector)
-        return vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+        return vector / self._space.norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)

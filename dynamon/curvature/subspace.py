@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
+from dynamon.curvature.spaces import VectorSpace
 
-def eigenspace_share(vectors: Tensor, direction: Tensor) -> float:
+
+def eigenspace_share(vectors: Tensor, direction: Tensor, space: VectorSpace | None = None) -> float:
     r"""Share of a vector's squared length that lies in a subspace: :math:`\|V^\top d\|^2 / \|d\|^2`.
 
     Args:
         vectors: Orthonormal columns ``[n, k]``, say the first k of :attr:`Eigenpairs.vectors`.
         direction: Flat ``[n]``: a gradient or an update.
+        space: Where the numbers of vectors lie, if not all here.
 
     Returns:
         Between 0 and 1; NaN for a zero vector. A random vector has k / n.
@@ -17,16 +20,18 @@ def eigenspace_share(vectors: Tensor, direction: Tensor) -> float:
     Cost: one product with k vectors, one host read. Reference: Gur-Ari et al., "Gradient descent happens in a tiny
     subspace", arXiv 1812.04754.
     """
-    inside = torch.linalg.vector_norm(vectors.mT @ direction.to(vectors)).double() ** 2
-    return float(inside / torch.linalg.vector_norm(direction).double() ** 2)
+    space = space or VectorSpace(len(direction))
+    inside = torch.linalg.vector_norm(space.inner(vectors.mT, direction.to(vectors))).double() ** 2
+    return float(inside / space.norm(direction).double() ** 2)
 
 
-def eigenspace_overlap(vectors: Tensor, others: Tensor) -> float:
+def eigenspace_overlap(vectors: Tensor, others: Tensor, space: VectorSpace | None = None) -> float:
     r"""How much two subspaces have in common: :math:`\|V^\top W\|_F^2 / k`, k the smaller dimension.
 
     Args:
         vectors: Orthonormal columns ``[n, k]``.
         others: Orthonormal columns ``[n, m]``.
+        space: Where the numbers of vectors lie, if not all here.
 
     Returns:
         1 where one contains the other, 0 where they are orthogonal; random ones have about m / n.
@@ -34,4 +39,5 @@ def eigenspace_overlap(vectors: Tensor, others: Tensor) -> float:
     Reference: Gur-Ari et al., arXiv 1812.04754.
     """
     smaller = min(vectors.shape[1], others.shape[1])
-    return float((vectors.mT @ others.to(vectors)).double().square().sum() / smaller)
+    space = space or VectorSpace(len(vectors))
+    return float(space.inner(vectors.mT, others.to(vectors)).double().square().sum() / smaller)

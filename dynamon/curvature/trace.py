@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from dynamon.curvature.spaces import space_of
+
 
 @dataclass(frozen=True)
 class TraceEstimate:
@@ -42,11 +44,12 @@ def trace(operator: Any, *, samples: int = 16, seed: int = 0) -> TraceEstimate:
         raise ValueError(f"samples must be at least 1, got {samples}.")
     device = getattr(operator, "device", torch.device("cpu"))
     dtype = getattr(operator, "dtype", torch.float32)
-    generator = torch.Generator(device).manual_seed(seed)
+    space = space_of(operator)
+    generator = space.generator(seed, device)
     found = []
     for _ in range(samples):
-        signs = torch.randint(2, operator.shape[:1], generator=generator, device=device).mul(2).sub(1).to(dtype)
-        found.append(signs.double() @ (operator @ signs).double())
+        signs = torch.randint(2, (space.length,), generator=generator, device=device).mul(2).sub(1).to(dtype)
+        found.append(space.inner(signs.double(), (operator @ signs).double()))
     values = torch.stack(found).cpu()
     error = float(values.std() / math.sqrt(samples)) if samples > 1 else math.nan
     return TraceEstimate(float(values.mean()), error, samples)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dynamon.curvature.eigenpairs import Eigenpairs
 from dynamon.curvature.eigenvalues import top_eigenvalues
+from dynamon.curvature.spaces import space_of
 
 _COLD_EVERY = 10  # a cold run now and then finds what tracking could have lost
 _COLD_AT = 5  # ... away from the first one, which is cold anyway
@@ -67,7 +68,7 @@ class EigenTracker:
     def update(self, operator: Any) -> Eigenpairs:
         """Measure the operator as it is now."""
         known = None if self.next_is_cold else self.vectors
-        if known is not None and known.shape[0] != operator.shape[0]:
+        if known is not None and known.shape[0] != space_of(operator).length:
             known = None
         found = top_eigenvalues(
             operator,

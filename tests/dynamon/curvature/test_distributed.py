@@ -11,8 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 
-from dynamon.curvature import HessianOperator, top_eigenvalues
-from dynamon.curvature.distributed import MeanOverRanks, unsharded
+from dynamon.curvature import HessianOperator, MeanOverRanks, top_eigenvalues, unsharded
 from tests.models import dense_hessian, mlp, samples
 
 X, Y = samples(12, 4, dtype=torch.float64)

@@ -1,0 +1,142 @@
+"""Every quantity of sharpness on parameters that FSDP2 deals out over processes, against one process on all samples.
+
+Run ``python -m benchmarks.sharded_sharpness``; :func:`sharpness_rows` gives the same to other scripts. A difference is
+the largest of a tag's series relative to the largest value in it. *Gathered* is what is done where whole parameters and
+vectors fit into memory, *shards* what is done where they do not: products by differences of gradients.
+"""
+
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
+
+from benchmarks.distributed import Module, data, differences
+from dynamon.callbacks import SharpnessMonitor
+from dynamon.callbacks.sharpness import QUANTITIES
+
+NOT_IN_SHARDS = ("ggn", "density")  # the first needs gathered parameters, the second the memory for them
+BY_CHANCE = ("_upper", "_min", "/trace", "/trace_error")  # of random vectors, which shards draw by themselves
+
+
+class Row(NamedTuple):
+    """One quantity: its last value in one process and in several, and the largest difference."""
+
+    tag: str
+    one: float
+    several: float
+    difference: float
+
+
+class Sharded(Module):
+    """The small network, its layers dealt out where there are several processes."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.network:
+                if any(True for _ in layer.parameters()):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(self.network, mesh=mesh)
+
+
+def sharpness_rows(processes: int = 2, dtype: torch.dtype = torch.float64, gathered: bool = True) -> list[Row]:
+    """What one process and several measure.
+
+    Args:
+        processes: How many.
+        dtype: Of the parameters.
+        gathered: Whether memory is allowed for whole parameters and vectors.
+    """
+    quantities = [q for q in QUANTITIES if gathered or q not in NOT_IN_SHARDS]
+    size = sum(p.nbytes for p in Module("mlp", dtype).parameters())
+    limit = 100 if gathered else 25  # copies of the parameters; a solve for five takes 25, and 4 gathered
+    # Differences in float32 are as coarse as the default tolerance, and would not converge to a finer one.
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-4 if gathered else 1e-2
+    one = _measured(dtype, 1, quantities, 1.0, tolerance)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tables.pt"
+        given = (path, _free_port(), processes, dtype, quantities, limit * size / 2**30, tolerance)
+        start_processes(_work, given, nprocs=processes, start_method="fork")
+        several = torch.load(path, weights_only=False)
+    skipped = ("dynamon/", *(() if gathered else ("sharpness/trace",)))
+    found = differences({tag: v for tag, v in one.items() if not tag.startswith(skipped)}, several)
+    if not gathered:
+        found = {tag: difference for tag, difference in found.items() if not tag.endswith(BY_CHANCE)}
+    known = {tag: values.ravel()[-1:] for tag, values in several.items()}
+    known |= {tag: np.array([np.nan]) for tag in set(found) - set(known)}
+    return [Row(tag, float(one[tag].ravel()[-1]), float(known[tag][0]), d) for tag, d in found.items()]
+
+
+def _measured(
+    dtype: torch.dtype, processes: int, quantities: Sequence[str], limit: float, tolerance: float, steps: int = 7
+) -> dict[str, Any]:
+    monitor = SharpnessMonitor(
+        3, quantities=quantities, probe_fraction=1.0, tol=tolerance, max_matvecs=150, memory_limit=limit, strict=True
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=ModelParallelStrategy(processes, 1) if processes > 1 else "auto",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[monitor],
+    )
+    trainer.fit(Sharded("mlp", dtype), data(dtype))
+    return {tag: np.asarray(monitor.history[tag].values) for tag in monitor.history}
+
+
+def _work(rank: int, path: Path, port: int, processes: int, *given: Any) -> None:
+    # LOCAL_RANK tells Lightning that somebody else has made the processes.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dtype, quantities, limit, tolerance = given
+    try:
+        found = _measured(dtype, processes, quantities, limit, tolerance)
+        if rank == 0:
+            torch.save(found, path)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def main() -> None:
+    """Compare and print."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for name, dtype, gathered in (
+        ("float64, gathered", torch.float64, True),
+        ("float64, shards", torch.float64, False),
+        ("float32, gathered", torch.float32, True),
+        ("float32, shards", torch.float32, False),
+    ):
+        print(f"\n2 processes, {name}\n\n| tag | one process | two processes | relative difference |")
+        print("| --- |" + " --- |" * 3)
+        for row in sharpness_rows(2, dtype, gathered):
+            print(f"| `{row.tag}` | {row.one:.6g} | {row.several:.6g} | {row.difference:.0e} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Where the training loss may be evaluated once more, and what its parameters are there."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
+
+from dynamon.callbacks.meter import Run
+from dynamon.curvature import ShardedParameters, unsharded
+from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.shards import Shards, at_rest, is_rounded, is_sharded, whole_parameters
+from dynamon.curvature.spaces import GatheredSpace
+from dynamon.probe import undisturbed
+
+_SEED = 20_240_801
+
+
+@contextmanager
+def evaluation(run: Run, owned: Mapping[str, Tensor], gathers: bool, moves: bool = False) -> Iterator[FlatParameters]:
+    """Where the training loss may be evaluated again: nothing inside leaves a trace on the run.
+
+    All processes must enter it together, inside of a measurement.
+
+    Args:
+        run: The run.
+        owned: The parameters that are meant, as the optimizers have them, by name.
+        gathers: Whether those that are sharded are gathered.
+        moves: Whether they are to be moved by as little as a step. Whole ones that are rounded for FSDP2's mixed
+            precision would not notice, so these stay sharded.
+
+    Yields:
+        These parameters as the loss sees them. Their ``space`` makes flat vectors of what optimizers hold.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(at_rest(run.module))
+        stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
+        stack.enter_context(_loggers_muted(run.trainer))
+        stack.enter_context(run.trainer.precision_plugin.train_step_context())
+        if not any(is_sharded(p) for p in owned.values()):
+            yield FlatParameters(owned)
+        elif gathers and not (moves and is_rounded(run.module)):
+            yield stack.enter_context(_made_whole(run, owned))
+        else:
+            yield ShardedParameters(run.module, owned, run.ranks)
+
+
+@contextmanager
+def _made_whole(run: Run, owned: Mapping[str, Tensor]) -> Iterator[FlatParameters]:
+    """Parameters that FSDP2 has dealt out come together for a while."""
+    shards = Shards(list(owned.values()), run.ranks)
+    # A process that runs out of memory between two messages would leave the others waiting: have it do so before.
+    torch.empty(shards.size, dtype=next(iter(owned.values())).dtype, device=run.module.device)
+    run.ranks.check()
+    with unsharded(run.module):
+        whole = whole_parameters(run.module)
+        yield FlatParameters({name: whole[name] for name in owned}, GatheredSpace(shards))
+
+
+def trained_parameters(run: Run) -> dict[str, Tensor]:
+    """The parameters that the optimizers move, by the names of their layers."""
+    moving = {id(p) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
+    tensors = {layer.name: layer.parameter for layer in run.all_layers}
+    return {name: p for name, p in tensors.items() if p.requires_grad and id(p) in moving}
+
+
+@contextmanager
+def _loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
+    """What ``training_step`` writes to ``self.logger`` itself is written for its own batches only."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger()] if loggers else []
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers

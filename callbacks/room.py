@@ -1,0 +1,85 @@
+"""What of a measurement of eigenvalues fits into memory, and what is done with sharded parameters for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from dynamon.callbacks.meter import Run
+from dynamon.curvature.shards import is_rounded, is_sharded, local_part
+from dynamon.memory import basis_memory, free_memory
+
+_WHOLE = 4  # copies beside the solver's vectors: gathered parameters, their gradient with its graph, a product
+_PRECISE = ("32-true", "64-true")  # precisions in which neighbouring weights are close enough for differences
+
+
+@dataclass(frozen=True)
+class Room:
+    """What fits, the same on all processes.
+
+    Attributes:
+        limit: Bytes that are allowed.
+        needed: Bytes that the vectors of a solve take.
+        density: Bytes that those of a density take.
+        solves: Whether a solve fits.
+        certifies: Whether one with an upper bound does.
+        has_density: Whether a density does.
+        gathers: Whether sharded parameters are gathered while they are measured.
+        differences: Whether they stay sharded and products are differences of gradients.
+    """
+
+    limit: float
+    needed: float
+    density: float
+    solves: bool
+    certifies: bool
+    has_density: bool
+    gathers: bool
+    differences: bool
+
+
+def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, memory_limit: float | None) -> Room:
+    """Compare what vectors take with what is allowed, on all processes together.
+
+    Args:
+        run: The run.
+        trained: The parameters as the optimizers have them.
+        k: Eigenvalues of the largest solve.
+        density_vectors: Vectors of a density.
+        memory_limit: GiB that are allowed; None for half of what is free: activations take the rest. Processes that
+            share the memory of a host share that half.
+    """
+    device = run.module.device
+    shared = 1 if device.type != "cpu" else run.trainer.num_devices
+    limit = memory_limit * 2**30 if memory_limit else free_memory(device) / 2 / shared
+    gathers = not any(is_sharded(p) for p in trained) or _are_gathered(run, trained, k, limit)
+    differences = not gathers and run.trainer.precision in _PRECISE and not is_rounded(run.module)
+    tensors = [local_part(p) for p in trained] if differences else list(trained)
+    needed = basis_memory(tensors, k)
+    density = density_vectors * sum(p.numel() * max(p.element_size(), 4) for p in tensors)
+    impossible = not gathers and not differences
+    lacks = [impossible or size > limit for size in (needed, basis_memory(tensors, certify=True), density)]
+    lacks = run.ranks.maximum(torch.tensor(lacks, dtype=torch.float64, device=device)).bool().tolist()
+    solves, certifies, has_density = (not lack for lack in lacks)
+    return Room(limit, needed, density, solves, certifies, has_density, gathers, differences)
+
+
+def _are_gathered(run: Run, trained: Sequence[Tensor], k: int, limit: float) -> bool:
+    """Whether whole parameters and vectors fit on every process; says so, or what happens instead."""
+    needed = basis_memory(trained, k) + _WHOLE * sum(p.numel() * p.element_size() for p in trained)
+    too_much = torch.tensor(float(needed > limit), dtype=torch.float64, device=run.module.device)
+    fits = not bool(run.ranks.maximum(too_much))
+    said = f"{needed / 2**30:.3g} GiB on each process, and {limit / 2**30:.3g} are allowed"
+    if fits:
+        after = "They are gathered while they are measured, and products are exact."
+    elif run.trainer.precision in _PRECISE and not is_rounded(run.module):
+        after = (
+            "Parameters stay sharded, and products are differences of gradients, at two gradients a product. Raise "
+            "memory_limit to have exact ones."
+        )
+    else:
+        after = f"At precision {run.trainer.precision} gradients are too coarse for differences, the only other way."
+    rank_zero_info(f"sharpness: gathered parameters and the solver's vectors take {said}. {after}")
+    return fits
