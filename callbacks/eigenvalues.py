@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -417,10 +416,8 @@ class EigenvalueMeter(Meter):
         """A loss may reach the parameters past the outputs that were found: another head, a penalty."""
         if "missing" in self._told:
             return
-        whole = operator.parameters.flatten(operator.parameters.differentiate(loss))
-        distance = torch.linalg.vector_norm(whole - operator.likely_direction())
         self._told.add("missing")
-        if float(distance) > 1e-3 * float(torch.linalg.vector_norm(whole)):
+        if operator.share_beside(loss) > 1e-3:
             rank_zero_warn(
                 "ggn covers a part of the loss only: the gradient through the outputs that were found is not the whole "
                 "gradient. Pass outputs=lambda module, batch: ... which returns (outputs, loss)."

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dynamon.callbacks.meter import Run
 from dynamon.curvature import ShardedParameters, unsharded
+from dynamon.curvature.fsdp import at_rest, is_rounded, whole_parameters
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.shards import Shards, at_rest, is_rounded, is_sharded, whole_parameters
-from dynamon.curvature.spaces import GatheredSpace
+from dynamon.curvature.spaces import GatheredSpace, Shards
 from dynamon.probe import undisturbed
+from dynamon.shards import is_sharded
 
 _SEED = 20_240_801
 

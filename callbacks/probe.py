@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dynamon.callbacks.evaluation import evaluation, trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
+from dynamon.curvature.fsdp import why_not_whole
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.shards import why_not_whole
 from dynamon.effects import changes, outside_state
 from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss
 

@@ -8,8 +8,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dynamon.callbacks.meter import Run
-from dynamon.curvature.shards import is_rounded, is_sharded, local_part
+from dynamon.curvature.fsdp import is_rounded
 from dynamon.memory import basis_memory, free_memory
+from dynamon.shards import is_sharded, local
 
 _WHOLE = 4  # copies beside the solver's vectors: gathered parameters, their gradient with its graph, a product
 _PRECISE = ("32-true", "64-true")  # precisions in which neighbouring weights are close enough for differences
@@ -56,7 +57,7 @@ def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, 
     limit = memory_limit * 2**30 if memory_limit else free_memory(device) / 2 / shared
     gathers = not any(is_sharded(p) for p in trained) or _are_gathered(run, trained, k, limit)
     differences = not gathers and run.trainer.precision in _PRECISE and not is_rounded(run.module)
-    tensors = [local_part(p) for p in trained] if differences else list(trained)
+    tensors = [local(p) for p in trained] if differences else list(trained)
     needed = basis_memory(tensors, k)
     density = density_vectors * sum(p.numel() * max(p.element_size(), 4) for p in tensors)
     impossible = not gathers and not differences

@@ -19,9 +19,9 @@ from dynamon.curvature import (
     norm_sharpness,
 )
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.shards import local_part
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.panels import STEPS, shown
+from dynamon.shards import local
 
 STEP_TAGS: dict[str, dict[str, str]] = {
     "directional": {
@@ -150,8 +150,8 @@ class StepMeter(Meter):
             self.done(run)
 
     def _along_update(self, run: Run, before: Mapping[str, Tensor]) -> dict[str, float]:
-        weights = {name: local_part(p) for name, p in trained_parameters(run).items() if name in before}
-        self._update = {name: w - local_part(before[name]) for name, w in weights.items()}
+        weights = {name: local(p) for name, p in trained_parameters(run).items() if name in before}
+        self._update = {name: w - local(before[name]) for name, w in weights.items()}
         readings: dict[str, float] = {}
         if not self._wanted or not self._probe.is_expected(run) or not self._has_moved(run):
             return readings

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.curvature import LinearOperator
-from dynamon.curvature.shards import local_part
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.shards import local
 
 
 def preconditioner(optimizer: Optimizer, params: Sequence[Tensor], space: VectorSpace | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def preconditioner(optimizer: Optimizer, params: Sequence[Tensor], space: Vector
     pieces = [second_moment_scale(optimizer.state.get(p), group_of[id(p)], p) for p in params]
     if all(piece is None for piece in pieces):
         raise ValueError(f"{type(optimizer).__name__} keeps no second moment, so it has no preconditioner.")
-    missing = [torch.full((local_part(p).numel(),), torch.nan, dtype=p.dtype, device=p.device) for p in params]
+    missing = [torch.full((local(p).numel(),), torch.nan, dtype=p.dtype, device=p.device) for p in params]
     space = space or VectorSpace(sum(p.numel() for p in params))
     return space.join([m if piece is None else piece for piece, m in zip(pieces, missing, strict=True)])
 
@@ -89,7 +89,7 @@ _MOMENTS = {"exp_avg_sq", "square_avg", "exp_inf", "sum"}
 
 
 def _flat(moment: Tensor, p: Tensor) -> Tensor:
-    return local_part(moment).reshape(-1).to(p.dtype)
+    return local(moment).reshape(-1).to(p.dtype)
 
 
 def _divisor(squared: Tensor, eps: float, warming: float) -> Tensor:

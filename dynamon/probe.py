@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynamon.curvature.shards import is_sharded, local_part
+from dynamon.shards import is_sharded, local
 
 LossFn = Callable[[Any, Any], Tensor]
 _MUTED = ("log", "log_dict")
@@ -222,7 +222,7 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
 def _remember(value: Any, contents: _Contents) -> None:
     """Add a tensor, an array, a generator, or a container and what is in it."""
     if isinstance(value, Tensor):
-        here = local_part(value) if is_sharded(value) else value  # comparing shards would be a message
+        here = local(value) if is_sharded(value) else value  # comparing shards would be a message
         contents[id(value)] = here, here.detach().clone()
     elif isinstance(value, np.ndarray):
         contents[id(value)] = value, value.copy()

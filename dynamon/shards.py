@@ -24,8 +24,9 @@ def any_sharded(tensors: Sequence[Tensor]) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that this process holds, sharing its memory; a plain tensor is its own part."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    """The part that this process holds, in the same memory and without graph; a plain tensor is its own part."""
+    detached: Any = tensor.detach()
+    return detached.to_local() if is_sharded(tensor) else detached
 
 
 def local_as(tensor: Tensor, like: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
-from dynamon.curvature.shards import local_part
 from dynamon.curvature.spaces import VectorSpace
 from dynamon.preconditioner import second_moment_scale
+from dynamon.shards import local
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,10 @@ def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ra
     """D / P of one parameter, flat; NaN where the second moment is zero or there is none: nothing moves there."""
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
-        return torch.full((local_part(p).numel(),), value, dtype=p.dtype, device=p.device)
+        return torch.full((local(p).numel(),), value, dtype=p.dtype, device=p.device)
     divisor = second_moment_scale(optimizer.state.get(p), group, p)
     if divisor is None:
-        return torch.full((local_part(p).numel(),), torch.nan, dtype=p.dtype, device=p.device)
+        return torch.full((local(p).numel(),), torch.nan, dtype=p.dtype, device=p.device)
     return _adaptive_factor(optimizer, group, ratio) / divisor
 
 

@@ -14,12 +14,12 @@ from dynamon.curvature.directional import (
 from dynamon.curvature.distributed import MeanOverRanks
 from dynamon.curvature.eigenpairs import Eigenpairs
 from dynamon.curvature.eigenvalues import top_eigenvalues
+from dynamon.curvature.fsdp import unsharded
 from dynamon.curvature.ggn import GGNOperator
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.operators import Diagonal, LinearOperator
 from dynamon.curvature.outputs import OutputsOfLoss
 from dynamon.curvature.sharded import ShardedHessian, ShardedParameters
-from dynamon.curvature.shards import unsharded
 from dynamon.curvature.subspace import eigenspace_overlap, eigenspace_share
 from dynamon.curvature.trace import TraceEstimate, trace
 from dynamon.curvature.tracker import EigenTracker

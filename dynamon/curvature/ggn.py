@@ -126,7 +126,7 @@ class GGNOperator(LinearOperator):
         if not pairs:  # a loss that is linear in the outputs
             return [torch.zeros_like(z) for z in self._outputs]
         slopes, vectors = zip(*pairs, strict=True)
-        with second_derivatives():
+        with twice_differentiable(self.parameters), second_derivatives():
             curved = torch.autograd.grad(slopes, self._outputs, vectors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if u is None else u for u, z in zip(curved, self._outputs, strict=True)]
 
@@ -143,6 +143,20 @@ class GGNOperator(LinearOperator):
         return self.pull(
             [torch.zeros_like(z) if g is None else g.detach() for g, z in zip(self._slopes, self._outputs, strict=True)]
         )
+
+    def share_beside(self, loss: Tensor) -> float:
+        """How much of the gradient of a loss does not pass through the outputs: that of another head, of a penalty.
+
+        Args:
+            loss: The loss that holds the outputs, with the graph of its evaluation.
+
+        Returns:
+            The distance of :meth:`likely_direction` from the gradient of the loss, over the length of the latter.
+        """
+        with twice_differentiable(self.parameters):  # a checkpoint computes its part again, in the kernels of before
+            gradient = self.parameters.flatten(self.parameters.differentiate(loss))
+        norm = torch.linalg.vector_norm
+        return float(norm(gradient - self.likely_direction()) / norm(gradient).clamp_min(1e-30))
 
     def split_rows(self, vector: Tensor) -> list[Tensor]:
         """A flat vector ``[rows]`` in the shapes of the outputs."""

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.curvature.backends import FiniteDifference, RandomState, check_scalar_loss
+from dynamon.curvature.fsdp import at_rest, full_gradients
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.shards import Shards, at_rest, full_gradients, local_part
-from dynamon.curvature.spaces import ShardedSpace
+from dynamon.curvature.spaces import ShardedSpace, Shards
 from dynamon.ranks import Ranks
+from dynamon.shards import local
 
 
 class ShardedParameters(FlatParameters):
@@ -32,7 +33,7 @@ class ShardedParameters(FlatParameters):
         self.module, self.ranks = module, ranks
         self._owners = dict(params)
         space = ShardedSpace(Shards(list(params.values()), ranks), ranks)
-        super().__init__({name: local_part(p) for name, p in params.items()}, space)
+        super().__init__({name: local(p) for name, p in params.items()}, space)
 
     def subset(self, places: Sequence[int]) -> "ShardedParameters":
         """Some of the parameters, by place."""
@@ -71,7 +72,7 @@ class ShardedParameters(FlatParameters):
                 loss = loss_fn()
                 check_scalar_loss(loss)
                 loss.backward()
-            gradients = [None if p.grad is None else local_part(p.grad) for p in self._owners.values()]
+            gradients = [None if p.grad is None else local(p.grad) for p in self._owners.values()]
             flat = self.flatten(gradients).clone()
         finally:
             for p, gradient in kept:

@@ -1,15 +1,12 @@
 """Where the numbers of flat vectors lie: all here, or a part of them on each process."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dynamon.ranks import Ranks
-
-if TYPE_CHECKING:
-    from dynamon.curvature.shards import Shards
+from dynamon.shards import local, whole
 
 
 class VectorSpace:
@@ -55,6 +52,39 @@ class VectorSpace:
         return torch.Generator(device).manual_seed(seed)
 
 
+class Shards:
+    """The parts of some parameters that lie on this process, and how they come together.
+
+    Args:
+        params: The parameters as an optimizer has them: ``DTensor``, or plain ones that every process has whole.
+        ranks: The processes.
+
+    Attributes:
+        size: Numbers in all parameters.
+        length: Those of them that are here.
+    """
+
+    def __init__(self, params: Sequence[Tensor], ranks: Ranks) -> None:
+        """Count."""
+        self._params, self._ranks = list(params), ranks
+        self.size = sum(p.numel() for p in self._params)
+        self.length = sum(local(p).numel() for p in self._params)
+
+    def gather(self, parts: Sequence[Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
+        """Whole tensors in the shapes of the parameters, on every process.
+
+        Args:
+            parts: Of each parameter what this process has: of its gradient, its step, its second moment.
+            places: Which of the parameters these belong to; all of them if None.
+
+        Raises:
+            OthersFailedError: Before anything is sent, where another process has failed.
+        """
+        owners = self._params if places is None else [self._params[place] for place in places]
+        self._ranks.check()
+        return [whole(part.reshape(local(owner).shape), owner) for owner, part in zip(owners, parts, strict=True)]
+
+
 class GatheredSpace(VectorSpace):
     """Vectors that every process has whole, over parameters whose optimizer has a part of them on each.
 
@@ -62,14 +92,14 @@ class GatheredSpace(VectorSpace):
         shards: Where the parts are.
     """
 
-    def __init__(self, shards: "Shards") -> None:
+    def __init__(self, shards: Shards) -> None:
         """Remember the parts."""
         super().__init__(shards.size)
         self._shards = shards
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """Gathered from all processes: one message a parameter."""
-        return torch.cat([whole.reshape(-1) for whole in self._shards.gather(pieces)])
+        return torch.cat([tensor.reshape(-1) for tensor in self._shards.gather(pieces)])
 
 
 class ShardedSpace(VectorSpace):
@@ -84,7 +114,7 @@ class ShardedSpace(VectorSpace):
 
     saved = False
 
-    def __init__(self, shards: "Shards", ranks: Ranks) -> None:
+    def __init__(self, shards: Shards, ranks: Ranks) -> None:
         """Count."""
         super().__init__(shards.size, shards.length)
         self._shards, self._ranks = shards, ranks

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from dynamon.curvature import GGNOperator, HessianOperator, OutputsOfLoss, top_eigenvalues
 from tests.models import cnn, dense_hessian, gpt, mlp, samples
@@ -405,3 +406,22 @@ def test_no_known_loss_is_said(loss_of):
         ValueError, match="the outputs were not found: the loss has no call of cross_entropy, .* Pass out"
     ):
         notes.of(loss)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_the_share_of_the_gradient_beside_the_outputs(penalty):
+    """Under checkpointing too, whose second evaluation must meet the attention kernel of the first."""
+    model = gpt(depth=1, width=4)
+    held = {}
+
+    def outputs():
+        logits = checkpoint(model, TOKENS, use_reentrant=False)
+        held["loss"] = flat_cross_entropy(logits) + penalty * sum(p.square().sum() for p in model.parameters())
+        return logits
+
+    operator = GGNOperator(outputs, lambda _: held["loss"], parameters(model))
+    logits = model(TOKENS)
+    through = torch.autograd.grad(flat_cross_entropy(logits), list(model.parameters()))
+    beside = torch.cat([2 * penalty * p.detach().flatten() for p in model.parameters()])
+    expected = beside.norm() / (flatten(through) + beside).norm()
+    assert operator.share_beside(held["loss"]) == pytest.approx(float(expected), abs=1e-10)

@@ -25,8 +25,9 @@ from dynamon.curvature import (
     trace,
     unsharded,
 )
-from dynamon.curvature.shards import is_rounded, local_part, why_not_whole
+from dynamon.curvature.fsdp import is_rounded, why_not_whole
 from dynamon.ranks import Ranks
+from dynamon.shards import local
 from tests.models import dense_hessian, mlp, samples
 
 X, Y = samples(12, 4, dtype=torch.float64)
@@ -64,7 +65,7 @@ def part(vector: torch.Tensor, params: ShardedParameters, model) -> torch.Tensor
     dealt = [
         distribute_tensor(v.view(p.shape), p.device_mesh, p.placements) for v, p in zip(pieces, owners, strict=True)
     ]
-    return params.flatten([local_part(v) for v in dealt])
+    return params.flatten([local(v) for v in dealt])
 
 
 def work(rank: int, port: int, processes: int, folder: str) -> None:
@@ -82,7 +83,7 @@ def measure(rank: int, processes: int) -> dict:
     plain = train(dealt_out(init_device_mesh("cpu", (processes,))), own)
     model = dealt_out(init_device_mesh("cpu", (processes,)))
     found: dict = {"weights": train(model, own)}
-    gradients = [local_part(p.grad).clone() for p in model.parameters()]
+    gradients = [local(p.grad).clone() for p in model.parameters()]
     hooked = []
     next(model.parameters()).register_post_accumulate_grad_hook(hooked.append)
     model.set_gradient_divide_factor(3.0)
@@ -118,7 +119,7 @@ def measure(rank: int, processes: int) -> dict:
     with pytest.raises(ValueError, match="the loss must be a scalar tensor"):
         ShardedHessian(lambda: model(X[own]), params)
     found["untouched"] = not hooked and all(
-        torch.equal(local_part(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True)
+        torch.equal(local(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True)
     )
     model.set_gradient_divide_factor(float(processes))
     found["after"] = [

@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 has dealt out over processes: their parts, the whole of them, and the way between."""
+"""FSDP2 while a loss is evaluated beside training: whole parameters for a while, and passes that leave no trace."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,68 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.names import plain_name
-from dynamon.ranks import Ranks
+from dynamon.shards import is_sharded
 
 _FLAGS = ("post_forward_mesh_info", "reshard_after_backward", "reduce_grads", "all_reduce_grads")
 _HELD = ("_partial_reduce_output", "gradient_divide_factor")
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor (a ``DTensor``) has its numbers on several processes."""
-    return hasattr(tensor, "to_local")
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this process, without graph and in the same storage; all of it where it is not sharded."""
-    detached: Any = tensor.detach()
-    return detached.to_local() if is_sharded(detached) else detached
-
-
-class Shards:
-    """The parts of some parameters that lie on this process, and how they come together.
-
-    Args:
-        params: The parameters as an optimizer has them: ``DTensor``, or plain ones that every process has whole.
-        ranks: The processes.
-
-    Attributes:
-        size: Numbers in all parameters.
-        length: Those of them that are here.
-    """
-
-    def __init__(self, params: Sequence[Tensor], ranks: Ranks) -> None:
-        """Count."""
-        self._params, self._ranks = list(params), ranks
-        self.size = sum(p.numel() for p in self._params)
-        self.length = sum(local_part(p).numel() for p in self._params)
-
-    def gather(self, parts: Sequence[Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
-        """Whole tensors in the shapes of the parameters, on every process.
-
-        Args:
-            parts: Of each parameter what this process has: of its gradient, its step, its second moment.
-            places: Which of the parameters these belong to; all of them if None.
-
-        Raises:
-            OthersFailedError: Before anything is sent, where another process has failed.
-        """
-        owners = self._params if places is None else [self._params[place] for place in places]
-        self._ranks.check()
-        return [_whole(owner, part) for owner, part in zip(owners, parts, strict=True)]
-
-
-def _whole(owner: Any, part: Tensor) -> Tensor:
-    if not is_sharded(owner):
-        return part.view(owner.shape)
-    spread = type(owner.data).from_local(
-        part.reshape(local_part(owner).shape),
-        owner.device_mesh,
-        owner.placements,
-        run_check=False,
-        shape=owner.shape,
-        stride=owner.stride(),
-    )
-    return spread.full_tensor()
 
 
 def why_not_whole(module: nn.Module, params: Sequence[Tensor], processes: int) -> str | None:
