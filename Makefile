@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow conformance lint format clean
+.PHONY: help demo test slow conformance docs gallery lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -27,6 +27,13 @@ slow: $(READY) ## Run the tests that take minutes
 conformance: $(READY) ## Run every callback in every set-up on every model, and write docs/conformance.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
 
+docs: $(READY) ## Build the documentation into site/, warnings are errors
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+	@echo "site/index.html"
+
+gallery: $(READY) ## Run the examples and record what they print and draw for the documentation
+	@$(BIN)/python docs/record.py
+
 lint: $(READY) ## Check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -36,7 +43,7 @@ format: $(READY) ## Apply the style
 	@$(BIN)/ruff format .
 
 clean: ## Remove .venv, caches and build products
-	@rm -rf $(VENV) build dist site htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@rm -rf $(VENV) build dist site docs/generated docs/gallery/[a-z]*_*.md htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made again only when the package table or a pinned version changes.
@@ -47,5 +54,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV), a few minutes the first time ..."
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --without-pip $(VENV) && \
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,docs,test]"
 	@touch $@

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from dynamon.callbacks.gradients import GradientMeter
+from dynamon.callbacks.gradients import GradientMeter, GradientMonitor
 from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.callbacks.probe import ProbeMeter, check_probe
-from dynamon.callbacks.sharpness import QUANTITIES, sharpness_meters
-from dynamon.callbacks.weights import WeightMeter
+from dynamon.callbacks.sharpness import QUANTITIES, SharpnessMonitor, sharpness_meters
+from dynamon.callbacks.weights import WeightMeter, WeightMonitor
 from dynamon.probe import LossFn
 
 
@@ -120,9 +120,9 @@ class DynamicsMonitor(Monitor):
         super().__init__(make_meters, budget, layers, loggers, strict)
         self.preset = preset
 
-    def one_of_a_kind(self) -> type:
-        """One monitor of everything beside another monitor would measure twice."""
-        return Monitor
+    def one_of_a_kind(self) -> tuple[type, ...]:
+        """One monitor of everything beside one of its parts would measure twice; a monitor of your own may stand by."""
+        return (DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor)
 
 
 def _meters(

@@ -154,7 +154,7 @@ class Cadence:
 class Meter(ABC):
     """One group of quantities: measures them and hands them to the recorder.
 
-    Every method is called with failures caught; see :class:`Monitor`.
+    Every method is called with failures caught; see :class:`dynamon.callbacks.Monitor`.
 
     Attributes:
         name: Name of the group, under which its time is booked.
@@ -270,7 +270,7 @@ class PairMeter(Meter):
 
     @property
     def saves_copies(self) -> bool:
-        """Whether checkpoints hold what was kept: a reading that a budget chose may go without a comparison."""
+        """Whether checkpoints hold what was kept; a reading that a budget chose may go without a comparison."""
         return self.cadence.every_n_steps is not None
 
     def state_dict(self) -> dict[str, Any]:

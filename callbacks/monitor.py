@@ -37,10 +37,10 @@ class Monitor(DynamonCallback):
     def __init__(
         self,
         make_meters: Callable[[], list[Meter]],
-        budget: float | None,
-        layers: Sequence[str] | None,
-        loggers: Sequence[str] | None,
-        strict: bool,
+        budget: float | None = 0.02,
+        layers: Sequence[str] | None = None,
+        loggers: Sequence[str] | None = None,
+        strict: bool = False,
     ) -> None:
         """Remember what to measure."""
         super().__init__()

@@ -1,7 +1,26 @@
 """Training dynamics for PyTorch Lightning: measured, shown, and fed back into the learning rates."""
 
-from dynamon.layers import describe_layers
-from dynamon.measure import measure
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynamon.layers import describe_layers
+    from dynamon.measuring import measure
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "describe_layers", "measure"]
+
+_HOMES = {"describe_layers": "dynamon.layers", "measure": "dynamon.measuring"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function or a module when it is asked for.
+
+    TensorBoard loads this package at every start, and what is here needs torch: seconds, and hundreds of megabytes.
+    """
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

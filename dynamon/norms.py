@@ -138,14 +138,14 @@ def rms_factors(layers: Sequence[Layer]) -> Tensor:
 def update_norm(layer: Layer, family: str) -> Norm:
     """The norm in which the optimizer takes steepest-descent steps; its dual is the one for gradient noise.
 
-    ============  ==============  ============  ==============
+    ============  ==============  =============  ==============
     role          ``sign``        ``euclidean``  ``spectral``
-    ============  ==============  ============  ==============
-    hidden, conv  one_to_inf      frobenius     rms_to_rms
-    embedding     one_to_inf      frobenius     one_to_inf
-    head          one_to_inf      frobenius     one_to_inf
-    vector        one_to_inf      frobenius     rms
-    ============  ==============  ============  ==============
+    ============  ==============  =============  ==============
+    hidden, conv  one_to_inf      frobenius      rms_to_rms
+    embedding     one_to_inf      frobenius      one_to_inf
+    head          one_to_inf      frobenius      one_to_inf
+    vector        one_to_inf      frobenius      rms
+    ============  ==============  =============  ==============
 
     Args:
         layer: The layer.

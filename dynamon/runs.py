@@ -21,8 +21,9 @@ _EVENTS = "*tfevents*"
 _TABLE = "metrics.csv"
 _PLUGIN = "dynamon"  # of the tensor summaries that hold all layers of a quantity
 _LAYERS = "/layers"  # how their tags end
-_Row = tuple[tuple[str, ...], Array]
-_Points = Iterator[tuple[str, int, float | _Row]]
+Row = tuple[tuple[str, ...], Array]  # names of layers, and a value of each
+Point = tuple[str, int, float | Row]  # tag or quantity, step, what was read
+_Points = Iterator[Point]
 
 
 def read_run(folder: Path | str) -> dict[str, Series]:
@@ -62,7 +63,17 @@ def read_run_data(folder: Path | str) -> RunData:
         ValueError: Likewise.
     """
     scalars, rows = _read(Path(folder))
-    tables = {quantity: _stacked(points) for quantity, points in rows.items()}
+    return assembled(scalars, {quantity: stacked(points) for quantity, points in rows.items()})
+
+
+def assembled(scalars: dict[str, Series], tables: dict[str, Series]) -> RunData:
+    """Sort the scalars of single layers out: a table holds them, or becomes of them where there is none.
+
+    Args:
+        scalars: Every scalar series by its tag.
+        tables: What tensor summaries hold, by quantity.
+    """
+    scalars = dict(scalars)
     owners = {_layer_prefix(quantity): quantity for quantity in tables}
     for tag in scalars:  # the quantiles that come with each table
         if tag.endswith("_median") and "/" in tag:
@@ -72,19 +83,19 @@ def read_run_data(folder: Path | str) -> RunData:
         prefix, _, layer = tag.partition("/")
         if prefix in owners:
             single.setdefault(owners[prefix], {})[layer] = scalars.pop(tag)
-    tables |= {quantity: _joined(columns) for quantity, columns in single.items() if quantity not in tables}
-    return RunData(scalars, tables)
+    joined = {quantity: _joined(columns) for quantity, columns in single.items() if quantity not in tables}
+    return RunData(scalars, {**tables, **joined})
 
 
-def _read(path: Path) -> tuple[dict[str, Series], dict[str, dict[int, _Row]]]:
+def _read(path: Path) -> tuple[dict[str, Series], dict[str, dict[int, Row]]]:
     """Scalars by tag, and rows of tables by quantity and step."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder.")
-    events, table = _event_files(path), path / _TABLE
+    events, table = event_files(path), path / _TABLE
     if not events and not table.exists():
         raise FileNotFoundError(_no_run(path))
     scalars: dict[str, dict[int, float]] = {}
-    rows: dict[str, dict[int, _Row]] = {}
+    rows: dict[str, dict[int, Row]] = {}
     for points in [*map(_events, events), *([_rows(table)] if table.exists() else [])]:
         for tag, step, value in points:
             if isinstance(value, tuple):
@@ -98,7 +109,7 @@ def _layer_prefix(quantity: str) -> str:
     return quantity.replace("/", ".")
 
 
-def _stacked(rows: dict[int, _Row]) -> Series:
+def stacked(rows: dict[int, Row]) -> Series:
     """Rows of one step each as a table ``[T, L]``; NaN where a row lacks a layer."""
     steps = sorted(rows)
     kinds = dict.fromkeys(rows[step][0] for step in reversed(steps))
@@ -132,8 +143,11 @@ def last_step(run: dict[str, Series]) -> int:
     return max(int(series.steps[-1]) for series in run.values())
 
 
-def _event_files(folder: Path) -> list[Path]:
-    """In the order in which they were begun: their names hold the time, and a count within a process."""
+def event_files(folder: Path) -> list[Path]:
+    """The event files of a run in the order in which they were begun.
+
+    Their names hold the time, and a count within a process.
+    """
     files = [path for path in folder.glob(_EVENTS) if path.is_file()]
     return sorted(files, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
 
@@ -149,33 +163,82 @@ def _series(points: dict[int, float]) -> Series:
     return Series(steps, np.array([points[step] for step in steps.tolist()], dtype=np.float64))
 
 
-def _events(path: Path) -> _Points:
-    """Scalars as torch writes them (a number) and as TensorFlow does (a tensor, its kind named the first time).
+class EventFile:
+    """The points of one event file as they come: what was read once is not read again.
 
-    And rows of tables, whose names may come the first time only, too.
+    Scalars as torch writes them (a number) and as TensorFlow does (a tensor, its kind named the first time), and rows
+    of tables, whose names may come the first time only, too.
+
+    Args:
+        path: The file, which may still grow.
+
+    Attributes:
+        path: The file.
+        offset: Where the next record begins, in bytes.
     """
-    scalars: set[str] = set()
-    layers: dict[str, tuple[bytes, tuple[str, ...]]] = {}
-    for record in _records(path):
-        try:
-            event = Event.FromString(record)
-        except DecodeError:  # damaged, and whatever follows with it
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is read yet."""
+        self.path = path
+        self.offset = 0
+        self._is_damaged = False
+        self._scalars: set[str] = set()
+        self._layers: dict[str, tuple[bytes, tuple[str, ...]]] = {}
+
+    def records(self) -> Iterator[list[Point]]:
+        """Yield the points of each whole record behind ``offset``, which moves along.
+
+        A record that is cut off is read another time, when it is whole; what follows a damaged one is lost.
+
+        Raises:
+            OSError: If the file cannot be read.
+        """
+        if self._is_damaged or self.path.stat().st_size <= self.offset:
             return
+        for record in self._raw():
+            try:
+                event = Event.FromString(record)
+            except DecodeError:
+                self._is_damaged = True
+                return
+            yield list(self._points(event))
+
+    def _raw(self) -> Iterator[bytes]:
+        """The records of a TFRecord file: length, its checksum, data, their checksum.
+
+        TensorBoard's own reader takes the checksums in Python, which is seven tenths of its time.
+        """
+        left = self.path.stat().st_size - self.offset
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while len(header := file.read(12)) == 12:
+                (length,) = struct.unpack("<Q", header[:8])
+                left -= length + 16
+                if left < 0:
+                    return
+                record = file.read(length + 4)[:length]
+                self.offset += length + 16
+                yield record
+
+    def _points(self, event: Event) -> Iterator[Point]:
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 yield value.tag, event.step, value.simple_value
                 continue
             plugin = value.metadata.plugin_data
             if plugin.plugin_name == "scalars":
-                scalars.add(value.tag)
-            elif plugin.plugin_name == _PLUGIN and layers.get(value.tag, (b"",))[0] != plugin.content:
-                layers[value.tag] = plugin.content, _layer_names(plugin.content)
-            if value.tag in scalars:
-                yield value.tag, event.step, float(tensor_util.make_ndarray(value.tensor))
-            elif value.tag in layers:
-                names, row = layers[value.tag][1], _row(value.tensor)
-                if len(names) == len(row):
-                    yield value.tag.removesuffix(_LAYERS), event.step, (names, row)
+                self._scalars.add(value.tag)
+            elif plugin.plugin_name == _PLUGIN and self._layers.get(value.tag, (b"",))[0] != plugin.content:
+                self._layers[value.tag] = plugin.content, _layer_names(plugin.content)
+            try:
+                if value.tag in self._scalars:
+                    yield value.tag, event.step, float(tensor_util.make_ndarray(value.tensor))
+                elif value.tag in self._layers:
+                    names, row = self._layers[value.tag][1], _row(value.tensor)
+                    if len(names) == len(row):
+                        yield value.tag.removesuffix(_LAYERS), event.step, (names, row)
+            except (TypeError, ValueError):  # not the tensor that its metadata promise
+                continue
 
 
 def _layer_names(content: bytes) -> tuple[str, ...]:
@@ -193,19 +256,9 @@ def _row(tensor: Any) -> Array:
     return np.ravel(tensor_util.make_ndarray(tensor)).astype(np.float64)
 
 
-def _records(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file: length, its checksum, data, their checksum; up to where it was cut off.
-
-    TensorBoard's own reader takes the checksums in Python, which is seven tenths of its time.
-    """
-    left = path.stat().st_size
-    with path.open("rb") as file:
-        while len(header := file.read(12)) == 12:
-            (length,) = struct.unpack("<Q", header[:8])
-            left -= length + 16
-            if left < 0:
-                return
-            yield file.read(length + 4)[:length]
+def _events(path: Path) -> _Points:
+    for points in EventFile(path).records():
+        yield from points
 
 
 def _rows(path: Path) -> _Points:

@@ -118,7 +118,7 @@ def warmup_end(schedule: Sequence[float] | Array) -> int:
 def schedule_factor(schedule: Sequence[float] | Array, steps: int | None = None) -> Callable[[int], float]:
     """Make the function that ``torch.optim.lr_scheduler.LambdaLR`` takes, for a run of any length.
 
-    >>> LambdaLR(optimizer, schedule_factor(schedule, steps=10_000))  # and scheduler.step() after every step
+    >>> scheduler = LambdaLR(optimizer, schedule_factor(schedule, steps=10_000))  # and scheduler.step() each step
 
     Args:
         schedule: ``[T]`` factors, the first and the last for the first and the last step.

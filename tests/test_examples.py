@@ -8,6 +8,7 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SMALLER = {
+    "diverging_run": {"steps": 300},
     "edge_of_stability": {"steps": 1000},
     "noisy_layers": {"seeds": 1},
     "norm_transfer": {"widths": (64, 256)},
@@ -17,6 +18,10 @@ SMALLER = {
 
 def example(path: Path):
     return runpy.run_path(str(path))["main"]
+
+
+def named(stem: str):
+    return example(next(path for path in EXAMPLES if path.stem == stem))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -30,18 +35,26 @@ def test_example(path: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_stops_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="and not at the edge"):
-        example(EXAMPLES[0])(steps=100, rates=(0.1,), out=tmp_path / "picture.png")
+        named("edge_of_stability")(steps=100, rates=(0.1,), out=tmp_path / "picture.png")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_norms_that_do_not_grow_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="with one rate the norm grows 1.00 times, and not over 1.00"):
-        example(EXAMPLES[2])(widths=(64, 64), steps=20, out=tmp_path / "picture.png")
+        named("norm_transfer")(widths=(64, 64), steps=20, out=tmp_path / "picture.png")
 
 
 def test_a_best_rate_at_the_edge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="is at the edge of those tried"):
-        example(EXAMPLES[1])(steps=20, seeds=1, out=tmp_path / "picture.png")
+        named("noisy_layers")(steps=20, seeds=1, out=tmp_path / "picture.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_does_not_diverge_is_refused(tmp_path: Path) -> None:
+    namespace = runpy.run_path(str(next(path for path in EXAMPLES if path.stem == "diverging_run")))
+    healthy = namespace["train"](0.05, 40)
+    with pytest.raises(SystemExit, match="did not diverge"):
+        namespace["check"](healthy, healthy)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -144,6 +144,16 @@ def test_wheel_holds_nothing_else(wheel):
     assert wheel.run("-c", code, "callbacks", "kernels") == "[None, None]"
 
 
+def test_wheel_brings_the_tab_to_tensorboard(wheel):
+    code = (
+        "import sys; from tensorboard import default; "
+        "(plugin,) = [p for p in default.get_dynamic_plugins() if p.__name__ == 'DynamonPlugin']; "
+        "print(sys.modules[plugin.__module__].__file__, 'torch' in sys.modules)"
+    )
+    file, has_torch = wheel.run("-c", code).rsplit(" ", 1)
+    assert file.startswith(f"{wheel.purelib}/dynamon/board/") and has_torch == "False"
+
+
 def test_wheel_has_its_command(wheel):
     assert "usage" in run(wheel.python.with_name("dynamon"), "--help", cwd=wheel.cwd).lower()
 

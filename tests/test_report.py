@@ -15,9 +15,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from dynamon.board import page, payload
-from dynamon.board.page import MODULES, embedded
-from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS
+from dynamon.board.page import MODULES, embedded, page
+from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, payload
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.cli import main
 from dynamon.cli.report import sparkline
@@ -126,9 +125,9 @@ def test_the_page_stands_alone(runs, tmp_path):
 
 def test_modules_come_after_those_they_import_and_share_no_name():
     folder = Path(sys.modules["dynamon.board"].__file__).parent
-    assert {path.stem for path in folder.glob("*.js")} == set(MODULES)
+    assert {path.stem for path in folder.glob("*.js")} == {*MODULES, "tab"}  # the last is for TensorBoard alone
     defined: dict[str, str] = {}
-    for place, name in enumerate(MODULES):
+    for place, name in enumerate((*MODULES, "tab")):
         source = (folder / f"{name}.js").read_text()
         assert set(re.findall(r'from "\./(\w+)\.js"', source)) <= set(MODULES[:place])
         for found in re.findall(r"^(?:export )?(?:async )?(?:function|const|let|class) (\w+)", source, re.M):
@@ -189,7 +188,7 @@ def test_names_are_never_more_than_names(tmp_path, capsys):
     assert found.data() == json.loads(json.dumps([payload(run, NASTY)]))
     assert found.data()[0]["findings"][0]["layers"] == [NASTY]
     assert not set("<>&") & set(embedded([NASTY])) and json.loads(embedded([NASTY])) == [NASTY]
-    (tmp_path / "metrics.csv").write_text("step,train/loss\x1b[31m</script>\n0,1.0\n1,2.0\n")
+    (tmp_path / "metrics.csv").write_text("step,train/loss\x1b[31m</script>,gradient/norm\n0,1.0,1.0\n1,2.0,1.0\n")
     assert main(["report", str(tmp_path), "--text"]) == 0
     assert "\x1b" not in capsys.readouterr().out
 
@@ -248,16 +247,35 @@ def test_json(runs, tmp_path, capsys):
     assert run["findings"][1]["numbers"] == {"values": "inf", "readings": 20}
 
 
-def test_a_run_without_dynamon_says_what_to_add(tmp_path):
+def test_a_run_without_dynamon_says_what_to_add(tmp_path, capsys, runs):
     (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n1,0.5\n")
+    for form in ([], ["--text"], ["--json"]):
+        assert main(["report", str(tmp_path), *form]) == 2
+        told = capsys.readouterr()
+        assert "This run holds no readings of dynamon. Add DynamicsMonitor()" in told.err
+        assert told.err.count("\n") == 1 and not told.out
+    both = report(tmp_path, runs / "tb", tmp_path).data()  # the baseline of a comparison may be one
+    assert [f["rule"] for f in both[1]["findings"]] == ["dynamon/nothing"]
+
+
+def test_an_event_file_that_was_cut_off(tmp_path, capsys, runs):
+    (file,) = (runs / "tb").glob("*tfevents*")
+    whole = file.read_bytes()
+    (tmp_path / file.name).write_bytes(whole[: len(whole) // 2])
     (run,) = report(tmp_path, tmp_path).data()
-    assert run["tables"] == {} and [f["rule"] for f in run["findings"]] == ["dynamon/nothing"]
-    assert "Add DynamicsMonitor()" in run["findings"][0]["advice"]
+    (complete,) = report(tmp_path, runs / "tb").data()
+    assert 10 < run["last_step"] < complete["last_step"]
+    steps, values = (array(run["scalars"]["gradient/norm"][key]) for key in ("steps", "values"))
+    np.testing.assert_array_equal(values, array(complete["scalars"]["gradient/norm"]["values"])[: len(steps)])
+    (tmp_path / file.name).write_bytes(whole[:40])  # its version, and half a record
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("holds a run without a single value") == 1
 
 
 def test_errors(tmp_path, capsys, runs):
     def says(*arguments):
-        assert main(["report", *map(str, arguments)]) == 1
+        assert main(["report", *map(str, arguments)]) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("dynamon report: ") and captured.err.count("\n") == 1 and not captured.out
         return captured.err

@@ -1,8 +1,13 @@
 // The board: four views of a run or two, in the theme of the reader.
+//
+// A run is {label, lastStep, loss, findings, quantities, scalar, table}: the tag of the training loss or null, what health
+// found or null while it is looked for, `scalar(tag)` the series {steps, values} or null, `await table(quantity)` a
+// quantity of `quantities` as {steps, layers, values (row by row), total}.
 
 import { el } from "./dom.js";
+import { layers } from "./layers.js";
 import { decoded } from "./numbers.js";
-import { health, layers, rates, stability } from "./views.js";
+import { empty, health, rates, stability } from "./views.js";
 
 const VIEWS = [
   ["stability", "1 Stability", stability],
@@ -10,13 +15,12 @@ const VIEWS = [
   ["rates", "3 Rates", rates],
   ["health", "4 Health", health],
 ];
+const PATIENCE = 15000; // milliseconds for which an open list of choices is left alone
 
 /** A run out of what `dynamon.board.payload` makes; arrays are unpacked when they are asked for. */
 export function packed(run) {
   const cache = new Map();
   const once = (key, make) => cache.get(key) ?? cache.set(key, make()).get(key);
-  const series = (found) => ({ steps: decoded(found.steps, "f8"), values: decoded(found.values, "f8"), total: found.total });
-  const table = (found) => ({ ...series({ ...found, values: "" }), values: decoded(found.values, "f4"), layers: found.layers });
   const scalars = new Map(Object.entries(run.scalars));
   const tables = new Map(Object.entries(run.tables));
   return {
@@ -25,34 +29,75 @@ export function packed(run) {
     loss: run.loss,
     findings: run.findings,
     quantities: [...tables.keys()].sort(),
-    scalar: (tag) => (scalars.has(tag) ? once(`s ${tag}`, () => series(scalars.get(tag))) : null),
-    table: async (quantity) => once(`t ${quantity}`, () => table(tables.get(quantity))),
+    scalar: (tag) => (scalars.has(tag) ? once(`s ${tag}`, () => unpackedScalar(scalars.get(tag))) : null),
+    table: async (quantity) => once(`t ${quantity}`, () => unpackedTable(tables.get(quantity))),
   };
 }
 
-/** Fill an element with the board of some runs (see `packed`). */
-export function mount(root, runs) {
-  const state = {};
+export function unpackedScalar({ steps, values, total }) {
+  return { steps: decoded(steps, "f8"), values: decoded(values, "f8"), total };
+}
+
+export function unpackedTable({ steps, values, layers, total }) {
+  return { steps: decoded(steps, "f8"), values: decoded(values, "f4"), layers, total };
+}
+
+/**
+ * Fill an element with the board. options: controls, an element for the header; hasTheme, whether the reader chooses the
+ * theme here; notice. Returns `update(runs, notice)`, which shows other runs or what is new in them, and instead of
+ * them a notice [title, lines ...] where there is one; and `examined()`, for when their findings are there.
+ */
+export function mount(root, runs, { controls = null, hasTheme = true, notice = null } = {}) {
+  const state = {
+    view: "stability", smoothing: 0, charts: {}, cell: {}, map: "viridis", density: "auto", folded: new Set(), chosen: new Set(),
+  };
   const panel = el("main", { role: "tabpanel", id: "panel", tabindex: -1 });
   const tabs = VIEWS.map(([key, title]) =>
-    el("button", { role: "tab", id: `tab-${key}`, "aria-controls": "panel", onclick: () => show(key) }, title, badge(key, runs)),
+    el("button", { role: "tab", id: `tab-${key}`, "aria-controls": "panel", onclick: () => show(key) }, title),
   );
-  const show = (key) => {
-    VIEWS.forEach(([name], i) => {
-      tabs[i].setAttribute("aria-selected", String(name === key));
-      tabs[i].tabIndex = name === key ? 0 : -1;
+  let turn = 0;
+  let touchedAt = -PATIENCE;
+  for (const kind of ["pointerdown", "keydown"]) panel.addEventListener(kind, () => (touchedAt = performance.now()));
+
+  const label = () => {
+    tabs.forEach((tab, i) => {
+      const [key, title] = VIEWS[i];
+      tab.setAttribute("aria-selected", String(key === state.view));
+      tab.tabIndex = key === state.view ? 0 : -1;
+      tab.replaceChildren(title, badge(key, runs));
     });
-    panel.setAttribute("aria-labelledby", `tab-${key}`);
-    panel.replaceChildren(VIEWS.find(([name]) => name === key)[2](runs, state, open));
-    root.dataset.view = key;
+  };
+  const draw = async () => {
+    const mine = (turn += 1);
+    const { view } = state;
+    panel.setAttribute("aria-busy", "true");
+    label();
+    panel.setAttribute("aria-labelledby", `tab-${view}`);
+    let node;
+    try {
+      node = notice ? empty(...notice) : await VIEWS.find(([key]) => key === view)[2](runs, state, { open, change });
+    } catch (error) {
+      node = empty("This view could not be drawn", String(error.message ?? error));
+    }
+    if (mine !== turn) return;
+    swap(panel, node);
+    root.dataset.view = view;
+    afterPaint(() => {
+      performance.mark(`dynamon ${view}`); // in the browser's timeline, for those who measure
+      if (mine === turn) panel.setAttribute("aria-busy", "false");
+    });
+  };
+  const show = (view) => {
+    state.view = view;
+    return draw();
+  };
+  const change = (values) => {
+    Object.assign(state, values);
+    return draw();
   };
   const open = async (view, quantity, names, run) => {
-    if (quantity) {
-      const table = await run.table(quantity);
-      const chosen = new Set(names.map((name) => table.layers.indexOf(name)).filter((index) => index >= 0));
-      Object.assign(state, { quantity, run: runs.indexOf(run), scale: null, chosen });
-    }
-    show(view);
+    if (quantity) Object.assign(state, { quantity, run: runs.indexOf(run), scale: null, chosen: new Set(names) });
+    await show(view);
     tabs[VIEWS.findIndex(([name]) => name === view)].focus();
   };
   const list = el("div", { role: "tablist", "aria-label": "views" }, tabs);
@@ -64,17 +109,55 @@ export function mount(root, runs) {
     tabs[next].focus();
     event.preventDefault();
   });
-  const name = runs.map((run) => run.label).join(" and ");
+  const names = runs.map((run) => run.label).join(" and ");
+  const name = controls ?? el("span", { class: "run", title: names }, names);
   root.replaceChildren(
-    el("header", {}, el("h1", {}, "dynamon ", el("span", { class: "run" }, name)), list, themeSwitch()),
+    el("header", {}, el("h1", {}, "dynamon "), name, list, smoothing(change), hasTheme ? themeSwitch() : null),
     panel,
   );
-  show("stability");
+  draw();
+  const update = (others, instead = null) => {
+    const isChoosing = panel.contains(document.activeElement) && document.activeElement.tagName === "SELECT";
+    runs = others;
+    notice = instead;
+    if (!isChoosing || performance.now() - touchedAt > PATIENCE) draw(); // a list of choices would close
+  };
+  return { update, examined: () => (state.view === "health" ? draw() : label()) };
+}
+
+/** Put a node in the place of what is there, and keep the place scrolled to and the focus. */
+function swap(panel, node) {
+  const path = [];
+  for (let at = document.activeElement; at !== panel && panel.contains(at); at = at.parentNode) {
+    path.unshift([...at.parentNode.children].indexOf(at));
+  }
+  panel.style.minHeight = `${panel.offsetHeight}px`; // charts have their height only once they know their width
+  panel.replaceChildren(node);
+  requestAnimationFrame(() => requestAnimationFrame(() => (panel.style.minHeight = "")));
+  if (!path.length) return;
+  let at = panel;
+  for (const index of path) at = at?.children[index];
+  at?.focus({ preventScroll: true });
+}
+
+/** Act once what was just drawn is on the screen. */
+function afterPaint(act) {
+  requestAnimationFrame(() => setTimeout(act));
 }
 
 function badge(key, runs) {
-  const count = runs.flatMap((run) => run.findings).filter((finding) => finding.severity !== "note").length;
-  return key === "health" && count ? el("span", { class: "badge" }, String(count)) : null;
+  const count = runs.flatMap((run) => run.findings ?? []).filter((finding) => finding.severity !== "note").length;
+  return key === "health" && count ? el("span", { class: "badge" }, String(count)) : "";
+}
+
+function smoothing(change) {
+  const shown = el("output", {}, "0");
+  const range = el("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0 });
+  range.addEventListener("input", () => {
+    shown.textContent = range.value;
+    change({ smoothing: Number(range.value) });
+  });
+  return el("label", { class: "smoothing" }, "smoothing ", range, " ", shown);
 }
 
 function themeSwitch() {

@@ -1,17 +1,19 @@
 // A line chart in SVG: lines, points, bands, horizontal rules; a cursor that the pointer or the arrow keys move.
 
 import { el, onWidth, svg } from "./dom.js";
-import { logTicks, nearest, short, ticks } from "./numbers.js";
+import { logTicks, nearest, short, smoothed, ticks } from "./numbers.js";
 
 const MARKS = ["points", "rings", "hollow"];
 const MARGIN = { left: 64, right: 16, top: 10, bottom: 28 };
 
 /**
- * options: title, note, height, isLog, steps [first, last], rules [{value, label}],
+ * options: title, note, height, isLog, steps [first, last], rules [{value, label}], smoothing (0: none, below 1), memory
+ * (an object that keeps the reader's choices for the next chart of this title),
  * lines [{label, steps, values, color (1 to 6), dash, kind ("line" | "points" | "rings" | "hollow" | "band"), upper}].
  */
 export function lineChart(options) {
-  const lines = options.lines.filter((line) => line.steps.length);
+  const memory = options.memory ?? {};
+  const lines = options.lines.filter((line) => line.steps.length).map((line) => withSmooth(line, options.smoothing));
   const holder = el("div", { class: "plot", tabindex: 0, role: "img", "aria-label": `${options.title}: ${described(lines)}` });
   const readings = lines.map(() => el("output"));
   const at = el("output");
@@ -32,25 +34,27 @@ export function lineChart(options) {
       readings[i].textContent = line.upper
         ? `${short(line.values[index])} to ${short(line.upper[index])}`
         : short(line.values[index]);
-      if (MARKS.includes(line.kind) && line.steps[index] !== step) readings[i].append(` (step ${line.steps[index]})`);
+      if (line.smooth) readings[i].append(` (${short(line.smooth[index])})`);
+      const isOutside = step < line.steps[0] || step > line.steps[line.steps.length - 1];
+      if (isOutside || (MARKS.includes(line.kind) && line.steps[index] !== step)) readings[i].append(` (step ${line.steps[index]})`);
     });
     if (view) view.move(step);
   };
-  let current = options.steps[1];
+  let current = Math.min(memory.step ?? Infinity, options.steps[1]);
   const axis = lines.length ? lines[0].steps : [];
   holder.addEventListener("pointermove", (event) => {
-    if (view) show((current = Math.round(view.stepAt(event.clientX - holder.getBoundingClientRect().left))));
+    if (view) show((memory.step = current = Math.round(view.stepAt(event.clientX - holder.getBoundingClientRect().left))));
   });
   holder.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key];
     if (by && axis.length) {
       const index = Math.max(0, Math.min(axis.length - 1, nearest(axis, current) + by));
-      show((current = axis[index]));
+      show((memory.step = current = axis[index]));
       event.preventDefault();
     }
   });
   let width = 0;
-  let isLog = Boolean(options.isLog);
+  let isLog = memory.isLog ?? Boolean(options.isLog);
   const draw = () => {
     view = drawn(width, { ...options, isLog }, lines);
     holder.replaceChildren(view.node);
@@ -61,18 +65,25 @@ export function lineChart(options) {
     draw();
   });
   const scale = el("button", { class: "scale", "aria-pressed": String(isLog), onclick: () => {
-    isLog = !isLog;
+    memory.isLog = isLog = !isLog;
     scale.setAttribute("aria-pressed", String(isLog));
     draw();
   } }, "log scale");
+  show(current); // the legend need not wait for the width
+  const note = lines.some((line) => line.smooth) ? "Lines are smoothed; in brackets the smoothed value." : null;
   return el(
     "figure",
     { class: "chart" },
     scale,
-    el("figcaption", {}, el("h3", {}, options.title), options.note ? el("p", {}, options.note) : null),
+    el("figcaption", {}, el("h3", {}, options.title), [options.note, note].filter(Boolean).map((text) => el("p", {}, text))),
     legend,
     holder,
   );
+}
+
+function withSmooth(line, weight) {
+  const isLine = !MARKS.includes(line.kind) && line.kind !== "band";
+  return weight && isLine && line.steps.length > 2 ? { ...line, smooth: smoothed(line.values, weight) } : line;
 }
 
 function described(lines) {
@@ -83,7 +94,7 @@ function swatch(line) {
   const mark = svg("svg", { width: 22, height: 10, "aria-hidden": "true", class: `ink${line.color}` });
   if (MARKS.includes(line.kind)) mark.append(marker(11, 5, line.kind));
   else if (line.kind === "band") mark.append(svg("rect", { class: "band", x: 1, y: 1, width: 20, height: 8 }));
-  else mark.append(svg("line", { class: "line", x1: 1, x2: 21, y1: 5, y2: 5, "stroke-dasharray": line.dash ? "5 3" : null }));
+  else mark.append(svg("line", { class: "line", x1: 1, x2: 21, y1: 5, y2: 5, "stroke-dasharray": line.dash === "dots" ? "1.5 3" : line.dash ? "5 3" : null }));
   return mark;
 }
 
@@ -165,9 +176,11 @@ function shapes(line, x, y, isLog, width) {
     const under = kept.map((i) => `${x(line.steps[i]).toFixed(1)} ${y(line.values[i]).toFixed(1)}`).reverse();
     return kept.length ? [svg("path", { class: "band", d: `M${[...over, ...under].join("L")}Z` })] : [];
   }
-  const path = svg("path", { class: "line", d: track(line, x, y, fits, width), "stroke-dasharray": line.dash ? "6 3" : null });
+  const dash = line.dash === "dots" ? "1.5 3" : line.dash ? "6 3" : null;
+  const path = (values, kind) => svg("path", { class: kind, d: track({ ...line, values }, x, y, fits, width), "stroke-dasharray": dash });
+  if (line.smooth) return [path(line.values, "line faint"), path(line.smooth, "line")];
   const few = line.steps.length <= 60;
-  return few ? [path, ...shapes({ ...line, kind: "points" }, x, y, isLog, width)] : [path];
+  return [path(line.values, "line"), ...(few ? shapes({ ...line, kind: "points" }, x, y, isLog, width) : [])];
 }
 
 /** A path; of many points in a column of pixels only the lowest and the highest, in their order. */

@@ -2,7 +2,7 @@
 
 import { BELOW, INFINITE, colorScale, colorTable } from "./colors.js";
 import { el, onWidth } from "./dom.js";
-import { lastBefore, median, range, short, ticks } from "./numbers.js";
+import { median, nearest, range, short, ticks } from "./numbers.js";
 
 const LABELS = 260; // pixels
 const ROW = { compact: 4, readable: 17 };
@@ -40,7 +40,7 @@ function sharedPrefix(names) {
 }
 
 /** options: table {steps, layers, values}, steps [first, last], isLog, map, density, folded (Set of groups), chosen
- * (Set of layer indices), pick(index). Returns the element. */
+ * (Set of layer names), pick(name), memory (keeps the cell and the place scrolled to). Returns the element. */
 export function heatmap(options) {
   const { table } = options;
   const canvas = el("canvas", { tabindex: 0, role: "img", "aria-label": "layers over steps; arrow keys move, Enter shows a layer's curve" });
@@ -53,9 +53,10 @@ export function heatmap(options) {
   const limits = range(table.values, (v) => Number.isFinite(v) && (!options.isLog || v > 0)) ?? [0, 1];
   const color = colorScale(options.map, limits[0], limits[1], options.isLog);
   const groups = groupsOf(table.layers);
+  const memory = options.memory ?? {};
   let layout = null;
   let width = 0;
-  let cursor = null; // [row, column of the table]
+  let cursor = memory.cell ?? null; // [row, column of the table]
 
   const redraw = () => {
     layout = rowsOf(groups, options, table);
@@ -78,8 +79,8 @@ export function heatmap(options) {
           class: group !== undefined ? "group" : "layer",
           title: group !== undefined ? `${isFolded ? "unfold" : "fold"} ${text}` : table.layers[index],
           "aria-expanded": group !== undefined ? String(!isFolded) : null,
-          "aria-pressed": group === undefined ? String(options.chosen.has(index)) : null,
-          onclick: () => (group !== undefined ? toggle(group) : options.pick(index)),
+          "aria-pressed": group === undefined ? String(options.chosen.has(table.layers[index])) : null,
+          onclick: () => (group !== undefined ? toggle(group) : options.pick(table.layers[index])),
         },
         group !== undefined ? `${isFolded ? "▸" : "▾"} ${text}` : text,
       );
@@ -94,13 +95,17 @@ export function heatmap(options) {
   const toggle = (group) => {
     if (!options.folded.delete(group)) options.folded.add(group);
     cursor = null;
-    box.hidden = tip.hidden = true;
+    hide();
     redraw();
     const again = [...labels.querySelectorAll(".group")].find((node) => node.textContent.slice(2) === group);
     if (again) again.focus();
   };
+  const hide = () => {
+    box.hidden = tip.hidden = true;
+    memory.cell = null;
+  };
   const point = (row, column) => {
-    cursor = [row, column];
+    memory.cell = cursor = [row, column];
     const { y, height, name, read } = layout.rows[row];
     const step = table.steps[column];
     const x = (width * (step - options.steps[0])) / (options.steps[1] - options.steps[0] || 1);
@@ -118,8 +123,8 @@ export function heatmap(options) {
     const [row, column] = under(event);
     if (row >= 0) point(row, column);
   });
-  canvas.addEventListener("pointerleave", () => (box.hidden = tip.hidden = true));
-  canvas.addEventListener("blur", () => (box.hidden = tip.hidden = true));
+  canvas.addEventListener("pointerleave", hide);
+  canvas.addEventListener("blur", hide);
   canvas.addEventListener("click", (event) => choose(cursor && !tip.hidden ? cursor[0] : under(event)[0]));
   canvas.addEventListener("keydown", (event) => {
     const [dy, dx] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
@@ -134,7 +139,7 @@ export function heatmap(options) {
   });
   const choose = (row) => {
     const index = layout.rows[row]?.index;
-    if (index !== undefined) options.pick(index);
+    if (index !== undefined) options.pick(table.layers[index]);
     else if (layout.rows[row]) toggle(layout.rows[row].group);
   };
   const under = (event) => {
@@ -142,13 +147,17 @@ export function heatmap(options) {
     const y = event.clientY - place.top;
     const share = (event.clientX - place.left) / place.width;
     const step = options.steps[0] + share * (options.steps[1] - options.steps[0]);
-    return [layout.rows.findIndex((row) => y >= row.y && y < row.y + row.height), lastBefore(table.steps, step)];
+    if (!layout) return [-1, 0]; // not on the screen yet
+    return [layout.rows.findIndex((row) => y >= row.y && y < row.y + row.height), nearest(table.steps, step)];
   };
   onWidth(root, (whole) => {
     width = Math.max(whole - LABELS - 4, 50);
     redraw();
+    scrolled.scrollTop = memory.scroll ?? 0;
+    if (memory.cell && memory.cell[0] < layout.rows.length) point(...memory.cell);
   });
-  return el("div", {}, legend(options, limits), el("div", { class: "mapscroll" }, root, axis));
+  const scrolled = el("div", { class: "mapscroll", onscroll: () => (memory.scroll = scrolled.scrollTop) }, root, axis);
+  return el("div", {}, legend(options, limits), scrolled);
 }
 
 /** Where rows and labels lie. A folded group is one row, the median of its layers. */
@@ -179,16 +188,18 @@ function rowsOf(groups, options, table) {
   return { rows, labels, height: y };
 }
 
-/** One line of colours a row, stretched to its height; a column of pixels shows the last reading before it. */
+/** One line of colours a row, stretched to its height; a column of pixels shows the nearest reading, none outside of them. */
 function paint(canvas, layout, table, steps, width, color) {
   const dense = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * dense);
   canvas.height = Math.max(1, Math.round(layout.height * dense));
   Object.assign(canvas.style, { width: `${width}px`, height: `${layout.height}px` });
   if (!table.steps.length || !layout.rows.length) return;
+  const known = table.steps.length;
+  const end = table.steps[known - 1] + (known > 1 ? (table.steps[known - 1] - table.steps[known - 2]) / 2 : 0.5);
   const columns = Int32Array.from({ length: width }, (_, x) => {
     const step = steps[0] + ((x + 0.5) / width) * (steps[1] - steps[0]);
-    return step < table.steps[0] ? -1 : lastBefore(table.steps, step);
+    return step < table.steps[0] || step > end ? -1 : nearest(table.steps, step);
   });
   const image = new ImageData(width, layout.rows.length);
   layout.rows.forEach((row, r) => {

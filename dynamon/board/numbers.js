@@ -36,7 +36,7 @@ export function logTicks(low, high, count) {
   const inside = (value) => value >= low * 0.999 && value <= high * 1.001;
   const powers = Array.from({ length: last - first + 1 }, (_, i) => first + i);
   const fine = powers.flatMap((power) => [1, 2, 5].map((factor) => Number(`${factor}e${power}`))).filter(inside);
-  if (fine.length < 2) return ticks(low, high, count).filter((value) => value > 0);
+  if (fine.length < 2) return ticks(low, high, count + 3).filter((value) => value > 0);
   if (fine.length <= count + 2) return fine;
   const stride = Math.ceil(powers.length / count);
   return powers.filter((power) => power % stride === 0).map((power) => Number(`1e${power}`)).filter(inside);
@@ -79,4 +79,15 @@ export function median(values) {
   const half = kept.length >> 1;
   if (!kept.length) return NaN;
   return kept.length % 2 ? kept[half] : (kept[half - 1] + kept[half]) / 2;
+}
+
+/** A running mean that forgets: each value weighs `weight` times the one after it. NaN stays NaN and is passed over. */
+export function smoothed(values, weight) {
+  let [sum, total] = [0, 0];
+  return Float64Array.from(values, (value) => {
+    if (!Number.isFinite(value)) return value;
+    sum = weight * sum + value;
+    total = weight * total + 1;
+    return sum / total;
+  });
 }

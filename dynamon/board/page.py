@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-MODULES = ("dom", "numbers", "colors", "chart", "heatmap", "views", "board")  # each after those that it imports
+MODULES = (
+    "dom",
+    "numbers",
+    "colors",
+    "chart",
+    "heatmap",
+    "views",
+    "layers",
+    "board",
+)  # each after those that it imports
 _IMPORT = re.compile(r"^import \{[^}]*\} from \"\./\w+\.js\";\n", re.M)
 _START = """
 mount(document.getElementById("board"), JSON.parse(document.getElementById("data").textContent).map(packed));

@@ -34,13 +34,16 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
         "name": name,
         "last_step": run.last_step,
         "loss": tag if tag in run.scalars else None,
-        "scalars": {key: _scalar(series) for key, series in run.scalars.items()},
-        "tables": {key: _table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()},
+        "scalars": {key: packed_scalar(series) for key, series in run.scalars.items()},
+        "tables": {
+            key: packed_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()
+        },
         "findings": [finding.as_dict() for finding in findings(run, loss)],
     }
 
 
-def _scalar(series: Series) -> dict[str, Any]:
+def packed_scalar(series: Series) -> dict[str, Any]:
+    """A scalar of at most 20,000 points, see :func:`payload`."""
     kept = _extremes(series.values, SCALAR_POINTS)
     return {
         "steps": _packed(series.steps[kept], "<f8"),
@@ -49,7 +52,8 @@ def _scalar(series: Series) -> dict[str, Any]:
     }
 
 
-def _table(series: Series) -> dict[str, Any]:
+def packed_table(series: Series) -> dict[str, Any]:
+    """A table of at most 4,000 readings, see :func:`payload`."""
     stride = -(-len(series) // TABLE_POINTS) or 1
     return {
         "steps": _packed(series.steps[::stride], "<f8"),

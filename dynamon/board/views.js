@@ -1,14 +1,9 @@
-// The four views. Each takes the runs and returns an element; `runs[i].scalar(tag)` and `await runs[i].table(quantity)`.
+// The views made of curves, and health. A view takes the runs (see board.js), what the reader chose, and what he can do.
 
 import { lineChart } from "./chart.js";
-import { MAPS } from "./colors.js";
-import { choice, el } from "./dom.js";
-import { groupsOf, heatmap } from "./heatmap.js";
-import { median } from "./numbers.js";
+import { el } from "./dom.js";
 
-const FIRST = ["gradient/dual", "gradient/l2", "noise/dual", "update/ratio"]; // what Layers opens with
-const LINEAR = ["lr/ratio", "weight/memory", "update/layer_cosine", "spectrum/deviation"];
-const ADD = "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks";
+export const ADD = "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks";
 
 /** The axis of steps that all views share. */
 export function stepsOf(runs) {
@@ -41,17 +36,22 @@ function bandsOf(runs, quantity) {
   });
 }
 
-function charts(runs, specs) {
-  const steps = stepsOf(runs);
-  return specs.filter((spec) => spec.lines.length).map((spec) => lineChart({ steps, ...spec }));
+function charts(runs, state, specs) {
+  return specs.filter((spec) => spec.lines.length).map((spec) => lineChart({ ...remembered(runs, state, spec.title), ...spec }));
 }
 
-function empty(title, ...lines) {
+/** What all charts share: the steps, how smooth, and what the reader chose in the chart of this title before. */
+export function remembered(runs, state, title) {
+  return { steps: stepsOf(runs), smoothing: state.smoothing, memory: (state.charts[title] ??= {}) };
+}
+
+/** A box that says what is missing, and what to do. */
+export function empty(title, ...lines) {
   return el("div", { class: "empty" }, el("h2", {}, title), lines.map((line) => el("p", {}, line)));
 }
 
 /** 1: how far the step is from what the curvature allows, and the loss above the same steps. */
-export function stability(runs) {
+export function stability(runs, state) {
   const solved = (tag, label) => [
     [`sharpness/${tag}`, label],
     [`sharpness/${tag}_upper`, "99 % upper bound", { kind: "points" }],
@@ -59,7 +59,7 @@ export function stability(runs) {
     [`sharpness/${tag}_bracket`, "on other samples", { kind: "points" }],
   ];
   const threshold = ["sharpness/threshold", "where plain gradient descent becomes unstable", { dash: true, color: 5 }];
-  const found = charts(runs, [
+  const found = charts(runs, state, [
     {
       title: "Stability ratio",
       note: "1 is the largest stable step. Around 1 is normal training; far above 1 with a rising loss is not.",
@@ -90,7 +90,7 @@ export function stability(runs) {
     (line) => ({ ...line, color: which + 1, dash: which > 0 }),
   ));
   const isLog = loss.length > 0 && loss.every((line) => line.values.every((value) => !(value <= 0)));
-  const learning = charts(runs, [{ title: "Training loss", lines: loss, isLog }]);
+  const learning = charts(runs, state, [{ title: "Training loss", lines: loss, isLog }]);
   const hint = "A run of some hundred short steps may end without a reading at a budget of 2 %; give it a larger one.";
   return el(
     "div",
@@ -102,91 +102,15 @@ export function stability(runs) {
   );
 }
 
-/** 2: any per-layer quantity as a map, and the curves of the layers that were clicked. */
-export function layers(runs, state) {
-  const run = runs[Math.min(state.run ?? 0, runs.length - 1)];
-  if (!run.quantities.length) {
-    return empty(
-      "No readings by layer in this run",
-      `${ADD}, or GradientMonitor(), WeightMonitor().`,
-      "CSVLogger keeps single layers while they make at most 400 columns; TensorBoardLogger keeps all of them.",
-    );
-  }
-  const quantity = run.quantities.includes(state.quantity)
-    ? state.quantity
-    : (FIRST.find((name) => run.quantities.includes(name)) ?? run.quantities[0]);
-  const root = el("div");
-  const body = el("div", {}, "reading …");
-  const isLog = (state.scale ?? (LINEAR.includes(quantity) ? "linear" : "log")) === "log";
-  const again = (change) => {
-    Object.assign(state, change);
-    root.replaceWith(layers(runs, state));
-  };
-  root.append(
-    el(
-      "div",
-      { class: "controls" },
-      runs.length > 1 ? choice("run ", runs.map((one, i) => [String(i), one.label]), String(state.run ?? 0), (v) => again({ run: Number(v), folded: null, chosen: null })) : null,
-      choice("quantity ", run.quantities.map((name) => [name, name]), quantity, (v) => again({ quantity: v, scale: null })),
-      choice("colours ", [["log", "logarithmic"], ["linear", "linear"]], isLog ? "log" : "linear", (v) => again({ scale: v })),
-      choice("map ", MAPS.map((name) => [name, name]), state.map ?? "viridis", (v) => again({ map: v })),
-      choice("rows ", [["auto", "as they fit"], ["readable", "with names"], ["compact", "compact"]], state.density ?? "auto", (v) => again({ density: v })),
-      el("button", { onclick: () => again({ folded: "all" }) }, "fold all"),
-      el("button", { onclick: () => again({ folded: null }) }, "unfold all"),
-    ),
-    body,
-  );
-  run.table(quantity).then((table) => body.replaceChildren(layerMap(runs, table, quantity, isLog, state)));
-  return root;
-}
-
-function layerMap(runs, table, quantity, isLog, state) {
-  const curves = el("div", { class: "curves" });
-  const steps = stepsOf(runs);
-  state.chosen = new Set([...(state.chosen ?? [])].filter((index) => index < table.layers.length));
-  if (state.folded === "all") state.folded = new Set(groupKeys(table.layers));
-  state.folded ??= new Set();
-  const show = () => curves.replaceChildren(curvesOf(table, quantity, isLog, state.chosen, steps));
-  const density = (state.density ?? "auto") === "auto" ? (table.layers.length > 40 ? "compact" : "readable") : state.density;
-  const pick = (index) => {
-    if (!state.chosen.delete(index)) {
-      if (state.chosen.size >= 5) state.chosen.delete([...state.chosen][0]);
-      state.chosen.add(index);
-    }
-    show();
-    map.querySelectorAll("button.layer").forEach((node) => {
-      const chosen = [...state.chosen].some((one) => table.layers[one] === node.title);
-      node.setAttribute("aria-pressed", String(chosen));
-    });
-  };
-  const map = heatmap({ table, steps, isLog, map: state.map ?? "viridis", density, folded: state.folded, chosen: state.chosen, pick });
-  show();
-  const shown = table.total > table.steps.length ? `Every ${Math.ceil(table.total / table.steps.length)}th of ${table.total} readings. ` : "";
-  const note = `${shown}${table.layers.length} layers, ${table.steps.length} readings. Click a row for its curve.`;
-  return el("div", {}, el("p", { class: "hint" }, note), map, curves);
-}
-
-function groupKeys(names) {
-  return groupsOf(names).filter((group) => group.members.length > 1).map((group) => group.key);
-}
-
-function curvesOf(table, quantity, isLog, chosen, steps) {
-  const count = table.layers.length;
-  const column = (index) => Float64Array.from(table.steps, (_, t) => table.values[t * count + index]);
-  const middle = Float64Array.from(table.steps, (_, t) => median([...table.values.subarray(t * count, (t + 1) * count)]));
-  const lines = [...chosen].map((index, i) => ({ label: table.layers[index], steps: table.steps, values: column(index), color: i + 1 }));
-  lines.push({ label: "median of all layers", steps: table.steps, values: middle, color: 6, dash: true });
-  return lineChart({ title: quantity, note: chosen.size ? null : "Click a row of the map to see a layer here.", lines, steps, isLog });
-}
-
 /** 3: the base rate, what steering makes of it, and the noise that it follows. */
-export function rates(runs) {
-  const found = charts(runs, [
+export function rates(runs, state) {
+  const found = charts(runs, state, [
     { title: "Base learning rate", lines: linesOf(runs, [["lr/base", "base rate"]]) },
     { title: "Rate ratio across layers", lines: bandsOf(runs, "lr/ratio") },
+    { title: "Effective rate across layers", lines: bandsOf(runs, "lr/effective"), isLog: true },
     { title: "Layers at a bound of the rule", lines: linesOf(runs, [["lr/bounded", "layers"]]) },
   ]);
-  const noise = charts(runs, [
+  const noise = charts(runs, state, [
     { title: "Gradient noise across layers, dual norm", lines: bandsOf(runs, "noise/dual"), isLog: true },
     { title: "Signal to noise across layers", lines: bandsOf(runs, "noise/snr"), isLog: true },
     {
@@ -201,14 +125,16 @@ export function rates(runs) {
 }
 
 /** 4: what looks wrong, the worst first. */
-export function health(runs, state, open) {
+export function health(runs, state, actions) {
   return el(
     "div",
     {},
     runs.map((run) => [
       runs.length > 1 ? el("h2", {}, run.label) : null,
-      run.findings.length
-        ? el("ol", { class: "findings" }, run.findings.map((finding) => card(run, finding, open)))
+      !run.findings
+        ? el("p", { class: "hint" }, "looking …")
+        : run.findings.length
+        ? el("ol", { class: "findings" }, run.findings.map((finding) => card(run, finding, actions.open)))
         : empty("Nothing looks wrong", "No rule has anything to say. Sharpness around its threshold is normal training."),
     ]),
   );

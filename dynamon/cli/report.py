@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dynamon.arrays import Array
-from dynamon.board import page, payload
+from dynamon.board.page import page
+from dynamon.board.payload import payload
 from dynamon.health import Finding, findings, loss_tag
 from dynamon.history import RunData, Series
 from dynamon.runs import read_run_data
@@ -54,11 +55,13 @@ def run(options: argparse.Namespace) -> int:
         options: The parsed options.
 
     Returns:
-        0 whatever the health of the run, or 1 with the reason printed where it cannot be read or written.
+        0 whatever the health of the run, or 2 with the reason printed where it cannot be read or written, or holds
+        nothing of dynamon.
     """
     try:
         _check(options)
         runs = [(_name(folder), _read(folder, options.loss)) for folder in options.folders]
+        _require_readings(runs)
         if options.json:
             print(json.dumps(_health(runs, options.loss), indent=2, allow_nan=False))
         elif options.text:
@@ -69,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
             _print(_told(runs, options.loss, output))
     except (ValueError, OSError) as error:
         print(f"dynamon report: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 
@@ -178,6 +181,15 @@ def _read(folder: Path, loss: str | None) -> RunData:
         there = ", ".join(sorted(tag for tag in data.scalars if "loss" in tag.lower())[:12])
         raise ValueError(f"{folder} holds no {loss}; tags with 'loss' in their name: {there or 'none'}.")
     return data
+
+
+def _require_readings(runs: list[tuple[str, RunData]]) -> None:
+    """Refuse runs that all are without dynamon; one of two may be, as a baseline."""
+    nothing = [[one for one in findings(data) if one.rule == "dynamon/nothing"] for _, data in runs]
+    if all(nothing):
+        what = nothing[0][0]
+        names = " and ".join(name for name, _ in runs)
+        raise ValueError(f"{names}: {what.message} {what.advice}")
 
 
 def _name(folder: Path) -> str:

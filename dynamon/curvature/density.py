@@ -60,13 +60,13 @@ class SpectralDensity:
 
     @property
     def bulk_edge(self) -> float:
-        """Where the bulk ends: the largest Ritz value below the outliers, median over the starts."""
+        """Where the bulk ends, the largest Ritz value below the outliers, median over the starts."""
         count = len(self.outliers)
         return float(np.median(self.nodes[:, min(count, self.nodes.shape[1] - 1)]))
 
     @property
     def mean(self) -> float:
-        """Mean eigenvalue: the trace over n."""
+        """Mean eigenvalue, the trace over n."""
         return float((self.nodes * self.weights).sum(1).mean())
 
     def density(self, points: Array, width: float | None = None) -> Array:

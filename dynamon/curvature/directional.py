@@ -29,7 +29,7 @@ class DirectionalSharpness:
 
     @property
     def greedy_multiple(self) -> float:
-        r"""The multiple of d that minimises the quadratic model from here: :math:`-g^\top d / d^\top H d`.
+        r"""The multiple of d that minimises the quadratic model from here, :math:`-g^\top d / d^\top H d`.
 
         Infinite where the loss curves downwards along d.
         """
@@ -37,7 +37,7 @@ class DirectionalSharpness:
 
     @property
     def greedy_multiple_of_last_step(self) -> float:
-        """The same for a step d that was just taken: 1 would have been the best length, 2 is where the loss rises."""
+        """The same for a step d that was just taken; 1 would have been the best length, 2 is where the loss rises."""
         return 1 + self.greedy_multiple
 
 

@@ -22,7 +22,7 @@ class LinearOperator:
         device: Device of the vectors.
         backend: How the products are made.
 
-    Subclasses implement :meth:`_product` on one vector ``[n]``. Operators combine:
+    Subclasses implement ``_product`` on one vector ``[n]``. Operators combine:
     ``2 * A + B`` is an operator, ``A @ v`` takes ``[n]`` or ``[n, k]``.
     """
 

@@ -106,7 +106,6 @@ class Lanton(Optimizer):
     Groups may have their own ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``radius`` and ``role``.
 
     Attributes:
-        layers: The layers, in the order of the groups.
         rates: The :class:`LayerwiseRates` that sets the ratios, or None.
 
     Raises:

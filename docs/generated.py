@@ -1,0 +1,274 @@
+"""Pages and tables that the code, the examples and the benchmarks know: made anew for every build.
+
+``docs/generated/`` holds what pages include, ``docs/gallery/`` a page for each example.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamon import cli
+from dynamon.callbacks import GradientMonitor, LayerwiseLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks.dynamics import PRESETS
+from dynamon.callbacks.sharpness import QUANTITIES
+
+ROOT = Path(__file__).parent.parent
+RESULTS, EXAMPLES = ROOT / "benchmarks" / "results", ROOT / "examples"
+SHARED = {
+    "dynamon/overhead": "time of monitoring over training time without it",
+    "dynamon/failures": "measurements that failed so far",
+}
+
+
+def write(docs: Path) -> None:
+    """Write what has changed, so that Sphinx reads again only what it must."""
+    for name, make in TABLES.items():
+        _write(docs / "generated" / f"{name}.md", make())
+    runs = json.loads((docs / "gallery" / "runs.json").read_text())
+    for script in sorted(EXAMPLES.glob("*.py")):
+        _write(docs / "gallery" / f"{script.stem}.md", gallery_page(script, runs))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *(list(map(str, row)) for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+# What a run writes
+
+
+def keys() -> dict[str, tuple[str, str, str]]:
+    """Every tag and per-layer quantity: what it is, what kind of thing it is, and who writes it."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for monitor in (GradientMonitor(), WeightMonitor(), SharpnessMonitor(quantities=QUANTITIES)):
+        for meter in monitor._meters:
+            name = type(monitor).__name__
+            found |= _named(meter.tags, "scalar", name)
+            found |= _named(meter.quantities, "per layer", name) | _named(meter.histograms, "histograms", name)
+    found |= _named(LayerwiseLR.tags, "scalar", "LayerwiseLR")
+    found |= _named(
+        {q: text for q, text in LayerwiseLR.quantities.items() if q not in found}, "per layer", "LayerwiseLR"
+    )
+    return found | _named(SHARED, "scalar", "every monitor")
+
+
+def _named(tags: Mapping[str, str], kind: str, writer: str) -> dict[str, tuple[str, str, str]]:
+    return {tag: (meaning, kind, writer) for tag, meaning in tags.items()}
+
+
+def key_tables() -> str:
+    """The key table, a section for each group."""
+    known = keys()
+    text = ""
+    for group in dict.fromkeys(tag.split("/")[0] for tag in known):
+        rows = [
+            (f"`{tag}`", meaning, kind, writer if writer == "every monitor" else f"`{writer}`")
+            for tag, (meaning, kind, writer) in known.items()
+            if tag.split("/")[0] == group
+        ]
+        text += f"## {group}\n\n{table(('tag', 'what it is', 'kind', 'written by'), rows)}\n"
+    return text
+
+
+def preset_table() -> str:
+    """The presets as the code has them."""
+    rows = [
+        (
+            f"`{name}`",
+            _steps(preset.gradients),
+            _steps(preset.weights),
+            _steps(preset.sharpness),
+            ", ".join(f"`{q}`" for q in preset.quantities),
+            f"{preset.probe_fraction:g} of a batch",
+            "yes" if preset.histograms else "no",
+        )
+        for name, preset in PRESETS.items()
+    ]
+    head = ("preset", "gradients every", "weights every", "sharpness every", "of sharpness", "probe", "histograms")
+    return table(head, rows)
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"
+
+
+# What was measured
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def provenance(environment: Mapping[str, Any]) -> str:
+    """Where figures come from, in a line."""
+    parts = [f"`{environment['command']}`", f"torch {environment['torch']}", f"Python {environment['python']}"]
+    packages = environment.get("packages", {})
+    parts += [f"{name} {v}" for name, v in packages.items() if name not in ("torch", "numpy", "scipy", "lightning")]
+    parts += [f"{environment['device']}, {environment['threads']} thread(s)", f"commit {environment['commit']}"]
+    return f"*{'; '.join(parts)}.*\n"
+
+
+def cost_table() -> str:
+    """What each monitor costs."""
+    found = _result("monitoring_cost")
+    rows = [
+        (
+            name,
+            r.get("readings", "every step"),
+            r.get("ms a reading", ""),
+            r.get("steps a reading", ""),
+            f"{r['overhead from outside']:.1%}",
+            f"{r['overhead stated']:.1%}",
+        )
+        for name, r in found["results"].items()
+        if name != "none"
+    ]
+    head = ("what", "readings", "ms each", "in training steps", "whole run, from outside", "what it says itself")
+    step = found["environment"]["ms a training step"]
+    return f"{table(head, rows)}\nA training step took {step} ms. {provenance(found['environment'])}"
+
+
+def sharpness_table() -> str:
+    """The top Hessian eigenvalue by several packages: time, products, error."""
+    found = _result("sharpness")
+    rows = []
+    for cell in found["cells"]:
+        for name, method in cell["methods"].items():
+            rows.append(
+                (
+                    f"{cell['model']}, {'at the start' if cell['stage'] == 'init' else 'in training'}",
+                    name,
+                    f"{np.median(method['products']):g}",
+                    f"{method['median seconds'] * 1000:.0f}",
+                    f"{method['times dynamon cold']:.2f}",
+                    f"{np.abs(method['relative errors']).max():.1g}",
+                )
+            )
+    head = ("model", "method", "products, median", "ms, median", "time over dynamon's cold solve", "largest error")
+    return f"{table(head, rows)}\n{provenance(found['environment'])}"
+
+
+def spectra_table() -> str:
+    """Spectra of all matrices of a model."""
+    found = _result("spectra")
+    rows = [
+        (
+            model["name"],
+            row["method"],
+            f"{row['seconds']:.2f}",
+            f"{row['times_faster']:.1f}",
+            f"{row['worst_error']:.1g}",
+        )
+        for model in found["results"]
+        for row in model["rows"]
+    ]
+    head = ("matrices of", "method", "seconds", "times faster than `svdvals`", "largest error")
+    return f"{table(head, rows)}\n{provenance(found['environment'])}"
+
+
+def distributed_table() -> str:
+    """Readings of several processes against those of one on all samples."""
+    found = _result("distributed")
+    rows = [(name, f"{value:.1g}") for name, value in found["results"]["largest"].items()]
+    head = ("run", "largest relative difference of any reading")
+    return f"{table(head, rows)}\n{provenance(found['environment'])}"
+
+
+def tracking_table() -> str:
+    """How well eigenvalues are followed over training."""
+    found = _result("tracking")
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        groups.setdefault((row["model"], row["optimizer"], row["operator"]), []).append(row["tracking"])
+    rows = [
+        (
+            *key,
+            ", ".join(f"{t['all products']:g}" for t in own),
+            ", ".join(f"{t['share']:.2f}" for t in own),
+            sum(t["wrong"] for t in own),
+            f"{max(t['worst converged'] for t in own):.1g}",
+        )
+        for key, own in groups.items()
+    ]
+    head = (
+        "model",
+        "optimizer",
+        "operator",
+        "products a reading",
+        "over those of a cold start",
+        "converged and over 1 % low",
+        "worst such error",
+    )
+    spacings = ", ".join(str(s) for s in dict.fromkeys(row["spacing"] for row in found["rows"]))
+    note = f"Medians of runs with a reading every {spacings} steps."
+    return f"{table(head, rows)}\n{note} {provenance(found['environment'])}"
+
+
+# Commands
+
+
+def command_help() -> str:
+    """What ``--help`` says."""
+    found = ""
+    for command in ("demo", "report", "schedule"):
+        parser = argparse.ArgumentParser(prog="dynamon")
+        commands = parser.add_subparsers()
+        getattr(cli, command).add_parser(commands)
+        found += f"## dynamon {command}\n\n```text\n{commands.choices[command].format_help()}```\n\n"
+    return found
+
+
+# Examples
+
+
+def source_hash(script: Path) -> str:
+    """What tells one version of a script from another."""
+    return hashlib.sha256(script.read_bytes()).hexdigest()[:16]
+
+
+def gallery_page(script: Path, runs: Mapping[str, Any]) -> str:
+    """Docstring, picture, what it printed, code.
+
+    Raises:
+        ValueError: Where picture and output are of another version of the script.
+    """
+    code, name = script.read_text(), script.stem
+    run = runs["scripts"].get(name)
+    if run is None or run["source"] != source_hash(script):
+        raise ValueError(f"examples/{name}.py has changed since its output was recorded: run `make gallery`.")
+    title, _, text = (ast.get_docstring(ast.parse(code)) or "").partition("\n")
+    where = f"*Printed under {runs['environment']}.*"
+    return (
+        f"# {title.rstrip('.')}\n{_as_markdown(text)}\n\n![{title}]({name}.png)\n\n## What it prints\n\n"
+        f"```text\n{run['printed']}```\n\n{where}\n\n## The script\n\n`examples/{name}.py`\n\n```python\n{code}```\n"
+    )
+
+
+def _as_markdown(text: str) -> str:
+    return text.replace("``", "`")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "keys": key_tables,
+    "presets": preset_table,
+    "cost": cost_table,
+    "sharpness": sharpness_table,
+    "spectra": spectra_table,
+    "tracking": tracking_table,
+    "distributed": distributed_table,
+    "commands": command_help,
+}

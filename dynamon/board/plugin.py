@@ -1,0 +1,117 @@
+"""The tab in TensorBoard.
+
+TensorBoard imports this file at every start and must start whatever happens here, so what reads runs is imported with
+the first question.
+"""
+
+import importlib
+import re
+import threading
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+from tensorboard.backend import http_util
+from tensorboard.plugins import base_plugin
+from werkzeug import Request, Response
+
+_KINDS = {".js": "text/javascript", ".css": "text/css"}
+_REMOTE = re.compile(r"[a-zA-Z][\w+.-]+://")
+_Answer = Callable[[Any, Any], Any]  # from the runs and the arguments of the question
+
+
+class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard ships no types
+    """Serves the board's modules and, as JSON, what it asks for about the runs below ``--logdir``.
+
+    Args:
+        context: What TensorBoard knows.
+    """
+
+    plugin_name = "dynamon"
+
+    def __init__(self, context: base_plugin.TBContext) -> None:
+        """Touch nothing yet."""
+        self._logdir: str = context.logdir or ""
+        self._lock = threading.Lock()
+        self._folder: Any = None
+
+    def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
+        """The routes: files of the board by their names, and four questions."""
+        files = [path.name for path in resources.files(__package__).iterdir() if path.name.endswith(tuple(_KINDS))]
+        return {f"/{name}": _file(name) for name in files} | {
+            "/runs": self._answers(lambda folder, _: {"runs": folder.names(), "folder": self._logdir}),
+            "/run": self._answers(lambda folder, asked: _run(folder, asked).news(*_known(asked))),
+            "/table": self._answers(lambda folder, asked: _run(folder, asked).table(asked["quantity"], *_known(asked))),
+            "/health": self._answers(lambda folder, asked: {"findings": _run(folder, asked).findings()}),
+        }
+
+    def data_plugin_names(self) -> tuple[str, ...]:
+        """The tab is listed as active where there is any scalar, or a table of layers."""
+        return "scalars", "dynamon"
+
+    def is_active(self) -> bool:
+        """False: TensorBoard asks only where there is none of the above."""
+        return False
+
+    def frontend_metadata(self) -> base_plugin.FrontendMetadata:
+        """What TensorBoard loads into the frame of the tab."""
+        return base_plugin.FrontendMetadata(es_module_path="/tab.js", tab_name="Dynamon", disable_reload=True)
+
+    def _answers(self, answer: _Answer) -> Callable[..., Any]:
+        """A question of the board. What goes wrong is answered as ``problem``, a sentence that the tab shows."""
+
+        @Request.application
+        def application(request: Request) -> Response:
+            try:
+                content = answer(self._runs(), request.args)
+            except _Refused as refusal:
+                content = {"problem": str(refusal)}
+            except Exception as error:  # TensorBoard goes on, and so does the tab
+                content = {"problem": f"This could not be read ({type(error).__name__}: {error})."}
+            return http_util.Respond(request, content, "application/json")
+
+        return application
+
+    def _runs(self) -> Any:
+        """What holds the runs, made with the first question.
+
+        Raises:
+            _Refused: If the folder is not one that can be read from here.
+        """
+        if not self._logdir:
+            raise _Refused("The Dynamon tab reads the event files themselves: start TensorBoard with --logdir FOLDER.")
+        if _REMOTE.match(self._logdir):
+            raise _Refused(
+                f"The Dynamon tab reads event files of this machine only, and {self._logdir} lies elsewhere. "
+                "Copy the run to a local folder; the Custom Scalars tab shows its panels meanwhile."
+            )
+        with self._lock:
+            if self._folder is None:
+                self._folder = importlib.import_module("dynamon.board.live").LiveFolder(self._logdir)
+            return self._folder
+
+
+class _Refused(Exception):
+    """Why a question has no answer, in a sentence for the reader."""
+
+
+def _run(folder: Any, asked: Any) -> Any:
+    try:
+        return folder.run(asked.get("run", ""))
+    except KeyError:
+        raise _Refused("There is no such run any more.") from None
+
+
+def _known(asked: Any) -> tuple[int, int]:
+    """What the board has already: the epoch and the count of the answer before."""
+    return asked.get("epoch", 0, type=int), asked.get("since", 0, type=int)
+
+
+def _file(name: str) -> Callable[..., Any]:
+    @Request.application
+    def application(request: Request) -> Response:
+        kind = _KINDS[name[name.rindex(".") :]]
+        content = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+        return http_util.Respond(request, content, kind)
+
+    return application

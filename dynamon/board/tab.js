@@ -1,0 +1,185 @@
+// The tab in TensorBoard: which runs to show, and what is new in them every few seconds.
+
+import { mount, unpackedScalar, unpackedTable } from "./board.js";
+import { el } from "./dom.js";
+import { ADD } from "./views.js";
+
+const EVERY = 2500; // milliseconds between two questions
+const NONE = ""; // the name of no run
+const UNREAD = "Its event files hold no readings: the run has only just begun, or they are damaged or of another kind.";
+
+/** TensorBoard calls this in the frame of the tab. */
+export async function render() {
+  document.documentElement.lang = "en";
+  const style = el("link", { rel: "stylesheet", href: "./board.css" });
+  const styled = new Promise((done) => style.addEventListener("load", done));
+  document.head.append(style);
+  const root = el("div", { id: "board" });
+  document.body.append(root);
+  const follows = followTheme();
+  await styled;
+  const status = el("span", { class: "hint", role: "status" });
+  const first = el("select", { "aria-label": "run", onchange: () => poll() });
+  const second = el("select", { "aria-label": "run to compare with", onchange: () => poll() });
+  const controls = el("span", { class: "runs" }, el("label", {}, "run ", first), el("label", {}, "compare with ", second), status);
+  let board = null;
+  const show = (runs, notice = null) => {
+    if (board) board.update(runs, notice);
+    else board = mount(root, runs, { controls, hasTheme: !follows, notice });
+  };
+
+  const opened = new Map();
+  let timer = 0;
+  let turn = 0;
+  let shown = "";
+  const poll = async () => {
+    clearTimeout(timer);
+    const mine = (turn += 1);
+    let wait = EVERY;
+    try {
+      const isSeen = !document.hidden && window.innerHeight > 0; // 0: another tab is in front
+      if (isSeen || !board) wait = await look(() => mine === turn);
+    } catch (error) {
+      status.textContent = "TensorBoard does not answer; trying again.";
+      if (!board) show([], ["TensorBoard does not answer", String(error.message ?? error)]);
+    }
+    if (mine === turn) timer = setTimeout(poll, wait);
+  };
+
+  /** Ask for the runs and for what is new in those chosen; milliseconds until it should be asked again. */
+  const look = async (isCurrent) => {
+    const { runs: names, folder, problem } = await asked("runs");
+    if (!isCurrent()) return EVERY;
+    controls.hidden = Boolean(problem) || !names.length;
+    if (controls.hidden) {
+      shown = "";
+      status.textContent = "";
+      show([], problem ? ["Nothing to show here", problem] : nothing(folder));
+      return EVERY;
+    }
+    fill(first, names, names[0]);
+    fill(second, [NONE, ...names.filter((name) => name !== first.value)], NONE);
+    const chosen = [first.value, second.value].filter((name) => name !== NONE);
+    for (const name of chosen) if (!opened.has(name)) opened.set(name, new Live(name));
+    const runs = chosen.map((name) => opened.get(name));
+    await Promise.all(runs.map((run) => run.refresh()));
+    if (!isCurrent()) return 0;
+    const isUnread = runs.every((run) => run.share === 1 && run.lastStep < 0);
+    const failed = runs.find((run) => run.problem) ?? (isUnread ? runs[0] : null);
+    if (failed) {
+      shown = "";
+      status.textContent = "";
+      show([], [`${failed.label} cannot be shown`, failed.problem ?? UNREAD]);
+      return EVERY;
+    }
+    const key = JSON.stringify(runs.map((run) => [run.label, run.epoch, run.count]));
+    if (key !== shown) show(runs);
+    shown = key;
+    const share = Math.min(...runs.map((run) => run.share));
+    status.textContent = share < 1 ? `reading, ${Math.floor(100 * share)} % …` : `step ${Math.max(...runs.map((run) => run.lastStep))}`;
+    if (share < 1) return 0;
+    const found = await Promise.all(runs.map((run) => run.examine()));
+    if (isCurrent() && found.some(Boolean)) board.examined();
+    return EVERY;
+  };
+  await poll();
+}
+
+function nothing(folder) {
+  return [
+    "No runs yet",
+    `There are no event files below ${folder}.`,
+    `${ADD} and train with the TensorBoardLogger, which Lightning uses by default. This page looks again every few seconds.`,
+  ];
+}
+
+/** Make the choices of a list those names, and keep what is chosen while it is there. */
+function fill(select, names, otherwise) {
+  const current = select.options.length && names.includes(select.value) ? select.value : otherwise;
+  if (JSON.stringify([...select.options].map((option) => option.value)) !== JSON.stringify(names)) {
+    select.replaceChildren(...names.map((name) => el("option", { value: name }, name === NONE ? "nothing" : name)));
+  }
+  select.value = current;
+}
+
+async function asked(question, values = {}) {
+  const response = await fetch(`./${question}?${new URLSearchParams(values)}`);
+  if (!response.ok) throw new Error(`${question}: ${response.status}`);
+  return response.json();
+}
+
+/** A run that is read from the server piece by piece; see `mount` for its properties. */
+class Live {
+  constructor(name) {
+    Object.assign(this, { label: name, problem: null, findings: null, share: 0 });
+    this.forget(0);
+  }
+
+  forget(epoch) {
+    Object.assign(this, { epoch, count: 0, lastStep: 0, loss: null, quantities: [], examined: -1 });
+    [this.scalars, this.tables] = [new Map(), new Map()];
+  }
+
+  /** Read on; what is new is in `count`. */
+  async refresh() {
+    const news = await asked("run", { run: this.label, epoch: this.epoch, since: this.count });
+    this.problem = news.problem ?? null;
+    if (this.problem) return;
+    this.share = news.share;
+    if (!news.scalars) return;
+    if (news.epoch !== this.epoch) this.forget(news.epoch);
+    for (const [tag, part] of Object.entries(news.scalars)) this.scalars.set(tag, appended(this.scalars.get(tag), unpackedScalar(part), part.from));
+    Object.assign(this, { count: news.count, lastStep: news.last_step, loss: news.loss, quantities: news.quantities.sort() });
+  }
+
+  /** Look for what is wrong; true if that was done anew. */
+  async examine() {
+    if (this.examined === this.count) return false;
+    const { count } = this;
+    const { findings, problem } = await asked("health", { run: this.label });
+    if (problem) return false;
+    [this.findings, this.examined] = [findings, count];
+    return true;
+  }
+
+  scalar(tag) {
+    return this.scalars.get(tag) ?? null;
+  }
+
+  async table(quantity) {
+    const known = this.tables.get(quantity);
+    if (known && known.count === this.count) return known.table;
+    const has = known ? { epoch: this.epoch, since: known.count } : {};
+    const news = await asked("table", { run: this.label, quantity, ...has });
+    if (news.problem) throw new Error(news.problem);
+    const table = news.values === undefined ? known.table : appended(known?.table, unpackedTable(news), news.from);
+    this.tables.set(quantity, { count: news.count, table });
+    return table;
+  }
+}
+
+/** A series with new points behind those it has; the new ones alone where they do not begin at `from`. */
+function appended(old, part, from) {
+  if (from === undefined || !old) return part;
+  const joined = (a, b) => {
+    const both = new a.constructor(a.length + b.length);
+    both.set(a);
+    both.set(b, a.length);
+    return both;
+  };
+  return { ...part, steps: joined(old.steps, part.steps), values: joined(old.values, part.values) };
+}
+
+/** Take TensorBoard's theme; false where its page is out of reach. */
+function followTheme() {
+  if (window.parent === window) return false;
+  try {
+    const { body } = window.parent.document;
+    const take = () => (document.documentElement.dataset.theme = body.classList.contains("dark-mode") ? "dark" : "light");
+    new MutationObserver(take).observe(body, { attributes: true, attributeFilter: ["class"] });
+    take();
+    return true;
+  } catch {
+    return false;
+  }
+}

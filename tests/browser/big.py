@@ -1,0 +1,64 @@
+"""Event files of a big model, as the recorder writes them: 200 layers, 2,000 steps."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT
+
+PARTS = ("attn.qkv.weight", "attn.proj.weight", "mlp.up.weight", "mlp.down.weight")
+TABLES = (
+    "gradient/dual",
+    "gradient/l2",
+    "noise/dual",
+    "noise/snr",
+    "update/ratio",
+    "update/operator",
+    "weight/operator",
+    "spectrum/sigma_max",
+    "spectrum/stable_rank",
+    "lr/ratio",
+)
+SCALARS = ("train/loss", "gradient/norm", "lr/base", "lr/bounded", "noise/scale", "sharpness/directional")
+
+
+def names(layers: int) -> list[str]:
+    """Those of a transformer."""
+    return [f"model.blocks.{i // len(PARTS)}.{PARTS[i % len(PARTS)]}" for i in range(layers)]
+
+
+def write(folder: Path, layers: int = 200, steps: int = 2000) -> dict[str, np.ndarray]:
+    """Write the run; give what it holds: ``[steps, layers]`` for each table, ``[steps]`` for each scalar."""
+    generator = np.random.default_rng(0)
+    content = json.dumps({"layers": names(layers)}).encode()
+    plugin = SummaryMetadata.PluginData(plugin_name="dynamon", content=content)
+    metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=layers)])
+    depth = np.linspace(1.0, 4.0, layers)
+    tables = {q: (np.exp(0.1 * generator.normal(size=(steps, layers))) * depth).astype("<f4") for q in TABLES}
+    scalars = {tag: np.exp(0.05 * generator.normal(size=steps)).astype(np.float32) for tag in SCALARS}
+    for quantity, table in tables.items():
+        quantiles = np.quantile(table, [0.1, 0.5, 0.9], axis=1).astype(np.float32)
+        scalars |= {f"{quantity}_{q}": row for q, row in zip(("p10", "median", "p90"), quantiles, strict=True)}
+    folder.mkdir(parents=True)
+    with (folder / "events.out.tfevents.1.big.1.0").open("wb") as file:
+        for step in range(steps):
+            for tag, values in scalars.items():
+                value = Summary.Value(tag=tag, simple_value=float(values[step]))
+                file.write(record(Event(step=step, summary=Summary(value=[value]))))
+            for quantity, table in tables.items():
+                tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=table[step].tobytes())
+                value = Summary.Value(tag=f"{quantity}/layers", tensor=tensor, metadata=metadata if step == 0 else None)
+                file.write(record(Event(step=step, summary=Summary(value=[value]))))
+    return {**tables, **scalars}
+
+
+def record(event: Event) -> bytes:
+    """A record with empty checksums: in Python those of the whole file would take eight seconds."""
+    data = event.SerializeToString()
+    return struct.pack("<QI", len(data), 0) + data + bytes(4)
