@@ -325,7 +325,7 @@ class GradientReader:
         """The stored gradient by parameter name, if it is this step's.
 
         Args:
-            everywhere: Says nothing here; see :class:`dynamon.sharded_gradients.ShardedGradientReader`.
+            everywhere: Says nothing here; see ``dynamon.sharded_gradients``.
         """
         if self._stored_at != self.step:
             return {"previous": {}}
