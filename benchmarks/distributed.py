@@ -39,7 +39,7 @@ from dynamon.optim import Lanton
 from dynamon.ranks import Ranks
 
 GLOBAL_BATCH, BATCHES = 32, 6
-WITH_SHARPNESS = ("DDP",)
+WITH_SHARPNESS = ("DDP", "FSDP2")
 OTHERWISE = ("dynamon/overhead", "noise/independent", "noise/scale", "noise/snr")  # a clock; another source of noise
 HOW_IT_WENT = ("_residual", "/products")  # of a solve that has reached rounding
 
