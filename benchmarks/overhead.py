@@ -63,7 +63,7 @@ class Shape:
     heads: int
     context: int
     batch: int
-    steps: int = 1500
+    steps: int = 1000
     vocabulary: int = 256
 
 
@@ -278,7 +278,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 def main() -> None:
     """Measure the models and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="1500, and 500 of the GPT with 10M parameters")
+    parser.add_argument("--steps", type=int, help="1000, and 500 of the GPT with 10M parameters")
     parser.add_argument("--block", type=int, default=10, help="steps an arm takes before the next one's turn")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--gpt2", action="store_true", help="the shape of GPT-2 124M too (bf16 on a GPU)")
@@ -288,7 +288,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     text, _ = standard_library_text()
-    results = {}
+    output = options.output or (None if options.quick else default)
+    results: dict[str, Any] = {}
     for name, shape in SHAPES.items():
         if name == "GPT-2 124M" and not options.gpt2:
             continue
@@ -298,12 +299,16 @@ def main() -> None:
         runs = run_in_turn(shape, steps, options.block, options.device, text)
         results[name] = summary(runs, steps, options.block, shape)
         show(name, results[name])
-    output = options.output or (None if options.quick else default)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        noted = environment("overhead", options.device)
-        output.write_text(json.dumps({"environment": noted, "results": results}, indent=2) + "\n")
-        print(f"wrote {output}")
+        if output is not None:  # after each model, since they take long
+            write(output, results, options.device)
+
+
+def write(output: Path, results: dict[str, Any], device: str) -> None:
+    """The results so far, with their environment."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    noted = environment("overhead", device)
+    output.write_text(json.dumps({"environment": noted, "results": results}, indent=2) + "\n")
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 
 _MARGIN = 1.5  # by how much a measurement may take longer than expected without breaking the budget
+_PATIENCE = 300  # steps that a measurement waits before others leave it what it costs
+_ASKED = 2  # steps after which one that asks no more is forgotten
 
 
 class Budget:
@@ -29,6 +31,7 @@ class Budget:
         self.last: dict[str, float] = {}
         self._running = 0.0
         self._since: float | None = None
+        self._claims: dict[str, tuple[float, int]] = {}  # seconds, and the step of the last claim
         self._events: deque[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self) -> None:
@@ -84,29 +87,54 @@ class Budget:
                 self._running += seconds
             self._book("hooks", max(seconds - (self.spent - spent), 0.0))
 
-    def allows(self, name: str, expected: float, share: float = 1.0) -> bool:
+    def claim(self, name: str, expected: float, waited: float, step: int, step_seconds: float) -> None:
+        """Have the others leave a measurement what it costs, if it has waited for long.
+
+        So that what is cheap and often taken does not eat up, bit by bit, what a dear one waits for. Of several that
+        have waited the cheapest is first. One that is too dear for what the budget yields in 1,200 steps has no claim.
+
+        Args:
+            name: The measurement.
+            expected: Seconds it is expected to take.
+            waited: Steps since it was taken last.
+            step: The step; a claim holds for as long as it is made again.
+            step_seconds: Mean training time of a step.
+        """
+        cost = _MARGIN * expected
+        if self.fraction is None or waited < _PATIENCE or cost > 4 * _PATIENCE * step_seconds * self.fraction:
+            self._claims.pop(name, None)
+        else:
+            self._claims[name] = (cost, step)
+
+    def allows(self, name: str, expected: float, share: float = 1.0, step: int = 0) -> bool:
         """Whether a measurement may be taken now.
 
         Args:
             name: The measurement.
             expected: Seconds it is expected to take.
             share: Most of the budget that this measurement may use up; those with a share below one keep to
-                it, one with share 1 takes what is left.
+                it, unless they have a claim, one with share 1 takes what is left.
+            step: The step.
         """
         if self.fraction is None:
             return True
         self._collect()
-        allowance = self.fraction * self.training
-        cost = _MARGIN * expected
-        return self.spent + cost <= allowance and self.spent_on.get(name, 0.0) + cost <= share * allowance
+        self._claims = {other: claim for other, claim in self._claims.items() if claim[1] >= step - _ASKED}
+        return self._needed(name, expected, share) <= self.fraction * self.training
 
     def seconds_to_wait(self, name: str, expected: float, share: float = 1.0) -> float:
         """Seconds of training after which :meth:`allows` would say yes; 0 where it does."""
         if self.fraction is None:
             return 0.0
+        return max(self._needed(name, expected, share) / self.fraction - self.training, 0.0)
+
+    def _needed(self, name: str, expected: float, share: float) -> float:
+        """What the budget must have yielded by the time a measurement is taken."""
         cost = _MARGIN * expected
-        needed = max(self.spent + cost, (self.spent_on.get(name, 0.0) + cost) / share) / self.fraction
-        return max(needed - self.training, 0.0)
+        has_claim = name in self._claims
+        others = [claimed for other, (claimed, _) in self._claims.items() if other != name]
+        needed = self.spent + cost + sum(claimed for claimed in others if not has_claim or claimed < cost)
+        return needed if has_claim else max(needed, (self.spent_on.get(name, 0.0) + cost) / share)
 
     def _book(self, name: str, seconds: float) -> None:
         self.spent += seconds

@@ -67,9 +67,11 @@ class Decisions:
     def _decide(self, run: "Run", waiting: Iterable["Meter"]) -> list[float]:
         """For each meter whether it may begin now, and the step of the next decision."""
         allowed, steps = [], [float(_LONGEST)]
-        for meter in waiting:
-            expected = meter.expected(run)
-            allowed.append(run.budget.allows(meter.name, expected, meter.cadence.share))
+        costs = {meter: meter.expected(run) for meter in waiting}
+        for meter, expected in costs.items():
+            meter.cadence.claim(run, meter.name, expected, run.step)
+        for meter, expected in costs.items():
+            allowed.append(run.budget.allows(meter.name, expected, meter.cadence.share, run.step))
             begins = meter.cadence.is_free(run.step + meter.begins_before) and allowed[-1]
             steps.append(meter.cadence.steps_to_wait(run, meter.name, expected, begins, meter.begins_before))
         wait = max(1.0, min(steps), self._steps_that_pay(run) if self.taken else 1.0)

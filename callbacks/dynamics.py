@@ -132,7 +132,7 @@ def _meters(
     probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction)
     steps, eigenvalues = (partial(Cadence, every_n_steps, preset.sharpness, share) for share in (0.2, 1.0))
     return [
-        GradientMeter(Cadence(every_n_steps, preset.gradients, share=0.25), preset.histograms),
+        GradientMeter(Cadence(every_n_steps, preset.gradients, share=0.2), preset.histograms),
         WeightMeter(Cadence(every_n_steps, preset.weights, share=0.1), preset.histograms),
         *sharpness_meters(preset.quantities, probe, steps, eigenvalues),
     ]

@@ -34,6 +34,7 @@ class Run:
         layers: Those that per-layer readings are wanted for.
         ranks: The processes that measure together, this one alone where there is no other.
         decisions: When they measure under a budget.
+        begun_at: The step at which this fit began.
         unsettled: What went wrong in a meter on this process and has yet to be said to the others, by its name.
     """
 
@@ -50,6 +51,7 @@ class Run:
         self.all_layers = [layer for layer in describe_layers(module) if is_measurable(layer)]
         self.layers = layers
         self.ranks, self.decisions = ranks_of(trainer, module), Decisions()
+        self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
         self._copies: dict[str, Tensor] = {}
         self._copied_at = (-1, -1)
@@ -138,7 +140,13 @@ class Cadence:
             return False
         if run.ranks.several and run.budget.fraction is not None:
             return run.decisions.allows(name, step)
-        return run.budget.allows(name, expected(run), self.share)
+        seconds = expected(run)
+        self.claim(run, name, seconds, step)
+        return run.budget.allows(name, seconds, self.share, step)
+
+    def claim(self, run: Run, name: str, expected: float, step: int) -> None:
+        """Tell the budget how long this has waited."""
+        run.budget.claim(name, expected, step - max(self.last, run.begun_at), step, run.seconds_per_step)
 
     def is_free(self, step: int) -> bool:
         """Whether the last measurement is far enough away."""

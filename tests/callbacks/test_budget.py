@@ -24,7 +24,12 @@ def readings(clock, budget: Budget, costs: list[tuple[int, float]], hooks: float
     meter = Meter(Cadence(None, interval=20, share=1.0))
     meter.name = "it"
     run = SimpleNamespace(
-        ranks=SimpleNamespace(several=False), budget=budget, step=0, trying_out=False, seconds_per_step=STEP
+        ranks=SimpleNamespace(several=False),
+        budget=budget,
+        step=0,
+        begun_at=0,
+        trying_out=False,
+        seconds_per_step=STEP,
     )
     with budget.watch():
         clock.now += start_up
@@ -74,6 +79,55 @@ def test_a_first_reading_that_is_dear_is_made_up_for(clock) -> None:
     """Nobody knows what the first one takes: three steps where a tenth was expected; 2 % again 150 steps later."""
     read, shares = readings(clock, Budget(0.02), [(600, 0.3)])
     assert max(shares[read[0] + 160 :]) <= 0.0201
+
+
+def several(clock, budget: Budget, meters: dict[str, tuple[float, float]], steps: int) -> dict[str, list[int]]:
+    """With meters of given costs, in steps of a tenth of a second, and shares: the steps at which each is read."""
+    made = {name: Meter(Cadence(None, interval=4, share=share)) for name, (_, share) in meters.items()}
+    run = SimpleNamespace(
+        ranks=SimpleNamespace(several=False), budget=budget, begun_at=0, trying_out=False, seconds_per_step=STEP
+    )
+    read: dict[str, list[int]] = {name: [] for name in meters}
+    for run.step in range(steps):
+        budget.start()
+        clock.now += STEP
+        for name, meter in made.items():
+            meter.name = name
+            if meter.cadence.due(run, name, meter.expected, run.step):
+                with budget.charge(name):
+                    clock.now += meters[name][0] * STEP
+                meter.done(run)
+                read[name].append(run.step)
+    return read
+
+
+def longest_wait(read: list[int], steps: int) -> int:
+    return max(b - a for a, b in zip([0, *read], [*read, steps], strict=True))
+
+
+@pytest.mark.parametrize(("shares", "most"), [((0.2, 0.1, 0.2, 1.0), 450), ((1.0, 1.0, 1.0, 1.0), 550)])
+def test_what_is_cheap_does_not_starve_what_is_dear(clock, shares, most) -> None:
+    """The budget of 500 steps is ten; one of each, with the margin, takes six. Without claims the second never ends."""
+    budget, costs = Budget(0.02), (0.1, 0.4, 1.0, 2.4)
+    meters = {str(cost): (cost, share) for cost, share in zip(costs, shares, strict=True)}
+    read = several(clock, budget, meters, 5000)
+    assert max(longest_wait(steps, 5000) for steps in read.values()) <= most
+    assert budget.overhead <= 0.02 and budget.overhead > 0.015
+
+
+def test_what_is_too_dear_holds_nobody_up(clock) -> None:
+    """A reading that takes the budget of 3,000 steps waits for what the others leave, and they do not wait for it."""
+    read = several(clock, Budget(0.02), {"cheap": (0.1, 0.2), "dear": (40.0, 1.0)}, 6000)
+    assert longest_wait(read["cheap"], 6000) <= 500 or len(read["dear"]) == 1
+
+
+def test_one_that_asks_no_more_holds_nobody_up() -> None:
+    budget = Budget(0.02)
+    budget.start()
+    budget._running = 100.0
+    budget.claim("gone", 1.0, waited=300, step=1000, step_seconds=STEP)
+    assert not budget.allows("here", 1.0, 1.0, step=1001)
+    assert budget.allows("here", 1.0, 1.0, step=1003)
 
 
 def test_hooks_and_start_up_are_in_the_stated_overhead() -> None:
