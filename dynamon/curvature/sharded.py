@@ -84,7 +84,7 @@ class ShardedHessian(HessianOperator):
     r"""The Hessian of the mean of the processes' losses, by differences of gradients, with nothing made whole.
 
     Each product moves the shards a little to either side of the weights and takes two ordinary gradients, so it costs
-    and sends what two training steps do. Vectors are parts of length n / R; solvers ask :attr:`space` for inner
+    and sends what two training steps do. Vectors are parts of length n / R; solvers ask ``space`` for inner
     products. A loss that fails on one process alone leaves the others waiting, as in training: it fails between
     messages of FSDP2's own.
 
