@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
 from dynamon.callbacks.evaluation import trained_parameters
+from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run, forget_frames
 from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter
@@ -22,11 +23,9 @@ from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
     Eigenpairs,
     EigenTracker,
-    GGNOperator,
     HessianOperator,
     LinearOperator,
     MeanOverRanks,
-    OutputsOfLoss,
     SpectralDensity,
     blockwise_sharpness,
     eigenspace_overlap,
@@ -49,7 +48,6 @@ from dynamon.stability import (
 _TRACE_SAMPLES = 16
 _NOISY = 0.1  # relative error of differences from which on nothing is shown
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
-Outputs = Callable[[Any, Any], tuple[Any, Tensor]]
 
 
 @dataclass
@@ -92,12 +90,13 @@ class EigenvalueMeter(Meter):
         quantities: Sequence[str],
         tol: float,
         max_matvecs: int,
-        outputs: Outputs | None = None,
+        outputs: OutputsFn | None = None,
         memory_limit: float | None = None,
     ) -> None:
         """Nothing tracked yet."""
         super().__init__(cadence)
-        self._probe, self._steps, self._outputs, self._memory_limit = probe, steps, outputs, memory_limit
+        self._probe, self._steps, self._memory_limit = probe, steps, memory_limit
+        self._gauss_newton = GaussNewton(probe, outputs)
         self._wanted = frozenset(quantities)
         self._tol, self._max_matvecs = tol, max_matvecs
         self.tags = {tag: meaning for q in TAGS if q in self._wanted for tag, meaning in TAGS[q].items()}
@@ -394,46 +393,7 @@ class EigenvalueMeter(Meter):
         point.run.recorder.layers(BLOCKS, values, list(found))
 
     def _ggn(self, point: _Point) -> None:
-        run = point.run
-        held: dict[str, Tensor] = {}
-
-        def outputs() -> list[Tensor]:
-            if self._outputs is not None:
-                return self._own_outputs(run, held)
-            with OutputsOfLoss() as watch:
-                held["loss"] = self._probe.loss(run)
-            found, names = watch.of(held["loss"])
-            if "outputs" not in self._told:
-                self._told.add("outputs")
-                rank_zero_info(f"ggn: the outputs are what goes into {names} ({len(found)} tensors in the probe).")
-            return found
-
-        operator = GGNOperator(outputs, lambda _: held["loss"], point.params)
-        self._say_what_is_missing(operator, held["loss"])
-        self._solve(point, "ggn_max", self._probe.over_ranks(run, operator))
-
-    def _say_what_is_missing(self, operator: GGNOperator, loss: Tensor) -> None:
-        """A loss may reach the parameters past the outputs that were found: another head, a penalty."""
-        if "missing" in self._told:
-            return
-        self._told.add("missing")
-        if operator.share_beside(loss) > 1e-3:
-            rank_zero_warn(
-                "ggn covers a part of the loss only: the gradient through the outputs that were found is not the whole "
-                "gradient. Pass outputs=lambda module, batch: ... which returns (outputs, loss)."
-            )
-
-    def _own_outputs(self, run: Run, held: dict[str, Tensor]) -> list[Tensor]:
-        assert self._outputs is not None
-        found: list[Tensor] = []
-
-        def evaluate(batch: Any, index: int) -> Tensor:
-            given, loss = self._outputs(run.module, batch)  # type: ignore[misc]
-            found.extend([given] if isinstance(given, Tensor) else given)
-            return loss
-
-        held["loss"] = self._probe.weighted(evaluate)
-        return found
+        self._solve(point, "ggn_max", self._gauss_newton.operator(point.run, point.params))
 
     def _say_backend(self, point: _Point) -> None:
         reason = point.hessian.reason

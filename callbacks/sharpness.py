@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from dynamon.callbacks.curvature_tags import TAGS
-from dynamon.callbacks.eigenvalues import EigenvalueMeter, Outputs
+from dynamon.callbacks.eigenvalues import EigenvalueMeter
+from dynamon.callbacks.gauss_newton import OutputsFn
 from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.callbacks.probe import ProbeMeter, check_probe
@@ -182,7 +183,7 @@ class SharpnessMonitor(Monitor):
         budget: float | None = 0.02,
         quantities: Sequence[str] = _DEFAULT,
         loss_fn: LossFn | None = None,
-        outputs: Outputs | None = None,
+        outputs: OutputsFn | None = None,
         probe_batches: int = 1,
         probe_fraction: float = 0.25,
         probe_size: int | None = None,
@@ -212,7 +213,7 @@ def sharpness_meters(
     eigenvalue_cadence: partial[Cadence],
     tol: float = 1e-2,
     max_matvecs: int = 40,
-    outputs: Outputs | None = None,
+    outputs: OutputsFn | None = None,
     memory_limit: float | None = None,
 ) -> list[Meter]:
     """A probe and the two meters that measure on it, in the order in which they must be called."""
