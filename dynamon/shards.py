@@ -25,7 +25,7 @@ def any_sharded(tensors: Sequence[Tensor]) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds, in the same memory and without graph; a plain tensor is its own part."""
-    detached: Any = tensor.detach()
+    detached: Any = tensor.detach() if tensor.requires_grad else tensor
     return detached.to_local() if is_sharded(tensor) else detached
 
 
