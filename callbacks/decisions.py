@@ -75,7 +75,8 @@ class Decisions:
             begins = meter.cadence.is_free(run.step + meter.begins_before) and allowed[-1]
             steps.append(meter.cadence.steps_to_wait(run, meter.name, expected, begins, meter.begins_before))
         wait = max(1.0, min(steps), self._steps_that_pay(run) if self.taken else 1.0)
-        return [*map(float, allowed), run.step + min(wait, _LONGEST)]
+        known = max(run.steps_seen, 1)  # what few steps took says little of more than as many
+        return [*map(float, allowed), run.step + min(wait, known, _LONGEST)]
 
     def _steps_that_pay(self, run: "Run") -> float:
         """Steps in which a decision is earned."""

@@ -14,7 +14,8 @@ from dynamon.health import Finding, findings
 from dynamon.history import History, RunData
 
 _LOSS = "loss"
-_SHARE = 0.002  # of training time, whatever the budget of the measurements
+_SHARE = 0.01  # of the run's time, where measurements have no budget
+_OF_BUDGET = 0.1  # where they have one
 _EVERY = 5  # readings: fewer tell nothing new
 _TOLD = ("dynamon/", "gradient/nonfinite")  # by those who measure
 
@@ -29,7 +30,8 @@ class HealthWatch:
     Args:
         name: Who speaks.
 
-    Cost: at most 0.2 % of training time: the next look waits until the last one has been earned.
+    Cost: about 1 % of the run's time, a tenth of the budget where there is one: the next look waits until the last
+    one has been earned. So in a long run of many layers a finding may come a minute late.
     """
 
     def __init__(self, name: str) -> None:
@@ -51,8 +53,9 @@ class HealthWatch:
         if loss is not None:
             self._losses.add(_LOSS, run.step, loss * run.trainer.accumulate_grad_batches)
         self._readings += 1
-        waited = time.monotonic() - self._looked_at
-        if self._readings >= _EVERY and waited * _SHARE >= self._took:
+        waited, budget = time.monotonic() - self._looked_at, run.budget.fraction
+        share = _SHARE if budget is None else min(_SHARE, _OF_BUDGET * budget)
+        if self._readings >= _EVERY and waited * share >= self._took:
             self.look(run, *histories)
 
     def look(self, run: Run, *histories: History, is_last: bool = False) -> None:

@@ -169,6 +169,8 @@ class Monitor(DynamonCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock, and say what was never measured."""
         self._budget.stop()
+        if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
+            self._finish()  # that it was there
         self._last_look(trainer)
         for meter in self._meters:
             if self._run is not None and meter.is_missed() and not self.paused(meter) and not self._run.trying_out:

@@ -56,7 +56,7 @@ def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, 
     shared = 1 if device.type != "cpu" else run.trainer.num_devices
     limit = memory_limit * 2**30 if memory_limit else free_memory(device) / 2 / shared
     gathers = not any(is_sharded(p) for p in trained) or _are_gathered(run, trained, k, limit)
-    differences = not gathers and run.trainer.precision in _PRECISE and not is_rounded(run.module)
+    differences = not gathers and _why_no_differences(run, trained) is None
     tensors = [local(p) for p in trained] if differences else list(trained)
     needed = basis_memory(tensors, k)
     density = density_vectors * sum(p.numel() * max(p.element_size(), 4) for p in tensors)
@@ -75,12 +75,22 @@ def _are_gathered(run: Run, trained: Sequence[Tensor], k: int, limit: float) -> 
     said = f"{needed / 2**30:.3g} GiB on each process, and {limit / 2**30:.3g} are allowed"
     if fits:
         after = "They are gathered while they are measured, and products are exact."
-    elif run.trainer.precision in _PRECISE and not is_rounded(run.module):
+    elif (reason := _why_no_differences(run, trained)) is None:
         after = (
             "Parameters stay sharded, and products are differences of gradients, at two gradients a product. Raise "
             "memory_limit to have exact ones."
         )
     else:
-        after = f"At precision {run.trainer.precision} gradients are too coarse for differences, the only other way."
+        after = f"Differences of gradients, the only other way, are not possible: {reason}."
     rank_zero_info(f"sharpness: gathered parameters and the solver's vectors take {said}. {after}")
     return fits
+
+
+def _why_no_differences(run: Run, trained: Sequence[Tensor]) -> str | None:
+    """Why sharded parameters cannot be moved a little for a difference of gradients; None where they can."""
+    if run.trainer.precision not in _PRECISE or is_rounded(run.module):
+        return f"at precision {run.trainer.precision} gradients are too coarse"
+    whole = sum(not is_sharded(p) for p in trained)
+    if whole:  # a vector's part here would hold them on every process
+        return f"{whole} trained parameters are not sharded"
+    return None

@@ -270,7 +270,7 @@ def _rows(path: Path) -> _Points:
         where = header.index("step")
         for row in rows:
             step = _number(row[where]) if len(row) > where else None  # cut off where the run was killed
-            if step is None or not np.isfinite(step):
+            if step is None or not abs(step) < 2**63:  # not a number, or none of a step
                 continue
             for tag, cell in zip(header, row, strict=False):
                 value = None if tag == "step" else _number(cell)

@@ -84,7 +84,7 @@ class LiveRun:
         """Nothing is read yet."""
         self._folder = folder
         self._lock = threading.Lock()
-        self._epoch = time.time_ns()
+        self._epoch = time.time_ns() // 1_000_000  # exact in the numbers of a browser, below 2**53
         self._start_anew()
 
     def _start_anew(self) -> None:

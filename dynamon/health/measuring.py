@@ -9,6 +9,7 @@ from dynamon.health.loss import Loss
 from dynamon.health.series import LONG, to_the_end
 from dynamon.history import RunData
 
+_RAISE = "raise budget, set every_n_steps, or measure fewer quantities; a run of some hundred steps needs more."
 _EIGENVALUES = ("stability_ratio", "hessian_max", "preconditioned_max", "ggn_max")
 
 
@@ -58,14 +59,15 @@ def failed_measurements(data: RunData, loss: Loss) -> Iterator[Finding]:
 def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
     """What the budget did not carry. Only where its neighbours were measured: who did not ask for it misses nothing."""
     scalars, overhead = data.scalars, data.scalars.get("dynamon/overhead")
-    raise_it = "Raise budget, set every_n_steps, or measure fewer quantities; a run of some hundred steps needs more."
     if not any(tag.startswith(("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")) for tag in scalars):
         yield Finding(
             "dynamon/nothing",
             "note",
             max(data.last_step, 0),
             "This run holds no readings of dynamon.",
-            "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks.",
+            "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks."
+            if overhead is None
+            else "A monitor was there: " + _RAISE,
         )
         return
     converged = sum(len(scalars.get(f"sharpness/{name}", ())) for name in _EIGENVALUES)
@@ -79,7 +81,7 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "note",
             max(data.last_step, 0),
             f"There is no eigenvalue of the curvature in this run; monitoring took {share:.2%} of training time.",
-            "Where a monitor was to measure it, its budget did not reach. " + raise_it,
+            "Where a monitor was to measure it, its budget did not reach: " + _RAISE,
             numbers={"overhead": share},
             tags=("dynamon/overhead",),
         )

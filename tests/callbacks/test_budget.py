@@ -6,6 +6,7 @@ import pytest
 
 from dynamon.callbacks import DynamicsMonitor, WeightMonitor
 from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.decisions import Decisions
 from dynamon.callbacks.meter import Cadence, Meter
 from tests.helpers import Classifier, fit, mlp
 
@@ -128,6 +129,21 @@ def test_one_that_asks_no_more_holds_nobody_up() -> None:
     budget.claim("gone", 1.0, waited=300, step=1000, step_seconds=STEP)
     assert not budget.allows("here", 1.0, 1.0, step=1001)
     assert budget.allows("here", 1.0, 1.0, step=1003)
+
+
+@pytest.mark.parametrize(("seen", "latest"), [(0, 1), (8, 16)])
+def test_several_processes_decide_again_soon_after_the_start(clock, seen, latest) -> None:
+    """Before the first step nobody knows what one takes: start-up must not put the next decision off for long."""
+    budget, meter = Budget(0.02), Meter(Cadence(None, interval=4, share=1.0))
+    meter.name = "it"
+    with budget.watch():
+        clock.now += 30.0
+    several = SimpleNamespace(several=True)
+    run = SimpleNamespace(
+        ranks=several, budget=budget, step=seen, begun_at=0, steps_seen=seen, seconds_per_step=1e-4, trying_out=False
+    )
+    allowed, following = Decisions()._decide(run, [meter])
+    assert not allowed and seen < following <= latest
 
 
 def test_hooks_and_start_up_are_in_the_stated_overhead() -> None:

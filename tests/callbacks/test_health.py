@@ -51,6 +51,13 @@ def test_a_healthy_run_is_silent():
     assert [one.rule for one in monitor.findings if one.severity != "note"] == []
 
 
+def test_a_budget_that_carries_nothing_is_no_missing_monitor():
+    monitor = DynamicsMonitor(budget=1e-9)
+    classify(0.1, 20, [monitor])
+    (note,) = monitor.findings
+    assert note.rule == "dynamon/nothing" and note.advice.startswith("A monitor was there: raise budget")
+
+
 def test_of_several_monitors_one_speaks():
     monitors = [GradientMonitor(**ROUNDS), WeightMonitor(**ROUNDS)]
     with warnings.catch_warnings(record=True) as caught:
@@ -89,6 +96,8 @@ def test_looking_is_earned_by_training_first(monkeypatch):
     watch = live.HealthWatch("DynamicsMonitor")
 
     class Budget:
+        fraction = 0.02
+
         def charge(self, name):
             return warnings.catch_warnings()
 
@@ -105,12 +114,13 @@ def test_looking_is_earned_by_training_first(monkeypatch):
         watch.see(Run, {"loss": torch.tensor(1.0)})
     training = clock[0] - len(looks)
     assert len(looks) >= 3
-    assert len(looks) - 1 <= 0.0021 * training
+    assert len(looks) - 1 <= 0.0021 * training  # a tenth of the budget
 
 
 def test_the_loss_of_an_accumulated_step_is_that_of_a_batch():
     class Run:
         step = 3
+        budget = type("Budget", (), {"fraction": None})
 
         class trainer:
             accumulate_grad_batches = 4

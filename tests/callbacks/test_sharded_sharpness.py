@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dynamon.callbacks import SharpnessMonitor
+from dynamon.callbacks.room import _why_no_differences
 from dynamon.callbacks.sharpness import QUANTITIES
 from tests.models import dense_hessian
 from tests.processes import Sharded, dist_rank, fit_here, in_processes, same, small, values
@@ -216,7 +218,7 @@ def test_what_is_done_about_memory_is_said_once(both) -> None:
     ):
         assert len([line for line in both[0][f"{name} mixed"]["said"] if sentence in line]) == 1
     assert any("ggn is left out" in line for line in both[0]["shards mixed"]["said"])
-    assert any("are too coarse for differences" in line for line in both[0]["neither"]["said"])
+    assert any("gradients are too coarse" in line for line in both[0]["neither"]["said"])
     assert "sharpness/critical_multiple" in both[0]["neither"]["tables"]
     assert "sharpness/hessian_max" not in both[0]["neither"]["tables"]
 
@@ -237,3 +239,11 @@ def test_mixed_precision_rounds_products_but_not_steps(both, one) -> None:
     for tag, within in (("sharpness/hessian_max", 0.03), ("sharpness/critical_multiple", 0.03)):
         found, expected = values(both[0]["rounded"], tag)[0], values(one["rounded"], tag)[0]
         assert float(found) == pytest.approx(float(expected), rel=within), tag
+
+
+def test_differences_need_every_trained_parameter_sharded() -> None:
+    """A vector's part on each process would hold a whole parameter as often as there are processes."""
+    module = small()
+    run = SimpleNamespace(module=module, trainer=SimpleNamespace(precision="64-true"))
+    assert _why_no_differences(run, list(module.parameters())) == "4 trained parameters are not sharded"
+    assert _why_no_differences(run, []) is None

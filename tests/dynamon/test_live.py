@@ -43,7 +43,7 @@ class Reader:
         news = self.run.news(self.epoch, self.count)
         if news["epoch"] != self.epoch:
             self.scalars, self.tables = {}, {}
-        self.epoch, self.count = news["epoch"], news["count"]
+        self.epoch, self.count = int(float(news["epoch"])), news["count"]  # a browser's numbers are floats
         for tag, part in news.get("scalars", {}).items():
             self.sent += len(array(part["steps"]))
             self.scalars[tag] = self.joined(self.scalars.get(tag), part, array(part["values"]))

@@ -207,3 +207,8 @@ def test_long_tables_are_read_in_seconds(tmp_path):
     tables = read_run_data(tmp_path).tables
     assert time.process_time() - begin < 3
     assert len(tables) == 10 and tables["q/9"].values.shape == (400, 200) and tables["q/9"].values[399, 199] == 598
+
+
+def test_a_table_with_a_step_that_is_none(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n99999999999999999999999999,2.0\n2,3.0\n")
+    assert read_run_data(tmp_path).scalars["train/loss"].steps.tolist() == [0, 2]
