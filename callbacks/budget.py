@@ -59,6 +59,11 @@ class Budget:
         self._collect()
         return self.spent / self.training
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing is left, so that nobody need ask."""
+        return self.fraction is not None and self.spent >= self.fraction * self.training
+
     @contextmanager
     def charge(self, name: str, cuda: bool = False) -> Iterator[None]:
         """Book the time inside to a measurement."""

@@ -140,6 +140,8 @@ class Cadence:
             return False
         if run.ranks.several and run.budget.fraction is not None:
             return run.decisions.allows(name, step)
+        if run.budget.is_spent:
+            return False
         seconds = expected(run)
         self.claim(run, name, seconds, step)
         return run.budget.allows(name, seconds, self.share, step)
