@@ -179,6 +179,8 @@ class EigenvalueMeter(Meter):
         products += _TRACE_SAMPLES * ("trace" in self._wanted) + 6 * len(run.layers) * ("blocks" in self._wanted)
         products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
         guess = 2 * run.seconds_per_step * self._probe.share
+        if not self._product_seconds:  # the first one also chooses how products are made, and checks them
+            return 2 * products * guess
         return products * median([guess, *self._product_seconds])
 
     def _is_due(self, run: Run) -> bool:

@@ -27,7 +27,7 @@ from dynamon.cli.text import standard_library_text, training_batches, validation
 from dynamon.layers import describe_layers
 from dynamon.norms import iid_dual_norm, update_norm
 
-_STEPS, _BUDGET, _BATCH, _CONTEXT = 750, 0.25, 16, 128
+_STEPS, _BUDGET, _BATCH, _CONTEXT = 750, 0.35, 16, 128
 _SECONDS = 180.0
 _SHARPNESS_POINTS, _NOISE_POINTS = 20, 100
 _SETTLED = 300  # steps after which a budget must hold, start-up included
