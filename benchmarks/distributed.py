@@ -168,9 +168,15 @@ def sharded(rank: int, run: Callable[[Any], None], ranks: int, port: int) -> Non
 
 def train(case: Case, callbacks: list[Any], steps: int, strategy: Any) -> None:
     """Fit."""
-    trainer = pl.Trainer(
+    module = Module(case.kind, case.dtype, case.orthogonal)
+    quiet_trainer(case.ranks, strategy, steps, callbacks).fit(module, data(case.dtype))
+
+
+def quiet_trainer(processes: int, strategy: Any, steps: int, callbacks: list[Any]) -> pl.Trainer:
+    """On the CPU, without files."""
+    return pl.Trainer(
         accelerator="cpu",
-        devices=case.ranks,
+        devices=processes,
         strategy=strategy,
         max_steps=steps,
         max_epochs=-1,
@@ -181,7 +187,6 @@ def train(case: Case, callbacks: list[Any], steps: int, strategy: Any) -> None:
         use_distributed_sampler=False,
         callbacks=callbacks,
     )
-    trainer.fit(Module(case.kind, case.dtype, case.orthogonal), data(case.dtype))
 
 
 def monitors(case: Case, every: int = 3) -> list[Any]:

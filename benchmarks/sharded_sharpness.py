@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,12 +20,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import start_processes
 
-from benchmarks.distributed import Module, data, differences
+from benchmarks.distributed import Module, data, differences, quiet_trainer
 from dynamon.callbacks import SharpnessMonitor
 from dynamon.callbacks.sharpness import QUANTITIES
 
 NOT_IN_SHARDS = ("ggn", "density")  # the first needs gathered parameters, the second the memory for them
 BY_CHANCE = ("_upper", "_min", "/trace", "/trace_error")  # of random vectors, which shards draw by themselves
+
+
+COLUMNS = ("one process", "distributed", "difference")  # of distributed.py
 
 
 class Row(NamedTuple):
@@ -72,10 +74,9 @@ def sharpness_rows(processes: int = 2, dtype: torch.dtype = torch.float64, gathe
     skipped = ("dynamon/", *(() if gathered else ("sharpness/trace",)))
     found = differences({tag: v for tag, v in one.items() if not tag.startswith(skipped)}, several)
     if not gathered:
-        found = {tag: difference for tag, difference in found.items() if not tag.endswith(BY_CHANCE)}
-    known = {tag: values.ravel()[-1:] for tag, values in several.items()}
-    known |= {tag: np.array([np.nan]) for tag in set(found) - set(known)}
-    return [Row(tag, float(one[tag].ravel()[-1]), float(known[tag][0]), d) for tag, d in found.items()]
+        found = {tag: row for tag, row in found.items() if not tag.endswith(BY_CHANCE)}
+    missing = {"one process": np.nan, "distributed": np.nan}  # of a tag that only one process has
+    return [Row(tag, *({**missing, **row}[name] for name in COLUMNS)) for tag, row in found.items()]
 
 
 def _measured(
@@ -84,20 +85,8 @@ def _measured(
     monitor = SharpnessMonitor(
         3, quantities=quantities, probe_fraction=1.0, tol=tolerance, max_matvecs=150, memory_limit=limit, strict=True
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy=ModelParallelStrategy(processes, 1) if processes > 1 else "auto",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[monitor],
-    )
-    trainer.fit(Sharded("mlp", dtype), data(dtype))
+    strategy = ModelParallelStrategy(processes, 1) if processes > 1 else "auto"
+    quiet_trainer(processes, strategy, steps, [monitor]).fit(Sharded("mlp", dtype), data(dtype))
     return {tag: np.asarray(monitor.history[tag].values) for tag in monitor.history}
 
 
