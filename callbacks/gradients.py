@@ -1,14 +1,14 @@
 """Gradient norms, gradient noise, clipping, and how quickly gradients turn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import begins_window, compares_ranks, half_window, has_windows
@@ -26,6 +26,7 @@ from dynamon.sharded_norms import steps_and_lengths
 from dynamon.shards import local, local_as
 from dynamon.updates import local_smoothness
 
+_GROWN = 1e-2  # a gradient that is longer by so much than it was read was not clipped but changed
 _ROUNDING = 1e-4  # the two norms are summed up differently; clipping by less than this is no clipping
 
 
@@ -72,30 +73,52 @@ class GradientMeter(PairMeter):
         self._read: dict[Optimizer, SourceReading] = {}
         self._reading = False  # this step is measured
         self._binned: dict[str, Tensor] = {}
+        self._used: dict[Optimizer, UsedGradients] = {}  # as the steps take them, clipped
         self._clipped, self._clippable = 0, 0  # measured steps
-        self._warned = False
+        self._told: set[str] = set()
         self._saved: dict[str, Any] = {}
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
-        """Keep or read this optimizer's gradients."""
+        """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
+        watch = run.steps.of(optimizer)
+        if not run.steps.has_gradients(optimizer):
+            if run.steps.in_backward:
+                self._say(
+                    "gone",
+                    "gradients are gone before they can be read (an optimizer that works in backward, or zero_grad "
+                    "before the step): gradient/ and noise/ are left out, weights and updates are measured.",
+                )
+            return
+        if not watch.is_last:
+            return
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
         source = self._source(run, optimizer)
-        source.begin((run.trainer.global_step, run.step))
+        source.begin((run.trainer.global_step, run.step, len(watch.outcomes)))
+        if watch.is_repeated:
+            source.again()
         if reads:
             with run.charge(self.name):
                 # An optimizer that steps twice in a batch is shown at its last step.
                 try:
+                    self._used.pop(optimizer, None)
                     self._read[optimizer] = source.read(run, optimizer)
                 except Exception as error:
                     self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
                     raise
                 self._bin(run, optimizer)
                 if keeps:
-                    source.keep_weights(run)
+                    source.keep_weights(run, watch.evaluation > 1)
         elif keeps:
             with run.charge(self.name):
-                source.keep(run, optimizer)
+                source.keep(run, optimizer, watch.evaluation > 1)
+
+    def at_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Measure the gradients that were read as they are after clipping."""
+        if self._reading and optimizer in self._read and run.steps.of(optimizer).is_last:
+            with run.charge(self.name):
+                scale = gradient_scale(run.trainer, optimizer)
+                self._used[optimizer] = UsedGradients(self._read[optimizer], scale)
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Of several processes, have each one's own gradients kept at a step that will be read."""
@@ -114,15 +137,45 @@ class GradientMeter(PairMeter):
 
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
-        read, self._read = list(self._read.values()), {}
+        read, self._read = self._read, {}
+        used, self._used = self._used, {}
         reads, self._reading = self._reading, False
+        if (reads or self._keeping) and not run.steps.any_taken():
+            for source in self._sources.values():
+                source.forget()  # what was read or kept is of no step
+            return
         try:
-            if reads and (read or run.ranks.several):
+            shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o)}
+            if reads and (shown or run.ranks.several):
                 with run.together(self.name):
-                    self._hand_on(run, read)
+                    self._hand_on(run, list(shown.values()), [used.get(o) for o in shown])
                 self.done(run)
         finally:
             self.turn(run)
+
+    def _is_of_step(self, run: Run, optimizer: Optimizer) -> bool:
+        """Whether a step has used the gradients that were read, and no others."""
+        times = run.steps.of(optimizer).evaluations
+        is_one_of_many = times > 2 or times > 1 and isinstance(optimizer, LBFGS)
+        if is_one_of_many:
+            self._sources[optimizer].forget()
+            self._say(
+                "many",
+                f"{type(optimizer).__name__} evaluates its closure {times} times in a step and uses more than one "
+                "gradient: gradient/ and noise/ are left out at such steps, weights and updates are measured.",
+            )
+        return not is_one_of_many
+
+    def _say(self, key: str, sentence: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            rank_zero_info(sentence)
+
+    def resume(self, run: Run) -> None:
+        """What was kept is of another step."""
+        super().resume(run)
+        for source in self._sources.values():
+            source.forget()
 
     def _source(self, run: Run, optimizer: Optimizer) -> GradientSource:
         known = self._sources.get(optimizer)
@@ -146,20 +199,21 @@ class GradientMeter(PairMeter):
             table = histogram_table([g if scale == 1.0 else g * scale for g in dense.values()])
             self._binned |= zip(dense, table, strict=True)
 
-    def _hand_on(self, run: Run, read: list[SourceReading]) -> None:
+    def _hand_on(self, run: Run, read: list[SourceReading], used: Sequence["UsedGradients | None"]) -> None:
         """Put the optimizers' readings together and give them to the recorder."""
-        clipped, steps = _together(read, run.ranks) if _has_parts(read) else _to_host(read)
+        rows, steps = _together(read, used, run.ranks) if _has_parts(read) else _to_host(read, used)
+        clipped = _clipped_norm(read, used, rows)
         scalars = self._global(run, [r.readings for r in read], clipped) | _noise_scale(read)
         run.recorder.scalars(scalars, headline=True)
         self._per_layer(run, read, steps)
         binned, self._binned = self._binned, {}
         if binned:
             run.recorder.histograms("gradient/histogram", histograms(_table(run, binned)), list(binned))
-        if scalars["gradient/nonfinite"] and not self._warned:
-            self._warned = True
+        if scalars["gradient/nonfinite"] and "nonfinite" not in self._told:
+            self._told.add("nonfinite")
             self._warn(run, read)
 
-    def _global(self, run: Run, readings: list[GradientReadings], clipped: float) -> dict[str, float]:
+    def _global(self, run: Run, readings: list[GradientReadings], clipped: float | None) -> dict[str, float]:
         norm = sum(float(np.square(r.l2).sum()) for r in readings) ** 0.5
         scalars = {
             "gradient/norm": norm,
@@ -167,7 +221,7 @@ class GradientMeter(PairMeter):
             "gradient/norm_l1": sum(float(r.l1.sum()) for r in readings),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
-        if run.module.automatic_optimization:  # by hand, gradients may be gone or stale by now
+        if run.module.automatic_optimization and clipped is not None:  # by hand they are read after clipping
             coefficient = min(clipped / norm, 1.0) if norm > 0 else 1.0
             self._clippable += bool(np.isfinite(coefficient))
             self._clipped += coefficient < 1 - _ROUNDING
@@ -224,16 +278,61 @@ class GradientMeter(PairMeter):
         self._clipped, self._clippable = int(state.get("clipped", 0)), int(state.get("clippable", 0))
 
 
-def _to_host(read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
-    """The l2 norm of gradients, clipped by now, and the steps that were measured before: in one copy."""
-    gradients = [la.parameter.grad for r in read for la in r.layers]
-    dense = [_dense(g) for g in gradients if g is not None]
-    wide = torch.float64 if any(g.dtype == torch.float64 for g in dense) else torch.float32
-    norms = torch._foreach_norm(dense, 2, dtype=wide) if dense else [torch.zeros(1)]
-    total = torch.linalg.vector_norm(torch.stack([norm.reshape(()) for norm in norms]))
-    parts = [total.reshape(1), *(r.steps.to(total.device) for r in read)]
-    first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
-    return float(first[0]), steps
+class UsedGradients:
+    """Lengths of the gradients that were read, as the step uses them.
+
+    Args:
+        read: What was read of them before.
+        scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+
+    Attributes:
+        present: Whether a layer has a gradient ``[L]``.
+        lengths: Euclidean norms ``[P]`` of those that are there, on the device: of the parts that are here.
+    """
+
+    def __init__(self, read: SourceReading, scale: float) -> None:
+        """Measure them."""
+        gradients = [la.parameter.grad for la in read.layers]
+        self.present = np.array([g is not None for g in gradients])
+        here = [_here(la, g) for la, g in zip(read.layers, gradients, strict=True) if g is not None]
+        wide = torch.float64 if any(g.dtype == torch.float64 for g in here) else torch.float32
+        norms = torch._foreach_norm([g if g.numel() else g.new_zeros(1) for g in here], 2, dtype=wide)
+        lengths = torch.stack([norm.reshape(()) for norm in norms])
+        self.lengths = lengths if scale == 1.0 else lengths * scale
+
+
+def _to_host(
+    read: Sequence[SourceReading], used: Sequence[UsedGradients | None]
+) -> tuple[list[Array], list[Array]]:
+    """Lengths of the gradients that steps used, and the steps that were measured before them: in one copy."""
+    parts = [*(u.lengths for u in used if u is not None), *(r.steps for r in read)]
+    if not parts:
+        return [], []
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    packed = torch.cat([part.to(read[0].layers[0].parameter.device, wide) for part in parts]).cpu().numpy()
+    rows = iter(np.split(packed, np.cumsum([len(part) for part in parts])[:-1]))
+    lengths = [_spread(r, u, rows) for r, u in zip(read, used, strict=True)]
+    return lengths, list(rows)
+
+
+def _spread(read: SourceReading, used: UsedGradients | None, rows: Iterator[Array]) -> Array:
+    """Lengths ``[L]``, zero where there is no gradient."""
+    lengths = np.zeros(len(read.layers))
+    if used is not None:
+        lengths[used.present] = next(rows)
+    return lengths
+
+
+def _clipped_norm(
+    read: Sequence[SourceReading], used: Sequence[UsedGradients | None], lengths: Sequence[Array]
+) -> float | None:
+    """The norm of the gradients that steps used; None where they are not those that were read, made smaller."""
+    for r, u, row in zip(read, used, lengths, strict=True):
+        if u is None or (u.present != r.readings.present).any():
+            return None
+        if (row > r.readings.l2 * (1 + _GROWN)).any():
+            return None
+    return float(np.sqrt(sum(np.square(row.astype(np.float64)).sum() for row in lengths)))
 
 
 def _has_parts(read: Sequence[SourceReading]) -> bool:
@@ -241,12 +340,23 @@ def _has_parts(read: Sequence[SourceReading]) -> bool:
     return any(r.parts is not None for r in read)
 
 
-def _together(read: Sequence[SourceReading], ranks: Ranks) -> tuple[float, list[Array]]:
+def _together(
+    read: Sequence[SourceReading], used: Sequence[UsedGradients | None], ranks: Ranks
+) -> tuple[list[Array], list[Array]]:
     """The same where each process holds a part of them: one reduction, one copy."""
-    gradients = [[_here(la, la.parameter.grad) for la in r.layers] for r in read]
-    length, steps = steps_and_lengths([r.parts for r in read if r.parts is not None], gradients, ranks)
-    first, *rows = np.split(torch.cat([length.reshape(1), *steps]).cpu().numpy(), np.cumsum([1, *map(len, steps)])[:-1])
-    return float(first[0]), rows
+    squares = torch.cat([_squares(r, u) for r, u in zip(read, used, strict=True)])
+    lengths, steps = steps_and_lengths([r.parts for r in read if r.parts is not None], squares, ranks)
+    sizes = [len(row) for row in steps]
+    rows = np.split(torch.cat([lengths, *steps]).cpu().numpy(), np.cumsum([*sizes, *sizes])[:-1])
+    return rows[: len(read)], rows[len(read) :]
+
+
+def _squares(read: SourceReading, used: UsedGradients | None) -> Tensor:
+    """Sums of squares ``[L]`` of the parts here, zero where there is no gradient."""
+    squares = torch.zeros(len(read.layers), dtype=torch.float64, device=read.layers[0].parameter.device)
+    if used is not None:
+        squares[torch.from_numpy(used.present).to(squares.device)] = used.lengths.double().square()
+    return squares
 
 
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from dynamon.callbacks.accumulation import (
@@ -26,6 +28,7 @@ from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal
 from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
+from dynamon.stepping import has_gradients
 
 _NOISE: Layout = {"3 Rates": {"noise in the dual norm across layers": band("noise/dual")}}
 
@@ -110,7 +113,7 @@ class LayerwiseLR(DynamonCallback):
         self._loggers = loggers
         self._recorder = Recorder(loggers, len(self.quantities))
         self._steered: dict[Optimizer, LayerwiseRates] = {}
-        self._in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]] = {}
+        self._in_force: dict[Optimizer, dict[str, float]] = {}  # base rates
         self._state: list[Any] = []
         self._budget = Budget(None)
         self._shows_noise = False
@@ -198,7 +201,7 @@ class LayerwiseLR(DynamonCallback):
             if optimizer not in self._steered and optimizer in trainer.optimizers:
                 self._attach(trainer, pl_module)  # the strategy was given new optimizers
             rates = self._steered.get(optimizer)
-            if rates is None:
+            if rates is None or not has_gradients(optimizer):
                 return
             if not window_is_whole(trainer):
                 rates.reader.drop_part()
@@ -207,7 +210,7 @@ class LayerwiseLR(DynamonCallback):
             rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local)
             if trainer._logger_connector.should_update_logs and not trainer.barebones:
                 # Before the step: the scheduler has moved on by the time it is over.
-                self._in_force[optimizer] = (rates.base_rates(), rates.wanted)
+                self._in_force[optimizer] = rates.base_rates()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -216,16 +219,17 @@ class LayerwiseLR(DynamonCallback):
         for rates in self._steered.values():
             rates.restore()
         in_force, self._in_force = self._in_force, {}
+        in_force = {o: base for o, base in in_force.items() if o in self._steered and self._steered[o].watch.may_have_stepped}
+        for rates in self._steered.values():
+            rates.watch.clear()
         if in_force:
             with self._budget.charge("steering"):
                 self._record(trainer, in_force)
 
-    def _record(
-        self, trainer: pl.Trainer, in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]]
-    ) -> None:
+    def _record(self, trainer: pl.Trainer, in_force: dict[Optimizer, dict[str, float]]) -> None:
         layers = [la for optimizer in in_force for la in select(self._steered[optimizer].layers, self._patterns)]
-        base = {name: rate for rates, _ in in_force.values() for name, rate in rates.items()}
-        ratio = {name: r for _, ratios in in_force.values() for name, r in ratios.items()}
+        base = {name: rate for rates in in_force.values() for name, rate in rates.items()}
+        ratio = {name: r for optimizer in in_force for name, r in self._steered[optimizer].asked.items()}
         names = [layer.name for layer in layers]
         self._recorder.scalars(
             {
@@ -260,8 +264,10 @@ class LayerwiseLR(DynamonCallback):
             rates.remove()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the optimizers back as they were."""
-        self.on_train_end(trainer, pl_module)
+        """Give the optimizers back as they were, without waiting for a device that may have failed."""
+        self._budget.stop()
+        for rates in self._steered.values():
+            rates.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The rules' states and previous gradients: numbers and tensors by parameter name."""
@@ -292,6 +298,7 @@ class LayerwiseLR(DynamonCallback):
             )
             if index < len(state):
                 rates.load_state_dict(state[index])
+            rates.charge = partial(self._budget.charge, "steering", pl_module.device.type == "cuda")
             self._steered[optimizer] = rates
 
     def _release(self) -> None:
@@ -388,9 +395,20 @@ def _noise_is_shown(trainer: pl.Trainer) -> bool:
     return any("noise/dual" in meter.quantities for meter in meters)
 
 
-def steering_of(trainer: pl.Trainer, optimizer: Optimizer) -> LayerwiseRates | None:
-    """What steers an optimizer of a Trainer, or None."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, LayerwiseLR):
-            return callback.rates_for(optimizer)
-    return None
+def reads_unclipped(trainer: pl.Trainer, module: pl.LightningModule, rates: LayerwiseRates) -> bool:
+    """Whether steering reads the gradients that a monitor does, so that one of them can read for both.
+
+    The callback does. An optimizer that steers itself reads when its step begins, which is the same only where nothing
+    can touch the gradients in between.
+    """
+    if any(isinstance(c, LayerwiseLR) and c.rates_for(rates.optimizer) is rates for c in callbacks_of(trainer)):
+        return True
+    if getattr(rates.optimizer, "rates", None) is not rates:  # its state is not saved with the optimizer
+        return False
+    others = [c for c in callbacks_of(trainer) if not isinstance(c, DynamonCallback)]
+    touched = is_overridden("configure_gradient_clipping", module) or trainer.gradient_clip_val
+    hooked = is_overridden("on_before_optimizer_step", module) or any(
+        type(c).on_before_optimizer_step is not pl.Callback.on_before_optimizer_step for c in others
+    )
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    return not (touched or hooked or scaled) and trainer.world_size == 1 and module.automatic_optimization

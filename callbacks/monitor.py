@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,8 +14,9 @@ from torch.optim import Optimizer
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.health import HealthWatch, histories_of
-from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
+from dynamon.callbacks.meter import PAUSE_AFTER, Failures, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder
+from dynamon.callbacks.stepping import SkippedSteps
 from dynamon.health import Finding
 from dynamon.history import History
 from dynamon.layers import Layer, describe_layers, is_measurable, select
@@ -55,11 +57,13 @@ class Monitor(DynamonCallback):
         self._meters = self._make_meters()
         self._budget = Budget(self._fraction)
         self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
+        self._detach()
         self._run: Run | None = None
         self._failures = 0
-        self._in_a_row = {meter.name: 0 for meter in self._meters}
+        self._in_a_row, self._resting = Failures(), set[str]()
         self._causes: set[str] = set()
-        self._stepped = self._measured = False
+        self._measured = False
+        self._skipped = SkippedSteps(type(self).__name__)
         self._health = HealthWatch(type(self).__name__)
 
     @property
@@ -83,8 +87,8 @@ class Monitor(DynamonCallback):
         return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
 
     def paused(self, meter: Meter) -> bool:
-        """Whether a meter failed too often in a row."""
-        return self._in_a_row[meter.name] >= PAUSE_AFTER
+        """Whether a meter failed too often in a row, and has not waited long enough to be tried again."""
+        return self._run is not None and self._in_a_row.rests(meter.name, self._run.step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the surroundings and say what is missing."""
@@ -116,9 +120,11 @@ class Monitor(DynamonCallback):
         self.write_layout(trainer)
         self._run = Run(trainer, pl_module, self._budget, self._recorder, layers)
         self._run.strict = self._strict
+        self._run.steps.listen(self._step_begins, partial(self._call_all, "at_step"))
         for meter in self._meters:
             if meter.name in self._state:
                 meter.load_state_dict(self._state.pop(meter.name))
+            meter.cadence.passed(self._run.step - 1)
             self._call(meter, "start")
 
     def on_train_batch_start(
@@ -127,12 +133,14 @@ class Monitor(DynamonCallback):
         """Let the meters see the batch."""
         if self._run is not None:
             self._budget.start()
+            self._run.steps.batch_start()
             self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
             self._call_all("batch_start", batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the meters see gradients that are still being accumulated."""
         if self._run is not None:
+            self._run.steps.passes += 1
             self._call_all("after_backward")
 
     def on_before_optimizer_step(
@@ -140,19 +148,27 @@ class Monitor(DynamonCallback):
     ) -> None:
         """Let the meters see the gradients."""
         if self._run is not None:
-            self._stepped = True
+            self._step_begins(optimizer)
+
+    def _step_begins(self, optimizer: Optimizer) -> None:
+        assert self._run is not None
+        if self._run.steps.begin(optimizer):
             self._call_all("before_step", optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the meters measure, if the optimizer has stepped."""
-        if self._run is None or not self._stepped:
+        if self._run is None or not self._run.steps.is_begun:
             return
-        self._stepped = False
         self._run.steps_seen += 1
         self._call_all("batch_end")
         self._run.forget_copies()
+        if self._run.steps.may_have_stepped:
+            for meter in self._meters:
+                meter.cadence.passed(self._run.step)
+        self._skipped.see(self._run)
+        self._run.steps.end()
         if self._measured and self._watches_health(trainer):
             self._health.see(self._run, outputs, *histories_of(trainer))
         self._measured = False
@@ -169,6 +185,7 @@ class Monitor(DynamonCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock, and say what was never measured."""
         self._budget.stop()
+        self._detach()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there
         self._last_look(trainer)
@@ -189,7 +206,12 @@ class Monitor(DynamonCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop the clock."""
         self._budget.stop()
+        self._detach()
         self._last_look(trainer)
+
+    def _detach(self) -> None:
+        if getattr(self, "_run", None) is not None:
+            self._run.steps.remove()
 
     def _last_look(self, trainer: pl.Trainer) -> None:
         if self._run is not None and self._watches_health(trainer):
@@ -222,12 +244,15 @@ class Monitor(DynamonCallback):
         assert self._run is not None
         if self.paused(meter):
             return
+        if meter.name in self._resting:
+            self._resting.discard(meter.name)
+            meter.resume(self._run)
         points = meter.points
         try:
             getattr(meter, method)(self._run, *arguments)
             if meter.points > points:
                 self._measured = True
-                self._in_a_row[meter.name] = 0
+                self._in_a_row.clear(meter.name)
                 with self._run.charge(meter.name):
                     self._finish()
         except SteeringError:
@@ -266,14 +291,21 @@ class Monitor(DynamonCallback):
             room = meter.make_room(self._run)
         self._recorder.forget()
         self._failures += 1
-        self._in_a_row[meter.name] += 1
         meter.cadence.last = self._run.step
+        in_a_row = self._in_a_row.add(meter.name, self._run.step + 1, meter.cadence.unit)
+        if in_a_row >= PAUSE_AFTER:
+            self._resting.add(meter.name)
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        after = "It is paused now." if self.paused(meter) else "Training goes on; strict=True raises here instead."
+        pauses = in_a_row == PAUSE_AFTER
+        after = (
+            "It is paused now, and tried again later, after twice as many steps each time."
+            if pauses
+            else "Training goes on; strict=True raises here instead."
+        )
         after = after if room is None else f"{room} {after}"
-        news = self._in_a_row[meter.name] == 1 and first_line not in self._causes
+        news = in_a_row == 1 and first_line not in self._causes
         self._causes.add(first_line)  # what stops two meters at once is one story
-        if news or room or self.paused(meter):
+        if news or room or pauses:
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
 
 

@@ -97,18 +97,30 @@ class WeightMeter(PairMeter):
         self._layers = run.layers
         self._earlier = matching(run.layers, self._earlier)
 
+    def batch_start(self, run: Run, batch: Any) -> None:
+        """Copy the weights here where they change in backward."""
+        if not run.steps.in_backward:
+            return
+        self._reading = self.reads(run)
+        if not self._before and (self._reading or self.keeps(run)):
+            with run.charge(self.name):
+                self._before = {name: local(weight) for name, weight in run.copies(run.layers).items()}
+
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Follow this optimizer's decay, and copy the weights it is about to change."""
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
         self._names = self._names or {id(layer.parameter): layer.name for layer in run.all_layers}
-        self._memory.before_step(optimizer, self._names, run.trainer.global_step)
+        key = (run.trainer.global_step, len(run.steps.of(optimizer).outcomes))
+        self._memory.before_step(optimizer, self._names, key)
         if not reads and not keeps:
             return
         with run.charge(self.name):
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             # Where an optimizer steps twice in a batch, its update is that of the batch.
             wanted = [la for la in run.layers if id(la.parameter) in own and la.name not in self._before]
+            if run.steps.in_backward:  # too late, where it was not known before
+                wanted = []
             self._before |= {name: local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
                 self._rates |= _rates(optimizer, self._names)
@@ -119,7 +131,11 @@ class WeightMeter(PairMeter):
         rates, self._rates = self._rates, {}
         reads, self._reading = self._reading, False
         ratios, decay_ratios = self._ratios(run) if rates or self._memory.is_waiting else ({}, {})
-        self._memory.after_steps(decay_ratios)
+        self._memory.after_steps(decay_ratios, run.steps.outcomes())
+        if before and not run.steps.any_taken():
+            self._earlier = earlier  # as if there had been no step
+            return
+        before = self._of_those_taken(run, before)
         try:
             if reads and (before or run.ranks.several):
                 with run.together(self.name):
@@ -136,6 +152,19 @@ class WeightMeter(PairMeter):
         finally:
             self.turn(run)
         self._earlier = before if self._armed else {}
+
+    @staticmethod
+    def _of_those_taken(run: Run, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights before the step of the layers whose optimizer took one."""
+        if not before or run.steps.in_backward:
+            return before
+        own = {id(p) for o in run.steps.taken() for group in o.param_groups for p in group["params"]}
+        return {la.name: before[la.name] for la in run.layers if la.name in before and id(la.parameter) in own}
+
+    def resume(self, run: Run) -> None:
+        """What was kept is of another step."""
+        super().resume(run)
+        self._earlier, self._before = {}, {}
 
     def expected(self, run: Run) -> float:
         """The mean so far without full readings; half a step for the first."""
@@ -256,7 +285,7 @@ def _rate_readings(
         usage = shrink * table["weight/operator"] / table["update/operator"]
         return {
             "weight/effective_rate": rate / np.square(table["weight/frobenius"].astype(np.float64)),
-            "weight/constraint_usage": np.where(shrink > 0, usage, np.nan),
+            "weight/constraint_usage": np.where((shrink > 0) & (table["update/operator"] > 0), usage, np.nan),
         }
 
 
