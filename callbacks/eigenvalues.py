@@ -291,7 +291,7 @@ class EigenvalueMeter(Meter):
             if in_a_row == 1 and quantity not in self._told or paused:
                 self._told.add(quantity)
                 line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                later = "It is left out now, and tried again later, after twice as many readings each time."
+                later = "It is left out now, and tried again in 10 readings, then in twice as many each time."
                 after = later if paused else "The other quantities go on."
                 rank_zero_warn(f"step {point.run.step}: {quantity} could not be measured: {line} {after}")
 

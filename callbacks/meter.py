@@ -168,6 +168,11 @@ class Cadence:
         """Steps between two readings, at least."""
         return self.every_n_steps or self.interval
 
+    def begin(self, step: int) -> None:
+        """A step is about to come: what was due before the first one is over."""
+        if self._passed == math.inf:
+            self._passed = step - 1
+
     def passed(self, step: int) -> None:
         """A step was taken: what was due by then is over."""
         self._passed = step

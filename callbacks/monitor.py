@@ -124,7 +124,6 @@ class Monitor(DynamonCallback):
         for meter in self._meters:
             if meter.name in self._state:
                 meter.load_state_dict(self._state.pop(meter.name))
-            meter.cadence.passed(self._run.step - 1)
             self._call(meter, "start")
 
     def on_train_batch_start(
@@ -134,6 +133,8 @@ class Monitor(DynamonCallback):
         if self._run is not None:
             self._budget.start()
             self._run.steps.batch_start()
+            for meter in self._meters:
+                meter.cadence.begin(self._run.step)
             self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
             self._call_all("batch_start", batch)
 
@@ -298,7 +299,7 @@ class Monitor(DynamonCallback):
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         pauses = in_a_row == PAUSE_AFTER
         after = (
-            "It is paused now, and tried again later, after twice as many steps each time."
+            "It is paused now. It is tried again in 10 readings, then in twice as many each time."
             if pauses
             else "Training goes on; strict=True raises here instead."
         )
