@@ -301,9 +301,7 @@ class UsedGradients:
         self.lengths = lengths if scale == 1.0 else lengths * scale
 
 
-def _to_host(
-    read: Sequence[SourceReading], used: Sequence[UsedGradients | None]
-) -> tuple[list[Array], list[Array]]:
+def _to_host(read: Sequence[SourceReading], used: Sequence[UsedGradients | None]) -> tuple[list[Array], list[Array]]:
     """Lengths of the gradients that steps used, and the steps that were measured before them: in one copy."""
     parts = [*(u.lengths for u in used if u is not None), *(r.steps for r in read)]
     if not parts:
@@ -449,7 +447,7 @@ class GradientMonitor(Monitor):
             every fourth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         layers: Globs for the layers shown one by one, ``!`` excludes: ``["blocks.*", "!*.bias"]``.
-        loggers: Loggers to write to by part of the class name (``["tensorboard"]``); None for all.
+        loggers: Loggers to write to by part of the class name, class or object (``["tensorboard"]``); None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         histograms: Write a histogram of each layer's gradient to TensorBoard, every tenth reading.
 
@@ -469,7 +467,7 @@ class GradientMonitor(Monitor):
         every_n_steps: int | None = None,
         budget: float | None = 0.02,
         layers: Sequence[str] | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         strict: bool = False,
         histograms: bool = False,
     ) -> None:

@@ -97,9 +97,7 @@ class StepParts:
         self.kept = {i: given[i] for i, layer in enumerate(layers) if needs_whole(layer, norms[i])}
 
 
-def steps_and_lengths(
-    moved: Sequence[StepParts], squares: Tensor, ranks: Ranks
-) -> tuple[Tensor, list[Tensor]]:
+def steps_and_lengths(moved: Sequence[StepParts], squares: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
     """Norms of the steps of several sets of layers, and the Euclidean norms of their gradients.
 
     Every process must call this, inside of :meth:`dynamon.ranks.Ranks.measurement`.
