@@ -82,11 +82,11 @@ class GradientMeter(PairMeter):
         """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
         watch = run.steps.of(optimizer)
         if not run.steps.has_gradients(optimizer):
-            if run.steps.in_backward:
+            if run.steps.frees_gradients:
                 self._say(
                     "gone",
-                    "gradients are gone before they can be read (an optimizer that works in backward, or zero_grad "
-                    "before the step): gradient/ and noise/ are left out, weights and updates are measured.",
+                    "gradients are gone before they can be read (an optimizer that works in backward, or "
+                    "zero_grad before the step): gradient/ and noise/ are left out, weights and updates are measured.",
                 )
             return
         if not watch.is_last:

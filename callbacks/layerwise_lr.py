@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
@@ -28,7 +29,7 @@ from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal
 from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
-from dynamon.stepping import has_gradients
+from dynamon.stepping import GONE, has_gradients
 
 _NOISE: Layout = {"3 Rates": {"noise in the dual norm across layers": band("noise/dual")}}
 
@@ -117,6 +118,9 @@ class LayerwiseLR(DynamonCallback):
         self._state: list[Any] = []
         self._budget = Budget(None)
         self._shows_noise = False
+        self._is_off = False
+        self._passes = 0  # backward passes since the last step
+        self._gone: int | None = 0  # the first steps that had no gradients after one; None once there were some
 
     @property
     def history(self) -> History:
@@ -167,6 +171,7 @@ class LayerwiseLR(DynamonCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers and take up a saved state."""
         self._release()
+        self._passes, self._gone, self._is_off = 0, 0, False
         self._recorder = Recorder(self._loggers, len(self.quantities) - (not self._shows_noise))
         self._budget = Budget(None)
         self._attach(trainer, pl_module)
@@ -186,6 +191,7 @@ class LayerwiseLR(DynamonCallback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the first half of an accumulation window, for a rule that compares the halves."""
+        self._passes += 1
         if not _wants_parts(self.rule) or not has_windows(trainer, pl_module):
             return
         share = half_window(trainer)
@@ -199,19 +205,40 @@ class LayerwiseLR(DynamonCallback):
     ) -> None:
         """Read the gradients before they are clipped."""
         with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
-            if optimizer not in self._steered and optimizer in trainer.optimizers:
+            if optimizer not in self._steered and optimizer in trainer.optimizers and not self._is_off:
                 self._attach(trainer, pl_module)  # the strategy was given new optimizers
             rates = self._steered.get(optimizer)
-            if rates is None or not has_gradients(optimizer):
+            if rates is None or not self._has_gradients(trainer, optimizer):
                 return
             if not window_is_whole(trainer):
                 rates.reader.drop_part()
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             local = scale_before_step(trainer)
             rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local)
-            if trainer._logger_connector.should_update_logs and not trainer.barebones:
+            if self._is_shown(trainer):
                 # Before the step: the scheduler has moved on by the time it is over.
                 self._in_force[optimizer] = rates.base_rates()
+
+    def _has_gradients(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+        """Whether there is something to take a step with; steering ends where there never is."""
+        passes, self._passes = self._passes, 0
+        if any(has_gradients(each) for each in trainer.optimizers):
+            self._gone = None
+        elif passes and self._gone is not None:
+            self._gone += 1
+            if self._gone == GONE:
+                self._release()
+                self._is_off = True
+                rank_zero_warn(
+                    f"{type(self).__name__} is off: gradients are gone before the optimizer's step, so that its rates "
+                    "have no effect (an optimizer that works in backward, or zero_grad before the step)."
+                )
+        return has_gradients(optimizer)
+
+    @staticmethod
+    def _is_shown(trainer: pl.Trainer) -> bool:
+        """Whether this batch's rates are logged."""
+        return trainer._logger_connector.should_update_logs and not trainer.barebones
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -220,6 +247,8 @@ class LayerwiseLR(DynamonCallback):
         for rates in self._steered.values():
             rates.restore()
         taken = {optimizer for optimizer, rates in self._steered.items() if rates.watch.may_have_stepped}
+        if not self._in_force and self._is_shown(trainer):  # steps that Lightning does not announce
+            self._in_force = {optimizer: self._steered[optimizer].base_rates() for optimizer in taken}
         in_force, self._in_force = {o: base for o, base in self._in_force.items() if o in taken}, {}
         for rates in self._steered.values():
             rates.watch.clear()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.optim import steering_of
-from dynamon.stepping import StepWatch, has_gradients, uses_gradients_at_once
+from dynamon.stepping import GONE, StepWatch, has_gradients, steps_in_backward, uses_gradients_at_once
 
 if TYPE_CHECKING:
     from dynamon.callbacks.meter import Run
@@ -33,7 +33,8 @@ class Steps:
 
     Attributes:
         passes: Backward passes since the last step, as far as Lightning runs them.
-        in_backward: Whether weights change before the step, because an optimizer works in backward.
+        in_backward: Whether weights may change before the step, because hooks work in backward.
+        frees_gradients: Whether an optimizer works there, so that gradients are gone by the time they could be read.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, ranks: "Ranks") -> None:
@@ -45,6 +46,8 @@ class Steps:
         self._begun: set[Optimizer] = set()
         self._taken: frozenset[Optimizer] | None = None
         self.passes = 0
+        self._gone: int | None = 0  # steps without gradients after a backward pass; None once there were some
+        self.frees_gradients = any(steps_in_backward(p) for p in module.parameters())
         self.in_backward = any(uses_gradients_at_once(p) for p in module.parameters())
 
     def listen(self, begins: _Told, uses: _Told) -> None:
@@ -82,9 +85,20 @@ class Steps:
         if not has_gradients(optimizer):
             if not self.passes or any(has_gradients(other) for other in self._trainer.optimizers):
                 return False
-            self.in_backward = True  # passed back, and gone
+            self._note_gone()
+            if not self.frees_gradients:
+                return False  # the module leaves a step out by zero_grad
+        else:
+            self._gone = None
         self._begun.add(optimizer)
         return True
+
+    def _note_gone(self) -> None:
+        """Gradients were passed back and are gone; where there never were any, an optimizer works in backward."""
+        if self._gone is not None:
+            self._gone += 1
+            if self._gone == GONE:
+                self.in_backward = self.frees_gradients = True
 
     @property
     def is_begun(self) -> bool:
@@ -106,7 +120,7 @@ class Steps:
     @property
     def _only_in_backward(self) -> bool:
         """Whether weights have changed in backward and nobody has called a step."""
-        return self.in_backward and self.passes > 0 and not self._trainer.optimizers
+        return self.frees_gradients and self.passes > 0 and not self._module.automatic_optimization
 
     def taken(self) -> frozenset[Optimizer]:
         """The optimizers that have stepped in this batch; may wait for the device, once.

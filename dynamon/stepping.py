@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+GONE = 3  # the first steps without a gradient after a backward pass, after which there will be none
 _MOST = 1000  # steps that are remembered where nobody clears them
 Closure = Callable[[], Any]
 _Changed = tuple[tuple[Any, ...], dict[str, Any]]
