@@ -296,8 +296,9 @@ class UsedGradients:
         self.present = np.array([g is not None for g in gradients])
         here = [_here(la, g) for la, g in zip(read.layers, gradients, strict=True) if g is not None]
         wide = torch.float64 if any(g.dtype == torch.float64 for g in here) else torch.float32
-        norms = torch._foreach_norm([g if g.numel() else g.new_zeros(1) for g in here], 2, dtype=wide)
-        lengths = torch.stack([norm.reshape(()) for norm in norms])
+        here = [g if g.numel() else g.new_zeros(1) for g in here] or [torch.zeros(1)]
+        norms = torch._foreach_norm(here, 2, dtype=wide)
+        lengths = torch.stack([norm.reshape(()) for norm in norms])[: self.present.sum()]
         self.lengths = lengths if scale == 1.0 else lengths * scale
 
 

@@ -115,7 +115,10 @@ class Steps:
         """Whether a step was taken in this batch, as far as that is known without waiting for a device."""
         if self._taken is not None:
             return bool(self._taken)
-        return any(self.of(o).may_have_stepped for o in self._begun) or self._only_in_backward
+        return any(self._may_have(optimizer) for optimizer in self._begun) or self._only_in_backward
+
+    def _may_have(self, optimizer: Optimizer) -> bool:
+        return self.frees_gradients or self.of(optimizer).may_have_stepped
 
     @property
     def _only_in_backward(self) -> bool:
@@ -145,6 +148,8 @@ class Steps:
 
     def _ask(self, begun: Sequence[Optimizer]) -> list[bool]:
         watches = [self.of(optimizer) for optimizer in begun]
+        if self.frees_gradients:
+            return [True] * len(begun)
         if not self._ranks.several:
             return [watch.taken for watch in watches]
         # What is on one process is on all, but for what a scaler found in its part of the gradients.

@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -57,8 +58,8 @@ def _is_running(wanted: FrameType) -> bool:
 class StepWatch:
     """Watches the steps of an optimizer, and of those that it wraps, by hooks that read and change nothing.
 
-    A step counts where the optimizer, or one inside of it, has come to its end: a gradient scaler that skips a step
-    does not call it, or, where the optimizer unscales gradients itself (``fused=True``), hands over ``found_inf``.
+    A step counts where the optimizer, or one inside of it, had gradients and has come to its end: a gradient scaler
+    that skips a step does not call it, or, where the optimizer unscales gradients itself (``fused=True``), hands over ``found_inf``.
     Nothing waits for a device but :attr:`taken`, and that only where there is such a tensor.
 
     Args:
@@ -100,7 +101,7 @@ class StepWatch:
         self._nesting.clear()
         self.evaluation = 0
         self.outcomes: deque[Tensor | None] = deque(maxlen=_MOST)
-        self.is_announced = False
+        self.is_announced = self._has_gradients = False
 
     def remove(self) -> None:
         """Detach from the optimizer."""
@@ -144,22 +145,23 @@ class StepWatch:
         if is_outer:
             self.evaluation = 0
         if closure_of(optimizer, args, kwargs) is None:
-            self._use()
+            self._use(optimizer)
             return None
-        return with_closure(optimizer, args, kwargs, self._watched) if is_outer else None
+        return with_closure(optimizer, args, kwargs, partial(self._watched, optimizer)) if is_outer else None
 
-    def _watched(self, closure: Closure) -> Closure:
+    def _watched(self, optimizer: Optimizer, closure: Closure) -> Closure:
         def watched() -> Any:
             self.evaluation += 1
             result = closure()
-            self._use()
+            self._use(optimizer)
             return result
 
         return watched
 
-    def _use(self) -> None:
+    def _use(self, optimizer: Optimizer) -> None:
         if not self.is_announced and self._begins is not None:
             self._begins()
+        self._has_gradients = has_gradients(optimizer)
         if self._uses is not None:
             self._uses()
 
@@ -167,7 +169,8 @@ class StepWatch:
         if torch.compiler.is_compiling():
             return
         if self._nesting.ends(sys._getframe(1)):
-            self.outcomes.append(getattr(optimizer, "found_inf", None))
+            if self._has_gradients:
+                self.outcomes.append(getattr(optimizer, "found_inf", None))
             self.evaluations, self.evaluation = max(self.evaluation, 1), 0
             self.is_announced = False
 
