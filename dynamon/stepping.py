@@ -59,8 +59,8 @@ class StepWatch:
     """Watches the steps of an optimizer, and of those that it wraps, by hooks that read and change nothing.
 
     A step counts where the optimizer, or one inside of it, had gradients and has come to its end: a gradient scaler
-    that skips a step does not call it, or, where the optimizer unscales gradients itself (``fused=True``), hands over ``found_inf``.
-    Nothing waits for a device but :attr:`taken`, and that only where there is such a tensor.
+    that skips a step does not call it, or, where the optimizer unscales gradients itself (``fused=True``), hands over
+    ``found_inf``. Nothing waits for a device but :attr:`taken`, and that only where there is such a tensor.
 
     Args:
         optimizer: What to watch. One inside of it is found where it is an attribute, as in wrappers that sharpen (SAM)
