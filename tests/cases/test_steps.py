@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynamon import measure
 from dynamon.callbacks import (
     DynamicsMonitor,
     GradientMonitor,
@@ -685,14 +684,3 @@ def test_a_watch_tells_steps_apart() -> None:
     assert not watch.taken and watch.may_have_stepped and watch.was_told
     watch.remove()
     assert not optimizer._optimizer_step_pre_hooks
-
-
-def test_measure_and_monitor_agree_on_steering() -> None:
-    """One fact, one place: both ask the optimizer who steers it."""
-    module = Classifier(mlp())
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    rates = LayerwiseRates(optimizer, FixedRates({"*": 0.1}), module)
-    found = measure(module, next(iter(batches())), optimizer=optimizer, loss_fn=loss_of)
-    expected = 0.1 * 0.1 * found["sharpness/hessian_max"] / 2
-    assert found["sharpness/stability_ratio"] == pytest.approx(expected, rel=1e-2)
-    rates.remove()
