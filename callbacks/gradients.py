@@ -399,9 +399,11 @@ def _cosine(read: Sequence[GradientReadings]) -> float | None:
 class GradientMonitor(Monitor):
     """Gradient norms by layer and as a whole, gradient noise, what clipping does, and how quickly gradients turn.
 
-    Gradients are read accumulated, reduced, unscaled and before clipping; the clipped norm is read after the
-    step. Dual norms are those of the optimizer's geometry and the layer's role
-    (:func:`dynamon.norms.update_norm`): the sum of magnitudes under Adam, the Frobenius norm under SGD.
+    Gradients are read accumulated, reduced, unscaled and before clipping; the clipped norm is read when the step begins.
+    Of a closure that runs twice in a step (SAM) the second gradient is shown, which the step uses; where a step uses more
+    than one (L-BFGS), or its gradients are gone before they can be read, they are left out, and that is said. Dual
+    norms are those of the optimizer's geometry and the layer's role (:func:`dynamon.norms.update_norm`): the sum of
+    magnitudes under Adam, the Frobenius norm under SGD.
 
     Tags (headlines are also in ``trainer.callback_metrics``):
 
@@ -444,8 +446,8 @@ class GradientMonitor(Monitor):
     halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that.
 
     Args:
-        every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
-            every fourth step at most.
+        every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
+            that is. None: as often as ``budget`` allows, every fourth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         layers: Globs for the layers shown one by one, ``!`` excludes: ``["blocks.*", "!*.bias"]``.
         loggers: Loggers to write to by part of the class name, class or object (``["tensorboard"]``); None for all.

@@ -337,8 +337,8 @@ class WeightMonitor(Monitor):
     each process takes a part of the layers.
 
     Args:
-        every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
-            every twentieth step at most.
+        every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
+            that is. None: as often as ``budget`` allows, every twentieth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         layers: Globs for the layers measured, ``!`` excludes.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
