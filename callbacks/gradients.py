@@ -74,6 +74,7 @@ class GradientMeter(PairMeter):
         self._reading = False  # this step is measured
         self._binned: dict[str, Tensor] = {}
         self._used: dict[Optimizer, UsedGradients] = {}  # as the steps take them, clipped
+        self._moved: dict[Optimizer, list[Tensor]] = {}  # weights at which a closure ran for the second time
         self._clipped, self._clippable = 0, 0  # measured steps
         self._told: set[str] = set()
         self._saved: dict[str, Any] = {}
@@ -119,6 +120,10 @@ class GradientMeter(PairMeter):
             with run.charge(self.name):
                 scale = gradient_scale(run.trainer, optimizer)
                 self._used[optimizer] = UsedGradients(self._read[optimizer], scale)
+                if run.steps.of(optimizer).evaluation > 1:
+                    self._moved[optimizer] = [
+                        local(la.parameter).detach().clone() for la in self._read[optimizer].layers
+                    ]
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Of several processes, have each one's own gradients kept at a step that will be read."""
@@ -145,7 +150,8 @@ class GradientMeter(PairMeter):
                 source.forget()  # what was read or kept is of no step
             return
         try:
-            shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o)}
+            shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o, r)}
+            self._moved = {}
             if reads and (shown or run.ranks.several):
                 with run.together(self.name):
                     self._hand_on(run, list(shown.values()), [used.get(o) for o in shown])
@@ -153,10 +159,14 @@ class GradientMeter(PairMeter):
         finally:
             self.turn(run)
 
-    def _is_of_step(self, run: Run, optimizer: Optimizer) -> bool:
+    def _is_of_step(self, run: Run, optimizer: Optimizer, read: SourceReading) -> bool:
         """Whether a step has used the gradients that were read, and no others."""
         times = run.steps.of(optimizer).evaluations
         is_one_of_many = times > 2 or times > 1 and isinstance(optimizer, LBFGS)
+        if times == 2 and optimizer in self._moved and not run.ranks.several:
+            # A gradient taken where the step ends has judged it, as in a line search.
+            ends = zip(self._moved[optimizer], read.layers, strict=True)
+            is_one_of_many = is_one_of_many or all(torch.equal(there, la.parameter.detach()) for there, la in ends)
         if is_one_of_many:
             self._sources[optimizer].forget()
             self._say(
@@ -399,11 +409,11 @@ def _cosine(read: Sequence[GradientReadings]) -> float | None:
 class GradientMonitor(Monitor):
     """Gradient norms by layer and as a whole, gradient noise, what clipping does, and how quickly gradients turn.
 
-    Gradients are read accumulated, reduced, unscaled and before clipping; the clipped norm is read when the step begins.
-    Of a closure that runs twice in a step (SAM) the second gradient is shown, which the step uses; where a step uses more
-    than one (L-BFGS), or its gradients are gone before they can be read, they are left out, and that is said. Dual
-    norms are those of the optimizer's geometry and the layer's role (:func:`dynamon.norms.update_norm`): the sum of
-    magnitudes under Adam, the Frobenius norm under SGD.
+    Gradients are read accumulated, reduced, unscaled and before clipping; the clipped norm is read when the step
+    begins. Of a closure that runs twice in a step (SAM) the second gradient is shown, which the step uses; where a step
+    uses more than one (L-BFGS), or its gradients are gone before they can be read, they are left out, and that is said.
+    Dual norms are those of the optimizer's geometry and the layer's role (:func:`dynamon.norms.update_norm`): the sum
+    of magnitudes under Adam, the Frobenius norm under SGD.
 
     Tags (headlines are also in ``trainer.callback_metrics``):
 

@@ -81,7 +81,8 @@ class DecayMemory:
         for names, shrink in step:
             scales = [ratios.get(name, 1.0) for name in names]
             if skipped is not None:
-                shrink = torch.as_tensor(shrink, device=skipped.device) * (skipped.reshape(()) == 0)
+                wide = torch.float32 if skipped.device.type == "mps" else torch.float64
+                shrink = skipped.reshape(()).eq(0).to(wide) * shrink
             if isinstance(shrink, Tensor):
                 self._multiply(names, shrink.detach().reshape(()), scales)
             else:

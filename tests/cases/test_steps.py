@@ -436,6 +436,31 @@ def test_many_evaluations_use_no_one_gradient(caplog) -> None:
     assert len(norms(one)) == 5
 
 
+class LineSearch(torch.optim.SGD):
+    """Halves the rate until the loss has fallen: the last evaluation judges a step that another gradient has made."""
+
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        loss = float(closure())
+        used, kept = [p.grad.clone() for p in parameters], [p.detach().clone() for p in parameters]
+        rate = self.param_groups[0]["lr"]
+        while True:
+            with torch.no_grad():
+                for p, old, g in zip(parameters, kept, used, strict=True):
+                    p.copy_(old - rate * g)
+            if float(closure()) <= loss:
+                return loss
+            rate /= 2
+
+
+def test_a_gradient_that_judges_a_step_was_not_used_by_it(caplog) -> None:
+    monitors = [GradientMonitor(every_n_steps=1), WeightMonitor(every_n_steps=1)]
+    with caplog.at_level(logging.INFO):
+        fit(Classifier(mlp(), optimizer=partial(LineSearch, lr=0.1)), monitors, steps=5)
+    assert "gradient/norm" not in monitors[0].history and len(monitors[1].history["update/ratio"]) == 5
+    assert sum("LineSearch evaluates its closure 2 times" in r.message for r in caplog.records) == 1
+
+
 class After(Classifier):
     """Frees the gradients right after the step, as old recipes do."""
 
