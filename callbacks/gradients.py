@@ -18,6 +18,7 @@ from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
+from dynamon.kernels import l2_norms
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.panels import GRADIENTS
@@ -228,10 +229,8 @@ def _to_host(read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
     """The l2 norm of gradients, clipped by now, and the steps that were measured before: in one copy."""
     gradients = [la.parameter.grad for r in read for la in r.layers]
     dense = [_dense(g) for g in gradients if g is not None]
-    wide = torch.float64 if any(g.dtype == torch.float64 for g in dense) else torch.float32
-    norms = torch._foreach_norm(dense, 2, dtype=wide) if dense else [torch.zeros(1)]
-    total = torch.linalg.vector_norm(torch.stack([norm.reshape(()) for norm in norms]))
-    parts = [total.reshape(1), *(r.steps.to(total.device) for r in read)]
+    total = l2_norms(dense).square().sum().sqrt()
+    parts = [total.reshape(1), *(r.steps.to(total) for r in read)]
     first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     return float(first[0]), steps
 

@@ -169,7 +169,7 @@ class ShardedGradientReader(GradientReader):
         found.dealt[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
         indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
-        stats = gradient_stats(current, previous)
+        stats = gradient_stats(current, previous, dtype=torch.float64)
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
         self._previous, self._stored_at = dict(zip(indices, kept, strict=True)), self.step
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
@@ -177,7 +177,7 @@ class ShardedGradientReader(GradientReader):
         change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
         found.sums[:6].index_copy_(1, places, torch.stack([*own, *change]).to(found.sums))
         if here.halves:
-            stats = gradient_stats([_filled(here.between(i)) for i in indices])
+            stats = gradient_stats([_filled(here.between(i)) for i in indices], dtype=torch.float64)
             found.sums[6:].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
         return found
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dynamon.dealing import measured_whole
+from dynamon.kernels import l2_norms
 from dynamon.layers import Layer
 from dynamon.norms import Norm
 from dynamon.ranks import Ranks
@@ -50,12 +51,8 @@ def largest_here(layers: Sequence[Layer], norms: Sequence[Norm], parts: Sequence
 
 
 def squares_here(parts: Sequence[Tensor]) -> Tensor:
-    """Sums of squares of the entries of T parts ``[T]``, in float64; taken in float32, or float64 where a part is."""
-    if not parts:
-        return torch.zeros(0, dtype=torch.float64)
-    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    lengths = [torch.linalg.vector_norm(part, dtype=wide) for part in parts]
-    return torch.stack(lengths).double().square()
+    """Sums of squares of the entries of T parts ``[T]``, in float64."""
+    return l2_norms(parts).double().square()
 
 
 def primal(layers: Sequence[Layer], norms: Sequence[Norm], squares: Tensor, largest: Tensor, whole: Tensor) -> Tensor:

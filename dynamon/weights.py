@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamon.dealing import dealt_out, measured_whole
+from dynamon.kernels import l2_along, l2_norms
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.ranks import Ranks
@@ -76,7 +77,7 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
     weights = [layer.parameter.detach() for layer in layers]
     before = before or {}
     moved = [i for i, layer in enumerate(layers) if layer.name in before]
-    steps = {i: weights[i] - before[layers[i].name] for i in moved}
+    steps = {i: _step(weights[i], before[layers[i].name]) for i in moved}
     spectra = _Spectra(layers, weights)
     operator = torch.stack(
         [_operator(layer, w, spectra, i) for i, (layer, w) in enumerate(zip(layers, weights, strict=True))]
@@ -86,8 +87,7 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
     for position, i in enumerate(moved):
         update[i] = _operator(layers[i], steps[i], step_spectra, position)
         rotation[i] = _angle(before[layers[i].name], weights[i])
-    wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-    frobenius = torch.stack(torch._foreach_norm(weights, 2, dtype=wide)).float()
+    frobenius = l2_norms(weights).float()
     sizes = torch.tensor([w.numel() for w in weights], dtype=torch.float32, device=frobenius.device)
     return WeightReadings(
         operator=operator,
@@ -128,10 +128,15 @@ class _Spectra:
         return out.index_copy(0, torch.tensor(self._where, device=self.device), getattr(self._values, field))
 
 
+def _step(now: Tensor, before: Tensor) -> Tensor:
+    """The difference, in float32 at least: in half precision it would be rounded once more."""
+    return now.to(torch.promote_types(now.dtype, torch.float32)) - before
+
+
 def _angle(one: Tensor, other: Tensor) -> Tensor:
     """Angle between two tensors, exact for small ones too: twice the arc sine of half the distance of unit vectors."""
     one, other = (t if t.dtype == torch.float64 else t.float() for t in (one, other))
-    distance = torch.linalg.vector_norm(one / torch.linalg.vector_norm(one) - other / torch.linalg.vector_norm(other))
+    distance = torch.linalg.vector_norm(one / l2_along(one, None) - other / l2_along(other, None))
     return 2 * torch.asin((distance / 2).clamp_max(1.0)).float()
 
 
