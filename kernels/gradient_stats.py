@@ -70,8 +70,8 @@ def gradient_stats(
             entries above 1.8e19 or below 1e-22; float64 holds those of any.
 
     Returns:
-        A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity reach the sums of their tensor,
-        their row and their column.
+        A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity reach the sums of their
+        tensor, their row and their column.
 
     Raises:
         ValueError: If the two lists differ in length or shape, or a tensor is empty or not floating point.

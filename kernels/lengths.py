@@ -52,6 +52,8 @@ def l2_along(tensor: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
         Norms, without these dimensions. Differentiable.
     """
     wide = widest_dtype(tensor.device)
+    if dim is None and tensor.device.type != "cpu" and not tensor.requires_grad:  # without a copy in float64
+        return l2_norms([tensor])[0].to(torch.promote_types(tensor.dtype, torch.float32))
     found = torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.promote_types(tensor.dtype, torch.float32))
     if found.dtype == wide or tensor.numel() == 0:
         return found

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamon.kernels import l2_along, l2_norms
 from dynamon.ranks import Ranks
 from dynamon.shards import local, whole
 
@@ -45,7 +46,7 @@ class VectorSpace:
 
     def norm(self, vector: Tensor) -> Tensor:
         """Euclidean length, a 0-d tensor."""
-        return torch.linalg.vector_norm(vector)
+        return l2_along(vector, None)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
         """Random numbers for the part of a vector that is here."""
@@ -129,7 +130,7 @@ class ShardedSpace(VectorSpace):
 
     def norm(self, vector: Tensor) -> Tensor:
         """Euclidean length of the whole vector."""
-        return self.total(torch.linalg.vector_norm(vector).double().square()).sqrt().to(vector.dtype)
+        return self.total(l2_norms([vector])[0].double().square()).sqrt().to(vector.dtype)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
         """Other numbers on each process."""
