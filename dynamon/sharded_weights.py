@@ -14,7 +14,7 @@ from dynamon.sharded_norms import largest_here, needs_whole, primal, squares_her
 from dynamon.shards import local
 from dynamon.spectra import by_shape, per_stack, spectral_extremes
 from dynamon.totals import Found, Totals
-from dynamon.weights import WeightReadings
+from dynamon.weights import WeightReadings, log2_or_nan
 
 _SUMS = 6  # squares of weight, weight before, step, step before; two products
 _FLAGS = 2  # where a step is known, where two are
@@ -137,7 +137,7 @@ def _readings(layers: Sequence[Layer], found: Found, processes: int) -> tuple[We
         sigma_lower=_where(is_matrix, lower),
         sigma_upper=_where(is_matrix, upper),
         stable_rank=_where(is_matrix, stable_rank),
-        deviation=(sigma * rms_factors(layers).to(sigma)).log2(),
+        deviation=log2_or_nan(sigma * rms_factors(layers).to(sigma)),
     )
     lengths = torch.stack([step.sqrt(), last.sqrt()])
     rows = torch.stack([between / lengths[0] / lengths[1], *lengths])

@@ -40,10 +40,10 @@ class WeightReadings:
         sigma_max: Largest singular value (of the flattening for a convolution); NaN for vectors.
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
-        stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors.
+        stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors and for a zero matrix.
         deviation: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
             :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one, and the
-            same number at every width where it holds with another; NaN for vectors.
+            same number at every width where it holds with another; NaN for vectors and for a zero matrix.
     """
 
     operator: Tensor
@@ -100,8 +100,13 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
         sigma_lower=spectra.column("sigma_lower"),
         sigma_upper=spectra.column("sigma_upper"),
         stable_rank=spectra.column("stable_rank"),
-        deviation=(spectra.column("sigma_max") * rms_factors(layers).to(operator.device)).log2(),
+        deviation=log2_or_nan(spectra.column("sigma_max") * rms_factors(layers).to(operator.device)),
     )
+
+
+def log2_or_nan(values: Tensor) -> Tensor:
+    """The logarithm to base 2; NaN where there is none, for zero too."""
+    return torch.where(values > 0, values, torch.nan).log2()
 
 
 class _Spectra:
