@@ -161,11 +161,11 @@ class GradientMeter(PairMeter):
             self._warn(run, read)
 
     def _global(self, run: Run, readings: list[GradientReadings], clipped: float) -> dict[str, float]:
-        norm = sum(float(np.square(r.l2).sum()) for r in readings) ** 0.5
+        norm = _total(readings, "l2", power=2) ** 0.5
         scalars = {
             "gradient/norm": norm,
-            "gradient/norm_dual": sum(float(r.dual.sum()) for r in readings),
-            "gradient/norm_l1": sum(float(r.l1.sum()) for r in readings),
+            "gradient/norm_dual": _total(readings, "dual"),
+            "gradient/norm_l1": _total(readings, "l1"),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
         if run.module.automatic_optimization:  # by hand, gradients may be gone or stale by now
@@ -181,8 +181,8 @@ class GradientMeter(PairMeter):
         tables: dict[str, dict[str, float]] = {quantity: {} for quantity in self.quantities}
         for r, norms in zip(read, steps, strict=True):
             found = r.readings
-            tables["gradient/l2"] |= r.row(np.where(found.present, found.l2, np.nan))
-            tables["gradient/dual"] |= r.row(np.where(found.present, found.dual, np.nan))
+            tables["gradient/l2"] |= r.row(found.l2)
+            tables["gradient/dual"] |= r.row(found.dual)
             smoothness = local_smoothness(found.difference_dual, r.step_row(norms))
             tables["gradient/local_smoothness"] |= r.row(smoothness)
             tables["noise/dual"] |= r.row(r.noise)
@@ -233,6 +233,12 @@ def _to_host(read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
     parts = [total.reshape(1), *(r.steps.to(total) for r in read)]
     first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     return float(first[0]), steps
+
+
+def _total(readings: Sequence[GradientReadings], field: str, power: int = 1) -> float:
+    """The sum over all layers that have a gradient; NaN where none has."""
+    sums = [float((getattr(r, field)[r.present] ** power).sum()) for r in readings if r.present.any()]
+    return sum(sums) if sums else float("nan")
 
 
 def _has_parts(read: Sequence[SourceReading]) -> bool:

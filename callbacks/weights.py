@@ -252,11 +252,12 @@ def _rate_readings(
 ) -> dict[str, Array]:
     """Learning rate and rate x decay of each layer, as in force, against its norms."""
     rate, shrink = np.array([rates.get(name, (np.nan, np.nan)) for name in names]).T
+    size, step = table["weight/frobenius"].astype(np.float64), table["update/operator"].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        usage = shrink * table["weight/operator"] / table["update/operator"]
+        usage = shrink * table["weight/operator"] / step
         return {
-            "weight/effective_rate": rate / np.square(table["weight/frobenius"].astype(np.float64)),
-            "weight/constraint_usage": np.where(shrink > 0, usage, np.nan),
+            "weight/effective_rate": np.where(size > 0, rate / np.square(size), np.nan),
+            "weight/constraint_usage": np.where((shrink > 0) & (step > 0), usage, np.nan),
         }
 
 

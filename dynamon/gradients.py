@@ -22,6 +22,8 @@ _UNKNOWN = torch.tensor(torch.nan)
 class GradientReadings:
     """What one pass over the gradients found, on the host; arrays ``[L]`` in the order of the layers.
 
+    A layer without a gradient has NaN for everything but ``present``, ``compared`` and ``nonfinite``, which is 0.
+
     Attributes:
         present: Whether the layer had a gradient at all.
         l1: Sum of magnitudes.
@@ -54,7 +56,8 @@ class GradientReadings:
     def finite(self) -> bool:
         """Whether every gradient, and every change that could be taken, is finite."""
         changes = np.where(self.compared, self.difference_dual, 0.0)
-        return not self.nonfinite.any() and bool(np.isfinite(self.l1).all() and np.isfinite(changes).all())
+        own = self.l1[self.present]
+        return not self.nonfinite.any() and bool(np.isfinite(own).all() and np.isfinite(changes).all())
 
 
 class PendingReadings:
@@ -83,7 +86,8 @@ class PendingReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        table = np.zeros((9, len(self.present)))
+        table = np.full((9, len(self.present)), np.nan)
+        table[3] = 0.0
         rows = self._host.double().numpy()
         table[:, self.present] = rows[:9]
         compared, parted = self.compared, self.parted
