@@ -21,6 +21,7 @@ from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.kernels import l2_norms
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
+from dynamon.pairs import as_real
 from dynamon.panels import GRADIENTS
 from dynamon.ranks import Ranks
 from dynamon.sharded_norms import steps_and_lengths
@@ -257,7 +258,7 @@ def _together(read: Sequence[SourceReading], ranks: Ranks) -> tuple[float, list[
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
     """What this process holds of a layer's gradient; zeros where there is none."""
     if gradient is None:
-        return torch.zeros_like(local(layer.parameter.detach()))
+        return torch.zeros_like(as_real(local(layer.parameter.detach())))
     return local_as(_dense(gradient), layer.parameter)
 
 
@@ -277,7 +278,7 @@ def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    return as_real(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
 
 
 def _cosine(read: Sequence[GradientReadings]) -> float | None:

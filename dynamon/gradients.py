@@ -13,6 +13,7 @@ from dynamon.kernels import gradient_stats, widest_dtype
 from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients
 from dynamon.norms import Norm, dual_norms, update_norm
+from dynamon.pairs import as_real
 
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
 _UNKNOWN = torch.tensor(torch.nan)
@@ -226,7 +227,7 @@ class GradientReader:
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
-                g = g.detach().to_dense() if g.is_sparse else g.detach()
+                g = as_real(g.detach().to_dense() if g.is_sparse else g.detach())
                 g = g if scale == 1.0 else g * scale
             gradients.append(g)
         return gradients
@@ -319,7 +320,7 @@ class GradientReader:
         """Factors on l1 and on l2, and the positions of the special norms; kept on the device."""
         if self._mixed is None or self._mixed[0] != indices:
             names = [self.norms[i].name for i in indices]
-            sizes = [self.layers[i].parameter.numel() for i in indices]
+            sizes = [self.layers[i].size for i in indices]
             of_l2 = [(n == "frobenius") + (n == "rms") * size**0.5 for n, size in zip(names, sizes, strict=True)]
             special = [position for position, i in enumerate(indices) if self._is_special(i)]
             mixture = (
@@ -346,7 +347,7 @@ class GradientReader:
         self._previous = {
             index[name]: g.to(self.layers[index[name]].parameter.device)
             for name, g in state["previous"].items()
-            if name in index and g.shape == self.layers[index[name]].parameter.shape
+            if name in index and g.shape == as_real(self.layers[index[name]].parameter.detach()).shape
         }
         self._stored_at = self.step if self._previous else -1
 

@@ -12,6 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dynamon.names import is_chosen, plain_name
+from dynamon.pairs import COMPLEX, real_size
+from dynamon.shards import is_sharded
 
 ROLES = ("hidden", "embedding", "head", "conv", "vector")
 _HEAD_NAMES = {"head", "lm_head", "classifier", "logits", "output_projection", "score", "fc_out"}
@@ -94,6 +96,11 @@ class Layer:
         return (weight.mT if self._is_transposed else weight).unflatten(0, (self.blocks, -1))
 
     @property
+    def size(self) -> int:
+        """How many real numbers the weight holds: twice its entries where it is complex."""
+        return real_size(self.parameter)
+
+    @property
     def matrix_shape(self) -> tuple[int, int, int]:
         """``(blocks, out, in)`` of :meth:`matrices`; told without the weight, of which this process may hold a part."""
         blocks, outputs, inputs = self.matrices(torch.empty(self.parameter.shape, device="meta")).shape
@@ -123,7 +130,7 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
     The weight of a module below is its ``weight``, also under weight normalisation, spectral normalisation or another
     parametrization. The rules for the role, first match wins:
 
-    1. fewer than two dimensions (biases, scalars): ``vector``;
+    1. fewer than two dimensions (biases, scalars), or complex (measured as pairs of real numbers): ``vector``;
     2. a matrix called ``lora_A``, ``lora_B`` or ``lora_embedding_A`` and ``_B`` (a LoRA factor): ``hidden``;
     3. at most one dimension larger than one (gains, class tokens) and not the weight of an ``nn.Linear``, embedding,
        convolution, recurrent layer or Hugging Face ``Conv1D``: ``vector``;
@@ -228,8 +235,16 @@ def layer_table(layers: Iterable[Layer]) -> str:
 
 
 def is_measurable(layer: Layer) -> bool:
-    """Whether a layer holds real numbers to calculate with: no integers, no eight-bit floats, nothing complex."""
-    return layer.parameter.is_floating_point() and layer.parameter.element_size() > 1
+    """Whether a layer holds numbers to calculate with, real or complex: no integers, no eight-bit floats."""
+    weight = layer.parameter
+    if weight.is_complex():
+        return weight.dtype in COMPLEX and not is_sharded(weight)
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
+def is_steerable(layer: Layer) -> bool:
+    """Whether rules for learning rates know what to do with a layer: not where it is complex."""
+    return is_measurable(layer) and not layer.parameter.is_complex()
 
 
 def select(layers: Iterable[Layer], patterns: Sequence[str] | None) -> list[Layer]:
@@ -291,7 +306,7 @@ def _head_weights(model: nn.Module, uses: Mapping[int, Sequence[_Use]]) -> set[i
 
 
 def _role(names: Sequence[str], parameter: Tensor, uses: Sequence[_Use], is_head: bool) -> str:
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or parameter.is_complex():
         return "vector"
     if parameter.ndim == 2 and any(_LORA_NAMES.search(name) for name in names):
         return "hidden"
@@ -310,7 +325,8 @@ def _role(names: Sequence[str], parameter: Tensor, uses: Sequence[_Use], is_head
 
 
 def _can_be(role: str, parameter: Tensor, geometry: ConvGeometry | None) -> bool:
-    return role == "vector" or parameter.ndim >= 2 and (geometry is None or role == "conv")
+    matrix = parameter.ndim >= 2 and not parameter.is_complex()
+    return role == "vector" or matrix and (geometry is None or role == "conv")
 
 
 def _blocks(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dynamon.curvature.lanczos import basis_vectors
+from dynamon.pairs import real_dtype, real_size
 
 
 def basis_memory(params: Sequence[Tensor], k: int = 1, certify: bool = False) -> int:
@@ -17,8 +18,8 @@ def basis_memory(params: Sequence[Tensor], k: int = 1, certify: bool = False) ->
         k: Eigenvalues.
         certify: Whether the run is certified, in which case it keeps at least 21 vectors.
     """
-    size = sum(p.numel() for p in params)
-    width = max(p.element_size() for p in params)
+    size = sum(real_size(p) for p in params)
+    width = max(real_dtype(p).itemsize for p in params)
     vectors = basis_vectors(k, certify) + k + 3  # at a restart, and at the end, some are held twice
     return vectors * size * max(width, torch.float32.itemsize)
 

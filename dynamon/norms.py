@@ -217,7 +217,7 @@ def iid_dual_norm(norm: Norm, layer: Layer) -> float:
         norm: The norm, fitted to the layer.
         layer: The layer; the duals of its blocks add up.
     """
-    size = layer.parameter.numel()
+    size = layer.size
     if norm.name in ("one_to_inf", "rms"):
         return float(size)
     if norm.name == "frobenius":

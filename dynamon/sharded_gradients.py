@@ -14,6 +14,7 @@ from dynamon.gradients import GradientReader, PendingReadings, changes
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
@@ -72,7 +73,7 @@ class _Parts:
     def own(self, i: int) -> Tensor:
         """The gradient, zeros where there is none: others may be waiting for this part."""
         gradient = self.gradients[i]
-        return torch.zeros_like(local(self.layers[i].parameter.detach())) if gradient is None else gradient
+        return torch.zeros_like(as_real(local(self.layers[i].parameter.detach()))) if gradient is None else gradient
 
     def before(self, i: int) -> Tensor:
         return self.stored[i] if i in self.stored else torch.zeros_like(self.own(i))
@@ -132,7 +133,7 @@ class ShardedGradientReader(GradientReader):
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
-                g = local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter)
+                g = as_real(local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter))
                 g = g if scale == 1.0 else g * scale
             found.append(g)
         return found

@@ -10,6 +10,7 @@ from dynamon.dealing import measured_whole
 from dynamon.kernels import l2_norms
 from dynamon.layers import Layer
 from dynamon.norms import Norm
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import has_whole_rows, local
 from dynamon.totals import Totals
@@ -65,7 +66,7 @@ def primal(layers: Sequence[Layer], norms: Sequence[Norm], squares: Tensor, larg
         largest: Largest norms of the parts, where that is what counts.
         whole: Norms of the whole tensors, where those are needed.
     """
-    sizes = [layer.parameter.numel() if norm.name == "rms" else 1 for layer, norm in zip(layers, norms, strict=True)]
+    sizes = [layer.size if norm.name == "rms" else 1 for layer, norm in zip(layers, norms, strict=True)]
     by_squares = squares.sqrt() / torch.tensor(sizes, dtype=squares.dtype, device=squares.device).sqrt()
     kinds = [
         0 if follows_from_squares(norm) else 1 if is_maximum(layer, norm) else 2
@@ -87,7 +88,7 @@ class StepParts:
     def __init__(self, layers: Sequence[Layer], norms: Sequence[Norm], steps: Sequence[Tensor | None]) -> None:
         """Measure the parts; whole ones are kept where the norm needs them."""
         self.layers, self.norms = list(layers), list(norms)
-        own = [local(layer.parameter.detach()) for layer in layers]
+        own = [as_real(local(layer.parameter.detach())) for layer in layers]
         given = [torch.zeros_like(w) if step is None else step for w, step in zip(own, steps, strict=True)]
         self.squares, self.largest = squares_here(given), largest_here(layers, norms, given)
         self.known = [float(step is not None) for step in steps]

@@ -9,6 +9,7 @@ from torch import Tensor
 from dynamon.dealing import measured_whole
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.sharded_norms import largest_here, needs_whole, primal, squares_here
 from dynamon.shards import local
@@ -62,7 +63,8 @@ class _Here:
 
     def __init__(self, layer: Layer, before: Tensor | None, earlier: Tensor | None) -> None:
         self.layer, self.before = layer, before
-        self.weight = local(layer.parameter.detach())
+        self.weight = as_real(local(layer.parameter.detach()))
+        before, earlier = (None if copy is None else as_real(copy) for copy in (before, earlier))
         self.has_two = before is not None and earlier is not None and earlier.shape == self.weight.shape
         start = self.weight if before is None else before
         self._start = start.to(torch.promote_types(start.dtype, torch.float32))
@@ -125,7 +127,7 @@ def _readings(layers: Sequence[Layer], found: Found, processes: int) -> tuple[We
     operator = primal(layers, norms, weight, found.maxima[0], whole)
     update = _where(moved, primal(layers, norms, step, found.maxima[1], whole_step))
     is_matrix = torch.tensor([layer.role != "vector" for layer in layers], device=sigma.device)
-    sizes = torch.tensor([layer.parameter.numel() for layer in layers], dtype=torch.float64, device=sigma.device)
+    sizes = torch.tensor([layer.size for layer in layers], dtype=torch.float64, device=sigma.device)
     readings = WeightReadings(
         operator=operator,
         frobenius=weight.sqrt(),

@@ -12,6 +12,7 @@ from dynamon.dealing import dealt_out, measured_whole
 from dynamon.kernels import l2_along, l2_norms
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local
 from dynamon.spectra import (
@@ -74,8 +75,8 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
 
     Cost: two passes over the weights and, for matrices, two Gram iterations batched by shape. No host synchronisation.
     """
-    weights = [layer.parameter.detach() for layer in layers]
-    before = before or {}
+    weights = [as_real(layer.parameter.detach()) for layer in layers]
+    before = {name: as_real(copy) for name, copy in (before or {}).items()}
     moved = [i for i, layer in enumerate(layers) if layer.name in before]
     steps = {i: _step(weights[i], before[layers[i].name]) for i in moved}
     spectra = _Spectra(layers, weights)

@@ -131,7 +131,7 @@ class FiniteDifference:
 
     def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, random: RandomState) -> None:
         """Take the gradient, with the random numbers that every evaluation will see."""
-        dtype = params.tensors[0].dtype
+        dtype = params.dtype
         if dtype not in DIFFERENCE_STEP:
             raise ValueError(
                 f"finite differences need float32 or float64 parameters, these are {dtype}; "

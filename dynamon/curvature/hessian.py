@@ -68,8 +68,8 @@ class HessianOperator(LinearOperator):
         if backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}.")
         self.parameters = FlatParameters.of(params)
-        first = self.parameters.tensors[0]
-        super().__init__(self.parameters.size, first.dtype, first.device, self.parameters.space)
+        device = self.parameters.tensors[0].device
+        super().__init__(self.parameters.size, self.parameters.dtype, device, self.parameters.space)
         self._loss_fn, self._may_change = loss_fn, backend == "auto"
         self.reason: str | None = None
         self._engine = self._choose(backend)

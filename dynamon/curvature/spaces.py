@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dynamon.kernels import l2_along, l2_norms
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import local, whole
 
@@ -30,7 +31,7 @@ class VectorSpace:
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """One flat vector ``[length]`` of a tensor a parameter, each the part of it that the optimizer has here."""
-        return torch.cat([piece.reshape(-1) for piece in pieces])
+        return torch.cat([as_real(piece).reshape(-1) for piece in pieces])
 
     def piece(self, vector: Tensor, place: int) -> Tensor:
         """A whole parameter's worth of a vector: what belongs to the parameter in some place, already in its shape."""
