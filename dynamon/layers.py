@@ -20,7 +20,9 @@ ROLES = ("hidden", "embedding", "head", "conv", "vector")
 _HEAD_NAMES = {"head", "lm_head", "classifier", "logits", "output_projection", "score", "fc_out"}
 _POSITION_NAMES = re.compile(r"(^|[._])(pos|position|positional|wpe|posemb|pos_emb|pos_embed)([._]|$)")
 _TOKEN_NAMES = re.compile(r"(^|[._])(tokens?|prompts?|queries|query_embed|latents)([._]\d+)?$")
-_GAIN_NAMES = re.compile(r"(^|[._])(gain|gamma|beta|scale|layer_?scale|scale_shift_table|bias|biases|A_log)([._]?\d+)?$")
+_GAIN_NAMES = re.compile(
+    r"(^|[._])(gain|gamma|beta|scale|layer_?scale|scale_shift_table|bias|biases|A_log)([._]?\d+)?$"
+)
 _NORM_CLASSES = re.compile(r"Norm(\d?d|\d*|Gated)$", re.IGNORECASE)
 _ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, _NormBase)
 _LORA_NAMES = re.compile(r"((?:^|[._])lora_(?:embedding_)?)([AaBb])(?=\.|$)")

@@ -77,6 +77,11 @@ class HessianOperator(LinearOperator):
         self.backend = self._engine.name
         self.loss, self.gradient = self._engine.loss, self._engine.gradient
 
+    @property
+    def has_gradient(self) -> list[bool]:
+        """Which parameters take part in the loss; the others have zeros in the flat gradient."""
+        return self._engine.has_gradient
+
     def _choose(self, backend: str) -> DoubleBackward | FiniteDifference:
         self._random = RandomState()
         if backend == "finite_difference":
