@@ -85,8 +85,8 @@ def vanished_by_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
         step,
         f"Clipping left nothing of the gradient at step {step}: its norm was {norm:.3g} before and 0 after, and so it "
         f"was at {int(gone.sum())} of {len(gone)} readings. Such a step moves nothing but momentum and decay.",
-        "Clipping by norm divides by a norm that float32 holds up to 1.8e19 and fp16 up to 65504; beyond, it divides by "
-        "infinity. Divide the loss, or look at what made it so large.",
+        "Clipping by norm divides by a norm that float32 holds up to 1.8e19 and fp16 up to 65504; beyond, it divides "
+        "by infinity. Divide the loss, or look at what made it so large.",
         numbers={"norm": norm, "readings": float(gone.sum())},
         tags=("gradient/norm", "gradient/norm_clipped"),
     )
