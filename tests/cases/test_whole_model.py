@@ -237,7 +237,7 @@ def test_monitors_leave_complex_training_as_it_is_and_resume_it(tmp_path):
     second = DynamicsMonitor(every_n_steps=2, budget=None, strict=True)
     resumed = Regression(Filter(), make)
     fit(resumed, [second], data=data(), steps=6, max_epochs=-1, ckpt_path=tmp_path / "half.ckpt")
-    assert same_weights(resumed, plain)
+    assert same_weights(resumed, plain) and "network.w" in whole.history["noise/dual"].layers
     for tag in ("gradient/l2", "noise/dual", "update/ratio", "gradient/cosine"):
         np.testing.assert_allclose(second.history[tag].values[-1], whole.history[tag].values[-1], rtol=1e-6)
 
@@ -295,11 +295,6 @@ def test_a_model_without_anything_measurable_trains_and_says_so(monitor):
     with pytest.warns(UserWarning, match=f"{monitor.__name__} is off: float8_e4m3fn cannot be measured"):
         run = fit(module, [callback], steps=3)
     assert run.global_step == 3 and len(list(callback.history)) == 0
-
-
-def test_globs_that_match_nothing_still_stop_the_run():
-    with pytest.raises(ValueError, match=r"layers=\['nothing.\*'\] matches no layer of Classifier"):
-        fit(Classifier(mlp()), [GradientMonitor(layers=["nothing.*"])], steps=1)
 
 
 def test_what_cannot_be_measured_is_said_with_the_share_that_is(caplog):
@@ -464,7 +459,9 @@ def test_gains_of_two_dimensions_have_no_spectrum():
 
 def test_a_complex_model_saves_states_that_load_safely():
     monitor = DynamicsMonitor(every_n_steps=2, budget=None, strict=True)
-    fit(Regression(Filter(), lambda p: torch.optim.Adam(p, lr=0.05)), [monitor], data=data(), steps=3, max_epochs=-1)
+    fit(Regression(Filter(), lambda p: torch.optim.Adam(p, lr=0.05)), [monitor], data=data(), steps=4, max_epochs=-1)
+    kept = monitor.state_dict()["gradient"]
+    assert kept["gradients"]["previous"]["network.w"].shape == (7, 2) and kept["weights"]["network.w"].is_complex()
     buffer = io.BytesIO()
     torch.save(monitor.state_dict(), buffer)
     buffer.seek(0)
