@@ -56,7 +56,7 @@ class EventFile:
         path: The file.
         offset: Where the next record begins, in bytes.
         size: How large the file was when it was last looked at, in bytes.
-        ended: When the last record that was read was written, in seconds; -inf before the first.
+        ended: When the latest record that was read was written, in seconds; -inf before the first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class EventFile:
                 except DecodeError:
                     self._damaged.append((start, self.offset))
                     continue
-                self.ended = event.wall_time
+                self.ended = max(self.ended, event.wall_time)
                 yield list(self._items(event))
         except OSError as error:
             self._trouble = f"{self.path} cannot be read ({error.strerror})."

@@ -13,9 +13,9 @@ from dynamon.history import READINGS
 TABLE = "metrics.csv"
 _CHUNK = 1 << 20
 _LONGEST = 256  # bytes of a tag with what follows it
-_MEASURED = re.compile(rb"\n([\x01-\x7f])(?:%s)" % b"|".join(re.escape(tag.encode()) for tag in READINGS))
+_MEASURED = re.compile(rb"\n([\x01-\x7f])(?:%s)|\n\x07dynamon" % b"|".join(re.escape(tag.encode()) for tag in READINGS))
 _SCALAR = re.compile(rb"\n([\x01-\x7f])[^\x00-\x1f]{1,127}?(?=\x15)|\n\x07scalars")
-_FIELDS = b"\x15\x42\x4a"  # what follows a tag: a number, a tensor, what describes it
+_NUMBER = 0x15  # what follows the tag of a scalar
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,11 @@ def _walked(folder: Path) -> Iterator[RunFolder]:
 
 
 def _holds(chunk: bytes, pattern: re.Pattern[bytes]) -> bool:
-    """Whether a tag matches: its length is the one before it, and what follows is a field of a summary's value."""
+    """Whether the tag of a number matches, whose length is the byte before it; or the name of a plugin does."""
     for found in pattern.finditer(chunk):
         if found[1] is None:
             return True
         after = found.start() + 2 + found[1][0]
-        if after < len(chunk) and chunk[after] in _FIELDS:
+        if after < len(chunk) and chunk[after] == _NUMBER:
             return True
     return False
