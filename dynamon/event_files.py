@@ -231,14 +231,11 @@ class EventLog:
                 self._start(file, item.step)
                 continue
             tag, step, value = item
-            if isinstance(value, tuple):
-                (self.tables.get(tag) or self.tables.setdefault(tag, RowCurve(self._starts))).add(
-                    file, self.count, step, value
-                )
-            else:
-                (self.scalars.get(tag) or self.scalars.setdefault(tag, Curve(self._starts))).add(
-                    file, self.count, step, value
-                )
+            curves, kind = (self.tables, RowCurve) if isinstance(value, tuple) else (self.scalars, Curve)
+            curve = curves.get(tag)
+            if curve is None:
+                curve = curves[tag] = kind(self._starts)
+            curve.add(file, self.count, step, value)
 
     def _start(self, file: EventFile | None, step: int) -> None:
         self._starts[file] = min(step, self._starts.get(file, step))
@@ -274,7 +271,7 @@ class Curve:
     def add(self, file: EventFile | None, count: int, step: int, value: Any) -> None:
         """Add a point behind those of its file."""
         part = self._growing
-        if part is not None and part is self._parts.get(file) and part.takes(step, value):
+        if part is not None and part.file is file and part.takes(step, value):
             part.append(count, step, value)
             if self._whole is not None and self._whole is not part:
                 self._whole.append(count, step, value)
@@ -301,7 +298,8 @@ class Curve:
         return self._series
 
     def _insert(self, file: EventFile | None, count: int, step: int, value: Any) -> None:
-        part = self._parts.get(file) or self._parts.setdefault(file, self._new_part())
+        part = self._parts.get(file) or self._parts.setdefault(file, self._new_part(file))
+        part.low = min(part.low, step)
         part.cut(step)
         part.append(count, step, value)
         last = max(self._parts.keys() | self._starts.keys(), key=_order)
@@ -323,8 +321,8 @@ class Curve:
                     self._whole.extend(part)
         return self._whole
 
-    def _new_part(self) -> "_Part":
-        return _Part(array("d"))
+    def _new_part(self, file: EventFile | None = None) -> "_Part":
+        return _Part(file, array("d"))
 
 
 class RowCurve(Curve):
@@ -346,14 +344,15 @@ class RowCurve(Curve):
             self._series = _stacked(whole.steps, whole.values)
         return self._series
 
-    def _new_part(self) -> "_Part":
-        return _RowPart([])
+    def _new_part(self, file: EventFile | None = None) -> "_Part":
+        return _RowPart(file, [])
 
 
 class _Part:
     """Points by increasing steps: the count at which each was added, its step, and the value."""
 
-    def __init__(self, values: MutableSequence[Any]) -> None:
+    def __init__(self, file: EventFile | None, values: MutableSequence[Any]) -> None:
+        self.file = file
         self.counts, self.steps, self.values = array("q"), array("q"), values
         self.low: float = math.inf  # the lowest step there ever was
 
@@ -362,7 +361,6 @@ class _Part:
         return bool(self.steps) and step > self.steps[-1]
 
     def append(self, count: int, step: int, value: Any) -> None:
-        self.low = min(self.low, step)
         self.counts.append(count)
         self.steps.append(step)
         self.values.append(value)
