@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from dynamon.event_files import EventLog, Point, event_files, natural
-from dynamon.history import RunData, Series, last_step
+from dynamon.history import RunData, Series
+from dynamon.history import last_step as last_step  # it stays part of this module
 from dynamon.run_folders import TABLE, readable, runs_below
-
-__all__ = ["assembled", "last_step", "read_run", "read_run_data"]
 
 
 def read_run(folder: Path | str) -> dict[str, Series]:

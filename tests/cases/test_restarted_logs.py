@@ -262,6 +262,17 @@ def test_a_flipped_byte_costs_one_record_and_is_said(tmp_path, byte):
     )
 
 
+@pytest.mark.parametrize("command", ["report", "schedule"])
+def test_the_commands_say_what_is_damaged(tmp_path, capsys, command):
+    fill(tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes() + b"\xff" * 20)
+    assert main([command, str(tmp_path), *(["--text"] if command == "report" else [])]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith(f"dynamon {command}: {path} is damaged: bytes ") and told.err.count("\n") == 1
+    assert "20 " in told.out
+
+
 def test_a_hole_of_zeros_and_an_end_that_is_none(tmp_path):
     path = damaged(tmp_path, lambda content: content.__setitem__(slice(1000, 2000), bytes(1000)))
     with pytest.warns(UserWarning, match="damaged"):
