@@ -74,9 +74,9 @@ class EventFile:
 
     @property
     def order(self) -> tuple[int, float, list[tuple[int, str]]]:
-        """What sorts files as they were begun: the second in the name, the time of the first record, the name.
+        """What sorts files as they were begun.
 
-        A process that begins several within a second counts them in the name.
+        The second in the name comes first, then the time of the first record, then the name. A process that begins several within a second counts them in the name.
         """
         if self._order is None:
             second, began = re.search(r"tfevents\.(\d+)", self.path.name), self._first_time()
@@ -88,7 +88,7 @@ class EventFile:
 
     @property
     def is_continued(self) -> bool:
-        """Whether the file is still the one that was read: not shorter, and it begins as it did.
+        """Whether the file is still the one that was read, not shorter, with the same beginning.
 
         Raises:
             OSError: If the file is gone, or cannot be read.

@@ -59,7 +59,7 @@ class RunData:
 
     @property
     def last_step(self) -> int:
-        """The last step of the run, -1 where nothing is known: see :func:`last_step`."""
+        """The last step of the run as :func:`last_step` tells it, -1 where nothing is known."""
         return last_step({**self.scalars, **self.tables})
 
 
