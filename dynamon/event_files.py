@@ -76,7 +76,8 @@ class EventFile:
     def order(self) -> tuple[int, float, list[tuple[int, str]]]:
         """What sorts files as they were begun.
 
-        The second in the name comes first, then the time of the first record, then the name. A process that begins several within a second counts them in the name.
+        The second in the name comes first, then the time of the first record, then the name, in which a process that
+        begins several within a second counts them.
         """
         if self._order is None:
             second, began = re.search(r"tfevents\.(\d+)", self.path.name), self._first_time()
