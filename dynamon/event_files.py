@@ -232,11 +232,16 @@ class EventLog:
                 self._start(file, item.step)
                 continue
             tag, step, value = item
-            curves, kind = (self.tables, RowCurve) if isinstance(value, tuple) else (self.scalars, Curve)
-            curve = curves.get(tag)
+            is_row = isinstance(value, tuple)
+            curve: Curve | None = self.tables.get(tag) if is_row else self.scalars.get(tag)
             if curve is None:
-                curve = curves[tag] = kind(self._starts)
+                curve = self._new_curve(tag, is_row)
             curve.add(file, self.count, step, value)
+
+    def _new_curve(self, tag: str, is_of_rows: bool) -> "Curve":
+        if is_of_rows:
+            return self.tables.setdefault(tag, RowCurve(self._starts))
+        return self.scalars.setdefault(tag, Curve(self._starts))
 
     def _start(self, file: EventFile | None, step: int) -> None:
         self._starts[file] = min(step, self._starts.get(file, step))
