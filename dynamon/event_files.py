@@ -172,14 +172,15 @@ class EventFile:
         return False
 
     def _first_time(self) -> float | None:
-        """When the first record was written; None where there is none yet."""
+        """When the first record was written; None where there is no whole one yet."""
         try:
             with self.path.open("rb") as file:
                 header = file.read(_HEADER)
                 if len(header) < _HEADER or not _is_header(header):
                     return None
-                record = file.read(min(struct.unpack("<Q", header[:8])[0], _CHUNK))
-            return float(Event.FromString(record).wall_time)
+                (length,) = struct.unpack("<Q", header[:8])
+                record = file.read(length)
+            return float(Event.FromString(record).wall_time) if len(record) == length else None
         except (OSError, DecodeError):
             return None
 
@@ -244,10 +245,13 @@ class EventLog:
         return self.scalars.setdefault(tag, Curve(self._starts))
 
     def _start(self, file: EventFile | None, step: int) -> None:
+        curves = (*self.scalars.values(), *self.tables.values())
+        sizes = [len(curve) for curve in curves]
         self._starts[file] = min(step, self._starts.get(file, step))
-        for curve in (*self.scalars.values(), *self.tables.values()):
-            if curve.cut(file, self.count, step):
-                self.purged = self.count
+        for curve, size in zip(curves, sizes, strict=True):
+            curve.cut(file, step)
+            if len(curve) < size:
+                curve.rewritten = self.purged = self.count
 
 
 class Curve:
@@ -285,16 +289,11 @@ class Curve:
             self._insert(file, count, step, value)
         self._series = None
 
-    def cut(self, file: EventFile | None, count: int, step: int) -> bool:
-        """Apply a session start that ``file`` holds; True if a point went."""
-        before = len(self)
+    def cut(self, file: EventFile | None, step: int) -> None:
+        """Apply a session start that ``file`` holds, and that is among the starts already."""
         if file in self._parts:
             self._parts[file].cut(step)
         self._growing = self._whole = self._series = None
-        if len(self) == before:
-            return False
-        self.rewritten = count
-        return True
 
     def series(self) -> Series:
         """What remains, by increasing steps."""

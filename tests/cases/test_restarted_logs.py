@@ -166,7 +166,7 @@ def test_with_session_starts_it_is_exactly_what_tensorboard_shows(tmp_path_facto
     assert series(read_run(folder)) == shown
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SESSIONS, st.integers(0, 2**32))
 def test_the_tab_has_the_same_whatever_the_order_in_which_files_grow(tmp_path_factory, sessions, seed):
     """Writers that live at the same time; the browser appends what comes and drops what it is told to."""
@@ -182,6 +182,36 @@ def test_the_tab_has_the_same_whatever_the_order_in_which_files_grow(tmp_path_fa
         rest[name] = rest[name][size:]
         reader.ask()
         reader.check(folder)
+
+
+def test_files_of_one_second_are_sorted_by_their_first_record_once_it_is_whole(tmp_path):
+    """The writer that began first is the later one by its name, and half of its first record came first."""
+    whole = []
+    for value, name in ((1.0, "b"), (2.0, "a")):
+        path = tmp_path / f"events.out.tfevents.1.{name}"
+        write_file(path, [point("x", 0, value, value)])
+        whole.append((path, path.read_bytes()))
+        path.unlink()
+    (first, content), (second, other) = whole
+    reader = Reader(LiveRun(tmp_path))
+    for path, data in ((first, content[:12]), (second, other), (first, content)):
+        path.write_bytes(data)
+        reader.ask()
+    assert reader.scalars["x"][1].tolist() == [2.0] == read_run(tmp_path)["x"].values.tolist()
+
+
+def test_a_start_that_is_read_with_the_points_it_makes_void(tmp_path):
+    """All in one answer: the browser is told nothing of what is void already."""
+    write_file(tmp_path / "events.out.tfevents.1.a", [version(1), *(point("x", s, 1.0, 1) for s in range(9))])
+    reader = Reader(LiveRun(tmp_path))
+    reader.ask()
+    epoch = reader.epoch
+    more = [point("x", 9, 1.0, 2), point("y", 9, 1.0, 2)]
+    write_file(tmp_path / "events.out.tfevents.1.a", more)
+    write_file(tmp_path / "events.out.tfevents.2.a", [version(3), start(5, 3), point("z", 5, 1.0, 3)])
+    reader.ask()
+    reader.check(tmp_path)
+    assert reader.epoch != epoch and reader.scalars["x"][0].tolist() == list(range(5)) and "y" not in reader.scalars
 
 
 def test_tables_follow_the_same_rule(tmp_path):
