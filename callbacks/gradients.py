@@ -18,8 +18,10 @@ from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
+from dynamon.kernels import l2_norms
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
+from dynamon.pairs import as_real
 from dynamon.panels import GRADIENTS
 from dynamon.ranks import Ranks
 from dynamon.sharded_norms import steps_and_lengths
@@ -224,11 +226,11 @@ class GradientMeter(PairMeter):
             self._warn(run, read)
 
     def _global(self, run: Run, readings: list[GradientReadings], clipped: float | None) -> dict[str, float]:
-        norm = sum(float(np.square(r.l2).sum()) for r in readings) ** 0.5
+        norm = _total(readings, "l2", power=2) ** 0.5
         scalars = {
             "gradient/norm": norm,
-            "gradient/norm_dual": sum(float(r.dual.sum()) for r in readings),
-            "gradient/norm_l1": sum(float(r.l1.sum()) for r in readings),
+            "gradient/norm_dual": _total(readings, "dual"),
+            "gradient/norm_l1": _total(readings, "l1"),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
         if run.module.automatic_optimization and clipped is not None:  # by hand they are read after clipping
@@ -244,8 +246,8 @@ class GradientMeter(PairMeter):
         tables: dict[str, dict[str, float]] = {quantity: {} for quantity in self.quantities}
         for r, norms in zip(read, steps, strict=True):
             found = r.readings
-            tables["gradient/l2"] |= r.row(np.where(found.present, found.l2, np.nan))
-            tables["gradient/dual"] |= r.row(np.where(found.present, found.dual, np.nan))
+            tables["gradient/l2"] |= r.row(found.l2)
+            tables["gradient/dual"] |= r.row(found.dual)
             smoothness = local_smoothness(found.difference_dual, r.step_row(norms))
             tables["gradient/local_smoothness"] |= r.row(smoothness)
             tables["noise/dual"] |= r.row(r.noise)
@@ -305,10 +307,7 @@ class UsedGradients:
         gradients = [la.parameter.grad for la in read.layers]
         self.present = np.array([g is not None for g in gradients])
         here = [_here(la, g) for la, g in zip(read.layers, gradients, strict=True) if g is not None]
-        wide = torch.float64 if any(g.dtype == torch.float64 for g in here) else torch.float32
-        here = [g if g.numel() else g.new_zeros(1) for g in here] or [torch.zeros(1)]
-        norms = torch._foreach_norm(here, 2, dtype=wide)
-        lengths = torch.stack([norm.reshape(()) for norm in norms])[: self.present.sum()]
+        lengths = l2_norms([g if g.numel() else g.new_zeros(1) for g in here])
         self.lengths = lengths if scale == 1.0 else lengths * scale
 
 
@@ -344,6 +343,12 @@ def _clipped_norm(
     return float(np.sqrt(sum(np.square(row.astype(np.float64)).sum() for row in lengths)))
 
 
+def _total(readings: Sequence[GradientReadings], field: str, power: int = 1) -> float:
+    """The sum over all layers that have a gradient; NaN where none has."""
+    sums = [float((getattr(r, field)[r.present] ** power).sum()) for r in readings if r.present.any()]
+    return sum(sums) if sums else float("nan")
+
+
 def _has_parts(read: Sequence[SourceReading]) -> bool:
     """Whether several processes hold a part of each gradient."""
     return any(r.parts is not None for r in read)
@@ -371,7 +376,7 @@ def _squares(read: SourceReading, used: UsedGradients | None) -> Tensor:
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
     """What this process holds of a layer's gradient; zeros where there is none."""
     if gradient is None:
-        return torch.zeros_like(local(layer.parameter.detach()))
+        return torch.zeros_like(as_real(local(layer.parameter.detach())))
     return local_as(_dense(gradient), layer.parameter)
 
 
@@ -391,7 +396,7 @@ def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    return as_real(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
 
 
 def _cosine(read: Sequence[GradientReadings]) -> float | None:

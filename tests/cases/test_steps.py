@@ -591,7 +591,7 @@ def test_lanton_is_read_once_and_left_alone(monkeypatch) -> None:
 
     def run(callbacks) -> tuple[Classifier, int]:
         module = Classifier(mlp(), optimizer=lambda p: Lanton(list(p), lr=0.01))
-        monkeypatch.setattr(reader, "gradient_stats", lambda *a: calls.append(1) or counted(*a))
+        monkeypatch.setattr(reader, "gradient_stats", lambda *a, **k: calls.append(1) or counted(*a, **k))
         calls.clear()
         fit(module, callbacks, steps=8)
         return module, len(calls)
