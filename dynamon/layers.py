@@ -104,7 +104,7 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """How many real numbers the weight holds: twice its entries where it is complex."""
+        """Real numbers in the weight, of which a complex entry holds two."""
         return real_size(self.parameter)
 
     @property
