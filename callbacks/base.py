@@ -127,13 +127,19 @@ def is_tryout(trainer: pl.Trainer) -> bool:
 
 def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
     """Why dynamon cannot measure this run at all, in one sentence; None where it can."""
-    if not any(p.requires_grad and (is_lazy(p) or p.numel()) for p in module.parameters()):
-        return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
-    return _strategy_reason(type(trainer.strategy))
+    return nothing_there(module) or strategy_reason(trainer)
 
 
-def _strategy_reason(strategy: type) -> str | None:
+def nothing_there(module: pl.LightningModule) -> str | None:
+    """Why there is nothing to measure or to steer in a module; None where there is."""
+    if any(p.requires_grad and (is_lazy(p) or p.numel()) for p in module.parameters()):
+        return None
+    return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
+
+
+def strategy_reason(trainer: pl.Trainer) -> str | None:
     """Why the parameters of a run cannot be told apart, by the class of its strategy or one it derives from."""
+    strategy = type(trainer.strategy)
     for cls in strategy.__mro__:
         for word, reason in _REFUSED.items():
             if word in cls.__name__:

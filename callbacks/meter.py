@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from dynamon.callbacks.base import is_tryout, step_of
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import Decisions, ranks_of
-from dynamon.callbacks.recorder import Recorder
 from dynamon.callbacks.layer_set import LayerSet
+from dynamon.callbacks.recorder import Recorder
 from dynamon.layers import Layer
 from dynamon.panels import Layout
 from dynamon.shards import any_sharded

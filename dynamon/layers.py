@@ -177,7 +177,7 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
 
 
 def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[Layer]:
-    """What :func:`describe_layers` says of the tensors that have a shape; a lazy module that has seen no batch has none.
+    """What :func:`describe_layers` says of the tensors that have a shape: those of lazy modules may have none yet.
 
     Args:
         model: Any module.
