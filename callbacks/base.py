@@ -19,6 +19,8 @@ _REFUSED = {
     "ModelParallelStrategy with fully_shard (FSDP2) shards a model of the same size, and dynamon works there.",
 }
 
+_LENT = ("log", "log_dict")  # functions of the module, which a Trainer puts into each callback
+
 
 class SteeringError(RuntimeError):
     """Steering failed on one of several processes: going on would let their weights part, so this is not caught."""
@@ -79,7 +81,8 @@ class DynamonCallback(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows of no Trainer."""
-        return {**self.__dict__, "_checked": False, "_stage": None, "_seen_with": None}
+        mine = {name: value for name, value in self.__dict__.items() if name not in _LENT}
+        return {**mine, "_checked": False, "_stage": None, "_seen_with": None}
 
     def one_of_a_kind(self) -> type | tuple[type, ...]:
         """The classes of which a Trainer may hold one."""
