@@ -89,7 +89,7 @@ class GradientSource:
     @property
     def has_layers(self) -> bool:
         """Whether the optimizer holds anything that can be measured."""
-        return bool(self.reader.layers)
+        return bool(self._reader.layers)
 
     def is_complete(self, run: Run, optimizer: Optimizer, looks: bool) -> bool:
         """Whether the optimizer still holds the parameters it held, by their number, or if asked by a look at them."""
@@ -153,7 +153,10 @@ class GradientSource:
             signal.update(readings)
         halves = not np.isnan(readings.independent_l2).all()
         signal = self._signals["independent" if halves else "successive"]
-        layers, independent = self.reader.layers, self._independent.values
+        # The steering knows layers by the names that they had when it met them.
+        named = {id(layer.parameter): layer for layer in self._reader.layers}
+        layers = [named.get(id(layer.parameter), layer) for layer in self.reader.layers]
+        independent = self._independent.values
         if not halves:
             independent = np.full(len(layers), np.nan)
         return SourceReading(layers, readings, noise.values, independent, signal, moved, steps, parts)

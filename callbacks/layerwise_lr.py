@@ -365,7 +365,8 @@ class LayerwiseLR(DynamonCallback):
             reason = _why_not(pl_module, optimizer)
             if reason is not None:
                 self._passed_over.append(optimizer)
-                self._say(f"{type(self).__name__} leaves the rates of {type(optimizer).__name__} alone: {reason}")
+                if _holds_some_of(pl_module, optimizer):
+                    self._say(f"{type(self).__name__} leaves the rates of {type(optimizer).__name__} alone: {reason}")
                 continue
             rates = LayerwiseRates(
                 optimizer,

@@ -68,7 +68,7 @@ def rate_search(trainer: Any, module: Any) -> None:
 
 
 def size_search(trainer: Any, module: Any) -> None:
-    finder = BatchSizeFinder(steps_per_trial=2, init_val=4, max_trials=3)
+    finder = BatchSizeFinder(steps_per_trial=2, init_val=4, max_trials=2)
     finder.scale_batch_size(trainer, module)
     module.batch_size = 8
     trainer.fit_loop._combined_loader = None
@@ -217,7 +217,7 @@ def _with_data(module: Any) -> Any:
 
 @pytest.mark.parametrize("between", ["nothing", "validation", "checkpoint of another run"])
 def test_the_same_run_goes_on(tmp_path: Any, between: str) -> None:
-    """``trainer.fit`` once more, with more epochs: readings, counters and ratios go on, those of a test do not count."""
+    """Fitted once more, with more epochs: readings, counters and ratios go on; a validation does not count."""
     monitor, steering = WeightMonitor(every_n_steps=1), NoiseAdaptiveLR(warmup=0)
     module = Learner()
     module.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
