@@ -83,7 +83,7 @@ class Budget:
             yield
         finally:
             seconds = time.perf_counter() - begin
-            self._book(name, seconds)
+            self.book(name, seconds)
             if events:
                 events[1].record()
                 self._events.append((name, seconds, *events))
@@ -98,7 +98,7 @@ class Budget:
             seconds = time.perf_counter() - begin
             if self._since is None:  # before the first batch
                 self._running += seconds
-            self._book("hooks", max(seconds - (self.spent - spent), 0.0))
+            self.book("hooks", max(seconds - (self.spent - spent), 0.0))
 
     def claim(self, name: str, expected: float, waited: float, step: int, step_seconds: float) -> None:
         """Have the others leave a measurement what it costs, if it has waited for long.
@@ -153,7 +153,8 @@ class Budget:
         """A copy has its clock stopped, and waits for no device."""
         return {**self.__dict__, "_running": self.running, "_since": None, "_events": deque()}
 
-    def _book(self, name: str, seconds: float) -> None:
+    def book(self, name: str, seconds: float) -> None:
+        """Book time that was measured elsewhere."""
         self.spent += seconds
         self.spent_on[name] = self.spent_on.get(name, 0.0) + seconds
         self.last[name] = seconds
@@ -162,7 +163,7 @@ class Budget:
         """Add what the device took beyond the host, for measurements that have passed by now."""
         while self._events and self._events[0][3].query():
             name, host, begin, end = self._events.popleft()
-            self._book(name, max(begin.elapsed_time(end) / 1000 - host, 0.0))
+            self.book(name, max(begin.elapsed_time(end) / 1000 - host, 0.0))
 
 
 def overhead_of(budgets: Sequence[Budget]) -> float:
