@@ -16,6 +16,7 @@ from lightning.pytorch.tuner import Tuner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import dynamon
 from dynamon.callbacks import (
     DynamicsMonitor,
     GradientMonitor,
@@ -23,6 +24,7 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
+from dynamon.curvature import HessianOperator, top_eigenvalues
 from tests.helpers import Classifier, batches, fit, mlp, same_weights, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -456,3 +458,22 @@ def test_what_is_printed() -> None:
     assert repr(monitor) == "WeightMonitor(no readings, 0 quantities in .history)"
     fit(Classifier(mlp()), [monitor, steering], steps=4)
     assert "4 weight readings" in repr(monitor) and "NoiseAdaptiveRates, ratios" in repr(steering)
+
+
+def test_what_is_printed_of_curvature() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    operator = HessianOperator(lambda: (weight**4).sum(), [weight])  # 12 w^2 on the diagonal
+    assert repr(operator) == "HessianOperator(3 x 3, float64 on cpu, double_backward)"
+    assert repr(2 * operator).startswith("Combined(3 x 3, float64 on cpu")
+    found = top_eigenvalues(operator)
+    assert repr(found).startswith("Eigenpairs(108 (residual ") and "converged, double_backward)" in repr(found)
+    assert "tensor" not in repr(found)
+
+
+def test_dir_lists_what_can_be_asked_for() -> None:
+    listed = set(dir(dynamon))
+    assert {"measure", "describe_layers", "callbacks", "kernels", "curvature", "rates", "history"} <= listed
+    assert not {"import_module", "Any"} & listed
+    for name in listed:
+        assert getattr(dynamon, name, None) is not None or name.startswith("__"), name
