@@ -1,5 +1,6 @@
 """What monitors and steering have in common, and what they ask of a Trainer."""
 
+from contextlib import suppress
 from typing import Any
 from weakref import ref
 
@@ -94,6 +95,11 @@ class DynamonCallback(pl.Callback):
         row = Row.of(trainer)
         if not row.is_empty and [c for c in callbacks_of(trainer) if isinstance(c, DynamonCallback)][-1] is self:
             row.send(trainer)
+
+    def send_rest(self, trainer: pl.Trainer) -> None:
+        """Write what was measured before an exception, which none of a logger's own may hide."""
+        with suppress(Exception):
+            self.send_row(trainer)
 
     def write_layout(self, trainer: pl.Trainer) -> None:
         """Write the charts of all dynamon callbacks, once: the last layout in a run is the one that counts.

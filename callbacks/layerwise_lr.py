@@ -311,6 +311,7 @@ class LayerwiseLR(DynamonCallback):
         """Give the optimizers back as they were. A reading that is still on its way is lost if the device is."""
         self._budget.stop()
         self._let_go()
+        self.send_rest(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing behind, however the fit has ended."""
@@ -391,7 +392,7 @@ class LayerwiseLR(DynamonCallback):
     def _release(self) -> None:
         for rates in self._steered.values():
             rates.remove()
-        self._steered, self._passed_over = {}, []
+        self._steered, self._passed_over, self._in_force = {}, [], {}
 
 
 class NoiseAdaptiveLR(LayerwiseLR):

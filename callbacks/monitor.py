@@ -115,6 +115,12 @@ class Monitor(DynamonCallback):
         self._failures += self._run.failures
         self._in_a_row = {meter.name: 0 for meter in self._meters}
         self._run.failures = 0
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        """Whatever is known of a step that did not come to its end, or is undone."""
+        self._stepped = self._measured = False
+        self._recorder.forget_step()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers, start the meters, write the panels."""
@@ -144,12 +150,12 @@ class Monitor(DynamonCallback):
             return
         run = Run(trainer, pl_module, self._budget, self._recorder, self._patterns)
         run.strict, run.steps_seen = self._strict, steps_seen
-        lazy = [name for name, p in pl_module.named_parameters() if is_lazy(p)]
-        self._say_left_out([plain_name(name) for name in lazy], "their shape is not known yet. They join when it is.")
-        self._say_unmeasurable(pl_module)
+        lazy = [plain_name(name) for name, p in pl_module.named_parameters() if is_lazy(p)]
         if not run.layers and not lazy:
             self._say_nothing_there(run)
             return
+        self._say_left_out(lazy, "without a shape so far: lazy modules join with their first batch.")
+        self._say_unmeasurable(pl_module)
         if not trainer.loggers:
             rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
         self._run, self._started = run, False
@@ -250,7 +256,7 @@ class Monitor(DynamonCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training goes on, if this was a validation inside it."""
-        if self._run is not None and trainer.state.fn == TrainerFn.FITTING:
+        if self._run is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._budget.start()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -276,9 +282,10 @@ class Monitor(DynamonCallback):
         return f", of which looking after so short steps took {spent:.2g} s" if spent > given / 4 else ""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop the clock."""
+        """Stop the clock, and write what is known."""
         self._budget.stop()
         self._end_meters()
+        self.send_rest(trainer)
         self._last_look(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -314,6 +321,7 @@ class Monitor(DynamonCallback):
         self._state = dict(state_dict)
         if self._started and self._run is not None and self._stage == "fit":
             self._budget.rewind()
+            self._forget_step()
             for meter in self._meters:
                 if meter.name in self._state:
                     self._call(meter, "resume", self._state.pop(meter.name))
@@ -371,13 +379,13 @@ class Monitor(DynamonCallback):
     def _say_unmeasurable(self, module: pl.LightningModule) -> None:
         left = [la for la in known_layers(module) if not is_measurable(la)]
         kinds = ", ".join(sorted({str(layer.parameter.dtype).removeprefix("torch.") for layer in left}))
-        why = f"they are in {kinds}, and it measures real floating point weights of sixteen bits or more."
+        why = f"in {kinds}: it measures real floating point weights of sixteen bits or more."
         self._say_left_out([layer.name for layer in left], why)
 
     def _say_left_out(self, names: Sequence[str], why: str) -> None:
         if names:
             what = f"{len(names)} layers, first {names[0]}" if len(names) > 1 else names[0]
-            rank_zero_info(f"{type(self).__name__} leaves out {what}: {why}")
+            rank_zero_info(f"{type(self).__name__} leaves out {what}, {why}")
 
     def _finish(self) -> None:
         """Hand on what was measured, with what all dynamon callbacks of the Trainer say together."""

@@ -115,9 +115,10 @@ def test_a_lazy_branch_that_is_never_used_is_left_out(caplog: Any) -> None:
         monitor, steering, norms, module = run(with_lazy_branch)
     assert_norms(monitor, norms)
     assert set(steering.ratios) == {"first.weight", "first.bias", "head.weight", "head.bias"}
-    said = [record.message for record in caplog.records if "shape is not known" in record.message]
+    said = [record.message for record in caplog.records if "leaves out" in record.message]
     assert said == [
-        "DynamicsMonitor leaves out 2 layers, first unused.weight: their shape is not known yet. They join when it is."
+        "DynamicsMonitor leaves out 2 layers, first unused.weight, without a shape so far: lazy modules join with their "
+        "first batch."
     ]
     assert {layer.name: layer.role for layer in known_layers(module)}["head.weight"] == "head"
     with pytest.raises(ValueError, match=r"unused\.weight has no shape yet"):

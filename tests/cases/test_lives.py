@@ -24,6 +24,7 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
+from dynamon.callbacks.budget import Budget
 from dynamon.curvature import HessianOperator, top_eigenvalues
 from tests.helpers import Classifier, batches, fit, mlp, same_weights, trainer
 
@@ -477,3 +478,51 @@ def test_dir_lists_what_can_be_asked_for() -> None:
     assert not {"import_module", "Any"} & listed
     for name in listed:
         assert getattr(dynamon, name, None) is not None or name.startswith("__"), name
+
+
+def test_a_reading_before_an_exception_is_written_at_its_own_step(tmp_path: Any) -> None:
+    """The exception comes between two of our callbacks, in a run that then goes on."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 6 and not stopped:
+                stopped.append(True)
+                raise Stopped
+
+    stopped: list[bool] = []
+    logger, module = TensorBoardLogger(tmp_path), Learner()
+    monitor = GradientMonitor(every_n_steps=5)
+    run = trainer([monitor, Stop(), NoiseAdaptiveLR()], max_steps=-1, max_epochs=2, logger=logger)
+    with pytest.raises(Stopped):
+        run.fit(module)
+    run.fit(module)
+    events = {event.step: event.value for event in EventAccumulator(logger.log_dir).Reload().Scalars("gradient/norm")}
+    known = monitor.history["gradient/norm"]
+    assert 5 in events and set(events) == set(known.steps.tolist())
+    for step, value in zip(known.steps.tolist(), known.values.tolist(), strict=True):
+        assert events[step] == pytest.approx(value, rel=1e-6)
+
+
+def test_events_of_steering_do_not_pile_up(monkeypatch: Any) -> None:
+    """Nobody asks for the overhead where nothing is logged; the events that time a GPU are read all the same."""
+
+    class Event:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, other: Any) -> float:
+            return 2000.0
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    budget = Budget(None)
+    for _ in range(100):
+        with budget.charge("steering", cuda=True):
+            pass
+    assert len(budget._events) <= 1 and budget.overhead > 0 and budget.spent == pytest.approx(200, rel=0.01)
+    assert pickle.loads(pickle.dumps(budget)).spent == budget.spent
