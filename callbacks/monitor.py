@@ -154,7 +154,7 @@ class Monitor(DynamonCallback):
         if not run.layers and not lazy:
             self._say_nothing_there(run)
             return
-        self._say_left_out(lazy, "without a shape so far: lazy modules join with their first batch.")
+        self._say_left_out(lazy, "without a shape so far", "lazy modules join with their first batch.")
         self._say_unmeasurable(pl_module)
         if not trainer.loggers:
             rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
@@ -379,13 +379,14 @@ class Monitor(DynamonCallback):
     def _say_unmeasurable(self, module: pl.LightningModule) -> None:
         left = [la for la in known_layers(module) if not is_measurable(la)]
         kinds = ", ".join(sorted({str(layer.parameter.dtype).removeprefix("torch.") for layer in left}))
-        why = f"in {kinds}: it measures real floating point weights of sixteen bits or more."
-        self._say_left_out([layer.name for layer in left], why)
+        why = "it measures real floating point weights of sixteen bits or more."
+        self._say_left_out([layer.name for layer in left], f"in {kinds}", why)
 
-    def _say_left_out(self, names: Sequence[str], why: str) -> None:
+    def _say_left_out(self, names: Sequence[str], which: str, why: str) -> None:
         if names:
-            what = f"{len(names)} layers, first {names[0]}" if len(names) > 1 else names[0]
-            rank_zero_info(f"{type(self).__name__} leaves out {what}, {why}")
+            first = f", first {names[0]}" if len(names) > 1 else f", {names[0]}"
+            layers = "layers" if len(names) > 1 else "layer"
+            rank_zero_info(f"{type(self).__name__} leaves out {len(names)} {layers} {which}{first}: {why}")
 
     def _finish(self) -> None:
         """Hand on what was measured, with what all dynamon callbacks of the Trainer say together."""

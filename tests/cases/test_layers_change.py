@@ -117,7 +117,7 @@ def test_a_lazy_branch_that_is_never_used_is_left_out(caplog: Any) -> None:
     assert set(steering.ratios) == {"first.weight", "first.bias", "head.weight", "head.bias"}
     said = [record.message for record in caplog.records if "leaves out" in record.message]
     assert said == [
-        "DynamicsMonitor leaves out 2 layers, first unused.weight, without a shape so far: lazy modules join with their "
+        "DynamicsMonitor leaves out 2 layers without a shape so far, first unused.weight: lazy modules join with their "
         "first batch."
     ]
     assert {layer.name: layer.role for layer in known_layers(module)}["head.weight"] == "head"
