@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -31,8 +31,8 @@ from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import is_sharded_run
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.history import History
-from dynamon.layers import measurable_layers, select
-from dynamon.optim import LayerwiseRates, refusal
+from dynamon.layers import select
+from dynamon.optim import LayerwiseRates, refusal, steerable_layers
 from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
 from dynamon.shards import any_sharded
@@ -123,11 +123,10 @@ class LayerwiseLR(DynamonCallback):
         self._in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]] = {}
         self._state: list[Any] = []
         self._budget = Budget(None)
-        self._shows_noise = False
+        self._shows_noise = self._told = False
         self._is_steering = False  # training goes on
         self._next_step = 0
-        self._told: set[str] = set()
-        self._passed_over: list[Optimizer] = []  # there is nothing to steer in them
+        self._left_alone: list[Optimizer] = []  # what holds nothing to steer
         self._past: tuple[list[Any], dict[str, float]] = ([], {})  # of a copy: states and ratios of the original
 
     @property
@@ -252,7 +251,7 @@ class LayerwiseLR(DynamonCallback):
                 self._in_force[optimizer] = (rates.base_rates(), rates.wanted)
 
     def _is_new(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-        return optimizer in trainer.optimizers and not any(known is optimizer for known in self._passed_over)
+        return optimizer in trainer.optimizers and not any(known is optimizer for known in self._left_alone)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -349,7 +348,7 @@ class LayerwiseLR(DynamonCallback):
         """A copy has the arguments, the history and a state to be saved; it steers nothing, and begins anew."""
         sharded = any_sharded([layer.parameter for rates in self._steered.values() for layer in rates.layers])
         past = ([] if sharded else self.state_dict()["optimizers"], self.ratios)
-        ended = {"_steered": {}, "_in_force": {}, "_passed_over": [], "_is_steering": False, "_past": past}
+        ended = {"_steered": {}, "_in_force": {}, "_left_alone": [], "_is_steering": False, "_past": past}
         return {**super().__getstate__(), **ended}
 
     def __repr__(self) -> str:
@@ -363,14 +362,11 @@ class LayerwiseLR(DynamonCallback):
         state = self._state or [rates.state_dict() for rates in self._steered.values()]
         self._release()
         self._state = []
-        self._passed_over = []
-        for index, optimizer in enumerate(trainer.optimizers):
-            reason = _why_not(pl_module, optimizer)
-            if reason is not None:
-                self._passed_over.append(optimizer)
-                if _holds_some_of(pl_module, optimizer):
-                    self._say(f"{type(self).__name__} leaves the rates of {type(optimizer).__name__} alone: {reason}")
+        for optimizer in trainer.optimizers:
+            if not _can_be_steered(pl_module, optimizer):
+                self._left_alone.append(optimizer)
                 continue
+            index = len(self._steered)
             rates = LayerwiseRates(
                 optimizer,
                 copy.deepcopy(self.rule),
@@ -383,16 +379,30 @@ class LayerwiseLR(DynamonCallback):
             if index < len(state):
                 rates.load_state_dict(state[index])
             self._steered[optimizer] = rates
+        self._say_unsteered(pl_module)
 
-    def _say(self, sentence: str) -> None:
-        if sentence not in self._told:
-            self._told.add(sentence)
-            rank_zero_warn(sentence)
+    def _say_unsteered(self, module: pl.LightningModule) -> None:
+        """Once, which weights the rule leaves alone."""
+        if self._told:
+            return
+        names = [name for name, p in module.named_parameters() if p.is_complex() and p.requires_grad]
+        if names:
+            rank_zero_info(f"{type(self).__name__}: {len(names)} complex weights keep ratio 1, first {names[0]}.")
+        alone = [optimizer for optimizer in self._left_alone if _holds_some_of(module, optimizer)]
+        reasons = [reason for optimizer in alone if (reason := refusal(optimizer)) is not None]
+        if alone and not reasons:
+            rank_zero_warn(
+                f"{type(self).__name__} does not steer {len(alone)} of the optimizers: they hold no real "
+                "floating point weights of the module."
+            )
+        for reason in reasons:
+            rank_zero_warn(f"{type(self).__name__} leaves the rates of an optimizer alone: {reason}")
+        self._told = bool(names or alone)
 
     def _release(self) -> None:
         for rates in self._steered.values():
             rates.remove()
-        self._steered, self._passed_over, self._in_force = {}, [], {}
+        self._steered, self._left_alone, self._in_force = {}, [], {}
 
 
 class NoiseAdaptiveLR(LayerwiseLR):
@@ -459,13 +469,10 @@ def _holds_some_of(module: pl.LightningModule, optimizer: Optimizer) -> bool:
     return groups is None or any(id(p) in own for group in groups for p in group["params"])
 
 
-def _why_not(module: pl.LightningModule, optimizer: Optimizer) -> str | None:
-    """Why an optimizer has no layers to steer, or cannot be steered; None where it can."""
-    layers = {id(p) for p in module.parameters() if is_lazy(p)}
-    layers |= {id(layer.parameter) for layer in measurable_layers(module)}
-    if any(id(p) in layers for group in optimizer.param_groups for p in group["params"]):
-        return refusal(optimizer)
-    return "it holds no weights of the module that can be measured."
+def _can_be_steered(module: pl.LightningModule, optimizer: Optimizer) -> bool:
+    """Whether an optimizer holds layers that can be steered, or may when lazy modules have seen a batch."""
+    waits = any(is_lazy(p) for group in optimizer.param_groups for p in group["params"])
+    return refusal(optimizer) is None and (waits or bool(steerable_layers(module, optimizer)))
 
 
 def _wants_parts(rule: Rule) -> bool:

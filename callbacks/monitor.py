@@ -20,10 +20,12 @@ from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.callbacks.watchers import warnings_of
 from dynamon.health import Finding
 from dynamon.history import History
-from dynamon.layers import is_measurable, known_layers
+from dynamon.layers import Layer, is_measurable, known_layers, select
 from dynamon.names import plain_name
 from dynamon.panels import OVERHEAD, Layout, combined
 from dynamon.ranks import ran_out_of_memory
+
+_MEASURED = "Weights are measured in floating point of sixteen bits or more, and in complex64 and complex128."
 
 
 class BadArgumentError(ValueError):
@@ -154,8 +156,8 @@ class Monitor(DynamonCallback):
         if not run.layers and not lazy:
             self._say_nothing_there(run)
             return
-        self._say_left_out(lazy, "without a shape so far", "lazy modules join with their first batch.")
-        self._say_unmeasurable(pl_module)
+        self._say_lazy(lazy)
+        self._say_left_out(known_layers(pl_module))
         if not trainer.loggers:
             rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
         self._run, self._started = run, False
@@ -176,10 +178,11 @@ class Monitor(DynamonCallback):
 
     def _say_nothing_there(self, run: Run) -> None:
         """Nothing can be measured, or nothing of what was asked for, which is an argument out of range."""
-        name = type(run.module).__name__
-        if run.all_layers:
+        chosen = select(known_layers(run.module), self._patterns)
+        if not chosen:
+            name = type(run.module).__name__
             raise BadArgumentError(f"layers={list(self._patterns or ())} matches no layer of {name}.")
-        rank_zero_warn(f"{type(self).__name__} is off: {name} has no weights that can be measured.")
+        rank_zero_warn(f"{type(self).__name__} is off: {_dtypes(chosen)} cannot be measured. {_MEASURED}")
 
     def _go_back_to(self, step: int) -> None:
         """What was measured at a step that is yet to come, before a checkpoint was loaded, is undone."""
@@ -376,17 +379,27 @@ class Monitor(DynamonCallback):
                 raise
             self._failed(meter, error)
 
-    def _say_unmeasurable(self, module: pl.LightningModule) -> None:
-        left = [la for la in known_layers(module) if not is_measurable(la)]
-        kinds = ", ".join(sorted({str(layer.parameter.dtype).removeprefix("torch.") for layer in left}))
-        why = "it measures real floating point weights of sixteen bits or more."
-        self._say_left_out([layer.name for layer in left], f"in {kinds}", why)
-
-    def _say_left_out(self, names: Sequence[str], which: str, why: str) -> None:
+    def _say_lazy(self, names: Sequence[str]) -> None:
         if names:
-            first = f", first {names[0]}" if len(names) > 1 else f", {names[0]}"
-            layers = "layers" if len(names) > 1 else "layer"
-            rank_zero_info(f"{type(self).__name__} leaves out {len(names)} {layers} {which}{first}: {why}")
+            rank_zero_info(
+                f"{type(self).__name__} leaves out {len(names)} layers without a shape so far, first {names[0]}. Lazy "
+                "modules join with their first batch."
+            )
+
+    def _say_left_out(self, every: Sequence[Layer]) -> None:
+        """Which layers no reading is of, and what share of training whole-model readings then cover."""
+        layers = [layer for layer in every if not is_measurable(layer)]
+        if not layers:
+            return
+        trained = sum(layer.size for layer in every if layer.parameter.requires_grad)
+        missed = sum(layer.size for layer in layers if layer.parameter.requires_grad)
+        covered = (
+            f" Whole-model readings are of {1 - missed / trained:.1%} of the trained parameters." if missed else ""
+        )
+        rank_zero_info(
+            f"{type(self).__name__} leaves out {len(layers)} layers in {_dtypes(layers)}, first {layers[0].name}. "
+            f"{_MEASURED}{covered}"
+        )
 
     def _finish(self) -> None:
         """Hand on what was measured, with what all dynamon callbacks of the Trainer say together."""
@@ -415,6 +428,10 @@ class Monitor(DynamonCallback):
         self._causes.add(first_line)  # what stops two meters at once is one story
         if news or room or self.paused(meter):
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
+
+
+def _dtypes(layers: Sequence[Layer]) -> str:
+    return ", ".join(sorted({str(layer.parameter.dtype).removeprefix("torch.") for layer in layers}))
 
 
 def check_arguments(every_n_steps: int | None, budget: float | None, **globs: Sequence[str] | None) -> None:

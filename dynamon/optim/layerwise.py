@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dynamon.decay import is_decoupled
 from dynamon.gradients import PendingReadings
-from dynamon.layers import is_measurable, known_layers
+from dynamon.layers import Layer, is_steerable, known_layers
 from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
@@ -53,6 +53,12 @@ def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
     return None if found is None else found()
 
 
+def steerable_layers(model: nn.Module, optimizer: Optimizer) -> list[Layer]:
+    """The layers of a model that an optimizer holds and a rule can steer: those of real floating point weights."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [layer for layer in known_layers(model) if id(layer.parameter) in own and is_steerable(layer)]
+
+
 class LayerwiseRates:
     """Steers ``optimizer.step()`` with one learning-rate ratio a layer.
 
@@ -71,8 +77,8 @@ class LayerwiseRates:
     Args:
         optimizer: Any ``torch.optim.Optimizer`` whose groups have an ``lr``.
         rule: A :class:`dynamon.rates.Rule` of its own (one a ``LayerwiseRates``).
-        model: The module whose parameters are steered; parameters of the optimizer that it does not hold
-            keep ratio 1.
+        model: The module whose parameters are steered; parameters of the optimizer that it does not hold, and
+            complex ones, keep ratio 1.
         lag: 1 (default): the readings of a step act at the next, so nothing waits for the device. 0: they
             act at once, as published.
         apply: False for a dry run: the rule follows the run, :attr:`wanted` says what it asks for, and nothing is
@@ -141,16 +147,15 @@ class LayerwiseRates:
         ]
 
     def _attach(self) -> None:
-        """Take up the parameters that the optimizer holds now; those that cannot be measured keep the base rate."""
+        """Take up the parameters that the optimizer holds now; those that cannot be steered keep the base rate."""
         self._held = self._parameters()
-        own = {id(p) for p in self._held}
         self._lazy = [p for p in self._held if is_lazy(p)]  # they get their shape in a first batch
         put_back(self.model)
         known = known_layers(self.model)
         if not self._lazy and not self._checked:
             self.rule.check(known)
             self._checked = True
-        self.layers = [layer for layer in known if id(layer.parameter) in own and is_measurable(layer)]
+        self.layers = steerable_layers(self.model, self.optimizer)
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
         self.rule.start(self.layers, self.reader.norms)
 
