@@ -61,6 +61,10 @@ class Steps:
             self._watches.pop(gone).remove()
         for optimizer in optimizers:
             self.of(optimizer).clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """What was begun in this batch is undone."""
         self._begun, self._taken = set(), None
 
     def of(self, optimizer: Optimizer) -> StepWatch:
