@@ -1,10 +1,13 @@
 """What monitors and steering have in common, and what they ask of a Trainer."""
 
+from weakref import WeakSet
+
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from dynamon.geometry import assumption
 from dynamon.panels import Layout, combined
 
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
@@ -14,6 +17,8 @@ _REFUSED = {
     "DeepSpeed": "owns gradients and optimizer states and shows neither: nothing is measured or steered. "
     "ModelParallelStrategy with fully_shard (FSDP2) shards a model of the same size, and dynamon works there.",
 }
+
+_told: "WeakSet[Optimizer]" = WeakSet()  # whose geometry was spoken of
 
 
 class SteeringError(RuntimeError):
@@ -77,6 +82,14 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return 1.0 / float(scaler.get_scale())
+
+
+def say_geometry(optimizer: Optimizer) -> None:
+    """Say once of an optimizer what is assumed of it, where its geometry is a guess."""
+    guessed = None if optimizer in _told else assumption(optimizer)
+    _told.add(optimizer)
+    if guessed is not None:
+        rank_zero_info(guessed)
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import scale_before_step, window_is_whole
-from dynamon.callbacks.base import SteeringError, gradient_scale
+from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
@@ -66,6 +66,7 @@ class GradientSource:
 
     def __init__(self, run: Run, optimizer: Optimizer) -> None:
         """Find the optimizer's layers and who reads them."""
+        say_geometry(optimizer)
         rates = steering_of(run.trainer, optimizer)
         self._rates: LayerwiseRates | None = rates if rates is not None and rates.rule.needs_gradients else None
         self._steered = self._rates is not None

@@ -17,7 +17,7 @@ from dynamon.callbacks.accumulation import (
     scale_before_step,
     window_is_whole,
 )
-from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
+from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason, say_geometry
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import is_sharded_run
 from dynamon.callbacks.recorder import Recorder
@@ -293,6 +293,8 @@ class LayerwiseLR(DynamonCallback):
             if index < len(state):
                 rates.load_state_dict(state[index])
             self._steered[optimizer] = rates
+            if self.rule.needs_gradients:
+                say_geometry(optimizer)
 
     def _release(self) -> None:
         for rates in self._steered.values():
