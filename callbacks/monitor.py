@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.health import HealthWatch, histories_of
+from dynamon.callbacks.health import HealthWatch, histories_of, returned_loss
 from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder
-from dynamon.health import Finding
+from dynamon.health import LOSS_TAG, Finding
 from dynamon.history import History
 from dynamon.layers import Layer, describe_layers, is_measurable, select
 from dynamon.panels import OVERHEAD, combined
@@ -153,9 +153,20 @@ class Monitor(DynamonCallback):
         self._run.steps_seen += 1
         self._call_all("batch_end")
         self._run.forget_copies()
+        if self._measured:
+            self._record_loss(outputs)
         if self._measured and self._watches_health(trainer):
-            self._health.see(self._run, outputs, *histories_of(trainer))
+            self._health.see(self._run, *histories_of(trainer))
         self._measured = False
+
+    def _record_loss(self, outputs: Any) -> None:
+        """Beside the readings of a step, the loss it was taken for: the health rules rest on that."""
+        assert self._run is not None
+        with self._budget.watch():
+            loss = returned_loss(self._run.trainer, outputs)
+        if loss is not None:
+            self._recorder.scalars({LOSS_TAG: loss})
+            self._recorder.flush(self._run.trainer, self._run.step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""

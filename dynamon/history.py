@@ -44,8 +44,15 @@ class RunData:
 
     @classmethod
     def of(cls, *histories: Mapping[str, Series]) -> "RunData":
-        """Sort what callbacks keep: ``RunData.of(monitor.history, steering.history)``; the later ones count."""
-        known = {quantity: history[quantity] for history in histories for quantity in history}
+        """Sort what callbacks keep: ``RunData.of(monitor.history, steering.history)``.
+
+        A scalar that several keep has the points of all; of a step, and of a table, those of the last one count.
+        """
+        known: dict[str, Series] = {}
+        for history in histories:
+            for quantity in history:
+                series = history[quantity]
+                known[quantity] = _joined(known[quantity], series) if quantity in known else series
         return cls(
             {name: series for name, series in known.items() if series.layers is None},
             {name: series for name, series in known.items() if series.layers is not None},
@@ -56,6 +63,15 @@ class RunData:
         """The last step at which anything is known, -1 where nothing is."""
         series = [*self.scalars.values(), *self.tables.values()]
         return max((int(one.steps[-1]) for one in series if len(one)), default=-1)
+
+
+def _joined(one: Series, other: Series) -> Series:
+    """The points of two series of a scalar, of the same step those of the other; of tables the other."""
+    if one.layers is not None or other.layers is not None:
+        return other
+    steps = np.concatenate([other.steps, one.steps])
+    steps, first = np.unique(steps, return_index=True)
+    return Series(steps, np.concatenate([other.values, one.values])[first])
 
 
 class History(Mapping[str, Series]):
