@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from dynamon.callbacks.base import callbacks_of
 from dynamon.callbacks.meter import Run
 from dynamon.health import SEVERITIES, Finding, findings
 from dynamon.history import History, RunData
+from dynamon.ranks import Ranks
 
 _SHARE = 0.01  # of the run's time, where measurements have no budget
 _OF_BUDGET = 0.1  # where they have one
@@ -93,6 +95,18 @@ def returned_loss(trainer: pl.Trainer, outputs: Any) -> float | None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
         return None
     return float(loss.detach()) * trainer.accumulate_grad_batches
+
+
+def mean_loss(loss: float | None, ranks: Ranks) -> float | None:
+    """The mean over the processes that have a loss, whose gradient they descend; None where none has one.
+
+    Every process must call this at the same time.
+    """
+    if not ranks.several:
+        return loss
+    own = torch.tensor([0.0 if loss is None else loss, float(loss is not None)], dtype=torch.float64)
+    total, count = ranks.sum_or_nan(lambda: own, 2).tolist()
+    return total / count if count else None
 
 
 def histories_of(trainer: pl.Trainer) -> list[History]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.health import HealthWatch, histories_of, returned_loss
+from dynamon.callbacks.health import HealthWatch, histories_of, mean_loss, returned_loss
 from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.health import LOSS_TAG, Finding
@@ -169,7 +169,7 @@ class Monitor(DynamonCallback):
     def _record_loss(self, outputs: Any) -> None:
         """Beside the readings of a step, the loss it was taken for: the health rules rest on that."""
         assert self._run is not None
-        loss = returned_loss(self._run.trainer, outputs)
+        loss = mean_loss(returned_loss(self._run.trainer, outputs), self._run.ranks)
         if loss is not None:
             self._recorder.scalars({LOSS_TAG: loss})
 

@@ -306,6 +306,7 @@ class WeightMonitor(Monitor):
     ``spectrum/convolution_lower``    lower bound on a convolution's norm as a map of inputs of any size
                                       (``convolutions=True``), every tenth reading
     ``spectrum/convolution_upper``    upper bound on it, likewise
+    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
     ``dynamon/overhead``              time of monitoring over training time without it
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================

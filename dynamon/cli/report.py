@@ -12,7 +12,7 @@ import numpy as np
 from dynamon.arrays import Array
 from dynamon.board.page import page
 from dynamon.board.payload import payload
-from dynamon.health import Finding, findings, loss_tag
+from dynamon.health import Finding, findings, judged_loss
 from dynamon.history import RunData, Series
 from dynamon.runs import read_run_data
 
@@ -23,6 +23,7 @@ _ROWS = (
     ("top eigenvalue", "sharpness/hessian_max"),
     ("gradient norm", "gradient/norm"),
     ("base rate", "lr/base"),
+    ("smallest rate", "lr/base_min"),
     ("median ratio", "lr/ratio_median"),
     ("layers at bounds", "lr/bounded"),
     ("noise scale", "noise/scale"),
@@ -85,8 +86,8 @@ def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
         loss: Tag of the training loss; None looks for one.
     """
     yield f"{name}: {run.last_step + 1} steps, {len(run.scalars)} scalars, {len(run.tables)} per-layer quantities"
-    tag = loss or loss_tag(run.scalars)
-    rows = [*([("loss", tag)] if tag else []), *_ROWS]
+    judged = judged_loss(run.scalars, loss)
+    rows = [*([("loss", judged.tag)] if judged else []), *_ROWS]
     known = [(label, run.scalars[key]) for label, key in rows if key in run.scalars]
     if known:
         yield ""
@@ -95,6 +96,8 @@ def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
         finite = series.values[np.isfinite(series.values)]
         ends = (series.values[0], series.values[-1], *((finite.min(), finite.max()) if len(finite) else (np.nan,) * 2))
         yield f"  {label:16}" + "".join(f"  {value:9.3g}" for value in ends) + f"  {sparkline(series, run.last_step)}"
+    if judged:
+        yield f"  the loss is {judged.reason}"
     tables = [(quantity, run.tables[quantity]) for quantity in _TABLES if quantity in run.tables]
     if tables:
         yield ""

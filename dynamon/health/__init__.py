@@ -38,11 +38,11 @@ from dynamon.history import RunData, Series
 __all__ = ["LOSS_TAG", "SEVERITIES", "Finding", "JudgedLoss", "findings", "judged_loss", "loss_tag"]
 
 RULES: tuple[Callable[[RunData, Loss], Iterator[Finding]], ...] = (
-    nonfinite_gradients,  # first, since it names layers
     broken_loss,
     diverging,
     constant_loss,
     unstable,
+    nonfinite_gradients,
     no_gradients,
     growing_gradients,
     hard_clipping,
