@@ -19,7 +19,7 @@ _CLASSES = {
     if hasattr(torch.optim, name)
 }
 # Of classes that are not torch's, as whole words of their names, and in this order.
-_WORDS = (("adamw", True), ("sgdw", True), ("muon", True), ("lanton", True), ("lion", True), ("lars", False))
+_WORDS = {"adamw": True, "sgdw": True, "muon": True, "lanton": True, "lion": True, "lars": False}
 
 
 def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
@@ -69,11 +69,10 @@ def _known(optimizer: Optimizer) -> bool | None:
     for cls in type(optimizer).__mro__:
         if cls in _CLASSES:
             return _CLASSES[cls]
-        runs = word_runs(cls.__name__)
-        for word, decoupled in _WORDS:
-            if word in runs:
-                return decoupled
-    return None
+        if cls.__name__.lower() in _WORDS:
+            return _WORDS[cls.__name__.lower()]
+    runs = {run for cls in type(optimizer).__mro__ for run in word_runs(cls.__name__)}
+    return next((decoupled for word, decoupled in _WORDS.items() if word in runs), None)
 
 
 class DecayMemory:

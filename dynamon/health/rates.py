@@ -3,6 +3,7 @@
 import numpy as np
 
 from dynamon.arrays import Array
+from dynamon.health.limits import NO_RATIO
 from dynamon.health.series import column_at
 from dynamon.history import RunData
 
@@ -33,8 +34,8 @@ def _rates(data: RunData, steps: Array) -> list[Array]:
 
 
 def is_turned_off(data: RunData, layer: str, steps: Array) -> Array:
-    """Where the rate of a layer, or the ratio that steering gives it, is 0: whether so at each of some steps."""
-    off = np.zeros(len(steps), bool)
-    for quantity in (*_BY_LAYER, "lr/ratio"):
+    """Whether the rate of a layer is 0 at each of some steps, or the ratio that steering gives it next to nothing."""
+    off = column_at(data, "lr/ratio", layer, steps) < NO_RATIO
+    for quantity in _BY_LAYER:
         off |= column_at(data, quantity, layer, steps) == 0
     return off
