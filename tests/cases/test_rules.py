@@ -272,6 +272,15 @@ def test_a_loss_may_have_any_sign(shift, seed):
         assert rule.severity == "fault" and 60 <= rule.step <= 105
 
 
+@pytest.mark.parametrize("shift", [0.0, -2.5, -40.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_loss_of_any_sign_whose_noise_grows_as_it_rises(shift, seed):
+    """Of all readings its noise is as large as its rise; of those before, it is not."""
+    values = 2 * np.exp(-STEPS / 30) + noise(0.1, seed) + shift
+    values[50:] += 20 * np.exp(0.6 * np.random.default_rng(seed).normal(size=T - 50))
+    assert found(run_with(dynamon_loss=values))["loss/rising"].severity == "fault"
+
+
 def test_a_trend_is_no_noise_and_rounding_is():
     assert noise_of(5 - 0.01 * STEPS) < 1e-12 and noise_of(3 * np.exp(-STEPS / 50)) < 0.02
     for seed in range(3):
