@@ -19,6 +19,7 @@ from dynamon.health.gradients import (
     no_gradients,
     nonfinite_gradients,
     unused_layers,
+    vanished_by_clipping,
 )
 from dynamon.health.loss import (
     LOSS_TAG,
@@ -44,6 +45,7 @@ RULES: tuple[Callable[[RunData, Loss], Iterator[Finding]], ...] = (
     unstable,
     nonfinite_gradients,
     no_gradients,
+    vanished_by_clipping,
     growing_gradients,
     hard_clipping,
     no_updates,

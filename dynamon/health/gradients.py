@@ -27,9 +27,10 @@ from dynamon.health.series import (
     first_step,
     noise_of,
     scalar_at,
+    stretches,
     to_the_end,
 )
-from dynamon.history import RunData, Series
+from dynamon.history import RunData
 
 
 def nonfinite_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
@@ -132,18 +133,11 @@ def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def hard_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Clipping that leaves nothing of a step, or next to nothing of every step."""
-    before, after = data.scalars.get("gradient/norm"), data.scalars.get("gradient/norm_clipped")
-    if before is None or after is None or not len(after):
-        return
-    gone = (after.values == 0) & (scalar_at(data, "gradient/norm", after.steps) > 0)
-    if gone.any():
-        yield _clipped_away(before, after, gone)
-        return
+    """Clipping that leaves next to nothing of every step."""
     share = data.scalars.get("gradient/clip_coefficient")
     if share is None or not len(share):
         return
-    start = to_the_end(share.values < HARD_CLIPPING)
+    start = to_the_end((share.values < HARD_CLIPPING) & (share.values > 0))
     if len(share) - start >= LONG:
         left, step = float(np.median(share.values[start:])), int(share.steps[start])
         yield Finding(
@@ -159,24 +153,6 @@ def hard_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
         )
 
 
-def _clipped_away(before: Series, after: Series, gone: Array) -> Finding:
-    lasts = len(gone) - to_the_end(gone) >= FEW
-    first = to_the_end(gone) if lasts else int(np.argmax(gone))
-    step = int(after.steps[first])
-    norm = float(before.values[min(int(np.searchsorted(before.steps, step)), len(before) - 1)])
-    return Finding(
-        "gradient/clipped_away",
-        "fault" if lasts else "warning",
-        step,
-        f"Clipping left nothing of the gradient at step {step}, whose norm was {norm:.3g}; {int(gone.sum())} of "
-        f"{len(gone)} readings are like that.",
-        "Its squares leave the range of the dtype in which clipping sums them up, so that it divides by infinity. "
-        "Scale the loss down, or clip by value first.",
-        numbers={"norm": norm, "readings": float(gone.sum())},
-        tags=("gradient/norm_clipped", "gradient/norm", "gradient/clip_coefficient"),
-    )
-
-
 def _layers_without_norm(data: RunData, step: int) -> tuple[str, ...]:
     """Layers whose gradient has no finite norm at a step, but has one at another."""
     table = data.tables.get("gradient/l2")
@@ -188,6 +164,31 @@ def _layers_without_norm(data: RunData, step: int) -> tuple[str, ...]:
     finite = np.isfinite(table.values)
     hit = ~finite[row[0]] & (finite.any(0) | np.isinf(table.values[row[0]]))
     return tuple(name for name, is_hit in zip(table.layers or (), hit, strict=True) if is_hit)
+
+
+def vanished_by_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Steps of which clipping left nothing: a fault where that is so at three readings in a row."""
+    before, after = data.scalars.get("gradient/norm"), data.scalars.get("gradient/norm_clipped")
+    if before is None or after is None:
+        return
+    steps, own, other = np.intersect1d(before.steps, after.steps, return_indices=True)
+    norms = before.values[own]
+    gone = np.isfinite(norms) & (norms > 0) & (after.values[other] == 0)
+    if not gone.any():
+        return
+    (begin, _), *_ = [*stretches(gone, FEW), *stretches(gone, 1)]
+    step, norm = int(steps[begin]), float(norms[begin])
+    yield Finding(
+        "gradient/vanished",
+        "fault" if stretches(gone, FEW) else "warning",
+        step,
+        f"Clipping left nothing of the gradient at step {step}: its norm was {norm:.3g} before and 0 after, and so it "
+        f"was at {int(gone.sum())} of {len(gone)} readings. Such a step moves nothing but momentum and decay.",
+        "Clipping by norm divides by a norm that float32 holds up to 1.8e19 and fp16 up to 65504; beyond, it divides "
+        "by infinity. Divide the loss, or look at what made it so large.",
+        numbers={"norm": norm, "readings": float(gone.sum())},
+        tags=("gradient/norm", "gradient/norm_clipped"),
+    )
 
 
 def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:

@@ -51,7 +51,7 @@ class JudgedLoss:
         """The tag and why it was chosen."""
         why = {
             "returned": "what training_step returned",
-            "stated": "as asked for",
+            "stated": "as asked",
             "name": "by its name",
             "probe": "the loss on the probe; no tag is called like the training loss",
             "guess": "a guess by its name: findings that rest on it count for less",

@@ -49,7 +49,7 @@ def test_a_part_is_not_taken_for_the_loss(tmp_path, capsys, logs_total):
     fit(module, [monitor], steps=80, max_epochs=-1, logger=CSVLogger(tmp_path, name="", version="r"))
     assert monitor.findings == [] and findings(read_run_data(tmp_path / "r")) == []  # the live watch and the report
     assert main(["report", str(tmp_path / "r"), "--text"]) == 0
-    assert "the loss is dynamon/loss, what training_step returned" in capsys.readouterr().out
+    assert "loss: dynamon/loss, what training_step returned" in capsys.readouterr().out
 
 
 class Recording(Classifier):
