@@ -235,7 +235,7 @@ def test_a_row_of_blocks():
 
 def test_json(runs, tmp_path, capsys):
     assert main(["report", str(runs / "tb"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [{"run": "run/tb", "loss": "train/loss", "findings": []}]
+    assert json.loads(capsys.readouterr().out) == [{"run": "run/tb", "loss": "dynamon/loss", "findings": []}]
     lines = [f"{i},{1.0 if i < 30 else 'nan'},{0 if i < 30 else 'inf'}" for i in range(50)]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,train/loss,gradient/nonfinite", *lines]))
     assert main(["report", str(tmp_path), "--json"]) == 0
