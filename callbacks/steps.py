@@ -133,6 +133,10 @@ class StepMeter(Meter):
                 trained = trained_parameters(run)
                 self._before = run.copies(layer for layer in run.all_layers if layer.name in trained)
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is saved; what was kept of a step that is undone is dropped."""
+        self._before, self._update, self._planned, self._batch = {}, {}, False, None
+
     def _is_due(self, run: Run) -> bool:
         return not self._probe.off and self.cadence.due(run, self.name, self.expected, run.step)
 

@@ -91,7 +91,6 @@ class WeightMeter(PairMeter):
         self._rates: dict[str, tuple[float, float]] = {}
         self._reading = False  # this step is measured
         self._memory = DecayMemory()
-        self._names: dict[int, str] = {}
         self._layers: list[Layer] = []
 
     def start(self, run: Run) -> None:
@@ -106,11 +105,11 @@ class WeightMeter(PairMeter):
         """Follow this optimizer's decay, and copy the weights it is about to change."""
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
-        self._names = self._names or {id(layer.parameter): layer.name for layer in run.all_layers}
-        self._memory.before_step(optimizer, self._names, run.trainer.global_step)
+        self._memory.before_step(optimizer, run.names, run.trainer.global_step)
         if not reads and not keeps:
             return
         with run.charge(self.name):
+            self._layers = run.layers
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             # Where an optimizer steps twice in a batch, its update is that of the batch.
             # What is frozen takes no step, which is another thing than a step of zero.
@@ -118,7 +117,7 @@ class WeightMeter(PairMeter):
             wanted = [la for la in trained if la.name not in self._before]
             self._before |= {name: local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
-                self._rates |= _rates(optimizer, self._names)
+                self._rates |= _rates(optimizer, run.names)
 
     def batch_end(self, run: Run) -> None:
         """Measure, if weights were copied for that."""
@@ -165,7 +164,7 @@ class WeightMeter(PairMeter):
             rates = steering_of(optimizer)
             if rates is not None:
                 ratios = rates.applied
-                found = {self._names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
+                found = {run.names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
                 on_rate |= found
                 on_decay |= found if rates.scale_weight_decay else {}
         return on_rate, on_decay
@@ -225,8 +224,11 @@ class WeightMeter(PairMeter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state)
+        self._before, self._rates, self._reading = {}, {}, False
         self._memory.load_state_dict(state.get("memory", {}))
         self._earlier = dict(state.get("earlier", {}))
+        if self._layers:  # in the middle of a run
+            self._earlier = matching(self._layers, self._earlier)
 
 
 def _compared(layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Tensor:

@@ -342,7 +342,8 @@ class GradientReader:
         return {"previous": {self.layers[i].name: g.clone() for i, g in self._previous.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a stored gradient; names and shapes that no longer exist are left out."""
+        """Take up a stored gradient in place of what is here; names and shapes that no longer exist are left out."""
+        self._key, self._pending, self._part = None, None, None
         index = {layer.name: i for i, layer in enumerate(self.layers)}
         self._previous = {
             index[name]: g.to(self.layers[index[name]].parameter.device)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dynamon.shards import is_sharded, local
 
@@ -222,6 +223,8 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
 def _remember(value: Any, contents: _Contents) -> None:
     """Add a tensor, an array, a generator, or a container and what is in it."""
     if isinstance(value, Tensor):
+        if is_lazy(value):
+            return  # it holds nothing yet
         here = local(value) if is_sharded(value) else value  # comparing shards would be a message
         contents[id(value)] = here, here.detach().clone()
     elif isinstance(value, np.ndarray):
