@@ -188,7 +188,6 @@ class Monitor(DynamonCallback):
         """What was measured at a step that is yet to come, before a checkpoint was loaded, is undone."""
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
-            self._health.forget_from(step)
             self._run.go_back()
             for meter in self._meters:
                 meter.cadence.go_back_to(step)
