@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.callbacks.base import say_geometry
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
 from dynamon.callbacks.probe import ProbeMeter
@@ -20,6 +21,7 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.norms import optimizer_family, update_norm
+from dynamon.optim import steering_of
 from dynamon.pairs import as_real
 from dynamon.panels import STEPS, shown
 from dynamon.shards import local
@@ -191,6 +193,7 @@ class StepMeter(Meter):
 
     def _in_own_norm(self, run: Run, params: FlatParameters, update: Tensor, found: DirectionalSharpness) -> float:
         layers = {layer.name: layer for layer in run.all_layers}
+        say_geometry(run.trainer.optimizers[0])
         family = optimizer_family(run.trainer.optimizers[0])
         if family == "euclidean":  # one norm for all layers together
             return found.sharpness
@@ -199,14 +202,16 @@ class StepMeter(Meter):
         return norm_sharpness(found.product, steps, norms, params.space).sharpness
 
     def _critical(self, run: Run, params: FlatParameters) -> dict[str, float]:
-        rate, update = _one_rate(run.trainer.optimizers), self._known_update(params)
+        rate, update = _one_rate(run), self._known_update(params)
         with params.moved(-update):  # where the step came from
             found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
         return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})
 
 
-def _one_rate(optimizers: Sequence[Optimizer]) -> float | None:
-    """The learning rate, where all groups of all optimizers have the same."""
-    rates = {float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}
-    return rates.pop() if len(rates) == 1 else None
+def _one_rate(run: Run) -> float | None:
+    """The learning rate, where all layers of all optimizers have the same, steering included."""
+    rates = {float(group["lr"]) for optimizer in run.trainer.optimizers for group in optimizer.param_groups}
+    steered = (steering_of(optimizer) for optimizer in run.trainer.optimizers)
+    ratios = {ratio for one in steered if one is not None for ratio in one.applied.values()}
+    return rates.pop() if len(rates) == 1 and ratios <= {1.0} else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,7 +15,7 @@ from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.convolution import bounds_of
-from dynamon.decay import DecayMemory, decoupled_decay
+from dynamon.decay import DecayMemory, decay_assumption, decoupled_decay
 from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.layers import Layer
 from dynamon.optim import steering_of
@@ -94,6 +95,9 @@ class WeightMeter(PairMeter):
 
     def start(self, run: Run) -> None:
         """Take up saved weights of the layers that are there still."""
+        for assumed in map(decay_assumption, run.trainer.optimizers):
+            if assumed is not None:
+                rank_zero_info(assumed)
         self._layers = run.layers
         self._earlier = matching(run.layers, self._earlier)
 
@@ -108,7 +112,9 @@ class WeightMeter(PairMeter):
             self._layers = run.layers
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             # Where an optimizer steps twice in a batch, its update is that of the batch.
-            wanted = [la for la in run.layers if id(la.parameter) in own and la.name not in self._before]
+            # What is frozen takes no step, which is another thing than a step of zero.
+            trained = [la for la in run.layers if id(la.parameter) in own and la.parameter.requires_grad]
+            wanted = [la for la in trained if la.name not in self._before]
             self._before |= {name: local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
                 self._rates |= _rates(optimizer, run.names)
@@ -246,7 +252,7 @@ def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[fl
         names[id(p)]: (float(group.get("lr", np.nan)), float(decoupled_decay(optimizer, group)))
         for group in optimizer.param_groups
         for p in group["params"]
-        if id(p) in names
+        if id(p) in names and p.requires_grad
     }
 
 
@@ -304,6 +310,7 @@ class WeightMonitor(Monitor):
     ``spectrum/convolution_lower``    lower bound on a convolution's norm as a map of inputs of any size
                                       (``convolutions=True``), every tenth reading
     ``spectrum/convolution_upper``    upper bound on it, likewise
+    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
     ``dynamon/overhead``              time of monitoring over training time without it
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================

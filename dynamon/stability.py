@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.geometry import optimizer_family
 from dynamon.pairs import real_dtype, real_size
 from dynamon.preconditioner import second_moment_scale
 from dynamon.shards import local
@@ -156,9 +157,11 @@ def stability_scaling(
 
 
 def has_stability_condition(optimizer: Optimizer) -> bool:
-    """Whether :func:`stability_ratio` knows the optimizer (by class, subclasses with another name excluded)."""
+    """Whether :func:`stability_ratio` knows the optimizer: by class, but for those of another geometry."""
     names = {cls.__name__ for cls in type(optimizer).__mro__}
-    return isinstance(optimizer, SGD | Adam | RMSprop) and not names & {"NAdam", "RAdam"}
+    if not isinstance(optimizer, SGD | Adam | RMSprop) or names & {"NAdam", "RAdam"}:
+        return False
+    return optimizer_family(optimizer) == ("euclidean" if isinstance(optimizer, SGD) else "sign")
 
 
 def stability_threshold(optimizer: Optimizer) -> float | None:

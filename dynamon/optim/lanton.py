@@ -129,6 +129,8 @@ class Lanton(Optimizer):
     Newhouse, arXiv 2409.20325; Amsel et al. (polar factors), arXiv 2505.16932.
     """
 
+    dynamon_geometry = "spectral"
+
     def __init__(
         self,
         params_or_model: Any,
