@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.evaluations import casts_anew, full_precision
 from dynamon.names import is_chosen, plain_name
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module
@@ -26,6 +27,7 @@ class FlatParameters:
         names: Their names, where they are known.
         size: Length of the flat vector.
         space: Where its numbers lie.
+        dtype: Of flat vectors: that of the parameters, float32 at least.
 
     Raises:
         ValueError: On no parameters, or parameters on several devices or in several dtypes.
@@ -43,6 +45,7 @@ class FlatParameters:
         if len({(p.device, p.dtype) for p in self.tensors}) > 1:
             kinds = sorted({f"{p.dtype} on {p.device}" for p in self.tensors})
             raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
+        self.dtype = torch.promote_types(self.tensors[0].dtype, torch.float32)
         self._sizes = [p.numel() for p in self.tensors]
         self.size = sum(self._sizes)
         self.space = VectorSpace(self.size) if space is None else space
@@ -80,11 +83,11 @@ class FlatParameters:
         live = [p for p in self.tensors if p.requires_grad]
         if not live:
             raise ValueError("none of the parameters requires a gradient.")
-        found = iter(
-            torch.autograd.grad(
+        with full_precision(live[0].device):
+            gradients = torch.autograd.grad(
                 outputs, live, weights, retain_graph=keep_graph, create_graph=create_graph, allow_unused=True
             )
-        )
+        found = iter(gradients)
         return [next(found) if p.requires_grad else None for p in self.tensors]
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -95,7 +98,7 @@ class FlatParameters:
         """One flat vector ``[n]``; zeros stand in for a tensor that is not there."""
         return torch.cat(
             [
-                (torch.zeros_like(p) if t is None else t.to_dense() if t.is_sparse else t).reshape(-1).to(p.dtype)
+                (torch.zeros_like(p) if t is None else t.to_dense() if t.is_sparse else t).reshape(-1).to(self.dtype)
                 for t, p in zip(tensors, self.tensors, strict=True)
             ]
         )
@@ -149,8 +152,9 @@ class FlatParameters:
         try:
             for p, piece in zip(self.tensors, self.split(step), strict=True):
                 if p.requires_grad:
-                    p.data = p.data + piece
-            yield
+                    p.data = (p.data + piece).to(p.dtype)
+            with casts_anew():
+                yield
         finally:
             for p, data in zip(self.tensors, kept, strict=True):
                 p.data = data
