@@ -35,7 +35,7 @@ class FlatParameters:
 
     def __init__(self, params: Parameters, space: VectorSpace | None = None) -> None:
         """Check and keep them."""
-        self.names, self.tensors = _names_and_tensors(params)
+        self.names, self.tensors = names_and_tensors(params)
         if not self.tensors:
             raise ValueError("params is empty: there is nothing to differentiate in.")
         if len({id(p) for p in self.tensors}) < len(self.tensors):
@@ -177,8 +177,10 @@ class FlatParameters:
                 hooks.update(own)
 
 
-def _names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
-    """What people pass: a module, named parameters, a mapping, a list, one tensor."""
+def names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
+    """What people pass: a module, named parameters, a mapping, a list, one tensor, or these flattened already."""
+    if isinstance(params, FlatParameters):
+        return params.names, params.tensors
     if isinstance(params, nn.Module):
         params = params.named_parameters()
     if isinstance(params, Tensor):
