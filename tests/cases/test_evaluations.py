@@ -233,7 +233,7 @@ class Critic(Classifier):
 
     def __init__(self, reentrant, norm=parametrizations.spectral_norm):
         torch.manual_seed(0)
-        layers = [norm(nn.Linear(a, b)) for a, b in ((8, 5), (5, 5), (5, 1))]
+        layers = [norm(nn.Linear(a, b)) for a, b in ((8, 12), (12, 12), (12, 1))]
         super().__init__(
             nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]), lambda p: torch.optim.SGD(p, lr=0.1)
         )
@@ -262,10 +262,11 @@ class Critic(Classifier):
 
 def dense_jacobian(critic, state, batch):
     """Of the gradient in float64: columns are central differences from copies that all begin alike."""
-    sizes = [p.numel() for p in critic.network.parameters()]
+    sizes, other = [p.numel() for p in critic.network.parameters()], critic.again(state)
 
     def gradient(step):
-        other = critic.again(state)
+        other.network.load_state_dict(state)
+        other.zero_grad()
         with torch.no_grad():
             for p, piece in zip(other.network.parameters(), step.split(sizes), strict=True):
                 p.add_(piece.view_as(p))
@@ -306,7 +307,7 @@ def test_spectral_normalisation_under_the_monitor(reentrant, norm):
     batch, history = next(iter(batches())), monitor.history
     shown = {tag: dict(zip(history[tag].steps.tolist(), history[tag].values.tolist(), strict=True)) for tag in history}
     tops = shown.get("sharpness/hessian_max", {}) | shown.get("sharpness/hessian_max_unconverged", {})
-    for step, (state, update) in enumerate(module.states):
+    for step, (state, update) in list(enumerate(module.states))[1:]:
         matrix, d = (dense_jacobian if reentrant else dense_with_constants)(module, state, batch), update.double()
         assert tops[step] == pytest.approx(float(torch.linalg.eigvalsh((matrix + matrix.mT) / 2)[-1]), rel=0.01)
         along = float(d @ matrix @ d / (d @ d))
@@ -658,7 +659,11 @@ def test_power_laws_are_fitted_without_cumulative_sums_on_the_device():
 def test_every_reading_has_a_deterministic_implementation(preset):
     monitor = DynamicsMonitor(preset, every_n_steps=1, strict=True)
     with Deterministic():
-        fit(Classifier(nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 3))), [monitor], steps=2)
+        fit(
+            Classifier(nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 3))),
+            [monitor],
+            steps=2,
+        )
     assert monitor.failures == 0 and np.isfinite(monitor.history["spectrum/nuclear"].values).any()
 
 
@@ -835,7 +840,7 @@ def test_a_critical_multiple_is_right_or_not_known(rate, dtype):
     while high / low > 1.001:  # by bisection
         middle = (low * high) ** 0.5
         low, high = (middle, high) if loss64(middle) < start else (low, middle)
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
         found = critical_sharpness(loss, params, update, rate=rate)
     assert np.isnan(found.multiple) or found.multiple == pytest.approx(low, rel=0.25)
     assert np.isnan(found.multiple) or rate < 1e-6 or found.lower <= found.multiple <= found.upper
