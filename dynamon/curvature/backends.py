@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynamon.curvature.custom import CustomFunctions
-from dynamon.curvature.graphs import nodes_behind
+from dynamon.curvature.graphs import nodes_behind, rounding_behind
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale
 from dynamon.evaluations import Evaluations, eager, full_precision
@@ -53,6 +53,7 @@ class DoubleBackward:
         name: ``"double_backward"``.
         loss: The value of the loss, without graph.
         gradient: The flat gradient ``[n]``, without graph.
+        rounding: See :class:`dynamon.curvature.LinearOperator`.
         suspects: Names of custom autograd functions whose part of a product may be missing.
 
     Raises:
@@ -72,7 +73,7 @@ class DoubleBackward:
             check_scalar_loss(loss)
             refuse_nodes([loss])
             custom = CustomFunctions([loss])
-            self._loss, self._scale = loss, loss_scale([loss])
+            self._loss, self._scale, self.rounding = loss, loss_scale([loss]), rounding_behind([loss])
             with custom.watched():
                 self._differentiate()
         self.suspects = custom.suspects
@@ -145,6 +146,7 @@ class FiniteDifference:
     """
 
     name = "finite_difference"
+    rounding = 0.0  # it shows in the error
 
     def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations) -> None:
         """Take the gradient, from where every evaluation will begin."""

@@ -44,6 +44,7 @@ class MeanOverRanks(LinearOperator):
         total = self._sum(torch.tensor(weight, dtype=torch.float64, device=operator.device))
         self._share = weight / float(total)
         self.backend, self.reason = operator.backend, getattr(operator, "reason", None)
+        self.rounding = operator.rounding
         self.doubt = self._doubt(getattr(operator, "doubt", None))
         if hasattr(operator, "parameters"):
             self.parameters = own.parameters

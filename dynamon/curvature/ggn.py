@@ -14,6 +14,7 @@ from dynamon.curvature.backends import (
 )
 from dynamon.curvature.blocks import BlockOperator
 from dynamon.curvature.custom import CustomFunctions
+from dynamon.curvature.graphs import rounding_behind
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters, Parameters
 from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale
@@ -71,7 +72,7 @@ class GGNOperator(LinearOperator):
             check_scalar_loss(loss)
             refuse_nodes([loss])
             self._as_after_loss = evaluations.mark()
-            self._scale = loss_scale([loss])
+            self._scale, self.rounding = loss_scale([loss]), rounding_behind([loss])
             self._differentiate_loss(loss)
             self._directions = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
             with second_derivatives():

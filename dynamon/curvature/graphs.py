@@ -23,3 +23,9 @@ def dtypes_behind(tensors: Sequence[Tensor]) -> set[torch.dtype]:
     for node in nodes_behind(tensors):
         found |= {entry.dtype for entry in getattr(node, "_input_metadata", ())}
     return found
+
+
+def rounding_behind(tensors: Sequence[Tensor]) -> float:
+    """The spacing at 1 of the coarsest dtype on the way to some tensors; 0 where that is float32 or finer."""
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes_behind(tensors) if dtype.is_floating_point)
+    return coarsest if coarsest > torch.finfo(torch.float32).eps else 0.0

@@ -81,7 +81,7 @@ class HessianOperator(LinearOperator):
         self.doubt: str | None = None
         self._engine = self._choose(backend)
         self.parameters.mark_unchanged()  # a loss may write to parameters of its own, an averaged teacher's say
-        self.backend = self._engine.name
+        self.backend, self.rounding = self._engine.name, self._engine.rounding
         self.loss, self.gradient = self._engine.loss, self._engine.gradient
 
     def _choose(self, backend: str) -> DoubleBackward | FiniteDifference:
@@ -149,7 +149,7 @@ class HessianOperator(LinearOperator):
         except NoSecondDerivativeError as error:
             self._engine = self._fall_back(error)
             self.parameters.mark_unchanged()
-            self.backend = self._engine.name
+            self.backend, self.rounding = self._engine.name, self._engine.rounding
             return self._engine.product(vector, block)
 
     def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> "BlockOperator":

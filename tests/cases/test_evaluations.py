@@ -768,6 +768,28 @@ def test_weights_in_half_precision_are_right_or_marked(precision):
     assert monitor.history["sharpness/hessian_max"].values[0] == pytest.approx(true, rel=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["mixed", "true"])
+def test_bounds_allow_for_the_rounding_of_half_precision(dtype, how):
+    net, head, inputs, labels = small()
+    exact = [p.detach().double().requires_grad_() for p in (*net.parameters(), head)]
+
+    def true_loss():
+        h = torch.tanh(torch.tanh(inputs.double() @ exact[0].t() + exact[1]) @ exact[2].t() + exact[3])
+        return F.cross_entropy(h @ exact[4].t(), labels)
+
+    truth = float(top_eigenvalues(HessianOperator(true_loss, exact), tol=1e-6, max_matvecs=200).values[0])
+    if how == "true":
+        net, head, inputs = net.to(dtype), nn.Parameter(head.detach().to(dtype)), inputs.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=how == "mixed"):
+        operator = HessianOperator(lambda: F.cross_entropy(net(inputs) @ head.t(), labels), [*net.parameters(), head])
+        found = top_eigenvalues(operator, certify=True, tol=1e-3)
+    assert operator.rounding == torch.finfo(dtype).eps
+    assert found.lower < truth < found.upper
+    assert found.upper - found.lower > torch.finfo(dtype).eps * truth
+    assert (2 * operator).scaled(torch.ones(operator.shape[0])).rounding == operator.rounding
+
+
 # ---- autocast's cache ----------------------------------------------------------------
 
 
