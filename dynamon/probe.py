@@ -294,17 +294,19 @@ def _put_back(
     Returns:
         A snapshot of what was there where anything of it had changed, of changed contents only.
     """
-    now, changed = dict(module.__dict__), {}
+    current, changed = module.__dict__, {}
     with torch.no_grad():
         for place, (value, content) in contents.items():
             if place not in left_out and not _holds(value, content):
                 changed[place] = value, _content(value)
                 _refill(value, content, marks)
-    for name in [name for name in module.__dict__ if name not in attributes]:
-        del module.__dict__[name]
-    module.__dict__.update(attributes)
-    is_same = len(now) == len(attributes) and all(now.get(name, now) is value for name, value in attributes.items())
-    return {} if is_same and not changed else now, changed
+    if current.keys() == attributes.keys() and all(map(operator.is_, current.values(), attributes.values())):
+        return dict(current) if changed else {}, changed
+    now = dict(current)
+    for name in now.keys() - attributes.keys():
+        del current[name]
+    current.update(attributes)
+    return now, changed
 
 
 def _holds(value: Any, content: Any) -> bool:
@@ -313,7 +315,7 @@ def _holds(value: Any, content: Any) -> bool:
         here = _here(value)
         return here.shape == content.shape and torch.equal(here, content)
     if isinstance(value, _CONTAINERS):
-        return _same(_entries(value), content)
+        return not value and not content or _same(_entries(value), content)
     return False  # writing these again costs less than comparing them
 
 
