@@ -400,7 +400,8 @@ class EigenvalueMeter(Meter):
         reason = point.hessian.reason
         if reason is not None and "backend" not in self._told:
             self._told.add("backend")
-            rank_zero_info(f"{reason} Finite differences of gradients are used instead, at two gradients a product.")
+            differences = "Finite differences of gradients are used instead, at two gradients a product."
+            rank_zero_info(f"{reason} {differences}" if "finite_difference" in point.hessian.backend else reason)
         if self._probe.samples_in_all is not None and "probe" not in self._told:
             self._told.add("probe")
             rank_zero_info(

@@ -1,8 +1,9 @@
 """Evaluations of a loss that all begin alike: random numbers, state of the module, code that runs, casts of weights."""
 
+import copy
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -18,6 +19,7 @@ class Rewindable(Protocol):
         """Have it as it was at the begin, and return what undoes that; None where nothing had changed."""
 
 
+_KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices that autocast knows
 _ACTIVE: ContextVar[tuple[Rewindable, ...]] = ContextVar("dynamon_rewindable", default=())
 
 
@@ -42,19 +44,30 @@ class RandomState:
 class Evaluations:
     """All evaluations of one loss: each begins where the first one did.
 
-    That holds for random numbers anywhere. Inside of :func:`dynamon.probe.undisturbed` it holds for the state of
-    the module too (buffers, counters, queues, averages), and every loss in there begins from the same.
+    That holds for random numbers anywhere, and for autocast, which is on where it was on at construction. Inside of
+    :func:`dynamon.probe.undisturbed` it holds for the state of the module too (buffers, counters, queues, averages),
+    and every loss in there begins from the same.
+
+    Attributes:
+        autocast: By kind of device, the dtype of autocast where it is on.
     """
 
     def __init__(self) -> None:
         """The first one begins here."""
         _rewound()
         self._random = RandomState()
+        self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS if is_autocast(torch.device(kind))}
+
+    def in_full_precision(self) -> "Evaluations":
+        """The same without autocast."""
+        other = copy.copy(self)
+        other.autocast = {}
+        return other
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """Around the first evaluation, which moves state and random numbers on as any evaluation of the loss does."""
-        with eager(), casts_anew():
+        with eager(), casts_anew(), _autocast(self.autocast):
             yield
 
     @contextmanager
@@ -64,7 +77,7 @@ class Evaluations:
         undo = _rewound()
         self._random.restore()
         try:
-            with eager(), casts_anew():
+            with self.first():
                 yield
         finally:
             _redo(undo)
@@ -119,11 +132,20 @@ def casts_anew() -> Iterator[None]:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast, where it is on, is off inside: backward passes take place outside of it, as those of training do."""
+def full_precision() -> Iterator[None]:
+    """Autocast, where it is on, is off inside: for backward passes, as in training, and for what is made of them."""
+    with _autocast({}):
+        yield
+
+
+@contextmanager
+def _autocast(wanted: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Autocast is on inside for some kinds of devices, and off for all others."""
     with ExitStack() as stack:
-        if is_autocast(device):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+        for kind in _KINDS:
+            now = torch.get_autocast_dtype(kind) if is_autocast(torch.device(kind)) else None
+            if now != wanted.get(kind):
+                stack.enter_context(torch.autocast(kind, wanted.get(kind, now), enabled=kind in wanted))
         yield
 
 

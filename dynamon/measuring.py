@@ -1,6 +1,7 @@
 """Every quantity once, for a checkpoint or a notebook."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 
 from dynamon.convolution import bounds_of
 from dynamon.curvature import Eigenpairs, HessianOperator, top_eigenvalues
+from dynamon.evaluations import full_precision
 from dynamon.gradients import GradientReader
 from dynamon.layers import describe_layers
 from dynamon.norms import optimizer_family
@@ -58,8 +60,9 @@ def measure(
     if not layers:
         raise ValueError(f"{type(module).__name__} has no trainable parameter, so there is nothing to measure.")
     params = [layer.parameter for layer in layers]
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed):
+    with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed), ExitStack() as stack:
         operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
+        stack.enter_context(full_precision())  # the loss keeps the autocast that it was given
         readings: dict[str, Any] = {"loss": float(operator.loss)}
         readings |= _gradients(layers, operator.gradient, params, optimizer)
         found = top_eigenvalues(operator, tol=tol, certify=certify, seed=seed)
@@ -72,7 +75,8 @@ def measure(
             scaled = stability_operator(operator, stability_scaling(optimizer, params, factors))
             ratio = top_eigenvalues(scaled, tol=tol, certify=certify, seed=seed)
             readings |= _eigenvalue("stability_ratio", ratio)
-    return readings | _weights(layers)
+    with full_precision():
+        return readings | _weights(layers)
 
 
 def _gradients(layers: list[Any], flat: Tensor, params: list[Tensor], optimizer: Optimizer | None) -> dict[str, Any]:

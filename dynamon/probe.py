@@ -256,11 +256,12 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
 
 def _remember(value: Any, contents: _Contents) -> None:
     """Add a tensor, an array, a generator, or a container and what is in it."""
-    content = _content(value)
-    if content is None or id(value) in contents:
+    if id(value) in contents:
         return
-    contents[id(value)] = value, content
-    if isinstance(value, _CONTAINERS) and len(value) <= _SEARCHED:
+    content = _content(value)
+    if content is not None:
+        contents[id(value)] = value, content
+    if isinstance(value, (*_CONTAINERS, tuple)) and len(value) <= _SEARCHED:
         for item in value.values() if isinstance(value, dict) else value:
             _remember(item, contents)
 

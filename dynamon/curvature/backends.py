@@ -58,6 +58,7 @@ class DoubleBackward:
 
     Raises:
         NoSecondDerivativeError: Where an operation in the graph has none, at construction or in a product.
+        OverflowError: Where a product does not fit into float16 at any scale.
     """
 
     name = "double_backward"
@@ -74,6 +75,7 @@ class DoubleBackward:
             refuse_nodes([loss])
             custom = CustomFunctions([loss])
             self._loss, self._scale, self.rounding = loss, loss_scale([loss]), rounding_behind([loss])
+            self._in_float16 = self._scale > 1
             with custom.watched():
                 self._differentiate()
         self.suspects = custom.suspects
@@ -99,13 +101,15 @@ class DoubleBackward:
 
     def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
         """``H v``; for a block, ``vector`` and the result are those of the block alone."""
-        if self._scale == 1:
+        if not self._in_float16:
             return self._product(vector, block)
         length = length_scale(vector)
         while True:
             product = self._product(vector * length, block)
-            if self._scale == 1 or is_whole(product):
+            if is_whole(product) or not is_whole(vector) or not is_whole(self.gradient):
                 return product / (self._scale * length)
+            if self._scale == 1:
+                raise OverflowError("a second derivative overflows in float16.")
             self._scale, length = self._scale / LOWER, length / LOWER
             self._as_after_loss()
             with twice_differentiable(self._params):
@@ -222,7 +226,7 @@ class FiniteDifference:
         try:
             for p in tensors:
                 p.grad = None
-            with full_precision(loss.device):
+            with full_precision():
                 loss.backward(weight, retain_graph=keep)
             return [p.grad for p in tensors]
         finally:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynamon.evaluations import is_autocast
 from dynamon.names import plain_name
 from dynamon.shards import is_sharded
 
@@ -33,10 +32,9 @@ def is_rounded(module: nn.Module) -> bool:
     return any(p.param_dtype is not None and p.param_dtype.itemsize < torch.float32.itemsize for p in policies)
 
 
-def computes_in_float16(module: nn.Module, device: torch.device) -> bool:
-    """Whether autocast, or a policy of FSDP2, has a module compute in float16."""
-    half = {group.mp_policy.param_dtype for group in _groups(module)}
-    return torch.float16 in half | ({torch.get_autocast_dtype(device.type)} if is_autocast(device) else set())
+def compute_dtypes(module: nn.Module) -> set[torch.dtype]:
+    """The dtypes in which policies of FSDP2 have a module compute."""
+    return {group.mp_policy.param_dtype for group in _groups(module)} - {None}
 
 
 def whole_parameters(module: nn.Module) -> dict[str, Tensor]:

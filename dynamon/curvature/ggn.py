@@ -105,7 +105,7 @@ class GGNOperator(LinearOperator):
         custom = CustomFunctions([loss], self._outputs)
         while True:
             weight = None if self._scale == 1 else torch.full_like(loss, self._scale)
-            with full_precision(self.device), custom.watched():
+            with full_precision(), custom.watched():
                 slopes = torch.autograd.grad(loss, self._outputs, weight, create_graph=True, allow_unused=True)
             if all(g is None for g in slopes):
                 raise ValueError("the loss does not depend on the outputs.")
@@ -149,7 +149,7 @@ class GGNOperator(LinearOperator):
             return [torch.zeros_like(z) for z in self._outputs]
         gradients, vectors = zip(*pairs, strict=True)
         self._as_after_loss()
-        with twice_differentiable(self.parameters), second_derivatives(), full_precision(self.device):
+        with twice_differentiable(self.parameters), second_derivatives(), full_precision():
             pushed = torch.autograd.grad(gradients, self._directions, vectors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if u is None else u for u, z in zip(pushed, self._outputs, strict=True)]
 
@@ -163,7 +163,7 @@ class GGNOperator(LinearOperator):
         if not pairs:  # a loss that is linear in the outputs
             return [torch.zeros_like(z) for z in self._outputs]
         slopes, vectors = zip(*pairs, strict=True)
-        with twice_differentiable(self.parameters), second_derivatives(), full_precision(self.device):
+        with twice_differentiable(self.parameters), second_derivatives(), full_precision():
             curved = torch.autograd.grad(slopes, self._outputs, vectors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if u is None else u for u, z in zip(curved, self._outputs, strict=True)]
 

@@ -15,7 +15,7 @@ from dynamon.curvature.backends import (
 from dynamon.curvature.blocks import BlockOperator
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters, Parameters
-from dynamon.evaluations import Evaluations, full_precision, is_autocast
+from dynamon.evaluations import Evaluations
 from dynamon.ranks import ran_out_of_memory
 
 _BACKENDS = ("auto", "double_backward", "finite_difference")
@@ -97,9 +97,9 @@ class HessianOperator(LinearOperator):
     def _checked(self, exact: DoubleBackward) -> DoubleBackward | FiniteDifference:
         """Compare products on the graph with differences, under autocast in full precision too."""
         names = ", ".join(exact.suspects)
-        found = self._compared(self._loss_fn, exact)
-        if not any(found[1:]) and is_autocast(self.device):  # rounding hides what differences would show
-            found = self._compared(self._in_full_precision, None)
+        found = self._compared(exact)
+        if not any(found[1:]) and self._evaluations.autocast:  # rounding hides what differences would show
+            found = self._compared(None)
         differences, agrees, drops_out = found
         if drops_out:
             assert differences is not None
@@ -112,25 +112,23 @@ class HessianOperator(LinearOperator):
             )
         return exact
 
-    def _compared(
-        self, loss_fn: Callable[[], Tensor], exact: DoubleBackward | None
-    ) -> tuple[FiniteDifference | None, bool, bool]:
-        """Differences of a loss; whether products on its graph agree with them; whether they surely do not."""
+    def _compared(self, exact: DoubleBackward | None) -> tuple[FiniteDifference | None, bool, bool]:
+        """Differences; whether products on the graph agree with them; whether they surely do not.
+
+        Without a graph both are made in full precision.
+        """
         if self.parameters.tensors[0].dtype not in DIFFERENCE_STEP:
             return None, False, False
+        evaluations = self._evaluations if exact is not None else self._evaluations.in_full_precision()
         try:
-            exact = exact or DoubleBackward(loss_fn, self.parameters, self._evaluations, again=True)
-            differences = FiniteDifference(loss_fn, self.parameters, self._evaluations)
-            found = compare(exact, differences)
+            one = exact or DoubleBackward(self._loss_fn, self.parameters, evaluations, again=True)
+            differences = FiniteDifference(self._loss_fn, self.parameters, evaluations)
+            found = compare(one, differences)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            if loss_fn == self._loss_fn or ran_out_of_memory(error):
+            if exact is not None or ran_out_of_memory(error):
                 raise
             return None, False, False  # a function that knows half precision only
         return differences, found.agrees, found.drops_out
-
-    def _in_full_precision(self) -> Tensor:
-        with full_precision(self.device):
-            return self._loss_fn()
 
     def _fall_back(self, error: NoSecondDerivativeError) -> FiniteDifference:
         if not self._may_change:
@@ -148,9 +146,13 @@ class HessianOperator(LinearOperator):
             return self._engine.product(vector, block)
         except NoSecondDerivativeError as error:
             self._engine = self._fall_back(error)
-            self.parameters.mark_unchanged()
-            self.backend, self.rounding = self._engine.name, self._engine.rounding
-            return self._engine.product(vector, block)
+        except OverflowError as error:
+            self.reason = f"{error} Products are computed in full precision."
+            self._evaluations = self._evaluations.in_full_precision()
+            self._engine = DoubleBackward(self._loss_fn, self.parameters, self._evaluations, again=True)
+        self.parameters.mark_unchanged()
+        self.backend, self.rounding = self._engine.name, self._engine.rounding
+        return self._engine.product(vector, block)
 
     def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> "BlockOperator":
         """The diagonal block of some parameters, on the same graph.

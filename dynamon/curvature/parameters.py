@@ -83,7 +83,7 @@ class FlatParameters:
         live = [p for p in self.tensors if p.requires_grad]
         if not live:
             raise ValueError("none of the parameters requires a gradient.")
-        with full_precision(live[0].device):
+        with full_precision():
             gradients = torch.autograd.grad(
                 outputs, live, weights, retain_graph=keep_graph, create_graph=create_graph, allow_unused=True
             )

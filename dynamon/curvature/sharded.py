@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.curvature.backends import FiniteDifference, check_scalar_loss
-from dynamon.curvature.fsdp import at_rest, computes_in_float16, full_gradients
+from dynamon.curvature.fsdp import at_rest, compute_dtypes, full_gradients
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.curvature.scaling import LARGEST, LOWER, is_whole
@@ -75,7 +75,7 @@ class ShardedParameters(FlatParameters):
             with at_rest(self.module), full_gradients(self.module), torch.enable_grad(), self.hooks_off():
                 loss = loss_fn()
                 check_scalar_loss(loss)
-                with full_precision(loss.device):
+                with full_precision():
                     loss.backward(None if scale == 1 else torch.full_like(loss, scale))
             gradients = [None if p.grad is None else local(p.grad) for p in self._owners.values()]
             flat = self.flatten(gradients).clone()
@@ -124,7 +124,8 @@ class _ShardedDifference(FiniteDifference):
     def _evaluate(self) -> tuple[Tensor, Tensor]:
         params = self._params
         assert isinstance(params, ShardedParameters)
-        scale = LARGEST if computes_in_float16(params.module, self._params.tensors[0].device) else 1.0
+        half = torch.float16 in {*self._evaluations.autocast.values(), *compute_dtypes(params.module)}
+        scale = LARGEST if half else 1.0
         while True:
             with self._evaluations.another():
                 loss, flat = params.loss_and_gradient(self._loss_fn, scale)

@@ -105,6 +105,19 @@ class Teacher(nn.Module):
         return self.student(x) * self.teacher(x)
 
 
+class Recurrent(nn.Module):
+    """A hidden state that goes on from batch to batch, in a tuple and written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.state = nn.GRUCell(8, 8), (torch.zeros(16, 8, dtype=torch.float64),)
+
+    def forward(self, x):
+        hidden = self.cell(x, self.state[0].to(x).clone())
+        self.state[0].copy_(hidden.detach())
+        return hidden
+
+
 class Mixed(nn.Module):
     """Numbers of numpy and python: a mix of samples, and a layer that is skipped now and then."""
 
@@ -121,6 +134,7 @@ MOVING = {
     "codebook": Codebook,
     "warmup": Warmup,
     "teacher": Teacher,
+    "recurrent": Recurrent,
     "numpy and python": Mixed,
     "batch norm": lambda: nn.BatchNorm1d(8, momentum=None),
     "dropout": lambda: nn.Dropout(0.4),
@@ -552,8 +566,11 @@ def test_hooks_on_modules_are_no_custom_functions_of_the_users():
     handle = net.register_full_backward_hook(lambda *_: None)
     with torch.autocast("cpu", torch.bfloat16):
         operator = HessianOperator(lambda: F.cross_entropy(net(inputs) @ head.t(), labels), [*net.parameters(), head])
+        hooked = operator @ torch.ones(operator.shape[0])
+        handle.remove()
+        plain = HessianOperator(lambda: F.cross_entropy(net(inputs) @ head.t(), labels), [*net.parameters(), head])
+        torch.testing.assert_close(hooked, plain @ torch.ones(operator.shape[0]), rtol=1e-2, atol=1e-3)
     assert operator.backend == "double_backward" and operator.doubt is None
-    handle.remove()
 
 
 def test_what_cannot_be_told_is_not_shown_as_converged():
@@ -733,6 +750,22 @@ def test_a_scale_that_overflows_is_lowered(size):
     assert operator.gradient.isfinite().all()
 
 
+def test_what_does_not_fit_at_any_scale_is_computed_in_full_precision():
+    """The third power of what batch normalisation divides by, where a channel hardly varies."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    with torch.no_grad():
+        net[0].weight.mul_(0.02)
+    params = list(net.parameters())
+    loss = lambda: F.cross_entropy(net(X).float(), Y)  # noqa: E731
+    truth = top_eigenvalues(HessianOperator(loss, params), tol=1e-3)
+    with torch.autocast("cpu", torch.float16):
+        operator = HessianOperator(loss, params)
+        found = top_eigenvalues(operator, tol=1e-3)
+    assert "overflows in float16" in operator.reason
+    assert float(found.values[0]) == pytest.approx(float(truth.values[0]), rel=0.01)
+
+
 class Vocabulary(Classifier):
     def __init__(self):
         net, self.x, self.y = vocabulary()
@@ -752,6 +785,40 @@ def test_16_mixed_sharpness_is_that_of_float32():
         history = monitor.history
         seen.append([float(history[f"sharpness/{t}"].values[0]) for t in ("hessian_max", "ggn_max", "batch", "trace")])
     assert seen[1] == pytest.approx(seen[0], rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_nothing_of_it_is_seen_by_training_in_16_mixed(checkpointed):
+    """Weights, buffers, the gradient scaler: spectral normalisation, hooks that count and dropout included."""
+
+    class Counted(Plain):
+        def __init__(self):
+            norm = parametrizations.spectral_norm(nn.Linear(16, 16))
+            super().__init__(
+                nn.Sequential(nn.Linear(8, 16), norm, nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
+            )
+            self.passes, self.seen = 0, []
+            self.network.register_forward_hook(lambda *_: setattr(self, "passes", self.passes + 1))
+            self.network[4].register_full_backward_hook(
+                lambda m, gi, go: self.seen.append(float(go[0].detach().norm()))
+            )
+
+        def training_step(self, batch, batch_idx):
+            hidden = self.network[0](batch[0])
+            if checkpointed:
+                hidden = checkpoint(self.network[1:4], hidden, use_reentrant=False)
+                return F.cross_entropy(self.network[4](hidden).float(), batch[1])
+            return F.cross_entropy(self.network(batch[0]).float(), batch[1])
+
+    seen = []
+    for callbacks in ([], [SharpnessMonitor(every_n_steps=1, quantities=EVERY_QUANTITY)]):
+        torch.manual_seed(0)
+        module, scaler = Counted(), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        fit(module, callbacks, steps=5, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        seen.append((module, scaler.state_dict(), module.passes, module.seen, torch.get_rng_state()))
+        assert not callbacks or callbacks[0].failures == 0
+    assert same_weights(seen[0][0], seen[1][0])
+    assert seen[0][1:4] == seen[1][1:4] and torch.equal(seen[0][4], seen[1][4])
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
@@ -814,6 +881,39 @@ def test_differences_see_through_the_cache_of_autocast(where):
     assert found.multiple == pytest.approx(expected, rel=0.2)
     assert float(product.norm()) > 0.1 * float((graph @ operator.gradient).norm()) > 0
     assert float((graph.gradient - operator.gradient).norm()) < 0.05 * float(graph.gradient.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_solvers_keep_their_own_precision_inside_of_autocast(dtype):
+    """A matrix whose products are exact: what is made of them must not be rounded."""
+    torch.manual_seed(0)
+    matrix = torch.randn(60, 60, dtype=torch.float64)
+    matrix = 1e5 * (matrix @ matrix.T).float()
+    truth = torch.linalg.eigvalsh(matrix.double())
+    w = torch.zeros(60, requires_grad=True)
+    loss = lambda: (w * (matrix * w).sum(1)).sum() / 2  # noqa: E731
+    with torch.autocast("cpu", dtype):
+        found = top_eigenvalues(HessianOperator(loss, [w]), certify=True, tol=1e-5, max_matvecs=60)
+        readings = measure(nn.Linear(60, 1), X, loss_fn=lambda m, _: m.weight.square().sum())
+    assert float(found.values[0]) == pytest.approx(float(truth[-1]), rel=1e-5) and found.converged
+    assert readings["sharpness/hessian_max"] == pytest.approx(2.0, rel=1e-5)
+
+
+def test_an_operator_keeps_the_autocast_that_it_was_made_in():
+    seen = []
+
+    def loss():
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return F.cross_entropy((NET(INPUTS) @ HEAD.t()).float(), LABELS)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = HessianOperator(loss, WEIGHTS, backend="finite_difference")
+    outside = HessianOperator(loss, WEIGHTS, backend="finite_difference")
+    seen.clear()
+    inside @ inside.gradient
+    with torch.autocast("cpu", torch.bfloat16):
+        outside @ outside.gradient
+    assert seen == [True, True, False, False]
 
 
 def test_backward_passes_take_place_outside_of_autocast():
