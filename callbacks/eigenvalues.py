@@ -175,7 +175,8 @@ class EigenvalueMeter(Meter):
         """
         trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & TRACKED))
         products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
-        products += _TRACE_SAMPLES * ("trace" in self._wanted) + 6 * len(run.layers) * ("blocks" in self._wanted)
+        products += _TRACE_SAMPLES * ("trace" in self._wanted)
+        products += 6 * len(run.layers) if "blocks" in self._wanted else 0
         products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
         guess = 2 * run.seconds_per_step * self._probe.share
         if not self._product_seconds:  # the first one also chooses how products are made, and checks them
@@ -441,6 +442,7 @@ class EigenvalueMeter(Meter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the trackers; without vectors their next run is cold."""
         self.points = int(state["points"])
+        self._trackers, self._last_loss = {}, math.inf
         for tag, saved in state["trackers"].items():
             self._trackers[tag] = self._tracker(int(saved["k"]))
             self._trackers[tag].load_state_dict(saved)

@@ -18,8 +18,10 @@ from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
+from dynamon.kernels import l2_norms
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
+from dynamon.pairs import as_real
 from dynamon.panels import GRADIENTS
 from dynamon.ranks import Ranks
 from dynamon.sharded_norms import steps_and_lengths
@@ -80,7 +82,9 @@ class GradientMeter(PairMeter):
         """Keep or read this optimizer's gradients."""
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
-        source = self._source(run, optimizer)
+        source = self._source(run, optimizer, looks=reads or keeps)
+        if not source.has_layers:
+            return
         source.begin((run.trainer.global_step, run.step))
         if reads:
             with run.charge(self.name):
@@ -101,16 +105,16 @@ class GradientMeter(PairMeter):
         """Of several processes, have each one's own gradients kept at a step that will be read."""
         if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.reads(run):
             with run.charge(self.name):
-                for optimizer in run.trainer.optimizers:
-                    self._source(run, optimizer).watch_ranks()
+                for source in self._all_sources(run):
+                    source.watch_ranks()
 
     def after_backward(self, run: Run) -> None:
         """In the middle of an accumulation window that will be read, keep its first half."""
         share = half_window(run.trainer) if has_windows(run.trainer, run.module) and self.reads(run) else None
         if share is not None:
             with run.charge(self.name):
-                for optimizer in run.trainer.optimizers:
-                    self._source(run, optimizer).keep_half(run, share)
+                for source in self._all_sources(run):
+                    source.keep_half(run, share)
 
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
@@ -124,15 +128,26 @@ class GradientMeter(PairMeter):
         finally:
             self.turn(run)
 
-    def _source(self, run: Run, optimizer: Optimizer) -> GradientSource:
+    def _source(self, run: Run, optimizer: Optimizer, looks: bool = True) -> GradientSource:
+        """The optimizer's source: a new one, with what the old one knew, where its parameters have changed.
+
+        Args:
+            run: The run.
+            optimizer: The optimizer.
+            looks: Whether to look at the parameters, and not only at their number.
+        """
         known = self._sources.get(optimizer)
-        if known is not None and known.is_complete(optimizer):
+        if known is not None and known.is_complete(run, optimizer, looks):
             return known
         if known is not None:
-            known.reader.forget_ranks()
+            known.release()
         source = self._sources[optimizer] = GradientSource(run, optimizer)
         source.load_state_dict(self._saved if known is None else known.state_dict())
         return source
+
+    def _all_sources(self, run: Run) -> list[GradientSource]:
+        sources = [self._source(run, optimizer) for optimizer in run.trainer.optimizers]
+        return [source for source in sources if source.has_layers]
 
     def _bin(self, run: Run, optimizer: Optimizer) -> None:
         """Histograms of this optimizer's gradients before they are clipped, still on the device."""
@@ -160,11 +175,11 @@ class GradientMeter(PairMeter):
             self._warn(run, read)
 
     def _global(self, run: Run, readings: list[GradientReadings], clipped: float) -> dict[str, float]:
-        norm = sum(float(np.square(r.l2).sum()) for r in readings) ** 0.5
+        norm = _total(readings, "l2", power=2) ** 0.5
         scalars = {
             "gradient/norm": norm,
-            "gradient/norm_dual": sum(float(r.dual.sum()) for r in readings),
-            "gradient/norm_l1": sum(float(r.l1.sum()) for r in readings),
+            "gradient/norm_dual": _total(readings, "dual"),
+            "gradient/norm_l1": _total(readings, "l1"),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
         if run.module.automatic_optimization:  # by hand, gradients may be gone or stale by now
@@ -180,8 +195,8 @@ class GradientMeter(PairMeter):
         tables: dict[str, dict[str, float]] = {quantity: {} for quantity in self.quantities}
         for r, norms in zip(read, steps, strict=True):
             found = r.readings
-            tables["gradient/l2"] |= r.row(np.where(found.present, found.l2, np.nan))
-            tables["gradient/dual"] |= r.row(np.where(found.present, found.dual, np.nan))
+            tables["gradient/l2"] |= r.row(found.l2)
+            tables["gradient/dual"] |= r.row(found.dual)
             smoothness = local_smoothness(found.difference_dual, r.step_row(norms))
             tables["gradient/local_smoothness"] |= r.row(smoothness)
             tables["noise/dual"] |= r.row(r.noise)
@@ -202,6 +217,14 @@ class GradientMeter(PairMeter):
             "precision."
         )
 
+    def end(self, run: Run) -> None:
+        """Stop watching backward passes."""
+        self._release()
+
+    def _release(self) -> None:
+        for source in self._sources.values():
+            source.release()
+
     def state_dict(self) -> dict[str, Any]:
         """Counts, noise averages and what was kept of the last step, where no steering callback saves it."""
         state = {**super().state_dict(), "clipped": self._clipped, "clippable": self._clippable}
@@ -220,6 +243,8 @@ class GradientMeter(PairMeter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until the optimizers are met."""
         super().load_state_dict(state)
+        self._release()
+        self._sources, self._read, self._binned, self._reading = {}, {}, {}, False
         self._saved = state
         self._clipped, self._clippable = int(state.get("clipped", 0)), int(state.get("clippable", 0))
 
@@ -228,12 +253,16 @@ def _to_host(read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
     """The l2 norm of gradients, clipped by now, and the steps that were measured before: in one copy."""
     gradients = [la.parameter.grad for r in read for la in r.layers]
     dense = [_dense(g) for g in gradients if g is not None]
-    wide = torch.float64 if any(g.dtype == torch.float64 for g in dense) else torch.float32
-    norms = torch._foreach_norm(dense, 2, dtype=wide) if dense else [torch.zeros(1)]
-    total = torch.linalg.vector_norm(torch.stack([norm.reshape(()) for norm in norms]))
-    parts = [total.reshape(1), *(r.steps.to(total.device) for r in read)]
+    total = l2_norms(dense).square().sum().sqrt()
+    parts = [total.reshape(1), *(r.steps.to(total) for r in read)]
     first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     return float(first[0]), steps
+
+
+def _total(readings: Sequence[GradientReadings], field: str, power: int = 1) -> float:
+    """The sum over all layers that have a gradient; NaN where none has."""
+    sums = [float((getattr(r, field)[r.present] ** power).sum()) for r in readings if r.present.any()]
+    return sum(sums) if sums else float("nan")
 
 
 def _has_parts(read: Sequence[SourceReading]) -> bool:
@@ -252,7 +281,7 @@ def _together(read: Sequence[SourceReading], ranks: Ranks) -> tuple[float, list[
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
     """What this process holds of a layer's gradient; zeros where there is none."""
     if gradient is None:
-        return torch.zeros_like(local(layer.parameter.detach()))
+        return torch.zeros_like(as_real(local(layer.parameter.detach())))
     return local_as(_dense(gradient), layer.parameter)
 
 
@@ -272,7 +301,7 @@ def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    return as_real(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
 
 
 def _cosine(read: Sequence[GradientReadings]) -> float | None:

@@ -43,6 +43,10 @@ class HealthWatch:
         self._readings, self._looked_at = 0, 0.0
         self._took, self._is_off = 0.0, False
 
+    def forget_from(self, step: int) -> None:
+        """Training has gone back to before a step."""
+        self._losses.forget_from(step)
+
     def findings(self, *histories: History) -> list[Finding]:
         """What the rules find in what some callbacks have measured, the worst first."""
         return findings(RunData.of(*histories, self._losses), _LOSS if _LOSS in self._losses else None)

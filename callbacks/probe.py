@@ -319,12 +319,17 @@ class ProbeMeter(Meter):
             return {"parts": self._parts, "halvings": self._halvings}
         numbers = _numbers([[entry["batch"] for entry in kept] for kept in self._sets])
         state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
+        if not self._sets[0]:
+            return {**state, "held": False}  # where there is nothing, nothing is missing
         return {**state, "sets": self._sets} if numbers is not None and numbers <= SAVED_NUMBERS else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the samples; without them new ones are kept."""
+        """Take up the samples; without them new ones are kept, and those that are there stay."""
+        if self._sets[0]:
+            return
         self._loaded = [list(parts) for parts in state.get("parts", [])] or [[kept] for kept in state.get("sets", [])]
-        self._resumed_without = not self._loaded
+        self._loaded = self._loaded if any(any(parts) for parts in self._loaded) else []
+        self._resumed_without = not self._loaded and bool(state.get("held", True))
         self._halvings = int(state.get("halvings", 0))
 
 

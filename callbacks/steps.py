@@ -23,6 +23,7 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.norms import optimizer_family, update_norm
+from dynamon.pairs import as_real
 from dynamon.panels import STEPS, shown
 from dynamon.shards import local
 
@@ -136,6 +137,10 @@ class StepMeter(Meter):
                 trained = trained_parameters(run)
                 self._before = run.copies(layer for layer in run.all_layers if layer.name in trained)
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is saved; what was kept of a step that is undone is dropped."""
+        self._before, self._update, self._planned, self._batch = {}, {}, False, None
+
     def _is_due(self, run: Run) -> bool:
         return not self._probe.off and self.cadence.due(run, self.name, self.expected, run.step)
 
@@ -206,7 +211,8 @@ class StepMeter(Meter):
         if family == "euclidean":  # one norm for all layers together
             return found.sharpness
         norms = {name: update_norm(layers[name], family).primal for name in params.names or []}
-        return norm_sharpness(found.product, params.split(update), norms, params.space).sharpness
+        steps = [as_real(step) for step in params.split(update)]
+        return norm_sharpness(found.product, steps, norms, params.space).sharpness
 
     def _critical(self, run: Run, params: FlatParameters) -> dict[str, float]:
         rate, update = _one_rate(run.trainer.optimizers), self._known_update(params)

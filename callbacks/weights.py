@@ -19,6 +19,7 @@ from dynamon.decay import DecayMemory, decoupled_decay
 from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.layers import Layer
 from dynamon.optim import steering_of
+from dynamon.pairs import as_real
 from dynamon.panels import WEIGHTS
 from dynamon.sharded_weights import sharded_weight_readings
 from dynamon.shards import local
@@ -91,7 +92,6 @@ class WeightMeter(PairMeter):
         self._rates: dict[str, tuple[float, float]] = {}
         self._reading = False  # this step is measured
         self._memory = DecayMemory()
-        self._names: dict[int, str] = {}
         self._layers: list[Layer] = []
 
     def start(self, run: Run) -> None:
@@ -103,17 +103,17 @@ class WeightMeter(PairMeter):
         """Follow this optimizer's decay, and copy the weights it is about to change."""
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
-        self._names = self._names or {id(layer.parameter): layer.name for layer in run.all_layers}
-        self._memory.before_step(optimizer, self._names, run.trainer.global_step)
+        self._memory.before_step(optimizer, run.names, run.trainer.global_step)
         if not reads and not keeps:
             return
         with run.charge(self.name):
+            self._layers = run.layers
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             # Where an optimizer steps twice in a batch, its update is that of the batch.
             wanted = [la for la in run.layers if id(la.parameter) in own and la.name not in self._before]
             self._before |= {name: local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
-                self._rates |= _rates(optimizer, self._names)
+                self._rates |= _rates(optimizer, run.names)
 
     def batch_end(self, run: Run) -> None:
         """Measure, if weights were copied for that."""
@@ -179,7 +179,7 @@ class WeightMeter(PairMeter):
             rates = steering_of(optimizer)
             if rates is not None:
                 ratios = rates.applied
-                found = {self._names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
+                found = {run.names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
                 on_rate |= found
                 on_decay |= found if rates.scale_weight_decay else {}
         return on_rate, on_decay
@@ -227,7 +227,7 @@ class WeightMeter(PairMeter):
                     run.recorder.layers(f"spectrum/convolution_{side}", row, names)
 
     def _binned(self, run: Run) -> Tensor:
-        weights = [local(layer.parameter.detach()) for layer in run.layers]
+        weights = [as_real(local(layer.parameter.detach())) for layer in run.layers]
         table = histogram_table(weights)
         return joined_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
 
@@ -239,8 +239,11 @@ class WeightMeter(PairMeter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state)
+        self._before, self._rates, self._reading = {}, {}, False
         self._memory.load_state_dict(state.get("memory", {}))
         self._earlier = dict(state.get("earlier", {}))
+        if self._layers:  # in the middle of a run
+            self._earlier = matching(self._layers, self._earlier)
 
 
 def _compared(layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Tensor:
@@ -250,9 +253,9 @@ def _compared(layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Ma
         for i, la in enumerate(layers)
         if la.name in before and la.name in earlier and earlier[la.name].shape == la.parameter.shape
     ]
-    now = [layers[i].parameter.detach() for i in known]
-    earlier_ones = [earlier[layers[i].name].to(w.device) for i, w in zip(known, now, strict=True)]
-    found = compare_updates(now, [before[layers[i].name] for i in known], earlier_ones)
+    now = [as_real(layers[i].parameter.detach()) for i in known]
+    earlier_ones = [as_real(earlier[layers[i].name]).to(w.device) for i, w in zip(known, now, strict=True)]
+    found = compare_updates(now, [as_real(before[layers[i].name]) for i in known], earlier_ones)
     rows = torch.full((3, len(layers)), torch.nan, dtype=found.dtype, device=layers[0].parameter.device)
     rows[:, torch.tensor(known, dtype=torch.int64, device=rows.device)] = found.to(rows.device)
     return rows
@@ -273,11 +276,12 @@ def _rate_readings(
 ) -> dict[str, Array]:
     """Learning rate and rate x decay of each layer, as in force, against its norms."""
     rate, shrink = np.array([rates.get(name, (np.nan, np.nan)) for name in names]).T
+    size, step = table["weight/frobenius"].astype(np.float64), table["update/operator"].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        usage = shrink * table["weight/operator"] / table["update/operator"]
+        usage = shrink * table["weight/operator"] / step
         return {
-            "weight/effective_rate": rate / np.square(table["weight/frobenius"].astype(np.float64)),
-            "weight/constraint_usage": np.where(shrink > 0, usage, np.nan),
+            "weight/effective_rate": np.where(size > 0, rate / np.square(size), np.nan),
+            "weight/constraint_usage": np.where((shrink > 0) & (step > 0), usage, np.nan),
         }
 
 

@@ -115,4 +115,4 @@ class DecayMemory:
 
     def load_state_dict(self, state: Mapping[str, float | Tensor]) -> None:
         """Go on from it."""
-        self._left = dict(state)
+        self._left, self._pending = dict(state), {}

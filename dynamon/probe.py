@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dynamon.evaluations import RandomState, casts_anew, eager, rewinding
 from dynamon.shards import is_sharded, local
@@ -269,7 +270,7 @@ def _remember(value: Any, contents: _Contents) -> None:
 def _content(value: Any) -> Any:
     """A copy of what something holds that an evaluation may change in place; None for what has no such content."""
     if isinstance(value, Tensor):
-        return _here(value).detach().clone()
+        return None if is_lazy(value) else _here(value).detach().clone()  # it holds nothing yet
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, torch.Generator | random.Random):

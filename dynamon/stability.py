@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
 from dynamon.curvature.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.pairs import real_dtype, real_size
 from dynamon.preconditioner import second_moment_scale
 from dynamon.shards import local
 
@@ -132,7 +133,7 @@ def stability_scaling(
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     names, params = names_and_tensors(params)
     factors = _factors(names, len(params), ratios)
-    space = space or VectorSpace(sum(p.numel() for p in params))
+    space = space or VectorSpace(sum(real_size(p) for p in params))
     pieces, decays = [], []
     for p, factor in zip(params, factors, strict=True):
         if id(p) not in group_of:
@@ -208,13 +209,13 @@ def _sgd_factor(group: dict[str, object]) -> float:
 
 def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float) -> Tensor:
     """D / P of one parameter, flat; NaN where the second moment is zero or there is none: nothing moves there."""
-    wide = torch.promote_types(p.dtype, torch.float32)
+    wide = torch.promote_types(real_dtype(p), torch.float32)
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
-        return torch.full((local(p).numel(),), value, dtype=wide, device=p.device)
+        return torch.full((real_size(local(p)),), value, dtype=wide, device=p.device)
     divisor = second_moment_scale(optimizer.state.get(p), group, p)
     if divisor is None:
-        return torch.full((local(p).numel(),), torch.nan, dtype=wide, device=p.device)
+        return torch.full((real_size(local(p)),), torch.nan, dtype=wide, device=p.device)
     return _adaptive_factor(optimizer, group, ratio) / divisor
 
 

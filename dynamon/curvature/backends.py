@@ -13,6 +13,7 @@ from dynamon.curvature.graphs import nodes_behind, rounding_behind
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale
 from dynamon.evaluations import Evaluations, eager, full_precision
+from dynamon.pairs import real_dtype
 
 DIFFERENCE_STEP = {torch.float32: 1e-3, torch.float64: 1e-6}  # of a unit vector: truncation and rounding about equal
 _SUSPICION = 0.05  # relative disagreement with differences above which a graph with custom functions is not believed
@@ -55,6 +56,7 @@ class DoubleBackward:
         gradient: The flat gradient ``[n]``, without graph.
         rounding: See :class:`dynamon.curvature.LinearOperator`.
         suspects: Names of custom autograd functions whose part of a product may be missing.
+        has_gradient: Which parameters take part in the loss; the others have zeros in the flat gradient.
 
     Raises:
         NoSecondDerivativeError: Where an operation in the graph has none, at construction or in a product.
@@ -89,7 +91,7 @@ class DoubleBackward:
             if all(g is None for g in gradients):
                 raise ValueError("the loss does not depend on any of the parameters.")
             refuse_nodes([g for g in gradients if g is not None])
-            self._gradients = gradients
+            self._gradients, self.has_gradient = gradients, [g is not None for g in gradients]
             flat = self._params.flatten([None if g is None else g.detach() for g in gradients])
             if self._scale == 1 or is_whole(flat) or not is_whole(self._loss):
                 break
@@ -144,6 +146,7 @@ class FiniteDifference:
         name: ``"finite_difference"``.
         loss: The value of the loss, without graph.
         gradient: The flat gradient ``[n]``.
+        has_gradient: As above.
 
     Raises:
         ValueError: For parameters in half precision, whose neighbours are too far apart.
@@ -154,7 +157,7 @@ class FiniteDifference:
 
     def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations) -> None:
         """Take the gradient, from where every evaluation will begin."""
-        dtype = params.tensors[0].dtype
+        dtype = real_dtype(params.tensors[0])
         if dtype not in DIFFERENCE_STEP:
             raise ValueError(
                 f"finite differences need float32 or float64 parameters, these are {dtype}; "
@@ -210,6 +213,7 @@ class FiniteDifference:
             gradients = self._gradients(loss, scale)
             if all(g is None for g in gradients):
                 raise ValueError("the loss does not depend on any of the parameters.")
+            self.has_gradient = [g is not None for g in gradients]
             flat = self._params.flatten(gradients)
             if scale == 1:
                 return loss.detach(), flat.clone()

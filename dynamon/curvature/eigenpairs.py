@@ -40,6 +40,24 @@ class Eigenpairs:
     backend: str = "exact"
     product_error: float = 0.0
 
+    def __repr__(self) -> str:
+        """The values with their residuals and bounds; not the vectors."""
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        values = ", ".join(f"{value:.6g} (residual {residual:.2g})" for value, residual in pairs)
+        upper = "" if self.upper is None else f", upper {self.upper:.6g}"
+        end = "converged" if self.converged else "not converged"
+        return f"Eigenpairs({values}; lower {self.lower:.6g}{upper}; {self.matvecs} products, {end}, {self.backend})"
+
+    def readings(self, tag: str) -> dict[str, float]:
+        """Numbers by tag; a value that did not converge goes under ``{tag}_unconverged``, not under the plain one.
+
+        Args:
+            tag: That of the largest eigenvalue; ``{tag}_residual`` and, where there is one, ``{tag}_upper`` go with it.
+        """
+        value = tag if self.converged else f"{tag}_unconverged"
+        readings = {value: float(self.values[0]), f"{tag}_residual": float(self.residuals[0])}
+        return readings if self.upper is None else {**readings, f"{tag}_upper": self.upper}
+
     def scaled(self, factor: float) -> "Eigenpairs":
         """The eigenpairs of ``factor * A``, for ``factor > 0``."""
         return replace(

@@ -16,6 +16,7 @@ from dynamon.curvature.blocks import BlockOperator
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters, Parameters
 from dynamon.evaluations import Evaluations
+from dynamon.pairs import real_dtype
 from dynamon.ranks import ran_out_of_memory
 
 _BACKENDS = ("auto", "double_backward", "finite_difference")
@@ -74,8 +75,8 @@ class HessianOperator(LinearOperator):
         if backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}.")
         self.parameters = FlatParameters.of(params)
-        first = self.parameters.tensors[0]
-        super().__init__(self.parameters.size, self.parameters.dtype, first.device, self.parameters.space)
+        device = self.parameters.tensors[0].device
+        super().__init__(self.parameters.size, self.parameters.dtype, device, self.parameters.space)
         self._loss_fn, self._may_change = loss_fn, backend == "auto"
         self.reason: str | None = None
         self.doubt: str | None = None
@@ -83,6 +84,11 @@ class HessianOperator(LinearOperator):
         self.parameters.mark_unchanged()  # a loss may write to parameters of its own, an averaged teacher's say
         self.backend, self.rounding = self._engine.name, self._engine.rounding
         self.loss, self.gradient = self._engine.loss, self._engine.gradient
+
+    @property
+    def has_gradient(self) -> list[bool]:
+        """Which parameters take part in the loss; the others have zeros in the flat gradient."""
+        return self._engine.has_gradient
 
     def _choose(self, backend: str) -> DoubleBackward | FiniteDifference:
         self._evaluations = Evaluations()
@@ -117,7 +123,7 @@ class HessianOperator(LinearOperator):
 
         Without a graph both are made in full precision.
         """
-        if self.parameters.tensors[0].dtype not in DIFFERENCE_STEP:
+        if real_dtype(self.parameters.tensors[0]) not in DIFFERENCE_STEP:
             return None, False, False
         evaluations = self._evaluations if exact is not None else self._evaluations.in_full_precision()
         try:

@@ -103,6 +103,14 @@ class LinearOperator:
             raise ValueError(f"scale must have shape [{self.space.length}], got {tuple(scale.shape)}.")
         return _Combined([self], lambda v: scale * self._product(scale * v), lambda v: scale * v)
 
+    def __repr__(self) -> str:
+        """The kind of operator, its size, and where and how it multiplies."""
+        backend = getattr(self, "backend", None)
+        how = f", {backend}" if backend else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = type(self).__name__.lstrip("_")
+        return f"{name}({self.shape[0]} x {self.shape[1]}, {dtype} on {self.device}{how})"
+
     def to_scipy(self) -> ScipyOperator:
         """The same operator for SciPy, in float64 on the host (one transfer a product)."""
 

@@ -1,6 +1,7 @@
 """Layerwise learning rates on top of any optimizer, without touching its parameter groups."""
 
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from types import FrameType
@@ -9,11 +10,12 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.decay import is_decoupled
 from dynamon.gradients import PendingReadings
-from dynamon.layers import describe_layers, is_measurable
+from dynamon.layers import Layer, is_steerable, known_layers
 from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
@@ -51,6 +53,12 @@ def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
     return None if found is None else found()
 
 
+def steerable_layers(model: nn.Module, optimizer: Optimizer) -> list[Layer]:
+    """The layers of a model that an optimizer holds and a rule can steer: those of real floating point weights."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [layer for layer in known_layers(model) if id(layer.parameter) in own and is_steerable(layer)]
+
+
 class LayerwiseRates:
     """Steers ``optimizer.step()`` with one learning-rate ratio a layer.
 
@@ -69,8 +77,8 @@ class LayerwiseRates:
     Args:
         optimizer: Any ``torch.optim.Optimizer`` whose groups have an ``lr``.
         rule: A :class:`dynamon.rates.Rule` of its own (one a ``LayerwiseRates``).
-        model: The module whose parameters are steered; parameters of the optimizer that it does not hold
-            keep ratio 1.
+        model: The module whose parameters are steered; parameters of the optimizer that it does not hold, and
+            complex ones, keep ratio 1.
         lag: 1 (default): the readings of a step act at the next, so nothing waits for the device. 0: they
             act at once, as published.
         apply: False for a dry run: the rule follows the run, :attr:`wanted` says what it asks for, and nothing is
@@ -120,8 +128,10 @@ class LayerwiseRates:
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self._phase = 0  # steps observed, modulo read_every
-        rule.check(describe_layers(model))
+        self._checked = False
         self._attach()
+        if not self.layers and not self._lazy:
+            raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
         self._waiting: PendingReadings | None = None
         self._observed = False
         self._original: list[dict[str, Any]] | None = None
@@ -137,29 +147,33 @@ class LayerwiseRates:
         ]
 
     def _attach(self) -> None:
-        """Take up the parameters that the optimizer holds now."""
-        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        """Take up the parameters that the optimizer holds now; those that cannot be steered keep the base rate."""
+        self._held = self._parameters()
+        self._lazy = [p for p in self._held if is_lazy(p)]  # they get their shape in a first batch
         put_back(self.model)
-        found = [layer for layer in describe_layers(self.model) if id(layer.parameter) in own]
-        self.layers = [layer for layer in found if is_measurable(layer)]  # the others keep the base rate
-        if not self.layers:
-            raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
+        known = known_layers(self.model)
+        if not self._lazy and not self._checked:
+            self.rule.check(known)
+            self._checked = True
+        self.layers = steerable_layers(self.model, self.optimizer)
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
         self.rule.start(self.layers, self.reader.norms)
-        self._count = self._parameters()
 
-    def _parameters(self) -> int:
-        return sum(len(group["params"]) for group in self.optimizer.param_groups)
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _follow_optimizer(self) -> None:
-        """Notice parameters that joined through ``add_param_group``; what was learned of the others stays."""
-        if self._parameters() == self._count:
+        """Notice parameters that joined, left, were replaced or got their shape; what was learned of others stays."""
+        now = self._parameters()
+        same = len(now) == len(self._held) and all(map(operator.is_, now, self._held))
+        if same and all(map(is_lazy, self._lazy)):
             return
         self.settle()
         self.reader.forget_ranks()
-        rule, gradients = self.rule.state_dict(), self.reader.state_dict()
+        step, rule, gradients = self.reader.step, self.rule.state_dict(), self.reader.state_dict()
         self._attach()
         self.rule.load_state_dict(rule)
+        self.reader.step = step
         self.reader.load_state_dict(gradients)
 
     @property
@@ -176,6 +190,11 @@ class LayerwiseRates:
     def wanted(self) -> dict[str, float]:
         """The ratio that the rule asks for, by parameter name; :attr:`ratios` unless this is a dry run."""
         return {layer.name: float(r) for layer, r in zip(self.layers, self.rule.ratios(), strict=True)}
+
+    def __repr__(self) -> str:
+        """What steers what."""
+        rule, what = type(self.rule).__name__, f"{len(self.layers)} layers of {type(self.optimizer).__name__}"
+        return f"LayerwiseRates({rule} on {what}{'' if self.apply else ', dry run'})"
 
     def base_rates(self) -> dict[str, float]:
         """The learning rate of each layer's group, before the ratio."""
@@ -195,6 +214,8 @@ class LayerwiseRates:
         self._observed = True
         self._follow_optimizer()
         if not self.reader.begin(object() if key is None else key):
+            return
+        if not self.layers:
             return
         self.rule.begin_step()
         if not self.rule.needs_gradients:
