@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.base import say_geometry
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.callbacks.probe import ProbeMeter
+from dynamon.callbacks.probe import ProbeMeter, why_not
 from dynamon.curvature import (
     DirectionalSharpness,
+    HessianOperator,
+    MeanOverRanks,
     batch_sharpness,
     critical_sharpness,
     directional_sharpness,
@@ -64,6 +67,7 @@ class StepMeter(Meter):
         self._batch: float | None = None
         self._on_batch = False  # measuring on a whole batch, not on the probe
         self._seconds: float | None = None
+        self._told: set[str] = set()
 
     def also(self, quantity: str) -> None:
         """Measure one more."""
@@ -109,7 +113,9 @@ class StepMeter(Meter):
             return
         self._on_batch = True
         with run.together(self.name), self._probe.evaluation(run) as params:
-            self._batch = batch_sharpness([self._probe.batch_hessian(run, params, batch)])
+            hessian = self._probe.batch_hessian(run, params, batch)
+            if self._is_trusted(hessian, hessian.gradient, "batch"):
+                self._batch = batch_sharpness([hessian])
         self._on_batch = False
 
     def make_room(self, run: Run) -> str | None:
@@ -182,6 +188,8 @@ class StepMeter(Meter):
     def _directional(self, run: Run, params: FlatParameters) -> dict[str, float]:
         update = self._known_update(params)
         hessian = self._probe.hessian(run, params)
+        if not self._is_trusted(hessian, update, "directional"):
+            return {}
         found = directional_sharpness(hessian, update)
         readings = {
             "sharpness/directional": found.sharpness,
@@ -190,6 +198,14 @@ class StepMeter(Meter):
         if found.curvature > 0:
             readings["sharpness/greedy_multiple"] = found.greedy_multiple_of_last_step
         return readings
+
+    def _is_trusted(self, hessian: HessianOperator | MeanOverRanks, vector: Tensor, quantity: str) -> bool:
+        """Whether a product means something; the first time that it does not, say why."""
+        reason = why_not(hessian, hessian.product_error(vector))
+        if reason is not None and quantity not in self._told:
+            self._told.add(quantity)
+            rank_zero_warn(f"sharpness/{quantity} is left out: {reason}")
+        return reason is None
 
     def _in_own_norm(self, run: Run, params: FlatParameters, update: Tensor, found: DirectionalSharpness) -> float:
         layers = {layer.name: layer for layer in run.all_layers}

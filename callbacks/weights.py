@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.arrays import Array
 from dynamon.callbacks.copies import matching, whole_copies
-from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
+from dynamon.callbacks.meter import FULL_EVERY, PAUSE_AFTER, Cadence, Meter, PairMeter, Run, forget_frames
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.convolution import bounds_of
 from dynamon.decay import DecayMemory, decay_assumption, decoupled_decay
@@ -86,6 +86,7 @@ class WeightMeter(PairMeter):
         super().__init__(cadence)
         self._with_histograms, self._with_convolutions = with_histograms, with_convolutions
         self._full_at: int | None = None  # the number of the last full reading
+        self._full_failures = 0  # in a row
         self._before: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
@@ -135,9 +136,7 @@ class WeightMeter(PairMeter):
                     }
                     self._measure(run, before, earlier, steered)
                 if self._full_is_due(run):
-                    with run.together(_FULL):
-                        self._full(run)
-                    self._full_at = self.points
+                    self._try_full(run)
                 self.done(run)
         finally:
             self.turn(run)
@@ -149,12 +148,33 @@ class WeightMeter(PairMeter):
 
     def _full_is_due(self, run: Run) -> bool:
         """Whether this reading brings what is dear; the first of those is taken to cost so many plain ones."""
+        if self._full_failures >= PAUSE_AFTER:
+            return False
         if self._is_fixed(run) or run.ranks.several:  # several processes must all come to the same answer
             return self.points % FULL_EVERY == 0
         if self._full_at is not None and self.points - self._full_at < FULL_EVERY:
             return False
         guess = _FULL_TO_PLAIN * run.budget.last.get(self.name, 0.0)
         return run.budget.allows(_FULL, run.budget.last.get(_FULL, guess), self.cadence.share)
+
+    def _try_full(self, run: Run) -> None:
+        """Take what is dear; where that fails, the plain reading goes on without, and after three times for good."""
+        self._full_at = self.points
+        try:
+            with run.together(_FULL):
+                self._full(run)
+            self._full_failures = 0
+        except Exception as error:
+            if run.strict or not run.ranks.is_known_to_all(error):
+                raise
+            forget_frames(error)
+            run.failures += 1
+            self._full_failures += 1
+            if self._full_failures in (1, PAUSE_AFTER):
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                paused = self._full_failures == PAUSE_AFTER
+                after = "They are left out from now on." if paused else "The other weight readings go on."
+                rank_zero_warn(f"step {run.step}: full spectra could not be measured: {line} {after}")
 
     def _ratios(self, run: Run) -> tuple[dict[str, float], dict[str, float]]:
         """The factors that steering has on each layer's rate and on its decay, an optimizer's own steering included."""
