@@ -2,15 +2,16 @@
 
 from contextlib import suppress
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.callbacks.recorder import Row
+from dynamon.geometry import assumption
 from dynamon.panels import Layout, combined
 
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
@@ -21,6 +22,7 @@ _REFUSED = {
     "ModelParallelStrategy with fully_shard (FSDP2) shards a model of the same size, and dynamon works there.",
 }
 
+_told: "WeakSet[Optimizer]" = WeakSet()  # whose geometry was spoken of
 _LENT = ("log", "log_dict")  # functions of the module, which a Trainer puts into each callback
 
 
@@ -127,6 +129,14 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return 1.0 / float(scaler.get_scale())
+
+
+def say_geometry(optimizer: Optimizer) -> None:
+    """Say once of an optimizer what is assumed of it, where its geometry is a guess."""
+    guessed = None if optimizer in _told else assumption(optimizer)
+    _told.add(optimizer)
+    if guessed is not None:
+        rank_zero_info(guessed)
 
 
 def step_of(trainer: pl.Trainer) -> int:

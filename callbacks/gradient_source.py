@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import scale_before_step, window_is_whole
-from dynamon.callbacks.base import SteeringError, gradient_scale
+from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import reads_unclipped
 from dynamon.callbacks.meter import Run
@@ -67,6 +67,7 @@ class GradientSource:
 
     def __init__(self, run: Run, optimizer: Optimizer) -> None:
         """Find the optimizer's layers and who reads them."""
+        say_geometry(optimizer)
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._version = run.layers_version
         layers = [la for la in run.all_layers if id(la.parameter) in self._own]

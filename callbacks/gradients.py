@@ -466,6 +466,7 @@ class GradientMonitor(Monitor):
                                       accumulation windows; what ``noise/dual`` has above it is curvature
     ``noise/snr``                     per layer: squared length of the mean gradient over its variance
     ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
+    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
     ``dynamon/overhead``              time of monitoring over training time without it
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================

@@ -1,7 +1,7 @@
 """Layerwise learning rates inside a Trainer."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from dynamon.callbacks.base import (
     callbacks_of,
     gradient_scale,
     nothing_there,
+    say_geometry,
     step_of,
     strategy_reason,
 )
@@ -55,7 +56,8 @@ class LayerwiseLR(DynamonCallback):
     =================================  ====================================================
     tag                                what it is
     =================================  ====================================================
-    ``lr/base``                        learning rate of the first layer, before the ratio
+    ``lr/base``                        largest learning rate of any layer, before the ratio
+    ``lr/base_min``                    the smallest, where groups or optimizers have different ones
     ``lr/bounded``                     layers whose ratio sits at a bound of the rule
     ``lr/ratio``                       per layer: factor on the learning rate
     ``lr/effective``                   per layer: learning rate times ratio
@@ -87,7 +89,8 @@ class LayerwiseLR(DynamonCallback):
 
     panels = RATES
     tags = {
-        "lr/base": "learning rate of the first layer, before the ratio",
+        "lr/base": "largest learning rate of any layer, before the ratio",
+        "lr/base_min": "the smallest, where groups or optimizers have different ones",
         "lr/bounded": "layers whose ratio sits at a bound of the rule",
         "dynamon/steering_overhead": "time of reading gradients and of the rule over training time without it",
     }
@@ -303,13 +306,17 @@ class LayerwiseLR(DynamonCallback):
         self.send_row(trainer)
 
     def _record(self, trainer: pl.Trainer, in_force: dict[Optimizer, dict[str, float]]) -> None:
-        layers = [la for optimizer in in_force for la in select(self._steered[optimizer].layers, self._patterns)]
-        base = {name: rate for rates in in_force.values() for name, rate in rates.items()}
-        ratio = {name: r for optimizer in in_force for name, r in self._steered[optimizer].asked.items()}
-        names = [layer.name for layer in layers]
+        # All optimizers each time, also those that did not step: rows of a table must line up.
+        known = {
+            o: (in_force[o], rates.asked) if o in in_force else (rates.base_rates(), rates.wanted)
+            for o, rates in self._steered.items()
+        }
+        base = {name: rate for rates, _ in known.values() for name, rate in rates.items()}
+        ratio = {name: r for _, ratios in known.values() for name, r in ratios.items()}
+        names = [la.name for rates in self._steered.values() for la in select(rates.layers, self._patterns)]
         self._recorder.scalars(
-            {
-                "lr/base": next(iter(base.values())),
+            _range_of(base.values())
+            | {
                 "lr/bounded": float(sum(rates.rule.bounded() for rates in self._steered.values())),
                 "dynamon/steering_overhead": self._budget.overhead,
             },
@@ -318,7 +325,7 @@ class LayerwiseLR(DynamonCallback):
         self._recorder.layers("lr/ratio", np.array([ratio[name] for name in names]), names)
         self._recorder.layers("lr/effective", np.array([base[name] * ratio[name] for name in names]), names)
         if self._shows_noise:
-            self._record_noise([self._steered[optimizer] for optimizer in in_force], names)
+            self._record_noise(list(self._steered.values()), names)
         self._recorder.flush(trainer, step_of(trainer), self._budget)
 
     def _record_noise(self, steered: list[LayerwiseRates], names: list[str]) -> None:
@@ -413,6 +420,8 @@ class LayerwiseLR(DynamonCallback):
                 rates.load_state_dict(state[index])
             rates.charge = partial(self._budget.charge, "steering", pl_module.device.type == "cuda")
             self._steered[optimizer] = rates
+            if self.rule.needs_gradients:
+                say_geometry(optimizer)
         self._say_unsteered(pl_module)
 
     def _say_unsteered(self, module: pl.LightningModule) -> None:
@@ -494,6 +503,12 @@ class NoiseAdaptiveLR(LayerwiseLR):
             scale_weight_decay=scale_weight_decay,
             read_every=read_every,
         )
+
+
+def _range_of(rates: Collection[float]) -> dict[str, float]:
+    """The largest base rate, and the smallest where groups have different ones."""
+    highest, lowest = max(rates), min(rates)
+    return {"lr/base": highest} if lowest == highest else {"lr/base": highest, "lr/base_min": lowest}
 
 
 def _holds_some_of(module: pl.LightningModule, optimizer: Optimizer) -> bool:

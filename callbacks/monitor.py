@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget, overhead_of
-from dynamon.callbacks.health import HealthWatch, histories_of
+from dynamon.callbacks.health import HealthWatch, histories_of, mean_loss, returned_loss
 from dynamon.callbacks.meter import PAUSE_AFTER, Failures, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.callbacks.stepping import SkippedSteps
 from dynamon.callbacks.watchers import warnings_of
-from dynamon.health import Finding
+from dynamon.health import LOSS_TAG, Finding
 from dynamon.history import History
 from dynamon.layers import Layer, is_measurable, known_layers, select
 from dynamon.names import plain_name
@@ -196,7 +196,6 @@ class Monitor(DynamonCallback):
         """What was measured at a step that is yet to come, before a checkpoint was loaded, is undone."""
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
-            self._health.forget_from(step)
             self._run.go_back()
             for meter in self._meters:
                 meter.cadence.go_back_to(step)
@@ -255,9 +254,10 @@ class Monitor(DynamonCallback):
         self._run.steps.end()
         if self._measured:
             with self._budget.watch():
+                self._record_loss(outputs)
                 self._finish()
         if self._measured and self._watches_health(trainer):
-            self._health.see(self._run, outputs, *histories_of(trainer))
+            self._health.see(self._run, *histories_of(trainer))
         self._measured = False
         self._next_step = self._run.step + 1
         self._budget.start()
@@ -272,6 +272,13 @@ class Monitor(DynamonCallback):
             rank_zero_warn(f"{type(self).__name__} is off: {said}.")
             self._detach()
             self._run = None
+
+    def _record_loss(self, outputs: Any) -> None:
+        """Beside the readings of a step, the loss it was taken for: the health rules rest on that."""
+        assert self._run is not None
+        loss = mean_loss(returned_loss(self._run.trainer, outputs), self._run.ranks)
+        if loss is not None:
+            self._recorder.scalars({LOSS_TAG: loss})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""

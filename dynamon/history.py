@@ -56,8 +56,15 @@ class RunData:
 
     @classmethod
     def of(cls, *histories: Mapping[str, Series]) -> "RunData":
-        """Sort what callbacks keep: ``RunData.of(monitor.history, steering.history)``; the later ones count."""
-        known = {quantity: history[quantity] for history in histories for quantity in history}
+        """Sort what callbacks keep: ``RunData.of(monitor.history, steering.history)``.
+
+        A scalar that several keep has the points of all; of a step, and of a table, those of the last one count.
+        """
+        known: dict[str, Series] = {}
+        for history in histories:
+            for quantity in history:
+                series = history[quantity]
+                known[quantity] = _joined(known[quantity], series) if quantity in known else series
         return cls(
             {name: series for name, series in known.items() if series.layers is None},
             {name: series for name, series in known.items() if series.layers is not None},
@@ -84,6 +91,15 @@ def last_step(series: Mapping[str, Series]) -> int:
     own = [end for tag, end in ends.items() if tag.startswith((*READINGS, "dynamon/")) or "loss" in tag.lower()]
     limit = 1.5 * max(own) + 100 if own else np.inf
     return max((end for end in ends.values() if end <= limit), default=-1)
+
+
+def _joined(one: Series, other: Series) -> Series:
+    """The points of two series of a scalar, of the same step those of the other; of tables the other."""
+    if one.layers is not None or other.layers is not None:
+        return other
+    steps = np.concatenate([other.steps, one.steps])
+    steps, first = np.unique(steps, return_index=True)
+    return Series(steps, np.concatenate([other.values, one.values])[first])
 
 
 class History(Mapping[str, Series]):

@@ -76,4 +76,8 @@ def judged(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
     backend = getattr(operator, "backend", "exact")
     found = replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)
     # Bounds are statements about the operator that was multiplied with; where that is not the one meant, none hold.
-    return found if error <= tol else replace(found, lower=-math.inf, upper=None)
+    if error > tol:
+        return replace(found, lower=-math.inf, upper=None)
+    allowance = getattr(operator, "rounding", 0.0) * abs(float(found.values[0]))
+    upper = None if found.upper is None else found.upper + allowance
+    return replace(found, lower=found.lower - allowance, upper=upper) if allowance else found

@@ -25,12 +25,14 @@ class LinearOperator:
         dtype: Dtype of the vectors.
         device: Device of the vectors.
         backend: How the products are made.
+        rounding: Relative rounding of products beyond that of ``dtype``: where a part is computed in half precision.
 
     Subclasses implement ``_product`` on one vector ``[n]``. Operators combine:
     ``2 * A + B`` is an operator, ``A @ v`` takes ``[n]`` or ``[n, k]``.
     """
 
     backend = "exact"
+    rounding = 0.0
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, space: VectorSpace | None = None) -> None:
         """Remember what vectors look like."""
@@ -144,6 +146,7 @@ class _Combined(LinearOperator):
         self._parts, self._combined, self._argument = parts, product, argument
         names = dict.fromkeys(part.backend for part in parts if not isinstance(part, Diagonal))
         self.backend = " + ".join(names) or "exact"
+        self.rounding = max(part.rounding for part in parts)
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._combined(vector)

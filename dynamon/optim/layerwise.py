@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dynamon.decay import is_decoupled
 from dynamon.gradients import PendingReadings
 from dynamon.layers import Layer, is_steerable, known_layers
+from dynamon.names import word_runs
 from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
@@ -30,7 +31,7 @@ from dynamon.stepping import (
     wrapped_optimizers,
 )
 
-_REFUSED = {
+_REFUSED = {  # by whole words of the class's name
     "prodigy": "it estimates one step size for all groups and raises when their rates differ",
     "dadapt": "it estimates one step size for all groups and raises when their rates differ",
     "schedulefree": "its weight averaging depends on the history of the rate",
@@ -38,6 +39,12 @@ _REFUSED = {
     "zeroredundancy": "it partitions its groups over the processes when it is built",
     "deepspeed": "DeepSpeed owns the parameter groups",
 }
+_PACKAGES = {
+    "prodigyopt": "prodigy",
+    "dadaptation": "dadapt",
+    "schedulefree": "schedulefree",
+    "deepspeed": "deepspeed",
+}  # whose optimizers are all of that kind
 # Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
 _steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
 
@@ -48,9 +55,10 @@ def refusal(optimizer: object) -> str | None:
     if not isinstance(optimizer, Optimizer):
         return f"{name} is not a torch.optim.Optimizer, so its learning rates cannot be scaled."
     for cls in type(optimizer).__mro__:
-        for word, reason in _REFUSED.items():
-            if word in f"{cls.__module__}.{cls.__name__}".lower().replace("_", ""):
-                return f"{name} cannot take layerwise rates: {reason}."
+        found = word_runs(cls.__name__) | {_PACKAGES.get(cls.__module__.split(".")[0], "")}
+        reason = next((reason for word, reason in _REFUSED.items() if word in found), None)
+        if reason is not None:
+            return f"{name} cannot take layerwise rates: {reason}."
     if any("lr" not in group for group in optimizer.param_groups):
         return f"{name} cannot take layerwise rates: a parameter group has no 'lr'."
     if any(inner.param_groups is not optimizer.param_groups for inner in wrapped_optimizers(optimizer)):
