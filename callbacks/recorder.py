@@ -88,6 +88,7 @@ class Recorder:
             known = values[np.isfinite(values)]
             if len(known):
                 scalars |= {f"{quantity}_{name}": float(np.quantile(known, q)) for name, q in _QUANTILES.items()}
+        tables = {q: (values, names) for q, (values, names) in tables.items() if np.isfinite(values).any()}
         for tag, value in scalars.items():
             self.history.add(tag, step, value)
         if not scalars and not tables:

@@ -13,6 +13,7 @@ from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients
 from dynamon.norms import Norm, dual_norms, update_norm
+from dynamon.windows import Window, loaded_window, saved_window
 
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
 _UNKNOWN = torch.tensor(torch.nan)
@@ -28,14 +29,17 @@ class GradientReadings:
         l2: Euclidean norm.
         dual: Dual norm of the gradient in the layer's update norm.
         nonfinite: Number of NaN or infinite entries.
-        difference_dual: Dual norm of the change since the gradient one step before; NaN where there was none.
+        difference_dual: Dual norm of the change since the gradient one step before; NaN where there was none over a
+            window like this one.
         difference_l2: Euclidean norm of that change, likewise.
         inner: Inner product with the previous gradient, likewise.
-        compared: Whether there was a gradient one step before.
+        compared: Whether there was such a gradient one step before.
         independent_dual: Dual norm of the difference of two independent gradients of this step, in the unit of two
             full batches; NaN where there were none (:meth:`GradientReader.store_part`,
             :meth:`GradientReader.watch_ranks`).
         independent_l2: Euclidean norm of it, likewise.
+        frozen: Whether the layer is not trained now (``requires_grad=False``); None where that was not looked at.
+        window: What the gradients were accumulated over, as far as the reader was told.
     """
 
     present: Array
@@ -49,6 +53,8 @@ class GradientReadings:
     compared: Array
     independent_dual: Array
     independent_l2: Array
+    frozen: Array | None = None
+    window: Window | None = None
 
     @property
     def finite(self) -> bool:
@@ -64,13 +70,24 @@ class PendingReadings:
     arrived, which one step later it has.
     """
 
-    def __init__(self, rows: Tensor, present: Array, compared: Array, parted: Array, has_dual: bool = True) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        present: Array,
+        compared: Array,
+        parted: Array,
+        has_dual: bool = True,
+        *,
+        frozen: Array | None = None,
+        window: Window | None = None,
+    ) -> None:
         """Queue the copy of ``rows``, a device tensor ``[9, P]`` for the P layers that are present.
 
-        Of several processes that hold parts, further rows ``[2, P]`` say where all of them have compared, and where
-        all have a part of the window.
+        Of several processes, further rows ``[2, P]`` say where all of them have compared, and where all have a part of
+        the window.
         """
         self.rows, self.present, self.compared, self.parted, self.has_dual = rows, present, compared, parted, has_dual
+        self.frozen, self.window = frozen, window
         self._event: torch.cuda.Event | None = None
         self._host = rows
         if rows.is_cuda:
@@ -94,9 +111,13 @@ class PendingReadings:
         table[4:7, ~compared] = np.nan
         table[7:, ~parted] = np.nan
         l1, l2, dual, nonfinite, change_dual, change_l2, inner, *independent = table
-        return GradientReadings(
-            self.present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, compared, *independent
-        )
+        own = l1, l2, dual, nonfinite, change_dual, change_l2, inner, compared
+        return GradientReadings(self.present, *own, *independent, frozen=self.frozen, window=self.window)
+
+    def with_rows(self, rows: Tensor) -> "PendingReadings":
+        """The same readings with all dual norms in their rows."""
+        known = {"frozen": self.frozen, "window": self.window}
+        return PendingReadings(rows, self.present, self.compared, self.parted, **known)
 
 
 class GradientReader:
@@ -120,6 +141,7 @@ class GradientReader:
         self._pending: PendingReadings | None = None
         self._previous: dict[int, Tensor] = {}
         self._stored_at = -1  # the step whose gradients are stored
+        self._stored_window: Window | None = None
         self._part: tuple[int, float, dict[int, Tensor]] | None = None  # step, share of its samples, their gradients
         self._local: LocalGradients | None = None
         self._mixed: tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
@@ -136,12 +158,17 @@ class GradientReader:
         self.step += 1
         return True
 
-    def store(self, scale: float = 1.0) -> None:
-        """Keep this step's gradients, for a difference at the next step, without measuring them."""
+    def store(self, scale: float = 1.0, window: Window | None = None) -> None:
+        """Keep this step's gradients, for a difference at the next step, without measuring them.
+
+        Args:
+            scale: As for :meth:`read`.
+            window: Likewise.
+        """
         if self._stored_at == self.step:
             return
         self._previous = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
-        self._stored_at = self.step
+        self._stored_at, self._stored_window = self.step, window
 
     def store_part(self, share: float, scale: float = 1.0) -> None:
         r"""Keep what has been accumulated so far of the gradients of the step to come.
@@ -170,9 +197,14 @@ class GradientReader:
         parts = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
         self._part = (self.step + 1, share, parts)
 
-    def drop_part(self) -> None:
-        """Forget the part of a window that turned out to be another share of it."""
-        self._part = None
+    def settle_part(self, share: float | None) -> None:
+        """Say which share of the window the part that was kept has turned out to be.
+
+        Args:
+            share: As for :meth:`store_part`; None where the window is not the sum of that part and a like one.
+        """
+        if self._part is not None:
+            self._part = None if share is None else (self._part[0], share, self._part[2])
 
     def watch_ranks(self, group: Any = None) -> None:
         """Compare the gradients of the processes of a DDP run at the step to come.
@@ -197,7 +229,13 @@ class GradientReader:
         if self._local is not None:
             self._local.close()
 
-    def read(self, scale: float = 1.0, dual: bool = True, local_scale: float | None = None) -> PendingReadings:
+    def read(
+        self,
+        scale: float = 1.0,
+        dual: bool = True,
+        local_scale: float | None = None,
+        window: Window | None = None,
+    ) -> PendingReadings:
         """Measure this step's gradients and their change, and keep them for the next step.
 
         Args:
@@ -206,10 +244,12 @@ class GradientReader:
                 nuclear norm, which is half of the cost there; who asks for it later in the same step gets it.
             local_scale: ``scale`` for what :meth:`watch_ranks` kept, which an AMP scaler never unscales; None for the
                 same.
+            window: What the gradients were accumulated over. They are compared with those of the step before only
+                where it is the same; who says nothing says that it always is.
         """
         if self._pending is None:
             try:
-                self._pending = self._measure(scale, dual, scale if local_scale is None else local_scale)
+                self._pending = self._measure(scale, dual, scale if local_scale is None else local_scale, window)
             except Exception:
                 self.give_up_ranks()
                 raise
@@ -227,9 +267,16 @@ class GradientReader:
             gradients.append(g)
         return gradients
 
-    def _measure(self, scale: float, dual: bool, local_scale: float) -> PendingReadings:
+    def _comparable(self, window: Window | None) -> dict[int, Tensor]:
+        """The gradients of one step before, if they were accumulated over a window like this one."""
+        return self._previous if self._stored_at == self.step - 1 and self._stored_window == window else {}
+
+    def _frozen(self) -> Array:
+        return np.array([not layer.parameter.requires_grad for layer in self.layers], bool)
+
+    def _measure(self, scale: float, dual: bool, local_scale: float, window: Window | None) -> PendingReadings:
         gradients = self._gradients(scale)
-        stored = self._previous if self._stored_at == self.step - 1 else {}
+        stored = self._comparable(window)
         present = np.array([g is not None for g in gradients], bool)
         compared = present & np.array([i in stored for i in range(len(gradients))], bool)
         indices = np.flatnonzero(present).tolist()
@@ -238,7 +285,8 @@ class GradientReader:
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
         stats = gradient_stats(current, previous)
-        self._previous, self._stored_at = dict(zip(indices, previous, strict=True)), self.step
+        self._previous = dict(zip(indices, previous, strict=True))
+        self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
         own_dual = self._duals(indices, stats.l1, l2, special)
@@ -250,7 +298,8 @@ class GradientReader:
         else:
             independent, parted = self._independent(indices, current, own[0])
         has_dual = dual or not special
-        return PendingReadings(torch.stack([*own, *independent]), present, compared, parted, has_dual)
+        rows, facts = torch.stack([*own, *independent]), {"frozen": self._frozen(), "window": window}
+        return PendingReadings(rows, present, compared, parted, has_dual, **facts)
 
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
@@ -259,7 +308,7 @@ class GradientReader:
         special = self._special_duals(indices, [g for g in gradients if g is not None])
         rows = pending.rows.clone()
         rows[2] = self._duals(indices, rows[0], rows[1], special)
-        return PendingReadings(rows, pending.present, pending.compared, pending.parted)
+        return pending.with_rows(rows)
 
     def _independent(self, indices: list[int], current: list[Tensor], like: Tensor) -> tuple[list[Tensor], Array]:
         """Dual and Euclidean norm of the difference of two parts of the window, and who has one."""
@@ -329,7 +378,8 @@ class GradientReader:
         """
         if self._stored_at != self.step:
             return {"previous": {}}
-        return {"previous": {self.layers[i].name: g.clone() for i, g in self._previous.items()}}
+        stored = {self.layers[i].name: g.clone() for i, g in self._previous.items()}
+        return {"previous": stored, "window": saved_window(self._stored_window)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a stored gradient; names and shapes that no longer exist are left out."""
@@ -340,6 +390,7 @@ class GradientReader:
             if name in index and g.shape == self.layers[index[name]].parameter.shape
         }
         self._stored_at = self.step if self._previous else -1
+        self._stored_window = loaded_window(state.get("window"))
 
 
 def changes(current: Sequence[Tensor], previous: Sequence[Tensor]) -> list[Tensor]:

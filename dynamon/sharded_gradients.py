@@ -17,6 +17,7 @@ from dynamon.norms import dual_norms
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
+from dynamon.windows import Window, saved_window
 
 _SUMS = 8  # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window
 _FLAGS, _DUALS = 2, 3  # where there is a change, where there are two parts; duals of gradient, change, and between them
@@ -137,12 +138,12 @@ class ShardedGradientReader(GradientReader):
             found.append(g)
         return found
 
-    def _measure(self, scale: float, dual: bool, local_scale: float) -> PendingReadings:
+    def _measure(self, scale: float, dual: bool, local_scale: float, window: Window | None) -> PendingReadings:
         seen: list[_Parts] = []
 
         def find() -> Found:
-            seen.append(self._parts_here(scale))
-            return self._found(seen[0], dual)
+            seen.append(self._parts_here(scale, window))
+            return self._found(seen[0], dual, window)
 
         if self._special:
             with self._ranks.measurement():
@@ -151,15 +152,16 @@ class ShardedGradientReader(GradientReader):
             found = self._totals.or_nan(find)
         here = seen[0]
         rows = self._rows(found, dual).index_select(1, self._places(here.present))
-        return PendingReadings(rows, here.present, here.compared, here.parted, dual or not self._special)
+        has_dual, facts = dual or not self._special, {"frozen": self._frozen(), "window": window}
+        return PendingReadings(rows, here.present, here.compared, here.parted, has_dual, **facts)
 
-    def _parts_here(self, scale: float) -> _Parts:
-        stored = self._previous if self._stored_at == self.step - 1 else {}
+    def _parts_here(self, scale: float, window: Window | None) -> _Parts:
+        stored = self._comparable(window)
         step, share, halves = self._part or (-1, 0.5, {})
         self._part = None
         return _Parts(self.layers, self._gradients(scale), stored, halves if step == self.step else {}, share)
 
-    def _found(self, here: _Parts, dual: bool) -> Found:
+    def _found(self, here: _Parts, dual: bool, window: Window | None) -> Found:
         """What is in the parts here; they take the place of those of one step before."""
         found = self._totals.empty()
         if self._special:
@@ -171,7 +173,8 @@ class ShardedGradientReader(GradientReader):
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
         stats = gradient_stats(current, previous)
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
-        self._previous, self._stored_at = dict(zip(indices, kept, strict=True)), self.step
+        self._previous = dict(zip(indices, kept, strict=True))
+        self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         own = [stats.l1, stats.sum_squares, stats.nonfinite]
         change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
@@ -236,7 +239,7 @@ class ShardedGradientReader(GradientReader):
         indices = np.flatnonzero(pending.present).tolist()
         rows = pending.rows.clone()
         rows[2] = self._duals(indices, rows[0], rows[1], [table[0, places[i]] for i in indices if i in places])
-        return PendingReadings(rows, pending.present, pending.compared, pending.parted)
+        return pending.with_rows(rows)
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
         """The stored gradient by parameter name, if it is this step's: whole, in main memory.
@@ -249,7 +252,8 @@ class ShardedGradientReader(GradientReader):
         if self._stored_at != self.step:
             return {"previous": {}}
         parts = {self.layers[i].name: g for i, g in self._previous.items()}
-        return {"previous": saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)}
+        whole = saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)
+        return {"previous": whole, "window": saved_window(self._stored_window)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this process's part of a stored gradient; names and shapes that no longer exist are left out."""

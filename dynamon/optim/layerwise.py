@@ -18,6 +18,7 @@ from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
+from dynamon.windows import Window
 
 _REFUSED = {
     "prodigy": "it estimates one step size for all groups and raises when their rates differ",
@@ -183,7 +184,13 @@ class LayerwiseRates:
         rate = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         return {layer.name: rate[id(layer.parameter)] for layer in self.layers}
 
-    def observe(self, scale: float = 1.0, key: Hashable = None, local_scale: float | None = None) -> None:
+    def observe(
+        self,
+        scale: float = 1.0,
+        key: Hashable = None,
+        local_scale: float | None = None,
+        window: Window | None = None,
+    ) -> None:
         """Read the gradients now, for the step that follows.
 
         Args:
@@ -191,6 +198,8 @@ class LayerwiseRates:
             key: Names the step, so that several who observe the same one read it once. Without a key every
                 call is a new step.
             local_scale: The same factor for the gradients that :meth:`watch_ranks` kept; None for ``scale``.
+            window: What the gradients were accumulated over: a rule sees the change between two steps only where it
+                is the same. To be given in a loop with windows of different lengths.
         """
         self._observed = True
         self._follow_optimizer()
@@ -202,11 +211,11 @@ class LayerwiseRates:
         self.settle()
         self._phase = (self._phase + 1) % self.read_every
         if self._phase == 0:
-            self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale)
+            self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale, window=window)
             if self.lag == 0:
                 self.settle()
         elif self._phase == self.read_every - 1:
-            self.reader.store(scale)
+            self.reader.store(scale, window)
 
     def observe_part(self, share: float, scale: float = 1.0) -> None:
         """Between the backward passes of an accumulation window, keep what has been accumulated so far.

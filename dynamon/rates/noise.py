@@ -161,7 +161,7 @@ class NoiseAdaptiveRates(Rule):
         assert self.noise is not None
         if self.bias_correction:
             return self.noise.squared
-        return np.array([mean for mean, _ in self.noise.state_dict().values()])
+        return self.noise.mean
 
     def _reference(self, floor: float, noise: Array) -> float:
         """What a layer's noise is compared with."""
