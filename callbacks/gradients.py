@@ -239,7 +239,10 @@ class GradientMeter(PairMeter):
             "noise": {name: value for part in parts for name, value in part["noise"].items()},
             "independent": {name: value for part in parts for name, value in part["independent"].items()},
             "signals": {s: {n: v for part in parts for n, v in part["signals"][s].items()} for s in SOURCES},
-            "gradients": {"previous": {n: g for part in parts for n, g in part["gradients"]["previous"].items()}},
+            "gradients": {
+                kept: {n: value for part in parts for n, value in part["gradients"].get(kept, {}).items()}
+                for kept in ("previous", "windows")
+            },
             "weights": {n: w for part in parts for n, w in part["weights"].items() if self.saves_copies},
         }
 

@@ -379,7 +379,12 @@ class GradientReader:
         if self._stored_at != self.step:
             return {"previous": {}}
         stored = {self.layers[i].name: g.clone() for i, g in self._previous.items()}
-        return {"previous": stored, "window": saved_window(self._stored_window)}
+        return {"previous": stored, "windows": self._saved_windows()}
+
+    def _saved_windows(self) -> dict[str, Any]:
+        """The window of each stored gradient: of one optimizer it is one, but states of several are put together."""
+        window = saved_window(self._stored_window)
+        return {} if window is None else {self.layers[i].name: window for i in self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a stored gradient; names and shapes that no longer exist are left out."""
@@ -390,7 +395,8 @@ class GradientReader:
             if name in index and g.shape == self.layers[index[name]].parameter.shape
         }
         self._stored_at = self.step if self._previous else -1
-        self._stored_window = loaded_window(state.get("window"))
+        windows = state.get("windows", {})
+        self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 
 
 def changes(current: Sequence[Tensor], previous: Sequence[Tensor]) -> list[Tensor]:

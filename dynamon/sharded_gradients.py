@@ -17,7 +17,7 @@ from dynamon.norms import dual_norms
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
-from dynamon.windows import Window, saved_window
+from dynamon.windows import Window
 
 _SUMS = 8  # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window
 _FLAGS, _DUALS = 2, 3  # where there is a change, where there are two parts; duals of gradient, change, and between them
@@ -253,7 +253,7 @@ class ShardedGradientReader(GradientReader):
             return {"previous": {}}
         parts = {self.layers[i].name: g for i, g in self._previous.items()}
         whole = saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)
-        return {"previous": whole, "window": saved_window(self._stored_window)}
+        return {"previous": whole, "windows": self._saved_windows()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this process's part of a stored gradient; names and shapes that no longer exist are left out."""
