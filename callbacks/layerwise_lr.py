@@ -307,6 +307,7 @@ class LayerwiseLR(DynamonCallback):
                 scale_weight_decay=self.scale_weight_decay,
                 read_every=self.read_every,
             )
+            rates.in_half_precision = "16" in str(trainer.precision)
             if index < len(state):
                 rates.load_state_dict(state[index])
             self._steered[optimizer] = rates

@@ -1,6 +1,6 @@
 """Reading the gradients of a model's layers: one pass, one copy to the host, shared by all who ask."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,13 @@ from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients
 from dynamon.norms import Norm, dual_norms, update_norm
+from dynamon.trends import Trends
 from dynamon.windows import Window, loaded_window, saved_window
 
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
 _UNKNOWN = torch.tensor(torch.nan)
+_ROWS = 11  # of what is read
+_ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in half; measured: 1e-5 and 3e-3
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class GradientReadings:
             full batches; NaN where there were none (:meth:`GradientReader.store_part`,
             :meth:`GradientReader.watch_ranks`).
         independent_l2: Euclidean norm of it, likewise.
+        trend: Cosines ``[2, L]`` of that change with the changes at the two readings before, 0 where it is not known:
+            see :class:`dynamon.trends.Trends`.
+        rounding: Share of a gradient's length up to which a change of it is rounding.
         frozen: Whether the layer is not trained now (``requires_grad=False``); None where that was not looked at.
         window: What the gradients were accumulated over, as far as the reader was told.
     """
@@ -53,6 +59,8 @@ class GradientReadings:
     compared: Array
     independent_dual: Array
     independent_l2: Array
+    trend: Array
+    rounding: Array
     frozen: Array | None = None
     window: Window | None = None
 
@@ -76,18 +84,19 @@ class PendingReadings:
         present: Array,
         compared: Array,
         parted: Array,
+        rounding: Array,
         has_dual: bool = True,
         *,
         frozen: Array | None = None,
         window: Window | None = None,
     ) -> None:
-        """Queue the copy of ``rows``, a device tensor ``[9, P]`` for the P layers that are present.
+        """Queue the copy of ``rows``, a device tensor ``[11, P]`` for the P layers that are present.
 
         Of several processes, further rows ``[2, P]`` say where all of them have compared, and where all have a part of
         the window.
         """
         self.rows, self.present, self.compared, self.parted, self.has_dual = rows, present, compared, parted, has_dual
-        self.frozen, self.window = frozen, window
+        self.rounding, self.frozen, self.window = rounding, frozen, window
         self._event: torch.cuda.Event | None = None
         self._host = rows
         if rows.is_cuda:
@@ -100,24 +109,25 @@ class PendingReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        table = np.zeros((9, len(self.present)))
+        table = np.zeros((_ROWS, len(self.present)))
         rows = self._host.double().numpy()
-        table[:, self.present] = rows[:9]
+        table[:, self.present] = rows[:_ROWS]
         compared, parted = self.compared, self.parted
-        if len(rows) > 9:
+        if len(rows) > _ROWS:
             agreed = np.zeros((2, len(self.present)), bool)
-            agreed[:, self.present] = rows[9:] > 0
+            agreed[:, self.present] = rows[_ROWS:] > 0
             compared, parted = compared & agreed[0], parted & agreed[1]
         table[4:7, ~compared] = np.nan
-        table[7:, ~parted] = np.nan
-        l1, l2, dual, nonfinite, change_dual, change_l2, inner, *independent = table
-        own = l1, l2, dual, nonfinite, change_dual, change_l2, inner, compared
-        return GradientReadings(self.present, *own, *independent, frozen=self.frozen, window=self.window)
+        table[7:9, ~parted] = np.nan
+        l1, l2, dual, nonfinite, change_dual, change_l2, inner, *independent = table[:9]
+        own = l1, l2, dual, nonfinite, change_dual, change_l2, inner, compared, *independent
+        trend, facts = np.where(compared, table[9:], 0.0), {"frozen": self.frozen, "window": self.window}
+        return GradientReadings(self.present, *own, trend, self.rounding, **facts)
 
     def with_rows(self, rows: Tensor) -> "PendingReadings":
         """The same readings with all dual norms in their rows."""
         known = {"frozen": self.frozen, "window": self.window}
-        return PendingReadings(rows, self.present, self.compared, self.parted, **known)
+        return PendingReadings(rows, self.present, self.compared, self.parted, self.rounding, **known)
 
 
 class GradientReader:
@@ -130,6 +140,10 @@ class GradientReader:
 
     The gradient of one step before is stored (one copy, in the gradient's dtype) while differences are
     asked for.
+
+    Attributes:
+        trends: Tells changes that go on from noise, for who asks; None for nobody.
+        in_half_precision: Whether gradients come out of autocast to sixteen bits, which their dtype does not say.
     """
 
     def __init__(self, layers: Sequence[Layer], family: str) -> None:
@@ -143,6 +157,8 @@ class GradientReader:
         self._stored_at = -1  # the step whose gradients are stored
         self._stored_window: Window | None = None
         self._part: tuple[int, float, dict[int, Tensor]] | None = None  # step, share of its samples, their gradients
+        self.trends: Trends | None = None
+        self.in_half_precision = False
         self._local: LocalGradients | None = None
         self._mixed: tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
 
@@ -282,6 +298,7 @@ class GradientReader:
         indices = np.flatnonzero(present).tolist()
         current = [g for g in gradients if g is not None]
         previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
+        trend = self._trend([i for i in indices if i in stored], gradients, stored, present)
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
         stats = gradient_stats(current, previous)
@@ -298,8 +315,28 @@ class GradientReader:
         else:
             independent, parted = self._independent(indices, current, own[0])
         has_dual = dual or not special
-        rows, facts = torch.stack([*own, *independent]), {"frozen": self._frozen(), "window": window}
-        return PendingReadings(rows, present, compared, parted, has_dual, **facts)
+        rows = torch.stack([*own, *independent, *trend.to(own[0])])
+        facts = {"frozen": self._frozen(), "window": window}
+        return PendingReadings(rows, present, compared, parted, self._rounding(), has_dual, **facts)
+
+    def _trend(
+        self, compared: list[int], gradients: Sequence[Tensor | None], stored: Mapping[int, Tensor], present: Array
+    ) -> Tensor:
+        """How far changes go on, ``[2, P]`` for the layers that are present, 0 where it is not known."""
+        indices = np.flatnonzero(present).tolist()
+        nothing = torch.zeros(2, len(indices), device=self.layers[0].parameter.device)
+        if self.trends is None or not compared:
+            return nothing
+        current = [g for g in (gradients[i] for i in compared) if g is not None]
+        found = self.trends.cosines(self.trends.products(compared, current, [stored[i] for i in compared]))
+        if len(compared) == len(indices):
+            return found
+        nothing[:, [indices.index(i) for i in compared]] = found
+        return nothing
+
+    def _rounding(self) -> Array:
+        halves = [la.parameter.dtype.itemsize < 4 or self.in_half_precision for la in self.layers]
+        return np.where(halves, _ROUNDING[1], _ROUNDING[0])
 
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
@@ -379,7 +416,10 @@ class GradientReader:
         if self._stored_at != self.step:
             return {"previous": {}}
         stored = {self.layers[i].name: g.clone() for i, g in self._previous.items()}
-        return {"previous": stored, "windows": self._saved_windows()}
+        return {"previous": stored, "windows": self._saved_windows(), **self._saved_trends()}
+
+    def _saved_trends(self) -> dict[str, Any]:
+        return {} if self.trends is None else {"trends": self.trends.state_dict([la.name for la in self.layers])}
 
     def _saved_windows(self) -> dict[str, Any]:
         """The window of each stored gradient: of one optimizer it is one, but states of several are put together."""
@@ -395,6 +435,9 @@ class GradientReader:
             if name in index and g.shape == self.layers[index[name]].parameter.shape
         }
         self._stored_at = self.step if self._previous else -1
+        if self.trends is not None:
+            names = [layer.name for layer in self.layers]
+            self.trends.load_state_dict(state.get("trends", {}), names, self.layers[0].parameter.device)
         windows = state.get("windows", {})
         self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 

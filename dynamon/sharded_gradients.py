@@ -19,7 +19,9 @@ from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
 from dynamon.windows import Window
 
-_SUMS = 8  # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window
+# l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window; products of the
+# change with itself and those before
+_SUMS = 11
 _FLAGS, _DUALS = 2, 3  # where there is a change, where there are two parts; duals of gradient, change, and between them
 
 _MOST_CONSTANTS = 16  # sets of layers that have gradients, in turns
@@ -153,7 +155,8 @@ class ShardedGradientReader(GradientReader):
         here = seen[0]
         rows = self._rows(found, dual).index_select(1, self._places(here.present))
         has_dual, facts = dual or not self._special, {"frozen": self._frozen(), "window": window}
-        return PendingReadings(rows, here.present, here.compared, here.parted, has_dual, **facts)
+        rounding = self._rounding()
+        return PendingReadings(rows, here.present, here.compared, here.parted, rounding, has_dual, **facts)
 
     def _parts_here(self, scale: float, window: Window | None) -> _Parts:
         stored = self._comparable(window)
@@ -171,6 +174,9 @@ class ShardedGradientReader(GradientReader):
         found.dealt[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
         indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
+        if self.trends is not None:  # of all layers: the processes must agree on which ones
+            own, before = [[_filled(t(i)) for i in self._everything] for t in (here.own, here.before)]
+            found.sums[8:] = self.trends.products(self._everything, own, before).to(found.sums)
         stats = gradient_stats(current, previous)
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
         self._previous = dict(zip(indices, kept, strict=True))
@@ -181,7 +187,7 @@ class ShardedGradientReader(GradientReader):
         found.sums[:6].index_copy_(1, places, torch.stack([*own, *change]).to(found.sums))
         if here.halves:
             stats = gradient_stats([_filled(here.between(i)) for i in indices])
-            found.sums[6:].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
+            found.sums[6:8].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
         return found
 
     def _places(self, chosen: Array) -> Tensor:
@@ -216,7 +222,7 @@ class ShardedGradientReader(GradientReader):
 
     def _rows(self, found: Found, dual: bool) -> Tensor:
         """What :class:`PendingReadings` takes, of all layers."""
-        l1, squares, nonfinite, change_l1, change_squares, inner, between_l1, between_squares = found.sums
+        l1, squares, nonfinite, change_l1, change_squares, inner, between_l1, between_squares = found.sums[:8]
         l2, change_l2, between_l2 = squares.sqrt(), change_squares.sqrt(), between_squares.sqrt()
         duals = [[row[i] for i in self._special] for row in found.dealt[_FLAGS:]] or [[]] * _DUALS
         if not dual:
@@ -228,7 +234,8 @@ class ShardedGradientReader(GradientReader):
             )
         )
         agreed = [(flags == self._ranks.size).to(l1) for flags in found.dealt[:_FLAGS]]
-        return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, *agreed])
+        trend = found.sums[8:10] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:])
+        return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, *trend, *agreed])
 
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""

@@ -349,8 +349,7 @@ class _OwnRates(LayerwiseRates):
     def _attach(self) -> None:
         self.layers = self.optimizer.layers
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
-        self.rule.start(self.layers, self.reader.norms)
-        self._count = self._parameters()
+        self._start_rule()
 
 
 class _Listed(nn.Module):

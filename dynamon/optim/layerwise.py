@@ -18,6 +18,7 @@ from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
+from dynamon.trends import Trends
 from dynamon.windows import Window
 
 _REFUSED = {
@@ -85,6 +86,7 @@ class LayerwiseRates:
         layers: The steered layers.
         reader: Reads their gradients.
         rule: The rule.
+        in_half_precision: To be set where training runs under autocast to sixteen bits, whose rounding is no noise.
 
     Raises:
         ValueError: If the optimizer cannot take layerwise rates (the reason is in the message), is steered already or
@@ -120,6 +122,7 @@ class LayerwiseRates:
             _check_decay(optimizer)
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
+        self.in_half_precision = False
         self._phase = 0  # steps observed, modulo read_every
         rule.check(describe_layers(model))
         self._attach()
@@ -146,7 +149,12 @@ class LayerwiseRates:
         if not self.layers:
             raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
+        self._start_rule()
+
+    def _start_rule(self) -> None:
         self.rule.start(self.layers, self.reader.norms)
+        if self.rule.noise is not None and self.rule.noise.source == "successive":
+            self.reader.trends = Trends()
         self._count = self._parameters()
 
     def _parameters(self) -> int:
@@ -203,6 +211,7 @@ class LayerwiseRates:
         """
         self._observed = True
         self._follow_optimizer()
+        self.reader.in_half_precision = self.in_half_precision
         if not self.reader.begin(object() if key is None else key):
             return
         self.rule.begin_step()

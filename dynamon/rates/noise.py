@@ -144,12 +144,13 @@ class NoiseAdaptiveRates(Rule):
             self._ramp.aim(self._target)
 
     def _set_target(self) -> None:
-        noise = self._squared() / self._shape_factor**2
+        assert self.noise is not None
+        noise, is_noise = self._squared() / self._shape_factor**2, self.noise.is_noise
         self._target = np.ones(len(self.layers))
         for group in self._groups:
             # A layer without a gradient, or with nothing but rounding in it (a bias before BatchNorm), has no noise
             # to be compared by: it keeps the base rate and is no yardstick for the others.
-            known = group[np.nan_to_num(noise[group]) > 0]
+            known = group[(np.nan_to_num(noise[group]) > 0) & is_noise[group]]
             known = known[noise[known] > _SILENT * np.median(noise[known])] if len(known) else known
             if len(known):
                 floor = self.alpha**2 * float(np.median(noise[known]))
