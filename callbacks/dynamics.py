@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from dynamon.callbacks.gradients import GradientMeter, GradientMonitor
 from dynamon.callbacks.meter import Cadence, Meter
@@ -82,7 +83,7 @@ class DynamicsMonitor(Monitor):
         loss_fn: As in :class:`SharpnessMonitor`.
         probe_batches: How many of the first batches enter the probe.
         layers: Globs for the layers shown one by one, ``!`` excludes.
-        loggers: Loggers to write to by part of the class name; None for all.
+        loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
 
     Attributes:
@@ -103,7 +104,7 @@ class DynamicsMonitor(Monitor):
         loss_fn: LossFn | None = None,
         probe_batches: int = 1,
         layers: Sequence[str] | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         strict: bool = False,
     ) -> None:
         """Check the arguments."""
