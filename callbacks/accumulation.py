@@ -38,6 +38,12 @@ class _Passes:
     def count(self) -> int:
         return len(self.samples)
 
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """Samples of each pass, sorted; None where those of one are not known."""
+        known = [samples for samples in self.samples if samples is not None]
+        return tuple(sorted(known)) if len(known) == self.count else None
+
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer still holds these parameters."""
         return len(self._parameters) == sum(len(group["params"]) for group in optimizer.param_groups)
@@ -131,17 +137,12 @@ class Windows:
         """What the gradients have been accumulated over that the optimizer is about to use."""
         passes = self._of(optimizer)
         passes.is_over = True
-        automatic = module.automatic_optimization
-        samples = [count for count in passes.samples if count is not None]
-        changed = tuple(passes.changed)
-        if compares_ranks(trainer, module) and passes.count != _position(trainer)[0]:
-            changed = (-1, trainer.global_step)  # only this process knows that a pass was skipped: like no other window
-        return Window(
-            passes.count,
-            trainer.accumulate_grad_batches if automatic else 1,
-            tuple(sorted(samples)) if len(samples) == passes.count else None,
-            changed,
-        )
+        if not module.automatic_optimization:
+            # By hand nothing is agreed on with other processes, whose batches may be of other sizes.
+            return Window(passes.count, 1, None if averages_gradients(trainer) else passes.sizes, tuple(passes.changed))
+        skipped = averages_gradients(trainer) and passes.count != _position(trainer)[0]
+        divisor = trainer.accumulate_grad_batches
+        return Window(passes.count, divisor, passes.sizes, tuple(passes.changed), is_partial=skipped)
 
     def share(self, trainer: pl.Trainer, optimizer: Optimizer, window: Window) -> float | None:
         """The weight in the window of the part that was kept; None where the rest is not alike."""

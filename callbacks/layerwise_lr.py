@@ -20,7 +20,7 @@ from dynamon.callbacks.accumulation import (
 )
 from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
 from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.decisions import is_sharded_run
+from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.history import History
 from dynamon.layers import select
@@ -310,6 +310,7 @@ class LayerwiseLR(DynamonCallback):
                 read_every=self.read_every,
             )
             rates.in_half_precision = "16" in str(trainer.precision)
+            rates.agrees_with_others = averages_gradients(trainer)
             if index < len(state):
                 rates.load_state_dict(state[index])
             self._steered[optimizer] = rates

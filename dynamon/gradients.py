@@ -11,7 +11,7 @@ from torch import Tensor
 from dynamon.arrays import Array
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
-from dynamon.local_gradients import LocalGradients
+from dynamon.local_gradients import LocalGradients, agreed
 from dynamon.norms import Norm, dual_norms, update_norm
 from dynamon.trends import Trends
 from dynamon.windows import Window, loaded_window, saved_window
@@ -144,6 +144,8 @@ class GradientReader:
     Attributes:
         trends: Tells changes that go on from noise, for who asks; None for nobody.
         in_half_precision: Whether gradients come out of autocast to sixteen bits, which their dtype does not say.
+        agrees_with_others: Whether the processes of a DDP run, which all read, find out together if the windows of all
+            of them are alike: by an all-reduce of two numbers, without a host read.
     """
 
     def __init__(self, layers: Sequence[Layer], family: str) -> None:
@@ -158,7 +160,7 @@ class GradientReader:
         self._stored_window: Window | None = None
         self._part: tuple[int, float, dict[int, Tensor]] | None = None  # step, share of its samples, their gradients
         self.trends: Trends | None = None
-        self.in_half_precision = False
+        self.in_half_precision = self.agrees_with_others = False
         self._local: LocalGradients | None = None
         self._mixed: tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
 
@@ -298,7 +300,10 @@ class GradientReader:
         indices = np.flatnonzero(present).tolist()
         current = [g for g in gradients if g is not None]
         previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
-        trend = self._trend([i for i in indices if i in stored], gradients, stored, present)
+        partial = window is not None and window.is_partial
+        doubts = partial or self._stored_at == self.step - 1 and self._stored_window != window, partial
+        followed = self._followed(compared, present)
+        products = self._products(followed, gradients, stored)
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
         stats = gradient_stats(current, previous)
@@ -309,30 +314,45 @@ class GradientReader:
         own_dual = self._duals(indices, stats.l1, l2, special)
         change_dual = self._duals(indices, stats.difference_l1, change_l2, special_change)
         own = [stats.l1, l2, own_dual, stats.nonfinite, change_dual, change_l2, stats.inner]
+        known: list[Tensor] = []  # what all processes have agreed on
         if self._local is not None and self._local.is_open:
-            rows = self._local.compare(gradients, self._both_norms, local_scale)
-            independent, parted = list(rows[:, indices].to(own[0])), present
+            rows, well = self._local.compare(gradients, self._both_norms, local_scale, doubts)
+            independent, parted, known = list(rows[:, indices].to(own[0])), present, [well]
         else:
             independent, parted = self._independent(indices, current, own[0])
+            known = [agreed(doubts, own[0].device)] if self.agrees_with_others and window is not None else []
         has_dual = dual or not special
-        rows = torch.stack([*own, *independent, *trend.to(own[0])])
+        shared = [row.to(own[0]).expand_as(own[0]) for well in known for row in well]
+        trend = self._trend(followed, products, indices, shared[0][0] if shared else None)
+        rows = torch.stack([*own, *independent, *trend.to(own[0]), *shared])
         facts = {"frozen": self._frozen(), "window": window}
         return PendingReadings(rows, present, compared, parted, self._rounding(), has_dual, **facts)
 
-    def _trend(
-        self, compared: list[int], gradients: Sequence[Tensor | None], stored: Mapping[int, Tensor], present: Array
-    ) -> Tensor:
-        """How far changes go on, ``[2, P]`` for the layers that are present, 0 where it is not known."""
-        indices = np.flatnonzero(present).tolist()
-        nothing = torch.zeros(2, len(indices), device=self.layers[0].parameter.device)
-        if self.trends is None or not compared:
-            return nothing
-        current = [g for g in (gradients[i] for i in compared) if g is not None]
-        found = self.trends.cosines(self.trends.products(compared, current, [stored[i] for i in compared]))
-        if len(compared) == len(indices):
+    def _followed(self, compared: Array, present: Array) -> list[int]:
+        """Layers whose trend is followed at this reading; with others who must agree all that are present are."""
+        if self.trends is None or self._stored_at != self.step - 1 or not self._previous:
+            return []
+        return np.flatnonzero(present if self.agrees_with_others else compared).tolist()
+
+    def _products(
+        self, followed: list[int], gradients: Sequence[Tensor | None], stored: Mapping[int, Tensor]
+    ) -> Tensor | None:
+        if self.trends is None or not followed:
+            return None
+        current = [g for g in (gradients[i] for i in followed) if g is not None]
+        previous = [stored.get(i, g) for i, g in zip(followed, current, strict=True)]
+        return self.trends.products(followed, current, previous)
+
+    def _trend(self, followed: list[int], products: Tensor | None, indices: list[int], alike: Tensor | None) -> Tensor:
+        """How far changes go on, ``[2, P]`` for the P layers that are present, 0 where it is not known."""
+        if self.trends is None or products is None:
+            return torch.zeros(2, len(indices), device=self.layers[0].parameter.device)
+        found = self.trends.cosines(products, alike)
+        if len(followed) == len(indices):
             return found
-        nothing[:, [indices.index(i) for i in compared]] = found
-        return nothing
+        row = found.new_zeros(2, len(indices))
+        row[:, [indices.index(i) for i in followed]] = found
+        return row
 
     def _rounding(self) -> Array:
         halves = [la.parameter.dtype.itemsize < 4 or self.in_half_precision for la in self.layers]

@@ -42,9 +42,16 @@ class Trends:
         self._before = [(key, change, rows[0]), *self._before[:2]]
         return torch.stack(rows)
 
-    def cosines(self, products: Tensor) -> Tensor:
-        """What :meth:`products` gave, of whole gradients by now, as :math:`c_1, c_2` ``[2, P]``; 0 where unknown."""
+    def cosines(self, products: Tensor, alike: Tensor | None = None) -> Tensor:
+        """What :meth:`products` gave, of whole gradients by now, as :math:`c_1, c_2` ``[2, P]``; 0 where unknown.
+
+        Args:
+            products: The sums, in any process the same.
+            alike: 1, or 0 where it has turned out that this was no change between alike gradients; None for 1.
+        """
         key, change, _ = self._before[0]
+        if alike is not None:
+            change, products = change * alike, products * alike
         squares = [before for _, _, before in self._before[1:]] + [torch.zeros_like(products[0])] * 2
         self._before = [(key, change, products[0]), *self._before[1:2]]
         return products[1:] / (products[:1] * torch.stack(squares[:2])).sqrt().clamp_min(1e-37)

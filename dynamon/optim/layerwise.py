@@ -87,6 +87,8 @@ class LayerwiseRates:
         reader: Reads their gradients.
         rule: The rule.
         in_half_precision: To be set where training runs under autocast to sixteen bits, whose rounding is no noise.
+        agrees_with_others: To be set under DDP where windows are given to :meth:`observe`, on every process: batches
+            may be of other sizes there, and all must take the same ratios.
 
     Raises:
         ValueError: If the optimizer cannot take layerwise rates (the reason is in the message), is steered already or
@@ -122,7 +124,7 @@ class LayerwiseRates:
             _check_decay(optimizer)
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
-        self.in_half_precision = False
+        self.in_half_precision = self.agrees_with_others = False
         self._phase = 0  # steps observed, modulo read_every
         rule.check(describe_layers(model))
         self._attach()
@@ -211,7 +213,7 @@ class LayerwiseRates:
         """
         self._observed = True
         self._follow_optimizer()
-        self.reader.in_half_precision = self.in_half_precision
+        self.reader.in_half_precision, self.reader.agrees_with_others = self.in_half_precision, self.agrees_with_others
         if not self.reader.begin(object() if key is None else key):
             return
         self.rule.begin_step()
