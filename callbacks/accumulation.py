@@ -1,10 +1,12 @@
 """What the gradients of a Trainer's optimizers are accumulated over, and where independent ones come from."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -56,10 +58,13 @@ class _Passes:
     def before(self, is_watched: bool) -> None:
         """A backward pass begins."""
         self._before = _marks(self._parameters) if is_watched else []
-        if self.is_over or is_watched and all(mark is None for mark in self._before):
+        if self.is_over or not self.count or is_watched and all(mark is None for mark in self._before):
             self._begin()
         elif self._before != self._marks:
-            self.changed.append(self.count)
+            if _are_zero(self._parameters):
+                self._begin()
+            else:
+                self.changed.append(self.count)
 
     def after(self, is_watched: bool, samples: int | None) -> None:
         """It is over; where it gave this optimizer nothing, it was none of its passes."""
@@ -149,7 +154,7 @@ class Windows:
         passes = self._of(optimizer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         unscaled = scaler is not None and gradient_scale(trainer, optimizer) == 1.0
-        if passes.half is None or not passes.is_untouched(writes=int(unscaled)):
+        if passes.half is None or not passes.is_untouched(writes=_writes_of_unscaling() if unscaled else 0):
             return None
         return window.share(passes.half)
 
@@ -183,6 +188,19 @@ def _marks(parameters: Sequence[Tensor]) -> _Marks:
     # Every write to a tensor raises its version, also one under no_grad.
     gradients = [p.grad for p in parameters]
     return [None if g is None else (id(g), local(g)._version) for g in gradients]
+
+
+@cache
+def _writes_of_unscaling() -> int:
+    """By how much unscaling raises a gradient's version, which is up to torch."""
+    gradient = torch.zeros(1)
+    torch._amp_foreach_non_finite_check_and_unscale_([gradient], torch.zeros(1), torch.ones(1))
+    return gradient._version
+
+
+def _are_zero(parameters: Sequence[Tensor]) -> bool:
+    """Whether somebody has zeroed all gradients in place. Cost: a host read, where gradients were changed only."""
+    return not any(bool(local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
 
 
 def _is_sum(before: tuple[int, int] | None, after: tuple[int, int] | None) -> bool:
