@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dynamon.callbacks.base import callbacks_of, gradient_scale
 from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.probe import counted
-from dynamon.shards import local
+from dynamon.shards import any_sharded, local
 from dynamon.windows import Window
 
 _Marks = list[tuple[int, int] | None]  # of each gradient: which tensor it is, and how often it was written to
@@ -26,6 +26,7 @@ class _Passes:
     def __init__(self, optimizer: Optimizer) -> None:
         """None yet."""
         self._parameters = _parameters(optimizer)
+        self._writes = 2 if any_sharded(self._parameters) else 1  # of one pass at most; FSDP2 adds in two
         self._marks: _Marks = []  # after the last pass
         self._before: _Marks = []
         self._begin()
@@ -72,7 +73,7 @@ class _Passes:
         if is_watched and self._marks == self._before:
             return
         self.samples.append(samples)
-        if not all(_is_sum(*pair) for pair in zip(self._before, self._marks, strict=True)):
+        if not all(_is_sum(*pair, self._writes) for pair in zip(self._before, self._marks, strict=True)):
             self.changed.append(self.count)
 
     def is_untouched(self, writes: int) -> bool:
@@ -203,9 +204,9 @@ def _are_zero(parameters: Sequence[Tensor]) -> bool:
     return not any(bool(local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
 
 
-def _is_sum(before: tuple[int, int] | None, after: tuple[int, int] | None) -> bool:
+def _is_sum(before: tuple[int, int] | None, after: tuple[int, int] | None, writes: int) -> bool:
     """Whether a backward pass has added to a gradient once, or not at all."""
-    return before is None or (after is not None and after[0] == before[0] and after[1] - before[1] in (0, 1))
+    return before is None or (after is not None and after[0] == before[0] and after[1] - before[1] <= writes)
 
 
 def _position(trainer: pl.Trainer) -> tuple[int, int]:

@@ -103,7 +103,7 @@ class ShardedGradientReader(GradientReader):
 
     The gradients of one process before they are summed cannot be had: :meth:`watch_ranks` raises.
 
-    Cost: an all-reduce of ``11 L + 1`` numbers for L layers. For nuclear norms, ``14 L`` and a gather of each gradient,
+    Cost: an all-reduce of ``14 L + 1`` numbers for L layers. For nuclear norms, ``17 L`` and a gather of each gradient,
     of its change and of the difference of parts of windows.
     """
 
