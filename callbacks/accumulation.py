@@ -146,9 +146,7 @@ class Windows:
         if not module.automatic_optimization:
             # By hand nothing is agreed on with other processes, whose batches may be of other sizes.
             return Window(passes.count, 1, None if averages_gradients(trainer) else passes.sizes, tuple(passes.changed))
-        skipped = averages_gradients(trainer) and passes.count != _position(trainer)[0]
-        divisor = trainer.accumulate_grad_batches
-        return Window(passes.count, divisor, passes.sizes, tuple(passes.changed), is_partial=skipped)
+        return Window(passes.count, trainer.accumulate_grad_batches, passes.sizes, tuple(passes.changed))
 
     def share(self, trainer: pl.Trainer, optimizer: Optimizer, window: Window) -> float | None:
         """The weight in the window of the part that was kept; None where the rest is not alike."""

@@ -145,7 +145,7 @@ class GradientReader:
         trends: Tells changes that go on from noise, for who asks; None for nobody.
         in_half_precision: Whether gradients come out of autocast to sixteen bits, which their dtype does not say.
         agrees_with_others: Whether the processes of a DDP run, which all read, find out together if the windows of all
-            of them are alike: by an all-reduce of two numbers, without a host read.
+            of them are alike: by an all-reduce of one number, without a host read.
     """
 
     def __init__(self, layers: Sequence[Layer], family: str) -> None:
@@ -300,8 +300,7 @@ class GradientReader:
         indices = np.flatnonzero(present).tolist()
         current = [g for g in gradients if g is not None]
         previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
-        partial = window is not None and window.is_partial
-        doubts = partial or self._stored_at == self.step - 1 and self._stored_window != window, partial
+        doubt = self._stored_at == self.step - 1 and self._stored_window != window
         followed = self._followed(compared, present)
         products = self._products(followed, gradients, stored)
         special_change = self._special_duals(indices, changes(current, previous))
@@ -314,16 +313,16 @@ class GradientReader:
         own_dual = self._duals(indices, stats.l1, l2, special)
         change_dual = self._duals(indices, stats.difference_l1, change_l2, special_change)
         own = [stats.l1, l2, own_dual, stats.nonfinite, change_dual, change_l2, stats.inner]
-        known: list[Tensor] = []  # what all processes have agreed on
+        alike: Tensor | None = None  # what all processes have agreed on
         if self._local is not None and self._local.is_open:
-            rows, well = self._local.compare(gradients, self._both_norms, local_scale, doubts)
-            independent, parted, known = list(rows[:, indices].to(own[0])), present, [well]
+            rows, alike = self._local.compare(gradients, self._both_norms, local_scale, doubt)
+            independent, parted = list(rows[:, indices].to(own[0])), present
         else:
             independent, parted = self._independent(indices, current, own[0])
-            known = [agreed(doubts, own[0].device)] if self.agrees_with_others and window is not None else []
+            alike = agreed(doubt, own[0].device) if self.agrees_with_others and window is not None else None
         has_dual = dual or not special
-        shared = [row.to(own[0]).expand_as(own[0]) for well in known for row in well]
-        trend = self._trend(followed, products, indices, shared[0][0] if shared else None)
+        shared = [] if alike is None else [alike.to(own[0]).expand_as(own[0]), torch.ones_like(own[0])]
+        trend = self._trend(followed, products, indices, shared[0][:1] if shared else None)
         rows = torch.stack([*own, *independent, *trend.to(own[0]), *shared])
         facts = {"frozen": self._frozen(), "window": window}
         return PendingReadings(rows, present, compared, parted, self._rounding(), has_dual, **facts)

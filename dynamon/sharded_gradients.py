@@ -19,8 +19,8 @@ from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
 from dynamon.windows import Window
 
-# l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window; products of the
-# change with itself and those before
+# l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window; products of
+# the change with itself and with those before
 _SUMS = 11
 _FLAGS, _DUALS = 2, 3  # where there is a change, where there are two parts; duals of gradient, change, and between them
 

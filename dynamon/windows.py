@@ -20,14 +20,12 @@ class Window:
         divisor: What each loss was divided by, D; 1 where that is the user's own affair.
         samples: Samples in each of these passes, sorted; None where they are not known.
         changed: After which passes somebody else changed what was accumulated so far (clipped it, say).
-        is_partial: Whether this process of several skipped a pass that others may have made.
     """
 
     passes: int
     divisor: int = 1
     samples: tuple[int, ...] | None = None
     changed: tuple[int, ...] = ()
-    is_partial: bool = False
 
     @property
     def length(self) -> tuple[int, int]:
@@ -56,7 +54,7 @@ def loaded_window(state: Mapping[str, Any] | None) -> Window | None:
     if state is None:
         return None
     samples = None if state["samples"] is None else tuple(state["samples"])
-    return Window(state["passes"], state["divisor"], samples, tuple(state["changed"]), state["is_partial"])
+    return Window(state["passes"], state["divisor"], samples, tuple(state["changed"]))
 
 
 class UsualLength:
