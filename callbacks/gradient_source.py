@@ -144,9 +144,17 @@ class GradientSource:
         self._independent.update(readings)
         taken = {source: signal.update(readings) for source, signal in self._signals.items()}
         signal, known = self._signals[self._shown], taken[self._shown]
-        snr = signal.shown(readings, signal.ratios)
-        rows = [estimator.shown(readings, estimator.values) for estimator in (noise, self._independent)]
-        return SourceReading(self.reader.layers, readings, *rows, snr, signal if known else None, moved, steps, parts)
+        return SourceReading(
+            self.reader.layers,
+            readings,
+            noise=noise.shown(readings, noise.values),
+            independent=self._independent.shown(readings, self._independent.values),
+            snr=signal.shown(readings, signal.ratios),
+            signal=signal if known else None,
+            moved=moved,
+            steps=steps,
+            parts=parts,
+        )
 
     def _observe(self, run: Run, rates: LayerwiseRates, scale: float, local: float, window: Window) -> None:
         try:

@@ -342,9 +342,10 @@ class GradientMonitor(Monitor):
     ``gradient/local_smoothness``     per layer: dual norm of the gradient's change over the norm of the step in between
     ``noise/scale``                   gradient noise scale: the batch at which noise equals signal, in multiples of
                                       yours; nothing while no signal stands out
-    ``noise/dual``                    per layer: noise sqrt(H) in the dual norm
+    ``noise/dual``                    per layer: noise sqrt(H) in the dual norm; NaN for a layer without gradients
     ``noise/independent``             per layer: the same from the processes of a DDP run, or the two halves of
-                                      accumulation windows; what ``noise/dual`` has above it is curvature
+                                      accumulation windows; what ``noise/dual`` has above it is curvature. NaN at steps
+                                      whose window has no halves that are alike
     ``noise/snr``                     per layer: squared length of the mean gradient over its variance
     ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
     ``dynamon/overhead``              time of monitoring over training time without it
@@ -362,7 +363,11 @@ class GradientMonitor(Monitor):
     The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
     over two or more batches, the halves of a window are compared as well, and under DDP the gradients of the processes
     with their mean (both with automatic optimisation; under FSDP2 gradients arrive summed, and only windows have
-    halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that.
+    halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that at every step, or are left out.
+
+    Gradients are compared only where they are accumulated over alike windows (:class:`dynamon.windows.Window`): not
+    across the short window at the end of an epoch, a skipped batch, a smaller last batch, or a change of ``.grad``
+    between two backward passes. What cannot be compared at a step is NaN or left out there, and averages stay.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,

@@ -117,6 +117,10 @@ class NoiseEstimator(_Averages):
     DDP run (:meth:`dynamon.gradients.GradientReader.watch_ranks`), where :math:`\|G - \tilde G\|_*^2` is the mean
     over R processes of :math:`\tfrac{2}{R-1}\|g_r - G\|_*^2`.
 
+    Averages are over windows of one length (:class:`dynamon.windows.Window`): readings of others are passed over, and
+    where the length changes for good, the average begins anew. A layer that is not trained, or had nothing to compare
+    at ``max(10, 1 / (1 - beta2))`` readings in a row, is forgotten: NaN, until it begins anew.
+
     Args:
         names: Layer names, which key the saved state.
         beta2: Decay of the running mean, in [0, 1).

@@ -29,7 +29,10 @@ class NoiseAdaptiveRates(Rule):
     The quietest layer of a group keeps the base rate, the others go below it: for :math:`H \gg a^2` this is
     :math:`\sqrt{\sigma_{min} / \sigma_l}` in the noise :math:`\sigma = \sqrt H`, 0.32 at ten times the noise and 0.1 at
     a hundred times. A layer with less than a thousandth of the group's median noise (a bias before BatchNorm) keeps the
-    base rate and is no yardstick for the others; so does one without a reading, and one that is alone in its group.
+    base rate and is no yardstick for the others; so does one without a reading, and one that is alone in its group, and
+    one whose differences are no noise (:attr:`dynamon.noise.NoiseEstimator.is_noise`): rounding, or, of successive
+    gradients, a change that goes on as it did because the weights move, as in full-batch training. Until the third
+    update the latter cannot be told.
 
     Args:
         alpha: Noise floor relative to the group's median noise. The paper's is absolute; relative, ratios do
