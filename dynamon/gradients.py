@@ -71,6 +71,27 @@ class GradientReadings:
         return not self.nonfinite.any() and bool(np.isfinite(self.l1).all() and np.isfinite(changes).all())
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the host knows of a reading before it has arrived; arrays ``[L]`` as in :class:`GradientReadings`.
+
+    Attributes:
+        present: Whether the layer has a gradient.
+        compared: Whether it had one a step before, over a like window.
+        parted: Whether there are two parts of the window, or processes, to compare.
+        rounding: Share of a gradient's length up to which a change of it is rounding.
+        frozen: Whether the layer is not trained now.
+        window: What the gradients were accumulated over.
+    """
+
+    present: Array
+    compared: Array
+    parted: Array
+    rounding: Array
+    frozen: Array
+    window: Window | None
+
+
 class PendingReadings:
     """Readings on their way to the host.
 
@@ -78,25 +99,13 @@ class PendingReadings:
     arrived, which one step later it has.
     """
 
-    def __init__(
-        self,
-        rows: Tensor,
-        present: Array,
-        compared: Array,
-        parted: Array,
-        rounding: Array,
-        has_dual: bool = True,
-        *,
-        frozen: Array | None = None,
-        window: Window | None = None,
-    ) -> None:
+    def __init__(self, rows: Tensor, known: Known, has_dual: bool = True) -> None:
         """Queue the copy of ``rows``, a device tensor ``[11, P]`` for the P layers that are present.
 
         Of several processes, further rows ``[2, P]`` say where all of them have compared, and where all have a part of
         the window.
         """
-        self.rows, self.present, self.compared, self.parted, self.has_dual = rows, present, compared, parted, has_dual
-        self.rounding, self.frozen, self.window = rounding, frozen, window
+        self.rows, self.known, self.has_dual = rows, known, has_dual
         self._event: torch.cuda.Event | None = None
         self._host = rows
         if rows.is_cuda:
@@ -109,25 +118,35 @@ class PendingReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        table = np.zeros((_ROWS, len(self.present)))
+        known = self.known
+        table = np.zeros((_ROWS, len(known.present)))
         rows = self._host.double().numpy()
-        table[:, self.present] = rows[:_ROWS]
-        compared, parted = self.compared, self.parted
+        table[:, known.present] = rows[:_ROWS]
+        compared, parted = known.compared, known.parted
         if len(rows) > _ROWS:
-            agreed = np.zeros((2, len(self.present)), bool)
-            agreed[:, self.present] = rows[_ROWS:] > 0
-            compared, parted = compared & agreed[0], parted & agreed[1]
+            agreed_on = np.zeros((2, len(known.present)), bool)
+            agreed_on[:, known.present] = rows[_ROWS:] > 0
+            compared, parted = compared & agreed_on[0], parted & agreed_on[1]
         table[4:7, ~compared] = np.nan
         table[7:9, ~parted] = np.nan
-        l1, l2, dual, nonfinite, change_dual, change_l2, inner, *independent = table[:9]
-        own = l1, l2, dual, nonfinite, change_dual, change_l2, inner, compared, *independent
-        trend, facts = np.where(compared, table[9:], 0.0), {"frozen": self.frozen, "window": self.window}
-        return GradientReadings(self.present, *own, trend, self.rounding, **facts)
-
-    def with_rows(self, rows: Tensor) -> "PendingReadings":
-        """The same readings with all dual norms in their rows."""
-        known = {"frozen": self.frozen, "window": self.window}
-        return PendingReadings(rows, self.present, self.compared, self.parted, self.rounding, **known)
+        l1, l2, dual, nonfinite, change_dual, change_l2, inner, independent_dual, independent_l2 = table[:9]
+        return GradientReadings(
+            known.present,
+            l1,
+            l2,
+            dual,
+            nonfinite,
+            change_dual,
+            change_l2,
+            inner,
+            compared,
+            independent_dual,
+            independent_l2,
+            trend=np.where(compared, table[9:], 0.0),
+            rounding=known.rounding,
+            frozen=known.frozen,
+            window=known.window,
+        )
 
 
 class GradientReader:
@@ -324,8 +343,8 @@ class GradientReader:
         shared = [] if alike is None else [alike.to(own[0]).expand_as(own[0]), torch.ones_like(own[0])]
         trend = self._trend(followed, products, indices, shared[0][:1] if shared else None)
         rows = torch.stack([*own, *independent, *trend.to(own[0]), *shared])
-        facts = {"frozen": self._frozen(), "window": window}
-        return PendingReadings(rows, present, compared, parted, self._rounding(), has_dual, **facts)
+        known = Known(present, compared, parted, self._rounding(), self._frozen(), window)
+        return PendingReadings(rows, known, has_dual)
 
     def _followed(self, compared: Array, present: Array) -> list[int]:
         """Layers whose trend is followed at this reading; with others who must agree all that are present are."""
@@ -360,11 +379,11 @@ class GradientReader:
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
         gradients = self._gradients(scale)
-        indices = np.flatnonzero(pending.present).tolist()
+        indices = np.flatnonzero(pending.known.present).tolist()
         special = self._special_duals(indices, [g for g in gradients if g is not None])
         rows = pending.rows.clone()
         rows[2] = self._duals(indices, rows[0], rows[1], special)
-        return pending.with_rows(rows)
+        return PendingReadings(rows, pending.known)
 
     def _independent(self, indices: list[int], current: list[Tensor], like: Tensor) -> tuple[list[Tensor], Array]:
         """Dual and Euclidean norm of the difference of two parts of the window, and who has one."""

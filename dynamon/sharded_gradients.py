@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamon.arrays import Array
 from dynamon.dealing import measured_whole
-from dynamon.gradients import GradientReader, PendingReadings, changes
+from dynamon.gradients import GradientReader, Known, PendingReadings, changes
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
@@ -154,9 +154,8 @@ class ShardedGradientReader(GradientReader):
             found = self._totals.or_nan(find)
         here = seen[0]
         rows = self._rows(found, dual).index_select(1, self._places(here.present))
-        has_dual, facts = dual or not self._special, {"frozen": self._frozen(), "window": window}
-        rounding = self._rounding()
-        return PendingReadings(rows, here.present, here.compared, here.parted, rounding, has_dual, **facts)
+        known = Known(here.present, here.compared, here.parted, self._rounding(), self._frozen(), window)
+        return PendingReadings(rows, known, dual or not self._special)
 
     def _parts_here(self, scale: float, window: Window | None) -> _Parts:
         stored = self._comparable(window)
@@ -243,10 +242,10 @@ class ShardedGradientReader(GradientReader):
         with self._ranks.measurement():
             table = self._ranks.sum(self._dealt_duals(here, [0]))
         places = {i: position for position, i in enumerate(self._special)}
-        indices = np.flatnonzero(pending.present).tolist()
+        indices = np.flatnonzero(pending.known.present).tolist()
         rows = pending.rows.clone()
         rows[2] = self._duals(indices, rows[0], rows[1], [table[0, places[i]] for i in indices if i in places])
-        return pending.with_rows(rows)
+        return PendingReadings(rows, pending.known)
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
         """The stored gradient by parameter name, if it is this step's: whole, in main memory.

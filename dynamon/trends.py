@@ -35,8 +35,8 @@ class Trends:
         key = tuple(indices)
         change = _entries(current) - _entries(previous)
         known = [entries for layers, entries, _ in self._before if layers == key]
-        if len(known) < len(self._before):
-            self._before = known = []  # other layers have gradients now
+        if len(known) < len(self._before):  # other layers have gradients now
+            self._before, known = [], []
         rows = [(change * other).sum(1) for other in (change, *known)]
         rows += [torch.zeros_like(rows[0])] * (3 - len(rows))
         self._before = [(key, change, rows[0]), *self._before[:2]]
