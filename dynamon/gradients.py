@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from dynamon.arrays import Array
-from dynamon.kernels import gradient_stats
+from dynamon.kernels import gradient_stats, widest_dtype
 from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients, agreed
 from dynamon.norms import Norm, dual_norms, update_norm
+from dynamon.pairs import as_real
 from dynamon.trends import Trends
 from dynamon.windows import Window, loaded_window, saved_window
 
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
 _UNKNOWN = torch.tensor(torch.nan)
-_ROWS = 11  # of what is read
+_ROWS = 10  # of what is read
 _ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in half; measured: 1e-5 and 3e-3
 
 
 @dataclass(frozen=True)
 class GradientReadings:
     """What one pass over the gradients found, on the host; arrays ``[L]`` in the order of the layers.
+
+    A layer without a gradient has NaN for everything but ``present``, ``compared`` and ``nonfinite``, which is 0.
 
     Attributes:
         present: Whether the layer had a gradient at all.
@@ -41,8 +44,8 @@ class GradientReadings:
             full batches; NaN where there were none (:meth:`GradientReader.store_part`,
             :meth:`GradientReader.watch_ranks`).
         independent_l2: Euclidean norm of it, likewise.
-        trend: Cosines ``[2, L]`` of that change with the changes at the two readings before, 0 where it is not known:
-            see :class:`dynamon.trends.Trends`.
+        trend: Cosine of that change with the one at the reading before, 0 where it is not known: see
+            :class:`dynamon.trends.Trends`.
         rounding: Share of a gradient's length up to which a change of it is rounding.
         frozen: Whether the layer is not trained now (``requires_grad=False``); None where that was not looked at.
         window: What the gradients were accumulated over, as far as the reader was told.
@@ -68,7 +71,8 @@ class GradientReadings:
     def finite(self) -> bool:
         """Whether every gradient, and every change that could be taken, is finite."""
         changes = np.where(self.compared, self.difference_dual, 0.0)
-        return not self.nonfinite.any() and bool(np.isfinite(self.l1).all() and np.isfinite(changes).all())
+        own = self.l1[self.present]
+        return not self.nonfinite.any() and bool(np.isfinite(own).all() and np.isfinite(changes).all())
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class PendingReadings:
     """
 
     def __init__(self, rows: Tensor, known: Known, has_dual: bool = True) -> None:
-        """Queue the copy of ``rows``, a device tensor ``[11, P]`` for the P layers that are present.
+        """Queue the copy of ``rows``, a device tensor ``[10, P]`` for the P layers that are present.
 
         Of several processes, further rows ``[2, P]`` say where all of them have compared, and where all have a part of
         the window.
@@ -119,7 +123,8 @@ class PendingReadings:
         if self._event is not None:
             self._event.synchronize()
         known = self.known
-        table = np.zeros((_ROWS, len(known.present)))
+        table = np.full((_ROWS, len(known.present)), np.nan)
+        table[3] = 0.0
         rows = self._host.double().numpy()
         table[:, known.present] = rows[:_ROWS]
         compared, parted = known.compared, known.parted
@@ -142,7 +147,7 @@ class PendingReadings:
             compared,
             independent_dual,
             independent_l2,
-            trend=np.where(compared, table[9:], 0.0),
+            trend=np.where(compared, table[9], 0.0),
             rounding=known.rounding,
             frozen=known.frozen,
             window=known.window,
@@ -299,7 +304,7 @@ class GradientReader:
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
-                g = g.detach().to_dense() if g.is_sparse else g.detach()
+                g = as_real(g.detach().to_dense() if g.is_sparse else g.detach())
                 g = g if scale == 1.0 else g * scale
             gradients.append(g)
         return gradients
@@ -324,7 +329,7 @@ class GradientReader:
         products = self._products(followed, gradients, stored)
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
-        stats = gradient_stats(current, previous)
+        stats = gradient_stats(current, previous, dtype=self._wide)
         self._previous = dict(zip(indices, previous, strict=True))
         self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
@@ -342,7 +347,7 @@ class GradientReader:
         has_dual = dual or not special
         shared = [] if alike is None else [alike.to(own[0]).expand_as(own[0]), torch.ones_like(own[0])]
         trend = self._trend(followed, products, indices, shared[0][:1] if shared else None)
-        rows = torch.stack([*own, *independent, *trend.to(own[0]), *shared])
+        rows = torch.stack([*own, *independent, trend.to(own[0]), *shared])
         known = Known(present, compared, parted, self._rounding(), self._frozen(), window)
         return PendingReadings(rows, known, has_dual)
 
@@ -362,14 +367,14 @@ class GradientReader:
         return self.trends.products(followed, current, previous)
 
     def _trend(self, followed: list[int], products: Tensor | None, indices: list[int], alike: Tensor | None) -> Tensor:
-        """How far changes go on, ``[2, P]`` for the P layers that are present, 0 where it is not known."""
+        """How far changes go on, ``[P]`` for the P layers that are present, 0 where it is not known."""
         if self.trends is None or products is None:
-            return torch.zeros(2, len(indices), device=self.layers[0].parameter.device)
+            return torch.zeros(len(indices), device=self.layers[0].parameter.device)
         found = self.trends.cosines(products, alike)
         if len(followed) == len(indices):
             return found
-        row = found.new_zeros(2, len(indices))
-        row[:, [indices.index(i) for i in followed]] = found
+        row = found.new_zeros(len(indices))
+        row[[indices.index(i) for i in followed]] = found
         return row
 
     def _rounding(self) -> Array:
@@ -396,7 +401,7 @@ class GradientReader:
         whole = [share * g for g in current]
         halves = [parts[i] if i in parts else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
         special = self._special_duals(indices, changes(whole, halves))
-        stats = gradient_stats(whole, halves)
+        stats = gradient_stats(whole, halves, dtype=self._wide)
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
         l2 = stats.difference_sum_squares.sqrt()
         factor = (2 / (share * (1 - share))) ** 0.5
@@ -408,12 +413,17 @@ class GradientReader:
         indices = [i for i, t in enumerate(tensors) if t is not None]
         given = [t for t in tensors if t is not None]
         if given:
-            stats = gradient_stats(given)
+            stats = gradient_stats(given, dtype=self._wide)
             l2 = stats.sum_squares.sqrt()
             found[:, indices] = torch.stack(
                 [self._duals(indices, stats.l1, l2, self._special_duals(indices, given)), l2]
             ).double()
         return found
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """What holds squares of gradients out of float32's range."""
+        return widest_dtype(self.layers[0].parameter.device)
 
     def _special_duals(self, indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
         """Dual norms that need the matrix itself."""
@@ -434,7 +444,7 @@ class GradientReader:
         """Factors on l1 and on l2, and the positions of the special norms; kept on the device."""
         if self._mixed is None or self._mixed[0] != indices:
             names = [self.norms[i].name for i in indices]
-            sizes = [self.layers[i].parameter.numel() for i in indices]
+            sizes = [self.layers[i].size for i in indices]
             of_l2 = [(n == "frobenius") + (n == "rms") * size**0.5 for n, size in zip(names, sizes, strict=True)]
             special = [position for position, i in enumerate(indices) if self._is_special(i)]
             mixture = (
@@ -470,7 +480,7 @@ class GradientReader:
         self._previous = {
             index[name]: g.to(self.layers[index[name]].parameter.device)
             for name, g in state["previous"].items()
-            if name in index and g.shape == self.layers[index[name]].parameter.shape
+            if name in index and g.shape == as_real(self.layers[index[name]].parameter.detach()).shape
         }
         self._stored_at = self.step if self._previous else -1
         if self.trends is not None:

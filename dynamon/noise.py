@@ -10,7 +10,7 @@ from dynamon.gradients import GradientReadings
 from dynamon.windows import UsualLength
 
 SOURCES = ("successive", "independent")
-_HALF = 0.5
+_HALF, _GOES_ON, _SWINGS = 0.5, 0.5, -0.8
 _SHORTEST = 10  # readings that a layer may miss before it is forgotten, however short the average
 
 
@@ -132,7 +132,7 @@ class NoiseEstimator(_Averages):
     Reference: LANTON, arXiv 2510.14009, options I and II.
     """
 
-    rows = 4  # H, how often a difference is more than rounding, cosines with the differences before
+    rows = 3  # H, how often a difference is more than rounding, its cosine with the one before
 
     def __init__(self, names: Sequence[str], beta2: float = 0.98, source: str = "successive") -> None:
         """Start with no updates."""
@@ -148,14 +148,17 @@ class NoiseEstimator(_Averages):
             length than those before.
         """
         dual, l2 = self._differences(readings)
-        trend = readings.trend if self.source == "successive" else np.zeros((2, len(self.names)))
-        return self._take(readings, np.stack([dual**2, l2 > readings.rounding * readings.l2, *trend]))
+        trend = readings.trend if self.source == "successive" else np.zeros(len(self.names))
+        return self._take(readings, np.stack([dual**2, l2 > readings.rounding * readings.l2, trend]))
 
     @property
     def is_noise(self) -> Array:
-        """Whether a layer's differences are noise ``[L]``: more than rounding, and not the same change going on."""
-        loud, *trend = np.nan_to_num(self.means[1:])
-        return np.asarray((loud > _HALF) & (np.max(trend, axis=0) < _HALF))
+        """Whether a layer's differences are noise ``[L]``: more than rounding, and no change that goes on or swings.
+
+        Successive differences of noise have a cosine of -1/2, those that are further apart of 0.
+        """
+        loud, trend = np.nan_to_num(self.means[1:])
+        return np.asarray((loud > _HALF) & (trend < _GOES_ON) & (trend > _SWINGS))
 
     @property
     def squared(self) -> Array:

@@ -14,14 +14,15 @@ from dynamon.gradients import GradientReader, Known, PendingReadings, changes
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
 from dynamon.windows import Window
 
 # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window; products of
-# the change with itself and with those before
-_SUMS = 11
+# the change with itself and with the one before
+_SUMS = 10
 _FLAGS, _DUALS = 2, 3  # where there is a change, where there are two parts; duals of gradient, change, and between them
 
 _MOST_CONSTANTS = 16  # sets of layers that have gradients, in turns
@@ -75,7 +76,7 @@ class _Parts:
     def own(self, i: int) -> Tensor:
         """The gradient, zeros where there is none: others may be waiting for this part."""
         gradient = self.gradients[i]
-        return torch.zeros_like(local(self.layers[i].parameter.detach())) if gradient is None else gradient
+        return torch.zeros_like(as_real(local(self.layers[i].parameter.detach()))) if gradient is None else gradient
 
     def before(self, i: int) -> Tensor:
         return self.stored[i] if i in self.stored else torch.zeros_like(self.own(i))
@@ -103,7 +104,7 @@ class ShardedGradientReader(GradientReader):
 
     The gradients of one process before they are summed cannot be had: :meth:`watch_ranks` raises.
 
-    Cost: an all-reduce of ``14 L + 1`` numbers for L layers. For nuclear norms, ``17 L`` and a gather of each gradient,
+    Cost: an all-reduce of ``13 L + 1`` numbers for L layers. For nuclear norms, ``16 L`` and a gather of each gradient,
     of its change and of the difference of parts of windows.
     """
 
@@ -135,7 +136,7 @@ class ShardedGradientReader(GradientReader):
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
-                g = local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter)
+                g = as_real(local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter))
                 g = g if scale == 1.0 else g * scale
             found.append(g)
         return found
@@ -176,7 +177,7 @@ class ShardedGradientReader(GradientReader):
         if self.trends is not None:  # of all layers: the processes must agree on which ones
             own, before = [[_filled(t(i)) for i in self._everything] for t in (here.own, here.before)]
             found.sums[8:] = self.trends.products(self._everything, own, before).to(found.sums)
-        stats = gradient_stats(current, previous)
+        stats = gradient_stats(current, previous, dtype=torch.float64)
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
         self._previous = dict(zip(indices, kept, strict=True))
         self._stored_at, self._stored_window = self.step, window
@@ -185,7 +186,7 @@ class ShardedGradientReader(GradientReader):
         change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
         found.sums[:6].index_copy_(1, places, torch.stack([*own, *change]).to(found.sums))
         if here.halves:
-            stats = gradient_stats([_filled(here.between(i)) for i in indices])
+            stats = gradient_stats([_filled(here.between(i)) for i in indices], dtype=torch.float64)
             found.sums[6:8].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
         return found
 
@@ -233,8 +234,8 @@ class ShardedGradientReader(GradientReader):
             )
         )
         agreed = [(flags == self._ranks.size).to(l1) for flags in found.dealt[:_FLAGS]]
-        trend = found.sums[8:10] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:])
-        return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, *trend, *agreed])
+        trend = found.sums[8] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:])
+        return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, trend, *agreed])
 
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""

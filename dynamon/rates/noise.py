@@ -31,8 +31,8 @@ class NoiseAdaptiveRates(Rule):
     a hundred times. A layer with less than a thousandth of the group's median noise (a bias before BatchNorm) keeps the
     base rate and is no yardstick for the others; so does one without a reading, and one that is alone in its group, and
     one whose differences are no noise (:attr:`dynamon.noise.NoiseEstimator.is_noise`): rounding, or, of successive
-    gradients, a change that goes on as it did because the weights move, as in full-batch training. Until the third
-    update the latter cannot be told.
+    gradients, a change that goes on or swings because the weights move, as in full-batch training. At the first update
+    the latter cannot be told.
 
     Args:
         alpha: Noise floor relative to the group's median noise. The paper's is absolute; relative, ratios do
