@@ -18,6 +18,7 @@ from dynamon.effects import changes, outside_state
 from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
+NOISY = 0.1  # relative error of a product from which on nothing is shown
 _SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
@@ -318,13 +319,26 @@ class ProbeMeter(Meter):
             return {"parts": self._parts, "halvings": self._halvings}
         numbers = _numbers([[entry["batch"] for entry in kept] for kept in self._sets])
         state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
+        if not self._sets[0]:
+            return {**state, "held": False}  # where there is nothing, nothing is missing
         return {**state, "sets": self._sets} if numbers is not None and numbers <= SAVED_NUMBERS else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the samples; without them new ones are kept."""
+        """Take up the samples; without them new ones are kept, and those that are there stay."""
+        if self._sets[0]:
+            return
         self._loaded = [list(parts) for parts in state.get("parts", [])] or [[kept] for kept in state.get("sets", [])]
-        self._resumed_without = not self._loaded
+        self._loaded = self._loaded if any(any(parts) for parts in self._loaded) else []
+        self._resumed_without = not self._loaded and bool(state.get("held", True))
         self._halvings = int(state.get("halvings", 0))
+
+
+def why_not(operator: LinearOperator, error: float) -> str | None:
+    """Why nothing is shown of products with an error that the operator gave; None where they can be trusted."""
+    if error <= NOISY:
+        return None
+    reason = getattr(operator, "doubt", None)
+    return reason or f"finite differences at two step sizes differ by {error:.0%}, so nothing is read off them."
 
 
 def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:

@@ -9,7 +9,6 @@ files without a version. Files count in the order in which they were begun.
 import json
 import math
 import re
-import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, MutableSequence
@@ -120,7 +119,8 @@ class EventFile:
                 except DecodeError:
                     self._damaged.append((start, self.offset))
                     continue
-                self.ended = max(self.ended, event.wall_time)
+                if event.wall_time > self.ended:
+                    self.ended = event.wall_time
                 yield list(self._items(event))
         except OSError as error:
             self._trouble = f"{self.path} cannot be read ({error.strerror})."
@@ -138,20 +138,21 @@ class EventFile:
             if len(self._head) < _HEAD:
                 self._head = file.read(_HEAD)
             file.seek(self.offset)
-            while len(header := file.read(_HEADER)) == _HEADER:
-                if not _is_header(header):
+            read = file.read
+            while len(header := read(_HEADER)) == _HEADER:
+                length = _length(header)
+                if length is None:
                     if not self._skip(file, size):
                         return
                     continue
                 self._tail = None
-                (length,) = struct.unpack("<Q", header[:8])
-                if self.offset + length + _FRAME > size:
+                start, stop = self.offset, self.offset + length + _FRAME
+                if stop > size:
                     return
-                record = file.read(length + 4)
+                record = read(length + 4)
                 if len(record) < length + 4:  # the file has just been cut
                     return
-                start = self.offset
-                self.offset += length + _FRAME
+                self.offset = stop
                 yield start, record[:length]
 
     def _skip(self, file: Any, size: int) -> bool:
@@ -162,7 +163,7 @@ class EventFile:
             file.seek(place)
             chunk = file.read(_CHUNK + _HEADER - 1)
             for found in _LIKELY.finditer(chunk):
-                if _is_header(found[1]):
+                if _length(found[1]) is not None:
                     start, self.offset, self._tail = self.offset, place + found.start(), None
                     self._damaged.append((start, self.offset))
                     file.seek(self.offset)
@@ -176,20 +177,21 @@ class EventFile:
         try:
             with self.path.open("rb") as file:
                 header = file.read(_HEADER)
-                if len(header) < _HEADER or not _is_header(header):
+                length = _length(header) if len(header) == _HEADER else None
+                if length is None:
                     return None
-                (length,) = struct.unpack("<Q", header[:8])
                 record = file.read(length)
             return float(Event.FromString(record).wall_time) if len(record) == length else None
         except (OSError, DecodeError):
             return None
 
     def _items(self, event: Event) -> Iterator[Point | SessionStart]:
-        if event.session_log.status == SessionLog.START:
-            yield SessionStart(event.step)
+        step = event.step
+        if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+            yield SessionStart(step)
         for value in event.summary.value:
             if value.HasField("simple_value"):
-                yield value.tag, event.step, value.simple_value
+                yield value.tag, step, value.simple_value
                 continue
             plugin = value.metadata.plugin_data
             if plugin.plugin_name == "scalars":
@@ -198,11 +200,11 @@ class EventFile:
                 self._layers[value.tag] = plugin.content, _layer_names(plugin.content)
             try:
                 if value.tag in self._scalars:
-                    yield value.tag, event.step, float(tensor_util.make_ndarray(value.tensor))
+                    yield value.tag, step, float(tensor_util.make_ndarray(value.tensor))
                 elif value.tag in self._layers:
                     names, row = self._layers[value.tag][1], _row(value.tensor)
                     if len(names) == len(row):
-                        yield value.tag.removesuffix(_LAYERS), event.step, (names, row)
+                        yield value.tag.removesuffix(_LAYERS), step, (names, row)
             except (TypeError, ValueError):  # not the tensor that its metadata promise
                 continue
 
@@ -446,11 +448,14 @@ _TABLE = _crc_table()
 
 
 @lru_cache(maxsize=4096)
-def _is_header(header: bytes) -> bool:
-    """Whether four bytes are the checksum of the eight before them: CRC-32C, rotated by 15 bits, plus a constant."""
+def _length(header: bytes) -> int | None:
+    """The length of a record, from its eight bytes and their checksum; None where those do not agree.
+
+    The checksum is CRC-32C, rotated by 15 bits, plus a constant.
+    """
     crc = 0xFFFFFFFF
     for byte in header[:8]:
         crc = _TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
     crc ^= 0xFFFFFFFF
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    return masked == int.from_bytes(header[8:12], "little")
+    return int.from_bytes(header[:8], "little") if masked == int.from_bytes(header[8:12], "little") else None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-_ENTRIES = 128  # of each gradient that are looked at, spread evenly
+_ENTRIES = 64  # of each gradient that are looked at, spread evenly
 
 
 class Trends:
@@ -15,7 +15,7 @@ class Trends:
     in each gradient gives -1/2 where readings are of successive steps, and 0 where they are further apart. A gradient
     that changes because the weights move goes on as it did (1), or swings to and fro (-1).
 
-    Memory: 128 numbers a layer. Cost: some ten small operations on ``[L, 128]``.
+    Memory: 64 numbers a layer. Cost: some ten small operations on ``[L, 64]``.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Trends:
 
 
 def _entries(tensors: Sequence[Tensor]) -> Tensor:
-    """Entries of each tensor, ``[P, 128]``, zeros behind those of small ones."""
+    """Entries of each tensor, ``[P, 64]``, zeros behind those of small ones."""
     pieces: list[Tensor] = []
     for tensor in tensors:
         flat = tensor.reshape(-1)
