@@ -117,7 +117,7 @@ def test_a_step_that_is_left_out_is_no_reading(how: str) -> None:
     shape = monitors[1].history["update/ratio"]
     assert shape.steps.tolist() == [1, 2, 5, 6, 7] and (shape.values > 0).all()
     cosines, turns = monitors[0].history["gradient/cosine"], monitors[1].history["update/cosine"]
-    assert turns.steps.tolist() == [2, 5, 6, 7] and set(cosines.steps) >= {2, 6, 7}
+    assert turns.steps.tolist() == [2, 5, 6, 7] and 7 in cosines.steps
     np.testing.assert_allclose(cosines.values, turns.values[np.isin(turns.steps, cosines.steps)], rtol=1e-3)
 
 
