@@ -79,7 +79,7 @@ class DynamicsMonitor(Monitor):
         preset: ``"economy"``, ``"standard"`` or ``"full"``.
         budget: Share of training time that monitoring may take; None for no limit. It never touches steering.
         every_n_steps: Measure everything at every step that is a multiple of this, whatever it costs; makes
-            panels reproducible.
+            panels reproducible. Where a step was not taken, the next one that is stands in for it.
         loss_fn: As in :class:`SharpnessMonitor`.
         probe_batches: How many of the first batches enter the probe.
         layers: Globs for the layers shown one by one, ``!`` excludes.

@@ -123,8 +123,8 @@ class SharpnessMonitor(Monitor):
     solve after a resume is a cold one.
 
     Args:
-        every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
-            every twentieth step at most.
+        every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
+            that is. None: as often as ``budget`` allows, every twentieth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         quantities: What to measure, from the table above.
         loss_fn: ``loss_fn(module, batch) -> scalar``, instead of ``training_step``. Needed for manual
