@@ -18,7 +18,7 @@ from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, Sh
 from dynamon.curvature.fsdp import why_not_whole
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.effects import changes, outside_state
-from dynamon.probe import LossFn, NoLossError, training_loss
+from dynamon.probe import LossError, LossFn, NoLossError, training_loss
 from dynamon.ranks import ran_out_of_memory
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
@@ -235,7 +235,11 @@ class ProbeMeter(Meter):
 
     def loss(self, run: Run, second: bool = False) -> Tensor:
         """Mean loss over this process's batches of the probe by their weights."""
-        return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
+        try:
+            return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
+        except NoLossError:  # it had one before: the next measurement finds out whether it has one again
+            self._sets = [[replace(one, is_tried=False) for one in kept] for kept in self._sets]
+            raise
 
     def mean_loss(self, run: Run) -> Tensor:
         """The same over the batches of all processes, without a graph where there are several."""
@@ -354,7 +358,7 @@ class ProbeMeter(Meter):
             )
             return _NO_LOSS
         except Exception as error:
-            if not one.is_cut or ran_out_of_memory(error):
+            if not one.is_cut or isinstance(error, LossError) or ran_out_of_memory(error):
                 raise
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             forget_frames(error)
@@ -438,7 +442,13 @@ class ProbeMeter(Meter):
         self._halvings = int(state.get("halvings", 0))
 
 
-def check_probe(probe_batches: int, probe_fraction: float, loss_fn: object, probe_size: int | None = None) -> None:
+def check_probe(
+    probe_batches: int,
+    probe_fraction: float,
+    loss_fn: object,
+    probe_size: int | None = None,
+    probe_weight: str | None = None,
+) -> None:
     """Raise ValueError naming the argument that is out of range."""
     if probe_batches < 1:
         raise ValueError(f"probe_batches must be 1 or more, got {probe_batches}.")
@@ -446,6 +456,8 @@ def check_probe(probe_batches: int, probe_fraction: float, loss_fn: object, prob
         raise ValueError(f"probe_fraction must lie in (0, 1], got {probe_fraction}.")
     if probe_size is not None and probe_size < 2:
         raise ValueError(f"probe_size must be 2 samples or more, or None, got {probe_size}.")
+    if probe_weight is not None and not isinstance(probe_weight, str):
+        raise ValueError(f"probe_weight must be the name of an entry of the batch, or None, got {probe_weight!r}.")
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")
 

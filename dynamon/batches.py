@@ -322,10 +322,10 @@ def _agreed(batch: Any) -> tuple[int | None, str]:
     if len(firsts) != 1:
         told = " and ".join(map(str, firsts[:4])) if firsts else "nothing"
         return None, f"its tensors begin with {told}"
-    if _second(batch) is not None:
-        return None, "its tensors agree in their first two dimensions, and either may be the samples"
     if _has_alike(batch):
         return None, "a list of like tensors may hold one a sample"
+    if _second(batch) is not None:
+        return None, "its tensors agree in their first two dimensions, and either may be the samples"
     try:
         return (firsts[0], "") if _Cut(firsts[0], firsts[0]).visit(batch) else (None, "it has no tensors")
     except Exception as error:

@@ -19,8 +19,12 @@ LossFn = Callable[[Any, Any], Tensor]
 _MUTED = ("log", "log_dict")
 
 
-class NoLossError(ValueError):
-    """There is no loss on a batch that could be differentiated: ``training_step`` skips it."""
+class LossError(ValueError):
+    """What should be a loss is none, on any batch."""
+
+
+class NoLossError(LossError):
+    """There is no loss on this batch: ``training_step`` skips it."""
 
 
 @contextmanager
@@ -74,9 +78,9 @@ def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, 
         batch_idx: What ``training_step`` gets as the batch's index.
 
     Raises:
-        NoLossError: A ValueError, where there is no loss for this batch: None, or one without a graph.
-        ValueError: If there is neither a ``loss_fn`` nor a ``training_step``, or the result is not a scalar
-            tensor.
+        NoLossError: Where there is no loss for this batch: None, or a number of its own that depends on nothing.
+        LossError: If there is neither a ``loss_fn`` nor a ``training_step``, or the result is not a scalar tensor
+            with a graph. Both are ValueErrors.
     """
     batch = clone(batch)
     if loss_fn is not None:
@@ -84,20 +88,22 @@ def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, 
     else:
         step = getattr(module, "training_step", None)
         if step is None:
-            raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: ...")
+            raise LossError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: ...")
         source = "training_step"
         loss = step(*_step_arguments(step, batch, batch_idx))
         if isinstance(loss, dict):
             if "loss" not in loss:
-                raise ValueError(f"training_step returned a dict without 'loss' (it has {sorted(map(str, loss))}).")
+                raise LossError(f"training_step returned a dict without 'loss' (it has {sorted(map(str, loss))}).")
             loss = loss["loss"]
     if not isinstance(loss, Tensor):
-        kind = NoLossError if loss is None else ValueError
+        kind = NoLossError if loss is None else LossError
         raise kind(f"{source} must return a scalar tensor as loss, got {type(loss).__name__}.")
     if loss.numel() != 1:
-        raise ValueError(f"{source} must return a scalar loss, got shape {tuple(loss.shape)}; reduce it first.")
+        raise LossError(f"{source} must return a scalar loss, got shape {tuple(loss.shape)}; reduce it first.")
     if torch.is_grad_enabled() and not loss.requires_grad:
-        raise NoLossError(f"the loss that {source} returned does not depend on any parameter.")
+        raise LossError(f"the loss that {source} returned does not depend on any parameter.")
+    if loss.is_leaf and loss.requires_grad:
+        raise NoLossError(f"the loss that {source} returned depends on nothing.")
     return loss.reshape(())
 
 
@@ -107,7 +113,7 @@ def _step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> lis
     parameters = list(inspect.signature(step).parameters.values())
     names = [p.name for p in parameters if p.kind in kinds]
     if "dataloader_iter" in names:
-        raise ValueError("training_step reads from dataloader_iter; pass loss_fn=lambda module, batch: ...")
+        raise LossError("training_step reads from dataloader_iter; pass loss_fn=lambda module, batch: ...")
     takes_index = len(names) > 1 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     return [batch, batch_idx] if takes_index else [batch]
 

@@ -230,7 +230,7 @@ class Failing(Classifier):
         if len(batch[0]) == 8:  # a training batch; the probe has 2 samples
             return loss
         type(self).evaluations += 1
-        if type(self).evaluations in (3, 4):
+        if type(self).evaluations in (4, 5):
             if self.how == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
             return None if self.how == "none" else loss * math.nan
@@ -253,7 +253,8 @@ def test_a_failed_measurement_costs_one_warning_and_the_next_succeeds(how, messa
         fit(module, [monitor])
     assert sum("measurement failed" in str(w.message) for w in caught) == 1
     assert same_weights(plain, module)
-    assert monitor.failures == 2 and monitor.history["dynamon/failures"].values[-1] == 2
+    failures = 1 if how == "none" else 2  # where there is no loss once more, the next batch is taken
+    assert monitor.failures == failures and monitor.history["dynamon/failures"].values[-1] == failures
     series = monitor.history["sharpness/hessian_max"]
     assert series.steps.tolist() == [s for s in range(2, 21, 2) if s not in (6, 8)] or len(series) >= 6
     assert np.isfinite(series.values).all()
