@@ -117,8 +117,8 @@ class ProbeMeter(Meter):
         own = [dealt(parts, run.ranks.rank, run.ranks.size) for parts in self._loaded[: len(self._sets)]]
         try:
             found = [[Kept.from_state(state, run.module.device, like) for state in states] for states in own]
-        except UnknownClassError:
-            if like is None:
+        except Exception as error:  # made of something else than the batches of this run
+            if like is None and isinstance(error, UnknownClassError):
                 return
             found = []
         self._sets = [*found, *([] for _ in self._sets[len(found) :])]

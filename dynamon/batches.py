@@ -1,10 +1,11 @@
 """Batches of any class: what they hold, copies, samples, weights, and what a checkpoint can take of them."""
 
 import copy
+import copyreg
 import dataclasses
 import io
 import pickle
-from collections import UserDict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -117,8 +118,9 @@ def take_samples(batch: Any, fraction: float, most: int | None = None, sizes: Se
         cut.visit(batch)
         part = _rebuilt(batch, cut.replaced)
         _Cut(count, count).visit(part)  # whoever makes its entries anew each time was not cut
-    except Exception:
-        return Part(clone(batch), size, reason=f"a {type(batch).__name__} cannot be cut")
+    except Exception as error:
+        told = str(error) if isinstance(error, _UnclearError) else ""
+        return Part(clone(batch), size, reason=told or f"a {type(batch).__name__} cannot be cut")
     return Part(part, count, is_cut=True)
 
 
@@ -162,11 +164,25 @@ def _made_anew(value: Any, known: Mapping[int, Any]) -> Any:
         for key, item in items.items():
             object.__setattr__(made, key, item)
         return made
+    if isinstance(value, dict):
+        return _made_dict(value, items)
     plain = items if isinstance(value, Mapping) else list(items.values())
     try:
         return type(value)(plain)
     except TypeError:
         return plain
+
+
+def _made_dict(value: dict[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A dict of any class without a call of its constructor, which may want something else."""
+    made = type(value).__new__(type(value))
+    made.__dict__.update(getattr(value, "__dict__", {}))
+    if isinstance(value, defaultdict):
+        made.default_factory = value.default_factory
+    put = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict.__setitem__
+    for key, item in items.items():
+        put(made, key, item)
+    return made
 
 
 def _leaves(value: Any, known: Mapping[int, Any]) -> Iterator[Any]:
@@ -308,26 +324,35 @@ def _size(batch: Any, sizes: Sequence[int]) -> tuple[int | None, str]:
         except Exception as error:
             reason = reason or str(error)
     size, other = _agreed(batch)
+    if size is None and not reason and sizes and (firsts := _firsts(batch)):
+        other = f"its tensors begin with {firsts} where the loader's batch_size is {sizes[0]}"
     if size is None or not sizes:
         return size, reason or other
     if size < max(sizes):  # a last batch, or one that a collate function has taken broken samples from
         return size, ""
-    return None, reason or f"its tensors begin with {size} where the loader's batch_size is {sizes[0]}"
+    return None, f"its tensors begin with {size} where the loader's batch_size is {sizes[0]}"
+
+
+def _firsts(batch: Any) -> str:
+    """The first dimensions of its tensors, in words."""
+    found = sorted({int(t.size(0)) for t in _tensors(batch) if t.ndim})
+    return " and ".join(map(str, found[:4])) + (" and others" if len(found) > 4 else "")
 
 
 def _agreed(batch: Any) -> tuple[int | None, str]:
     """The same without a word of what made the batch."""
-    tensors = [t for t in _tensors(batch) if t.ndim]
-    firsts = sorted({int(t.size(0)) for t in tensors})
-    if len(firsts) != 1:
-        told = " and ".join(map(str, firsts[:4])) if firsts else "nothing"
-        return None, f"its tensors begin with {told}"
+    firsts = {int(t.size(0)) for t in _tensors(batch) if t.ndim}
+    if not firsts:
+        return None, f"a {type(batch).__name__} does not show its samples"
+    if len(firsts) > 1:
+        return None, f"its tensors begin with {_firsts(batch)}"
     if _has_alike(batch):
         return None, "a list of like tensors may hold one a sample"
     if _second(batch) is not None:
         return None, "its tensors agree in their first two dimensions, and either may be the samples"
     try:
-        return (firsts[0], "") if _Cut(firsts[0], firsts[0]).visit(batch) else (None, "it has no tensors")
+        size = firsts.pop()
+        return (size, "") if _Cut(size, size).visit(batch) else (None, f"a {type(batch).__name__} cannot be cut")
     except Exception as error:
         return None, str(error)
 
@@ -494,6 +519,12 @@ class _Packer(pickle.Pickler):
         if type(value) is not Tensor:
             return "subclass", self._keep(value.as_subclass(Tensor)), type(value), dict(value.__dict__)
         return "plain", self._keep(value)
+
+    def reducer_override(self, value: Any) -> Any:
+        """Classes that derive from OrderedDict need no constructor, like all others."""
+        if isinstance(value, OrderedDict) and type(value) is not OrderedDict:
+            return copyreg.__newobj__, (type(value),), vars(value), None, iter(value.items())  # type: ignore[attr-defined]
+        return NotImplemented
 
     def _keep(self, tensor: Tensor) -> tuple[int, bool]:
         self.tensors.append(tensor.detach())
