@@ -403,7 +403,7 @@ class EigenvalueMeter(Meter):
         if reason is not None and "backend" not in self._told:
             self._told.add("backend")
             rank_zero_info(f"{reason} Finite differences of gradients are used instead, at two gradients a product.")
-        if self._probe.samples_in_all is not None and "probe" not in self._told:
+        if self._probe.samples_in_all is not None and self._probe.is_complete and "probe" not in self._told:
             self._told.add("probe")
             are_all = self._probe.is_everything(point.run)
             after = ", the whole training set." if are_all else _SMALL_PROBE

@@ -23,7 +23,8 @@ from dynamon.ranks import ran_out_of_memory
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 _SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
-_TRIES = 10  # batches in a row without a finite loss, after which that is a failure
+_TRIES = 5  # batches in a row without a finite loss, after which that is a failure
+_TRIES_OF_PARTS = 2  # ... after which whole batches are tried: it may be their parts that have none
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
@@ -211,6 +212,11 @@ class ProbeMeter(Meter):
         """Samples in the probe, None where they cannot be told apart."""
         return None if any(one.samples is None for one in self._sets[0]) else _size(self._sets[0])
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it is here, on this process."""
+        return self._is_full(self._sets[0])
+
     def is_everything(self, run: Run) -> bool:
         """Whether the probe is the whole training set."""
         return is_whole_training_set(run.trainer, self._sets[0])
@@ -336,7 +342,10 @@ class ProbeMeter(Meter):
             self._sets[place] = [replace(one, is_tried=True) for one in self._sets[place]] if verdict == _GOOD else []
         if _PART_FAILS in verdicts:
             self._fraction, self._size, self.share = 1.0, None, float(self._batches)
-            self._say("part", f"the probe holds whole batches: a part of one has no loss: {self._part_error}")
+            self._say(
+                "part",
+                f"the probe holds whole batches: the loss of a part of one could not be evaluated: {self._part_error}",
+            )
         self._refused = 0 if _NO_LOSS not in verdicts else self._refused + 1
         self._let_go = verdicts[0] != _GOOD
         return not self._let_go
@@ -353,6 +362,9 @@ class ProbeMeter(Meter):
         except NoLossError:
             if self._refused >= _TRIES:
                 raise
+            if one.is_cut and self._refused >= _TRIES_OF_PARTS:
+                self._part_error = "it is skipped."
+                return _PART_FAILS
             self._say(
                 "no loss", "there is no loss on the batch that sharpness was to be measured on: the next is taken."
             )
@@ -362,10 +374,7 @@ class ProbeMeter(Meter):
                 raise
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             forget_frames(error)
-            self._fraction, self._size, self.share = 1.0, None, float(self._batches)
-            self._say(
-                "part", f"the probe holds whole batches: the loss of a part of one could not be evaluated: {line}"
-            )
+            self._part_error = line
             return _PART_FAILS
         if not math.isfinite(loss) and self._refused < _TRIES:
             self._say(

@@ -1,11 +1,12 @@
 """The samples of a batch that are kept for a probe, and what the loaders say of batches."""
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 
 from dynamon.batches import restored, saved
@@ -54,14 +55,14 @@ def batch_sizes(trainer: pl.Trainer) -> tuple[int, ...]:
     """How many samples a batch may have by what the loaders of training say: full ones first, then last ones."""
     full, last = [], []
     for loader in _loaders(trainer.train_dataloader):
-        sampler = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
-        size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+        sampler = next((s for n in ("batch_sampler", "sampler") if (s := getattr(loader, n, None)) is not None), None)
+        size = next((s for o in (loader, sampler) if (s := getattr(o, "batch_size", None)) is not None), None)
         if type(size) is not int or size < 1:
             continue
         full.append(size)
-        drawn = getattr(sampler, "sampler", None)
-        if isinstance(drawn, Sized) and len(drawn) % size:
-            last.append(len(drawn) % size)
+        drawn = sized_len(getattr(sampler, "sampler", None))
+        if drawn is not None and drawn % size:
+            last.append(drawn % size)
     return tuple(dict.fromkeys([*full, *last]))
 
 
@@ -70,7 +71,7 @@ def is_whole_training_set(trainer: pl.Trainer, kept: Sequence[Kept]) -> bool:
     loaders = list(_loaders(trainer.train_dataloader))
     if any(one.is_cut for one in kept) or len(kept) < trainer.num_training_batches or len(loaders) != 1:
         return False
-    is_limited = isinstance(loaders[0], Sized) and len(loaders[0]) > trainer.num_training_batches
+    is_limited = (sized_len(loaders[0]) or 0) > trainer.num_training_batches
     return not is_limited or trainer.overfit_batches > 0
 
 
