@@ -5,6 +5,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from dynamon.callbacks.recorder import Row
 from dynamon.panels import Layout, combined
 
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
@@ -56,6 +57,12 @@ class DynamonCallback(pl.Callback):
     def one_of_a_kind(self) -> type | tuple[type, ...]:
         """The classes of which a Trainer may hold one."""
         return type(self)
+
+    def send_row(self, trainer: pl.Trainer) -> None:
+        """Write what all dynamon callbacks have measured in this step, once: when the last of them is through."""
+        row = Row.of(trainer)
+        if not row.is_empty and [c for c in callbacks_of(trainer) if isinstance(c, DynamonCallback)][-1] is self:
+            row.send(trainer)
 
     def write_layout(self, trainer: pl.Trainer) -> None:
         """Write the charts of all dynamon callbacks, once: the last layout in a run is the one that counts."""

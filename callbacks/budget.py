@@ -75,7 +75,7 @@ class Budget:
             yield
         finally:
             seconds = time.perf_counter() - begin
-            self._book(name, seconds)
+            self.book(name, seconds)
             if events:
                 events[1].record()
                 self._events.append((name, seconds, *events))
@@ -90,7 +90,7 @@ class Budget:
             seconds = time.perf_counter() - begin
             if self._since is None:  # before the first batch
                 self._running += seconds
-            self._book("hooks", max(seconds - (self.spent - spent), 0.0))
+            self.book("hooks", max(seconds - (self.spent - spent), 0.0))
 
     def claim(self, name: str, expected: float, waited: float, step: int, step_seconds: float) -> None:
         """Have the others leave a measurement what it costs, if it has waited for long.
@@ -141,7 +141,8 @@ class Budget:
         needed = self.spent + cost + sum(claimed for claimed in others if not has_claim or claimed < cost)
         return needed if has_claim else max(needed, (self.spent_on.get(name, 0.0) + cost) / share)
 
-    def _book(self, name: str, seconds: float) -> None:
+    def book(self, name: str, seconds: float) -> None:
+        """Book time that was measured elsewhere."""
         self.spent += seconds
         self.spent_on[name] = self.spent_on.get(name, 0.0) + seconds
         self.last[name] = seconds
@@ -150,4 +151,4 @@ class Budget:
         """Add what the device took beyond the host, for measurements that have passed by now."""
         while self._events and self._events[0][3].query():
             name, host, begin, end = self._events.popleft()
-            self._book(name, max(begin.elapsed_time(end) / 1000 - host, 0.0))
+            self.book(name, max(begin.elapsed_time(end) / 1000 - host, 0.0))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from dynamon.callbacks.gauss_newton import OutputsFn
 from dynamon.callbacks.gradients import GradientMeter, GradientMonitor
@@ -85,7 +86,7 @@ class DynamicsMonitor(Monitor):
         loss_fn: As in :class:`SharpnessMonitor`.
         probe_batches: How many of the first batches enter the probe.
         layers: Globs for the layers shown one by one, ``!`` excludes.
-        loggers: Loggers to write to by part of the class name; None for all.
+        loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         quantities: Sharpness quantities, as in :class:`SharpnessMonitor`.
         outputs: As there.
@@ -117,7 +118,7 @@ class DynamicsMonitor(Monitor):
         loss_fn: LossFn | None = None,
         probe_batches: int = 1,
         layers: Sequence[str] | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         strict: bool = False,
         quantities: Sequence[str] | None = None,
         outputs: OutputsFn | None = None,

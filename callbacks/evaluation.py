@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor
 
 from dynamon.callbacks.meter import Run
@@ -15,6 +16,7 @@ from dynamon.curvature.parameters import FlatParameters
 from dynamon.curvature.spaces import GatheredSpace, Shards
 from dynamon.probe import undisturbed
 from dynamon.shards import is_sharded
+from dynamon.trackers import is_muted, trackers_muted
 
 _SEED = 20_240_801
 
@@ -40,6 +42,7 @@ def evaluation(run: Run, owned: Mapping[str, Tensor], gathers: bool, moves: bool
         stack.enter_context(torch.enable_grad())
         stack.enter_context(at_rest(run.module))
         stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
+        stack.enter_context(trackers_muted())
         stack.enter_context(_loggers_muted(run.trainer))
         stack.enter_context(run.trainer.precision_plugin.train_step_context())
         if not any(is_sharded(p) for p in owned.values()):
@@ -73,8 +76,21 @@ def trained_parameters(run: Run) -> dict[str, Tensor]:
 def _loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
     """What ``training_step`` writes to ``self.logger`` itself is written for its own batches only."""
     loggers = trainer.loggers
-    trainer.loggers = [DummyLogger()] if loggers else []
+    trainer.loggers = [_Muted(logger) for logger in loggers]
     try:
         yield
     finally:
         trainer.loggers = loggers
+
+
+class _Muted(DummyLogger):
+    """A logger that is one for other threads only."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._real = logger
+
+    def __getattribute__(self, name: str) -> Any:
+        if is_muted() or name in ("_real", "__class__", "__dict__"):
+            return super().__getattribute__(name)
+        return getattr(super().__getattribute__("_real"), name)

@@ -339,7 +339,7 @@ class GradientMonitor(Monitor):
             every fourth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         layers: Globs for the layers shown one by one, ``!`` excludes: ``["blocks.*", "!*.bias"]``.
-        loggers: Loggers to write to by part of the class name (``["tensorboard"]``); None for all.
+        loggers: Loggers to write to by part of the class name, class or object (``["tensorboard"]``); None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         histograms: Write a histogram of each layer's gradient to TensorBoard, every tenth reading.
 
@@ -359,7 +359,7 @@ class GradientMonitor(Monitor):
         every_n_steps: int | None = None,
         budget: float | None = 0.02,
         layers: Sequence[str] | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         strict: bool = False,
         histograms: bool = False,
     ) -> None:

@@ -20,7 +20,7 @@ from dynamon.callbacks.accumulation import (
 from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import is_sharded_run
-from dynamon.callbacks.recorder import Recorder
+from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.history import History
 from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal
@@ -60,7 +60,7 @@ class LayerwiseLR(DynamonCallback):
         save_gradient: Keep the previous gradient in checkpoints, so that a resumed run is bitwise the one
             that never stopped. False saves its memory and skips one noise update after a resume.
         layers: Globs for the layers shown one by one. All layers are steered.
-        loggers: Loggers to write to by part of the class name; None for all.
+        loggers: Loggers to write to by part of the class name, class or object; None for all.
         apply: False for a dry run: ratios and the rates they would give are computed and logged, and training is
             bitwise that without the callback.
         scale_weight_decay: Decoupled weight decay (AdamW) scales with the rate. False keeps it at the base rate.
@@ -90,7 +90,7 @@ class LayerwiseLR(DynamonCallback):
         lag: int = 1,
         save_gradient: bool = True,
         layers: Sequence[str] | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         *,
         apply: bool = True,
         scale_weight_decay: bool = True,
@@ -174,6 +174,7 @@ class LayerwiseLR(DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The clock runs; a rule that compares the processes has their own gradients kept."""
+        Row.of(trainer).close()
         self._budget.start()
         if _wants_parts(self.rule) and compares_ranks(trainer, pl_module) and begins_window(trainer):
             with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
@@ -219,6 +220,7 @@ class LayerwiseLR(DynamonCallback):
         if in_force:
             with self._budget.charge("steering"):
                 self._record(trainer, in_force)
+        self.send_row(trainer)
 
     def _record(
         self, trainer: pl.Trainer, in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]]
@@ -239,7 +241,7 @@ class LayerwiseLR(DynamonCallback):
         self._recorder.layers("lr/effective", np.array([base[name] * ratio[name] for name in names]), names)
         if self._shows_noise:
             self._record_noise([self._steered[optimizer] for optimizer in in_force], names)
-        self._recorder.flush(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._recorder.flush(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped, self._budget)
 
     def _record_noise(self, steered: list[LayerwiseRates], names: list[str]) -> None:
         estimators = [rates.rule.noise for rates in steered if rates.rule.noise is not None]
@@ -313,7 +315,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
         lag: 1: readings of a step act at the next. 0: they act at once, as published.
         save_gradient: Keep the previous gradient in checkpoints.
         layers: Globs for the layers shown one by one.
-        loggers: Loggers to write to by part of the class name; None for all.
+        loggers: Loggers to write to by part of the class name, class or object; None for all.
         apply: False for a dry run, which computes and logs and changes nothing.
         scale_weight_decay: Decoupled weight decay scales with the rate; False keeps it at the base rate.
         read_every: Read the noise at every so many-th step only.
@@ -338,7 +340,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
         lag: int = 1,
         save_gradient: bool = True,
         layers: Sequence[str] | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         apply: bool = True,
         scale_weight_decay: bool = True,
         read_every: int = 1,

@@ -14,7 +14,7 @@ from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of,
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.health import HealthWatch, histories_of
 from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
-from dynamon.callbacks.recorder import Recorder
+from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.health import Finding
 from dynamon.history import History
 from dynamon.layers import Layer, describe_layers, is_measurable, select
@@ -30,7 +30,7 @@ class Monitor(DynamonCallback):
         make_meters: Makes what measures, anew for each fit.
         budget: Share of training time for all of it, or None.
         layers: Globs for the layers with readings of their own; ``!`` excludes.
-        loggers: Loggers to write to, by (part of) class name; None for all.
+        loggers: Loggers to write to, by (part of) class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning.
     """
 
@@ -39,7 +39,7 @@ class Monitor(DynamonCallback):
         make_meters: Callable[[], list[Meter]],
         budget: float | None = 0.02,
         layers: Sequence[str] | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         strict: bool = False,
     ) -> None:
         """Remember what to measure."""
@@ -125,6 +125,7 @@ class Monitor(DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Let the meters see the batch."""
+        Row.of(trainer).close()
         if self._run is not None:
             self._budget.start()
             self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
@@ -146,13 +147,20 @@ class Monitor(DynamonCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let the meters measure, if the optimizer has stepped."""
+        """Let the meters measure, if the optimizer has stepped, and hand on what they read."""
+        self._after_batch(trainer, outputs)
+        self.send_row(trainer)
+
+    def _after_batch(self, trainer: pl.Trainer, outputs: Any) -> None:
         if self._run is None or not self._stepped:
             return
         self._stepped = False
         self._run.steps_seen += 1
         self._call_all("batch_end")
         self._run.forget_copies()
+        if self._measured:
+            with self._budget.watch():
+                self._finish()
         if self._measured and self._watches_health(trainer):
             self._health.see(self._run, outputs, *histories_of(trainer))
         self._measured = False
@@ -171,6 +179,7 @@ class Monitor(DynamonCallback):
         self._budget.stop()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there
+        self.send_row(trainer)
         self._last_look(trainer)
         for meter in self._meters:
             if self._run is not None and meter.is_missed() and not self.paused(meter) and not self._run.trying_out:
@@ -228,8 +237,7 @@ class Monitor(DynamonCallback):
             if meter.points > points:
                 self._measured = True
                 self._in_a_row[meter.name] = 0
-                with self._run.charge(meter.name):
-                    self._finish()
+                self._recorder.keep()
         except SteeringError:
             raise
         except Exception as error:
@@ -255,7 +263,7 @@ class Monitor(DynamonCallback):
             {"dynamon/overhead": self._budget.overhead, "dynamon/failures": float(self.failures)},
             headline=True,
         )
-        self._recorder.flush(self._run.trainer, self._run.step)
+        self._recorder.flush(self._run.trainer, self._run.step, self._budget)
 
     def _failed(self, meter: Meter, error: Exception) -> None:
         assert self._run is not None

@@ -1,9 +1,12 @@
 """Where readings go: every logger, the history, and Lightning's own metrics."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,6 +17,8 @@ from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, Sum
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from dynamon.arrays import Array
+from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.writers import Writer, writer_for
 from dynamon.histograms import Histogram
 from dynamon.history import History
 
@@ -22,11 +27,15 @@ _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
 class Recorder:
-    """Collects the readings of one step and hands them on in one call to each logger.
+    """Collects the readings of one step, and hands them on together: one row a step for each logger.
+
+    What is collected belongs to one measurement, until :meth:`keep` says that it came to its end or :meth:`forget`
+    that it did not. :meth:`flush` writes what was kept to the history and to Lightning's metrics, and adds it to the
+    row that the callbacks of a Trainer send to its loggers together, see :class:`Row`.
 
     Args:
-        loggers: Names of loggers to write to (``"tensorboard"``, ``"csv"``, a class name or a part of it), or
-            None for all.
+        loggers: Names of loggers to write to (``"tensorboard"``, ``"csv"``, a class name or a part of it), classes or
+            the loggers themselves; None for all.
         quantities: Number of per-layer quantities that will come, which decides whether each layer gets
             scalars of its own or only the quantiles and the tensor summary.
         strict: Raise what a logger raises, instead of warning once and going on.
@@ -36,17 +45,14 @@ class Recorder:
         failures: Calls of loggers that failed so far.
     """
 
-    def __init__(self, loggers: Sequence[str] | None, quantities: int, strict: bool = False) -> None:
+    def __init__(self, loggers: Sequence[Any] | None, quantities: int, strict: bool = False) -> None:
         """Start with nothing collected."""
         self.history = History()
         self.failures = 0
-        self._strict, self._told = strict, set[str]()
+        self.strict, self._told = strict, set[str]()
         self._wanted = loggers
         self._quantities = max(quantities, 1)
-        self._scalars: dict[str, float] = {}
-        self._headlines: dict[str, float] = {}
-        self._tables: dict[str, tuple[Array, tuple[str, ...]]] = {}
-        self._histograms: dict[str, Histogram] = {}
+        self._collected, self._kept = _Readings(), _Readings()
 
     def check(self, trainer: pl.Trainer) -> None:
         """Say which asked-for logger the Trainer does not have.
@@ -61,74 +67,171 @@ class Recorder:
 
     def scalars(self, values: Mapping[str, float], headline: bool = False) -> None:
         """Add scalars by tag; headlines also enter ``trainer.callback_metrics``."""
-        self._scalars.update(values)
+        self._collected.scalars.update(values)
         if headline:
-            self._headlines.update(values)
+            self._collected.headlines.update(values)
 
     def layers(self, quantity: str, values: Array, names: Sequence[str]) -> None:
         """Add one number a layer of a quantity like ``"gradient/dual"``; NaN where a layer has none."""
-        self._tables[quantity] = (np.asarray(values, dtype=np.float64), tuple(names))
+        self._collected.tables[quantity] = (np.asarray(values, dtype=np.float64), tuple(names))
 
     def histograms(self, quantity: str, values: Sequence[Histogram], names: Sequence[str]) -> None:
         """Add one histogram a layer, for TensorBoard only; a tensor without a finite entry has none."""
         own = zip(names, values, strict=True)
-        self._histograms |= {f"{quantity}/{name}": histogram for name, histogram in own if histogram.count}
+        self._collected.histograms |= {f"{quantity}/{name}": histogram for name, histogram in own if histogram.count}
+
+    def keep(self) -> None:
+        """What was collected is complete."""
+        self._kept.add(self._collected)
+        self._collected = _Readings()
 
     def forget(self) -> None:
         """Drop what was collected: the measurement did not come to its end."""
-        self._scalars, self._headlines, self._tables, self._histograms = {}, {}, {}, {}
+        self._collected = _Readings()
 
-    def flush(self, trainer: pl.Trainer, step: int) -> None:
-        """Write what was collected to the history, the metrics and the loggers."""
-        scalars, headlines, tables = self._scalars, self._headlines, self._tables
-        histograms, self._histograms = self._histograms, {}
-        self._scalars, self._headlines, self._tables = {}, {}, {}
-        for quantity, (values, names) in tables.items():
+    def flush(self, trainer: pl.Trainer, step: int, budget: Budget) -> None:
+        """Write what was kept to the history and the metrics, and add it to the row of this step.
+
+        Args:
+            trainer: The Trainer.
+            step: The step.
+            budget: Books what the loggers take.
+        """
+        self.keep()
+        kept, self._kept = self._kept, _Readings()
+        for quantity, (values, names) in kept.tables.items():
             self.history.add(quantity, step, values, names)
             known = values[np.isfinite(values)]
             if len(known):
-                scalars |= {f"{quantity}_{name}": float(np.quantile(known, q)) for name, q in _QUANTILES.items()}
-        for tag, value in scalars.items():
+                kept.scalars |= {f"{quantity}_{name}": float(np.quantile(known, q)) for name, q in _QUANTILES.items()}
+        for tag, value in kept.scalars.items():
             self.history.add(tag, step, value)
-        if not scalars and not tables:
+        if not kept.scalars and not kept.tables:
             return
-        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in headlines.items()})
-        per_layer = dict(scalars)
-        for quantity, (values, names) in tables.items():
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in kept.headlines.items()})
+        Row.of(trainer).add(self, step, self._with_layers(kept), kept, budget)
+
+    def _with_layers(self, kept: "_Readings") -> dict[str, float]:
+        """The scalars, and those of single layers where they are not too many."""
+        found = dict(kept.scalars)
+        for quantity, (values, names) in kept.tables.items():
             if len(names) * self._quantities <= MAX_LAYER_TAGS:
                 pairs = zip(names, values.tolist(), strict=True)
-                per_layer |= {layer_tag(quantity, name): v for name, v in pairs if np.isfinite(v)}
-        for logger in self._loggers(trainer):
-            with self._guarded(logger):
-                logger.log_metrics(per_layer, step=step)
-                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    for quantity, (values, names) in tables.items():
-                        _add_table(logger, quantity, values, names, step)
-                    for tag, histogram in histograms.items():
-                        _add_histogram(logger, tag, histogram, step)
+                found |= {layer_tag(quantity, name): v for name, v in pairs if np.isfinite(v)}
+        return found
 
-    @contextmanager
-    def _guarded(self, logger: Logger) -> Iterator[None]:
+    def writes_to(self, logger: Logger) -> bool:
+        """Whether a logger is one of those that were asked for."""
+        return self._wanted is None or any(_is_called(logger, wanted) for wanted in self._wanted)
+
+    def failed(self, logger: Logger, error: Exception) -> None:
         """A logger that fails costs a count, one warning, and what it should have written."""
-        try:
-            yield
-        except Exception as error:
-            if self._strict:
-                raise
-            self.failures += 1
-            name = type(logger).__name__
-            if name not in self._told:
-                self._told.add(name)
-                line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                rank_zero_warn(
-                    f"{name} failed to write dynamon's readings: {line} Training goes on, and so do other loggers; "
-                    "every reading is in .history."
-                )
+        self.failures += 1
+        name = type(logger).__name__
+        if name not in self._told:
+            self._told.add(name)
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rank_zero_warn(
+                f"{name} failed to write dynamon's readings: {line} Training goes on, and so do other loggers; "
+                "every reading is in .history."
+            )
 
-    def _loggers(self, trainer: pl.Trainer) -> list[Logger]:
-        if self._wanted is None:
-            return list(trainer.loggers)
-        return [logger for logger in trainer.loggers if any(_is_called(logger, name) for name in self._wanted)]
+
+@dataclass
+class _Readings:
+    """What was read at one step."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    headlines: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, tuple[Array, tuple[str, ...]]] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+
+    def add(self, other: "_Readings") -> None:
+        self.scalars |= other.scalars
+        self.headlines |= other.headlines
+        self.tables |= other.tables
+        self.histograms |= other.histograms
+
+
+@dataclass
+class _Part:
+    """What one callback adds to a row."""
+
+    recorder: Recorder
+    scalars: dict[str, float]  # those of single layers included
+    readings: _Readings
+    budget: Budget
+
+
+class Row:
+    """What all dynamon callbacks of a Trainer have measured at a step, on its way to the loggers.
+
+    Trackers that count rows (W&B) and tables with a row a call (CSV) get one for a step, whoever measured.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._step = 0
+        self._parts: list[_Part] = []
+        self._writers: WeakKeyDictionary[Logger, Writer] = WeakKeyDictionary()
+
+    @staticmethod
+    def of(trainer: pl.Trainer) -> "Row":
+        """The one of a Trainer."""
+        return _rows.setdefault(trainer, Row())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return not self._parts
+
+    def add(
+        self, recorder: Recorder, step: int, scalars: dict[str, float], readings: _Readings, budget: Budget
+    ) -> None:
+        """Add what a callback has measured; a later one at the same step joins it."""
+        self._step = step
+        self._parts.append(_Part(recorder, scalars, readings, budget))
+
+    def send(self, trainer: pl.Trainer) -> None:
+        """Write to every logger; each callback's budget is charged by how much of the row is its own.
+
+        Raises:
+            Exception: What a logger raised, where one of the callbacks is strict.
+        """
+        parts, self._parts = self._parts, []
+        if not parts:
+            return
+        begin = time.perf_counter()
+        try:
+            for logger in trainer.loggers:
+                self._send_to(logger, [part for part in parts if part.recorder.writes_to(logger)], trainer)
+        finally:
+            seconds, everything = time.perf_counter() - begin, sum(len(part.scalars) for part in parts)
+            for part in parts:
+                part.budget.book("loggers", seconds * len(part.scalars) / max(everything, 1))
+
+    def _send_to(self, logger: Logger, parts: Sequence[_Part], trainer: pl.Trainer) -> None:
+        if not parts:
+            return
+        try:
+            writer = self._writers.setdefault(logger, writer_for(logger))
+            writer.write({tag: value for part in parts for tag, value in part.scalars.items()}, self._step)
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                for part in parts:
+                    _add_to_tensorboard(logger, part.readings, self._step)
+        except Exception as error:
+            if any(part.recorder.strict for part in parts):
+                raise
+            parts[0].recorder.failed(logger, error)
+
+    def close(self) -> None:
+        """The step is over: what a tracker still holds open ends here, before the user writes the next row."""
+        for writer in list(self._writers.values()):
+            with suppress(Exception):  # the row itself was written
+                writer.close()
+
+
+_rows: "WeakKeyDictionary[pl.Trainer, Row]" = WeakKeyDictionary()
 
 
 def layer_tag(quantity: str, layer: str) -> str:
@@ -136,8 +239,18 @@ def layer_tag(quantity: str, layer: str) -> str:
     return f"{quantity.replace('/', '.')}/{layer}"
 
 
-def _is_called(logger: Logger, name: str) -> bool:
-    return name.lower() in type(logger).__name__.lower()
+def _is_called(logger: Logger, wanted: Any) -> bool:
+    if isinstance(wanted, type):
+        return isinstance(logger, wanted)
+    return wanted.lower() in type(logger).__name__.lower() if isinstance(wanted, str) else logger is wanted
+
+
+def _add_to_tensorboard(logger: TensorBoardLogger, readings: _Readings, step: int) -> None:
+    """Tables and histograms, which other loggers cannot take."""
+    for quantity, (values, names) in readings.tables.items():
+        _add_table(logger, quantity, values, names, step)
+    for tag, histogram in readings.histograms.items():
+        _add_histogram(logger, tag, histogram, step)
 
 
 def _add_table(logger: TensorBoardLogger, quantity: str, values: Array, names: Sequence[str], step: int) -> None:

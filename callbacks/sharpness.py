@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from dynamon.callbacks.curvature_tags import TAGS
 from dynamon.callbacks.eigenvalues import EigenvalueMeter
@@ -148,7 +149,7 @@ class SharpnessMonitor(Monitor):
         memory_limit: GiB that the solver's vectors may take; None for half of what is free when training starts.
             Where they do not fit, critical sharpness is measured instead, and that is said. Where memory runs out
             in a measurement all the same, the probe is halved for the next one.
-        loggers: Loggers to write to by part of the class name; None for all.
+        loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
 
     Raises:
@@ -198,7 +199,7 @@ class SharpnessMonitor(Monitor):
         tol: float = 1e-2,
         max_matvecs: int = 40,
         memory_limit: float | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         strict: bool = False,
     ) -> None:
         """Check the arguments."""

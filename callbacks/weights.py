@@ -312,7 +312,7 @@ class WeightMonitor(Monitor):
             every twentieth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         layers: Globs for the layers measured, ``!`` excludes.
-        loggers: Loggers to write to by part of the class name; None for all.
+        loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         histograms: Write a histogram of each layer's weights to TensorBoard, every tenth reading.
         convolutions: Bound the norm of each convolution as a map of whole inputs, every tenth reading. Takes from
@@ -335,7 +335,7 @@ class WeightMonitor(Monitor):
         every_n_steps: int | None = None,
         budget: float | None = 0.02,
         layers: Sequence[str] | None = None,
-        loggers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
         strict: bool = False,
         histograms: bool = False,
         convolutions: bool = False,

@@ -122,9 +122,16 @@ def _at_least_five_finite_readings(monitors: list) -> None:
                     tag.startswith((*adam_only, *elsewhere)) and tag not in monitor.history
                 ):
                     continue
-                values = monitor.history[tag].values
-                rows = np.isfinite(values).reshape(len(values), -1).any(1)
-                assert rows.sum() >= (1 if tag.endswith(EVERY_TENTH) else 5), tag
+                # What did not converge has a tag of its own; which solves do depends on the machine's rounding.
+                found = _finite_readings(monitor, tag) + _finite_readings(monitor, f"{tag}_unconverged")
+                assert found >= (1 if tag.endswith(EVERY_TENTH) else 5), tag
+
+
+def _finite_readings(monitor, tag: str) -> int:
+    if tag not in monitor.history:
+        return 0
+    values = monitor.history[tag].values
+    return int(np.isfinite(values).reshape(len(values), -1).any(1).sum())
 
 
 def test_promise_1_invisible_on_the_demo_model() -> None:

@@ -78,7 +78,8 @@ class Table:
             "",
             f"{len(MODELS)} models x {len(SETUPS)} set-ups x {len(CALLBACKS)} callbacks are {len(every)} cells; "
             f"{len(possible)} of them exist, and {len(self.outcomes)} were run in {self.seconds / 60:.0f} minutes on "
-            f"one thread: {counts['passed']} passed, {counts['known']} have a known fault, {counts['failed']} failed. "
+            f"one thread: {counts['passed']} passed, {counts['skipped']} cannot run here without dynamon either, "
+            f"{counts['known']} have a known fault, {counts['failed']} failed. "
             f"`make conformance` writes this page; `make test` runs the {len(covering(possible))} cells that hold "
             "every pair of rows.",
             "",
