@@ -23,8 +23,8 @@ from dynamon.ranks import ran_out_of_memory
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 _SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
-_TRIES = 5  # batches in a row without a finite loss, after which that is a failure
-_TRIES_OF_PARTS = 2  # ... after which whole batches are tried: it may be their parts that have none
+_PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
+_TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
@@ -362,8 +362,8 @@ class ProbeMeter(Meter):
         except NoLossError:
             if self._refused >= _TRIES:
                 raise
-            if one.is_cut and self._refused >= _TRIES_OF_PARTS:
-                self._part_error = "it is skipped."
+            if one.is_cut and self._refused >= _PATIENCE:
+                self._part_error = "there was none."
                 return _PART_FAILS
             self._say(
                 "no loss", "there is no loss on the batch that sharpness was to be measured on: the next is taken."
@@ -376,7 +376,7 @@ class ProbeMeter(Meter):
             forget_frames(error)
             self._part_error = line
             return _PART_FAILS
-        if not math.isfinite(loss) and self._refused < _TRIES:
+        if not math.isfinite(loss) and self._refused < _PATIENCE:
             self._say(
                 "not finite",
                 "the loss on the batch that sharpness was to be measured on is not finite: the next is taken.",
