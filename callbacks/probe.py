@@ -80,7 +80,6 @@ class ProbeMeter(Meter):
         self._resumed_without = False
         self._halvings = 0
         self._checked = loss_fn is not None
-        self._sizes: tuple[int, ...] = ()
         self._let_go = False  # of a probe without a loss, by all processes, until the next batch
         self._refused = 0  # batches in a row without one
         self._part_error = "on another process."
@@ -105,7 +104,6 @@ class ProbeMeter(Meter):
             )
         else:
             self.off = False
-            self._sizes = batch_sizes(run.trainer)
             self._take_up(run)
 
     def _take_up(self, run: Run, like: Any = None) -> None:
@@ -149,7 +147,7 @@ class ProbeMeter(Meter):
         with run.charge(self.name):
             kept = waiting[0]
             most = None if self._size is None else self._size - _size(kept)
-            part = take_samples(batch, 1.0 if self._size else self._fraction, most, self._sizes)
+            part = take_samples(batch, 1.0 if self._size else self._fraction, most, batch_sizes(run.trainer))
             kept.append(self._kept(part.batch, part.samples, part.is_cut, run.trainer.fit_loop.epoch_loop.batch_idx))
         if part.reason is not None:
             self._say("whole", f"the probe holds whole batches: {part.reason}. A loss_fn can take less of them.")
@@ -266,7 +264,7 @@ class ProbeMeter(Meter):
         """The Hessian of the loss on a batch, that of all processes together."""
         index, weight = (
             run.trainer.fit_loop.epoch_loop.batch_idx,
-            self._weight_of(batch, count_samples(batch, self._sizes)),
+            self._weight_of(batch, count_samples(batch, batch_sizes(run.trainer))),
         )
         if isinstance(params, ShardedParameters):
             share = self._share(run, weight)
@@ -339,7 +337,8 @@ class ProbeMeter(Meter):
             found[place, 1] = max((self._verdict(run, one) for one in kept if not one.is_tried), default=_GOOD)
         verdicts = run.ranks.maximum(found)[:, 1].tolist()
         for place, verdict in enumerate(verdicts):
-            self._sets[place] = [replace(one, is_tried=True) for one in self._sets[place]] if verdict == _GOOD else []
+            tried = [replace(one, is_tried=True) for one in self._sets[place]]
+            self._sets[place], self._parts[place] = (tried, self._parts[place]) if verdict == _GOOD else ([], [])
         if _PART_FAILS in verdicts:
             self._fraction, self._size, self.share = 1.0, None, float(self._batches)
             self._say(

@@ -256,7 +256,7 @@ class _Cut:
                 self._replace(value, part)
                 return 1
         if held is None:
-            if hasattr(value, "to"):
+            if hasattr(value, "to") or any(isinstance(v, Tensor) for v in getattr(value, "__dict__", {}).values()):
                 raise _UnclearError(f"it holds a {type(value).__name__}, which cannot be cut")
             return 0
         is_list = isinstance(value, list | tuple) and not hasattr(value, "_fields")
@@ -287,8 +287,11 @@ class _Cut:
             return told
         if isinstance(value, tuple) and all(isinstance(item, int | float) for item in value):
             return 0  # a shape, say
+        told = any(isinstance(leaf, Tensor) for leaf in _leaves(value, {}))
+        if told and not _are_one_kind(value):
+            raise _UnclearError("")
         self._replace(value, clone(value[: self._count]))
-        return int(any(isinstance(leaf, Tensor) for leaf in _leaves(value, {})))
+        return int(told)
 
     def _own_part(self, value: Any) -> Any | None:
         """What an object gives that can be indexed itself."""
@@ -375,11 +378,18 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     return (leaf for leaf in _leaves(batch, {}) if isinstance(leaf, Tensor))
 
 
+def _are_one_kind(values: Sequence[Any]) -> bool:
+    """Whether each of these may be a sample."""
+    if any(isinstance(v, Tensor) for v in values):
+        return len({(type(v), v.dtype, v.ndim) if isinstance(v, Tensor) else type(v) for v in values}) == 1
+    return len({type(v) for v in values if v is not None}) <= 1
+
+
 def _are_alike(values: Sequence[Any]) -> bool:
     """Whether these are several tensors of one kind."""
     if len(values) < 2 or not all(isinstance(v, Tensor) and v.ndim for v in values):
         return False
-    return len({(v.dtype, v.ndim) for v in values}) == 1
+    return _are_one_kind(values)
 
 
 def _has_alike(value: Any) -> bool:
