@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from dynamon.batches import UnknownClassError, batch_weight, count_samples, on_host, take_samples
+from dynamon.batches import NoWeightError, UnknownClassError, batch_weight, count_samples, on_host, take_samples
 from dynamon.callbacks.evaluation import evaluation, trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run, forget_frames
 from dynamon.callbacks.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
@@ -148,7 +148,11 @@ class ProbeMeter(Meter):
             kept = waiting[0]
             most = None if self._size is None else self._size - _size(kept)
             part = take_samples(batch, 1.0 if self._size else self._fraction, most, batch_sizes(run.trainer))
-            kept.append(self._kept(part.batch, part.samples, part.is_cut, run.trainer.fit_loop.epoch_loop.batch_idx))
+            index = run.trainer.fit_loop.epoch_loop.batch_idx
+            try:
+                kept.append(self._kept(part.batch, part.samples, part.is_cut, index))
+            except NoWeightError as error:
+                self._say("no weight", f"{error} The probe takes the next batch.")
         if part.reason is not None:
             self._say("whole", f"the probe holds whole batches: {part.reason}. A loss_fn can take less of them.")
 

@@ -24,6 +24,10 @@ class UnknownClassError(Exception):
     """A saved batch holds objects of classes that the batch it is rebuilt from does not hold."""
 
 
+class NoWeightError(ValueError):
+    """A batch counts nothing among others."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Samples of a batch, copied.
@@ -76,7 +80,8 @@ def batch_weight(batch: Any, name: str) -> float:
     """The sum of a batch's entry of that name (a mask of tokens, say): its weight among others.
 
     Raises:
-        ValueError: If the batch has no such entry or attribute, or it does not sum to a positive number.
+        ValueError: If the batch has no such entry or attribute.
+        NoWeightError: If it does not sum to a positive number.
     """
     found = entry(batch, name)
     if found is None or callable(found):
@@ -85,7 +90,7 @@ def batch_weight(batch: Any, name: str) -> float:
         raise ValueError(f"the batch has no {name!r} to weigh it by; it is {told}.")
     weight = float(torch.as_tensor(found).sum())
     if not weight > 0:
-        raise ValueError(f"the batch's {name!r} sums to {weight}; a weight must be positive.")
+        raise NoWeightError(f"the batch's {name!r} sums to {weight}; a weight must be positive.")
     return weight
 
 

@@ -618,6 +618,14 @@ def test_a_batch_without_a_loss_gives_way_to_the_next(name: str, caplog) -> None
     assert caplog.text.count("there is no loss on the batch that sharpness was to be measured on") == 1
 
 
+def test_a_batch_without_a_weight_gives_way_to_the_next(caplog) -> None:
+    mask = torch.ones(64).index_fill(0, torch.arange(8), 0.0)
+    data = DataLoader(TensorDataset(INPUTS, LABELS, mask), 8, collate_fn=lambda items: dict(zip("xyw", map(torch.stack, zip(*items, strict=True)), strict=True)))  # fmt: skip  # noqa: E501
+    with caplog.at_level(logging.INFO):
+        found = measured(of_mapping, data, sharpness(probe_fraction=0.25, probe_weight="w"))
+    assert found == (pytest.approx(on(slice(8, 10)), rel=1e-6), 2) and "The probe takes the next batch" in caplog.text
+
+
 def test_a_loss_that_is_never_there_is_a_failure() -> None:
     monitor = SharpnessMonitor(1, quantities=["hessian"], loss_fn=lambda module, batch: None)
     with pytest.warns(UserWarning, match="loss_fn must return a scalar tensor as loss, got NoneType"):
@@ -737,6 +745,8 @@ def test_a_weight_and_a_convolution_in_one_monitor() -> None:
     weights = [float(LABELS[:8].sum()), float(LABELS[8:16].sum())]
     expected = (weights[0] * first + weights[1] * second) / sum(weights)
     assert monitor.history["sharpness/probe_loss"].values[-1] == pytest.approx(float(expected.detach()), rel=1e-9)
+    with pytest.raises(ValueError, match="a weight must be positive"):
+        batch_weight({"y": torch.zeros(3)}, "y")
     for wanted in (True, False):
         monitor = DynamicsMonitor(every_n_steps=1, convolutions=wanted, quantities=["critical"])
         fit(Classifier(cnn()), [monitor], batches(features=(2, 8, 8)), steps=2)
