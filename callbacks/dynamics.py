@@ -135,7 +135,7 @@ class DynamicsMonitor(Monitor):
         """Check the arguments."""
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
-        own = {"quantities": quantities, "probe_fraction": probe_fraction, "histograms": histograms}
+        own: dict[str, Any] = {"quantities": quantities, "probe_fraction": probe_fraction, "histograms": histograms}
         chosen = replace(PRESETS[preset], **{name: value for name, value in own.items() if value is not None})
         check_arguments(every_n_steps, budget, quantities=quantities, layers=layers, loggers=loggers)
         check_probe(probe_batches, chosen.probe_fraction, loss_fn, probe_size, probe_weight)

@@ -72,7 +72,7 @@ def is_whole_training_set(trainer: pl.Trainer, kept: Sequence[Kept]) -> bool:
     if any(one.is_cut for one in kept) or len(kept) < trainer.num_training_batches or len(loaders) != 1:
         return False
     is_limited = (sized_len(loaders[0]) or 0) > trainer.num_training_batches
-    return not is_limited or trainer.overfit_batches > 0
+    return not is_limited or getattr(trainer, "overfit_batches", 0) > 0
 
 
 def _loaders(value: Any) -> Iterator[Any]:

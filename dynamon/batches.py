@@ -180,8 +180,9 @@ def _made_anew(value: Any, known: Mapping[int, Any]) -> Any:
 
 def _made_dict(value: dict[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any]:
     """A dict of any class without a call of its constructor, which may want something else."""
-    made = type(value).__new__(type(value))
-    made.__dict__.update(getattr(value, "__dict__", {}))
+    made: Any = type(value).__new__(type(value))
+    if hasattr(value, "__dict__"):
+        made.__dict__.update(value.__dict__)
     if isinstance(value, defaultdict):
         made.default_factory = value.default_factory
     put = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict.__setitem__
@@ -206,7 +207,8 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _of_class(value.detach().clone(), value)
     if isinstance(value, PackedSequence):
-        return type(value)(*(None if t is None else t.detach().clone() for t in value))
+        parts: list[Any] = [None if t is None else t.detach().clone() for t in value]
+        return type(value)(*parts)
     try:
         return copy.deepcopy(value)
     except Exception:  # locks, generators
@@ -292,16 +294,15 @@ class _Cut:
             return told
         if isinstance(value, tuple) and all(isinstance(item, int | float) for item in value):
             return 0  # a shape, say
-        told = any(isinstance(leaf, Tensor) for leaf in _leaves(value, {}))
-        if told and not _are_one_kind(value):
+        if not _are_one_kind(value) and any(isinstance(leaf, Tensor) for leaf in _leaves(value, {})):
             raise _UnclearError("")
         self._replace(value, clone(value[: self._count]))
-        return int(told)
+        return 1
 
     def _own_part(self, value: Any) -> Any | None:
         """What an object gives that can be indexed itself."""
         try:
-            part = value[: self._count] if len(value) == self._size else None
+            part: Any = value[: self._count] if len(value) == self._size else None
             return clone(part) if type(part) is type(value) and len(part) == self._count else None
         except Exception:  # indexed by names
             return None
@@ -331,14 +332,14 @@ def _size(batch: Any, sizes: Sequence[int]) -> tuple[int | None, str]:
                 reason = "time and samples cannot be told apart by size"
         except Exception as error:
             reason = reason or str(error)
-    size, other = _agreed(batch)
-    if size is None and not reason and sizes and (firsts := _firsts(batch)):
+    agreed, other = _agreed(batch)
+    if agreed is None and not reason and sizes and (firsts := _firsts(batch)):
         other = f"its tensors begin with {firsts} where the loader's batch_size is {sizes[0]}"
-    if size is None or not sizes:
-        return size, reason or other
-    if size < max(sizes):  # a last batch, or one that a collate function has taken broken samples from
-        return size, ""
-    return None, f"its tensors begin with {size} where the loader's batch_size is {sizes[0]}"
+    if agreed is None or not sizes:
+        return agreed, reason or other
+    if agreed < max(sizes):  # a last batch, or one that a collate function has taken broken samples from
+        return agreed, ""
+    return None, f"its tensors begin with {agreed} where the loader's batch_size is {sizes[0]}"
 
 
 def _firsts(batch: Any) -> str:
@@ -433,6 +434,8 @@ def _known(batch: Any, sizes: Sequence[int]) -> int | None:
     if said or not sizes or sizes[0] < 2:
         return None
     tensors = list(_tensors(batch))
+    if len({int(t.size(0)) for t in tensors if t.ndim} & set(sizes)) > 1:  # several loaders
+        return None
     seen = {int(t.size(d)) for t in tensors for d in range(1 if t.is_nested else t.ndim)} | _lengths(batch)
     return sizes[0] if not tensors or sizes[0] in seen else None
 

@@ -286,6 +286,24 @@ def test_every_container_is_copied_and_shares_nothing(name: str) -> None:
             assert a.data_ptr() != b.data_ptr()
 
 
+class Alone:
+    """A key of which there is one."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("not me")
+
+
+def test_what_cannot_be_copied_is_shared_and_tensors_are_not() -> None:
+    only = Alone()
+    for kind in (dict, defaultdict, OrderedDict, UserDict):
+        batch = kind(list) if kind is defaultdict else kind()
+        batch[only], batch["deep"] = X, [(Y, only), Point(Y, "text")]
+        copied = clone(batch)
+        assert type(copied) is kind and copied["deep"][0][1] is only and set(copied) == {only, "deep"}
+        assert all(torch.equal(a, b) for a, b in ((copied[only], X), (copied["deep"][0][0], Y)))
+        assert copied[only] is not X and copied["deep"][0][0] is not Y and isinstance(copied["deep"][1], Point)
+
+
 @pytest.mark.parametrize("name", CUT)
 def test_every_container_goes_through_a_checkpoint(name: str) -> None:
     batch = CUT[name]
@@ -348,7 +366,8 @@ WHOLE = {  # batch, what the loader says, samples that are known, a word of the 
     "graphs": (Graphs(torch.randn(20, 3), torch.ones(2, 40).long(), torch.arange(20) % N), (), N, "Graphs"),
     "graph entries": ({"x": torch.randn(20, 3), "edge_index": torch.ones(2, 40).long(), "y": Y}, (N,), N, "begin with"),
     "batches of batches": ((X, Y), (1,), None, "begin with 8 where"),
-    "two loaders": ({"a": (X, Y), "b": (X[:4], Y[:4])}, (N, 4), N, "begin with 4 and 8"),
+    "two loaders": ({"a": (X, Y), "b": (X[:4], Y[:4])}, (N, 4), None, "begin with 4 and 8"),
+    "text alone": (list("abcdefgh"), (), None, "does not show its samples"),
     "partners": ((X, Y, _perm), (N,), N, "places in the batch"),
     "eight columns": ([torch.randn(N, 3) for _ in range(N)], (N,), N, "two ways"),
 }
@@ -361,6 +380,13 @@ def test_where_signs_disagree_the_whole_batch_is_taken(name: str) -> None:
     assert not found.is_cut and found.samples == samples and same(found.batch, batch)
     assert found.reason is not None and word in found.reason, found.reason
     assert take_samples(batch, 1.0, sizes=sizes).reason is None or name == "partners"  # nothing was to be left out
+
+
+def test_texts_alone_are_samples_where_the_loader_says_how_many() -> None:
+    for batch in (list("abcdefgh"), {"text": list("abcdefgh"), "label": list(range(8))}, [("a", 1)] * N):
+        found = take_samples(batch, 0.25, sizes=[N])
+        first = found.batch["text"] if isinstance(batch, dict) else found.batch
+        assert found.samples == 2 and len(first) == 2 and type(found.batch) is type(batch)
 
 
 def test_labels_and_words_are_not_places() -> None:
