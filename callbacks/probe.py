@@ -189,7 +189,7 @@ class ProbeMeter(Meter):
         numbers = [_numbers(kept) for kept in self._sets]
         full = [float(self._is_full(kept)) for kept in self._sets]
         known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
-        summed = torch.tensor([*known, *full], dtype=torch.float64, device=run.module.device)
+        summed = torch.tensor([*known, *full], dtype=torch.float64, device=_where(run))
         samples, *found = run.ranks.sum(summed).tolist()
         self.samples_in_all = None if math.isnan(samples) else int(samples)
         are_full = [count == run.ranks.size for count in found[len(numbers) :]]
@@ -330,7 +330,7 @@ class ProbeMeter(Meter):
 
     def _try_out(self, run: Run) -> bool:
         """Evaluate the loss on what has not been tried; whether the first set is good."""
-        found = torch.zeros(len(self._sets), 2, dtype=torch.float64, device=run.module.device)
+        found = torch.zeros(len(self._sets), 2, dtype=torch.float64, device=_where(run))
         for place, kept in enumerate(self._sets):
             found[place, 0] = float(any(not one.is_tried for one in kept))
         if run.ranks.several:
@@ -472,6 +472,11 @@ def check_probe(
         raise ValueError(f"probe_weight must be the name of an entry of the batch, or None, got {probe_weight!r}.")
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")
+
+
+def _where(run: Run) -> torch.device:
+    """Where a few numbers are reduced: on the host where there is nobody to reduce with."""
+    return run.module.device if run.ranks.several else torch.device("cpu")
 
 
 def _size(kept: Sequence[Kept]) -> int:

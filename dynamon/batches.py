@@ -540,8 +540,9 @@ class _Packer(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         """Classes that derive from OrderedDict need no constructor, like all others."""
-        if isinstance(value, OrderedDict) and type(value) is not OrderedDict:
-            return copyreg.__newobj__, (type(value),), vars(value), None, iter(value.items())  # type: ignore[attr-defined]
+        kind = type(value)
+        if kind is not OrderedDict and isinstance(value, OrderedDict) and kind.__reduce__ is OrderedDict.__reduce__:
+            return copyreg.__newobj__, (kind,), vars(value), None, iter(value.items())  # type: ignore[attr-defined]
         return NotImplemented
 
     def _keep(self, tensor: Tensor) -> tuple[int, bool]:
