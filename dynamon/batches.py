@@ -98,10 +98,10 @@ def take_samples(batch: Any, fraction: float, most: int | None = None, sizes: Se
     """The first share of a batch's samples, copied; the whole batch where it is not certain what a sample is.
 
     Samples are certain where several signs agree: all tensors have the same first dimension, or all lists that hold
-    samples the same length, and that is one of ``sizes``. Where ``sizes`` is empty the first dimensions must agree
-    and allow no other reading: not a second dimension in which all agree too (time before samples), not a list of
-    like tensors (one a sample). Batches stay whole that hold packed sequences, objects that only move themselves
-    (graphs), or integers that look like places in the batch.
+    samples the same length, and that is one of ``sizes``. Where ``sizes`` is empty the first dimensions of several
+    tensors must agree and allow no other reading: no second dimension in which all agree too (time before samples), no
+    list of like tensors (one a sample). Batches stay whole that hold packed sequences, objects that only move
+    themselves (graphs), or integers that look like places in the batch.
 
     Args:
         batch: Tensors in containers of any class.
@@ -355,6 +355,9 @@ def _agreed(batch: Any) -> tuple[int | None, str]:
         return None, f"a {type(batch).__name__} does not show its samples"
     if len(firsts) > 1:
         return None, f"its tensors begin with {_firsts(batch)}"
+    first, *others = (t for t in _tensors(batch) if t.ndim)
+    if not others and not first.is_nested:
+        return None, "a single tensor does not show its samples"
     if _has_alike(batch):
         return None, "a list of like tensors may hold one a sample"
     if _second(batch) is not None:

@@ -360,7 +360,8 @@ WHOLE = {  # batch, what the loader says, samples that are known, a word of the 
     "time first": ((torch.randn(32, 4, 5), torch.ones(32, 4).long()), (), None, "first two dimensions"),
     "time first, of a loader": ((torch.randn(32, 4, 5), torch.ones(32, 4).long()), (4,), 4, "begin with 32"),
     "as long as many": ((torch.randn(4, 4, 5), torch.ones(4, 4).long()), (4,), 4, "cannot be told apart"),
-    "one tensor": (torch.randn(32, 4), (), None, "first two dimensions"),
+    "one tensor": (torch.randn(32, 4), (), None, "single tensor"),
+    "one long tensor": ({"wave": torch.randn(320)}, (), None, "single tensor"),
     "packed": ((pack_sequence([torch.ones(3, 2)] * N), Y), (N,), N, "PackedSequence"),
     "packed alone": (pack_sequence([torch.ones(3, 2)] * N), (), N, "PackedSequence"),
     "graphs": (Graphs(torch.randn(20, 3), torch.ones(2, 40).long(), torch.arange(20) % N), (), N, "Graphs"),
@@ -380,6 +381,11 @@ def test_where_signs_disagree_the_whole_batch_is_taken(name: str) -> None:
     assert not found.is_cut and found.samples == samples and same(found.batch, batch)
     assert found.reason is not None and word in found.reason, found.reason
     assert take_samples(batch, 1.0, sizes=sizes).reason is None or name == "partners"  # nothing was to be left out
+
+
+def test_a_single_tensor_is_cut_where_the_loader_says_how_many() -> None:
+    assert take_samples([torch.randn(32, 4)], 0.25, sizes=[32]).samples == 8
+    assert take_samples(_ragged(torch.jagged), 0.25).samples == 2  # it says itself that it is one a sample
 
 
 def test_texts_alone_are_samples_where_the_loader_says_how_many() -> None:

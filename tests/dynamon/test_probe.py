@@ -353,7 +353,7 @@ def test_batches_whose_samples_cannot_be_told_apart_are_taken_whole(batch, sampl
 
 def test_samples_carry_no_graph():
     x = torch.ones(4, requires_grad=True) * 2
-    part = take_samples([x], 0.5).batch
+    part = take_samples([x], 0.5, sizes=[4]).batch
     assert len(part[0]) == 2 and not part[0].requires_grad
     with warnings.catch_warnings():
         warnings.simplefilter("error")
