@@ -83,6 +83,8 @@ class ProbeMeter(Meter):
         self._let_go = False  # of a probe without a loss, by all processes, until the next batch
         self._refused = 0  # batches in a row without one
         self._part_error = "on another process."
+        self._marks: list[dict[str, str]] = []  # of what is outside of the module, before each evaluation
+        self._losses: list[float] = []
         self._told: set[str] = set()
 
     def start(self, run: Run) -> None:
@@ -297,9 +299,9 @@ class ProbeMeter(Meter):
     def check(self, run: Run) -> bool:
         """Whether there is something to measure on, the same on all processes; asked before each measurement.
 
-        On what was kept since the last time the loss is evaluated once. Where it has none the next batch is taken
-        instead, and where it cannot be evaluated on a part of a batch, whole ones. Before the first measurement it is
-        evaluated twice more, and sharpness is off if that changed anything for good. Of several processes each looks
+        Where something was kept since the last time the loss is evaluated once. If it has none the next batch is taken
+        instead, and if it cannot be evaluated on a part of a batch, whole ones. Before the first measurement it is
+        evaluated once more, and sharpness is off if that changed anything for good. Of several processes each looks
         at its own part; what one of them finds counts for all of them.
 
         Raises:
@@ -338,7 +340,8 @@ class ProbeMeter(Meter):
         if not found[:, 0].any():
             return True
         for place, kept in enumerate(self._sets):
-            found[place, 1] = max((self._verdict(run, one) for one in kept if not one.is_tried), default=_GOOD)
+            if any(not one.is_tried for one in kept):
+                found[place, 1] = self._verdict(run, place)
         verdicts = run.ranks.maximum(found)[:, 1].tolist()
         for place, verdict in enumerate(verdicts):
             tried = [replace(one, is_tried=True) for one in self._sets[place]]
@@ -353,19 +356,19 @@ class ProbeMeter(Meter):
         self._let_go = verdicts[0] != _GOOD
         return not self._let_go
 
-    def _verdict(self, run: Run, one: Kept) -> float:
-        """What the loss on these samples says of them.
+    def _verdict(self, run: Run, place: int) -> float:
+        """What the loss on a set says of it.
 
         Raises:
-            Exception: What it raised on a whole batch.
+            Exception: What it raised on whole batches.
         """
+        is_cut = any(one.is_cut for one in self._sets[place])
         try:
-            with self.evaluation(run):
-                loss = float(training_loss(run.module, one.batch, self.loss_fn, one.index).detach())
+            loss = self._look(run, place)
         except NoLossError:
             if self._refused >= _TRIES:
                 raise
-            if one.is_cut and self._refused >= _PATIENCE:
+            if is_cut and self._refused >= _PATIENCE:
                 self._part_error = "there was none."
                 return _PART_FAILS
             self._say(
@@ -373,11 +376,10 @@ class ProbeMeter(Meter):
             )
             return _NO_LOSS
         except Exception as error:
-            if not one.is_cut or isinstance(error, LossError) or ran_out_of_memory(error):
+            if not is_cut or isinstance(error, LossError) or ran_out_of_memory(error):
                 raise
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._part_error = (str(error).strip() or type(error).__name__).splitlines()[0]
             forget_frames(error)
-            self._part_error = line
             return _PART_FAILS
         if not math.isfinite(loss) and self._refused < _PATIENCE:
             self._say(
@@ -387,17 +389,25 @@ class ProbeMeter(Meter):
             return _NO_LOSS
         return _GOOD
 
+    def _look(self, run: Run, place: int) -> float:
+        """The loss on a set; what is outside of the module is marked before the first evaluations of the first set."""
+        if place == 0 and not self._checked:
+            self._marks.append(outside_state(run.module, run.module.training_step))
+        with self.evaluation(run):
+            loss = float(self.loss(run, second=place == 1).detach())
+        if place == 0 and not self._checked:
+            self._losses.append(loss)
+        return loss
+
     def _effect(self, run: Run) -> str | None:
         """What two evaluations change outside of the module, in words; None where there is nothing."""
-        step, marks, losses = run.module.training_step, [], []
-        for _ in range(2):
-            marks.append(outside_state(run.module, step))
-            with self.evaluation(run):
-                losses.append(float(self.loss(run).detach()))
-        marks.append(outside_state(run.module, step))
+        self._marks, self._losses = self._marks[-1:], self._losses[-1:]  # of the evaluation that tried it, if any
+        while len(self._losses) < 2:
+            self._look(run, 0)
+        marks = [*self._marks, outside_state(run.module, run.module.training_step)]
         # What changed the first time only is a cache that has been filled.
         changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
-        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*losses)
+        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*self._losses)
 
     def halve(self, run: Run) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
