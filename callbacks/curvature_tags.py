@@ -54,9 +54,4 @@ TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})  # 
 
 def readings_of(quantity: str, found: Eigenpairs) -> dict[str, float]:
     """The tags of one solve; a value that did not converge goes under a tag of its own."""
-    tag = f"sharpness/{quantity}"
-    readings = {
-        tag if found.converged else f"{tag}_unconverged": float(found.values[0]),
-        f"{tag}_residual": float(found.residuals[0]),
-    }
-    return readings if found.upper is None else {**readings, f"{tag}_upper": found.upper}
+    return found.readings(f"sharpness/{quantity}")

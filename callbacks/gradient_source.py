@@ -16,10 +16,11 @@ from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import GradientReader, GradientReadings
-from dynamon.layers import Layer, describe_layers, is_measurable
+from dynamon.layers import Layer, describe_layers, is_measurable, is_steerable
 from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates
+from dynamon.pairs import as_real
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.sharded_norms import StepParts
 from dynamon.shards import local, put_back
@@ -66,13 +67,14 @@ class GradientSource:
 
     def __init__(self, run: Run, optimizer: Optimizer) -> None:
         """Find the optimizer's layers and who reads them."""
-        rates = steering_of(run.trainer, optimizer)
-        self._rates: LayerwiseRates | None = rates if rates is not None and rates.rule.needs_gradients else None
-        self._steered = self._rates is not None
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         put_back(run.module)
         found = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
         layers = [la for la in found if is_measurable(la)]
+        rates = steering_of(run.trainer, optimizer)
+        reads_all = rates is not None and rates.rule.needs_gradients and all(is_steerable(la) for la in layers)
+        self._rates: LayerwiseRates | None = rates if reads_all else None
+        self._steered = self._rates is not None
         self._reader = gradient_reader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
@@ -192,4 +194,4 @@ class GradientSource:
 
 def _difference(now: Tensor, before: Tensor) -> Tensor:
     wide = torch.promote_types(now.dtype, torch.float32)
-    return now.detach().to(wide) - before.to(wide)
+    return as_real(now.detach().to(wide) - before.to(wide))

@@ -18,8 +18,10 @@ from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
+from dynamon.kernels import l2_norms
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
+from dynamon.pairs import as_real
 from dynamon.panels import GRADIENTS
 from dynamon.ranks import Ranks
 from dynamon.sharded_norms import steps_and_lengths
@@ -160,11 +162,11 @@ class GradientMeter(PairMeter):
             self._warn(run, read)
 
     def _global(self, run: Run, readings: list[GradientReadings], clipped: float) -> dict[str, float]:
-        norm = sum(float(np.square(r.l2).sum()) for r in readings) ** 0.5
+        norm = _total(readings, "l2", power=2) ** 0.5
         scalars = {
             "gradient/norm": norm,
-            "gradient/norm_dual": sum(float(r.dual.sum()) for r in readings),
-            "gradient/norm_l1": sum(float(r.l1.sum()) for r in readings),
+            "gradient/norm_dual": _total(readings, "dual"),
+            "gradient/norm_l1": _total(readings, "l1"),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
         if run.module.automatic_optimization:  # by hand, gradients may be gone or stale by now
@@ -180,8 +182,8 @@ class GradientMeter(PairMeter):
         tables: dict[str, dict[str, float]] = {quantity: {} for quantity in self.quantities}
         for r, norms in zip(read, steps, strict=True):
             found = r.readings
-            tables["gradient/l2"] |= r.row(np.where(found.present, found.l2, np.nan))
-            tables["gradient/dual"] |= r.row(np.where(found.present, found.dual, np.nan))
+            tables["gradient/l2"] |= r.row(found.l2)
+            tables["gradient/dual"] |= r.row(found.dual)
             smoothness = local_smoothness(found.difference_dual, r.step_row(norms))
             tables["gradient/local_smoothness"] |= r.row(smoothness)
             tables["noise/dual"] |= r.row(r.noise)
@@ -228,12 +230,16 @@ def _to_host(read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
     """The l2 norm of gradients, clipped by now, and the steps that were measured before: in one copy."""
     gradients = [la.parameter.grad for r in read for la in r.layers]
     dense = [_dense(g) for g in gradients if g is not None]
-    wide = torch.float64 if any(g.dtype == torch.float64 for g in dense) else torch.float32
-    norms = torch._foreach_norm(dense, 2, dtype=wide) if dense else [torch.zeros(1)]
-    total = torch.linalg.vector_norm(torch.stack([norm.reshape(()) for norm in norms]))
-    parts = [total.reshape(1), *(r.steps.to(total.device) for r in read)]
+    total = l2_norms(dense).square().sum().sqrt()
+    parts = [total.reshape(1), *(r.steps.to(total) for r in read)]
     first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     return float(first[0]), steps
+
+
+def _total(readings: Sequence[GradientReadings], field: str, power: int = 1) -> float:
+    """The sum over all layers that have a gradient; NaN where none has."""
+    sums = [float((getattr(r, field)[r.present] ** power).sum()) for r in readings if r.present.any()]
+    return sum(sums) if sums else float("nan")
 
 
 def _has_parts(read: Sequence[SourceReading]) -> bool:
@@ -252,7 +258,7 @@ def _together(read: Sequence[SourceReading], ranks: Ranks) -> tuple[float, list[
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
     """What this process holds of a layer's gradient; zeros where there is none."""
     if gradient is None:
-        return torch.zeros_like(local(layer.parameter.detach()))
+        return torch.zeros_like(as_real(local(layer.parameter.detach())))
     return local_as(_dense(gradient), layer.parameter)
 
 
@@ -272,7 +278,7 @@ def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    return as_real(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
 
 
 def _cosine(read: Sequence[GradientReadings]) -> float | None:

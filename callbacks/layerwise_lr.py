@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from dynamon.callbacks.accumulation import (
@@ -23,7 +24,7 @@ from dynamon.callbacks.decisions import is_sharded_run
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.history import History
 from dynamon.layers import select
-from dynamon.optim import LayerwiseRates, refusal
+from dynamon.optim import LayerwiseRates, refusal, steerable_layers
 from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
 
@@ -113,7 +114,8 @@ class LayerwiseLR(DynamonCallback):
         self._in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]] = {}
         self._state: list[Any] = []
         self._budget = Budget(None)
-        self._shows_noise = False
+        self._shows_noise = self._told = False
+        self._left_alone: set[Optimizer] = set()  # what holds nothing to steer
 
     @property
     def history(self) -> History:
@@ -196,7 +198,8 @@ class LayerwiseLR(DynamonCallback):
     ) -> None:
         """Read the gradients before they are clipped."""
         with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
-            if optimizer not in self._steered and optimizer in trainer.optimizers:
+            known = optimizer in self._steered or optimizer in self._left_alone
+            if not known and optimizer in trainer.optimizers:
                 self._attach(trainer, pl_module)  # the strategy was given new optimizers
             rates = self._steered.get(optimizer)
             if rates is None:
@@ -282,7 +285,11 @@ class LayerwiseLR(DynamonCallback):
         state = self._state or [rates.state_dict() for rates in self._steered.values()]
         self._release()
         self._state = []
-        for index, optimizer in enumerate(trainer.optimizers):
+        for optimizer in trainer.optimizers:
+            if not steerable_layers(pl_module, optimizer):
+                self._left_alone.add(optimizer)
+                continue
+            index = len(self._steered)
             rates = LayerwiseRates(
                 optimizer,
                 copy.deepcopy(self.rule),
@@ -295,11 +302,26 @@ class LayerwiseLR(DynamonCallback):
             if index < len(state):
                 rates.load_state_dict(state[index])
             self._steered[optimizer] = rates
+        self._say_unsteered(pl_module)
+
+    def _say_unsteered(self, module: pl.LightningModule) -> None:
+        """Once, which weights the rule leaves alone."""
+        if self._told:
+            return
+        names = [name for name, p in module.named_parameters() if p.is_complex() and p.requires_grad]
+        if names:
+            rank_zero_info(f"{type(self).__name__}: {len(names)} complex weights keep ratio 1, first {names[0]}.")
+        if self._left_alone:
+            rank_zero_warn(
+                f"{type(self).__name__} does not steer {len(self._left_alone)} of the optimizers: they hold no real "
+                "floating point weights of the module."
+            )
+        self._told = bool(names or self._left_alone)
 
     def _release(self) -> None:
         for rates in self._steered.values():
             rates.remove()
-        self._steered = {}
+        self._steered, self._left_alone = {}, set()
 
 
 class NoiseAdaptiveLR(LayerwiseLR):

@@ -22,6 +22,8 @@ from dynamon.panels import OVERHEAD, combined
 from dynamon.ranks import ran_out_of_memory
 from dynamon.shards import put_back
 
+_MEASURED = "Weights are measured in floating point of sixteen bits or more, and in complex64 and complex128."
+
 
 class Monitor(DynamonCallback):
     """A thin shell around meters: calls them, catches what goes wrong, saves their state.
@@ -107,10 +109,14 @@ class Monitor(DynamonCallback):
             return
         put_back(pl_module)
         every = describe_layers(pl_module)
-        layers = [layer for layer in select(every, self._patterns) if is_measurable(layer)]
-        self._say_left_out([layer for layer in every if not is_measurable(layer)])
-        if not layers:
+        chosen = select(every, self._patterns)
+        if not chosen:
             raise ValueError(f"layers={list(self._patterns or ())} matches no layer of {type(pl_module).__name__}.")
+        layers = [layer for layer in chosen if is_measurable(layer)]
+        if not layers:
+            rank_zero_warn(f"{type(self).__name__} is off: {_dtypes(chosen)} cannot be measured. {_MEASURED}")
+            return
+        self._say_left_out(every)
         if not trainer.loggers:
             rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
         self.write_layout(trainer)
@@ -249,13 +255,20 @@ class Monitor(DynamonCallback):
                 raise
             self._failed(meter, error)
 
-    def _say_left_out(self, layers: Sequence[Layer]) -> None:
-        if layers:
-            kinds = ", ".join(sorted({str(layer.parameter.dtype).removeprefix("torch.") for layer in layers}))
-            rank_zero_info(
-                f"{type(self).__name__} leaves out {len(layers)} layers in {kinds}, first {layers[0].name}: "
-                "it measures real floating point weights of sixteen bits or more."
-            )
+    def _say_left_out(self, every: Sequence[Layer]) -> None:
+        """Which layers no reading is of, and what share of training whole-model readings then cover."""
+        layers = [layer for layer in every if not is_measurable(layer)]
+        if not layers:
+            return
+        trained = sum(layer.size for layer in every if layer.parameter.requires_grad)
+        missed = sum(layer.size for layer in layers if layer.parameter.requires_grad)
+        covered = (
+            f" Whole-model readings are of {1 - missed / trained:.1%} of the trained parameters." if missed else ""
+        )
+        rank_zero_info(
+            f"{type(self).__name__} leaves out {len(layers)} layers in {_dtypes(layers)}, first {layers[0].name}. "
+            f"{_MEASURED}{covered}"
+        )
 
     def _finish(self) -> None:
         assert self._run is not None
@@ -283,6 +296,10 @@ class Monitor(DynamonCallback):
         self._causes.add(first_line)  # what stops two meters at once is one story
         if news or room or self.paused(meter):
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
+
+
+def _dtypes(layers: Sequence[Layer]) -> str:
+    return ", ".join(sorted({str(layer.parameter.dtype).removeprefix("torch.") for layer in layers}))
 
 
 def check_arguments(every_n_steps: int | None, budget: float | None, **globs: Sequence[str] | None) -> None:

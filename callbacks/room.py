@@ -10,6 +10,7 @@ from torch import Tensor
 from dynamon.callbacks.meter import Run
 from dynamon.curvature.fsdp import is_rounded
 from dynamon.memory import basis_memory, free_memory
+from dynamon.pairs import real_dtype, real_size
 from dynamon.shards import is_sharded, local
 
 _WHOLE = 4  # copies beside the solver's vectors: gathered parameters, their gradient with its graph, a product
@@ -59,7 +60,7 @@ def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, 
     differences = not gathers and _why_no_differences(run, trained) is None
     tensors = [local(p) for p in trained] if differences else list(trained)
     needed = basis_memory(tensors, k)
-    density = density_vectors * sum(p.numel() * max(p.element_size(), 4) for p in tensors)
+    density = density_vectors * sum(real_size(p) * max(real_dtype(p).itemsize, 4) for p in tensors)
     impossible = not gathers and not differences
     lacks = [impossible or size > limit for size in (needed, basis_memory(tensors, certify=True), density)]
     lacks = run.ranks.maximum(torch.tensor(lacks, dtype=torch.float64, device=device)).bool().tolist()

@@ -20,6 +20,7 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.norms import optimizer_family, update_norm
+from dynamon.pairs import as_real
 from dynamon.panels import STEPS, shown
 from dynamon.shards import local
 
@@ -189,7 +190,8 @@ class StepMeter(Meter):
         if family == "euclidean":  # one norm for all layers together
             return found.sharpness
         norms = {name: update_norm(layers[name], family).primal for name in params.names or []}
-        return norm_sharpness(found.product, params.split(update), norms, params.space).sharpness
+        steps = [as_real(step) for step in params.split(update)]
+        return norm_sharpness(found.product, steps, norms, params.space).sharpness
 
     def _critical(self, run: Run, params: FlatParameters) -> dict[str, float]:
         rate, update = _one_rate(run.trainer.optimizers), self._known_update(params)

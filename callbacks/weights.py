@@ -18,6 +18,7 @@ from dynamon.decay import DecayMemory, decoupled_decay
 from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.layers import Layer
 from dynamon.optim import steering_of
+from dynamon.pairs import as_real
 from dynamon.panels import WEIGHTS
 from dynamon.sharded_weights import sharded_weight_readings
 from dynamon.shards import local
@@ -206,7 +207,7 @@ class WeightMeter(PairMeter):
                     run.recorder.layers(f"spectrum/convolution_{side}", row, names)
 
     def _binned(self, run: Run) -> Tensor:
-        weights = [local(layer.parameter.detach()) for layer in run.layers]
+        weights = [as_real(local(layer.parameter.detach())) for layer in run.layers]
         table = histogram_table(weights)
         return joined_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
 
@@ -229,9 +230,9 @@ def _compared(layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Ma
         for i, la in enumerate(layers)
         if la.name in before and la.name in earlier and earlier[la.name].shape == la.parameter.shape
     ]
-    now = [layers[i].parameter.detach() for i in known]
-    earlier_ones = [earlier[layers[i].name].to(w.device) for i, w in zip(known, now, strict=True)]
-    found = compare_updates(now, [before[layers[i].name] for i in known], earlier_ones)
+    now = [as_real(layers[i].parameter.detach()) for i in known]
+    earlier_ones = [as_real(earlier[layers[i].name]).to(w.device) for i, w in zip(known, now, strict=True)]
+    found = compare_updates(now, [as_real(before[layers[i].name]) for i in known], earlier_ones)
     rows = torch.full((3, len(layers)), torch.nan, dtype=found.dtype, device=layers[0].parameter.device)
     rows[:, torch.tensor(known, dtype=torch.int64, device=rows.device)] = found.to(rows.device)
     return rows
@@ -252,11 +253,12 @@ def _rate_readings(
 ) -> dict[str, Array]:
     """Learning rate and rate x decay of each layer, as in force, against its norms."""
     rate, shrink = np.array([rates.get(name, (np.nan, np.nan)) for name in names]).T
+    size, step = table["weight/frobenius"].astype(np.float64), table["update/operator"].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        usage = shrink * table["weight/operator"] / table["update/operator"]
+        usage = shrink * table["weight/operator"] / step
         return {
-            "weight/effective_rate": rate / np.square(table["weight/frobenius"].astype(np.float64)),
-            "weight/constraint_usage": np.where(shrink > 0, usage, np.nan),
+            "weight/effective_rate": np.where(size > 0, rate / np.square(size), np.nan),
+            "weight/constraint_usage": np.where((shrink > 0) & (step > 0), usage, np.nan),
         }
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dynamon.arrays import Array
-from dynamon.kernels import gradient_stats
+from dynamon.kernels import gradient_stats, widest_dtype
 from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients
 from dynamon.norms import Norm, dual_norms, update_norm
+from dynamon.pairs import as_real
 
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
 _UNKNOWN = torch.tensor(torch.nan)
@@ -21,6 +22,8 @@ _UNKNOWN = torch.tensor(torch.nan)
 @dataclass(frozen=True)
 class GradientReadings:
     """What one pass over the gradients found, on the host; arrays ``[L]`` in the order of the layers.
+
+    A layer without a gradient has NaN for everything but ``present``, ``compared`` and ``nonfinite``, which is 0.
 
     Attributes:
         present: Whether the layer had a gradient at all.
@@ -54,7 +57,8 @@ class GradientReadings:
     def finite(self) -> bool:
         """Whether every gradient, and every change that could be taken, is finite."""
         changes = np.where(self.compared, self.difference_dual, 0.0)
-        return not self.nonfinite.any() and bool(np.isfinite(self.l1).all() and np.isfinite(changes).all())
+        own = self.l1[self.present]
+        return not self.nonfinite.any() and bool(np.isfinite(own).all() and np.isfinite(changes).all())
 
 
 class PendingReadings:
@@ -83,7 +87,8 @@ class PendingReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        table = np.zeros((9, len(self.present)))
+        table = np.full((9, len(self.present)), np.nan)
+        table[3] = 0.0
         rows = self._host.double().numpy()
         table[:, self.present] = rows[:9]
         compared, parted = self.compared, self.parted
@@ -222,7 +227,7 @@ class GradientReader:
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
-                g = g.detach().to_dense() if g.is_sparse else g.detach()
+                g = as_real(g.detach().to_dense() if g.is_sparse else g.detach())
                 g = g if scale == 1.0 else g * scale
             gradients.append(g)
         return gradients
@@ -237,7 +242,7 @@ class GradientReader:
         previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
-        stats = gradient_stats(current, previous)
+        stats = gradient_stats(current, previous, dtype=self._wide)
         self._previous, self._stored_at = dict(zip(indices, previous, strict=True)), self.step
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
@@ -272,7 +277,7 @@ class GradientReader:
         whole = [share * g for g in current]
         halves = [parts[i] if i in parts else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
         special = self._special_duals(indices, changes(whole, halves))
-        stats = gradient_stats(whole, halves)
+        stats = gradient_stats(whole, halves, dtype=self._wide)
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
         l2 = stats.difference_sum_squares.sqrt()
         factor = (2 / (share * (1 - share))) ** 0.5
@@ -284,12 +289,17 @@ class GradientReader:
         indices = [i for i, t in enumerate(tensors) if t is not None]
         given = [t for t in tensors if t is not None]
         if given:
-            stats = gradient_stats(given)
+            stats = gradient_stats(given, dtype=self._wide)
             l2 = stats.sum_squares.sqrt()
             found[:, indices] = torch.stack(
                 [self._duals(indices, stats.l1, l2, self._special_duals(indices, given)), l2]
             ).double()
         return found
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """What holds squares of gradients out of float32's range."""
+        return widest_dtype(self.layers[0].parameter.device)
 
     def _special_duals(self, indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
         """Dual norms that need the matrix itself."""
@@ -310,7 +320,7 @@ class GradientReader:
         """Factors on l1 and on l2, and the positions of the special norms; kept on the device."""
         if self._mixed is None or self._mixed[0] != indices:
             names = [self.norms[i].name for i in indices]
-            sizes = [self.layers[i].parameter.numel() for i in indices]
+            sizes = [self.layers[i].size for i in indices]
             of_l2 = [(n == "frobenius") + (n == "rms") * size**0.5 for n, size in zip(names, sizes, strict=True)]
             special = [position for position, i in enumerate(indices) if self._is_special(i)]
             mixture = (
@@ -337,7 +347,7 @@ class GradientReader:
         self._previous = {
             index[name]: g.to(self.layers[index[name]].parameter.device)
             for name, g in state["previous"].items()
-            if name in index and g.shape == self.layers[index[name]].parameter.shape
+            if name in index and g.shape == as_real(self.layers[index[name]].parameter.detach()).shape
         }
         self._stored_at = self.step if self._previous else -1
 

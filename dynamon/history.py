@@ -8,6 +8,7 @@ import numpy as np
 
 from dynamon.arrays import Array
 
+READINGS = ("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")  # how the tags of what dynamon reads begin
 _LIMIT = 4096  # points a quantity; beyond it every second point is dropped, so memory stays bounded
 
 
@@ -52,10 +53,26 @@ class RunData:
         )
 
     @property
+    def has_readings(self) -> bool:
+        """Whether anything in it was measured by dynamon."""
+        return any(tag.startswith(READINGS) for tag in (*self.scalars, *self.tables))
+
+    @property
     def last_step(self) -> int:
-        """The last step at which anything is known, -1 where nothing is."""
-        series = [*self.scalars.values(), *self.tables.values()]
-        return max((int(one.steps[-1]) for one in series if len(one)), default=-1)
+        """The last step of the run as :func:`last_step` tells it, -1 where nothing is known."""
+        return last_step({**self.scalars, **self.tables})
+
+
+def last_step(series: Mapping[str, Series]) -> int:
+    """Give the last step of a run, -1 where nothing is known.
+
+    Readings and losses have the axis of optimizer steps. A tag that goes on far beyond them has another one, as of
+    samples, which ``self.log("step", ...)`` makes, and does not count.
+    """
+    ends = {tag: int(one.steps[-1]) for tag, one in series.items() if len(one)}
+    own = [end for tag, end in ends.items() if tag.startswith((*READINGS, "dynamon/")) or "loss" in tag.lower()]
+    limit = 1.5 * max(own) + 100 if own else np.inf
+    return max((end for end in ends.values() if end <= limit), default=-1)
 
 
 class History(Mapping[str, Series]):

@@ -8,14 +8,23 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dynamon.names import is_chosen, plain_name
+from dynamon.pairs import COMPLEX, real_size
+from dynamon.shards import is_sharded
 
 ROLES = ("hidden", "embedding", "head", "conv", "vector")
 _HEAD_NAMES = {"head", "lm_head", "classifier", "logits", "output_projection", "score", "fc_out"}
 _POSITION_NAMES = re.compile(r"(^|[._])(pos|position|positional|wpe|posemb|pos_emb|pos_embed)([._]|$)")
+_TOKEN_NAMES = re.compile(r"(^|[._])(tokens?|prompts?|queries|query_embed|latents)([._]\d+)?$")
+_GAIN_NAMES = re.compile(
+    r"(^|[._])(gain|gamma|beta|scale|layer_?scale|scale_shift_table|bias|biases|A_log)([._]?\d+)?$"
+)
+_NORM_CLASSES = re.compile(r"Norm(\d?d|\d*|Gated)$", re.IGNORECASE)
+_ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, _NormBase)
 _LORA_NAMES = re.compile(r"((?:^|[._])lora_(?:embedding_)?)([AaBb])(?=\.|$)")
 _OTHER_FACTOR = {"A": "B", "B": "A", "a": "b", "b": "a"}
 _PACKED_QKV = re.compile(
@@ -94,6 +103,11 @@ class Layer:
         return (weight.mT if self._is_transposed else weight).unflatten(0, (self.blocks, -1))
 
     @property
+    def size(self) -> int:
+        """Real numbers in the weight, of which a complex entry holds two."""
+        return real_size(self.parameter)
+
+    @property
     def matrix_shape(self) -> tuple[int, int, int]:
         """``(blocks, out, in)`` of :meth:`matrices`; told without the weight, of which this process may hold a part."""
         blocks, outputs, inputs = self.matrices(torch.empty(self.parameter.shape, device="meta")).shape
@@ -123,14 +137,18 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
     The weight of a module below is its ``weight``, also under weight normalisation, spectral normalisation or another
     parametrization. The rules for the role, first match wins:
 
-    1. fewer than two dimensions (biases, scalars): ``vector``;
+    1. fewer than two dimensions (biases, scalars), or complex (measured as pairs of real numbers): ``vector``;
     2. a matrix called ``lora_A``, ``lora_B`` or ``lora_embedding_A`` and ``_B`` (a LoRA factor): ``hidden``;
-    3. at most one dimension larger than one (gains, class tokens) and not the weight of an ``nn.Linear``, embedding,
-       convolution, recurrent layer or Hugging Face ``Conv1D``: ``vector``;
+    3. what acts entry by entry and is not the weight of an ``nn.Linear``, ``nn.Bilinear``, embedding, convolution,
+       recurrent layer or Hugging Face ``Conv1D``: ``vector``. That is what has at most one dimension larger than one
+       (gains, class tokens), or belongs to a normalisation (one of ``torch.nn``, or a class whose name ends in "Norm")
+       or a PReLU, or has gain, gamma, beta, scale, layer_scale, scale_shift_table, bias, biases or A_log at the end of
+       its name;
     4. the weight of ``nn.Embedding`` or ``nn.EmbeddingBag``: ``embedding``. A head tied to it is an alias;
     5. the weight of a convolution: ``conv``;
     6. a learned position (``pos``, ``position``, ``positional``, ``pos_emb``, ``pos_embed``, ``posemb`` or ``wpe`` as
-       a part of its name) that is not the weight of an ``nn.Linear`` or ``Conv1D``: ``embedding``;
+       a part of its name) or several learned tokens (``tokens``, ``prompts``, ``queries``, ``query_embed`` or
+       ``latents`` at its end) that are not the weight of an ``nn.Linear`` or ``Conv1D``: ``embedding``;
     7. the output layer: ``head``. That is, outside numbered blocks, the last ``nn.Linear`` of each module called head,
        lm_head, classifier, logits, output_projection, score or fc_out, which may be the ``nn.Linear`` itself; if there
        is none, the last ``nn.Linear`` with such a name anywhere; if there is none, the last ``nn.Linear`` of the
@@ -228,8 +246,16 @@ def layer_table(layers: Iterable[Layer]) -> str:
 
 
 def is_measurable(layer: Layer) -> bool:
-    """Whether a layer holds real numbers to calculate with: no integers, no eight-bit floats, nothing complex."""
-    return layer.parameter.is_floating_point() and layer.parameter.element_size() > 1
+    """Whether a layer holds numbers to calculate with, real or complex: no integers, no eight-bit floats."""
+    weight = layer.parameter
+    if weight.is_complex():
+        return weight.dtype in COMPLEX and not is_sharded(weight)
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
+def is_steerable(layer: Layer) -> bool:
+    """Whether rules for learning rates know what to do with a layer: not where it is complex."""
+    return is_measurable(layer) and not layer.parameter.is_complex()
 
 
 def select(layers: Iterable[Layer], patterns: Sequence[str] | None) -> list[Layer]:
@@ -291,26 +317,35 @@ def _head_weights(model: nn.Module, uses: Mapping[int, Sequence[_Use]]) -> set[i
 
 
 def _role(names: Sequence[str], parameter: Tensor, uses: Sequence[_Use], is_head: bool) -> str:
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or parameter.is_complex():
         return "vector"
     if parameter.ndim == 2 and any(_LORA_NAMES.search(name) for name in names):
         return "hidden"
     linear = any(_is_weight_of(use, nn.Linear) or _is_inputs_first(use, parameter) for use in uses)
     embedding = any(_is_weight_of(use, nn.Embedding, nn.EmbeddingBag) for use in uses)
     convolution = _geometry(parameter, uses) is not None
-    if sum(side > 1 for side in parameter.shape) <= 1 and not (linear or embedding or convolution or _gates(uses)):
+    linear = linear or any(_is_weight_of(use, nn.Bilinear) for use in uses)
+    if not (linear or embedding or convolution or _gates(uses)) and _is_elementwise(names, parameter, uses):
         return "vector"
     if embedding:
         return "embedding"
     if convolution:
         return "conv"
-    if not linear and any(_POSITION_NAMES.search(name) for name in names):
+    if not linear and any(_POSITION_NAMES.search(name) or _TOKEN_NAMES.search(name) for name in names):
         return "embedding"
     return "head" if is_head else "hidden"
 
 
+def _is_elementwise(names: Sequence[str], parameter: Tensor, uses: Sequence[_Use]) -> bool:
+    """Whether a parameter scales or shifts entry by entry, by its shape, its module, or its name."""
+    if sum(side > 1 for side in parameter.shape) <= 1 or any(_GAIN_NAMES.search(name) for name in names):
+        return True
+    return any(isinstance(module, _ELEMENTWISE) or _NORM_CLASSES.search(type(module).__name__) for module, _ in uses)
+
+
 def _can_be(role: str, parameter: Tensor, geometry: ConvGeometry | None) -> bool:
-    return role == "vector" or parameter.ndim >= 2 and (geometry is None or role == "conv")
+    matrix = parameter.ndim >= 2 and not parameter.is_complex()
+    return role == "vector" or matrix and (geometry is None or role == "conv")
 
 
 def _blocks(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dynamon.layers import Layer
+from dynamon.pairs import as_real
 
 Norms = Callable[[list[Tensor | None]], Tensor]
 
@@ -65,7 +66,7 @@ class LocalGradients:
     def _keeper(self, index: int) -> Callable[[Tensor], None]:
         def keep(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                self._kept[index] = parameter.grad.detach().clone()
+                self._kept[index] = as_real(parameter.grad.detach().clone())
 
         return keep
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.kernels import nuclear_norm
+from dynamon.kernels import l2_along, nuclear_norm
 from dynamon.layers import Layer
 
 
@@ -217,7 +217,7 @@ def iid_dual_norm(norm: Norm, layer: Layer) -> float:
         norm: The norm, fitted to the layer.
         layer: The layer; the duals of its blocks add up.
     """
-    size = layer.parameter.numel()
+    size = layer.size
     if norm.name in ("one_to_inf", "rms"):
         return float(size)
     if norm.name == "frobenius":
@@ -275,12 +275,8 @@ def _dims(x: Tensor) -> tuple[int, ...] | None:
     return (-2, -1) if x.ndim > 2 else None
 
 
-def _length(x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool = False) -> Tensor:
-    return torch.linalg.vector_norm(_wide(x), dim=dim, keepdim=keepdim)
-
-
 def _l2(x: Tensor) -> Tensor:
-    return _length(x, _dims(x))
+    return l2_along(x, _dims(x))
 
 
 def _unit(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
@@ -288,7 +284,7 @@ def _unit(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
     wide = _wide(x)
     largest = wide.abs().amax(() if dim is None else dim, keepdim=True)
     scaled = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
-    length = _length(scaled, dim, keepdim=True)
+    length = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
     return scaled / torch.where(length == 0, torch.ones_like(length), length)
 
 
@@ -310,14 +306,14 @@ _NORMS = {
         Norm("spectral", _sigma_max, nuclear_norm, lambda g: (-_polar(g)).to(g.dtype)),
         Norm(
             "one_to_rms",
-            lambda w: _length(w, -2).amax(-1) / math.sqrt(w.shape[-2]),
-            lambda g: _length(g, -2).sum(-1) * math.sqrt(g.shape[-2]),
+            lambda w: l2_along(w, -2).amax(-1) / math.sqrt(w.shape[-2]),
+            lambda g: l2_along(g, -2).sum(-1) * math.sqrt(g.shape[-2]),
             lambda g: (-math.sqrt(g.shape[-2]) * _unit(g, -2)).to(g.dtype),
         ),
         Norm(
             "rms_to_inf",
-            lambda w: _length(w, -1).amax(-1) * math.sqrt(w.shape[-1]),
-            lambda g: _length(g, -1).sum(-1) / math.sqrt(g.shape[-1]),
+            lambda w: l2_along(w, -1).amax(-1) * math.sqrt(w.shape[-1]),
+            lambda g: l2_along(g, -1).sum(-1) / math.sqrt(g.shape[-1]),
             lambda g: (-_unit(g, -1) / math.sqrt(g.shape[-1])).to(g.dtype),
         ),
         Norm(

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from dynamon.curvature import LinearOperator
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.pairs import as_real, real_dtype, real_size
 from dynamon.shards import local
 
 
@@ -43,8 +44,8 @@ def preconditioner(optimizer: Optimizer, params: Sequence[Tensor], space: Vector
     pieces = [second_moment_scale(optimizer.state.get(p), group_of[id(p)], p) for p in params]
     if all(piece is None for piece in pieces):
         raise ValueError(f"{type(optimizer).__name__} keeps no second moment, so it has no preconditioner.")
-    missing = [torch.full((local(p).numel(),), torch.nan, dtype=p.dtype, device=p.device) for p in params]
-    space = space or VectorSpace(sum(p.numel() for p in params))
+    missing = [torch.full((real_size(local(p)),), torch.nan, dtype=real_dtype(p), device=p.device) for p in params]
+    space = space or VectorSpace(sum(real_size(p) for p in params))
     return space.join([m if piece is None else piece for piece, m in zip(pieces, missing, strict=True)])
 
 
@@ -89,7 +90,8 @@ _MOMENTS = {"exp_avg_sq", "square_avg", "exp_inf", "sum"}
 
 
 def _flat(moment: Tensor, p: Tensor) -> Tensor:
-    return local(moment).reshape(-1).to(p.dtype)
+    """Of complex parameters optimizers keep a moment for either part, as a complex number."""
+    return as_real(local(moment)).reshape(-1).to(real_dtype(p))
 
 
 def _divisor(squared: Tensor, eps: float, warming: float) -> Tensor:

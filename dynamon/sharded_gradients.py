@@ -14,6 +14,7 @@ from dynamon.gradients import GradientReader, PendingReadings, changes
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
@@ -72,7 +73,7 @@ class _Parts:
     def own(self, i: int) -> Tensor:
         """The gradient, zeros where there is none: others may be waiting for this part."""
         gradient = self.gradients[i]
-        return torch.zeros_like(local(self.layers[i].parameter.detach())) if gradient is None else gradient
+        return torch.zeros_like(as_real(local(self.layers[i].parameter.detach()))) if gradient is None else gradient
 
     def before(self, i: int) -> Tensor:
         return self.stored[i] if i in self.stored else torch.zeros_like(self.own(i))
@@ -132,7 +133,7 @@ class ShardedGradientReader(GradientReader):
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
-                g = local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter)
+                g = as_real(local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter))
                 g = g if scale == 1.0 else g * scale
             found.append(g)
         return found
@@ -169,7 +170,7 @@ class ShardedGradientReader(GradientReader):
         found.dealt[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
         indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
-        stats = gradient_stats(current, previous)
+        stats = gradient_stats(current, previous, dtype=torch.float64)
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
         self._previous, self._stored_at = dict(zip(indices, kept, strict=True)), self.step
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
@@ -177,7 +178,7 @@ class ShardedGradientReader(GradientReader):
         change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
         found.sums[:6].index_copy_(1, places, torch.stack([*own, *change]).to(found.sums))
         if here.halves:
-            stats = gradient_stats([_filled(here.between(i)) for i in indices])
+            stats = gradient_stats([_filled(here.between(i)) for i in indices], dtype=torch.float64)
             found.sums[6:].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
         return found
 

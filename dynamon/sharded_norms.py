@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from dynamon.dealing import measured_whole
+from dynamon.kernels import l2_norms
 from dynamon.layers import Layer
 from dynamon.norms import Norm
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import has_whole_rows, local
 from dynamon.totals import Totals
@@ -50,12 +52,8 @@ def largest_here(layers: Sequence[Layer], norms: Sequence[Norm], parts: Sequence
 
 
 def squares_here(parts: Sequence[Tensor]) -> Tensor:
-    """Sums of squares of the entries of T parts ``[T]``, in float64; taken in float32, or float64 where a part is."""
-    if not parts:
-        return torch.zeros(0, dtype=torch.float64)
-    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    lengths = [torch.linalg.vector_norm(part, dtype=wide) for part in parts]
-    return torch.stack(lengths).double().square()
+    """Sums of squares of the entries of T parts ``[T]``, in float64."""
+    return l2_norms(parts).double().square()
 
 
 def primal(layers: Sequence[Layer], norms: Sequence[Norm], squares: Tensor, largest: Tensor, whole: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ def primal(layers: Sequence[Layer], norms: Sequence[Norm], squares: Tensor, larg
         largest: Largest norms of the parts, where that is what counts.
         whole: Norms of the whole tensors, where those are needed.
     """
-    sizes = [layer.parameter.numel() if norm.name == "rms" else 1 for layer, norm in zip(layers, norms, strict=True)]
+    sizes = [layer.size if norm.name == "rms" else 1 for layer, norm in zip(layers, norms, strict=True)]
     by_squares = squares.sqrt() / torch.tensor(sizes, dtype=squares.dtype, device=squares.device).sqrt()
     kinds = [
         0 if follows_from_squares(norm) else 1 if is_maximum(layer, norm) else 2
@@ -90,7 +88,7 @@ class StepParts:
     def __init__(self, layers: Sequence[Layer], norms: Sequence[Norm], steps: Sequence[Tensor | None]) -> None:
         """Measure the parts; whole ones are kept where the norm needs them."""
         self.layers, self.norms = list(layers), list(norms)
-        own = [local(layer.parameter.detach()) for layer in layers]
+        own = [as_real(local(layer.parameter.detach())) for layer in layers]
         given = [torch.zeros_like(w) if step is None else step for w, step in zip(own, steps, strict=True)]
         self.squares, self.largest = squares_here(given), largest_here(layers, norms, given)
         self.known = [float(step is not None) for step in steps]

@@ -9,14 +9,15 @@ from torch import Tensor
 from dynamon.dealing import measured_whole
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.sharded_norms import largest_here, needs_whole, primal, squares_here
 from dynamon.shards import local
 from dynamon.spectra import by_shape, per_stack, spectral_extremes
 from dynamon.totals import Found, Totals
-from dynamon.weights import WeightReadings
+from dynamon.weights import WeightReadings, log2_or_nan
 
-_SUMS = 7  # squares of weight, weight before, step (twice: rounded as weights are, and not), step before; two products
+_SUMS = 6  # squares of weight, weight before, step, step before; two products
 _FLAGS = 2  # where a step is known, where two are
 _DEALT = 6  # sigma_max with its bounds, stable rank; the norms by role of weight and step
 
@@ -40,7 +41,7 @@ def sharded_weight_readings(
         The readings in float32, and ``[3, L]`` how the last two updates compare (NaN where one is not known), the same
         on every process.
 
-    Cost: one all-reduce of ``(16 + 2 R) L`` numbers for R processes; a gather of each matrix and of each step of a
+    Cost: one all-reduce of ``(15 + 2 R) L`` numbers for R processes; a gather of each matrix and of each step of a
     hidden weight or a convolution.
     """
     here = [_Here(layer, before.get(layer.name), earlier.get(layer.name)) for layer in layers]
@@ -48,7 +49,7 @@ def sharded_weight_readings(
     totals = Totals([layer.parameter for layer in layers], ranks, sums=_SUMS, maxima=2, dealt=_FLAGS + _DEALT)
     found = totals.empty()
     found.sums[:] = torch.stack([part.sums() for part in here], 1)
-    for row, parts in enumerate([[part.weight for part in here], [part.rounded_step for part in here]]):
+    for row, parts in enumerate([[part.weight for part in here], [part.step for part in here]]):
         found.maxima[row] = largest_here(layers, norms, parts)
     flags = [[float(part.before is not None) for part in here], [float(part.has_two) for part in here]]
     found.dealt[:_FLAGS] = torch.tensor(flags).to(found.dealt)
@@ -62,24 +63,23 @@ class _Here:
 
     def __init__(self, layer: Layer, before: Tensor | None, earlier: Tensor | None) -> None:
         self.layer, self.before = layer, before
-        self.weight = local(layer.parameter.detach())
+        self.weight = as_real(local(layer.parameter.detach()))
+        before, earlier = (None if copy is None else as_real(copy) for copy in (before, earlier))
         self.has_two = before is not None and earlier is not None and earlier.shape == self.weight.shape
         start = self.weight if before is None else before
-        self.rounded_step = self.weight - start  # as its norm is taken of
-        self._wide = torch.promote_types(self.weight.dtype, torch.float32)
-        self._start = start.to(self._wide)
+        self._start = start.to(torch.promote_types(start.dtype, torch.float32))
+        self.step = self.weight.to(self._start) - self._start
         self._step_before = self._start - earlier.to(self._start) if self.has_two and earlier is not None else None
 
     def sums(self) -> Tensor:
-        step, start = (self.weight.to(self._wide) - self._start).reshape(-1), self._start.reshape(-1)
+        step, start = self.step.reshape(-1), self._start.reshape(-1)
         last = torch.zeros_like(step) if self._step_before is None else self._step_before.reshape(-1)
-        squares = squares_here([self.weight, start, step, self.rounded_step, last])
-        products = torch.stack([torch.dot(start, step), torch.dot(step, last)])
-        return torch.cat([squares, products.double()])
+        squares, wide = squares_here([self.weight, start, step, last]), step.double()
+        return torch.cat([squares, torch.stack([torch.dot(start.double(), wide), torch.dot(wide, last.double())])])
 
     def gathered(self) -> list[Tensor]:
         """What its norms take whole: the weight, and where its norm by role is one of the matrix, its step."""
-        return [self.weight, self.rounded_step] if needs_whole(self.layer, operator_norm(self.layer)) else [self.weight]
+        return [self.weight, self.step] if needs_whole(self.layer, operator_norm(self.layer)) else [self.weight]
 
 
 def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
@@ -120,14 +120,14 @@ def _by_role(layers: Sequence[Layer], tensors: Sequence[Tensor], sigmas: Tensor)
 
 
 def _readings(layers: Sequence[Layer], found: Found, processes: int) -> tuple[WeightReadings, Tensor]:
-    weight, start, step, rounded, last, along, between = found.sums
+    weight, start, step, last, along, between = found.sums
     moved, compared = (flags == processes for flags in found.dealt[:_FLAGS])
     sigma, lower, upper, stable_rank, whole, whole_step = found.dealt[_FLAGS:]
     norms = [operator_norm(layer) for layer in layers]
     operator = primal(layers, norms, weight, found.maxima[0], whole)
-    update = _where(moved, primal(layers, norms, rounded, found.maxima[1], whole_step))
+    update = _where(moved, primal(layers, norms, step, found.maxima[1], whole_step))
     is_matrix = torch.tensor([layer.role != "vector" for layer in layers], device=sigma.device)
-    sizes = torch.tensor([layer.parameter.numel() for layer in layers], dtype=torch.float64, device=sigma.device)
+    sizes = torch.tensor([layer.size for layer in layers], dtype=torch.float64, device=sigma.device)
     readings = WeightReadings(
         operator=operator,
         frobenius=weight.sqrt(),
@@ -139,7 +139,7 @@ def _readings(layers: Sequence[Layer], found: Found, processes: int) -> tuple[We
         sigma_lower=_where(is_matrix, lower),
         sigma_upper=_where(is_matrix, upper),
         stable_rank=_where(is_matrix, stable_rank),
-        deviation=(sigma * rms_factors(layers).to(sigma)).log2(),
+        deviation=log2_or_nan(sigma * rms_factors(layers).to(sigma)),
     )
     lengths = torch.stack([step.sqrt(), last.sqrt()])
     rows = torch.stack([between / lengths[0] / lengths[1], *lengths])

@@ -76,7 +76,8 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
 
     Returns:
         :class:`WeightSpectrum` in float32 (float64 for float64 weights or ``exact``), on the weight's device.
-        NaN where the weight holds NaN or infinity; zeros for a zero matrix, whose condition and tail are NaN.
+        NaN where the weight holds NaN or infinity. A zero matrix has singular values of zero and no ranks, condition or
+        tail: these are NaN.
 
     Raises:
         ValueError: If ``weight`` is not floating point, has fewer than two dimensions or is empty.
@@ -112,14 +113,14 @@ def _statistics(energies: Tensor, rank_lost: Tensor) -> dict[str, Tensor]:
     """Everything that follows from the eigenvalues ``[..., s]``, largest first, of the Gram matrix."""
     sigmas = energies.sqrt()
     nuclear, energy = sigmas.sum(-1), energies.sum(-1)
-    shares = _ratio(sigmas, nuclear[..., None])
+    shares = sigmas / torch.where(nuclear > 0, nuclear, torch.ones_like(nuclear))[..., None]
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
     tail = power_law(energies)
     return {
         "sigma_max": sigmas[..., 0],
-        "stable_rank": _ratio(energy, energies[..., 0]),
-        "effective_rank": torch.where(nuclear > 0, entropy.exp(), torch.zeros_like(nuclear)),
-        "participation_ratio": _ratio(energy.square(), energies.square().sum(-1)),
+        "stable_rank": energy / energies[..., 0],
+        "effective_rank": torch.where(nuclear > 0, entropy.exp(), torch.nan),
+        "participation_ratio": energy.square() / energies.square().sum(-1),
         "nuclear": nuclear,
         "condition": torch.where(rank_lost, torch.nan, sigmas[..., 0] / sigmas[..., -1]),
         "tail_exponent": tail.exponent.to(sigmas),
@@ -135,7 +136,7 @@ def spectral_extremes(weight: Tensor) -> SpectralExtremes:
 
     Returns:
         :class:`SpectralExtremes` in float32 (float64 for float64), on the weight's device. NaN where the weight holds
-        NaN or infinity, zeros for a zero matrix.
+        NaN or infinity. A zero matrix has a sigma_max of zero and no ranks: these are NaN.
 
     Raises:
         ValueError: If ``weight`` is not floating point, has fewer than two dimensions or is empty.
@@ -156,8 +157,8 @@ def spectral_extremes(weight: Tensor) -> SpectralExtremes:
         sigma_max=sigma,
         sigma_lower=lower,
         sigma_upper=upper,
-        stable_rank=_ratio(energy, relative.square()),
-        participation_ratio=_ratio(energy.square(), fourth),
+        stable_rank=energy / relative.square(),
+        participation_ratio=energy.square() / fourth,
     )
 
 
@@ -220,7 +221,8 @@ def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:
         how = _OF_A_STACK.get(field)
         if how is not None:
             return out.scatter_reduce(0, owners, values, how, include_self=False)
-        known = ~values.isnan() if field.startswith("tail") else torch.ones_like(values, dtype=torch.bool)
+        # What a zero matrix has none of is left out; a matrix that is not finite shows.
+        known = ~values.isnan() if field.startswith("tail") else ~values.isnan() | found.sigma_max.isnan()
         total = out.scatter_add(0, owners, torch.where(known, values, torch.zeros_like(values)))
         return total / out.scatter_add(0, owners, known.to(values))
 
@@ -294,11 +296,6 @@ class SigmaTracker:
                 values[i], vectors[i] = value, vector
         self._vectors = vectors
         return torch.stack(values)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Zero over zero is zero: a zero matrix has no rank."""
-    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
 def _check(weight: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.pairs import real_dtype, real_size
 from dynamon.preconditioner import second_moment_scale
 from dynamon.shards import local
 
@@ -127,7 +128,7 @@ def stability_scaling(
         )
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     factors = [1.0] * len(params) if ratios is None else list(ratios)
-    space = space or VectorSpace(sum(p.numel() for p in params))
+    space = space or VectorSpace(sum(real_size(p) for p in params))
     pieces, decays = [], []
     for p, factor in zip(params, factors, strict=True):
         if id(p) not in group_of:
@@ -191,10 +192,10 @@ def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ra
     """D / P of one parameter, flat; NaN where the second moment is zero or there is none: nothing moves there."""
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
-        return torch.full((local(p).numel(),), value, dtype=p.dtype, device=p.device)
+        return torch.full((real_size(local(p)),), value, dtype=real_dtype(p), device=p.device)
     divisor = second_moment_scale(optimizer.state.get(p), group, p)
     if divisor is None:
-        return torch.full((local(p).numel(),), torch.nan, dtype=p.dtype, device=p.device)
+        return torch.full((real_size(local(p)),), torch.nan, dtype=real_dtype(p), device=p.device)
     return _adaptive_factor(optimizer, group, ratio) / divisor
 
 

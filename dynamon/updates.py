@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynamon.arrays import Array
-from dynamon.kernels import gram_iteration
+from dynamon.kernels import gram_iteration, l2_along
 from dynamon.layers import Layer
 from dynamon.norms import Norm, sigma_factor
 
@@ -39,7 +39,7 @@ def primal_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequen
     for members in batches.values():
         stacks = [layers[i].matrices(tensors[i]) for i in members]
         lower, upper = gram_iteration(torch.cat(stacks) if len(stacks) > 1 else stacks[0], _GRAM_STEPS)
-        for i, sigmas in zip(members, ((lower + upper) / 2).split([len(stack) for stack in stacks]), strict=True):
+        for i, sigmas in zip(members, (lower / 2 + upper / 2).split([len(stack) for stack in stacks]), strict=True):
             found[i] = sigmas.amax() * (sigma_factor(layers[i]) or 1.0)
     values = [value for value in found if value is not None]
     wide = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
@@ -69,8 +69,8 @@ def _compare(now: Tensor, before: Tensor, earlier: Tensor) -> Tensor:
     wide = torch.promote_types(now.dtype, torch.float32)
     now, before, earlier = (t.detach().reshape(-1).to(wide) for t in (now, before, earlier))
     last, previous = now - before, before - earlier
-    size, previous_size = torch.linalg.vector_norm(last), torch.linalg.vector_norm(previous)
-    return torch.stack([torch.dot(last, previous) / size / previous_size, size, previous_size])
+    size, previous_size = l2_along(last, None), l2_along(previous, None)
+    return torch.stack([torch.dot(last / size, previous / previous_size), size, previous_size])
 
 
 def joint_cosine(rows: Array) -> float:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from dynamon.dealing import dealt_out, measured_whole
+from dynamon.kernels import l2_along, l2_norms
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local
 from dynamon.spectra import (
@@ -39,10 +41,10 @@ class WeightReadings:
         sigma_max: Largest singular value (of the flattening for a convolution); NaN for vectors.
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
-        stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors.
+        stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors and for a zero matrix.
         deviation: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
             :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one, and the
-            same number at every width where it holds with another; NaN for vectors.
+            same number at every width where it holds with another; NaN for vectors and for a zero matrix.
     """
 
     operator: Tensor
@@ -73,10 +75,10 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
 
     Cost: two passes over the weights and, for matrices, two Gram iterations batched by shape. No host synchronisation.
     """
-    weights = [layer.parameter.detach() for layer in layers]
-    before = before or {}
+    weights = [as_real(layer.parameter.detach()) for layer in layers]
+    before = {name: as_real(copy) for name, copy in (before or {}).items()}
     moved = [i for i, layer in enumerate(layers) if layer.name in before]
-    steps = {i: weights[i] - before[layers[i].name] for i in moved}
+    steps = {i: _step(weights[i], before[layers[i].name]) for i in moved}
     spectra = _Spectra(layers, weights)
     operator = torch.stack(
         [_operator(layer, w, spectra, i) for i, (layer, w) in enumerate(zip(layers, weights, strict=True))]
@@ -86,8 +88,7 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
     for position, i in enumerate(moved):
         update[i] = _operator(layers[i], steps[i], step_spectra, position)
         rotation[i] = _angle(before[layers[i].name], weights[i])
-    wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-    frobenius = torch.stack(torch._foreach_norm(weights, 2, dtype=wide)).float()
+    frobenius = l2_norms(weights).float()
     sizes = torch.tensor([w.numel() for w in weights], dtype=torch.float32, device=frobenius.device)
     return WeightReadings(
         operator=operator,
@@ -100,8 +101,13 @@ def weight_readings(layers: Sequence[Layer], before: Mapping[str, Tensor] | None
         sigma_lower=spectra.column("sigma_lower"),
         sigma_upper=spectra.column("sigma_upper"),
         stable_rank=spectra.column("stable_rank"),
-        deviation=(spectra.column("sigma_max") * rms_factors(layers).to(operator.device)).log2(),
+        deviation=log2_or_nan(spectra.column("sigma_max") * rms_factors(layers).to(operator.device)),
     )
+
+
+def log2_or_nan(values: Tensor) -> Tensor:
+    """The logarithm to base 2; NaN where there is none, for zero too."""
+    return torch.where(values > 0, values, torch.nan).log2()
 
 
 class _Spectra:
@@ -128,10 +134,15 @@ class _Spectra:
         return out.index_copy(0, torch.tensor(self._where, device=self.device), getattr(self._values, field))
 
 
+def _step(now: Tensor, before: Tensor) -> Tensor:
+    """The difference, in float32 at least: in half precision it would be rounded once more."""
+    return now.to(torch.promote_types(now.dtype, torch.float32)) - before
+
+
 def _angle(one: Tensor, other: Tensor) -> Tensor:
     """Angle between two tensors, exact for small ones too: twice the arc sine of half the distance of unit vectors."""
     one, other = (t if t.dtype == torch.float64 else t.float() for t in (one, other))
-    distance = torch.linalg.vector_norm(one / torch.linalg.vector_norm(one) - other / torch.linalg.vector_norm(other))
+    distance = torch.linalg.vector_norm(one / l2_along(one, None) - other / l2_along(other, None))
     return 2 * torch.asin((distance / 2).clamp_max(1.0)).float()
 
 

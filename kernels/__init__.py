@@ -6,6 +6,7 @@ Nothing here knows ``nn.Module``, an optimizer or Lightning.
 from dynamon.kernels.conv_gram import conv_gram_iteration
 from dynamon.kernels.gradient_stats import GradientStats, gradient_stats
 from dynamon.kernels.gram import gram_iteration
+from dynamon.kernels.lengths import l2_along, l2_norms, widest_dtype
 from dynamon.kernels.nuclear import nuclear_norm
 from dynamon.kernels.polar import polar_error, polar_factor
 from dynamon.kernels.power import top_singular
@@ -15,8 +16,11 @@ __all__ = [
     "conv_gram_iteration",
     "gradient_stats",
     "gram_iteration",
+    "l2_along",
+    "l2_norms",
     "nuclear_norm",
     "polar_error",
     "polar_factor",
     "top_singular",
+    "widest_dtype",
 ]

@@ -1,7 +1,7 @@
 """Two-sided bounds on the largest singular value of a convolution."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -13,7 +13,7 @@ from dynamon.kernels.gram import gram_iteration
 
 _SUP_GRID = 32  # frequencies a dimension for the supremum over sizes; finer than 8 a degree anyway
 _POWER_STEPS = 12
-_CHUNK = 2**24  # numbers in the matrices of the frequencies that are worked on at once
+_CHUNK = 2**20  # numbers in the matrices of the frequencies that are worked on at once
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Size = int | Sequence[int]
 
@@ -60,8 +60,9 @@ def conv_gram_iteration(
     Raises:
         ValueError: On shapes and arguments that no convolution has, or another padding mode.
 
-    Cost: one FFT of the kernel; ``steps`` products of the smaller channel side for about half the frequencies, and
-    12 convolutions forward and back on one input. Reference: Delattre et al., arXiv 2305.16173; the padding and
+    Cost: ``steps`` products of the smaller channel side for about half the frequencies, and 12 convolutions forward and
+    back on one input. Memory: frequencies are taken some at a time; without a graph about eight copies of the kernel,
+    or 50 MB where that is more. Reference: Delattre et al., arXiv 2305.16173; the padding and
     supremum bounds are dynamon's own, checked against the explicit operator.
     """
     plan = _Plan(kernel, input_size, padding, padding_mode, stride, dilation, groups)
@@ -193,13 +194,40 @@ def _each(value: Size, dimensions: int, least: int, name: str) -> list[int]:
 
 def _over_frequencies(phases: Tensor, grid: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
     """Largest bounds over a grid of frequencies; conjugate frequencies are taken once."""
-    spectrum = torch.fft.rfftn(_folded(phases, grid), s=list(grid), dim=list(range(-len(grid), 0)))
-    matrices = spectrum.movedim((1, 2), (-2, -1)).reshape(-1, *phases.shape[1:3])
-    chunk = max(1, _CHUNK // matrices[0].numel())
-    bounds = [gram_iteration(part, steps=steps) for part in matrices.split(chunk)]
-    lower, upper = (torch.cat(side).amax() for side in zip(*bounds, strict=True))
+    bounds = [gram_iteration(part, steps=steps) for part in _transformed(phases, grid)]
+    lower, upper = (torch.stack([part.amax() for part in side]).amax() for side in zip(*bounds, strict=True))
     eps = torch.finfo(phases.dtype).eps * (4 + math.log2(math.prod(grid) + 1))  # rounding of the transform
     return lower * (1 - eps), upper * (1 + eps)
+
+
+def _transformed(phases: Tensor, grid: Sequence[int]) -> Iterator[Tensor]:
+    """Matrices ``[n, out, in]`` of the frequencies, a chunk at a time: of all at once they would be 500 kernels."""
+    groups, out, channels, *taps = phases.shape
+    frequencies = [*grid[:-1], grid[-1] // 2 + 1]
+    count, entries = math.prod(frequencies), groups * out * channels
+    chunk = max(_CHUNK // entries, 1)
+    if count <= chunk:
+        spectrum = torch.fft.rfftn(_folded(phases, grid), s=list(grid), dim=list(range(-len(grid), 0)))
+        yield spectrum.movedim((1, 2), (-2, -1)).reshape(-1, out, channels)
+        return
+    kernel = phases.reshape(entries, -1)
+    for first in range(0, count, chunk):
+        waves = _waves(range(first, min(first + chunk, count)), frequencies, taps, grid, phases)
+        parts = [(kernel @ wave).mT.reshape(-1, groups, out, channels).flatten(0, 1) for wave in waves]
+        yield torch.complex(*parts)
+
+
+def _waves(
+    chosen: range, frequencies: Sequence[int], taps: Sequence[int], grid: Sequence[int], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cosine and negative sine ``[taps, n]`` of some frequencies at all taps."""
+    turns = torch.zeros(math.prod(taps), len(chosen), dtype=torch.float64)
+    places = torch.unravel_index(torch.arange(len(turns)), list(taps))
+    points = torch.unravel_index(torch.arange(chosen.start, chosen.stop), list(frequencies))
+    for place, point, length in zip(places, points, grid, strict=True):
+        turns += (place[:, None] * point % length) / length  # whole turns are nothing, and left out exactly
+    angles = turns * (2 * math.pi)
+    return angles.cos().to(like), angles.sin().neg().to(like)
 
 
 def _folded(phases: Tensor, grid: Sequence[int]) -> Tensor:

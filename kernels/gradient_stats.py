@@ -6,6 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynamon.kernels.lengths import l2_norms
+
+_SMALL = 2.0**-40  # from here downwards products of entries lose digits in float32
+
 Lines = tuple[Tensor | None, ...]
 
 
@@ -49,7 +53,11 @@ class GradientStats:
 
 
 def gradient_stats(
-    gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = None, *, axes: bool = False
+    gradients: Sequence[Tensor],
+    previous: Sequence[Tensor] | None = None,
+    *,
+    axes: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> GradientStats:
     """Norms of every gradient and of its change, in one pass, refreshing the stored gradient.
 
@@ -58,29 +66,33 @@ def gradient_stats(
         previous: Storage of the same shapes in any of these dtypes, or None. The difference is taken in float32
             (float64 where a gradient is float64), after which ``previous`` holds ``gradients``, rounded to its dtype.
         axes: Whether to add the sums of squares of every row and column.
+        dtype: Of the sums. float32 by default (float64 where a gradient is float64), which cannot hold the squares of
+            entries above 1.8e19 or below 1e-22; float64 holds those of any.
 
     Returns:
-        A :class:`GradientStats` in float32 (float64 where a gradient is float64), on the gradients' device. NaN and
-        infinity reach the sums of their tensor, their row and their column.
+        A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity reach the sums of their
+        tensor, their row and their column.
 
     Raises:
         ValueError: If the two lists differ in length or shape, or a tensor is empty or not floating point.
 
     Cost: a few passes over the tensors, three more with ``axes``; one temporary of the size of the largest (of all of
-    them where a dtype differs from the result's); on a GPU no host synchronisation.
+    them where a dtype differs); on a GPU no host synchronisation. With ``dtype=torch.float64`` temporaries of a GPU are
+    twice as large, and a CPU takes tensors again whose squares leave float32.
     """
     gradients = [g.detach() for g in gradients]
     stored = None if previous is None else [p.detach() for p in previous]
     check_lists(gradients, stored)
-    dtype = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+    work = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+    dtype = work if dtype is None else dtype
     if not gradients:
         return no_stats(dtype, stored is not None, axes)
     own, lines = _sums(gradients, dtype), _lines(gradients, dtype, axes)
     if stored is None:
         return GradientStats(*own, row_squares=lines[0], column_squares=lines[1])
-    current = [g.to(dtype) for g in gradients]
-    change = [p.to(dtype) for p in stored]  # the storage itself where the dtypes agree: it is refilled below
-    inner = torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(current, change, strict=True)])
+    current = [g.to(work) for g in gradients]
+    change = [p.to(work) for p in stored]  # the storage itself where the dtypes agree: it is refilled below
+    inner = _inner(current, change, own[2], dtype)
     torch._foreach_sub_(change, current)
     difference, difference_lines = _sums(change, dtype), _lines(change, dtype, axes)
     torch._foreach_copy_(stored, gradients)
@@ -110,16 +122,36 @@ def no_stats(dtype: torch.dtype, compare: bool, axes: bool = False) -> GradientS
     )
 
 
+def _inner(current: list[Tensor], previous: list[Tensor], largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inner products of pairs of tensors; ``largest`` are the largest magnitudes in ``current``."""
+    pairs = [(a.flatten(), b.flatten()) for a, b in zip(current, previous, strict=True)]
+    if largest.device.type != "cpu" and dtype == torch.float64:
+        return torch.stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs])
+    found = torch.stack([torch.dot(a, b) for a, b in pairs]).to(dtype)
+    if dtype == torch.float64:
+        unsafe = ~torch.isfinite(found) & torch.isfinite(largest) | (largest > 0) & (largest < _SMALL)
+        for i in torch.nonzero(unsafe).flatten().tolist():
+            found[i] = torch.dot(pairs[i][0].double(), pairs[i][1].double())
+    return found
+
+
 def _sums(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The l1 norm, sum of squares, largest magnitude and non-finite count of every tensor, each stacked to ``[T]``."""
-    l2 = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-    # On a CPU the norms of order one and infinity are several times slower than what they stand for.
-    if l2.is_cuda:
-        l1 = torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
-    else:
-        l1 = torch.stack([t.abs().sum(dtype=dtype) for t in tensors])
     extremes = [torch.stack(torch.aminmax(t)).abs().amax() for t in tensors]
-    return l1, l2.square(), torch.stack(extremes).to(dtype), _nonfinite(tensors, l1)
+    l1, largest = _l1(tensors, dtype), torch.stack(extremes).to(dtype)
+    return l1, l2_norms(tensors).to(dtype).square(), largest, _nonfinite(tensors, l1)
+
+
+def _l1(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    # On a CPU the norms of order one and infinity are several times slower than what they stand for.
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
+    work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    found = torch.stack([t.abs().sum(dtype=work) for t in tensors]).to(dtype)
+    if work != dtype:
+        for i in torch.nonzero(found.isinf()).flatten().tolist():
+            found[i] = tensors[i].abs().sum(dtype=dtype)
+    return found
 
 
 def _nonfinite(tensors: list[Tensor], l1: Tensor) -> Tensor:

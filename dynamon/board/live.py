@@ -1,52 +1,61 @@
 """Runs below a folder while they are being written: what was read is kept, and only what is new is sent."""
 
-import os
 import threading
 import time
-from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, packed_scalar, packed_table
+from dynamon.event_files import Curve, EventFile, EventLog, RowCurve, event_paths
 from dynamon.health import findings, loss_tag
 from dynamon.history import RunData, Series
-from dynamon.runs import EventFile, Row, assembled, event_files, stacked
+from dynamon.run_folders import Contents, readable, runs_below, with_readings
+from dynamon.runs import assembled
 
 _KEPT = 8  # runs held in memory: those asked for last
 _SEARCH_EVERY = 4.0  # seconds between searches for runs
+_LOOK_FOR = 0.5  # seconds a search may look for readings in files that had none; it goes on with the next one
 _READ_FOR = 0.5  # seconds of reading an answer may wait for; the rest comes with the next one
 
 
 class LiveFolder:
-    """The runs below a folder, named as TensorBoard names them.
+    """The runs below a folder, named as TensorBoard names them; bytes that are not UTF-8 are written as such.
 
     Links to folders are followed, as TensorBoard does. A run is only ever looked up by its name among those that were
     found, so no name leads out of the folder. Safe to use from several threads.
 
     Args:
         folder: What ``tensorboard --logdir`` was given.
+
+    Attributes:
+        passed_over: How many folders with event files the last search found that are not among the names.
     """
 
     def __init__(self, folder: Path | str) -> None:
         """Nothing is searched yet."""
+        self.passed_over = 0
         self._folder = Path(folder).expanduser()
         self._lock = threading.Lock()
         self._found: dict[str, Path] = {}
         self._searched_at = -_SEARCH_EVERY
+        self._known: dict[Path, Contents] = {}
         self._open: dict[str, LiveRun] = {}
 
     def names(self) -> list[str]:
-        """The names of all runs there are, ``"."`` for the folder itself, the one written to last first.
+        """The names of the runs there are, ``"."`` for the folder itself.
 
-        Cost: a walk, at most every four seconds.
+        Those with readings of dynamon come first, of them the one written to last. Then those that have scalars only,
+        to compare with. Folders without a scalar are no runs, nor are those within a run that hold no reading, as
+        ``add_scalars`` and ``add_hparams`` write them.
+
+        Cost: a walk, at most every four seconds; files of runs without readings are read for them once, 0.5 s a search.
         """
         with self._lock:
             if time.monotonic() - self._searched_at >= _SEARCH_EVERY:
-                runs = sorted(_runs_below(self._folder), reverse=True)
-                self._found = {name: path for _, name, path in runs}
+                there = [run for run in runs_below(self._folder) if event_paths(run.path)]
+                runs = with_readings(there, self._known, time.monotonic() + _LOOK_FOR)
+                self.passed_over = len(there) - len(runs)
+                self._found = {run.name: run.path for run in runs}
                 self._searched_at = time.monotonic()
                 for name in self._open.keys() - self._found.keys():
                     del self._open[name]
@@ -70,11 +79,11 @@ class LiveFolder:
 
 
 class LiveRun:
-    """One run, read piece by piece.
+    """One run, read piece by piece by the rule of :mod:`dynamon.event_files`.
 
     Answers hold what came after ``since``, a count of values read, where it can be appended; and all of a series where
     it cannot, because steps were written anew or the series is thinned. ``epoch`` changes when a file was replaced or
-    vanished, and then everything before it is void.
+    vanished, or a writer that goes on from an earlier step made points void; then everything before it is void.
 
     Args:
         folder: The run's own folder.
@@ -89,10 +98,8 @@ class LiveRun:
 
     def _start_anew(self) -> None:
         self._epoch += 1
-        self._files: dict[Path, tuple[int, EventFile]] = {}
-        self._scalars: dict[str, _Column] = {}
-        self._tables: dict[str, _Rows] = {}
-        self._count = 0
+        self._files: dict[Path, EventFile] = {}
+        self._log = EventLog()
         self._health: tuple[int, list[dict[str, Any]]] | None = None
 
     def news(self, epoch: int, since: int, read_for: float = _READ_FOR) -> dict[str, Any]:
@@ -104,24 +111,31 @@ class LiveRun:
             read_for: Seconds to read for.
 
         Returns:
-            ``epoch`` and ``count``, for the next time; ``share`` of the files' bytes that is read; and where anything
-            is new ``scalars`` as in :func:`dynamon.board.payload.payload`, those to be appended with the index
-            ``from`` which they begin; ``quantities``, ``last_step`` and ``loss``.
+            ``epoch`` and ``count``, for the next time; ``share`` of the files' bytes that is read; ``damage``, what of
+            them could not be read; and where anything is new ``scalars`` as in
+            :func:`dynamon.board.payload.payload`, those to be appended with the index ``from`` which they begin;
+            ``quantities``, ``last_step`` and ``loss``.
         """
         with self._lock:
             share = self._read(read_for)
-            answer: dict[str, Any] = {"epoch": self._epoch, "count": self._count, "share": share}
-            if epoch == self._epoch and since == self._count:
+            answer: dict[str, Any] = {"epoch": self._epoch, "count": self._log.count, "share": share}
+            damage = [readable(said) for file in self._files.values() for said in file.damage]
+            if damage:
+                answer["damage"] = damage
+            if epoch == self._epoch and since == self._log.count:
                 return answer
             since = since if epoch == self._epoch else 0
             data = self._data(with_rows=False)
             scalars = {
-                tag: self._scalars[tag].news(since) if tag in self._scalars else packed_scalar(series)
+                tag: _news(self._log.scalars[tag], since, SCALAR_POINTS)
+                if tag in self._log.scalars
+                else packed_scalar(series)
                 for tag, series in data.scalars.items()
             }
+            tables = self._log.tables
             return answer | {
                 "scalars": {tag: news for tag, news in scalars.items() if news},
-                "quantities": [tag for tag in data.tables if tag not in self._tables or self._tables[tag].has_values],
+                "quantities": [tag for tag in data.tables if tag not in tables or tables[tag].has_values],
                 "last_step": data.last_step,
                 "loss": loss_tag(data.scalars),
             }
@@ -133,9 +147,9 @@ class LiveRun:
             KeyError: If there is no such quantity.
         """
         with self._lock:
-            answer = {"epoch": self._epoch, "count": self._count}
-            if quantity in self._tables:
-                news = self._tables[quantity].news(since if epoch == self._epoch else 0)
+            answer = {"epoch": self._epoch, "count": self._log.count}
+            if self._log.tables.get(quantity):
+                news = _news(self._log.tables[quantity], since if epoch == self._epoch else 0, TABLE_POINTS)
             else:
                 news = packed_table(self._data(with_rows=False).tables[quantity])
             return answer | (news or {})
@@ -143,7 +157,7 @@ class LiveRun:
     def findings(self) -> list[dict[str, Any]]:
         """What looks wrong in what was read so far, see :mod:`dynamon.health`."""
         with self._lock:
-            count, data = self._count, self._data()
+            count, data = self._log.count, self._data()
             if self._health is not None and self._health[0] == count:
                 return self._health[1]
         found = [finding.as_dict() for finding in findings(data)]  # longer than others should wait
@@ -153,126 +167,48 @@ class LiveRun:
 
     def _data(self, with_rows: bool = True) -> RunData:
         """What was read so far; tables of tensor summaries without their rows where those are not needed."""
-        scalars = {tag: column.series() for tag, column in self._scalars.items()}
-        tables = {quantity: rows.series() if with_rows else rows.bare() for quantity, rows in self._tables.items()}
+        scalars = {tag: curve.series() for tag, curve in self._log.scalars.items() if curve}
+        tables = {tag: rows.series() if with_rows else rows.bare() for tag, rows in self._log.tables.items() if rows}
         return assembled(scalars, tables)
 
     def _read(self, read_for: float) -> float:
         """Read for so many seconds; give the share of all bytes that is read, 1 where there is nothing more to read."""
-        paths = event_files(self._folder)
-        numbers = {path: path.stat().st_ino for path in paths}
-        for path, (number, file) in self._files.items():
-            if numbers.get(path) != number or path.stat().st_size < file.offset:  # gone, replaced or cut
-                self._start_anew()
-                break
-        until = time.monotonic() + read_for
+        paths = event_paths(self._folder)
+        if not all(path in paths and _is_continued(file) for path, file in self._files.items()):
+            self._start_anew()
         for path in paths:
-            _, file = self._files.setdefault(path, (numbers[path], EventFile(path)))
-            for points in file.records():
-                for tag, step, value in points:
-                    self._add(tag, step, value)
+            self._files.setdefault(path, EventFile(path))
+        purged, until = self._log.purged, time.monotonic() + read_for
+        share = self._read_on(until)
+        if self._log.purged != purged:  # tags may have vanished
+            self._epoch += 1
+        return share
+
+    def _read_on(self, until: float) -> float:
+        files = sorted(self._files.values(), key=lambda file: file.order)
+        for file in files:
+            for items in file.records():
+                self._log.add(file, items)
                 if time.monotonic() > until:
-                    read = sum(file.offset for _, file in self._files.values())
-                    return read / sum(path.stat().st_size for path in paths)
+                    return sum(file.offset for file in files) / max(sum(file.size for file in files), 1)
         return 1.0
 
-    def _add(self, tag: str, step: int, value: float | Row) -> None:
-        self._count += 1
-        if isinstance(value, tuple):
-            (self._tables.get(tag) or self._tables.setdefault(tag, _Rows())).add(self._count, step, value)
-        else:
-            (self._scalars.get(tag) or self._scalars.setdefault(tag, _Column())).add(self._count, step, value)
+
+def _is_continued(file: EventFile) -> bool:
+    try:
+        return file.is_continued
+    except OSError:  # gone
+        return False
 
 
-class _Column:
-    """A scalar as it came: the count at which each value was read, its step, and the value."""
-
-    def __init__(self) -> None:
-        self._counts, self._steps, self._values = array("q"), array("q"), array("d")
-        self._increases = True
-        self._series: Series | None = None
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def add(self, count: int, step: int, value: float) -> None:
-        self._increases = self._increases and (not self._steps or step > self._steps[-1])
-        self._counts.append(count)
-        self._steps.append(step)
-        self._values.append(value)
-        self._series = None
-
-    def series(self) -> Series:
-        """By increasing steps; of several values at a step the last."""
-        if self._series is None:
-            steps, values = np.array(self._steps), np.array(self._values)
-            if not self._increases:
-                steps, last = np.unique(steps[::-1], return_index=True)
-                values = values[::-1][last]
-            self._series = Series(steps, values)
-        return self._series
-
-    def news(self, since: int) -> dict[str, Any] | None:
-        first = int(np.searchsorted(np.array(self._counts), since, side="right"))
-        if first == len(self):
-            return None
-        series = self.series()
-        if not first or not self._increases or len(self) > SCALAR_POINTS:
-            return packed_scalar(series)
-        return {**packed_scalar(Series(series.steps[first:], series.values[first:])), "from": first, "total": len(self)}
-
-
-class _Rows:
-    """The same for a table."""
-
-    def __init__(self) -> None:
-        self._counts = array("q")
-        self._rows: dict[int, Row] = {}
-        self._appends = True  # every row so far came after the one before, with the same layers
-        self.has_values = False
-
-    def add(self, count: int, step: int, row: Row) -> None:
-        if self._rows:
-            last = next(reversed(self._rows))
-            self._appends = self._appends and step > last and row[0] == self._rows[last][0]
-        self._counts.append(count)
-        self._rows[step] = row[0], row[1]
-        self.has_values = self.has_values or not np.isnan(row[1]).all()
-
-    def bare(self) -> Series:
-        """Steps without values."""
-        return Series(np.array(sorted(self._rows), dtype=np.int64), np.empty((len(self._rows), 0)))
-
-    def series(self) -> Series:
-        return stacked(self._rows)
-
-    def news(self, since: int) -> dict[str, Any] | None:
-        first = int(np.searchsorted(np.array(self._counts), since, side="right"))
-        if first == len(self._counts):
-            return None
-        series = self.series()
-        if not first or not self._appends or len(series) > TABLE_POINTS:
-            return packed_table(series)
-        new = Series(series.steps[first:], series.values[first:], series.layers)
-        return {**packed_table(new), "from": first, "total": len(series)}
-
-
-def _runs_below(folder: Path) -> Iterator[tuple[float, str, Path]]:
-    """Folders that hold event files: when one of those was written to, the name of the run, the folder.
-
-    A folder that links lead to a second time is passed over.
-    """
-    seen: set[tuple[int, int]] = set()
-    for place, below, _ in os.walk(folder, followlinks=True):
-        path = Path(place)
-        try:
-            status = path.stat()
-            written = [file.stat().st_mtime for file in event_files(path)]
-        except OSError:  # gone in the meantime
-            continue
-        if (status.st_dev, status.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        if written:
-            yield max(written), path.relative_to(folder).as_posix(), path
+def _news(curve: Curve | RowCurve, since: int, limit: int) -> dict[str, Any] | None:
+    """What came after ``since``, packed; the whole series where that cannot be appended, or the series is thinned."""
+    new = curve.added_after(since)
+    if not new and curve.rewritten <= since:
+        return None
+    series, packed = curve.series(), packed_table if isinstance(curve, RowCurve) else packed_scalar
+    first = len(series) - new
+    if not first or curve.rewritten > since or len(series) > limit:
+        return packed(series)
+    added = Series(series.steps[first:], series.values[first:], series.layers)
+    return {**packed(added), "from": first, "total": len(series)}

@@ -39,7 +39,7 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
         """The routes: files of the board by their names, and four questions."""
         files = [path.name for path in resources.files(__package__).iterdir() if path.name.endswith(tuple(_KINDS))]
         return {f"/{name}": _file(name) for name in files} | {
-            "/runs": self._answers(lambda folder, _: {"runs": folder.names(), "folder": self._logdir}),
+            "/runs": self._answers(lambda folder, _: _listing(folder, self._logdir)),
             "/run": self._answers(lambda folder, asked: _run(folder, asked).news(*_known(asked))),
             "/table": self._answers(lambda folder, asked: _run(folder, asked).table(asked["quantity"], *_known(asked))),
             "/health": self._answers(lambda folder, asked: {"findings": _run(folder, asked).findings()}),
@@ -93,6 +93,13 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
 
 class _Refused(Exception):
     """Why a question has no answer, in a sentence for the reader."""
+
+
+def _listing(folder: Any, logdir: str) -> dict[str, Any]:
+    """The runs, and where there is none how many folders hold event files nevertheless."""
+    names = folder.names()
+    unread = {} if names else {"unread": folder.passed_over}
+    return {"runs": names, "folder": logdir, **unread}
 
 
 def _run(folder: Any, asked: Any) -> Any:

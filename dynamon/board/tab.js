@@ -6,7 +6,7 @@ import { ADD } from "./views.js";
 
 const EVERY = 2500; // milliseconds between two questions
 const NONE = ""; // the name of no run
-const UNREAD = "Its event files hold no readings: the run has only just begun, or they are damaged or of another kind.";
+const UNREAD = "The event files hold no readings: the run has only just begun, or they are damaged or of another kind.";
 
 /** TensorBoard calls this in the frame of the tab. */
 export async function render() {
@@ -19,9 +19,10 @@ export async function render() {
   const follows = followTheme();
   await styled;
   const status = el("span", { class: "hint", role: "status" });
+  const warning = el("span", { class: "hint", role: "alert" });
   const first = el("select", { "aria-label": "run", onchange: () => poll() });
   const second = el("select", { "aria-label": "run to compare with", onchange: () => poll() });
-  const controls = el("span", { class: "runs" }, el("label", {}, "run ", first), el("label", {}, "compare with ", second), status);
+  const controls = el("span", { class: "runs" }, el("label", {}, "run ", first), el("label", {}, "compare with ", second), status, warning);
   let board = null;
   const show = (runs, notice = null) => {
     if (board) board.update(runs, notice);
@@ -48,13 +49,13 @@ export async function render() {
 
   /** Ask for the runs and for what is new in those chosen; milliseconds until it should be asked again. */
   const look = async (isCurrent) => {
-    const { runs: names, folder, problem } = await asked("runs");
+    const { runs: names, folder, unread, problem } = await asked("runs");
     if (!isCurrent()) return EVERY;
     controls.hidden = Boolean(problem) || !names.length;
     if (controls.hidden) {
       shown = "";
       status.textContent = "";
-      show([], problem ? ["Nothing to show here", problem] : nothing(folder));
+      show([], problem ? ["Nothing to show here", problem] : nothing(folder, unread));
       return EVERY;
     }
     fill(first, names, names[0]);
@@ -77,6 +78,9 @@ export async function render() {
     shown = key;
     const share = Math.min(...runs.map((run) => run.share));
     status.textContent = share < 1 ? `reading, ${Math.floor(100 * share)} % …` : `step ${Math.max(...runs.map((run) => run.lastStep))}`;
+    const damage = runs.flatMap((run) => run.damage);
+    warning.textContent = damage.length ? `${damage.length} part${damage.length > 1 ? "s" : ""} of the event files cannot be read` : "";
+    warning.title = damage.join("\n");
     if (share < 1) return 0;
     const found = await Promise.all(runs.map((run) => run.examine()));
     if (isCurrent() && found.some(Boolean)) board.examined();
@@ -85,7 +89,11 @@ export async function render() {
   await poll();
 }
 
-function nothing(folder) {
+function nothing(folder, unread) {
+  if (unread) {
+    const found = `${unread} folder${unread > 1 ? "s" : ""} with event files below ${folder}.`;
+    return ["No run to show yet", found, UNREAD, "This page looks again every few seconds."];
+  }
   return [
     "No runs yet",
     `There are no event files below ${folder}.`,
@@ -111,7 +119,7 @@ async function asked(question, values = {}) {
 /** A run that is read from the server piece by piece; see `mount` for its properties. */
 class Live {
   constructor(name) {
-    Object.assign(this, { label: name, problem: null, findings: null, share: 0 });
+    Object.assign(this, { label: name, problem: null, findings: null, share: 0, damage: [] });
     this.forget(0);
   }
 
@@ -125,7 +133,7 @@ class Live {
     const news = await asked("run", { run: this.label, epoch: this.epoch, since: this.count });
     this.problem = news.problem ?? null;
     if (this.problem) return;
-    this.share = news.share;
+    Object.assign(this, { share: news.share, damage: news.damage ?? [] });
     if (!news.scalars) return;
     if (news.epoch !== this.epoch) this.forget(news.epoch);
     for (const [tag, part] of Object.entries(news.scalars)) this.scalars.set(tag, appended(this.scalars.get(tag), unpackedScalar(part), part.from));
@@ -148,12 +156,12 @@ class Live {
 
   async table(quantity) {
     const known = this.tables.get(quantity);
-    if (known && known.count === this.count) return known.table;
-    const has = known ? { epoch: this.epoch, since: known.count } : {};
+    if (known && known.epoch === this.epoch && known.count === this.count) return known.table;
+    const has = known ? { epoch: known.epoch, since: known.count } : {};
     const news = await asked("table", { run: this.label, quantity, ...has });
     if (news.problem) throw new Error(news.problem);
     const table = news.values === undefined ? known.table : appended(known?.table, unpackedTable(news), news.from);
-    this.tables.set(quantity, { count: news.count, table });
+    this.tables.set(quantity, { epoch: news.epoch, count: news.count, table });
     return table;
   }
 }

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; ``sys.argv`` by default.
 
     Returns:
-        The exit status: 0, or 1 where the command did not reach what it promises.
+        The exit status: 0, 1 where a command did not reach what it promises, or 2 where it refuses what it was given.
     """
     parser = argparse.ArgumentParser(prog="dynamon", description="Training dynamics for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

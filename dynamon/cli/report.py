@@ -5,15 +5,17 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from dynamon.arrays import Array
 from dynamon.board.page import page
 from dynamon.board.payload import payload
+from dynamon.cli.reading import RUN_HELP, choice, read
 from dynamon.health import Finding, findings, loss_tag
 from dynamon.history import RunData, Series
+from dynamon.run_folders import readable
 from dynamon.runs import read_run_data
 
 _WIDTH = 48  # columns of a row of blocks
@@ -37,11 +39,20 @@ def add_parser(commands: Any) -> None:
         "report",
         help="show a run: stability, layers, rates and health, as one HTML file or as text",
         description="Show what DynamicsMonitor and its like logged to TensorBoard or CSVLogger: an HTML file that "
-        "needs no network, a summary for the terminal, or what looks wrong as JSON.",
+        "needs no network, a summary for the terminal, or what looks wrong as JSON. A run that was restarted in its "
+        "folder is shown as TensorBoard shows it: without what the newer writer made void.",
     )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a run; two are compared")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where the page goes (report.html)")
-    parser.add_argument("--loss", metavar="TAG", help="tag of the training loss; found by its name by default")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help=f"{RUN_HELP}; two are compared")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the page goes (report.html, in the place of the report before it)",
+    )
+    parser.add_argument(
+        "--loss", metavar="TAG", help="tag of the training loss; found by its name by default, and named"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--text", action="store_true", help="print a summary instead")
     form.add_argument("--json", action="store_true", help="print what looks wrong as JSON instead")
@@ -60,16 +71,21 @@ def run(options: argparse.Namespace) -> int:
     """
     try:
         _check(options)
-        runs = [(_name(folder), _read(folder, options.loss)) for folder in options.folders]
+        read_runs = [_read(folder, options.loss) for folder in options.folders]
+        runs = [(_name(folder), data) for folder, data in read_runs]
         _require_readings(runs)
+        pairs = zip(options.folders, read_runs, strict=True)
+        chosen = [said for folder, (run, _) in pairs if (said := choice(folder, run))]
         if options.json:
+            _print(iter(chosen), sys.stderr)
             print(json.dumps(_health(runs, options.loss), indent=2, allow_nan=False))
         elif options.text:
+            _print(iter(chosen))
             _print(line for name, data in runs for line in summary(data, name, options.loss))
         else:
-            output = options.output or Path("report.html")
-            output.write_text(page([payload(data, name, options.loss) for name, data in runs]), encoding="utf-8")
-            _print(_told(runs, options.loss, output))
+            content = page([payload(data, name, options.loss) for name, data in runs])
+            written = _write(content, options.output)
+            _print(iter([*chosen, written, *_told(runs, options.loss)]))
     except (ValueError, OSError) as error:
         print(f"dynamon report: {error}", file=sys.stderr)
         return 2
@@ -86,6 +102,7 @@ def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
     """
     yield f"{name}: {run.last_step + 1} steps, {len(run.scalars)} scalars, {len(run.tables)} per-layer quantities"
     tag = loss or loss_tag(run.scalars)
+    yield f"  loss: {_judged(tag, loss)}"
     rows = [*([("loss", tag)] if tag else []), *_ROWS]
     known = [(label, run.scalars[key]) for label, key in rows if key in run.scalars]
     if known:
@@ -151,8 +168,25 @@ def _lines(finding: Finding) -> Iterator[str]:
     yield f"      {finding.advice}"
 
 
-def _told(runs: list[tuple[str, RunData]], loss: str | None, output: Path) -> Iterator[str]:
-    yield f"report        {output} ({output.stat().st_size / 1e6:.1f} MB, opens in any browser)"
+def _write(content: str, output: Path | None) -> str:
+    """Write the page and say where; without ``--output`` nothing but a report is replaced."""
+    path = output or Path("report.html")
+    replaces = output is None and path.exists()
+    if replaces and b"<title>dynamon: " not in path.read_bytes()[:4096]:
+        raise ValueError(f"{path} is there and no report of dynamon: give --output FILE, or move it away.")
+    path.write_text(content, encoding="utf-8")
+    place = ", in the place of the one before" if replaces else ""
+    return f"report        {readable(path)} ({path.stat().st_size / 1e6:.1f} MB, opens in any browser{place})"
+
+
+def _judged(tag: str | None, asked: str | None) -> str:
+    """Which tag was taken for the training loss, and why."""
+    if tag is None:
+        return "no tag looks like the training loss; name it with --loss TAG"
+    return f"{tag}, as asked" if asked else f"{tag}, by its name; --loss TAG takes another"
+
+
+def _told(runs: list[tuple[str, RunData]], loss: str | None) -> Iterator[str]:
     for name, data in runs:
         found = findings(data, loss)
         counts = [
@@ -160,10 +194,18 @@ def _told(runs: list[tuple[str, RunData]], loss: str | None, output: Path) -> It
         ]
         health = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "nothing looks wrong"
         yield f"health        {name}: {health}"
+        yield f"loss          {name}: {_judged(loss or loss_tag(data.scalars), loss)}"
 
 
 def _health(runs: list[tuple[str, RunData]], loss: str | None) -> list[dict[str, Any]]:
-    return [{"run": name, "findings": [one.as_dict() for one in findings(data, loss)]} for name, data in runs]
+    return [
+        {
+            "run": name,
+            "loss": loss or loss_tag(data.scalars),
+            "findings": [one.as_dict() for one in findings(data, loss)],
+        }
+        for name, data in runs
+    ]
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -173,14 +215,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--output is where the page goes; --text and --json print, so leave it out.")
 
 
-def _read(folder: Path, loss: str | None) -> RunData:
-    data = read_run_data(folder)
+def _read(folder: Path, loss: str | None) -> tuple[Path, RunData]:
+    run, data = read("report", folder, read_run_data)
     if not data.scalars and not data.tables:
-        raise ValueError(f"{folder} holds a run without a single value: it logged nothing, or has only just begun.")
+        raise ValueError(
+            f"{readable(run)} holds a run without a single value: it logged nothing, or has only just begun."
+        )
     if loss is not None and loss not in data.scalars:
         there = ", ".join(sorted(tag for tag in data.scalars if "loss" in tag.lower())[:12])
-        raise ValueError(f"{folder} holds no {loss}; tags with 'loss' in their name: {there or 'none'}.")
-    return data
+        raise ValueError(f"{readable(run)} holds no {loss}; tags with 'loss' in their name: {there or 'none'}.")
+    return run, data
 
 
 def _require_readings(runs: list[tuple[str, RunData]]) -> None:
@@ -194,12 +238,13 @@ def _require_readings(runs: list[tuple[str, RunData]]) -> None:
 
 def _name(folder: Path) -> str:
     """The last two parts: the last alone is often ``version_0``."""
-    return "/".join(folder.resolve().parts[-2:]).lstrip("/")
+    return readable("/".join(folder.resolve().parts[-2:]).lstrip("/"))
 
 
-def _print(lines: Iterator[str]) -> None:
+def _print(lines: Iterator[str], stream: TextIO | None = None) -> None:
     """Names of tags and layers may hold anything: what is not printable, or not in the terminal's set, is replaced."""
-    encoding = sys.stdout.encoding or "utf-8"
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
     for line in lines:
         text = "".join(c if c.isprintable() else "?" for c in line)
         try:
@@ -207,4 +252,4 @@ def _print(lines: Iterator[str]) -> None:
         except UnicodeEncodeError:
             plain = text.translate(str.maketrans(_BLOCKS, _PLAIN))
             text = plain.encode(encoding, "replace").decode(encoding)
-        print(text)
+        print(text, file=stream)

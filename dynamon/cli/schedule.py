@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from dynamon.arrays import Array
+from dynamon.cli.reading import RUN_HELP, choice, read
 from dynamon.history import Series
+from dynamon.run_folders import readable
 from dynamon.runs import last_step, read_run
 from dynamon.schedule import (
     FEWEST_READINGS,
@@ -40,14 +42,14 @@ def add_parser(commands: Any) -> None:
         description="Make the refined schedule of Defazio et al. (arXiv 2310.07831) from the gradient norms that "
         "GradientMonitor or DynamicsMonitor logged to TensorBoard or CSVLogger.",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run: event files or metrics.csv")
+    parser.add_argument("folder", type=Path, metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--norm",
         choices=["auto", *_TAGS],
         default="auto",
         help="norm of the gradients: l1 for Adam and its like, l2 for SGD; auto tells by what was logged",
     )
-    parser.add_argument("--output", type=_output, metavar="FILE", help="write the factors: .npy, .csv or .json")
+    parser.add_argument("-o", "--output", type=_output, metavar="FILE", help="write the factors: .npy, .csv or .json")
     parser.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw schedule and norms (needs matplotlib)")
     parser.set_defaults(run=run)
 
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         options: The parsed options.
 
     Returns:
-        0, or 1 with the reason printed.
+        0, or 2 with the reason printed.
     """
     try:
         if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -70,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
             _draw(options.plot, found)
     except (ValueError, OSError) as error:
         print(f"dynamon schedule: {error}", file=sys.stderr)
-        return 1
+        return 2
     for line in _summary(found, options):
         print(line)
     return 0
@@ -80,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
 class _Found:
     """The schedule and what it rests on."""
 
+    run: Path
     norm: str
     reason: str
     readings: Series  # those that can be used
@@ -89,22 +92,22 @@ class _Found:
 
 
 def _find(folder: Path, asked: str) -> _Found:
-    logged = read_run(folder)
+    run, logged = read("schedule", folder, read_run)
     norm, reason = _choose(logged, asked)
     tag = _TAGS[norm]
     if tag not in logged:
-        raise ValueError(_missing(folder, logged, tag))
+        raise ValueError(_missing(run, logged, tag))
     series, total = logged[tag], last_step(logged) + 1
     usable = usable_readings(series.values)
     if usable.sum() < FEWEST_READINGS:
         raise ValueError(
-            f"{folder} holds {usable.sum()} readings of {tag} that are finite and not zero, and it takes "
+            f"{readable(run)} holds {usable.sum()} readings of {tag} that are finite and not zero, and it takes "
             f"{FEWEST_READINGS}. Log more of them with GradientMonitor(every_n_steps=...) or a larger budget; without "
             "any, linear decay is what to use."
         )
     series = Series(series.steps[usable], series.values[usable])
     schedule = refined_schedule(series.values, norm=norm, steps=series.steps, total=total)
-    return _Found(norm, reason, series, int((~usable).sum()), total, schedule)
+    return _Found(run, norm, reason, series, int((~usable).sum()), total, schedule)
 
 
 def _choose(logged: dict[str, Series], asked: str) -> tuple[str, str]:
@@ -123,17 +126,20 @@ def _missing(folder: Path, logged: dict[str, Series], tag: str) -> str:
     there = sorted(t for t in logged if "/" not in t or t.startswith(("gradient/", "train")))
     shown = ", ".join(there[:12]) + (", ..." if len(there) > 12 or len(there) < len(logged) else "")
     return (
-        f"{folder} holds no {tag}. It holds: {shown or 'no scalars'}. Add GradientMonitor() or DynamicsMonitor() to "
-        "the Trainer's callbacks and train again."
+        f"{readable(folder)} holds no {tag}. It holds: {shown or 'no scalars'}. Add GradientMonitor() or "
+        "DynamicsMonitor() to the Trainer's callbacks and train again."
     )
 
 
 def _summary(found: _Found, options: argparse.Namespace) -> list[str]:
     peak = warmup_end(found.schedule)
     left_out = f", {found.left_out} more were zero or not finite" if found.left_out else ""
+    chosen = choice(options.folder, found.run)
     lines = [
+        *([chosen] if chosen else []),
         f"schedule      {found.total} steps, from {len(found.readings)} readings of {_TAGS[found.norm]}{left_out}",
         f"norm          {found.norm}: {found.reason}",
+        *_held(found),
         f"warm-up       ends at step {peak} ({peak / found.total:.0%} of the run)",
         "",
         "  of the run   factor   linear decay",
@@ -144,6 +150,17 @@ def _summary(found: _Found, options: argparse.Namespace) -> list[str]:
         lines.append(f"  {share:10.0%}   {found.schedule[step]:6.3f}   {decay[step]:12.3f}")
     written = [f"{what:<13} {path}" for what, path in (("factors", options.output), ("picture", options.plot)) if path]
     return [*lines, "", *written, *_usage(options.output, found.total)]
+
+
+def _held(found: _Found) -> list[str]:
+    """Say so where the readings end long before the run does."""
+    last = int(found.readings.steps[-1])
+    if found.total <= 1.5 * last + 100:
+        return []
+    return [
+        f"beware        the readings end at step {last}, other tags at step {found.total - 1}: the last norm is held",
+        "              from there on. If those tags have another x axis, as of samples, the schedule is wrong.",
+    ]
 
 
 def _usage(output: Path | None, total: int) -> list[str]:

@@ -69,6 +69,7 @@ class DoubleBackward:
         name: ``"double_backward"``.
         loss: The value of the loss, without graph.
         gradient: The flat gradient ``[n]``, without graph.
+        has_gradient: Which parameters take part in the loss; the others have zeros in the flat gradient.
 
     Raises:
         NoSecondDerivativeError: Where an operation in the graph has none, at construction or in a product.
@@ -91,7 +92,7 @@ class DoubleBackward:
         self.has_custom_functions = has_custom_functions([loss])
         self.loss = loss.detach()
         self.gradient = params.flatten([None if g is None else g.detach() for g in gradients])
-        self._gradients = gradients
+        self._gradients, self.has_gradient = gradients, [g is not None for g in gradients]
 
     def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
         """``H v``; for a block, ``vector`` and the result are those of the block alone."""
@@ -122,6 +123,7 @@ class FiniteDifference:
         name: ``"finite_difference"``.
         loss: The value of the loss, without graph.
         gradient: The flat gradient ``[n]``.
+        has_gradient: As above.
 
     Raises:
         ValueError: For parameters in half precision, whose neighbours are too far apart.
@@ -131,7 +133,7 @@ class FiniteDifference:
 
     def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, random: RandomState) -> None:
         """Take the gradient, with the random numbers that every evaluation will see."""
-        dtype = params.tensors[0].dtype
+        dtype = params.dtype
         if dtype not in DIFFERENCE_STEP:
             raise ValueError(
                 f"finite differences need float32 or float64 parameters, these are {dtype}; "
@@ -185,6 +187,7 @@ class FiniteDifference:
                     gradients = self._params.differentiate(loss, keep_graph=False)
             if all(g is None for g in gradients):
                 raise ValueError("the loss does not depend on any of the parameters.")
+            self.has_gradient = [g is not None for g in gradients]
             return loss.detach(), self._params.flatten(gradients).clone()
         finally:
             for p, grad in zip(tensors, kept, strict=True):

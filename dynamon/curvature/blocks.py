@@ -34,9 +34,8 @@ class BlockOperator(LinearOperator):
 
     def __init__(self, operator: _HasBlocks, places: Sequence[int]) -> None:
         """Remember whose block it is."""
-        owners = [operator.parameters.tensors[i] for i in places]
-        space = operator.parameters.subset(places).space
-        super().__init__(space.size, owners[0].dtype, owners[0].device, space)
+        own = operator.parameters.subset(places)
+        super().__init__(own.size, own.dtype, own.tensors[0].device, own.space)
         self._operator, self._places = operator, list(places)
 
     @property

@@ -11,6 +11,8 @@ from dynamon.curvature.distributed import MeanOverRanks
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.spaces import VectorSpace, space_of
 
+_MOST = 100  # powers of two, within the range of float32
+
 
 @dataclass(frozen=True)
 class DirectionalSharpness:
@@ -57,13 +59,17 @@ def directional_sharpness(hessian: Any, direction: Tensor, gradient: Tensor | No
     SGD", 2023; Roulet et al., "Stepping on the edge", arXiv 2407.06183 for the greedy rate.
     """
     gradient = hessian.gradient if gradient is None else gradient
-    product = hessian @ direction
-    pairs = [(direction, direction), (gradient, direction), (direction, product)]
-    sums = torch.stack([a.double() @ b.double() for a, b in pairs])
-    squared, slope, curvature = space_of(hessian).total(sums).tolist()
+    space = space_of(hessian)
+    # By a power of two, which is exact: of a gradient of 1e-22 the product would vanish in float32.
+    exponent = torch.frexp(space.norm(direction)).exponent.clamp(-_MOST, _MOST)
+    unit = torch.ldexp(direction, -exponent)
+    product = hessian @ unit
+    sums = torch.stack([a.double() @ b.double() for a, b in [(unit, unit), (gradient, unit), (unit, product)]])
+    squared, slope, curvature, power = torch.cat([space.total(sums), exponent.to(sums)[None]]).tolist()
     if squared == 0:
         raise ValueError("the direction is zero, so there is no curvature along it.")
-    return DirectionalSharpness(curvature / squared, slope, curvature, product)
+    size = 2.0**power
+    return DirectionalSharpness(curvature / squared, slope * size, curvature * size**2, torch.ldexp(product, exponent))
 
 
 @dataclass(frozen=True)

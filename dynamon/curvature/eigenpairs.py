@@ -40,6 +40,16 @@ class Eigenpairs:
     backend: str = "exact"
     product_error: float = 0.0
 
+    def readings(self, tag: str) -> dict[str, float]:
+        """Numbers by tag; a value that did not converge goes under ``{tag}_unconverged``, not under the plain one.
+
+        Args:
+            tag: That of the largest eigenvalue; ``{tag}_residual`` and, where there is one, ``{tag}_upper`` go with it.
+        """
+        value = tag if self.converged else f"{tag}_unconverged"
+        readings = {value: float(self.values[0]), f"{tag}_residual": float(self.residuals[0])}
+        return readings if self.upper is None else {**readings, f"{tag}_upper": self.upper}
+
     def scaled(self, factor: float) -> "Eigenpairs":
         """The eigenpairs of ``factor * A``, for ``factor > 0``."""
         return replace(

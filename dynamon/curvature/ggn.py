@@ -59,8 +59,8 @@ class GGNOperator(LinearOperator):
     ) -> None:
         """Evaluate outputs and loss and keep the graphs of both."""
         self.parameters = FlatParameters.of(params)
-        first = self.parameters.tensors[0]
-        super().__init__(self.parameters.size, first.dtype, first.device, self.parameters.space)
+        device = self.parameters.tensors[0].device
+        super().__init__(self.parameters.size, self.parameters.dtype, device, self.parameters.space)
         with twice_differentiable(self.parameters):
             given = output_fn()
             self._outputs = _as_tensors(given)

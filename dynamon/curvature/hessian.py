@@ -68,14 +68,19 @@ class HessianOperator(LinearOperator):
         if backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}.")
         self.parameters = FlatParameters.of(params)
-        first = self.parameters.tensors[0]
-        super().__init__(self.parameters.size, first.dtype, first.device, self.parameters.space)
+        device = self.parameters.tensors[0].device
+        super().__init__(self.parameters.size, self.parameters.dtype, device, self.parameters.space)
         self._loss_fn, self._may_change = loss_fn, backend == "auto"
         self.reason: str | None = None
         self._engine = self._choose(backend)
         self.parameters.mark_unchanged()  # a loss may write to parameters of its own, an averaged teacher's say
         self.backend = self._engine.name
         self.loss, self.gradient = self._engine.loss, self._engine.gradient
+
+    @property
+    def has_gradient(self) -> list[bool]:
+        """Which parameters take part in the loss; the others have zeros in the flat gradient."""
+        return self._engine.has_gradient
 
     def _choose(self, backend: str) -> DoubleBackward | FiniteDifference:
         self._random = RandomState()

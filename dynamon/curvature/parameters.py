@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from dynamon.curvature.spaces import VectorSpace
 from dynamon.names import is_chosen, plain_name
+from dynamon.pairs import COMPLEX, as_real, like, real_dtype, real_size
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module
 
 
 class FlatParameters:
-    """Parameters in a fixed order, seen as one flat vector.
+    """Parameters in a fixed order, seen as one flat vector of real numbers; a complex entry is two of them.
 
     Args:
         params: The parameters, or a mapping from their names (``dict(model.named_parameters())``), which lets a
@@ -25,6 +26,7 @@ class FlatParameters:
         tensors: The parameters.
         names: Their names, where they are known.
         size: Length of the flat vector.
+        dtype: Of its numbers.
         space: Where its numbers lie.
 
     Raises:
@@ -38,12 +40,12 @@ class FlatParameters:
             raise ValueError("params is empty: there is nothing to differentiate in.")
         if len({id(p) for p in self.tensors}) < len(self.tensors):
             raise ValueError("a parameter is in params twice; named_parameters() gives each tied one once.")
-        if any(not p.is_floating_point() for p in self.tensors):
-            raise ValueError("params must be real floating point tensors.")
-        if len({(p.device, p.dtype) for p in self.tensors}) > 1:
+        if any(not p.is_floating_point() and p.dtype not in COMPLEX for p in self.tensors):
+            raise ValueError("params must be floating point tensors, or complex64 or complex128.")
+        if len({(p.device, real_dtype(p)) for p in self.tensors}) > 1:
             kinds = sorted({f"{p.dtype} on {p.device}" for p in self.tensors})
             raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
-        self._sizes = [p.numel() for p in self.tensors]
+        self._sizes, self.dtype = [real_size(p) for p in self.tensors], real_dtype(self.tensors[0])
         self.size = sum(self._sizes)
         self.space = VectorSpace(self.size) if space is None else space
         self.mark_unchanged()
@@ -70,7 +72,7 @@ class FlatParameters:
         if self.tensors[0].device.type != "cpu":
             return []
         with torch.no_grad():
-            found = [p.reshape(-1)[:: max(1, p.numel() // 4)] for p in self.tensors if p.numel()]
+            found = [as_real(p.reshape(-1)[:: max(1, p.numel() // 4)]) for p in self.tensors if p.numel()]
             return [str(sample.double().sum().item()) for sample in found]  # text: NaN is itself there
 
     def differentiate(
@@ -88,14 +90,16 @@ class FlatParameters:
         return [next(found) if p.requires_grad else None for p in self.tensors]
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Views of a flat vector ``[n]``, one in the shape of each parameter."""
-        return [piece.view_as(p) for piece, p in zip(vector.split(self._sizes), self.tensors, strict=True)]
+        """A flat vector ``[n]`` in the shape of each parameter: views, but for complex ones."""
+        return [like(piece, p) for piece, p in zip(vector.split(self._sizes), self.tensors, strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat vector ``[n]``; zeros stand in for a tensor that is not there."""
         return torch.cat(
             [
-                (torch.zeros_like(p) if t is None else t.to_dense() if t.is_sparse else t).reshape(-1).to(p.dtype)
+                as_real(torch.zeros_like(p) if t is None else t.to_dense() if t.is_sparse else t)
+                .reshape(-1)
+                .to(self.dtype)
                 for t, p in zip(tensors, self.tensors, strict=True)
             ]
         )
@@ -129,10 +133,9 @@ class FlatParameters:
 
     def embed(self, vector: Tensor, places: Sequence[int]) -> Tensor:
         """The flat vector ``[n]`` with a block's vector at some of the parameters and zeros elsewhere."""
-        pieces: list[Tensor | None] = [None] * len(self.tensors)
-        for i, piece in zip(places, vector.split([self._sizes[i] for i in places]), strict=True):
-            pieces[i] = piece.view_as(self.tensors[i])
-        return self.flatten(pieces)
+        pieces = dict(zip(places, vector.split([self._sizes[i] for i in places]), strict=True))
+        parts = [pieces[i] if i in pieces else vector.new_zeros(size) for i, size in enumerate(self._sizes)]
+        return torch.cat(parts).to(self.dtype)
 
     def extract(self, vector: Tensor, places: Sequence[int]) -> Tensor:
         """A block's part of a flat vector ``[n]``; the inverse of :meth:`embed`."""

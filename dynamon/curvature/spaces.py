@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamon.kernels import l2_along, l2_norms
+from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import local, whole
 
@@ -29,7 +31,7 @@ class VectorSpace:
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """One flat vector ``[length]`` of a tensor a parameter, each the part of it that the optimizer has here."""
-        return torch.cat([piece.reshape(-1) for piece in pieces])
+        return torch.cat([as_real(piece).reshape(-1) for piece in pieces])
 
     def piece(self, vector: Tensor, place: int) -> Tensor:
         """A whole parameter's worth of a vector: what belongs to the parameter in some place, already in its shape."""
@@ -45,7 +47,7 @@ class VectorSpace:
 
     def norm(self, vector: Tensor) -> Tensor:
         """Euclidean length, a 0-d tensor."""
-        return torch.linalg.vector_norm(vector)
+        return l2_along(vector, None)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
         """Random numbers for the part of a vector that is here."""
@@ -129,7 +131,7 @@ class ShardedSpace(VectorSpace):
 
     def norm(self, vector: Tensor) -> Tensor:
         """Euclidean length of the whole vector."""
-        return self.total(torch.linalg.vector_norm(vector).double().square()).sqrt().to(vector.dtype)
+        return self.total(l2_norms([vector])[0].double().square()).sqrt().to(vector.dtype)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
         """Other numbers on each process."""

@@ -7,7 +7,7 @@ Sharpness at the threshold is normal training and no finding.
 from collections.abc import Callable, Iterator, Mapping
 
 from dynamon.health.finding import SEVERITIES, Finding
-from dynamon.health.gradients import dead_gradients, growing_gradients, nonfinite_gradients
+from dynamon.health.gradients import dead_gradients, growing_gradients, nonfinite_gradients, vanished_by_clipping
 from dynamon.health.loss import Loss, broken_loss, diverging, loss_tag, unstable
 from dynamon.health.measuring import failed_measurements, missing_readings, steering_at_bounds
 from dynamon.health.weights import collapsed_ranks, exploding_weights, stopped_layers
@@ -20,6 +20,7 @@ RULES: tuple[Callable[[RunData, Loss], Iterator[Finding]], ...] = (
     diverging,
     unstable,
     nonfinite_gradients,
+    vanished_by_clipping,
     growing_gradients,
     stopped_layers,
     dead_gradients,

@@ -67,6 +67,31 @@ def _layers_without_norm(data: RunData, step: int) -> tuple[str, ...]:
     return tuple(name for name, is_hit in zip(table.layers or (), hit, strict=True) if is_hit)
 
 
+def vanished_by_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Steps of which clipping left nothing: a fault where that is so at three readings in a row."""
+    before, after = data.scalars.get("gradient/norm"), data.scalars.get("gradient/norm_clipped")
+    if before is None or after is None:
+        return
+    steps, own, other = np.intersect1d(before.steps, after.steps, return_indices=True)
+    norms = before.values[own]
+    gone = np.isfinite(norms) & (norms > 0) & (after.values[other] == 0)
+    if not gone.any():
+        return
+    (begin, _), *_ = [*stretches(gone, 3), *stretches(gone, 1)]
+    step, norm = int(steps[begin]), float(norms[begin])
+    yield Finding(
+        "gradient/vanished",
+        "fault" if stretches(gone, 3) else "warning",
+        step,
+        f"Clipping left nothing of the gradient at step {step}: its norm was {norm:.3g} before and 0 after, and so it "
+        f"was at {int(gone.sum())} of {len(gone)} readings. Such a step moves nothing but momentum and decay.",
+        "Clipping by norm divides by a norm that float32 holds up to 1.8e19 and fp16 up to 65504; beyond, it divides "
+        "by infinity. Divide the loss, or look at what made it so large.",
+        numbers={"norm": norm, "readings": float(gone.sum())},
+        tags=("gradient/norm", "gradient/norm_clipped"),
+    )
+
+
 def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     """A layer's gradient ten times as large as its past, and beyond its noise."""
     hits = []

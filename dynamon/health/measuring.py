@@ -59,7 +59,7 @@ def failed_measurements(data: RunData, loss: Loss) -> Iterator[Finding]:
 def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
     """What the budget did not carry. Only where its neighbours were measured: who did not ask for it misses nothing."""
     scalars, overhead = data.scalars, data.scalars.get("dynamon/overhead")
-    if not any(tag.startswith(("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")) for tag in scalars):
+    if not data.has_readings:
         yield Finding(
             "dynamon/nothing",
             "note",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ _SCALINGS: dict[str, Callable[[int, int], float]] = {
     "original": lambda outputs, inputs: math.sqrt(max(1.0, outputs / inputs)),
     "match_rms_adamw": lambda outputs, inputs: 0.2 * math.sqrt(max(outputs, inputs)),
 }
+_OWN = "lanton"  # what a copy has beside an optimizer's state and groups
 _OF_CONV = ("conv", "vector")  # what the weight of a convolution can be
 _MOST = 2**26  # entries in one batched call; beyond, a device is busy anyway and memory counts
 
@@ -252,7 +254,28 @@ class Lanton(Optimizer):
             self.rates.load_state_dict(state_dict["rates"])
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("Lanton cannot be copied or pickled; make another one and give it state_dict().")
+        """Everything but the hooks, as any optimizer is copied and pickled; the rule goes with it."""
+        own = {name: getattr(self, name) for name in ("radii", "polar", "scaling", "_model", "_roles", "layers")}
+        if self.rates is not None:
+            # A copy of the rule starts anew, and takes up what this one has learned.
+            own["rates"] = copy(self.rates.rule), self.rates.lag, self.rates.apply, self.rates.state_dict()
+        return {**super().__getstate__(), _OWN: own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copy's parts, or only state and groups, as :meth:`load_state_dict` asks for."""
+        super().__setstate__({key: value for key, value in state.items() if key != _OWN})
+        if _OWN not in state:
+            return
+        own = dict(state[_OWN])
+        layers, rates = own.pop("layers"), own.pop("rates", None)
+        self.__dict__.update(own)
+        self._layers = {layer.parameter: (place, layer) for place, layer in enumerate(layers)}
+        self.rates = None
+        if rates is not None:
+            rule, lag, applies, learned = rates
+            self.rates = _OwnRates(self, rule, self._model, lag)
+            self.rates.apply = applies
+            self.rates.load_state_dict(learned)
 
     def _describe(self, group: Mapping[str, Any]) -> list[Layer]:
         """The layers of a new group: those of the model, else by the group's role or the shape."""

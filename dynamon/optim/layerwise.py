@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dynamon.decay import is_decoupled
 from dynamon.gradients import PendingReadings
-from dynamon.layers import describe_layers, is_measurable
+from dynamon.layers import Layer, describe_layers, is_steerable
 from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
@@ -51,6 +51,12 @@ def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
     return None if found is None else found()
 
 
+def steerable_layers(model: nn.Module, optimizer: Optimizer) -> list[Layer]:
+    """The layers of a model that an optimizer holds and a rule can steer: those of real floating point weights."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [layer for layer in describe_layers(model) if id(layer.parameter) in own and is_steerable(layer)]
+
+
 class LayerwiseRates:
     """Steers ``optimizer.step()`` with one learning-rate ratio a layer.
 
@@ -69,8 +75,8 @@ class LayerwiseRates:
     Args:
         optimizer: Any ``torch.optim.Optimizer`` whose groups have an ``lr``.
         rule: A :class:`dynamon.rates.Rule` of its own (one a ``LayerwiseRates``).
-        model: The module whose parameters are steered; parameters of the optimizer that it does not hold
-            keep ratio 1.
+        model: The module whose parameters are steered; parameters of the optimizer that it does not hold, and
+            complex ones, keep ratio 1.
         lag: 1 (default): the readings of a step act at the next, so nothing waits for the device. 0: they
             act at once, as published.
         apply: False for a dry run: the rule follows the run, :attr:`wanted` says what it asks for, and nothing is
@@ -138,10 +144,8 @@ class LayerwiseRates:
 
     def _attach(self) -> None:
         """Take up the parameters that the optimizer holds now."""
-        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         put_back(self.model)
-        found = [layer for layer in describe_layers(self.model) if id(layer.parameter) in own]
-        self.layers = [layer for layer in found if is_measurable(layer)]  # the others keep the base rate
+        self.layers = steerable_layers(self.model, self.optimizer)
         if not self.layers:
             raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 from functools import partial
 
 import numpy as np
@@ -457,12 +458,28 @@ def test_refusals():
     with pytest.raises(ValueError, match="momentum"):
         optimizer.add_param_group({"params": model[2].parameters(), "momentum": 2.0})
     assert len(optimizer.param_groups) == 1 and len(optimizer.layers) == 2
-    with pytest.raises(TypeError, match="state_dict"):
-        copy.deepcopy(optimizer)
     sparse = nn.Embedding(4, 3, sparse=True)
     sparse(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="weight is sparse; use sparse=False"):
         Lanton(sparse, 0.1, noise_adaptive=False).step()
+
+
+@pytest.mark.parametrize("noise_adaptive", [True, False])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_bitwise_and_apart(duplicate, noise_adaptive):
+    model = cnn()
+    optimizer = Lanton(model, 0.02, noise_adaptive=noise_adaptive, rule=steep() if noise_adaptive else None)
+    train(model, optimizer, 4)
+    other, twin = duplicate((model, optimizer))
+    assert all(p is q for p, q in zip(other.parameters(), twin.param_groups[0]["params"], strict=True))
+    before = {name: p.clone() for name, p in other.named_parameters()}
+    train(model, optimizer, range(4, 8))
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())  # nothing is shared
+    train(other, twin, range(4, 8))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, other.get_parameter(name)) and not torch.equal(p, before[name])
+    assert twin.ratios == optimizer.ratios and [la.role for la in twin.layers] == [la.role for la in optimizer.layers]
+    assert steering_of(twin) is twin.rates is not optimizer.rates or not noise_adaptive
 
 
 def test_a_rule_with_names_works_without_a_module():

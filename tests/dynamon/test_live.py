@@ -32,6 +32,11 @@ def fill(writer, steps, names=("a", "b")):
     writer.flush()
 
 
+def begin(folder):
+    with SummaryWriter(str(folder)) as writer:
+        fill(writer, range(1))
+
+
 class Reader:
     """What the browser knows after each answer, appended by its rules."""
 
@@ -181,7 +186,7 @@ def test_findings_are_those_of_the_report(tmp_path):
 def test_names_are_those_of_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setattr(live, "_SEARCH_EVERY", 0)
     for name in (".", "a/version_0", "a/version_1", "b"):
-        SummaryWriter(str(tmp_path / "logs" / name)).close()
+        begin(tmp_path / "logs" / name)
     (tmp_path / "logs" / "empty").mkdir()
     (tmp_path / "logs" / "b" / "loop").symlink_to(tmp_path / "logs")
     folder = LiveFolder(tmp_path / "logs")
@@ -200,7 +205,7 @@ def test_names_are_those_of_tensorboard(tmp_path, monkeypatch):
 def test_few_runs_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(live, "_KEPT", 2)
     for name in "abc":
-        SummaryWriter(str(tmp_path / name)).close()
+        begin(tmp_path / name)
     folder = LiveFolder(tmp_path)
     first, second = folder.run("a"), folder.run("b")
     assert folder.run("a") is first
@@ -258,8 +263,9 @@ def test_what_cannot_be_shown_is_said(tmp_path, monkeypatch):
     ):
         assert said in client(folder)("/runs").json["problem"]
     (tmp_path / "events.out.tfevents.1.x").write_bytes(b"\xff" * 300)
-    news = client(tmp_path)("/run", run=".").json
-    assert news["scalars"] == {} and news["quantities"] == []
+    assert client(tmp_path)("/runs").json == {"runs": [], "folder": str(tmp_path), "unread": 1}
+    news = LiveRun(tmp_path).news(0, 0)
+    assert news["scalars"] == {} and news["quantities"] == [] and "bytes 0 to 300" in news["damage"][0]
     monkeypatch.setitem(sys.modules, "dynamon.board.live", None)  # as where it cannot be imported
     assert "ModuleNotFoundError" in client(tmp_path)("/runs").json["problem"]
 

@@ -32,19 +32,19 @@ def test_values_against_dense_computations(certify):
     eigenvalues = torch.linalg.eigvalsh(dense_hessian(model, of_batch([X, Y])))
     top = float(eigenvalues[-1])
     assert found["sharpness/hessian_max"] == pytest.approx(top, rel=1e-4)
-    assert found["sharpness/hessian_max_converged"] and found["sharpness/hessian_max_products"] <= 40
+    assert "sharpness/hessian_max_unconverged" not in found and found["sharpness/products"] <= 40
     assert found["sharpness/hessian_min"] >= float(eigenvalues[0]) * (1 + 1e-9)
     assert found["sharpness/hessian_max_residual"] <= 1e-4 * top
     if certify:
         assert top * (1 - 1e-12) <= found["sharpness/hessian_max_upper"] <= 1.15 * top
-        assert found["sharpness/hessian_max_products"] >= 20
+        assert found["sharpness/products"] >= 20
     else:
-        assert found["sharpness/hessian_max_upper"] is None
+        assert "sharpness/hessian_max_upper" not in found
 
     loss = LOSS(model, [X, Y])
     names = [name for name, _ in model.named_parameters()]
     gradients = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
-    assert found["loss"] == pytest.approx(loss.item())
+    assert found["sharpness/probe_loss"] == pytest.approx(loss.item())
     assert found["gradient/norm"] == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradients.values())))
     assert found["gradient/l2"] == {n: pytest.approx(float(g.norm())) for n, g in gradients.items()}
     assert found["gradient/dual"] == {n: pytest.approx(float(g.abs().sum())) for n, g in gradients.items()}
@@ -83,7 +83,6 @@ def test_the_stability_ratio(kind):
     expected = float(torch.linalg.eigvalsh(scale[:, None] * dense * scale)[-1])
     assert found["sharpness/stability_ratio"] == pytest.approx(expected, rel=1e-5)
     assert found["sharpness/stability_ratio_upper"] >= expected * (1 - 1e-12)
-    assert found["sharpness/stability_ratio_converged"]
     sharpness = measure(model, [X, Y], loss_fn=LOSS)["sharpness/hessian_max"]
     assert found["sharpness/hessian_max"] == pytest.approx(sharpness, rel=1e-2)
 
@@ -150,7 +149,7 @@ def test_tied_frozen_and_unused_parameters():
     found = measure(model, tokens, loss_fn=lambda m, t: cross_entropy(m(t).flatten(0, 1), t.flatten()), certify=False)
     names = {layer.name for layer in describe_layers(model)} - {"blocks.0.qkv.weight"}
     assert set(found["gradient/l2"]) == set(found["weight/rms"]) == names
-    assert found["gradient/l2"]["idle"] == 0 and "lm_head.weight" not in names
+    assert math.isnan(found["gradient/l2"]["idle"]) and "lm_head.weight" not in names
     assert found["sharpness/hessian_max"] > 0
 
 

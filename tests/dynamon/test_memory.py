@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from dynamon import memory
 from dynamon.curvature import Diagonal, LinearOperator, top_eigenvalues
 from dynamon.memory import basis_memory, free_memory
 from tests.peak import Peak
@@ -77,11 +78,44 @@ def test_free_memory_of_the_host():
     assert known["MemFree"] * 0.5 <= free <= known["MemAvailable"] * 1.5
 
 
-def test_free_memory_follows_what_the_system_says(monkeypatch):
+def test_free_memory_follows_what_the_system_says(monkeypatch, tmp_path):
     pages = {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}
+    nothing = tmp_path / "nothing"  # as on a Mac
+    for name in ("_MEMORY", "_ENTRIES"):
+        monkeypatch.setattr(memory, name, nothing)
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
-    monkeypatch.setattr(os.path, "exists", lambda path: False)  # as on a Mac
     assert free_memory(torch.device("cpu")) == 100 * 4096
+    monkeypatch.delattr(os, "sysconf")
+    assert free_memory(torch.device("cpu")) == 2**33
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_of_a_container_is_that_of_its_limit(monkeypatch, tmp_path, version):
+    """The machine has 100 GiB free, the pod may take 8 and has taken 3, of which 1 is cache; the job has no limit."""
+    gib = 2**30
+    (tmp_path / "meminfo").write_text(f"MemTotal: {200 * gib // 1024} kB\nMemAvailable: {100 * gib // 1024} kB\n")
+    entry, tree = ("0::/pod/job\n", "") if version == 2 else ("9:cpu:/\n4:memory,hugetlb:/pod/job\n", "memory")
+    (tmp_path / "entries").write_text(entry)
+    limit, used, cache = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    job = tmp_path / "groups" / tree / "pod" / "job"
+    job.mkdir(parents=True)
+    (job / limit).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
+    (job / used).write_text(f"{gib}\n")
+    (job.parent / limit).write_text(f"{8 * gib}\n")
+    (job.parent / used).write_text(f"{3 * gib}\n")
+    (job.parent / "memory.stat").write_text(f"anon 5\n{cache} {gib}\n")
+    for name, path in (("_MEMORY", "meminfo"), ("_ENTRIES", "entries"), ("_CONTROL_GROUPS", "groups")):
+        monkeypatch.setattr(memory, name, tmp_path / path)
+    assert free_memory(torch.device("cpu")) == 6 * gib
+    (job.parent / used).write_text(f"{300 * gib}\n")
+    assert free_memory(torch.device("cpu")) == 0
+    (tmp_path / "entries").write_text(entry.replace("/pod/job", "/some/path/of/the/host"))  # seen from inside
+    for name in (limit, used):
+        (tmp_path / "groups" / tree / name).write_text(f"{(4 if name == limit else 1) * gib}\n")
+    assert free_memory(torch.device("cpu")) == 3 * gib
 
 
 def test_free_memory_of_a_gpu(monkeypatch):

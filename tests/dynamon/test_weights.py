@@ -93,7 +93,8 @@ def test_zero_weights():
     layers = describe_layers(nn.Linear(3, 4))
     nn.init.zeros_(layers[0].parameter)
     found = weight_readings(layers, {"weight": torch.ones(4, 3)})
-    assert found.operator[0] == found.frobenius[0] == found.sigma_max[0] == found.stable_rank[0] == 0
+    assert found.operator[0] == found.frobenius[0] == found.sigma_max[0] == 0
+    assert found.stable_rank[0].isnan() and found.deviation[0].isnan()
     assert found.update[0] > 0 and found.ratio[0].isnan()
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dynamon.kernels import conv_gram_iteration
+from tests.peak import Peak
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -133,3 +134,22 @@ def test_bad_arguments(shape, arguments, message):
         conv_gram_iteration(torch.ones(shape), **arguments)
     with pytest.raises(ValueError, match="floating point"):
         conv_gram_iteration(torch.ones(2, 2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("size", "stride", "groups"), [(None, 1, 1), (None, 2, 1), (9, 2, 2), ((7, 12), 1, 1)])
+def test_frequencies_taken_some_at_a_time_are_the_same(monkeypatch, size, stride, groups):
+    kernel = torch.randn(4, 3, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    arguments = {"padding": 1, "stride": stride, "groups": groups}
+    at_once = conv_gram_iteration(kernel, size, **arguments)
+    monkeypatch.setattr("dynamon.kernels.conv_gram._CHUNK", 60)
+    torch.testing.assert_close(conv_gram_iteration(kernel, size, **arguments), at_once, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_kernel_is_not_transformed_as_a_whole(monkeypatch, stride):
+    """On a grid of 32 x 32 all frequencies at once would be 480 kernels, with the products of Gram iteration 1,500."""
+    monkeypatch.setattr("dynamon.kernels.conv_gram._CHUNK", 2**12)
+    kernel = torch.randn(64, 64, 3, 3)
+    with Peak([kernel]) as peak:
+        conv_gram_iteration(kernel, stride=stride, steps=2)
+    assert peak.most <= 10 * kernel.nbytes

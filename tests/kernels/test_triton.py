@@ -221,6 +221,18 @@ def test_stats_of_any_shapes_and_scales(shapes, seed, exponent):
 
 
 @kernel
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-22, 1e-12, 1.0, 1e15, 1e22, 1e37])
+def test_stats_in_the_whole_range_of_float32(scale):
+    gradients, previous = ([t * scale for t in tensors(seed)] for seed in (0, 100))
+    expected = gradient_stats([g.double() for g in gradients], [p.double() for p in previous])
+    found = triton_gradient_stats(gradients, previous, dtype=torch.float64)
+    for name in (*OWN, *CHANGE[:-1]):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=0, msg=name)
+    lengths = (expected.sum_squares * gradient_stats([p.double() for p in tensors(100)]).sum_squares).sqrt() * scale
+    assert ((found.inner - expected.inner).abs() <= 1e-5 * lengths).all()
+
+
+@kernel
 def test_stats_of_mixed_dtypes():
     kinds = [DTYPES[i % 3] for i in range(len(SHAPES))]
     gradients = [g.to(kind) for g, kind in zip(tensors(0), kinds, strict=True)]

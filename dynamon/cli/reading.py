@@ -1,0 +1,46 @@
+"""What the commands have in common: which run a folder stands for, and what is said while it is read."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from dynamon.run_folders import newest_run, readable
+
+_Read = TypeVar("_Read")
+RUN_HELP = (
+    "folder of a run, which holds event files or metrics.csv; of a folder above runs the newest one with readings "
+    "is taken, and named"
+)
+
+
+def read(command: str, folder: Path, reader: Callable[[Path], _Read]) -> tuple[Path, _Read]:
+    """Read the run that a folder stands for; what of it is damaged is printed as an error.
+
+    Args:
+        command: The name of the command, for what is printed.
+        folder: What the user gave.
+        reader: :func:`dynamon.runs.read_run` or :func:`dynamon.runs.read_run_data`.
+
+    Returns:
+        The folder of the run, and what was read.
+
+    Raises:
+        ValueError: If there is nothing to read, with the reason.
+        OSError: Likewise.
+    """
+    run = newest_run(folder)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = reader(run)
+    for one in said:
+        print(f"dynamon {command}: {one.message}", file=sys.stderr)
+    return run, found
+
+
+def choice(folder: Path, run: Path) -> str | None:
+    """Say which run was taken; None where the folder is the run."""
+    if run == folder:
+        return None
+    return f"run           {readable(run)}, the newest that can be shown below {readable(folder)}"

@@ -1,0 +1,64 @@
+"""Euclidean norms over the whole range of a dtype."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SMALL, _LARGE = 2.0**-48, 2.0**60  # a root mean square above the one, a norm below the other: float32 is enough
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each of some tensors, also where the squares of its entries overflow or vanish.
+
+    Squares leave the range of float32 from 1.8e19 upwards and lose digits below 1e-19, long before their entries do.
+
+    Args:
+        tensors: T real floating point tensors on one device, empty ones included.
+
+    Returns:
+        ``[T]`` in float64 (float32 on devices without it), taken in float32 where that is enough. NaN and infinity
+        reach the norm.
+
+    Cost: one pass. On a CPU tensors out of float32's range take a second one, in float64; on a GPU sums are float64
+    from the beginning, so that nothing waits for the device.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64)
+    wide = widest_dtype(tensors[0].device)
+    if tensors[0].device.type != "cpu" or any(t.dtype == torch.float64 for t in tensors):
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
+    found = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).to(wide)
+    sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide)
+    safe = (found > _SMALL * sizes.sqrt()) & (found < _LARGE)
+    for i in torch.nonzero(~safe).flatten().tolist():  # zeros and NaN too
+        found[i] = torch.linalg.vector_norm(tensors[i], dtype=wide)
+    return found
+
+
+def l2_along(tensor: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
+    """The same along some dimensions of one tensor, or all of them: in float32, or float64 for float64.
+
+    Args:
+        tensor: A real floating point tensor.
+        dim: The dimensions that are summed over; None for all.
+
+    Returns:
+        Norms, without these dimensions. Differentiable.
+    """
+    wide = widest_dtype(tensor.device)
+    if dim is None and tensor.device.type != "cpu" and not tensor.requires_grad:  # without a copy in float64
+        return l2_norms([tensor])[0].to(torch.promote_types(tensor.dtype, torch.float32))
+    found = torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if found.dtype == wide or tensor.numel() == 0:
+        return found
+    if tensor.device.type == "cpu":
+        size = tensor.numel() / max(found.numel(), 1)
+        if bool(((found.detach() > _SMALL * size**0.5) & (found.detach() < _LARGE)).all()):
+            return found
+    return torch.linalg.vector_norm(tensor, dim=dim, dtype=wide).to(found.dtype)
