@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from dynamon.batches import NoWeightError, UnknownClassError, batch_weight, count_samples, on_host, take_samples
+from dynamon.batches import NoWeightError, batch_weight, count_samples, take_samples
 from dynamon.callbacks.evaluation import evaluation, trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run, forget_frames
 from dynamon.callbacks.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
@@ -20,6 +20,7 @@ from dynamon.curvature.parameters import FlatParameters
 from dynamon.effects import changes, outside_state
 from dynamon.probe import LossError, LossFn, NoLossError, training_loss
 from dynamon.ranks import ran_out_of_memory
+from dynamon.saved_batches import UnknownClassError, on_host
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 _SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
