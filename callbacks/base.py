@@ -1,11 +1,17 @@
 """What monitors and steering have in common, and what they ask of a Trainer."""
 
+from contextlib import suppress
+from typing import Any
+from weakref import WeakSet, ref
+
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.callbacks.recorder import Row
+from dynamon.geometry import assumption
 from dynamon.panels import Layout, combined
 
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
@@ -15,6 +21,9 @@ _REFUSED = {
     "DeepSpeed": "owns gradients and optimizer states and shows neither: nothing is measured or steered. "
     "ModelParallelStrategy with fully_shard (FSDP2) shards a model of the same size, and dynamon works there.",
 }
+
+_told: "WeakSet[Optimizer]" = WeakSet()  # whose geometry was spoken of
+_LENT = ("log", "log_dict")  # functions of the module, which a Trainer puts into each callback
 
 
 class SteeringError(RuntimeError):
@@ -33,6 +42,9 @@ class DynamonCallback(pl.Callback):
     def __init__(self) -> None:
         """Not checked yet."""
         self._checked = False
+        self._stage: str | None = None  # what the Trainer does just now
+        self._seen_with: tuple[ref[pl.Trainer], ref[pl.LightningModule]] | None = None  # in the last fit
+        self._is_given = False  # whether a state was loaded between two fits, for the next one
 
     @property
     def state_key(self) -> str:
@@ -52,7 +64,29 @@ class DynamonCallback(pl.Callback):
         twice = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, self.one_of_a_kind())]
         if len(twice) > 1:
             raise ValueError(f"the Trainer has {' and '.join(twice)} in callbacks; keep one of them.")
-        self._checked = True
+        self._checked, self._stage = True, stage
+        if stage == "fit":
+            seen, self._seen_with = self._seen_with, (ref(trainer), ref(pl_module))
+            goes_on = seen is not None and seen[0]() is trainer and seen[1]() is pl_module and step_of(trainer) > 0
+            self.begin_turn(goes_on)
+            self._is_given = False
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The Trainer is done with what it did."""
+        self._stage = None
+
+    def begin_turn(self, goes_on: bool) -> None:
+        """A fit begins: forget the one before, unless this one goes on from where it ended."""
+
+    def takes_state(self) -> bool:
+        """Whether a state that is loaded now concerns training: not where a validation loads a checkpoint's weights."""
+        self._is_given = self._is_given or self._stage is None
+        return self._stage in ("fit", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows of no Trainer."""
+        mine = {name: value for name, value in self.__dict__.items() if name not in _LENT}
+        return {**mine, "_checked": False, "_stage": None, "_seen_with": None}
 
     def one_of_a_kind(self) -> type | tuple[type, ...]:
         """The classes of which a Trainer may hold one."""
@@ -64,10 +98,18 @@ class DynamonCallback(pl.Callback):
         if not row.is_empty and [c for c in callbacks_of(trainer) if isinstance(c, DynamonCallback)][-1] is self:
             row.send(trainer)
 
+    def send_rest(self, trainer: pl.Trainer) -> None:
+        """Write what was measured before an exception, which none of a logger's own may hide."""
+        with suppress(Exception):
+            self.send_row(trainer)
+
     def write_layout(self, trainer: pl.Trainer) -> None:
-        """Write the charts of all dynamon callbacks, once: the last layout in a run is the one that counts."""
+        """Write the charts of all dynamon callbacks, once: the last layout in a run is the one that counts.
+
+        The last callback does, when all of them have found out what they measure.
+        """
         ours = [c for c in callbacks_of(trainer) if isinstance(c, DynamonCallback)]
-        if ours[0] is not self or not trainer.is_global_zero or is_tryout(trainer):
+        if ours[-1] is not self or trainer.barebones or not trainer.is_global_zero or is_tryout(trainer):
             return
         layout = combined(callback.panels for callback in ours)
         for logger in trainer.loggers:
@@ -86,6 +128,19 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     return 1.0 / float(scaler.get_scale())
 
 
+def say_geometry(optimizer: Optimizer) -> None:
+    """Say once of an optimizer what is assumed of it, where its geometry is a guess."""
+    guessed = None if optimizer in _told else assumption(optimizer)
+    _told.add(optimizer)
+    if guessed is not None:
+        rank_zero_info(guessed)
+
+
+def step_of(trainer: pl.Trainer) -> int:
+    """The x axis of Lightning's own monitors: steps taken; constant from the start of a batch to its end."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """The Trainer's callbacks."""
     return list(getattr(trainer, "callbacks", []))
@@ -98,13 +153,19 @@ def is_tryout(trainer: pl.Trainer) -> bool:
 
 def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
     """Why dynamon cannot measure this run at all, in one sentence; None where it can."""
-    if not any(p.numel() and p.requires_grad for p in module.parameters()):
-        return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
-    return _strategy_reason(type(trainer.strategy))
+    return nothing_there(module) or strategy_reason(trainer)
 
 
-def _strategy_reason(strategy: type) -> str | None:
+def nothing_there(module: pl.LightningModule) -> str | None:
+    """Why there is nothing to measure or to steer in a module; None where there is."""
+    if any(p.requires_grad and (is_lazy(p) or p.numel()) for p in module.parameters()):
+        return None
+    return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
+
+
+def strategy_reason(trainer: pl.Trainer) -> str | None:
     """Why the parameters of a run cannot be told apart, by the class of its strategy or one it derives from."""
+    strategy = type(trainer.strategy)
     for cls in strategy.__mro__:
         for word, reason in _REFUSED.items():
             if word in cls.__name__:

@@ -2,8 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -36,8 +37,14 @@ class Budget:
 
     def start(self) -> None:
         """Training begins or goes on."""
-        if self._since is None:
-            self._since = time.perf_counter()
+        now = time.perf_counter()
+        if self._since is not None:
+            self._running += now - self._since
+        self._since = now
+
+    def rewind(self) -> None:
+        """What passed since training last began or went on was something else: a search, say."""
+        self._since = None
 
     def stop(self) -> None:
         """Training pauses, for validation say."""
@@ -56,8 +63,7 @@ class Budget:
     @property
     def overhead(self) -> float:
         """Time of all measurements over that of training without them."""
-        self._collect()
-        return self.spent / self.training
+        return overhead_of([self])
 
     @property
     def is_spent(self) -> bool:
@@ -67,6 +73,8 @@ class Budget:
     @contextmanager
     def charge(self, name: str, cuda: bool = False) -> Iterator[None]:
         """Book the time inside to a measurement."""
+        if cuda:
+            self._collect()
         begin = time.perf_counter()
         events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if cuda else None
         if events:
@@ -141,6 +149,10 @@ class Budget:
         needed = self.spent + cost + sum(claimed for claimed in others if not has_claim or claimed < cost)
         return needed if has_claim else max(needed, (self.spent_on.get(name, 0.0) + cost) / share)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has its clock stopped, and waits for no device."""
+        return {**self.__dict__, "_running": self.running, "_since": None, "_events": deque()}
+
     def book(self, name: str, seconds: float) -> None:
         """Book time that was measured elsewhere."""
         self.spent += seconds
@@ -152,3 +164,11 @@ class Budget:
         while self._events and self._events[0][3].query():
             name, host, begin, end = self._events.popleft()
             self.book(name, max(begin.elapsed_time(end) / 1000 - host, 0.0))
+
+
+def overhead_of(budgets: Sequence[Budget]) -> float:
+    """Time of all measurements of some monitors of one run over that of training without them."""
+    for budget in budgets:
+        budget._collect()
+    spent = sum(budget.spent for budget in budgets)
+    return spent / max(max(budget.running for budget in budgets) - spent, 1e-9)

@@ -17,7 +17,7 @@ from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run, forget_frames
-from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter
+from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_not
 from dynamon.callbacks.room import room_for
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
@@ -46,7 +46,6 @@ from dynamon.stability import (
 )
 
 _TRACE_SAMPLES = 16
-_NOISY = 0.1  # relative error of differences from which on nothing is shown
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
@@ -177,7 +176,8 @@ class EigenvalueMeter(Meter):
         """
         trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & TRACKED))
         products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
-        products += _TRACE_SAMPLES * ("trace" in self._wanted) + 6 * len(run.layers) * ("blocks" in self._wanted)
+        products += _TRACE_SAMPLES * ("trace" in self._wanted)
+        products += 6 * len(run.layers) if "blocks" in self._wanted else 0
         products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
         guess = 2 * run.seconds_per_step * self._probe.share
         if not self._product_seconds:  # the first one also chooses how products are made, and checks them
@@ -219,6 +219,9 @@ class EigenvalueMeter(Meter):
         self._probe.agree(run)
         with self._probe.evaluation(run) as params:
             hessian = self._probe.hessian(run, params)
+            if hessian.doubt is not None:
+                self._steps.also("critical")
+                raise ArithmeticError(f"{hessian.doubt} Critical sharpness is shown instead.")
             owned = list(trained_parameters(run).values())
             point = _Point(run, params, owned, hessian, _only(run.trainer.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
@@ -340,11 +343,8 @@ class EigenvalueMeter(Meter):
         tracker = self._trackers.setdefault(tag, self._tracker(k))
         found = tracker.update(operator)
         point.products += found.matvecs
-        if found.product_error > _NOISY:
-            raise ArithmeticError(
-                f"finite differences at two step sizes differ by {found.product_error:.0%}, so their eigenvalue means "
-                "nothing."
-            )
+        if (reason := why_not(operator, found.product_error)) is not None:
+            raise ArithmeticError(reason)
         point.readings |= readings_of(tag, found)
         return found
 
@@ -402,7 +402,8 @@ class EigenvalueMeter(Meter):
         reason = point.hessian.reason
         if reason is not None and "backend" not in self._told:
             self._told.add("backend")
-            rank_zero_info(f"{reason} Finite differences of gradients are used instead, at two gradients a product.")
+            differences = "Finite differences of gradients are used instead, at two gradients a product."
+            rank_zero_info(f"{reason} {differences}" if "finite_difference" in point.hessian.backend else reason)
         if self._probe.samples_in_all is not None and self._probe.is_complete and "probe" not in self._told:
             self._told.add("probe")
             are_all = self._probe.is_everything(point.run)
@@ -441,6 +442,7 @@ class EigenvalueMeter(Meter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the trackers; without vectors their next run is cold."""
         self.points = int(state["points"])
+        self._trackers, self._last_loss = {}, math.inf
         for tag, saved in state["trackers"].items():
             self._trackers[tag] = self._tracker(int(saved["k"]))
             self._trackers[tag].load_state_dict(saved)

@@ -11,19 +11,19 @@ from torch.optim import Optimizer
 
 from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import scale_before_step, window_is_whole
-from dynamon.callbacks.base import SteeringError, gradient_scale
+from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import steering_of
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import GradientReader, GradientReadings
-from dynamon.layers import Layer, describe_layers, is_measurable, is_steerable
+from dynamon.layers import Layer, is_steerable
 from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates
 from dynamon.pairs import as_real
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.sharded_norms import StepParts
-from dynamon.shards import local, put_back
+from dynamon.shards import local
 from dynamon.updates import primal_norms
 
 
@@ -67,10 +67,10 @@ class GradientSource:
 
     def __init__(self, run: Run, optimizer: Optimizer) -> None:
         """Find the optimizer's layers and who reads them."""
+        say_geometry(optimizer)
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        put_back(run.module)
-        found = [la for la in describe_layers(run.module) if id(la.parameter) in self._own]
-        layers = [la for la in found if is_measurable(la)]
+        self._version = run.layers_version
+        layers = [la for la in run.all_layers if id(la.parameter) in self._own]
         rates = steering_of(run.trainer, optimizer)
         reads_all = rates is not None and rates.rule.needs_gradients and all(is_steerable(la) for la in layers)
         self._rates: LayerwiseRates | None = rates if reads_all else None
@@ -89,9 +89,24 @@ class GradientSource:
         """Who reads."""
         return self._reader if self._rates is None else self._rates.reader
 
-    def is_complete(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer still holds the parameters it held."""
-        return len(self._own) == sum(len(group["params"]) for group in optimizer.param_groups)
+    @property
+    def has_layers(self) -> bool:
+        """Whether the optimizer holds anything that can be measured."""
+        return bool(self._reader.layers)
+
+    def is_complete(self, run: Run, optimizer: Optimizer, looks: bool) -> bool:
+        """Whether the optimizer still holds the parameters it held, by their number, or if asked by a look at them."""
+        if len(self._own) != sum(len(group["params"]) for group in optimizer.param_groups):
+            return False
+        if not looks:
+            return True
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return own == self._own and self._version == run.layers_version
+
+    def release(self) -> None:
+        """Leave no hook of our own behind."""
+        if not self._steered:
+            self._reader.forget_ranks()
 
     def begin(self, key: tuple[int, int]) -> None:
         """Say that an optimizer step is being taken; the same key twice in a row is the same step."""
@@ -141,7 +156,10 @@ class GradientSource:
             signal.update(readings)
         halves = not np.isnan(readings.independent_l2).all()
         signal = self._signals["independent" if halves else "successive"]
-        layers, independent = self.reader.layers, self._independent.values
+        # The steering knows layers by the names that they had when it met them.
+        named = {id(layer.parameter): layer for layer in self._reader.layers}
+        layers = [named.get(id(layer.parameter), layer) for layer in self.reader.layers]
+        independent = self._independent.values
         if not halves:
             independent = np.full(len(layers), np.nan)
         return SourceReading(layers, readings, noise.values, independent, signal, moved, steps, parts)
@@ -184,8 +202,8 @@ class GradientSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them up; names and shapes that no longer exist are left out."""
         if state and not self._steered:
-            self._noise.load_state_dict(state["noise"])
-            self.reader.load_state_dict(state["gradients"])
+            self._noise.load_state_dict(state.get("noise", {}))
+            self.reader.load_state_dict(state.get("gradients", {"previous": {}}))
         self._independent.load_state_dict(state.get("independent", {}))
         for source, signal in self._signals.items():
             signal.load_state_dict(state.get("signals", {}).get(source, {}))

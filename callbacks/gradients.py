@@ -82,7 +82,9 @@ class GradientMeter(PairMeter):
         """Keep or read this optimizer's gradients."""
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
-        source = self._source(run, optimizer)
+        source = self._source(run, optimizer, looks=reads or keeps)
+        if not source.has_layers:
+            return
         source.begin((run.trainer.global_step, run.step))
         if reads:
             with run.charge(self.name):
@@ -103,16 +105,16 @@ class GradientMeter(PairMeter):
         """Of several processes, have each one's own gradients kept at a step that will be read."""
         if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.reads(run):
             with run.charge(self.name):
-                for optimizer in run.trainer.optimizers:
-                    self._source(run, optimizer).watch_ranks()
+                for source in self._all_sources(run):
+                    source.watch_ranks()
 
     def after_backward(self, run: Run) -> None:
         """In the middle of an accumulation window that will be read, keep its first half."""
         share = half_window(run.trainer) if has_windows(run.trainer, run.module) and self.reads(run) else None
         if share is not None:
             with run.charge(self.name):
-                for optimizer in run.trainer.optimizers:
-                    self._source(run, optimizer).keep_half(run, share)
+                for source in self._all_sources(run):
+                    source.keep_half(run, share)
 
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
@@ -126,15 +128,26 @@ class GradientMeter(PairMeter):
         finally:
             self.turn(run)
 
-    def _source(self, run: Run, optimizer: Optimizer) -> GradientSource:
+    def _source(self, run: Run, optimizer: Optimizer, looks: bool = True) -> GradientSource:
+        """The optimizer's source: a new one, with what the old one knew, where its parameters have changed.
+
+        Args:
+            run: The run.
+            optimizer: The optimizer.
+            looks: Whether to look at the parameters, and not only at their number.
+        """
         known = self._sources.get(optimizer)
-        if known is not None and known.is_complete(optimizer):
+        if known is not None and known.is_complete(run, optimizer, looks):
             return known
         if known is not None:
-            known.reader.forget_ranks()
+            known.release()
         source = self._sources[optimizer] = GradientSource(run, optimizer)
         source.load_state_dict(self._saved if known is None else known.state_dict())
         return source
+
+    def _all_sources(self, run: Run) -> list[GradientSource]:
+        sources = [self._source(run, optimizer) for optimizer in run.trainer.optimizers]
+        return [source for source in sources if source.has_layers]
 
     def _bin(self, run: Run, optimizer: Optimizer) -> None:
         """Histograms of this optimizer's gradients before they are clipped, still on the device."""
@@ -204,6 +217,14 @@ class GradientMeter(PairMeter):
             "precision."
         )
 
+    def end(self, run: Run) -> None:
+        """Stop watching backward passes."""
+        self._release()
+
+    def _release(self) -> None:
+        for source in self._sources.values():
+            source.release()
+
     def state_dict(self) -> dict[str, Any]:
         """Counts, noise averages and what was kept of the last step, where no steering callback saves it."""
         state = {**super().state_dict(), "clipped": self._clipped, "clippable": self._clippable}
@@ -222,6 +243,8 @@ class GradientMeter(PairMeter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until the optimizers are met."""
         super().load_state_dict(state)
+        self._release()
+        self._sources, self._read, self._binned, self._reading = {}, {}, {}, False
         self._saved = state
         self._clipped, self._clippable = int(state.get("clipped", 0)), int(state.get("clippable", 0))
 
@@ -323,6 +346,7 @@ class GradientMonitor(Monitor):
                                       accumulation windows; what ``noise/dual`` has above it is curvature
     ``noise/snr``                     per layer: squared length of the mean gradient over its variance
     ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
+    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
     ``dynamon/overhead``              time of monitoring over training time without it
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================

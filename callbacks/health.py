@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dynamon.callbacks.base import callbacks_of
 from dynamon.callbacks.meter import Run
-from dynamon.health import Finding, findings
+from dynamon.health import SEVERITIES, Finding, findings
 from dynamon.history import History, RunData
+from dynamon.ranks import Ranks
 
-_LOSS = "loss"
 _SHARE = 0.01  # of the run's time, where measurements have no budget
 _OF_BUDGET = 0.1  # where they have one
 _EVERY = 5  # readings: fewer tell nothing new
@@ -23,9 +24,10 @@ _TOLD = ("dynamon/", "gradient/nonfinite")  # by those who measure
 class HealthWatch:
     """Applies :func:`dynamon.health.findings` to what has been measured so far and warns of what is new.
 
-    A rule is quoted once a run, when two looks in a row found the same, or at once where the loss is not finite or the
-    run is over. Only faults and warnings are; failed measurements and gradients with NaN have had a warning of their
-    own. The loss is what ``training_step`` returned on measured steps. Host work only, on the first process.
+    A rule is quoted once a run, and once more where it has become worse: when two looks in a row found the same, or at
+    once where the loss is lost or the run is over. Only faults and warnings are; failed measurements and gradients with
+    NaN have had a warning of their own. The loss is what ``training_step`` returned on measured steps. Host work only,
+    on the first process.
 
     Args:
         name: Who speaks.
@@ -37,21 +39,17 @@ class HealthWatch:
     def __init__(self, name: str) -> None:
         """Nothing seen."""
         self._name = name
-        self._losses = History()
-        self._said: set[str] = set()
+        self._said: dict[str, str] = {}  # the severity of each rule that was quoted
         self._found: set[str] = set()
         self._readings, self._looked_at = 0, 0.0
         self._took, self._is_off = 0.0, False
 
     def findings(self, *histories: History) -> list[Finding]:
         """What the rules find in what some callbacks have measured, the worst first."""
-        return findings(RunData.of(*histories, self._losses), _LOSS if _LOSS in self._losses else None)
+        return findings(RunData.of(*histories))
 
-    def see(self, run: Run, outputs: Any, *histories: History) -> None:
-        """A step was measured: keep its loss, and look at everything if that has been earned."""
-        loss = _loss_of(outputs)
-        if loss is not None:
-            self._losses.add(_LOSS, run.step, loss * run.trainer.accumulate_grad_batches)
+    def see(self, run: Run, *histories: History) -> None:
+        """A step was measured: look at everything if that has been earned."""
         self._readings += 1
         waited, budget = time.monotonic() - self._looked_at, run.budget.fraction
         share = _SHARE if budget is None else min(_SHARE, _OF_BUDGET * budget)
@@ -72,22 +70,43 @@ class HealthWatch:
             return
         self._readings, self._looked_at = 0, time.monotonic()
         self._took = self._looked_at - begin
-        self._say([one for one in found if is_last or one.rule in self._found or one.rule == "loss/nonfinite"])
+        at_once = [one.rule for one in found if one.rule == "loss/nonfinite" and one.severity == "fault"]
+        self._say([one for one in found if is_last or one.rule in self._found or one.rule in at_once])
         self._found = {one.rule for one in found}
 
     def _say(self, found: list[Finding]) -> None:
         for one in found:
-            if one.severity != "note" and not one.rule.startswith(_TOLD) and one.rule not in self._said:
-                self._said.add(one.rule)
+            before = self._said.get(one.rule, "note")
+            is_worse = SEVERITIES.index(one.severity) < SEVERITIES.index(before)
+            if is_worse and not one.rule.startswith(_TOLD):
+                self._said[one.rule] = one.severity
                 rank_zero_warn(f"{self._name}: {one.message} {one.advice}")
 
 
-def _loss_of(outputs: Any) -> float | None:
-    """The loss in what ``training_step`` returned, as Lightning hands it to hooks: over the batches accumulated."""
+def returned_loss(trainer: pl.Trainer, outputs: Any) -> float | None:
+    """The loss that ``training_step`` returned for a batch; None where it returned none. Waits for the device.
+
+    Args:
+        trainer: The Trainer.
+        outputs: What Lightning hands to ``on_train_batch_end``: with automatic optimisation, and only there it may
+            accumulate, over the number of batches accumulated.
+    """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return float(loss.detach())
-    return None
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        return None
+    return float(loss.detach()) * trainer.accumulate_grad_batches
+
+
+def mean_loss(loss: float | None, ranks: Ranks) -> float | None:
+    """The mean over the processes that have a loss, whose gradient they descend; None where none has one.
+
+    Every process must call this at the same time.
+    """
+    if not ranks.several:
+        return loss
+    own = torch.tensor([0.0 if loss is None else loss, float(loss is not None)], dtype=torch.float64)
+    total, count = ranks.sum_or_nan(lambda: own, 2).tolist()
+    return total / count if count else None
 
 
 def histories_of(trainer: pl.Trainer) -> list[History]:

@@ -1,13 +1,14 @@
 """Layerwise learning rates inside a Trainer."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.callbacks.accumulation import (
@@ -18,7 +19,15 @@ from dynamon.callbacks.accumulation import (
     scale_before_step,
     window_is_whole,
 )
-from dynamon.callbacks.base import DynamonCallback, callbacks_of, gradient_scale, off_reason
+from dynamon.callbacks.base import (
+    DynamonCallback,
+    callbacks_of,
+    gradient_scale,
+    nothing_there,
+    say_geometry,
+    step_of,
+    strategy_reason,
+)
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import is_sharded_run
 from dynamon.callbacks.recorder import Recorder, Row
@@ -27,6 +36,7 @@ from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal, steerable_layers
 from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
+from dynamon.shards import any_sharded
 
 _NOISE: Layout = {"3 Rates": {"noise in the dual norm across layers": band("noise/dual")}}
 
@@ -43,7 +53,8 @@ class LayerwiseLR(DynamonCallback):
     =================================  ====================================================
     tag                                what it is
     =================================  ====================================================
-    ``lr/base``                        learning rate of the first layer, before the ratio
+    ``lr/base``                        largest learning rate of any layer, before the ratio
+    ``lr/base_min``                    the smallest, where groups or optimizers have different ones
     ``lr/bounded``                     layers whose ratio sits at a bound of the rule
     ``lr/ratio``                       per layer: factor on the learning rate
     ``lr/effective``                   per layer: learning rate times ratio
@@ -75,7 +86,8 @@ class LayerwiseLR(DynamonCallback):
 
     panels = RATES
     tags = {
-        "lr/base": "learning rate of the first layer, before the ratio",
+        "lr/base": "largest learning rate of any layer, before the ratio",
+        "lr/base_min": "the smallest, where groups or optimizers have different ones",
         "lr/bounded": "layers whose ratio sits at a bound of the rule",
         "dynamon/steering_overhead": "time of reading gradients and of the rule over training time without it",
     }
@@ -115,7 +127,10 @@ class LayerwiseLR(DynamonCallback):
         self._state: list[Any] = []
         self._budget = Budget(None)
         self._shows_noise = self._told = False
-        self._left_alone: set[Optimizer] = set()  # what holds nothing to steer
+        self._is_steering = False  # training goes on
+        self._next_step = 0
+        self._left_alone: list[Optimizer] = []  # what holds nothing to steer
+        self._past: tuple[list[Any], dict[str, float]] = ([], {})  # of a copy: states and ratios of the original
 
     @property
     def history(self) -> History:
@@ -135,6 +150,8 @@ class LayerwiseLR(DynamonCallback):
     @property
     def ratios(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name; in a dry run the one that would be in force."""
+        if not self._steered:
+            return dict(self._past[1])
         return {name: ratio for rates in self._steered.values() for name, ratio in rates.wanted.items()}
 
     def one_of_a_kind(self) -> type:
@@ -147,30 +164,53 @@ class LayerwiseLR(DynamonCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the surroundings."""
-        super().setup(trainer, pl_module, stage)
         self._shows_noise = self.rule.needs_gradients and not _noise_is_shown(trainer)
+        super().setup(trainer, pl_module, stage)
         self.panels = combined([RATES, _NOISE]) if self._shows_noise else RATES
         if stage == "fit" and not trainer.barebones:
             self._recorder.check(trainer)
 
+    def begin_turn(self, goes_on: bool) -> None:
+        """Begin anew; a fit that goes on takes up what was learned, as from a checkpoint, and keeps its history."""
+        if not self._is_given:
+            self._state = []
+        layers = [layer.parameter for rates in self._steered.values() for layer in rates.layers]
+        if goes_on and not any_sharded(layers):
+            self._state = self._state or self.state_dict()["optimizers"]
+        else:
+            self._recorder, self._budget, self._next_step = self._new_recorder(), Budget(None), 0
+        self._release()
+        self._past = ([], {})
+
+    def _new_recorder(self) -> Recorder:
+        return Recorder(self._loggers, len(self.quantities) - (not self._shows_noise))
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse optimizers that cannot be steered, before anything runs."""
         for optimizer in trainer.optimizers:
-            reason = refusal(optimizer)
+            reason = refusal(optimizer) if _holds_some_of(pl_module, optimizer) else None
             if reason is not None:
                 raise ValueError(f"{type(self).__name__}: {reason}")
-        reason = off_reason(trainer, pl_module) or _no_parts(self.rule, trainer, pl_module)
+        reason = strategy_reason(trainer) or _no_parts(self.rule, trainer, pl_module)
         if reason is not None:
             raise ValueError(f"{type(self).__name__} cannot steer this run: {reason}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers and take up a saved state."""
-        self._release()
-        self._recorder = Recorder(self._loggers, len(self.quantities) - (not self._shows_noise))
-        self._budget = Budget(None)
+        self._go_back_to(step_of(trainer))
+        nothing = nothing_there(pl_module)
+        if nothing is not None:
+            rank_zero_warn(f"{type(self).__name__} steers nothing: {nothing}")
+            return
         self._attach(trainer, pl_module)
-        if not trainer.barebones:
-            self.write_layout(trainer)
+        self._is_steering = True
+        self.write_layout(trainer)
+
+    def _go_back_to(self, step: int) -> None:
+        """What was recorded at a step that is yet to come, before a checkpoint was loaded, is undone."""
+        if step < self._next_step:
+            self.history.forget_from(step)
+        self._next_step = step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -178,6 +218,7 @@ class LayerwiseLR(DynamonCallback):
         """The clock runs; a rule that compares the processes has their own gradients kept."""
         Row.of(trainer).close()
         self._budget.start()
+        self._go_back_to(step_of(trainer))
         if _wants_parts(self.rule) and compares_ranks(trainer, pl_module) and begins_window(trainer):
             with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
                 for rates in self._steered.values():
@@ -198,20 +239,22 @@ class LayerwiseLR(DynamonCallback):
     ) -> None:
         """Read the gradients before they are clipped."""
         with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
-            known = optimizer in self._steered or optimizer in self._left_alone
-            if not known and optimizer in trainer.optimizers:
+            if optimizer not in self._steered and self._is_new(trainer, optimizer):
                 self._attach(trainer, pl_module)  # the strategy was given new optimizers
             rates = self._steered.get(optimizer)
             if rates is None:
                 return
             if not window_is_whole(trainer):
                 rates.reader.drop_part()
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            step = step_of(trainer)
             local = scale_before_step(trainer)
             rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local)
             if trainer._logger_connector.should_update_logs and not trainer.barebones:
                 # Before the step: the scheduler has moved on by the time it is over.
                 self._in_force[optimizer] = (rates.base_rates(), rates.wanted)
+
+    def _is_new(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+        return optimizer in trainer.optimizers and not any(known is optimizer for known in self._left_alone)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -220,7 +263,9 @@ class LayerwiseLR(DynamonCallback):
         for rates in self._steered.values():
             rates.restore()
         in_force, self._in_force = self._in_force, {}
-        if in_force:
+        self._next_step = step_of(trainer) + 1
+        self._budget.start()
+        if any(base for base, _ in in_force.values()):
             with self._budget.charge("steering"):
                 self._record(trainer, in_force)
         self.send_row(trainer)
@@ -228,13 +273,14 @@ class LayerwiseLR(DynamonCallback):
     def _record(
         self, trainer: pl.Trainer, in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]]
     ) -> None:
-        layers = [la for optimizer in in_force for la in select(self._steered[optimizer].layers, self._patterns)]
-        base = {name: rate for rates, _ in in_force.values() for name, rate in rates.items()}
-        ratio = {name: r for _, ratios in in_force.values() for name, r in ratios.items()}
-        names = [layer.name for layer in layers]
+        # All optimizers each time, also those that did not step: rows of a table must line up.
+        known = {o: in_force.get(o) or (rates.base_rates(), rates.wanted) for o, rates in self._steered.items()}
+        base = {name: rate for rates, _ in known.values() for name, rate in rates.items()}
+        ratio = {name: r for _, ratios in known.values() for name, r in ratios.items()}
+        names = [la.name for rates in self._steered.values() for la in select(rates.layers, self._patterns)]
         self._recorder.scalars(
-            {
-                "lr/base": next(iter(base.values())),
+            _range_of(base.values())
+            | {
                 "lr/bounded": float(sum(rates.rule.bounded() for rates in self._steered.values())),
                 "dynamon/steering_overhead": self._budget.overhead,
             },
@@ -243,8 +289,8 @@ class LayerwiseLR(DynamonCallback):
         self._recorder.layers("lr/ratio", np.array([ratio[name] for name in names]), names)
         self._recorder.layers("lr/effective", np.array([base[name] * ratio[name] for name in names]), names)
         if self._shows_noise:
-            self._record_noise([self._steered[optimizer] for optimizer in in_force], names)
-        self._recorder.flush(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped, self._budget)
+            self._record_noise(list(self._steered.values()), names)
+        self._recorder.flush(trainer, step_of(trainer), self._budget)
 
     def _record_noise(self, steered: list[LayerwiseRates], names: list[str]) -> None:
         estimators = [rates.rule.noise for rates in steered if rates.rule.noise is not None]
@@ -262,23 +308,58 @@ class LayerwiseLR(DynamonCallback):
         self._budget.stop()
         for rates in self._steered.values():
             rates.settle()
-            rates.remove()
+        self._let_go()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the optimizers back as they were."""
-        self.on_train_end(trainer, pl_module)
+        """Give the optimizers back as they were. A reading that is still on its way is lost if the device is."""
+        self._budget.stop()
+        self._let_go()
+        self.send_rest(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave nothing behind, however the fit has ended."""
+        super().teardown(trainer, pl_module, stage)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._is_steering = False
+        for rates in self._steered.values():
+            rates.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The rules' states and previous gradients: numbers and tensors by parameter name."""
-        if not self._steered:
-            return {"optimizers": self._state}
+        if not self._steered or self._state:
+            return {"optimizers": self._state or self._past[0]}
         return {
             "optimizers": [rates.state_dict(self.save_gradient, everywhere=False) for rates in self._steered.values()]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the optimizers are there."""
+        """Keep the state until the optimizers are there; in the middle of training take it up at once.
+
+        What was learned since that state was saved is then undone: from the trial steps of a search, say.
+        """
+        if not self.takes_state():
+            return
         self._state = list(state_dict["optimizers"])
+        if self._is_steering and self._stage == "fit":
+            self._budget.rewind()
+            for rates, state in zip(self._steered.values(), self._state, strict=False):
+                rates.load_state_dict(state)
+            self._state = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the arguments, the history and a state to be saved; it steers nothing, and begins anew."""
+        sharded = any_sharded([layer.parameter for rates in self._steered.values() for layer in rates.layers])
+        past = ([] if sharded else self.state_dict()["optimizers"], self.ratios)
+        ended = {"_steered": {}, "_in_force": {}, "_left_alone": [], "_is_steering": False, "_past": past}
+        return {**super().__getstate__(), **ended}
+
+    def __repr__(self) -> str:
+        """The rule, and the range of the ratios."""
+        ratios = self.ratios.values()
+        said = f"ratios {min(ratios):.3g} to {max(ratios):.3g} over {len(ratios)} layers" if ratios else "no layers yet"
+        return f"{type(self).__name__}({type(self.rule).__name__}, {said})"
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Steer the Trainer's optimizers, going on from a saved state or from those they replace."""
@@ -286,8 +367,8 @@ class LayerwiseLR(DynamonCallback):
         self._release()
         self._state = []
         for optimizer in trainer.optimizers:
-            if not steerable_layers(pl_module, optimizer):
-                self._left_alone.add(optimizer)
+            if not _can_be_steered(pl_module, optimizer):
+                self._left_alone.append(optimizer)
                 continue
             index = len(self._steered)
             rates = LayerwiseRates(
@@ -302,6 +383,8 @@ class LayerwiseLR(DynamonCallback):
             if index < len(state):
                 rates.load_state_dict(state[index])
             self._steered[optimizer] = rates
+            if self.rule.needs_gradients:
+                say_geometry(optimizer)
         self._say_unsteered(pl_module)
 
     def _say_unsteered(self, module: pl.LightningModule) -> None:
@@ -311,17 +394,21 @@ class LayerwiseLR(DynamonCallback):
         names = [name for name, p in module.named_parameters() if p.is_complex() and p.requires_grad]
         if names:
             rank_zero_info(f"{type(self).__name__}: {len(names)} complex weights keep ratio 1, first {names[0]}.")
-        if self._left_alone:
+        alone = [optimizer for optimizer in self._left_alone if _holds_some_of(module, optimizer)]
+        reasons = [reason for optimizer in alone if (reason := refusal(optimizer)) is not None]
+        if alone and not reasons:
             rank_zero_warn(
-                f"{type(self).__name__} does not steer {len(self._left_alone)} of the optimizers: they hold no real "
+                f"{type(self).__name__} does not steer {len(alone)} of the optimizers: they hold no real "
                 "floating point weights of the module."
             )
-        self._told = bool(names or self._left_alone)
+        for reason in reasons:
+            rank_zero_warn(f"{type(self).__name__} leaves the rates of an optimizer alone: {reason}")
+        self._told = bool(names or alone)
 
     def _release(self) -> None:
         for rates in self._steered.values():
             rates.remove()
-        self._steered, self._left_alone = {}, set()
+        self._steered, self._left_alone, self._in_force = {}, [], {}
 
 
 class NoiseAdaptiveLR(LayerwiseLR):
@@ -379,6 +466,25 @@ class NoiseAdaptiveLR(LayerwiseLR):
             scale_weight_decay=scale_weight_decay,
             read_every=read_every,
         )
+
+
+def _range_of(rates: Collection[float]) -> dict[str, float]:
+    """The largest base rate, and the smallest where groups have different ones."""
+    highest, lowest = max(rates), min(rates)
+    return {"lr/base": highest} if lowest == highest else {"lr/base": highest, "lr/base_min": lowest}
+
+
+def _holds_some_of(module: pl.LightningModule, optimizer: Optimizer) -> bool:
+    """Whether an optimizer moves parameters of the module; one that stands in for none does not."""
+    own = {id(p) for p in module.parameters()}
+    groups = getattr(optimizer, "param_groups", None)
+    return groups is None or any(id(p) in own for group in groups for p in group["params"])
+
+
+def _can_be_steered(module: pl.LightningModule, optimizer: Optimizer) -> bool:
+    """Whether an optimizer holds layers that can be steered, or may when lazy modules have seen a batch."""
+    waits = any(is_lazy(p) for group in optimizer.param_groups for p in group["params"])
+    return refusal(optimizer) is None and (waits or bool(steerable_layers(module, optimizer)))
 
 
 def _wants_parts(rule: Rule) -> bool:

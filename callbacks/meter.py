@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,12 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.base import is_tryout
+from dynamon.callbacks.base import is_tryout, step_of
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import Decisions, ranks_of
+from dynamon.callbacks.layer_set import LayerSet
 from dynamon.callbacks.recorder import Recorder
-from dynamon.layers import Layer, describe_layers, is_measurable
+from dynamon.layers import Layer
 from dynamon.panels import Layout
 from dynamon.shards import any_sharded
 
@@ -30,8 +31,6 @@ class Run:
         module: The LightningModule.
         budget: Times measurements.
         recorder: Takes readings.
-        all_layers: Every layer of the module.
-        layers: Those that per-layer readings are wanted for.
         ranks: The processes that measure together, this one alone where there is no other.
         decisions: When they measure under a budget.
         begun_at: The step at which this fit began.
@@ -44,12 +43,11 @@ class Run:
         module: pl.LightningModule,
         budget: Budget,
         recorder: Recorder,
-        layers: list[Layer],
+        patterns: Sequence[str] | None = None,
     ) -> None:
-        """Remember them."""
+        """Remember them, and read the layers."""
         self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
-        self.all_layers = [layer for layer in describe_layers(module) if is_measurable(layer)]
-        self.layers = layers
+        self._set = LayerSet(module, patterns)
         self.ranks, self.decisions = ranks_of(trainer, module), Decisions()
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
@@ -57,9 +55,33 @@ class Run:
         self._copied_at = (-1, -1)
 
     @property
+    def all_layers(self) -> list[Layer]:
+        """Every layer of the module that can be measured, as they are now."""
+        return self._set.every
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Those that per-layer readings are wanted for."""
+        return self._set.chosen
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Names of all layers by the ``id`` of their parameter, as they were when they were looked at last."""
+        return self._set.names
+
+    @property
+    def layers_version(self) -> int:
+        """A number that changes whenever the layers do."""
+        return self._set.version
+
+    def hook(self, optimizer: Optimizer | None = None) -> None:
+        """A hook begins: what is measured in it and after it looks at the layers once more."""
+        self._set.hook(optimizer)
+
+    @property
     def step(self) -> int:
         """The x axis of Lightning's own monitors; constant from the start of a batch to its end."""
-        return self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        return step_of(self.trainer)
 
     @property
     def is_sharded(self) -> bool:
@@ -70,6 +92,12 @@ class Run:
     def trying_out(self) -> bool:
         """Whether this is a ``fast_dev_run``, in which everything is measured at once."""
         return is_tryout(self.trainer)
+
+    def go_back(self) -> None:
+        """Training goes on from an earlier step."""
+        self.decisions, self.begun_at = Decisions(), min(self.begun_at, self.step)
+        self.unsettled.clear()
+        self.forget_copies()
 
     @property
     def seconds_per_step(self) -> float:
@@ -150,6 +178,10 @@ class Cadence:
         """Tell the budget how long this has waited."""
         run.budget.claim(name, expected, step - max(self.last, run.begun_at), step, run.seconds_per_step)
 
+    def go_back_to(self, step: int) -> None:
+        """Training has gone back to before a step: what was measured at it or later was not."""
+        self.last = self.last if self.last < step else -math.inf
+
     def is_free(self, step: int) -> bool:
         """Whether the last measurement is far enough away."""
         return step - self.last >= self.interval
@@ -212,6 +244,10 @@ class Meter(ABC):
         """Whether the budget alone kept it from ever measuring."""
         return not self.points and self.cadence.every_n_steps is None
 
+    def resume(self, run: Run, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self.load_state_dict(state)
+
     def start(self, run: Run) -> None:
         """Training is about to begin: say in one sentence what cannot work."""
 
@@ -227,6 +263,9 @@ class Meter(ABC):
     def batch_end(self, run: Run) -> None:
         """The optimizer has stepped."""
 
+    def end(self, run: Run) -> None:
+        """Training is over, or was stopped by an exception: leave no hook behind. No collectives here."""
+
     def make_room(self, run: Run) -> str | None:
         """Take less memory after it ran out in a measurement; one sentence the first time, else None."""
         return None
@@ -236,7 +275,7 @@ class Meter(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it up; the run may not have started yet."""
+        """Take it up, in place of all that was learned since: before the run has started, or in the middle of it."""
 
 
 class PairMeter(Meter):
@@ -289,4 +328,5 @@ class PairMeter(Meter):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        self._keeping = False
         self.points, self._armed = int(state.get("points", 0)), bool(state.get("armed", False))

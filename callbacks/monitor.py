@@ -1,5 +1,6 @@
 """What all monitors share: calling their meters, what happens when one fails, what is saved."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,21 +9,27 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
-from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.health import HealthWatch, histories_of
+from dynamon.callbacks.budget import Budget, overhead_of
+from dynamon.callbacks.health import HealthWatch, histories_of, mean_loss, returned_loss
 from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder, Row
-from dynamon.health import Finding
+from dynamon.callbacks.watchers import warnings_of
+from dynamon.health import LOSS_TAG, Finding
 from dynamon.history import History
-from dynamon.layers import Layer, describe_layers, is_measurable, select
-from dynamon.panels import OVERHEAD, combined
+from dynamon.layers import Layer, is_measurable, known_layers, select
+from dynamon.names import plain_name
+from dynamon.panels import OVERHEAD, Layout, combined
 from dynamon.ranks import ran_out_of_memory
-from dynamon.shards import put_back
 
 _MEASURED = "Weights are measured in floating point of sixteen bits or more, and in complex64 and complex128."
+
+
+class BadArgumentError(ValueError):
+    """An argument that cannot be meant, found when training begins."""
 
 
 class Monitor(DynamonCallback):
@@ -50,7 +57,11 @@ class Monitor(DynamonCallback):
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
         self._state: dict[str, Any] = {}
         self._forget()
-        self.panels = combined([*(meter.panels for meter in self._meters), OVERHEAD])
+
+    @property
+    def panels(self) -> Layout:
+        """Charts of what the meters measure, for TensorBoard's Custom Scalars tab."""
+        return combined([*(meter.panels for meter in self._meters), OVERHEAD])
 
     def _forget(self) -> None:
         """Begin like new: a callback may see several fits."""
@@ -61,7 +72,8 @@ class Monitor(DynamonCallback):
         self._failures = 0
         self._in_a_row = {meter.name: 0 for meter in self._meters}
         self._causes: set[str] = set()
-        self._stepped = self._measured = False
+        self._stepped = self._measured = self._started = False
+        self._next_step = 0
         self._health = HealthWatch(type(self).__name__)
 
     @property
@@ -94,38 +106,92 @@ class Monitor(DynamonCallback):
         if stage == "fit" and not getattr(trainer, "barebones", False):
             self._recorder.check(trainer)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the layers, write the panels, start the meters."""
-        self._forget()
-        with self._budget.watch():
-            self._begin(trainer, pl_module)
+    def begin_turn(self, goes_on: bool) -> None:
+        """Begin anew; a fit that goes on takes up what was there, as from a checkpoint, and keeps history and clock."""
+        if not self._is_given:
+            self._state = {}
+        if not goes_on or self._run is None or self._run.is_sharded:  # parts of weights are not put together here
+            self._forget()
+            return
+        self._state = self.state_dict()
+        self._failures += self._run.failures
+        self._in_a_row = {meter.name: 0 for meter in self._meters}
+        self._run.failures = 0
+        self._forget_step()
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _forget_step(self) -> None:
+        """Whatever is known of a step that did not come to its end, or is undone."""
+        self._stepped = self._measured = False
+        self._recorder.forget_step()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the layers, start the meters, write the panels."""
+        with self._budget.watch():
+            steps_seen, self._run = (0 if self._run is None else self._run.steps_seen), None
+            try:
+                self._begin(trainer, pl_module, steps_seen)
+            except BadArgumentError:
+                raise
+            except Exception as error:
+                if self._strict:
+                    raise
+                self._run = None
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                rank_zero_warn(
+                    f"{type(self).__name__} is off: it failed when training began: {line} Training goes on; "
+                    "strict=True raises here instead."
+                )
+            self.write_layout(trainer)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps_seen: int) -> None:
         reason = off_reason(trainer, pl_module)
         if reason is not None:
             rank_zero_warn(f"{type(self).__name__} is off: {reason}")
             return
         if trainer.barebones:
             return
-        put_back(pl_module)
-        every = describe_layers(pl_module)
-        chosen = select(every, self._patterns)
-        if not chosen:
-            raise ValueError(f"layers={list(self._patterns or ())} matches no layer of {type(pl_module).__name__}.")
-        layers = [layer for layer in chosen if is_measurable(layer)]
-        if not layers:
-            rank_zero_warn(f"{type(self).__name__} is off: {_dtypes(chosen)} cannot be measured. {_MEASURED}")
+        run = Run(trainer, pl_module, self._budget, self._recorder, self._patterns)
+        run.strict, run.steps_seen = self._strict, steps_seen
+        lazy = [plain_name(name) for name, p in pl_module.named_parameters() if is_lazy(p)]
+        if not run.layers and not lazy:
+            self._say_nothing_there(run)
             return
-        self._say_left_out(every)
+        self._say_lazy(lazy)
+        self._say_left_out(known_layers(pl_module))
         if not trainer.loggers:
             rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
-        self.write_layout(trainer)
-        self._run = Run(trainer, pl_module, self._budget, self._recorder, layers)
-        self._run.strict = self._strict
-        for meter in self._meters:
-            if meter.name in self._state:
-                meter.load_state_dict(self._state.pop(meter.name))
-            self._call(meter, "start")
+        self._run, self._started = run, False
+        self._go_back_to(run.step)
+        for sentence in warnings_of(trainer, type(self).__name__, self._meters):
+            rank_zero_warn(sentence)
+        self._has_started()
+
+    def _has_started(self) -> bool:
+        """Whether the meters have; they do when there is something to measure, after a first batch perhaps."""
+        if not self._started and self._run is not None and self._run.layers:
+            self._started = True
+            for meter in self._meters:
+                if meter.name in self._state:
+                    self._call(meter, "resume", self._state.pop(meter.name))
+                self._call(meter, "start")
+        return self._started
+
+    def _say_nothing_there(self, run: Run) -> None:
+        """Nothing can be measured, or nothing of what was asked for, which is an argument out of range."""
+        chosen = select(known_layers(run.module), self._patterns)
+        if not chosen:
+            name = type(run.module).__name__
+            raise BadArgumentError(f"layers={list(self._patterns or ())} matches no layer of {name}.")
+        rank_zero_warn(f"{type(self).__name__} is off: {_dtypes(chosen)} cannot be measured. {_MEASURED}")
+
+    def _go_back_to(self, step: int) -> None:
+        """What was measured at a step that is yet to come, before a checkpoint was loaded, is undone."""
+        if step < self._next_step and self._run is not None:
+            self.history.forget_from(step)
+            self._run.go_back()
+            for meter in self._meters:
+                meter.cadence.go_back_to(step)
+        self._next_step = step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -134,6 +200,8 @@ class Monitor(DynamonCallback):
         Row.of(trainer).close()
         if self._run is not None:
             self._budget.start()
+            self._run.hook()
+            self._go_back_to(self._run.step)
             self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
             self._call_all("batch_start", batch)
 
@@ -148,6 +216,7 @@ class Monitor(DynamonCallback):
         """Let the meters see the gradients."""
         if self._run is not None:
             self._stepped = True
+            self._run.hook(optimizer)
             self._call_all("before_step", optimizer)
 
     def on_train_batch_end(
@@ -166,10 +235,30 @@ class Monitor(DynamonCallback):
         self._run.forget_copies()
         if self._measured:
             with self._budget.watch():
+                self._record_loss(outputs)
                 self._finish()
         if self._measured and self._watches_health(trainer):
-            self._health.see(self._run, outputs, *histories_of(trainer))
+            self._health.see(self._run, *histories_of(trainer))
         self._measured = False
+        self._next_step = self._run.step + 1
+        self._budget.start()
+        if not self._started and not any(is_lazy(p) for p in self._run.module.parameters()):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Shapes are known by now, and still there is nothing to measure."""
+        if self._run is not None and not self._has_started():
+            name, wanted = type(self._run.module).__name__, f"layers={list(self._patterns or ())} matches"
+            said = f"{wanted} no layer of {name}" if self._run.all_layers else f"{name} has nothing to measure"
+            rank_zero_warn(f"{type(self).__name__} is off: {said}.")
+            self._run = None
+
+    def _record_loss(self, outputs: Any) -> None:
+        """Beside the readings of a step, the loss it was taken for: the health rules rest on that."""
+        assert self._run is not None
+        loss = mean_loss(returned_loss(self._run.trainer, outputs), self._run.ranks)
+        if loss is not None:
+            self._recorder.scalars({LOSS_TAG: loss})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""
@@ -177,12 +266,13 @@ class Monitor(DynamonCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training goes on, if this was a validation inside it."""
-        if self._run is not None and trainer.state.fn == TrainerFn.FITTING:
+        if self._run is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._budget.start()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock, and say what was never measured."""
         self._budget.stop()
+        self._end_meters()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there
         self.send_row(trainer)
@@ -202,9 +292,21 @@ class Monitor(DynamonCallback):
         return f", of which looking after so short steps took {spent:.2g} s" if spent > given / 4 else ""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop the clock."""
+        """Stop the clock, and write what is known."""
         self._budget.stop()
+        self._end_meters()
+        self.send_rest(trainer)
         self._last_look(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave nothing behind, however the fit has ended."""
+        super().teardown(trainer, pl_module, stage)
+        self._end_meters()
+
+    def _end_meters(self) -> None:
+        for meter in self._meters:
+            if self._run is not None:
+                meter.end(self._run)
 
     def _last_look(self, trainer: pl.Trainer) -> None:
         if self._run is not None and self._watches_health(trainer):
@@ -220,11 +322,40 @@ class Monitor(DynamonCallback):
         return {**{meter.name: meter.state_dict() for meter in self._meters}, **self._state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts; some strategies load before there are optimizers, some after."""
+        """Take the state up when training starts, or at once in the middle of it.
+
+        What was learned since that state was saved is then undone: at the end of a search for a learning rate, say.
+        """
+        if not self.takes_state():
+            return
         self._state = dict(state_dict)
+        if self._started and self._run is not None and self._stage == "fit":
+            self._budget.rewind()
+            self._forget_step()
+            for meter in self._meters:
+                if meter.name in self._state:
+                    self._call(meter, "resume", self._state.pop(meter.name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the arguments, the history and a state to be saved; it holds no model, and begins anew."""
+        meters = self._make_meters()
+        if self._run is None or not self._run.is_sharded:
+            known = {meter.name: meter.state_dict() for meter in self._meters}
+            for meter in meters:
+                meter.load_state_dict(copy.copy(known[meter.name]))
+        failures = self._failures + (0 if self._run is None else self._run.failures)
+        ended = {"_meters": meters, "_run": None, "_started": False, "_failures": failures}
+        return {**super().__getstate__(), **ended}
+
+    def __repr__(self) -> str:
+        """What it measures, and how often it has."""
+        points = ", ".join(f"{meter.points} {meter.name}" for meter in self._meters if meter.points)
+        return f"{type(self).__name__}({points or 'no'} readings, {len(self.history)} quantities in .history)"
 
     def _call_all(self, method: str, *arguments: Any) -> None:
         with self._budget.watch():
+            if not self._started and not self._has_started():
+                return
             for meter in self._meters:
                 if getattr(type(meter), method) is not getattr(Meter, method):  # most have nothing to do at most hooks
                     self._call(meter, method, *arguments)
@@ -255,6 +386,13 @@ class Monitor(DynamonCallback):
                 raise
             self._failed(meter, error)
 
+    def _say_lazy(self, names: Sequence[str]) -> None:
+        if names:
+            rank_zero_info(
+                f"{type(self).__name__} leaves out {len(names)} layers without a shape so far, first {names[0]}. Lazy "
+                "modules join with their first batch."
+            )
+
     def _say_left_out(self, every: Sequence[Layer]) -> None:
         """Which layers no reading is of, and what share of training whole-model readings then cover."""
         layers = [layer for layer in every if not is_measurable(layer)]
@@ -271,11 +409,12 @@ class Monitor(DynamonCallback):
         )
 
     def _finish(self) -> None:
+        """Hand on what was measured, with what all dynamon callbacks of the Trainer say together."""
         assert self._run is not None
-        self._recorder.scalars(
-            {"dynamon/overhead": self._budget.overhead, "dynamon/failures": float(self.failures)},
-            headline=True,
-        )
+        ours = [c for c in callbacks_of(self._run.trainer) if isinstance(c, DynamonCallback)]
+        overhead = overhead_of([callback._budget for callback in ours if isinstance(callback, Monitor)])
+        failures = sum(callback.failures for callback in ours)
+        self._recorder.scalars({"dynamon/overhead": overhead, "dynamon/failures": float(failures)}, headline=True)
         self._recorder.flush(self._run.trainer, self._run.step, self._budget)
 
     def _failed(self, meter: Meter, error: Exception) -> None:

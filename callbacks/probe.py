@@ -23,6 +23,7 @@ from dynamon.ranks import ran_out_of_memory
 from dynamon.saved_batches import UnknownClassError, on_host
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
+NOISY = 0.1  # relative error of a product from which on nothing is shown
 _SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
 _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
@@ -449,20 +450,31 @@ class ProbeMeter(Meter):
     def state_dict(self) -> dict[str, Any]:
         """The samples, where they are not many and a checkpoint can load them safely."""
         state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
-        if not self._save:
-            return state
-        if self._loaded or self._parts[0]:
+        if self._save and (self._loaded or self._parts[0]):
             return {**state, "parts": self._loaded or self._parts}
+        if not self._sets[0]:
+            return {**state, "held": False}  # where there is nothing, nothing is missing
         numbers = [_numbers(kept) for kept in self._sets]
-        if None in numbers or sum(n for n in numbers if n is not None) > SAVED_NUMBERS:
+        if not self._save or None in numbers or sum(n for n in numbers if n is not None) > SAVED_NUMBERS:
             return state
         return {**state, "parts": [[[one.state() for one in kept]] for kept in self._sets]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the samples; without them new ones are kept."""
+        """Take up the samples; without them new ones are kept, and those that are there stay."""
+        if self._sets[0]:
+            return
         self._loaded = [list(parts) for parts in state.get("parts", [])]
-        self._resumed_without = not self._loaded
+        self._loaded = self._loaded if any(any(parts) for parts in self._loaded) else []
+        self._resumed_without = not self._loaded and bool(state.get("held", True))
         self._halvings = int(state.get("halvings", 0))
+
+
+def why_not(operator: LinearOperator, error: float) -> str | None:
+    """Why nothing is shown of products with an error that the operator gave; None where they can be trusted."""
+    if error <= NOISY:
+        return None
+    reason = getattr(operator, "doubt", None)
+    return reason or f"finite differences at two step sizes differ by {error:.0%}, so nothing is read off them."
 
 
 def check_probe(

@@ -89,6 +89,10 @@ class Recorder:
         """Drop what was collected: the measurement did not come to its end."""
         self._collected = _Readings()
 
+    def forget_step(self) -> None:
+        """Drop what was kept as well: the step did not come to its end, or is undone."""
+        self._collected, self._kept = _Readings(), _Readings()
+
     def flush(self, trainer: pl.Trainer, step: int, budget: Budget) -> None:
         """Write what was kept to the history and the metrics, and add it to the row of this step.
 

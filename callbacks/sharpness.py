@@ -103,6 +103,7 @@ class SharpnessMonitor(Monitor):
     ``sharpness/products``                          Hessian products this measurement took
     ``sharpness/probe_loss``                        training loss on the probe
     ``sharpness/probe_samples``                     samples in the probe
+    ``dynamon/loss``                                the loss that ``training_step`` returned for the step's last batch
     ``dynamon/overhead``                            time of monitoring over training time without it
     ``dynamon/failures``                            measurements that failed so far
     ==============================================  ====================================================

@@ -5,14 +5,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.callbacks.base import say_geometry
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.callbacks.probe import ProbeMeter
+from dynamon.callbacks.probe import ProbeMeter, why_not
 from dynamon.curvature import (
     DirectionalSharpness,
+    HessianOperator,
+    MeanOverRanks,
     batch_sharpness,
     critical_sharpness,
     directional_sharpness,
@@ -20,6 +24,7 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.norms import optimizer_family, update_norm
+from dynamon.optim import steering_of
 from dynamon.pairs import as_real
 from dynamon.panels import STEPS, shown
 from dynamon.shards import local
@@ -62,6 +67,7 @@ class StepMeter(Meter):
         self._batch: float | None = None
         self._on_batch = False  # measuring on a whole batch, not on the probe
         self._seconds: float | None = None
+        self._told: set[str] = set()
 
     def also(self, quantity: str) -> None:
         """Measure one more."""
@@ -107,7 +113,9 @@ class StepMeter(Meter):
             return
         self._on_batch = True
         with run.together(self.name), self._probe.evaluation(run) as params:
-            self._batch = batch_sharpness([self._probe.batch_hessian(run, params, batch)])
+            hessian = self._probe.batch_hessian(run, params, batch)
+            if self._is_trusted(hessian, hessian.gradient, "batch"):
+                self._batch = batch_sharpness([hessian])
         self._on_batch = False
 
     def make_room(self, run: Run) -> str | None:
@@ -130,6 +138,10 @@ class StepMeter(Meter):
             with run.charge(self.name):
                 trained = trained_parameters(run)
                 self._before = run.copies(layer for layer in run.all_layers if layer.name in trained)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is saved; what was kept of a step that is undone is dropped."""
+        self._before, self._update, self._planned, self._batch = {}, {}, False, None
 
     def _is_due(self, run: Run) -> bool:
         return not self._probe.off and self.cadence.due(run, self.name, self.expected, run.step)
@@ -175,6 +187,8 @@ class StepMeter(Meter):
     def _directional(self, run: Run, params: FlatParameters) -> dict[str, float]:
         update = self._known_update(params)
         hessian = self._probe.hessian(run, params)
+        if not self._is_trusted(hessian, update, "directional"):
+            return {}
         found = directional_sharpness(hessian, update)
         readings = {
             "sharpness/directional": found.sharpness,
@@ -184,8 +198,17 @@ class StepMeter(Meter):
             readings["sharpness/greedy_multiple"] = found.greedy_multiple_of_last_step
         return readings
 
+    def _is_trusted(self, hessian: HessianOperator | MeanOverRanks, vector: Tensor, quantity: str) -> bool:
+        """Whether a product means something; the first time that it does not, say why."""
+        reason = why_not(hessian, hessian.product_error(vector))
+        if reason is not None and quantity not in self._told:
+            self._told.add(quantity)
+            rank_zero_warn(f"sharpness/{quantity} is left out: {reason}")
+        return reason is None
+
     def _in_own_norm(self, run: Run, params: FlatParameters, update: Tensor, found: DirectionalSharpness) -> float:
         layers = {layer.name: layer for layer in run.all_layers}
+        say_geometry(run.trainer.optimizers[0])
         family = optimizer_family(run.trainer.optimizers[0])
         if family == "euclidean":  # one norm for all layers together
             return found.sharpness
@@ -194,14 +217,16 @@ class StepMeter(Meter):
         return norm_sharpness(found.product, steps, norms, params.space).sharpness
 
     def _critical(self, run: Run, params: FlatParameters) -> dict[str, float]:
-        rate, update = _one_rate(run.trainer.optimizers), self._known_update(params)
+        rate, update = _one_rate(run), self._known_update(params)
         with params.moved(-update):  # where the step came from
             found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
         return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})
 
 
-def _one_rate(optimizers: Sequence[Optimizer]) -> float | None:
-    """The learning rate, where all groups of all optimizers have the same."""
-    rates = {float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}
-    return rates.pop() if len(rates) == 1 else None
+def _one_rate(run: Run) -> float | None:
+    """The learning rate, where all layers of all optimizers have the same, steering included."""
+    rates = {float(group["lr"]) for optimizer in run.trainer.optimizers for group in optimizer.param_groups}
+    steered = (steering_of(optimizer) for optimizer in run.trainer.optimizers)
+    ratios = {ratio for one in steered if one is not None for ratio in one.applied.values()}
+    return rates.pop() if len(rates) == 1 and ratios <= {1.0} else None

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.arrays import Array
 from dynamon.callbacks.copies import matching, whole_copies
-from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
+from dynamon.callbacks.meter import FULL_EVERY, PAUSE_AFTER, Cadence, Meter, PairMeter, Run, forget_frames
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.convolution import bounds_of
-from dynamon.decay import DecayMemory, decoupled_decay
+from dynamon.decay import DecayMemory, decay_assumption, decoupled_decay
 from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.layers import Layer
 from dynamon.optim import steering_of
@@ -85,16 +86,19 @@ class WeightMeter(PairMeter):
         super().__init__(cadence)
         self._with_histograms, self._with_convolutions = with_histograms, with_convolutions
         self._full_at: int | None = None  # the number of the last full reading
+        self._full_failures = 0  # in a row
         self._before: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
         self._reading = False  # this step is measured
         self._memory = DecayMemory()
-        self._names: dict[int, str] = {}
         self._layers: list[Layer] = []
 
     def start(self, run: Run) -> None:
         """Take up saved weights of the layers that are there still."""
+        for assumed in map(decay_assumption, run.trainer.optimizers):
+            if assumed is not None:
+                rank_zero_info(assumed)
         self._layers = run.layers
         self._earlier = matching(run.layers, self._earlier)
 
@@ -102,17 +106,19 @@ class WeightMeter(PairMeter):
         """Follow this optimizer's decay, and copy the weights it is about to change."""
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
-        self._names = self._names or {id(layer.parameter): layer.name for layer in run.all_layers}
-        self._memory.before_step(optimizer, self._names, run.trainer.global_step)
+        self._memory.before_step(optimizer, run.names, run.trainer.global_step)
         if not reads and not keeps:
             return
         with run.charge(self.name):
+            self._layers = run.layers
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             # Where an optimizer steps twice in a batch, its update is that of the batch.
-            wanted = [la for la in run.layers if id(la.parameter) in own and la.name not in self._before]
+            # What is frozen takes no step, which is another thing than a step of zero.
+            trained = [la for la in run.layers if id(la.parameter) in own and la.parameter.requires_grad]
+            wanted = [la for la in trained if la.name not in self._before]
             self._before |= {name: local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
-                self._rates |= _rates(optimizer, self._names)
+                self._rates |= _rates(optimizer, run.names)
 
     def batch_end(self, run: Run) -> None:
         """Measure, if weights were copied for that."""
@@ -130,9 +136,7 @@ class WeightMeter(PairMeter):
                     }
                     self._measure(run, before, earlier, steered)
                 if self._full_is_due(run):
-                    with run.together(_FULL):
-                        self._full(run)
-                    self._full_at = self.points
+                    self._try_full(run)
                 self.done(run)
         finally:
             self.turn(run)
@@ -144,12 +148,33 @@ class WeightMeter(PairMeter):
 
     def _full_is_due(self, run: Run) -> bool:
         """Whether this reading brings what is dear; the first of those is taken to cost so many plain ones."""
+        if self._full_failures >= PAUSE_AFTER:
+            return False
         if self._is_fixed(run) or run.ranks.several:  # several processes must all come to the same answer
             return self.points % FULL_EVERY == 0
         if self._full_at is not None and self.points - self._full_at < FULL_EVERY:
             return False
         guess = _FULL_TO_PLAIN * run.budget.last.get(self.name, 0.0)
         return run.budget.allows(_FULL, run.budget.last.get(_FULL, guess), self.cadence.share)
+
+    def _try_full(self, run: Run) -> None:
+        """Take what is dear; where that fails, the plain reading goes on without, and after three times for good."""
+        self._full_at = self.points
+        try:
+            with run.together(_FULL):
+                self._full(run)
+            self._full_failures = 0
+        except Exception as error:
+            if run.strict or not run.ranks.is_known_to_all(error):
+                raise
+            forget_frames(error)
+            run.failures += 1
+            self._full_failures += 1
+            if self._full_failures in (1, PAUSE_AFTER):
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                paused = self._full_failures == PAUSE_AFTER
+                after = "They are left out from now on." if paused else "The other weight readings go on."
+                rank_zero_warn(f"step {run.step}: full spectra could not be measured: {line} {after}")
 
     def _ratios(self, run: Run) -> tuple[dict[str, float], dict[str, float]]:
         """The factors that steering has on each layer's rate and on its decay, an optimizer's own steering included."""
@@ -159,7 +184,7 @@ class WeightMeter(PairMeter):
             rates = steering_of(optimizer)
             if rates is not None:
                 ratios = rates.applied
-                found = {self._names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
+                found = {run.names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
                 on_rate |= found
                 on_decay |= found if rates.scale_weight_decay else {}
         return on_rate, on_decay
@@ -219,8 +244,11 @@ class WeightMeter(PairMeter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state)
+        self._before, self._rates, self._reading = {}, {}, False
         self._memory.load_state_dict(state.get("memory", {}))
         self._earlier = dict(state.get("earlier", {}))
+        if self._layers:  # in the middle of a run
+            self._earlier = matching(self._layers, self._earlier)
 
 
 def _compared(layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Tensor:
@@ -244,7 +272,7 @@ def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[fl
         names[id(p)]: (float(group.get("lr", np.nan)), float(decoupled_decay(optimizer, group)))
         for group in optimizer.param_groups
         for p in group["params"]
-        if id(p) in names
+        if id(p) in names and p.requires_grad
     }
 
 
@@ -302,6 +330,7 @@ class WeightMonitor(Monitor):
     ``spectrum/convolution_lower``    lower bound on a convolution's norm as a map of inputs of any size
                                       (``convolutions=True``), every tenth reading
     ``spectrum/convolution_upper``    upper bound on it, likewise
+    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
     ``dynamon/overhead``              time of monitoring over training time without it
     ``dynamon/failures``              measurements that failed so far
     ================================  ====================================================

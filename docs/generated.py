@@ -21,6 +21,7 @@ from dynamon.callbacks.sharpness import QUANTITIES
 ROOT = Path(__file__).parent.parent
 RESULTS, EXAMPLES = ROOT / "benchmarks" / "results", ROOT / "examples"
 SHARED = {
+    "dynamon/loss": "the loss that training_step returned for the step's last batch",
     "dynamon/overhead": "time of monitoring over training time without it",
     "dynamon/failures": "measurements that failed so far",
 }

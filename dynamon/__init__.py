@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,3 +25,12 @@ def __getattr__(name: str) -> Any:
     if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What can be asked for, imported or not."""
+    own = {module.name for module in iter_modules(__path__)} | {
+        "callbacks",
+        "kernels",
+    }  # these have folders of their own
+    return sorted({*__all__, *own, *(name for name in globals() if name.startswith("__"))})

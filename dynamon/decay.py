@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# Optimizers that add decay to the gradients. What is not known is taken to shrink the weights by rate x decay.
-_COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop", "ASGD", "LBFGS"}
-_DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lanton"}
-_KNOWN = _COUPLED | _DECOUPLED
+from dynamon.names import word_runs
+
+_COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
+_DECOUPLED = "AdamW Adafactor Muon"
+_CLASSES = {
+    getattr(torch.optim, name): is_decoupled
+    for names, is_decoupled in ((_COUPLED, False), (_DECOUPLED, True))
+    for name in names.split()
+    if hasattr(torch.optim, name)
+}
+# Of classes that are not torch's, as whole words of their names, and in this order.
+_WORDS = {"adamw": True, "sgdw": True, "muon": True, "lanton": True, "lion": True, "lars": False}
 
 
 def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
@@ -25,9 +33,46 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
 
 
 def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether weight decay, if there is any, multiplies the weights; see :func:`decoupled_decay`."""
-    known = next((cls.__name__ for cls in type(optimizer).__mro__ if cls.__name__ in _KNOWN), "")
-    return bool(group.get("decoupled_weight_decay", known not in _COUPLED))
+    """Whether weight decay, if there is any, multiplies the weights; see :func:`decoupled_decay`.
+
+    What is not known is taken to do so; see :func:`decay_assumption`.
+    """
+    known = _known(optimizer)
+    return bool(group.get("decoupled_weight_decay", True if known is None else known))
+
+
+def decay_assumption(optimizer: Optimizer) -> str | None:
+    """What is assumed of an unknown optimizer that decays weights, and how to state it; None where it is known."""
+    decays = any(g.get("weight_decay") and "decoupled_weight_decay" not in g for g in optimizer.param_groups)
+    if not decays or _known(optimizer) is not None:
+        return None
+    return (
+        f"{type(optimizer).__name__} is taken to multiply its weights by 1 - rate x weight_decay, as AdamW does: "
+        "weight/memory and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its groups if "
+        "it adds the decay to the gradient."
+    )
+
+
+def _least_decay(optimizer: Optimizer, group: Mapping[str, Any], p: Tensor) -> float:
+    """The rate x decay below which no weight of half precision changes; 0 where decay has no rounding of its own.
+
+    The largest weights of a binade have neighbours at a distance of half the dtype's eps, and come to themselves from
+    half of that. Fused steps add decay and update before they round; of optimizers from elsewhere nothing is known.
+    """
+    torchs = any(cls in _CLASSES for cls in type(optimizer).__mro__)
+    is_half = p.dtype in (torch.float16, torch.bfloat16)
+    return torch.finfo(p.dtype).eps / 4 if is_half and torchs and not group.get("fused") else 0.0
+
+
+def _known(optimizer: Optimizer) -> bool | None:
+    """Whether decay is decoupled, by torch's class that this is or derives from, or by its name; None: not known."""
+    for cls in type(optimizer).__mro__:
+        if cls in _CLASSES:
+            return _CLASSES[cls]
+        if cls.__name__.lower() in _WORDS:
+            return _WORDS[cls.__name__.lower()]
+    runs = {run for cls in type(optimizer).__mro__ for run in word_runs(cls.__name__)}
+    return next((decoupled for word, decoupled in _WORDS.items() if word in runs), None)
 
 
 class DecayMemory:
@@ -36,13 +81,15 @@ class DecayMemory:
     Call :meth:`before_step` before each step and :meth:`after_steps` when the ratios in force are known. Rates may be
     tensors on a device: the product is then kept there, and nothing waits. Layers that never decayed are not in it.
     A parameter without a gradient does not decay, as in torch's optimizers. A step that a gradient scaler skips
-    counts as a step.
+    counts as a step. Where the product of a weight in half precision and ``1 - rate x decay`` rounds to the weight,
+    whatever it is, nothing decays: torch's optimizers multiply in place.
     """
 
     def __init__(self) -> None:
         """Nothing has decayed."""
         self._left: dict[str, float | Tensor] = {}
         self._pending: dict[Hashable, list[tuple[list[str], Any]]] = {}
+        self._least: dict[str, float] = {}  # rate x decay below which a layer's weights do not change
 
     def before_step(self, optimizer: Optimizer, names: Mapping[int, str], key: Hashable = None) -> None:
         """Note rates and decays as they are, before a scheduler moves on.
@@ -57,7 +104,9 @@ class DecayMemory:
         for group in optimizer.param_groups:
             decay = decoupled_decay(optimizer, group)
             if isinstance(decay, Tensor) or decay:
-                moving = [names[id(p)] for p in group["params"] if p.grad is not None and id(p) in names]
+                decaying = [p for p in group["params"] if p.grad is not None and id(p) in names]
+                moving = [names[id(p)] for p in decaying]
+                self._least |= zip(moving, (_least_decay(optimizer, group, p) for p in decaying), strict=True)
                 step.append((moving, group.get("lr", math.nan) * decay))  # a new tensor, where the rate is one
 
     def after_steps(self, ratios: Mapping[str, float]) -> None:
@@ -73,7 +122,8 @@ class DecayMemory:
                 self._multiply(names, shrink.detach().reshape(()), scales)
             else:
                 for name, scale in zip(names, scales, strict=True):
-                    self._left[name] = self._left.get(name, 1.0) * (1.0 - shrink * scale)
+                    lost = shrink * scale if abs(shrink * scale) >= self._least[name] else 0.0
+                    self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
 
     def _multiply(self, names: list[str], shrink: Tensor, scales: list[float]) -> None:
         """A few launches for all layers of a group; in float64, since a factor of 1 - 1e-6 is lost in half of it."""
@@ -81,6 +131,9 @@ class DecayMemory:
             return
         wide = torch.float32 if shrink.device.type == "mps" else torch.float64
         factors = list(torch._foreach_mul([shrink.to(wide)] * len(names), scales))
+        for i, name in enumerate(names):
+            if self._least[name]:
+                factors[i] = factors[i] * (factors[i].abs() >= self._least[name])
         torch._foreach_neg_(factors)
         torch._foreach_add_(factors, 1.0)
         left = [self._on_device(self._left.get(name, 1.0), shrink.device, wide) for name in names]
@@ -115,4 +168,4 @@ class DecayMemory:
 
     def load_state_dict(self, state: Mapping[str, float | Tensor]) -> None:
         """Go on from it."""
-        self._left = dict(state)
+        self._left, self._pending = dict(state), {}

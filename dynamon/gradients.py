@@ -242,7 +242,7 @@ class GradientReader:
         previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
-        stats = gradient_stats(current, previous, dtype=self._wide)
+        stats = gradient_stats(current, previous, self._wide)
         self._previous, self._stored_at = dict(zip(indices, previous, strict=True)), self.step
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
@@ -277,7 +277,7 @@ class GradientReader:
         whole = [share * g for g in current]
         halves = [parts[i] if i in parts else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
         special = self._special_duals(indices, changes(whole, halves))
-        stats = gradient_stats(whole, halves, dtype=self._wide)
+        stats = gradient_stats(whole, halves, self._wide)
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
         l2 = stats.difference_sum_squares.sqrt()
         factor = (2 / (share * (1 - share))) ** 0.5
@@ -289,7 +289,7 @@ class GradientReader:
         indices = [i for i, t in enumerate(tensors) if t is not None]
         given = [t for t in tensors if t is not None]
         if given:
-            stats = gradient_stats(given, dtype=self._wide)
+            stats = gradient_stats(given, None, self._wide)
             l2 = stats.sum_squares.sqrt()
             found[:, indices] = torch.stack(
                 [self._duals(indices, stats.l1, l2, self._special_duals(indices, given)), l2]
@@ -342,7 +342,8 @@ class GradientReader:
         return {"previous": {self.layers[i].name: g.clone() for i, g in self._previous.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a stored gradient; names and shapes that no longer exist are left out."""
+        """Take up a stored gradient in place of what is here; names and shapes that no longer exist are left out."""
+        self._key, self._pending, self._part = None, None, None
         index = {layer.name: i for i, layer in enumerate(self.layers)}
         self._previous = {
             index[name]: g.to(self.layers[index[name]].parameter.device)

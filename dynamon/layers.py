@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dynamon.names import is_chosen, plain_name
@@ -74,6 +75,13 @@ class Layer:
     partner: str | None = None
     conv: ConvGeometry | None = None
     inputs_first: bool = False
+
+    def __repr__(self) -> str:
+        """Name, role and shape; not the weights."""
+        shape = " x ".join(map(str, self.parameter.shape)) or "scalar"
+        further = f", {self.blocks} blocks" if self.blocks > 1 else ""
+        further += f", also {', '.join(self.aliases)}" if self.aliases else ""
+        return f"Layer({self.name!r}, {self.role}, {shape}{further})"
 
     def matrices(self, tensor: Tensor | None = None) -> Tensor:
         """A tensor stored as the weight is, as the matrices of the linear maps it stands for.
@@ -180,16 +188,27 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
         ValueError: On a role that does not exist; on a glob that matches nothing, or nothing that can have its role;
             on a lazy module that has not seen a batch.
     """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_lazy(parameter):
+            raise ValueError(f"{plain_name(name)} has no shape yet: run the model on a batch once, then describe it.")
+    return known_layers(model, overrides)
+
+
+def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[Layer]:
+    """What :func:`describe_layers` says of the tensors that have a shape: those of lazy modules may have none yet.
+
+    Args:
+        model: Any module.
+        overrides: As there.
+    """
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{plain_name(name)} has no shape yet: run the model on a batch once, then describe it.")
-        if parameter.numel():
+        if not is_lazy(parameter) and parameter.numel():
             names.setdefault(id(parameter), []).append(plain_name(name))
             parameters.setdefault(id(parameter), parameter)
     names = {key: list(dict.fromkeys(own)) for key, own in names.items()}
-    uses = _uses(model)
+    uses = {key: held for key, held in _uses(model).items() if key in parameters}
     heads = _head_weights(model, uses)
     geometries = {key: _geometry(parameter, uses.get(key, [])) for key, parameter in parameters.items()}
     roles = {key: _role(names[key], p, uses.get(key, []), is_head=key in heads) for key, p in parameters.items()}
@@ -256,6 +275,11 @@ def is_measurable(layer: Layer) -> bool:
 def is_steerable(layer: Layer) -> bool:
     """Whether rules for learning rates know what to do with a layer: not where it is complex."""
     return is_measurable(layer) and not layer.parameter.is_complex()
+
+
+def measurable_layers(model: nn.Module) -> list[Layer]:
+    """The layers that can be measured as things are: those of :func:`known_layers` that :func:`is_measurable` takes."""
+    return [layer for layer in known_layers(model) if is_measurable(layer)]
 
 
 def select(layers: Iterable[Layer], patterns: Sequence[str] | None) -> list[Layer]:

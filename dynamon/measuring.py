@@ -1,5 +1,6 @@
 """Every quantity once, for a checkpoint or a notebook."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.optim import Optimizer
 
 from dynamon.convolution import bounds_of
 from dynamon.curvature import HessianOperator, top_eigenvalues
+from dynamon.evaluations import full_precision
 from dynamon.gradients import GradientReader
 from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.norms import optimizer_family
@@ -66,8 +68,9 @@ def measure(
         if not trained:
             raise ValueError(f"the optimizer holds no trainable parameter of {type(module).__name__}.")
     params = [layer.parameter for layer in trained]
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed):
+    with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed), ExitStack() as stack:
         operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
+        stack.enter_context(full_precision())  # the loss keeps the autocast that it was given
         readings: dict[str, Any] = {"sharpness/probe_loss": float(operator.loss)}
         readings |= _gradients(trained, operator, optimizer)
         found = top_eigenvalues(operator, tol=tol, certify=certify, seed=seed)
@@ -81,7 +84,8 @@ def measure(
             ratio = top_eigenvalues(scaled, tol=tol, certify=certify, seed=seed)
             readings |= ratio.readings("sharpness/stability_ratio")
             readings["sharpness/products"] += float(ratio.matvecs)
-    return readings | _weights(layers)
+    with full_precision():
+        return readings | _weights(layers)
 
 
 def _gradients(layers: list[Layer], operator: HessianOperator, optimizer: Optimizer | None) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def _gradients(layers: list[Layer], operator: HessianOperator, optimizer: Optimi
     try:
         gradients = operator.parameters.split(operator.gradient)
         for p, g, is_there in zip(params, gradients, operator.has_gradient, strict=True):
-            p.grad = g if is_there else None
+            p.grad = g.to(p.dtype) if is_there else None
         found = GradientReader(layers, family).read().wait()
     finally:
         for p, g in zip(params, kept, strict=True):

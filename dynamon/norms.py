@@ -27,8 +27,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from dynamon.geometry import FAMILIES
+from dynamon.geometry import optimizer_family as optimizer_family
 from dynamon.kernels import l2_along, nuclear_norm
 from dynamon.layers import Layer
 
@@ -149,13 +150,13 @@ def update_norm(layer: Layer, family: str) -> Norm:
 
     Args:
         layer: The layer.
-        family: What :func:`optimizer_family` returns: ``"sign"`` (Adam, Lion and others), ``"euclidean"`` (SGD) or
-            ``"spectral"`` (Muon, Scion, Lanton).
+        family: What :func:`dynamon.geometry.optimizer_family` returns: ``"sign"`` (Adam, Lion and others),
+            ``"euclidean"`` (SGD) or ``"spectral"`` (Muon, Scion, Lanton).
 
     Raises:
         ValueError: On an unknown family.
     """
-    if family not in ("sign", "euclidean", "spectral"):
+    if family not in FAMILIES:
         raise ValueError(f"family must be 'sign', 'euclidean' or 'spectral', got {family!r}.")
     if family == "euclidean":
         return fitted("frobenius", layer)
@@ -189,22 +190,6 @@ def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
             scale = _aspect(stack) / _window(layers[i]) if norms[i].name == "rms_to_rms" else 1.0
             found[i] = values.sum() * scale
     return [value for value in found if value is not None]
-
-
-def optimizer_family(optimizer: Optimizer) -> str:
-    """Which geometry the optimizer descends in, told from the name of its class or a base class.
-
-    Returns:
-        ``"sign"`` for optimizers that divide by the gradient's own size entry by entry or take its sign,
-        ``"spectral"`` for those that orthogonalise, ``"euclidean"`` for SGD and whatever is not known.
-    """
-    for cls in type(optimizer).__mro__:
-        name = cls.__name__.lower()
-        if any(word in name for word in ("muon", "scion", "lanton")):
-            return "spectral"
-        if any(word in name for word in _SIGN_LIKE):
-            return "sign"
-    return "euclidean"
 
 
 def iid_dual_norm(norm: Norm, layer: Layer) -> float:
@@ -331,6 +316,5 @@ _NORMS = {
         Norm("frobenius", _l2, _l2, lambda g: (-_unit(g, _dims(g))).to(g.dtype)),
     )
 }
-_SIGN_LIKE = ("adam", "adan", "adema", "adafactor", "lion", "sign", "rmsprop", "rprop", "adagrad", "adadelta", "lamb")
 _ON_MATRICES = {"rms_to_rms", "spectral", "one_to_rms", "rms_to_inf"}
 _NUCLEAR = {"rms_to_rms", "spectral"}

@@ -60,7 +60,12 @@ GRADIENTS: Layout = {
         "change of the gradient over the step, across layers": band("gradient/local_smoothness"),
     }
 }
-RATES: Layout = {"3 Rates": {"rate ratio across layers": band("lr/ratio"), "base rate": lines("lr/base")}}
+RATES: Layout = {
+    "3 Rates": {
+        "rate ratio across layers": band("lr/ratio"),
+        "base rate": lines("lr/base", "lr/base_min"),
+    }
+}
 WEIGHTS: Layout = {
     "4 Weights": {
         "operator norm across layers": band("weight/operator"),

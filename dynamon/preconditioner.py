@@ -1,6 +1,6 @@
 r"""The diagonal by which adaptive optimizers divide, read off their state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,12 +8,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.curvature import LinearOperator
+from dynamon.curvature.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.spaces import VectorSpace
 from dynamon.pairs import as_real, real_dtype, real_size
 from dynamon.shards import local
 
 
-def preconditioner(optimizer: Optimizer, params: Sequence[Tensor], space: VectorSpace | None = None) -> Tensor:
+def preconditioner(
+    optimizer: Optimizer, params: Parameters | FlatParameters, space: VectorSpace | None = None
+) -> Tensor:
     r"""The diagonal P by which an Adam-type optimizer divides its step, from its own state.
 
     * ``exp_avg_sq`` in the state (Adam, AdamW, NAdam and others of their kind; RAdam up to its rectification):
@@ -24,18 +27,20 @@ def preconditioner(optimizer: Optimizer, params: Sequence[Tensor], space: Vector
 
     Args:
         optimizer: Its groups and state are read, not changed.
-        params: The parameters as the optimizer has them, in the order of the flat vector.
+        params: The parameters as the optimizer has them, in the order of the flat vector, or a mapping from their
+            names.
         space: Where the flat vector lies, if not all here.
 
     Returns:
-        Flat ``[n]`` in the dtype of the parameters. NaN where the second moment is zero (a token never seen) or a
-        parameter has no state yet.
+        Flat ``[n]`` in the dtype of the parameters, float32 at least. NaN where the second moment is zero (a token
+        never seen) or a parameter has no state yet.
 
     Raises:
         ValueError: If a parameter is not in the optimizer, the optimizer has no such state, or has taken no step yet.
 
     Reference: Cohen et al., "Adaptive gradient methods at the edge of stability", arXiv 2207.14484.
     """
+    _, params = names_and_tensors(params)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in group_of for p in params):
         raise ValueError("a parameter is not in the optimizer, so it has no preconditioner.")
@@ -44,7 +49,7 @@ def preconditioner(optimizer: Optimizer, params: Sequence[Tensor], space: Vector
     pieces = [second_moment_scale(optimizer.state.get(p), group_of[id(p)], p) for p in params]
     if all(piece is None for piece in pieces):
         raise ValueError(f"{type(optimizer).__name__} keeps no second moment, so it has no preconditioner.")
-    missing = [torch.full((real_size(local(p)),), torch.nan, dtype=real_dtype(p), device=p.device) for p in params]
+    missing = [torch.full((real_size(local(p)),), torch.nan, dtype=_wide(p), device=p.device) for p in params]
     space = space or VectorSpace(sum(real_size(p) for p in params))
     return space.join([m if piece is None else piece for piece, m in zip(pieces, missing, strict=True)])
 
@@ -91,7 +96,12 @@ _MOMENTS = {"exp_avg_sq", "square_avg", "exp_inf", "sum"}
 
 def _flat(moment: Tensor, p: Tensor) -> Tensor:
     """Of complex parameters optimizers keep a moment for either part, as a complex number."""
-    return as_real(local(moment)).reshape(-1).to(real_dtype(p))
+    return as_real(local(moment)).reshape(-1).to(_wide(p))
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """The dtype of flat vectors."""
+    return torch.promote_types(real_dtype(p), torch.float32)
 
 
 def _divisor(squared: Tensor, eps: float, warming: float) -> Tensor:

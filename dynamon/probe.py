@@ -4,19 +4,22 @@ import inspect
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dynamon.batches import clone
+from dynamon.evaluations import RandomState, casts_anew, eager, rewinding
 from dynamon.shards import is_sharded, local
 
 LossFn = Callable[[Any, Any], Tensor]
 _MUTED = ("log", "log_dict")
+_Contents = dict[int, tuple[Any, Any]]  # by identity: a tensor or container, and a copy of what it held
 
 
 class LossError(ValueError):
@@ -35,35 +38,68 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     buffer; train and eval modes; every plain attribute of every submodule (numbers, strings, tensors, arrays, random
     generators, and the contents of lists, dicts, sets and deques, nested ones too), which covers counters, collected
     outputs, averaged teachers and the states of torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad`` is
-    None inside and what it was at exit. Not covered: files, dataloader iterators and objects of the user's own
-    classes. Memory: one copy of parameters and buffers.
+    None inside and what it was at exit. Compiled code runs uncompiled, so that training keeps the graphs it has. Not
+    covered: files, dataloader iterators and objects of the user's own classes. Memory: one copy of parameters and
+    buffers.
+
+    The operators and searches of :mod:`dynamon.curvature` that are used inside have all of this, but for the weights
+    themselves, put back between any two evaluations of the loss too: a layer that moves a buffer in every forward pass
+    (spectral normalisation, a queue, a codebook) then has one loss, not another one each time.
 
     Args:
         module: The module.
-        seed: Seeds torch inside, so that dropout draws the same masks each time; None leaves the streams.
+        seed: Seeds torch, numpy and python inside, so that dropout draws the same masks each time; None leaves the
+            streams.
     """
     modules = list(module.modules())
     saved = [_snapshot(m) for m in modules]
     gradients = [(p, p.grad) for p in module.parameters()]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    outside = RandomState()
     try:
-        with torch.random.fork_rng(devices):
-            if seed is not None:
-                torch.manual_seed(seed)
-            for name in _MUTED:
-                if callable(getattr(module, name, None)):
-                    module.__dict__[name] = _say_nothing
-            for p, _ in gradients:
-                p.grad = None
+        if seed is not None:
+            _seed(seed)
+        muted = {name: _say_nothing for name in _MUTED if callable(getattr(module, name, None))}
+        module.__dict__.update(muted)
+        for p, _ in gradients:
+            p.grad = None
+        inside = [
+            (m, {**now, **(muted if m is module else {})}, held) for m, (now, held) in zip(modules, saved, strict=True)
+        ]
+        with rewinding(_State(inside)), eager(), casts_anew():
             yield
     finally:
         for p, grad in gradients:
             p.grad = grad
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+        outside.restore()
         for m, snapshot in zip(modules, saved, strict=True):
             _put_back(m, *snapshot)
+
+
+class _State:
+    """What evaluations of a loss move on: random numbers, and everything of a module but the weights it trains."""
+
+    def __init__(self, saved: Sequence[tuple[nn.Module, dict[str, Any], _Contents]]) -> None:
+        self._saved, self._random = saved, RandomState()
+        # Whoever moves weights puts them back. A loss that writes to others (an averaged teacher's) does not.
+        self._trained = {id(p) for m, *_ in saved for p in m._parameters.values() if p is not None and p.requires_grad}
+
+    def rewind(self) -> Callable[[], None] | None:
+        """Have it again, and return what has it as it is now, but for random numbers."""
+        now = [(m, *_put_back(m, *snapshot, self._trained, marks=False)) for m, *snapshot in self._saved]
+        self._random.restore()
+        now = [(m, attributes, contents) for m, attributes, contents in now if attributes or contents]
+
+        def undo() -> None:
+            for m, attributes, contents in now:
+                _put_back(m, attributes, contents, marks=False)
+
+        return undo if now else None
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_idx: int = 0) -> Tensor:
@@ -122,9 +158,9 @@ def _say_nothing(*_: Any, **__: Any) -> None:
     """Stand in for ``log`` while the loss is evaluated for a probe."""
 
 
-_Contents = dict[int, tuple[Any, Any]]  # by identity: a tensor or container, and a copy of what it held
 _CONTAINERS = (list, dict, set, deque)
 _SEARCHED = 1000  # what is inside longer containers (a data set, say) is not looked for
+_STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
 
 
 def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
@@ -143,46 +179,90 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
 
 def _remember(value: Any, contents: _Contents) -> None:
     """Add a tensor, an array, a generator, or a container and what is in it."""
+    if id(value) in contents:
+        return
+    content = _content(value)
+    if content is not None:
+        contents[id(value)] = value, content
+    if isinstance(value, (*_CONTAINERS, tuple)) and len(value) <= _SEARCHED:
+        for item in value.values() if isinstance(value, dict) else value:
+            _remember(item, contents)
+
+
+def _content(value: Any) -> Any:
+    """A copy of what something holds that an evaluation may change in place; None for what has no such content."""
     if isinstance(value, Tensor):
-        here = local(value) if is_sharded(value) else value  # comparing shards would be a message
-        contents[id(value)] = here, here.detach().clone()
-    elif isinstance(value, np.ndarray):
-        contents[id(value)] = value, value.copy()
-    elif isinstance(value, torch.Generator | random.Random):
-        contents[id(value)] = value, value.get_state() if isinstance(value, torch.Generator) else value.getstate()
-    elif isinstance(value, np.random.Generator):
-        contents[id(value)] = value, value.bit_generator.state
-    elif isinstance(value, _CONTAINERS) and id(value) not in contents:
-        contents[id(value)] = value, _entries(value)
-        if len(value) <= _SEARCHED:
-            for item in value.values() if isinstance(value, dict) else value:
-                _remember(item, contents)
+        return None if is_lazy(value) else _here(value).detach().clone()  # it holds nothing yet
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, torch.Generator | random.Random):
+        return value.get_state() if isinstance(value, torch.Generator) else value.getstate()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    return _entries(value) if isinstance(value, _CONTAINERS) else None
 
 
-_STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
+def _here(tensor: Tensor) -> Tensor:
+    return local(tensor) if is_sharded(tensor) else tensor  # comparing shards would be a message
 
 
-def _put_back(module: nn.Module, attributes: dict[str, Any], contents: _Contents) -> None:
+def _put_back(
+    module: nn.Module,
+    attributes: dict[str, Any],
+    contents: _Contents,
+    left_out: Collection[int] = (),
+    marks: bool = True,
+) -> tuple[dict[str, Any], _Contents]:
+    """Undo changes; ``marks=False`` hides that from the graphs that look at these tensors.
+
+    Returns:
+        A snapshot of what was there where anything of it had changed, of changed contents only.
+    """
+    current, changed = module.__dict__, {}
     with torch.no_grad():
-        for value, content in contents.values():
-            if isinstance(value, Tensor):
-                _refill(value, content)
-            elif isinstance(value, np.ndarray):
-                value[...] = content
-            elif isinstance(value, torch.Generator):
-                value.set_state(content)
-            elif isinstance(value, random.Random):
-                value.setstate(content)
-            elif isinstance(value, np.random.Generator):
-                value.bit_generator.state = content
-            elif not _same(_entries(value), content):
-                value.clear()
-                if isinstance(value, dict):
-                    content = zip(content[::2], content[1::2], strict=True)
-                (value.extend if isinstance(value, list | deque) else value.update)(content)
-    for name in [name for name in module.__dict__ if name not in attributes]:
-        del module.__dict__[name]
-    module.__dict__.update(attributes)
+        for place, (value, content) in contents.items():
+            if place not in left_out and not _holds(value, content):
+                changed[place] = value, _content(value)
+                _refill(value, content, marks)
+    if current.keys() == attributes.keys() and all(map(operator.is_, current.values(), attributes.values())):
+        return dict(current) if changed else {}, changed
+    now = dict(current)
+    for name in now.keys() - attributes.keys():
+        del current[name]
+    current.update(attributes)
+    return now, changed
+
+
+def _holds(value: Any, content: Any) -> bool:
+    """Whether something still holds what it held."""
+    if isinstance(value, Tensor):
+        here = _here(value)
+        return here.shape == content.shape and torch.equal(here, content)
+    if isinstance(value, _CONTAINERS):
+        return not value and not content or _same(_entries(value), content)
+    return False  # writing these again costs less than comparing them
+
+
+def _refill(value: Any, content: Any, marks: bool) -> None:
+    """Have something hold what it held, in place."""
+    if isinstance(value, Tensor):
+        here = _here(value)
+        if here.shape != content.shape:
+            here.data = content.clone()
+        else:
+            (here if marks else here.data).copy_(content)
+    elif isinstance(value, np.ndarray):
+        value[...] = content
+    elif isinstance(value, torch.Generator):
+        value.set_state(content)
+    elif isinstance(value, random.Random):
+        value.setstate(content)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = content
+    else:
+        value.clear()
+        entries = zip(content[::2], content[1::2], strict=True) if isinstance(value, dict) else content
+        (value.extend if isinstance(value, list | deque) else value.update)(entries)
 
 
 def _entries(container: Any) -> list[Any]:
@@ -192,11 +272,3 @@ def _entries(container: Any) -> list[Any]:
 
 def _same(one: list[Any], other: list[Any]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
-
-
-def _refill(tensor: Tensor, content: Tensor) -> None:
-    """Undo changes in place; an untouched tensor is not written to."""
-    if tensor.shape != content.shape:
-        tensor.data = content
-    elif not torch.equal(tensor, content):
-        tensor.copy_(content)

@@ -5,7 +5,7 @@ One number for every optimizer with a known stability condition, threshold 1:
 value that hovers around one (the edge of stability) is normal training too, not a fault.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
+from dynamon.curvature.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.geometry import optimizer_family
 from dynamon.pairs import real_dtype, real_size
 from dynamon.preconditioner import second_moment_scale
 from dynamon.shards import local
@@ -42,10 +44,10 @@ class StabilityScaling:
 
 def stability_ratio(
     loss_fn: Callable[[], Tensor],
-    params: Sequence[Tensor],
+    params: Parameters,
     optimizer: Optimizer,
     *,
-    ratios: Sequence[float] | None = None,
+    ratios: Sequence[float] | Mapping[str, float] | None = None,
     tol: float = 1e-2,
     max_matvecs: int = 40,
     warm_start: Tensor | None = None,
@@ -65,9 +67,10 @@ def stability_ratio(
 
     Args:
         loss_fn: Called once; the scalar loss.
-        params: Parameters the loss is differentiated in, all of them in ``optimizer``.
+        params: Parameters the loss is differentiated in, all of them in ``optimizer``, or a mapping from their names.
         optimizer: Its groups and state are read, not changed.
-        ratios: A factor on the learning rate for each of ``params``, as layerwise steering applies it.
+        ratios: A factor on the learning rate for each of ``params``, as layerwise steering applies it, or a mapping
+            from the names of some of them.
         tol: As in :func:`dynamon.curvature.top_eigenvalues`, like the four that follow.
         max_matvecs: Upper limit on products.
         warm_start: Vectors of the last measurement, in scaled coordinates.
@@ -84,8 +87,9 @@ def stability_ratio(
     Cost: one gradient graph and the products of the solver. Reference: Cohen et al., "Adaptive gradient
     methods at the edge of stability", arXiv 2207.14484; the momentum forms are exact on quadratics.
     """
-    scaling = stability_scaling(optimizer, params, ratios)
-    operator = stability_operator(HessianOperator(loss_fn, params), scaling)
+    flat = FlatParameters(params)
+    scaling = stability_scaling(optimizer, flat, ratios)
+    operator = stability_operator(HessianOperator(loss_fn, flat), scaling)
     return top_eigenvalues(
         operator, tol=tol, max_matvecs=max_matvecs, warm_start=warm_start, certify=certify, seed=seed
     )
@@ -106,16 +110,17 @@ def stability_operator(hessian: LinearOperator, scaling: StabilityScaling) -> Li
 
 def stability_scaling(
     optimizer: Optimizer,
-    params: Sequence[Tensor],
-    ratios: Sequence[float] | None = None,
+    params: Parameters | FlatParameters,
+    ratios: Sequence[float] | Mapping[str, float] | None = None,
     space: VectorSpace | None = None,
 ) -> StabilityScaling:
     """Read the scaling of :func:`stability_ratio` off an optimizer's groups and state.
 
     Args:
         optimizer: SGD, Adam, AdamW or RMSprop of ``torch.optim`` (subclasses included).
-        params: The parameters as the optimizer has them, in the order of the flat coordinates.
-        ratios: A factor on the learning rate for each parameter, or None for ones.
+        params: The parameters as the optimizer has them, in the order of the flat coordinates, or a mapping from their
+            names.
+        ratios: A factor on the learning rate for each parameter, a mapping from the names of some, or None for ones.
         space: Where the flat coordinates lie, if not all here.
 
     Raises:
@@ -127,7 +132,8 @@ def stability_scaling(
             "it is known for SGD, Adam, AdamW and RMSprop."
         )
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    factors = [1.0] * len(params) if ratios is None else list(ratios)
+    names, params = names_and_tensors(params)
+    factors = _factors(names, len(params), ratios)
     space = space or VectorSpace(sum(real_size(p) for p in params))
     pieces, decays = [], []
     for p, factor in zip(params, factors, strict=True):
@@ -155,10 +161,26 @@ def stability_scaling(
     return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, left_out)
 
 
+def _factors(
+    names: Sequence[str] | None, count: int, ratios: Sequence[float] | Mapping[str, float] | None
+) -> list[float]:
+    """A factor for each parameter."""
+    if not isinstance(ratios, Mapping):
+        return [1.0] * count if ratios is None else list(ratios)
+    if names is None:
+        raise ValueError("ratios by name need params as a mapping, say dict(model.named_parameters()).")
+    unknown = sorted(set(ratios) - set(names))
+    if unknown:
+        raise ValueError(f"ratios name {unknown[0]!r}, which is not among the parameters {list(names)}.")
+    return [float(ratios.get(name, 1.0)) for name in names]
+
+
 def has_stability_condition(optimizer: Optimizer) -> bool:
-    """Whether :func:`stability_ratio` knows the optimizer (by class, subclasses with another name excluded)."""
+    """Whether :func:`stability_ratio` knows the optimizer: by class, but for those of another geometry."""
     names = {cls.__name__ for cls in type(optimizer).__mro__}
-    return isinstance(optimizer, SGD | Adam | RMSprop) and not names & {"NAdam", "RAdam"}
+    if not isinstance(optimizer, SGD | Adam | RMSprop) or names & {"NAdam", "RAdam"}:
+        return False
+    return optimizer_family(optimizer) == ("euclidean" if isinstance(optimizer, SGD) else "sign")
 
 
 def stability_threshold(optimizer: Optimizer) -> float | None:
@@ -190,12 +212,13 @@ def _sgd_factor(group: dict[str, object]) -> float:
 
 def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float) -> Tensor:
     """D / P of one parameter, flat; NaN where the second moment is zero or there is none: nothing moves there."""
+    wide = torch.promote_types(real_dtype(p), torch.float32)
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
-        return torch.full((real_size(local(p)),), value, dtype=real_dtype(p), device=p.device)
+        return torch.full((real_size(local(p)),), value, dtype=wide, device=p.device)
     divisor = second_moment_scale(optimizer.state.get(p), group, p)
     if divisor is None:
-        return torch.full((real_size(local(p)),), torch.nan, dtype=real_dtype(p), device=p.device)
+        return torch.full((real_size(local(p)),), torch.nan, dtype=wide, device=p.device)
     return _adaptive_factor(optimizer, group, ratio) / divisor
 
 

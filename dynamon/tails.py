@@ -63,9 +63,10 @@ def _best(values: Tensor, sizes: Tensor) -> PowerLaw:
     logs = values.clamp_min(tiny).log()
     starts = values[..., sizes - 1]
     usable = starts > 1e-12 * values[..., :1]  # what is smaller is rounding
-    excess = logs.cumsum(-1)[..., sizes - 1] - sizes * logs[..., sizes - 1]  # sum of log(lambda / start) over the tail
+    counts = sizes.tolist()
+    excess = _sums(logs, counts) - sizes * logs[..., sizes - 1]  # sum of log(lambda / start) over the tail
     exponents = 1 + sizes / excess.clamp_min(tiny)
-    distances = torch.stack([_distance(logs[..., :k], exponents[..., i]) for i, k in enumerate(sizes.tolist())], dim=-1)
+    distances = torch.stack([_distance(logs[..., :k], exponents[..., i]) for i, k in enumerate(counts)], dim=-1)
     distances = torch.where(usable, distances, torch.inf)
     chosen = distances.argmin(-1, keepdim=True)
 
@@ -73,8 +74,7 @@ def _best(values: Tensor, sizes: Tensor) -> PowerLaw:
         return table.expand(distances.shape).gather(-1, chosen)[..., 0]
 
     size, start, exponent, distance = (pick(t) for t in (sizes.double(), starts, exponents, distances))
-    total = values.cumsum(-1)[..., sizes - 1]
-    mean_excess = pick(total) / size - start
+    mean_excess = pick(_sums(values, counts)) / size - start
     accepted = (distance <= _LILLIEFORS / size.sqrt()) & _beats_exponential(pick(excess), mean_excess, start, size)
     known = torch.isfinite(distance)
     return PowerLaw(
@@ -83,6 +83,11 @@ def _best(values: Tensor, sizes: Tensor) -> PowerLaw:
         size=size,
         start=start,
     )
+
+
+def _sums(values: Tensor, counts: list[int]) -> Tensor:
+    """Sums of the first so many numbers, ``[..., candidates]``; a cumulative sum on a GPU is not deterministic."""
+    return torch.stack([values[..., :k].sum(-1) for k in counts], dim=-1)
 
 
 def _distance(logs: Tensor, exponent: Tensor) -> Tensor:

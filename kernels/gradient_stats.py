@@ -55,9 +55,9 @@ class GradientStats:
 def gradient_stats(
     gradients: Sequence[Tensor],
     previous: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
     *,
     axes: bool = False,
-    dtype: torch.dtype | None = None,
 ) -> GradientStats:
     """Norms of every gradient and of its change, in one pass, refreshing the stored gradient.
 
@@ -65,9 +65,9 @@ def gradient_stats(
         gradients: T dense tensors on one device, in float64, float32, bfloat16 or float16; none may be empty.
         previous: Storage of the same shapes in any of these dtypes, or None. The difference is taken in float32
             (float64 where a gradient is float64), after which ``previous`` holds ``gradients``, rounded to its dtype.
-        axes: Whether to add the sums of squares of every row and column.
         dtype: Of the sums. float32 by default (float64 where a gradient is float64), which cannot hold the squares of
             entries above 1.8e19 or below 1e-22; float64 holds those of any.
+        axes: Whether to add the sums of squares of every row and column.
 
     Returns:
         A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity reach the sums of their

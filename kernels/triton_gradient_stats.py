@@ -23,7 +23,7 @@ _FEW, _MANY = 2.0**-45, 2.0**45  # largest magnitudes of a chunk between which i
 
 
 def triton_gradient_stats(
-    gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = None, *, dtype: torch.dtype = torch.float32
+    gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = None, dtype: torch.dtype = torch.float32
 ) -> GradientStats:
     """Norms of every gradient and of its change, refreshing the stored gradient, in one pass over memory.
 

@@ -89,7 +89,7 @@ def test_numbers_of_the_page_are_those_of_the_event_file(runs, tmp_path, capsys)
         points = {point.step: point.value for point in events.Scalars(tag)}  # of several at a step the last
         np.testing.assert_array_equal(array(scalar["steps"]), list(points))
         np.testing.assert_array_equal(array(scalar["values"]), list(points.values()))
-    assert run["loss"] == "train/loss" and run["name"] == "run/tb" and run["findings"] == []
+    assert run["loss"] == "dynamon/loss" and run["name"] == "run/tb" and run["findings"] == []
 
 
 def test_csv_logger_gives_the_same(runs, tmp_path):
@@ -211,7 +211,7 @@ def test_text(runs, capsys):
     assert main(["report", str(runs / "tb"), "--text"]) == 0
     text = capsys.readouterr().out
     data = read_run_data(runs / "tb")
-    loss = data.scalars["train/loss"].values
+    loss = data.scalars["dynamon/loss"].values
     (row,) = re.findall(r"^  loss +(\S+) +(\S+) +(\S+) +(\S+)  [▁-█]", text, re.M)
     expected = (loss[0], loss[-1], loss.min(), loss.max())
     np.testing.assert_allclose([float(cell) for cell in row], expected, rtol=5e-3)
@@ -235,7 +235,7 @@ def test_a_row_of_blocks():
 
 def test_json(runs, tmp_path, capsys):
     assert main(["report", str(runs / "tb"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [{"run": "run/tb", "loss": "train/loss", "findings": []}]
+    assert json.loads(capsys.readouterr().out) == [{"run": "run/tb", "loss": "dynamon/loss", "findings": []}]
     lines = [f"{i},{1.0 if i < 30 else 'nan'},{0 if i < 30 else 'inf'}" for i in range(50)]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,train/loss,gradient/nonfinite", *lines]))
     assert main(["report", str(tmp_path), "--json"]) == 0
@@ -284,7 +284,7 @@ def test_errors(tmp_path, capsys, runs):
     assert "holds neither event files nor metrics.csv." in says(tmp_path)
     (tmp_path / "metrics.csv").write_text("step,loss\n")
     assert "holds a run without a single value" in says(tmp_path)
-    assert "holds no my/loss; tags with 'loss' in their name: sharpness/probe_loss, train/loss" in says(
+    assert "holds no my/loss; tags with 'loss' in their name: dynamon/loss, sharpness/probe_loss, train/loss" in says(
         runs / "csv", "--loss", "my/loss"
     )
     assert "one run, or two to compare; got 3" in says(*[runs / "csv"] * 3)

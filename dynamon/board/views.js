@@ -105,7 +105,7 @@ export function stability(runs, state) {
 /** 3: the base rate, what steering makes of it, and the noise that it follows. */
 export function rates(runs, state) {
   const found = charts(runs, state, [
-    { title: "Base learning rate", lines: linesOf(runs, [["lr/base", "base rate"]]) },
+    { title: "Base learning rate", lines: linesOf(runs, [["lr/base", "base rate"], ["lr/base_min", "smallest of all groups"]]) },
     { title: "Rate ratio across layers", lines: bandsOf(runs, "lr/ratio") },
     { title: "Effective rate across layers", lines: bandsOf(runs, "lr/effective"), isLog: true },
     { title: "Layers at a bound of the rule", lines: linesOf(runs, [["lr/bounded", "layers"]]) },

@@ -13,7 +13,7 @@ from dynamon.arrays import Array
 from dynamon.board.page import page
 from dynamon.board.payload import payload
 from dynamon.cli.reading import RUN_HELP, choice, read
-from dynamon.health import Finding, findings, loss_tag
+from dynamon.health import Finding, findings, judged_loss, loss_tag
 from dynamon.history import RunData, Series
 from dynamon.run_folders import readable
 from dynamon.runs import read_run_data
@@ -25,6 +25,7 @@ _ROWS = (
     ("top eigenvalue", "sharpness/hessian_max"),
     ("gradient norm", "gradient/norm"),
     ("base rate", "lr/base"),
+    ("smallest rate", "lr/base_min"),
     ("median ratio", "lr/ratio_median"),
     ("layers at bounds", "lr/bounded"),
     ("noise scale", "noise/scale"),
@@ -101,9 +102,9 @@ def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
         loss: Tag of the training loss; None looks for one.
     """
     yield f"{name}: {run.last_step + 1} steps, {len(run.scalars)} scalars, {len(run.tables)} per-layer quantities"
-    tag = loss or loss_tag(run.scalars)
-    yield f"  loss: {_judged(tag, loss)}"
-    rows = [*([("loss", tag)] if tag else []), *_ROWS]
+    judged = judged_loss(run.scalars, loss)
+    yield f"  loss: {_judged(run, loss)}"
+    rows = [*([("loss", judged.tag)] if judged else []), *_ROWS]
     known = [(label, run.scalars[key]) for label, key in rows if key in run.scalars]
     if known:
         yield ""
@@ -179,11 +180,12 @@ def _write(content: str, output: Path | None) -> str:
     return f"report        {readable(path)} ({path.stat().st_size / 1e6:.1f} MB, opens in any browser{place})"
 
 
-def _judged(tag: str | None, asked: str | None) -> str:
-    """Which tag was taken for the training loss, and why."""
-    if tag is None:
+def _judged(run: RunData, loss: str | None) -> str:
+    """Which series was taken for the training loss, and why."""
+    judged = judged_loss(run.scalars, loss)
+    if judged is None:
         return "no tag looks like the training loss; name it with --loss TAG"
-    return f"{tag}, as asked" if asked else f"{tag}, by its name; --loss TAG takes another"
+    return judged.reason if judged.source in ("returned", "stated") else f"{judged.reason}; --loss TAG takes another"
 
 
 def _told(runs: list[tuple[str, RunData]], loss: str | None) -> Iterator[str]:
@@ -194,7 +196,7 @@ def _told(runs: list[tuple[str, RunData]], loss: str | None) -> Iterator[str]:
         ]
         health = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "nothing looks wrong"
         yield f"health        {name}: {health}"
-        yield f"loss          {name}: {_judged(loss or loss_tag(data.scalars), loss)}"
+        yield f"loss          {name}: {_judged(data, loss)}"
 
 
 def _health(runs: list[tuple[str, RunData]], loss: str | None) -> list[dict[str, Any]]:

@@ -1,14 +1,19 @@
 """How gradients of a loss are differentiated once more: on a retained graph, or by differences."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dynamon.curvature.custom import CustomFunctions
+from dynamon.curvature.graphs import nodes_behind, rounding_behind
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale
+from dynamon.evaluations import Evaluations, eager, full_precision
+from dynamon.pairs import real_dtype
 
 DIFFERENCE_STEP = {torch.float32: 1e-3, torch.float64: 1e-6}  # of a unit vector: truncation and rounding about equal
 _SUSPICION = 0.05  # relative disagreement with differences above which a graph with custom functions is not believed
@@ -18,33 +23,10 @@ class NoSecondDerivativeError(RuntimeError):
     """Something in the loss cannot be differentiated twice."""
 
 
-class RandomState:
-    """The random state of torch at construction, CUDA's included, to evaluate a loss with the same numbers again."""
-
-    def __init__(self) -> None:
-        """Read the state."""
-        self._host = torch.get_rng_state()
-        self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Inside, random numbers are those that came after construction; outside nothing has changed."""
-        with torch.random.fork_rng(list(range(len(self._devices)))):
-            torch.set_rng_state(self._host)
-            if self._devices:
-                torch.cuda.set_rng_state_all(self._devices)
-            yield
-
-
 @contextmanager
 def twice_differentiable(params: FlatParameters) -> Iterator[None]:
     """Attention by the math kernel, compiled code run eagerly, parameter hooks off, gradients on."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(params.hooks_off())
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eager(), params.hooks_off():
         yield
 
 
@@ -65,37 +47,77 @@ def check_scalar_loss(loss: object) -> None:
 class DoubleBackward:
     r"""Products :math:`\nabla \langle \nabla L, v \rangle` on one retained graph.
 
+    Where the graph computes in float16, loss and vector are multiplied by powers of two and products divided by them,
+    as gradient scalers do: slopes of a mean over many numbers are too small for that dtype.
+
     Attributes:
         name: ``"double_backward"``.
         loss: The value of the loss, without graph.
         gradient: The flat gradient ``[n]``, without graph.
+        rounding: See :class:`dynamon.curvature.LinearOperator`.
+        suspects: Names of custom autograd functions whose part of a product may be missing.
         has_gradient: Which parameters take part in the loss; the others have zeros in the flat gradient.
 
     Raises:
         NoSecondDerivativeError: Where an operation in the graph has none, at construction or in a product.
+        OverflowError: Where a product does not fit into float16 at any scale.
     """
 
     name = "double_backward"
 
-    def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters) -> None:
-        """Evaluate the loss and keep the graph of its gradient."""
+    def __init__(
+        self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations, again: bool = False
+    ) -> None:
+        """Evaluate the loss, for the first time or ``again``, and keep the graph of its gradient."""
         self._params = params
-        with twice_differentiable(params):
+        with evaluations.another() if again else evaluations.first(), twice_differentiable(params):
             loss = loss_fn()
+            self._as_after_loss = evaluations.mark()
             check_scalar_loss(loss)
             refuse_nodes([loss])
-            with second_derivatives():
-                gradients = params.differentiate(loss, create_graph=True)
-        if all(g is None for g in gradients):
-            raise ValueError("the loss does not depend on any of the parameters.")
-        refuse_nodes([g for g in gradients if g is not None])
-        self.has_custom_functions = has_custom_functions([loss])
+            custom = CustomFunctions([loss])
+            self._loss, self._scale, self.rounding = loss, loss_scale([loss]), rounding_behind([loss])
+            self._in_float16 = self._scale > 1
+            with custom.watched():
+                self._differentiate()
+        self.suspects = custom.suspects
         self.loss = loss.detach()
-        self.gradient = params.flatten([None if g is None else g.detach() for g in gradients])
-        self._gradients, self.has_gradient = gradients, [g is not None for g in gradients]
+
+    def _differentiate(self) -> None:
+        """The gradient and its graph, at the largest scale that the dtype can hold."""
+        while True:
+            with second_derivatives():
+                gradients = self._params.differentiate(self._loss, self._weight(), create_graph=True)
+            if all(g is None for g in gradients):
+                raise ValueError("the loss does not depend on any of the parameters.")
+            refuse_nodes([g for g in gradients if g is not None])
+            self._gradients, self.has_gradient = gradients, [g is not None for g in gradients]
+            flat = self._params.flatten([None if g is None else g.detach() for g in gradients])
+            if self._scale == 1 or is_whole(flat) or not is_whole(self._loss):
+                break
+            self._scale /= LOWER
+        self.gradient = flat if self._scale == 1 else flat / self._scale
+
+    def _weight(self) -> Tensor | None:
+        return None if self._scale == 1 else torch.full_like(self._loss, self._scale)
 
     def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
         """``H v``; for a block, ``vector`` and the result are those of the block alone."""
+        if not self._in_float16:
+            return self._product(vector, block)
+        length = length_scale(vector)
+        while True:
+            product = self._product(vector * length, block)
+            if is_whole(product) or not is_whole(vector) or not is_whole(self.gradient):
+                return product / (self._scale * length)
+            if self._scale == 1:
+                raise OverflowError("a second derivative overflows in float16.")
+            self._scale, length = self._scale / LOWER, length / LOWER
+            self._as_after_loss()
+            with twice_differentiable(self._params):
+                self._differentiate()
+
+    def _product(self, vector: Tensor, block: Sequence[int] | None) -> Tensor:
         part = self._params if block is None else self._params.subset(block)
         gradients = self._gradients if block is None else [self._gradients[i] for i in block]
         # A gradient that is constant in the parameters (a linear layer's last bias, say) has no graph.
@@ -103,6 +125,7 @@ class DoubleBackward:
         curved = [(g, v.to(g.dtype)) for g, v in pairs if g is not None and g.requires_grad]
         if not curved:
             return torch.zeros_like(vector)
+        self._as_after_loss()
         with twice_differentiable(self._params), second_derivatives():
             products = part.differentiate(*zip(*curved, strict=True))
         return part.flatten(products)
@@ -115,9 +138,9 @@ class DoubleBackward:
 class FiniteDifference:
     r"""Products :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2 \epsilon`, v of unit length.
 
-    Two gradients a product, at the same random numbers each time (those of torch; others are the loss's own
-    matter). Works where second derivatives do not exist. Under reentrant checkpointing, ``backward`` reaches every
-    parameter inside: ``.grad`` of those left out adds up, unless :func:`dynamon.probe.undisturbed` is around it.
+    Two gradients a product, at the same random numbers each time. Works where second derivatives do not exist. Under
+    reentrant checkpointing, ``backward`` reaches every parameter inside: ``.grad`` of those left out adds up, unless
+    :func:`dynamon.probe.undisturbed` is around it.
 
     Attributes:
         name: ``"finite_difference"``.
@@ -130,18 +153,19 @@ class FiniteDifference:
     """
 
     name = "finite_difference"
+    rounding = 0.0  # it shows in the error
 
-    def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, random: RandomState) -> None:
-        """Take the gradient, with the random numbers that every evaluation will see."""
-        dtype = params.dtype
+    def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations) -> None:
+        """Take the gradient, from where every evaluation will begin."""
+        dtype = real_dtype(params.tensors[0])
         if dtype not in DIFFERENCE_STEP:
             raise ValueError(
                 f"finite differences need float32 or float64 parameters, these are {dtype}; "
                 "measure a float32 copy of the model."
             )
-        self._loss_fn, self._params, self._random, self._step = loss_fn, params, random, DIFFERENCE_STEP[dtype]
-        with random.replayed():
-            self.loss, self.gradient = self._evaluate()
+        self._loss_fn, self._params, self._step = loss_fn, params, DIFFERENCE_STEP[dtype]
+        self._evaluations = evaluations
+        self.loss, self.gradient = self._evaluate()
 
     def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
         """``H v``; for a block, ``vector`` and the result are those of the block alone."""
@@ -151,10 +175,15 @@ class FiniteDifference:
         return self._params.extract(product, block)
 
     def error(self, vector: Tensor) -> float:
-        """Relative difference between two step sizes, the second one half of the first."""
+        """Relative difference between two step sizes, the second one half of the first.
+
+        A loss that gives another gradient at the same weights, because it keeps a state of its own, counts too.
+        """
         one, other = (self._difference(vector, step) for step in (self._step, self._step / 2))
         norm = self._params.space.norm
-        return float(norm(one - other) / norm(other).clamp_min(1e-30))
+        again = self._evaluate()[1]
+        drift = norm(again - self.gradient) * norm(vector) / (2 * self._step)
+        return float(torch.maximum(norm(one - other), drift) / norm(other).clamp_min(1e-30))
 
     def _difference(self, vector: Tensor, step: float) -> Tensor:
         norm = self._params.space.norm(vector)
@@ -164,47 +193,78 @@ class FiniteDifference:
         return (ahead - behind) * (norm / (2 * step))
 
     def _gradient_at(self, step: Tensor) -> Tensor:
-        with self._random.replayed(), self._params.moved(step):
+        with self._params.moved(step):
             return self._evaluate()[1]
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
-        """Loss and gradient; by ``backward`` where reentrant checkpointing insists on it, with ``.grad`` borrowed.
+        """Loss and gradient."""
+        with self._evaluations.another(), torch.enable_grad(), self._params.hooks_off():
+            return self._loss_and_gradient()
+
+    def _loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """By ``backward`` where reentrant checkpointing insists on it, with ``.grad`` borrowed.
 
         Elsewhere nothing is accumulated, which would call the hooks that DDP reduces gradients in.
         """
+        loss = self._loss_fn()
+        check_scalar_loss(loss)
+        scale = loss_scale([loss])
+        while True:
+            gradients = self._gradients(loss, scale)
+            if all(g is None for g in gradients):
+                raise ValueError("the loss does not depend on any of the parameters.")
+            self.has_gradient = [g is not None for g in gradients]
+            flat = self._params.flatten(gradients)
+            if scale == 1:
+                return loss.detach(), flat.clone()
+            if is_whole(flat) or not is_whole(loss):
+                return loss.detach(), flat / scale
+            scale /= LOWER
+
+    def _gradients(self, loss: Tensor, scale: float) -> Sequence[Tensor | None]:
+        weight, keep = (None, False) if scale == 1 else (torch.full_like(loss, scale), True)
+        if not _has_reentrant_checkpoint(loss):
+            return self._params.differentiate(loss, weight, keep_graph=keep)
         tensors = self._params.tensors
         kept = [p.grad for p in tensors]
         try:
             for p in tensors:
                 p.grad = None
-            with torch.enable_grad(), self._params.hooks_off():
-                loss = self._loss_fn()
-                check_scalar_loss(loss)
-                if _has_reentrant_checkpoint(loss):
-                    loss.backward()
-                    gradients = [p.grad for p in tensors]
-                else:
-                    gradients = self._params.differentiate(loss, keep_graph=False)
-            if all(g is None for g in gradients):
-                raise ValueError("the loss does not depend on any of the parameters.")
-            self.has_gradient = [g is not None for g in gradients]
-            return loss.detach(), self._params.flatten(gradients).clone()
+            with full_precision():
+                loss.backward(weight, retain_graph=keep)
+            return [p.grad for p in tensors]
         finally:
             for p, grad in zip(tensors, kept, strict=True):
                 p.grad = grad
 
 
-def disagreement(exact: DoubleBackward, differences: FiniteDifference) -> float:
-    """Relative difference of the two backends along the gradient, where differences are themselves steady.
+@dataclass(frozen=True)
+class Comparison:
+    """What differences of gradients say of products on a graph, along the gradient.
 
-    A custom autograd function whose backward builds no graph drops out of the Hessian without a word; this is
-    where it shows. 0 where differences cannot tell.
+    A custom autograd function whose backward builds no graph drops out of the Hessian without a word; this is where it
+    shows.
+
+    Attributes:
+        distance: Relative difference of the two products.
+        agrees: Whether that is small.
+        drops_out: Whether it is not, while differences are themselves steady. With neither, they cannot tell.
     """
+
+    distance: float
+    agrees: bool
+    drops_out: bool
+
+
+def compare(exact: DoubleBackward, differences: FiniteDifference) -> Comparison:
+    """Compare the two backends."""
     one, other = exact.product(exact.gradient), differences.product(exact.gradient)
     size = torch.linalg.vector_norm(other)
+    if not size + torch.linalg.vector_norm(one) > 0:
+        return Comparison(0.0, True, False)  # a loss without curvature there
     distance = float(torch.linalg.vector_norm(one - other) / size.clamp_min(1e-30))
-    steady = differences.error(exact.gradient) < distance / 4
-    return distance if distance > _SUSPICION and steady else 0.0
+    agrees = distance <= _SUSPICION
+    return Comparison(distance, agrees, not agrees and differences.error(exact.gradient) < distance / 4)
 
 
 @contextmanager
@@ -222,7 +282,6 @@ def second_derivatives() -> Iterator[None]:
 
 
 _DECORATORS = torch.autograd.function.__file__
-_SHARDING = "torch.distributed.fsdp."
 _REFUSED = {
     "torch::autograd::Error": "the loss uses an operation marked once_differentiable, which has no second derivative.",
     "CheckpointFunctionBackward": "the loss uses reentrant activation checkpointing, which has no second derivative; "
@@ -236,16 +295,10 @@ def refuse_nodes(tensors: Sequence[Tensor]) -> None:
     Raises:
         NoSecondDerivativeError: Naming the operation.
     """
-    for node in _nodes(tensors):
+    for node in nodes_behind(tensors):
         name = "torch::autograd::Error" if _is_once_differentiable(node) else node.name()
         if name in _REFUSED:
             raise NoSecondDerivativeError(_REFUSED[name])
-
-
-def has_custom_functions(tensors: Sequence[Tensor]) -> bool:
-    """Whether a ``torch.autograd.Function`` of Python took part, FSDP2's own left out: they pass gradients through."""
-    own = (node for node in _nodes(tensors) if isinstance(node, torch.autograd.function.BackwardCFunction))
-    return any(not getattr(node, "_forward_cls", type(node)).__module__.startswith(_SHARDING) for node in own)
 
 
 def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
@@ -256,15 +309,4 @@ def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss]))
-
-
-def _nodes(tensors: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]:
-    """Every node of the graph behind some tensors, once."""
-    seen, waiting = set(), [t.grad_fn for t in tensors]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-            yield node
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes_behind([loss]))

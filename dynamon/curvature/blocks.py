@@ -9,6 +9,7 @@ from dynamon.curvature.eigenpairs import Eigenpairs, judged
 from dynamon.curvature.lanczos import lanczos_eigenpairs
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.evaluations import full_precision
 
 
 class _HasBlocks(Protocol):
@@ -57,6 +58,7 @@ class BlockOperator(LinearOperator):
         return None if known is None else self._operator.parameters.extract(known, self._places)
 
 
+@full_precision()
 def blockwise_sharpness(
     operator: _HasBlocks,
     blocks: Mapping[str, Sequence[Tensor] | str],

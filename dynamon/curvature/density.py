@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamon.curvature.lanczos import Lanczos, random_start
+from dynamon.evaluations import full_precision
 
 Array = NDArray[np.float64]
 _RESOLVED = 0.1  # residual over the distance to the next Ritz value, below which an eigenvalue stands alone
@@ -136,6 +137,7 @@ def _apart(nodes: Array, residuals: Array, middle: float) -> Array:
     return nodes[: widest + 1 if relative[widest] >= _APART else 0]
 
 
+@full_precision()
 def spectral_density(operator: Any, *, steps: int = 80, probes: int = 4, seed: int = 0) -> SpectralDensity:
     """The eigenvalue density of a symmetric operator by stochastic Lanczos quadrature.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dynamon.curvature.distributed import MeanOverRanks
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.spaces import VectorSpace, space_of
+from dynamon.evaluations import full_precision
 
 _MOST = 100  # powers of two, within the range of float32
 
@@ -44,6 +45,7 @@ class DirectionalSharpness:
         return 1 + self.greedy_multiple
 
 
+@full_precision()
 def directional_sharpness(hessian: Any, direction: Tensor, gradient: Tensor | None = None) -> DirectionalSharpness:
     """Curvature and slope of the loss along a direction, and with them the best step along it.
 
@@ -87,6 +89,7 @@ class NormSharpness:
     layers: dict[str, float]
 
 
+@full_precision()
 def norm_sharpness(
     product: Tensor,
     direction: Sequence[Tensor],

@@ -25,6 +25,7 @@ class MeanOverRanks(LinearOperator):
             not leave the others waiting.
 
     Attributes:
+        doubt: Why products may miss a part, on any of the processes; else None.
         loss: The weighted mean of the losses, where the operator has one.
         gradient: The weighted mean of the gradients, likewise.
 
@@ -43,11 +44,18 @@ class MeanOverRanks(LinearOperator):
         total = self._sum(torch.tensor(weight, dtype=torch.float64, device=operator.device))
         self._share = weight / float(total)
         self.backend, self.reason = operator.backend, getattr(operator, "reason", None)
+        self.rounding = operator.rounding
+        self.doubt = self._doubt(getattr(operator, "doubt", None))
         if hasattr(operator, "parameters"):
             self.parameters = own.parameters
         if isinstance(getattr(operator, "gradient", None), Tensor):
             self.gradient = self._mean(own.gradient)
             self.loss = self._mean(own.loss.double()).to(own.loss.dtype)
+
+    def _doubt(self, own: str | None) -> str | None:
+        """Why products may miss a part, here or on another process."""
+        doubts = self._sum(torch.tensor(float(own is not None), dtype=torch.float64, device=self.device))
+        return own or ("products may miss a part on another process." if float(doubts) else None)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         if isinstance(self._group, Ranks):

@@ -40,6 +40,14 @@ class Eigenpairs:
     backend: str = "exact"
     product_error: float = 0.0
 
+    def __repr__(self) -> str:
+        """The values with their residuals and bounds; not the vectors."""
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        values = ", ".join(f"{value:.6g} (residual {residual:.2g})" for value, residual in pairs)
+        upper = "" if self.upper is None else f", upper {self.upper:.6g}"
+        end = "converged" if self.converged else "not converged"
+        return f"Eigenpairs({values}; lower {self.lower:.6g}{upper}; {self.matvecs} products, {end}, {self.backend})"
+
     def readings(self, tag: str) -> dict[str, float]:
         """Numbers by tag; a value that did not converge goes under ``{tag}_unconverged``, not under the plain one.
 
@@ -68,4 +76,8 @@ def judged(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
     backend = getattr(operator, "backend", "exact")
     found = replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)
     # Bounds are statements about the operator that was multiplied with; where that is not the one meant, none hold.
-    return found if error <= tol else replace(found, lower=-math.inf, upper=None)
+    if error > tol:
+        return replace(found, lower=-math.inf, upper=None)
+    allowance = getattr(operator, "rounding", 0.0) * abs(float(found.values[0]))
+    upper = None if found.upper is None else found.upper + allowance
+    return replace(found, lower=found.lower - allowance, upper=upper) if allowance else found

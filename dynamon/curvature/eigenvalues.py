@@ -11,10 +11,12 @@ from dynamon.curvature.gram import gram_eigenpairs
 from dynamon.curvature.lanczos import lanczos_eigenpairs
 from dynamon.curvature.power import power_eigenpairs
 from dynamon.curvature.spaces import space_of
+from dynamon.evaluations import full_precision
 
 METHODS = ("lanczos", "power", "gram")
 
 
+@full_precision()
 def top_eigenvalues(
     operator: Any,
     k: int = 1,

@@ -32,6 +32,11 @@ def is_rounded(module: nn.Module) -> bool:
     return any(p.param_dtype is not None and p.param_dtype.itemsize < torch.float32.itemsize for p in policies)
 
 
+def compute_dtypes(module: nn.Module) -> set[torch.dtype]:
+    """The dtypes in which policies of FSDP2 have a module compute."""
+    return {group.mp_policy.param_dtype for group in _groups(module)} - {None}
+
+
 def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Inside of :func:`unsharded`, the parameters by the names that :func:`dynamon.describe_layers` gives them."""
     return {plain_name(name): p for name, p in module.named_parameters()}

@@ -8,14 +8,17 @@ from torch import Tensor
 from dynamon.curvature.backends import (
     NoSecondDerivativeError,
     check_scalar_loss,
-    has_custom_functions,
     refuse_nodes,
     second_derivatives,
     twice_differentiable,
 )
 from dynamon.curvature.blocks import BlockOperator
+from dynamon.curvature.custom import CustomFunctions
+from dynamon.curvature.graphs import rounding_behind
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters, Parameters
+from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale
+from dynamon.evaluations import Evaluations, full_precision
 
 Outputs = Tensor | Sequence[Tensor]
 _TRANSPOSED = 1e-2  # relative disagreement of the Jacobian with its transpose that is not rounding
@@ -61,13 +64,16 @@ class GGNOperator(LinearOperator):
         self.parameters = FlatParameters.of(params)
         device = self.parameters.tensors[0].device
         super().__init__(self.parameters.size, self.parameters.dtype, device, self.parameters.space)
-        with twice_differentiable(self.parameters):
+        evaluations = Evaluations()
+        with evaluations.first(), twice_differentiable(self.parameters):
             given = output_fn()
             self._outputs = _as_tensors(given)
             loss = loss_fn(given)
             check_scalar_loss(loss)
             refuse_nodes([loss])
-            self._slopes = self._loss_gradients(loss)
+            self._as_after_loss = evaluations.mark()
+            self._scale, self.rounding = loss_scale([loss]), rounding_behind([loss])
+            self._differentiate_loss(loss)
             self._directions = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
             with second_derivatives():
                 pulled = self.parameters.differentiate(self._outputs, self._directions, create_graph=True)
@@ -83,7 +89,7 @@ class GGNOperator(LinearOperator):
 
     def _check_transposed(self) -> None:
         """``<u, J v> = <J^T u, v>`` fails where a custom function's backward builds no graph."""
-        if not has_custom_functions(self._outputs):
+        if not CustomFunctions(self._outputs):
             return
         generator = torch.Generator(self.device).manual_seed(0)
         v = torch.randn(self.shape[0], generator=generator, device=self.device, dtype=self.dtype)
@@ -94,21 +100,47 @@ class GGNOperator(LinearOperator):
         if float((sum(ahead) - back).abs()) > _TRANSPOSED * float(size):
             raise NoSecondDerivativeError("a custom autograd function drops out of the Jacobian's products.")
 
-    def _loss_gradients(self, loss: Tensor) -> list[Tensor | None]:
-        slopes = torch.autograd.grad(loss, self._outputs, create_graph=True, allow_unused=True)
-        if all(g is None for g in slopes):
-            raise ValueError("the loss does not depend on the outputs.")
-        return [g if g is not None and g.requires_grad else None for g in slopes]
+    def _differentiate_loss(self, loss: Tensor) -> None:
+        """The slopes of the loss in the outputs, with their graph, at the largest scale that the dtype can hold."""
+        custom = CustomFunctions([loss], self._outputs)
+        while True:
+            weight = None if self._scale == 1 else torch.full_like(loss, self._scale)
+            with full_precision(), custom.watched():
+                slopes = torch.autograd.grad(loss, self._outputs, weight, create_graph=True, allow_unused=True)
+            if all(g is None for g in slopes):
+                raise ValueError("the loss does not depend on the outputs.")
+            if self._scale == 1 or all(is_whole(g) for g in slopes if g is not None) or not is_whole(loss):
+                break
+            self._scale /= LOWER
+        if custom.suspects and not any(g is not None and g.requires_grad for g in slopes):
+            names = ", ".join(custom.suspects)
+            raise NoSecondDerivativeError(f"a custom autograd function ({names}) hides the curvature of the loss.")
+        self._slopes = [g if g is not None and g.requires_grad else None for g in slopes]
 
     def _product(self, vector: Tensor) -> Tensor:
         return self.block_product(vector)
 
     def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
         """``G_bb v`` for the parameters in some places; see :meth:`block`."""
-        return self.pull(self.curve(self.push(vector, block)), block)
+        if self._scale == 1:
+            return self.pull(self._curve(self._push(vector, block)), block)
+        length = length_scale(vector)
+        product = self.pull(self._curve(self._push(vector * length, block)), block)
+        for _ in range(8):  # as many times as it takes to lower the length to nothing
+            if is_whole(product):
+                break
+            length = length / LOWER
+            product = self.pull(self._curve(self._push(vector * length, block)), block)
+        return product / (self._scale * length)
 
     def push(self, vector: Tensor, block: Sequence[int] | None = None) -> list[Tensor]:
         """``J v``: how the outputs change along a flat vector (a block's vector, where one is given)."""
+        if self._scale == 1:
+            return self._push(vector, block)
+        length = length_scale(vector)
+        return [u.float() / length for u in self._push(vector * length, block)]
+
+    def _push(self, vector: Tensor, block: Sequence[int] | None) -> list[Tensor]:
         self.parameters.check_unchanged()
         part = self.parameters if block is None else self.parameters.subset(block)
         pulled = self._pulled if block is None else [self._pulled[i] for i in block]
@@ -116,17 +148,22 @@ class GGNOperator(LinearOperator):
         if not pairs:
             return [torch.zeros_like(z) for z in self._outputs]
         gradients, vectors = zip(*pairs, strict=True)
-        with twice_differentiable(self.parameters), second_derivatives():
+        self._as_after_loss()
+        with twice_differentiable(self.parameters), second_derivatives(), full_precision():
             pushed = torch.autograd.grad(gradients, self._directions, vectors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if u is None else u for u, z in zip(pushed, self._outputs, strict=True)]
 
     def curve(self, directions: Sequence[Tensor]) -> list[Tensor]:
         """``H_L u``: the loss's own curvature applied to a change of the outputs."""
-        pairs = [(g, u) for g, u in zip(self._slopes, directions, strict=True) if g is not None]
+        curved = self._curve(directions)
+        return curved if self._scale == 1 else [c.float() / self._scale for c in curved]
+
+    def _curve(self, directions: Sequence[Tensor]) -> list[Tensor]:
+        pairs = [(g, u.to(g.dtype)) for g, u in zip(self._slopes, directions, strict=True) if g is not None]
         if not pairs:  # a loss that is linear in the outputs
             return [torch.zeros_like(z) for z in self._outputs]
         slopes, vectors = zip(*pairs, strict=True)
-        with twice_differentiable(self.parameters), second_derivatives():
+        with twice_differentiable(self.parameters), second_derivatives(), full_precision():
             curved = torch.autograd.grad(slopes, self._outputs, vectors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if u is None else u for u, z in zip(curved, self._outputs, strict=True)]
 
@@ -134,15 +171,18 @@ class GGNOperator(LinearOperator):
         """``J^T u``: a change of the outputs carried back to the parameters, flat."""
         self.parameters.check_unchanged()
         part = self.parameters if block is None else self.parameters.subset(block)
+        self._as_after_loss()
         with twice_differentiable(self.parameters):
-            products = part.differentiate(self._outputs, list(directions))
+            weights = [u.to(z.dtype) for u, z in zip(directions, self._outputs, strict=True)]
+            products = part.differentiate(self._outputs, weights)
         return part.flatten(products)
 
     def likely_direction(self) -> Tensor:
         """The gradient of the loss through the outputs."""
-        return self.pull(
-            [torch.zeros_like(z) if g is None else g.detach() for g, z in zip(self._slopes, self._outputs, strict=True)]
-        )
+        slopes = [
+            torch.zeros_like(z) if g is None else g.detach() for g, z in zip(self._slopes, self._outputs, strict=True)
+        ]
+        return self.pull(slopes) / self._scale
 
     def share_beside(self, loss: Tensor) -> float:
         """How much of the gradient of a loss does not pass through the outputs: that of another head, of a penalty.
@@ -154,7 +194,8 @@ class GGNOperator(LinearOperator):
             The distance of :meth:`likely_direction` from the gradient of the loss, over the length of the latter.
         """
         with twice_differentiable(self.parameters):  # a checkpoint computes its part again, in the kernels of before
-            gradient = self.parameters.flatten(self.parameters.differentiate(loss))
+            found = self.parameters.differentiate(loss, torch.full_like(loss, self._scale))
+        gradient = self.parameters.flatten(found) / self._scale
         norm = torch.linalg.vector_norm
         return float(norm(gradient - self.likely_direction()) / norm(gradient).clamp_min(1e-30))
 

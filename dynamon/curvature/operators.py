@@ -25,12 +25,14 @@ class LinearOperator:
         dtype: Dtype of the vectors.
         device: Device of the vectors.
         backend: How the products are made.
+        rounding: Relative rounding of products beyond that of ``dtype``: where a part is computed in half precision.
 
     Subclasses implement ``_product`` on one vector ``[n]``. Operators combine:
     ``2 * A + B`` is an operator, ``A @ v`` takes ``[n]`` or ``[n, k]``.
     """
 
     backend = "exact"
+    rounding = 0.0
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, space: VectorSpace | None = None) -> None:
         """Remember what vectors look like."""
@@ -101,6 +103,14 @@ class LinearOperator:
             raise ValueError(f"scale must have shape [{self.space.length}], got {tuple(scale.shape)}.")
         return _Combined([self], lambda v: scale * self._product(scale * v), lambda v: scale * v)
 
+    def __repr__(self) -> str:
+        """The kind of operator, its size, and where and how it multiplies."""
+        backend = getattr(self, "backend", None)
+        how = f", {backend}" if backend else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = type(self).__name__.lstrip("_")
+        return f"{name}({self.shape[0]} x {self.shape[1]}, {dtype} on {self.device}{how})"
+
     def to_scipy(self) -> ScipyOperator:
         """The same operator for SciPy, in float64 on the host (one transfer a product)."""
 
@@ -136,6 +146,7 @@ class _Combined(LinearOperator):
         self._parts, self._combined, self._argument = parts, product, argument
         names = dict.fromkeys(part.backend for part in parts if not isinstance(part, Diagonal))
         self.backend = " + ".join(names) or "exact"
+        self.rounding = max(part.rounding for part in parts)
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._combined(vector)

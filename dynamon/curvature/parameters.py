@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.evaluations import casts_anew, full_precision
 from dynamon.names import is_chosen, plain_name
 from dynamon.pairs import COMPLEX, as_real, like, real_dtype, real_size
 
@@ -26,7 +27,7 @@ class FlatParameters:
         tensors: The parameters.
         names: Their names, where they are known.
         size: Length of the flat vector.
-        dtype: Of its numbers.
+        dtype: Of its numbers: that of the parameters, float32 at least.
         space: Where its numbers lie.
 
     Raises:
@@ -35,7 +36,7 @@ class FlatParameters:
 
     def __init__(self, params: Parameters, space: VectorSpace | None = None) -> None:
         """Check and keep them."""
-        self.names, self.tensors = _names_and_tensors(params)
+        self.names, self.tensors = names_and_tensors(params)
         if not self.tensors:
             raise ValueError("params is empty: there is nothing to differentiate in.")
         if len({id(p) for p in self.tensors}) < len(self.tensors):
@@ -45,7 +46,8 @@ class FlatParameters:
         if len({(p.device, real_dtype(p)) for p in self.tensors}) > 1:
             kinds = sorted({f"{p.dtype} on {p.device}" for p in self.tensors})
             raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
-        self._sizes, self.dtype = [real_size(p) for p in self.tensors], real_dtype(self.tensors[0])
+        self._sizes = [real_size(p) for p in self.tensors]
+        self.dtype = torch.promote_types(real_dtype(self.tensors[0]), torch.float32)
         self.size = sum(self._sizes)
         self.space = VectorSpace(self.size) if space is None else space
         self.mark_unchanged()
@@ -82,11 +84,11 @@ class FlatParameters:
         live = [p for p in self.tensors if p.requires_grad]
         if not live:
             raise ValueError("none of the parameters requires a gradient.")
-        found = iter(
-            torch.autograd.grad(
+        with full_precision():
+            gradients = torch.autograd.grad(
                 outputs, live, weights, retain_graph=keep_graph, create_graph=create_graph, allow_unused=True
             )
-        )
+        found = iter(gradients)
         return [next(found) if p.requires_grad else None for p in self.tensors]
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -152,8 +154,9 @@ class FlatParameters:
         try:
             for p, piece in zip(self.tensors, self.split(step), strict=True):
                 if p.requires_grad:
-                    p.data = p.data + piece
-            yield
+                    p.data = (p.data + piece).to(p.dtype)
+            with casts_anew():
+                yield
         finally:
             for p, data in zip(self.tensors, kept, strict=True):
                 p.data = data
@@ -176,8 +179,10 @@ class FlatParameters:
                 hooks.update(own)
 
 
-def _names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
-    """What people pass: a module, named parameters, a mapping, a list, one tensor."""
+def names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
+    """What people pass: a module, named parameters, a mapping, a list, one tensor, or these flattened already."""
+    if isinstance(params, FlatParameters):
+        return params.names, params.tensors
     if isinstance(params, nn.Module):
         params = params.named_parameters()
     if isinstance(params, Tensor):

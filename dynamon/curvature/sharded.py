@@ -6,11 +6,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dynamon.curvature.backends import FiniteDifference, RandomState, check_scalar_loss
-from dynamon.curvature.fsdp import at_rest, full_gradients
+from dynamon.curvature.backends import FiniteDifference, check_scalar_loss
+from dynamon.curvature.fsdp import at_rest, compute_dtypes, full_gradients
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.scaling import LARGEST, LOWER, is_whole
 from dynamon.curvature.spaces import ShardedSpace, Shards
+from dynamon.evaluations import Evaluations, full_precision
 from dynamon.ranks import Ranks
 from dynamon.shards import local
 
@@ -50,6 +52,7 @@ class ShardedParameters(FlatParameters):
                 yield
         finally:
             self._write(kept)
+            torch.clear_autocast_cache()
 
     def _write(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -59,10 +62,11 @@ class ShardedParameters(FlatParameters):
     def _hooked(self) -> list[Tensor]:
         return list(self._owners.values())
 
-    def loss_and_gradient(self, loss_fn: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, loss_fn: Callable[[], Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """This process's loss, and its part of the gradient of the processes' mean, by an ordinary backward pass.
 
         ``.grad`` of the module's parameters, and gradients that wait to be reduced, are what they were afterwards.
+        The gradient is that of the loss times ``scale``.
         """
         kept = [(p, p.grad) for p in self.module.parameters()]
         try:
@@ -71,7 +75,8 @@ class ShardedParameters(FlatParameters):
             with at_rest(self.module), full_gradients(self.module), torch.enable_grad(), self.hooks_off():
                 loss = loss_fn()
                 check_scalar_loss(loss)
-                loss.backward()
+                with full_precision():
+                    loss.backward(None if scale == 1 else torch.full_like(loss, scale))
             gradients = [None if p.grad is None else local(p.grad) for p in self._owners.values()]
             flat = self.flatten(gradients).clone()
         finally:
@@ -111,11 +116,22 @@ class ShardedHessian(HessianOperator):
         self.reason = "the parameters stay sharded."
 
     def _choose(self, backend: str) -> FiniteDifference:
-        self._random = RandomState()
-        return _ShardedDifference(self._loss_fn, self.parameters, self._random)
+        self._evaluations = Evaluations()
+        return _ShardedDifference(self._loss_fn, self.parameters, self._evaluations)
 
 
 class _ShardedDifference(FiniteDifference):
     def _evaluate(self) -> tuple[Tensor, Tensor]:
-        assert isinstance(self._params, ShardedParameters)
-        return self._params.loss_and_gradient(self._loss_fn)
+        params = self._params
+        assert isinstance(params, ShardedParameters)
+        half = torch.float16 in {*self._evaluations.autocast.values(), *compute_dtypes(params.module)}
+        scale = LARGEST if half else 1.0
+        while True:
+            with self._evaluations.another():
+                loss, flat = params.loss_and_gradient(self._loss_fn, scale)
+            if scale == 1:
+                return loss, flat
+            overflow = float(not is_whole(flat) and is_whole(loss))
+            if not params.ranks.maximum(torch.tensor(overflow, dtype=torch.float64, device=flat.device)):
+                return loss, flat / scale
+            scale /= LOWER

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamon.evaluations import full_precision
 from dynamon.kernels import l2_along, l2_norms
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
@@ -43,7 +44,8 @@ class VectorSpace:
 
     def inner(self, vectors: Tensor, vector: Tensor) -> Tensor:
         """Inner products: ``[n]`` with ``[n]`` gives a number, ``[m, n]`` with ``[n]`` gives ``[m]``."""
-        return self.total(vectors @ vector)
+        with full_precision():
+            return self.total(vectors @ vector)
 
     def norm(self, vector: Tensor) -> Tensor:
         """Euclidean length, a 0-d tensor."""

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from dynamon.curvature.spaces import VectorSpace
+from dynamon.evaluations import full_precision
 
 
+@full_precision()
 def eigenspace_share(vectors: Tensor, direction: Tensor, space: VectorSpace | None = None) -> float:
     r"""Share of a vector's squared length that lies in a subspace: :math:`\|V^\top d\|^2 / \|d\|^2`.
 
@@ -25,6 +27,7 @@ def eigenspace_share(vectors: Tensor, direction: Tensor, space: VectorSpace | No
     return float(inside / space.norm(direction).double() ** 2)
 
 
+@full_precision()
 def eigenspace_overlap(vectors: Tensor, others: Tensor, space: VectorSpace | None = None) -> float:
     r"""How much two subspaces have in common: :math:`\|V^\top W\|_F^2 / k`, k the smaller dimension.
 

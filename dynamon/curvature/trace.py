@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dynamon.curvature.spaces import space_of
+from dynamon.evaluations import full_precision
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class TraceEstimate:
     matvecs: int
 
 
+@full_precision()
 def trace(operator: Any, *, samples: int = 16, seed: int = 0) -> TraceEstimate:
     r"""The trace of a symmetric operator by Hutchinson's estimator.
 

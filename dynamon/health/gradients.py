@@ -1,4 +1,4 @@
-"""Gradients that are not finite, grow, or vanish."""
+"""Gradients that are not finite, grow, vanish, never come, or are clipped away."""
 
 import math
 from collections.abc import Iterator
@@ -7,51 +7,150 @@ import numpy as np
 
 from dynamon.arrays import Array
 from dynamon.health.finding import Finding, several
-from dynamon.health.loss import Loss
-from dynamon.health.series import (
+from dynamon.health.limits import (
+    FEW,
+    HARD_CLIPPING,
     IN_A_ROW,
     JUMP,
     LONG,
+    NOISES,
+    NOTHING,
+    PAST,
+    SETTLING,
+)
+from dynamon.health.loss import Loss
+from dynamon.health.series import (
+    all_zero,
+    column_at,
     columns,
     finite_or_zero,
     first_step,
     noise_of,
+    scalar_at,
     stretches,
     to_the_end,
 )
 from dynamon.history import RunData
 
-_PAST = 20  # readings that a jump is compared with
-_NOISES = 6.0  # standard deviations of a reading
-_NOTHING = 1e-12  # share of the median layer's gradient; rounding where a gradient is zero in theory leaves 1e-9
-
 
 def nonfinite_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """NaN and infinity in the gradient: a fault where three readings in a row have some."""
+    """NaN and infinity in the gradient: a fault where it stays so, and no more than a note where it has passed."""
     series = data.scalars.get("gradient/nonfinite")
     if series is None:
         return
     bad = ~(series.values == 0)
     if not bad.any():
         return
-    (begin, stop), *_ = [*stretches(bad, 3), *stretches(bad, 1)]
-    lasting = stop - begin >= 3 or (stop == len(bad) and loss.is_broken)
-    step, layers = int(series.steps[begin]), _layers_without_norm(data, int(series.steps[begin]))
+    end = to_the_end(bad)
+    settles = end == 0 and len(bad) <= SETTLING and not loss.is_broken  # a scaler finds its scale in the first steps
+    lasts = end < len(bad) and (len(bad) - end >= IN_A_ROW or loss.is_broken) and not settles
+    often = len(bad) > SETTLING and bad.sum() > len(bad) / 4
+    begin = end if lasts else int(np.argmax(bad))
+    step = int(series.steps[begin])
+    layers = _layers_without_norm(data, step)
     where = "" if not layers else f", in {several(layers)}"
+    passed = "" if bad[-1] else f", the last one at step {int(series.steps[np.flatnonzero(bad)[-1]])}"
     yield Finding(
         "gradient/nonfinite",
-        "fault" if lasting else "note",
+        "fault" if lasts else "warning" if often else "note",
         step,
         f"The gradient held {series.values[begin]:.0f} values that are NaN or infinite at step {step}{where}; "
-        f"{int(bad.sum())} of {len(bad)} readings had some.",
+        f"{int(bad.sum())} of {len(bad)} readings had some{passed}.",
         "Lower the learning rate, clip gradients, look at that step's batch; under fp16 use bf16 or a smaller scale."
-        if lasting
-        else "A reading or two are harmless under fp16, whose scaler leaves such steps out. Without it, look at the "
-        "batch of that step.",
+        if lasts or often
+        else "A few readings are harmless under fp16, whose scaler leaves such steps out until its scale has settled. "
+        "Without a scaler, look at the batches of those steps.",
         layers,
         {"values": float(series.values[begin]), "readings": float(bad.sum())},
         ("gradient/nonfinite", "gradient/l2"),
     )
+
+
+def no_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Every gradient is exactly zero to the end."""
+    norms = data.scalars.get("gradient/norm")
+    table = data.tables.get("gradient/l2")
+    if norms is not None:
+        steps, zero = norms.steps, norms.values == 0
+    elif table is not None:
+        steps, zero = all_zero(table)
+    else:
+        return
+    start = to_the_end(zero)
+    count = len(zero) - start
+    if count < (LONG if start else FEW):
+        return
+    step = int(steps[start])
+    is_learned = loss.tags and bool((scalar_at(data, loss.tags[0], steps[start:]) == 0).all()) and start > 0
+    yield Finding(
+        "gradient/none",
+        loss.severity("warning") if is_learned else "fault",
+        step,
+        f"No gradient has reached any trained weight since step {step}: all are exactly zero in {count} readings"
+        + (", and so is the loss." if is_learned else "."),
+        "Nothing is left to learn from this loss."
+        if is_learned
+        else "Look for a loss that is cut off from the weights (detach, no_grad, an argmax, a mask of zeros), for "
+        "factors that are zero together (both matrices of a LoRA pair, a gate at zero), for dead ReLUs or saturated "
+        "outputs before everything, and under fp16 for gradients that underflow.",
+        (),
+        {"readings": count},
+        ("gradient/norm", "gradient/l2"),
+    )
+
+
+def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """A layer that its optimizer holds, that is not frozen, and that no gradient comes to, while others have one."""
+    table, steps_taken = data.tables.get("gradient/l2"), data.tables.get("update/operator")
+    if table is None or steps_taken is None:
+        return
+    has_any = np.isfinite(table.values).any(1)
+    hits = []
+    for index, name in enumerate(table.layers or ()):
+        absent = np.isnan(table.values[has_any, index])
+        steps = table.steps[has_any]
+        start = to_the_end(absent)
+        count = len(absent) - start
+        if count < (LONG if start else IN_A_ROW):
+            continue
+        taken = column_at(data, "update/operator", name, steps_taken.steps)[steps_taken.steps >= steps[start]]
+        if len(taken) and (taken == 0).all():  # NaN where it is frozen
+            hits.append((int(steps[start]), name))
+    if hits:
+        hits.sort(key=lambda hit: hit[0])
+        layers = tuple(name for _, name in hits)
+        yield Finding(
+            "gradient/unused",
+            "note",
+            hits[0][0],
+            f"{several(layers)} has had no gradient since step {hits[0][0]}, although an optimizer holds it and it is "
+            "not frozen: the loss does not depend on it.",
+            "Where a branch is not used on purpose, leave it out of the optimizer or set requires_grad_(False).",
+            layers,
+            {"layers": len(layers)},
+            ("gradient/l2", "update/operator"),
+        )
+
+
+def hard_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Clipping that leaves next to nothing of every step."""
+    share = data.scalars.get("gradient/clip_coefficient")
+    if share is None or not len(share):
+        return
+    start = to_the_end((share.values < HARD_CLIPPING) & (share.values > 0))
+    if len(share) - start >= LONG:
+        left, step = float(np.median(share.values[start:])), int(share.steps[start])
+        yield Finding(
+            "gradient/clipping",
+            "note",
+            step,
+            f"Clipping leaves {left:.2g} of the gradient, in the median of the {len(share) - start} readings from step "
+            f"{step} on.",
+            "Then clipping sets the size of every step and the gradient its direction only. Where that is not meant, "
+            "average the loss instead of summing it, raise the limit, or look for what makes gradients so large.",
+            numbers={"coefficient": left},
+            tags=("gradient/clip_coefficient", "gradient/norm"),
+        )
 
 
 def _layers_without_norm(data: RunData, step: int) -> tuple[str, ...]:
@@ -77,11 +176,11 @@ def vanished_by_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
     gone = np.isfinite(norms) & (norms > 0) & (after.values[other] == 0)
     if not gone.any():
         return
-    (begin, _), *_ = [*stretches(gone, 3), *stretches(gone, 1)]
+    (begin, _), *_ = [*stretches(gone, FEW), *stretches(gone, 1)]
     step, norm = int(steps[begin]), float(norms[begin])
     yield Finding(
         "gradient/vanished",
-        "fault" if stretches(gone, 3) else "warning",
+        "fault" if stretches(gone, FEW) else "warning",
         step,
         f"Clipping left nothing of the gradient at step {step}: its norm was {norm:.3g} before and 0 after, and so it "
         f"was at {int(gone.sum())} of {len(gone)} readings. Such a step moves nothing but momentum and decay.",
@@ -106,7 +205,7 @@ def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     step, times = min(hit[0] for hit in hits), max(-hit[1] for hit in hits)
     layers = tuple(name for _, _, name in sorted(hits, key=lambda hit: hit[1]))
     until = data.tables["gradient/l2"].steps
-    end = float(until[min(int(np.searchsorted(until, step)) + 2 * _PAST, len(until) - 1)])
+    end = float(until[min(int(np.searchsorted(until, step)) + 2 * PAST, len(until) - 1)])
     rises = bool(len(loss)) and bool(loss.rise(step, end))
     yield Finding(
         "gradient/growth",
@@ -124,19 +223,19 @@ def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 def _jump(logs: Array) -> tuple[int, float] | None:
     """Where a series of logarithms first leaves its past upwards for good, and by which factor."""
-    if len(logs) < _PAST + IN_A_ROW:
+    if len(logs) < PAST + IN_A_ROW:
         return None
-    windows = np.lib.stride_tricks.sliding_window_view(logs, _PAST + IN_A_ROW)
-    past, now = np.sort(windows[:, :_PAST], axis=1), np.sort(windows[:, _PAST:], axis=1)
-    middle = (past[:, (_PAST - 1) // 2] + past[:, _PAST // 2]) / 2
+    windows = np.lib.stride_tricks.sliding_window_view(logs, PAST + IN_A_ROW)
+    past, now = np.sort(windows[:, :PAST], axis=1), np.sort(windows[:, PAST:], axis=1)
+    middle = (past[:, (PAST - 1) // 2] + past[:, PAST // 2]) / 2
     spread = 1.4826 * np.median(np.abs(past - middle[:, None]), axis=1)
     rise = now[:, IN_A_ROW // 2] - middle
-    limit = np.maximum(math.log(JUMP), _NOISES * np.maximum(spread, noise_of(logs)))
+    limit = np.maximum(math.log(JUMP), NOISES * np.maximum(spread, noise_of(logs)))
     hit = (rise > limit) & (now[:, 0] > past[:, -2])  # of the past one reading may have been as high
     if not hit.any():
         return None
     first = int(np.argmax(hit))
-    return first + _PAST, float(np.exp(rise[first]))
+    return first + PAST, float(np.exp(rise[first]))
 
 
 def dead_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
@@ -170,7 +269,7 @@ def dead_columns(data: RunData) -> Iterator[tuple[str, int]]:
     for index, name in enumerate(table.layers or ()):
         column = table.values[:, index]
         known = np.isfinite(column) & (others > 0)
-        zero = column[known] <= _NOTHING * others[known]
+        zero = column[known] <= NOTHING * others[known]
         start = to_the_end(zero)
         if len(zero) - start >= LONG:
             yield name, int(table.steps[known][start])

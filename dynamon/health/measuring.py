@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from dynamon.health.finding import Finding
+from dynamon.health.limits import LONG
 from dynamon.health.loss import Loss
-from dynamon.health.series import LONG, to_the_end
+from dynamon.health.series import to_the_end
 from dynamon.history import RunData
 
 _RAISE = "raise budget, set every_n_steps, or measure fewer quantities; a run of some hundred steps needs more."

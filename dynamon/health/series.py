@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from dynamon.arrays import Array
+from dynamon.health.limits import IN_A_ROW
 from dynamon.history import RunData, Series
 
-IN_A_ROW = 5  # readings that must agree
-LONG = 10  # readings
-JUMP = 10.0  # times
 _ENOUGH = 4000  # readings of a layer
+_HALF_BITS = (8, 11)  # significant bits of bfloat16 and float16
 
 
 def columns(data: RunData, quantity: str) -> Iterator[tuple[str, Array, Array]]:
@@ -24,6 +23,23 @@ def columns(data: RunData, quantity: str) -> Iterator[tuple[str, Array, Array]]:
                 kept = np.flatnonzero(finite)
                 kept = kept[:: -(len(kept) // _ENOUGH + 1)][::-1]
                 yield name, table.steps[kept], column[kept]
+
+
+def column_at(data: RunData, quantity: str, layer: str, steps: Array) -> Array:
+    """A layer's values at some steps, each from the last reading up to there, or the first; NaN where it has none."""
+    table = data.tables.get(quantity)
+    if table is None or layer not in (table.layers or ()) or not len(table):
+        return np.full(len(steps), np.nan)
+    rows = np.maximum(np.searchsorted(table.steps, steps, side="right") - 1, 0)
+    return np.asarray(table.values[rows, (table.layers or ()).index(layer)])
+
+
+def scalar_at(data: RunData, tag: str, steps: Array) -> Array:
+    """The same of a scalar."""
+    series = data.scalars.get(tag)
+    if series is None or not len(series):
+        return np.full(len(steps), np.nan)
+    return np.asarray(series.values[np.maximum(np.searchsorted(series.steps, steps, side="right") - 1, 0)])
 
 
 def first_step(data: RunData, quantity: str) -> int:
@@ -67,17 +83,40 @@ def running_median(values: Array, width: int) -> Array:
 
 
 def noise_of(values: Array) -> float:
-    """Standard deviation of one reading, from what changes within a few: trends do not enter, nor do a few jumps.
+    """Standard deviation of one reading, from what bends within a few: a trend does not enter, nor do a few jumps.
 
-    The larger of neighbours and of readings a few apart: the first are alike where noise is slow, the others where
+    The largest of neighbours and of readings a few apart: the first are alike where noise is slow, the others where
     batches come back in the same order.
     """
-    apart = (1, IN_A_ROW) if len(values) > 3 * IN_A_ROW else (1,)
-    return max((_spread(values[lag:] - values[:-lag]) for lag in apart if len(values) > lag), default=0.0)
+    apart = [lag for lag in (1, IN_A_ROW, 2 * IN_A_ROW) if lag == 1 or len(values) > 3 * lag]
+    with np.errstate(over="ignore", invalid="ignore"):
+        bends = [
+            values[2 * lag :] - 2 * values[lag:-lag] + values[: -2 * lag] for lag in apart if len(values) > 2 * lag
+        ]
+        return max((_spread(bend) / math.sqrt(6) for bend in bends), default=0.0)
 
 
 def _spread(changes: Array) -> float:
-    return float(1.4826 / math.sqrt(2) * np.median(np.abs(changes - np.median(changes))))
+    """Standard deviation by the median, or by the mean where more than half of the changes are alike."""
+    sizes = np.abs(changes - np.median(changes))
+    found = float(1.4826 * np.median(sizes)) or float(1.2533 * np.mean(sizes))
+    return math.inf if math.isnan(found) else found
+
+
+def resolution_of(values: Array) -> float:
+    """The distance between two values that can be told apart, where they were rounded coarsely; else 0.
+
+    Known by the significant bits that all of them get by with (half precision), or by how often the same ones come
+    (rounded to some decimals).
+    """
+    if not len(values):
+        return 0.0
+    mantissas, exponents = np.frexp(values)
+    rounded = [bits for bits in _HALF_BITS if np.all(mantissas * 2.0**bits == np.round(mantissas * 2.0**bits))]
+    by_bits = float(np.median(2.0 ** (exponents[values != 0] - rounded[0]))) if rounded and values.any() else 0.0
+    distinct = np.unique(values)
+    repeats = 2 <= len(distinct) <= len(values) / 2
+    return max(by_bits, float(np.diff(distinct).min()) if repeats else 0.0)
 
 
 def row_median(values: Array) -> Array:
@@ -88,3 +127,10 @@ def row_median(values: Array) -> Array:
 def finite_or_zero(values: Array) -> Array:
     """Zero in the place of what is not finite."""
     return np.where(np.isfinite(values), values, 0.0)
+
+
+def all_zero(table: Series) -> tuple[Array, Array]:
+    """Steps at which any layer has a finite value, and whether all of those are zero there."""
+    finite = np.isfinite(table.values)
+    known = finite.any(1)
+    return table.steps[known], (~finite | (table.values == 0)).all(1)[known]

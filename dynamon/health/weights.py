@@ -1,4 +1,4 @@
-"""Weights that stop, explode, or lose their rank."""
+"""Weights that do not move, stop, move too far, explode, or lose their rank."""
 
 from collections.abc import Iterator
 
@@ -6,30 +6,99 @@ import numpy as np
 
 from dynamon.health.finding import Finding, several
 from dynamon.health.gradients import dead_columns
+from dynamon.health.limits import (
+    FEW,
+    IN_A_ROW,
+    JUMP,
+    LARGE_UPDATE,
+    LONG,
+    MOVING,
+    SINGLE_DIRECTION,
+    STILL,
+    WIDE,
+)
 from dynamon.health.loss import Loss
-from dynamon.health.series import IN_A_ROW, JUMP, columns, finite_or_zero, row_median, running_median, to_the_end
+from dynamon.health.rates import is_turned_off, rate_is_zero
+from dynamon.health.series import (
+    all_zero,
+    column_at,
+    columns,
+    finite_or_zero,
+    row_median,
+    running_median,
+    scalar_at,
+    to_the_end,
+)
 from dynamon.history import RunData
 
-_MOVING = 100  # times as much is no rounding: the bias before a BatchNorm has that
-_STILL = 1e-8  # update over weight that float32 does not resolve
+
+def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Every update is exactly zero to the end: a note where rates are zero, a fault where gradients arrive."""
+    table = data.tables.get("update/operator")
+    if table is None:
+        return
+    steps, zero = all_zero(table)
+    start = to_the_end(zero)
+    count = len(zero) - start
+    if count < (LONG if start else FEW):
+        return
+    step, since = int(steps[start]), steps[start:]
+    if rate_is_zero(data, since):
+        if count >= IN_A_ROW:
+            yield Finding(
+                "lr/zero",
+                "note",
+                step,
+                f"The learning rate is 0 in all {count} readings from step {step} on, so no weight moves.",
+                "Where a schedule is over or has not begun that is as meant; else look at the scheduler.",
+                numbers={"readings": count},
+                tags=("update/operator", "weight/effective_rate"),
+            )
+        return
+    nothing_came = scalar_at(data, "gradient/norm", since) == 0
+    clipped_away = scalar_at(data, "gradient/norm_clipped", since) == 0
+    skipped = scalar_at(data, "gradient/nonfinite", since) > 0
+    if (nothing_came | clipped_away | skipped).all():
+        return  # said by the rules on gradients
+    yield Finding(
+        "update/none",
+        "fault",
+        step,
+        f"No weight has moved since step {step}: every update is exactly zero in {count} readings.",
+        "Look whether the optimizer holds the parameters of this model (and not those of one that was replaced), "
+        "whether its step is called, at the learning rate, and whether weights in half precision swallow updates.",
+        numbers={"readings": count},
+        tags=("update/operator", "update/ratio"),
+    )
 
 
 def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """A layer that moved, and does not any more, while others do."""
+    """A layer that does not move, or not any more, while others do.
+
+    Not one that is frozen, which has no update, one without a gradient, and one whose rate or ratio is 0.
+    """
     table = data.tables.get("update/ratio")
     if table is None:
         return
     others = row_median(table.values)
     dead = {name for name, _ in dead_columns(data)}
-    hits = []
+    hits, never = [], []
     for index, name in enumerate(table.layers or ()):
         column = table.values[:, index]
-        known = np.isfinite(column) & (others > 100 * _STILL)
-        still = column[known] < _STILL
+        known = np.isfinite(column) & (others > 100 * STILL) & ~is_turned_off(data, name, table.steps)
+        if "gradient/l2" in data.tables:
+            known &= ~np.isnan(column_at(data, "gradient/l2", name, table.steps))
+        still = column[known] < STILL
         start = to_the_end(still)
+        if name in dead or len(still) - start < IN_A_ROW:
+            continue
         before = float(np.median(column[known][:start])) if start else 0.0
-        if len(still) - start >= IN_A_ROW and start >= 3 and before > _MOVING * _STILL and name not in dead:
+        if start >= FEW and before > MOVING * STILL:
             hits.append((int(table.steps[known][start]), name, before))
+        elif not start and len(still) >= LONG and known[-1] and (column[known] == 0).all():
+            gradient = column_at(data, "gradient/l2", name, table.steps)[known]
+            never += [name] * bool((gradient > 0).all())
+    usual = float(np.nanmedian(others[-IN_A_ROW:])) if hits or never else 0.0
     if hits:
         hits.sort(key=lambda hit: hit[0])
         layers = tuple(name for _, name, _ in hits)
@@ -38,13 +107,48 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             "warning",
             hits[0][0],
             f"{several(layers)} stopped moving: its update went from {hits[0][2]:.2g} of the weight to below "
-            f"{_STILL:g}, while the median layer went on with {np.nanmedian(others[-IN_A_ROW:]):.2g}.",
-            "If you did not freeze it: look at its learning rate and ratio, at whether weights in half precision "
-            "swallow small updates, and at its gradient.",
+            f"{STILL:g}, while the median layer went on with {usual:.2g}.",
+            "Look at its learning rate and ratio, at whether weights in half precision swallow small updates, and at "
+            "its gradient.",
             layers,
-            {"before": hits[0][2], "others": float(np.nanmedian(others[-IN_A_ROW:]))},
+            {"before": hits[0][2], "others": usual},
             ("update/ratio",),
         )
+    if never:
+        yield Finding(
+            "update/never",
+            "warning",
+            int(table.steps[0]),
+            f"{several(tuple(never))} has not moved at all since the first reading, although it has a gradient; the "
+            f"median layer moves by {usual:.2g} of its weight.",
+            "Weights in half precision swallow updates below half a unit in their last place: keep them in float32, or "
+            "raise the rate. Otherwise look whether the optimizer steps it.",
+            tuple(never),
+            {"layers": len(never), "others": usual},
+            ("update/ratio", "gradient/l2"),
+        )
+
+
+def large_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """The median layer changes by half of its weight and more at each step, for long and to the end."""
+    table = data.tables.get("update/ratio")
+    if table is None or not len(table):
+        return
+    middle = row_median(table.values)
+    start = to_the_end(middle > LARGE_UPDATE)
+    if len(middle) - start < LONG:
+        return
+    level, step = float(np.median(middle[start:])), int(table.steps[start])
+    yield Finding(
+        "update/large",
+        "warning",
+        step,
+        f"A step changes the median layer by {level:.2g} of its weight, in {len(middle) - start} readings from step "
+        f"{step} on: next to nothing of a weight outlives a few steps.",
+        "Lower the learning rate: about 0.001 is usual.",
+        numbers={"ratio": level},
+        tags=("update/ratio",),
+    )
 
 
 def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
@@ -87,26 +191,50 @@ def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
 def collapsed_ranks(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Both ranks must agree: a head soon has one strong direction, how frequent each class is, above a healthy rest.
 
-    Without an effective rank, which is taken now and then only, the stable rank must say that nothing else is left.
+    Without an effective rank, which is taken now and then only, the stable rank must say that nothing else is left. Who
+    has always had one direction is named where the matrix has room for more.
     """
     effective = {name: values for name, _, values in columns(data, "spectrum/effective_rank")}
+    sides = _smaller_sides(data)
     hits = []
     for name, steps, values in columns(data, "spectrum/stable_rank"):
-        start = to_the_end(values < (1.1 if name in effective else 1.01))
-        fell = len(values) - start >= 3 and start >= 2 and float(np.median(values[: min(3, start)])) >= 2.0
-        if fell and (name not in effective or effective[name][-1] < 2.0):
-            hits.append((int(steps[start]), name, float(np.median(values[: min(3, start)])), float(values[-1])))
+        start = to_the_end(values < (1.1 if name in effective else SINGLE_DIRECTION))
+        if len(values) - start < FEW or name in effective and effective[name][-1] >= 2.0:
+            continue
+        before = float(np.median(values[: min(3, start)])) if start else np.nan
+        was_born = not start and bool((values < SINGLE_DIRECTION).all()) and sides.get(name, 0.0) >= WIDE
+        if was_born or start >= 2 and before >= 2.0:
+            hits.append((int(steps[start]), name, before, float(values[-1])))
     if hits:
         hits.sort(key=lambda hit: hit[0])
         layers = tuple(name for _, name, _, _ in hits)
+        _, _, before, last = hits[0]
+        story = f"fell from {before:.3g} to {last:.3g}" if np.isfinite(before) else f"is {last:.3g} since the start"
         yield Finding(
             "spectrum/collapse",
             "warning",
             hits[0][0],
-            f"The stable rank of {several(layers)} fell from {hits[0][2]:.3g} to {hits[0][3]:.3g}: the weight is "
-            "close to a single direction.",
-            "Lower the rate of the layer or its weight decay, and look whether what goes into it has collapsed too.",
+            f"The stable rank of {several(layers)} {story}: the weight is close to a single direction.",
+            "Lower the rate of the layer or its weight decay, and look whether what goes into it has collapsed too."
+            if np.isfinite(before)
+            else "Look at its initialisation: rows or columns that are all alike stay alike.",
             layers,
-            {"before": hits[0][2], "last": hits[0][3]},
+            {"before": before, "last": last},
             ("spectrum/stable_rank", "spectrum/effective_rank"),
         )
+
+
+def _smaller_sides(data: RunData) -> dict[str, float]:
+    """The smaller side of each matrix, from its size and what its norms say of its aspect; window counted out.
+
+    Of a convolution with a window of k entries it is that of the flattening, up to a factor of k.
+    """
+    found = {}
+    for name, steps, deviation in columns(data, "spectrum/deviation"):
+        sigma = column_at(data, "spectrum/sigma_max", name, steps[-1:])[0]
+        length = column_at(data, "weight/frobenius", name, steps[-1:])[0]
+        rms = column_at(data, "weight/rms", name, steps[-1:])[0]
+        if sigma > 0 and rms > 0:
+            aspect, size = (2.0 ** deviation[-1] / sigma) ** 2, (length / rms) ** 2
+            found[name] = float(np.sqrt(size * min(aspect, 1 / aspect)))
+    return found

@@ -83,9 +83,10 @@ class Lanton(Optimizer):
     Args:
         params_or_model: A module: its trainable parameters, with roles from
             :func:`dynamon.layers.describe_layers`. Or what any torch optimizer takes: parameters, named parameters or
-            groups. Without a module the role is the group's ``"role"`` (less than two dimensions is always a vector),
-            else told by shape: at most one dimension larger than one: vector; two dimensions: hidden; three to five:
-            conv; more: hidden, a stack of matrices. Embeddings, heads and stacked experts need the name of their role.
+            groups; or a mapping from names to parameters. Without a module the role is the group's ``"role"`` (less
+            than two dimensions is always a vector), else told by shape: at most one dimension larger than one: vector;
+            two dimensions: hidden; three to five: conv; more: hidden, a stack of matrices. Embeddings, heads and
+            stacked experts need the name of their role.
         lr: Base learning rate: how far a layer of radius 1 moves in its norm. A tensor is read on the host.
         momentum: :math:`\beta_1`, in [0, 1).
         nesterov: Take the direction from :math:`\beta_1 B + (1 - \beta_1) G` after the average is updated.
@@ -129,6 +130,8 @@ class Lanton(Optimizer):
     Newhouse, arXiv 2409.20325; Amsel et al. (polar factors), arXiv 2505.16932.
     """
 
+    dynamon_geometry = "spectral"
+
     def __init__(
         self,
         params_or_model: Any,
@@ -150,6 +153,8 @@ class Lanton(Optimizer):
         if isinstance(params_or_model, nn.Module):
             model = params_or_model
             params_or_model = [p for p in model.parameters() if p.requires_grad and p.numel()]
+        elif isinstance(params_or_model, Mapping):
+            params_or_model = list(params_or_model.values())
         if roles is not None and model is None:
             raise ValueError("roles are globs on the names of a module: give it as model.")
         if rule is not None and not noise_adaptive:

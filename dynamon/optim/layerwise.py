@@ -1,6 +1,7 @@
 """Layerwise learning rates on top of any optimizer, without touching its parameter groups."""
 
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from types import FrameType
@@ -9,17 +10,19 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.decay import is_decoupled
 from dynamon.gradients import PendingReadings
-from dynamon.layers import Layer, describe_layers, is_steerable
+from dynamon.layers import Layer, is_steerable, known_layers
+from dynamon.names import word_runs
 from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
 
-_REFUSED = {
+_REFUSED = {  # by whole words of the class's name
     "prodigy": "it estimates one step size for all groups and raises when their rates differ",
     "dadapt": "it estimates one step size for all groups and raises when their rates differ",
     "schedulefree": "its weight averaging depends on the history of the rate",
@@ -27,6 +30,12 @@ _REFUSED = {
     "zeroredundancy": "it partitions its groups over the processes when it is built",
     "deepspeed": "DeepSpeed owns the parameter groups",
 }
+_PACKAGES = {
+    "prodigyopt": "prodigy",
+    "dadaptation": "dadapt",
+    "schedulefree": "schedulefree",
+    "deepspeed": "deepspeed",
+}  # whose optimizers are all of that kind
 # Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
 _steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
 
@@ -37,9 +46,10 @@ def refusal(optimizer: object) -> str | None:
     if not isinstance(optimizer, Optimizer):
         return f"{name} is not a torch.optim.Optimizer, so its learning rates cannot be scaled."
     for cls in type(optimizer).__mro__:
-        for word, reason in _REFUSED.items():
-            if word in f"{cls.__module__}.{cls.__name__}".lower().replace("_", ""):
-                return f"{name} cannot take layerwise rates: {reason}."
+        found = word_runs(cls.__name__) | {_PACKAGES.get(cls.__module__.split(".")[0], "")}
+        reason = next((reason for word, reason in _REFUSED.items() if word in found), None)
+        if reason is not None:
+            return f"{name} cannot take layerwise rates: {reason}."
     if any("lr" not in group for group in optimizer.param_groups):
         return f"{name} cannot take layerwise rates: a parameter group has no 'lr'."
     return None
@@ -54,7 +64,7 @@ def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
 def steerable_layers(model: nn.Module, optimizer: Optimizer) -> list[Layer]:
     """The layers of a model that an optimizer holds and a rule can steer: those of real floating point weights."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [layer for layer in describe_layers(model) if id(layer.parameter) in own and is_steerable(layer)]
+    return [layer for layer in known_layers(model) if id(layer.parameter) in own and is_steerable(layer)]
 
 
 class LayerwiseRates:
@@ -126,8 +136,10 @@ class LayerwiseRates:
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self._phase = 0  # steps observed, modulo read_every
-        rule.check(describe_layers(model))
+        self._checked = False
         self._attach()
+        if not self.layers and not self._lazy:
+            raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
         self._waiting: PendingReadings | None = None
         self._observed = False
         self._original: list[dict[str, Any]] | None = None
@@ -143,27 +155,33 @@ class LayerwiseRates:
         ]
 
     def _attach(self) -> None:
-        """Take up the parameters that the optimizer holds now."""
+        """Take up the parameters that the optimizer holds now; those that cannot be steered keep the base rate."""
+        self._held = self._parameters()
+        self._lazy = [p for p in self._held if is_lazy(p)]  # they get their shape in a first batch
         put_back(self.model)
+        known = known_layers(self.model)
+        if not self._lazy and not self._checked:
+            self.rule.check(known)
+            self._checked = True
         self.layers = steerable_layers(self.model, self.optimizer)
-        if not self.layers:
-            raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
         self.rule.start(self.layers, self.reader.norms)
-        self._count = self._parameters()
 
-    def _parameters(self) -> int:
-        return sum(len(group["params"]) for group in self.optimizer.param_groups)
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _follow_optimizer(self) -> None:
-        """Notice parameters that joined through ``add_param_group``; what was learned of the others stays."""
-        if self._parameters() == self._count:
+        """Notice parameters that joined, left, were replaced or got their shape; what was learned of others stays."""
+        now = self._parameters()
+        same = len(now) == len(self._held) and all(map(operator.is_, now, self._held))
+        if same and all(map(is_lazy, self._lazy)):
             return
         self.settle()
         self.reader.forget_ranks()
-        rule, gradients = self.rule.state_dict(), self.reader.state_dict()
+        step, rule, gradients = self.reader.step, self.rule.state_dict(), self.reader.state_dict()
         self._attach()
         self.rule.load_state_dict(rule)
+        self.reader.step = step
         self.reader.load_state_dict(gradients)
 
     @property
@@ -180,6 +198,11 @@ class LayerwiseRates:
     def wanted(self) -> dict[str, float]:
         """The ratio that the rule asks for, by parameter name; :attr:`ratios` unless this is a dry run."""
         return {layer.name: float(r) for layer, r in zip(self.layers, self.rule.ratios(), strict=True)}
+
+    def __repr__(self) -> str:
+        """What steers what."""
+        rule, what = type(self.rule).__name__, f"{len(self.layers)} layers of {type(self.optimizer).__name__}"
+        return f"LayerwiseRates({rule} on {what}{'' if self.apply else ', dry run'})"
 
     def base_rates(self) -> dict[str, float]:
         """The learning rate of each layer's group, before the ratio."""
@@ -199,6 +222,8 @@ class LayerwiseRates:
         self._observed = True
         self._follow_optimizer()
         if not self.reader.begin(object() if key is None else key):
+            return
+        if not self.layers:
             return
         self.rule.begin_step()
         if not self.rule.needs_gradients:

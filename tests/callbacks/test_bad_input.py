@@ -130,7 +130,7 @@ def test_a_module_without_parameters() -> None:
 
     with pytest.warns(UserWarning, match="DynamicsMonitor is off: Empty has no trainable parameter"):
         fit(Empty(), [DynamicsMonitor()], steps=3)
-    with pytest.raises(ValueError, match="NoiseAdaptiveLR cannot steer this run: Empty has no trainable parameter"):
+    with pytest.warns(UserWarning, match="NoiseAdaptiveLR steers nothing: Empty has no trainable parameter"):
         fit(Empty(), [NoiseAdaptiveLR()], steps=3)
 
 

@@ -181,7 +181,7 @@ def test_uneven_batches_and_an_uneven_last_one(tmp_path: Path) -> None:
         data = loader(count=88, bounds=bounds)
         found.append(fit_ranks(tmp_path / name, still, [callback], ranks, data=data, **settings)[0]["tables"])
     one, two = found
-    for tag in set(one) - OWN_CLOCK:
+    for tag in set(one) - OWN_CLOCK - {"dynamon/loss"}:
         assert one[tag]["steps"] == two[tag]["steps"], tag
         if not NOT_A_VALUE.fullmatch(tag):
             torch.testing.assert_close(two[tag]["values"], one[tag]["values"], rtol=1e-5, atol=1e-12, equal_nan=True)

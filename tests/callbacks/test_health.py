@@ -111,21 +111,16 @@ def test_looking_is_earned_by_training_first(monkeypatch):
     for _ in range(20_000):
         Run.step += 1
         clock[0] += 0.1
-        watch.see(Run, {"loss": torch.tensor(1.0)})
+        watch.see(Run)
     training = clock[0] - len(looks)
     assert len(looks) >= 3
     assert len(looks) - 1 <= 0.0021 * training  # a tenth of the budget
 
 
 def test_the_loss_of_an_accumulated_step_is_that_of_a_batch():
-    class Run:
-        step = 3
-        budget = type("Budget", (), {"fraction": None})
+    class trainer:
+        accumulate_grad_batches = 4
 
-        class trainer:
-            accumulate_grad_batches = 4
-
-    watch = live.HealthWatch("DynamicsMonitor")
-    watch.see(Run, {"loss": torch.tensor(0.5)})
-    watch.see(Run, None)  # manual optimisation may return nothing
-    assert watch._losses["loss"].values.tolist() == [2.0]
+    assert live.returned_loss(trainer, {"loss": torch.tensor(0.5)}) == 2.0
+    assert live.returned_loss(trainer, None) is None  # manual optimisation may return nothing
+    assert live.returned_loss(trainer, {"loss": torch.ones(3)}) is None

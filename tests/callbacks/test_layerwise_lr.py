@@ -177,7 +177,7 @@ def test_monitor_and_steering_share_one_pass(monkeypatch) -> None:
     from dynamon import gradients
 
     counted = gradients.gradient_stats
-    monkeypatch.setattr(gradients, "gradient_stats", lambda *a: calls.append(1) or counted(*a))
+    monkeypatch.setattr(gradients, "gradient_stats", lambda *a, **k: calls.append(1) or counted(*a, **k))
     monitor, callback = GradientMonitor(every_n_steps=1, strict=True), steering(warmup=0)
     for order in ([monitor, callback], [steering(warmup=0), GradientMonitor(every_n_steps=1, strict=True)]):
         calls.clear()

@@ -25,8 +25,8 @@ from dynamon.layers import describe_layers
 from tests.helpers import Classifier, documented, fit, mlp
 
 OURS = ("sharpness", "gradient", "noise", "weight", "update", "spectrum", "lr", "dynamon")
-NOW_AND_THEN = ("_unconverged", "sharpness/threshold", "sharpness/critical", "sharpness/greedy_multiple")
-SHARED = {"dynamon/overhead", "dynamon/failures"}
+NOW_AND_THEN = ("_unconverged", "sharpness/threshold", "sharpness/critical", "sharpness/greedy_multiple", "lr/base_min")
+SHARED = {"dynamon/loss", "dynamon/overhead", "dynamon/failures"}
 
 
 def declared(meters) -> tuple[set[str], set[str]]:

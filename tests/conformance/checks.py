@@ -38,7 +38,7 @@ CONDITIONAL = (
 # Every tenth reading has these, so the first of seven.
 EVERY_TENTH = re.compile(r"sharpness/.*_upper|spectrum/(effective_rank|participation_ratio|nuclear|convolution_.*)")
 READINGS = 5
-SHARED = {"dynamon/overhead", "dynamon/failures"}
+SHARED = {"dynamon/loss", "dynamon/overhead", "dynamon/failures"}
 
 
 def callbacks_of(cell: Cell) -> list[DynamonCallback]:
@@ -287,6 +287,8 @@ def _applies(tag: str, cell: Cell, callback: DynamonCallback) -> bool:
         "noise/dual": isinstance(callback, Monitor) or _follows_noise(cell),
         "gradient/norm_clipped": not by_hand,
         "gradient/clip": not by_hand,
+        "dynamon/loss": not by_hand,  # which returns none
+        "lr/base_min": False,  # all groups of a subject have one rate
         "weight/memory": name == "AdamW" and not sparse_adam,
         "weight/constraint_usage": name == "AdamW" and not sparse_adam,
         "spectrum/convolution": cell.model.startswith("CNN") and cell.callback == "WeightMonitor",

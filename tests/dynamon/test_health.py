@@ -441,7 +441,7 @@ def test_a_run_of_nan(tmp_path):
     assert first.severity == second.severity == "fault" and {first.step, second.step} <= {100, 101}
     assert len((first if first.layers else second).layers) == 4
     assert {f.rule for f in rest} <= {"dynamon/failures"}  # what cannot be measured on NaN
-    assert findings(monitor.history)[0].rule == "gradient/nonfinite"
+    assert {f.rule for f in findings(monitor.history)[:2]} == {first.rule, second.rule}
 
 
 @pytest.mark.filterwarnings("ignore:DynamicsMonitor. The training loss rose")

@@ -1,0 +1,29 @@
+"""Powers of two that keep slopes in float16 from vanishing."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamon.curvature.graphs import dtypes_behind
+
+LARGEST = 2.0**16  # where torch's own gradient scaler begins
+LOWER = 16.0  # by which a scale is lowered where something overflows
+
+
+def loss_scale(losses: Sequence[Tensor]) -> float:
+    """What to multiply a loss by before it is differentiated: 1 but where its graph computes in float16."""
+    return LARGEST if torch.float16 in dtypes_behind(losses) else 1.0
+
+
+def length_scale(vector: Tensor) -> Tensor:
+    """The power of two that brings the largest entry of a vector to between 1 and 2, a 0-d tensor; 1 for zeros."""
+    largest = torch.linalg.vector_norm(vector, float("inf"))
+    usable = torch.isfinite(largest) & (largest > 0)
+    exponent = -torch.where(usable, largest, torch.ones_like(largest)).log2().floor()
+    return torch.exp2(exponent.clamp(-100, 100))
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether all numbers are finite. Cost: one host read."""
+    return bool(torch.isfinite(tensor).all())

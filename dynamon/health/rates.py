@@ -1,0 +1,41 @@
+"""What learning rates explain: a rate of zero is a choice, and not a fault of the layer."""
+
+import numpy as np
+
+from dynamon.arrays import Array
+from dynamon.health.limits import NO_RATIO
+from dynamon.health.series import column_at
+from dynamon.history import RunData
+
+# Each with steering in it, but for what Lightning's LearningRateMonitor writes.
+_BY_LAYER = ("weight/effective_rate", "lr/effective")
+_MONITORED = "lr-"
+
+
+def rate_is_zero(data: RunData, steps: Array) -> bool:
+    """Whether every learning rate that is known at some steps is 0, and one is known."""
+    known = [values for values in _rates(data, steps) if not np.isnan(values).all()]
+    return bool(known) and all(bool((values[~np.isnan(values)] == 0).all()) for values in known)
+
+
+def _rates(data: RunData, steps: Array) -> list[Array]:
+    """What is known of the rates at steps: of all layers or groups, one array a source."""
+    found = []
+    for quantity in _BY_LAYER:
+        table = data.tables.get(quantity)
+        if table is not None and len(table) and len(steps):
+            within = (table.steps >= steps[0]) & (table.steps <= steps[-1])
+            found.append(table.values[within].ravel())
+    for tag, series in data.scalars.items():
+        if tag.startswith(_MONITORED) and len(series) and len(steps):
+            within = (series.steps >= steps[0]) & (series.steps <= steps[-1])
+            found.append(series.values[within])
+    return found
+
+
+def is_turned_off(data: RunData, layer: str, steps: Array) -> Array:
+    """Whether the rate of a layer is 0 at each of some steps, or the ratio that steering gives it next to nothing."""
+    off = column_at(data, "lr/ratio", layer, steps) < NO_RATIO
+    for quantity in _BY_LAYER:
+        off |= column_at(data, quantity, layer, steps) == 0
+    return off
