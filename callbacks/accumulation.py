@@ -1,30 +1,217 @@
-"""Where in an accumulation window a batch stands, and where independent gradients come from."""
+"""What the gradients of a Trainer's optimizers are accumulated over, and where independent ones come from."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import Tensor
+from torch.optim import Optimizer
 
+from dynamon.callbacks.base import callbacks_of, gradient_scale
 from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
+from dynamon.probe import counted
+from dynamon.shards import any_sharded, local
+from dynamon.windows import Window
+
+_Marks = list[tuple[int, int] | None]  # of each gradient: which tensor it is, and how often it was written to
 
 
-def half_window(trainer: pl.Trainer) -> float | None:
-    """The share of the window's batches that the gradients hold, at its middle; None at every other batch.
+class _Passes:
+    """The backward passes since one optimizer's gradients were zeroed, and who else has written to them."""
 
-    To be asked after a backward pass under automatic optimisation. The last window of an epoch may be shorter.
+    def __init__(self, optimizer: Optimizer) -> None:
+        """None yet."""
+        self._parameters = _parameters(optimizer)
+        self._writes = 2 if any_sharded(self._parameters) else 1  # of one pass at most; FSDP2 adds in two
+        self._marks: _Marks = []  # after the last pass
+        self._before: _Marks = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.samples: list[int | None] = []
+        self.changed: list[int] = []
+        self.half: int | None = None  # passes in the part that was kept
+        self.is_over = False  # the step has been taken
+
+    @property
+    def count(self) -> int:
+        return len(self.samples)
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """Samples of each pass, sorted; None where those of one are not known."""
+        known = [samples for samples in self.samples if samples is not None]
+        return tuple(sorted(known)) if len(known) == self.count else None
+
+    def is_of(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer still holds these parameters."""
+        return len(self._parameters) == sum(len(group["params"]) for group in optimizer.param_groups)
+
+    def rest(self) -> None:
+        """A batch has arrived: what the last step has used is past."""
+        if self.is_over:
+            self._begin()
+
+    def before(self, is_watched: bool) -> None:
+        """A backward pass begins."""
+        self._before = _marks(self._parameters) if is_watched else []
+        if self.is_over or not self.count or is_watched and all(mark is None for mark in self._before):
+            self._begin()
+        elif self._before != self._marks:
+            if _are_zero(self._parameters):
+                self._begin()
+            else:
+                self.changed.append(self.count)
+
+    def after(self, is_watched: bool, samples: int | None) -> None:
+        """It is over; where it gave this optimizer nothing, it was none of its passes."""
+        self._marks = _marks(self._parameters) if is_watched else []
+        if is_watched and self._marks == self._before:
+            return
+        self.samples.append(samples)
+        if not all(_is_sum(*pair, self._writes) for pair in zip(self._before, self._marks, strict=True)):
+            self.changed.append(self.count)
+
+    def is_untouched(self, writes: int) -> bool:
+        """Whether nobody has written to the gradients since, but so many times in each."""
+        expected = [None if mark is None else (mark[0], mark[1] + writes) for mark in self._marks]
+        return _marks(self._parameters) == expected
+
+
+class Windows:
+    """Follows the passes of a Trainer's optimizers; every callback that asks calls all of its hooks.
+
+    What counts as a pass is a backward pass that wrote to the optimizer's gradients. Lightning divides each loss by the
+    length of the window, however many passes there will be: a short one has a smaller gradient, and so has one of which
+    ``training_step`` skipped a batch.
     """
+
+    def __init__(self) -> None:
+        """Nothing seen."""
+        self._passes: dict[Optimizer, _Passes] = {}
+        self._batch: Any = None
+        self._samples: int | None = None
+        self._inside = False  # a backward pass
+        self._is_watched = False  # in which others may have changed what was accumulated before
+
+    def batch_start(self, trainer: pl.Trainer, batch: Any) -> None:
+        """A batch has arrived."""
+        position = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, trainer.global_step
+        if position == self._batch:
+            return
+        self._batch, self._inside = position, False
+        self._samples = counted(batch)[1]
+        for passes in self._passes.values():
+            passes.rest()
+
+    def before_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """A backward pass begins."""
+        if not self._inside:
+            self._inside = True
+            # With one pass a step nobody can get in between two.
+            self._is_watched = trainer.accumulate_grad_batches > 1 or not module.automatic_optimization
+            for optimizer in trainer.optimizers:
+                self._of(optimizer).before(self._is_watched)
+
+    def after_backward(self, trainer: pl.Trainer) -> None:
+        """A backward pass is over."""
+        if self._inside:
+            self._inside = False
+            for optimizer in trainer.optimizers:
+                self._of(optimizer).after(self._is_watched, self._samples)
+
+    def half(self, trainer: pl.Trainer, optimizer: Optimizer) -> float | None:
+        """The share of its window that an optimizer's gradients hold, if it is the time to keep it; else None.
+
+        To be asked after a backward pass under automatic optimisation. It is a guess: the last window of an epoch may
+        be shorter, and passes may be skipped. :meth:`before_step` knows.
+        """
+        passes = self._of(optimizer)
+        done, length = _position(trainer)
+        if not passes.count or passes.half is not None and passes.half != passes.count or done < max(1, length // 2):
+            return None
+        if done >= length:
+            return None
+        passes.half = passes.count
+        return passes.count / (passes.count + length - done)
+
+    def before_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> Window:
+        """What the gradients have been accumulated over that the optimizer is about to use."""
+        passes = self._of(optimizer)
+        passes.is_over = True
+        if not module.automatic_optimization:
+            # By hand nothing is agreed on with other processes, whose batches may be of other sizes.
+            return Window(passes.count, 1, None if averages_gradients(trainer) else passes.sizes, tuple(passes.changed))
+        return Window(passes.count, trainer.accumulate_grad_batches, passes.sizes, tuple(passes.changed))
+
+    def share(self, trainer: pl.Trainer, optimizer: Optimizer, window: Window) -> float | None:
+        """The weight in the window of the part that was kept; None where the rest is not alike."""
+        passes = self._of(optimizer)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        unscaled = scaler is not None and gradient_scale(trainer, optimizer) == 1.0
+        if passes.half is None or not passes.is_untouched(writes=_writes_of_unscaling() if unscaled else 0):
+            return None
+        return window.share(passes.half)
+
+    def _of(self, optimizer: Optimizer) -> _Passes:
+        known = self._passes.get(optimizer)
+        if known is None or not known.is_of(optimizer):
+            known = self._passes[optimizer] = _Passes(optimizer)
+        return known
+
+
+_of_trainers: "WeakKeyDictionary[pl.Trainer, Windows]" = WeakKeyDictionary()
+
+
+def windows_of(trainer: pl.Trainer) -> Windows:
+    """Those of a Trainer, shared by all callbacks in it."""
+    if trainer not in _of_trainers:
+        _of_trainers[trainer] = Windows()
+    return _of_trainers[trainer]
+
+
+def begin_windows(trainer: pl.Trainer) -> None:
+    """Training begins: forget what was seen of another fit."""
+    _of_trainers.pop(trainer, None)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _marks(parameters: Sequence[Tensor]) -> _Marks:
+    # Every write to a tensor raises its version, also one under no_grad.
+    gradients = [p.grad for p in parameters]
+    return [None if g is None else (id(g), local(g)._version) for g in gradients]
+
+
+@cache
+def _writes_of_unscaling() -> int:
+    """By how much unscaling raises a gradient's version, which is up to torch."""
+    gradient = torch.zeros(1)
+    torch._amp_foreach_non_finite_check_and_unscale_([gradient], torch.zeros(1), torch.ones(1))
+    return gradient._version
+
+
+def _are_zero(parameters: Sequence[Tensor]) -> bool:
+    """Whether somebody has zeroed all gradients in place. Cost: a host read, where gradients were changed only."""
+    return not any(bool(local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
+
+
+def _is_sum(before: tuple[int, int] | None, after: tuple[int, int] | None, writes: int) -> bool:
+    """Whether a backward pass has added to a gradient once, or not at all."""
+    return before is None or (after is not None and after[0] == before[0] and after[1] - before[1] <= writes)
+
+
+def _position(trainer: pl.Trainer) -> tuple[int, int]:
+    """How many batches of its window are done with this one, and how many it has."""
     batch, wanted = trainer.fit_loop.epoch_loop.batch_idx, trainer.accumulate_grad_batches
     begin = batch // wanted * wanted
-    length = int(min(wanted, trainer.num_training_batches - begin))
-    done = batch - begin + 1
-    return done / length if done == length // 2 else None
-
-
-def window_is_whole(trainer: pl.Trainer) -> bool:
-    """Whether the step about to be taken ends a window of the length that :func:`half_window` took it for.
-
-    At the end of an epoch of unknown length it does not, and what was kept of the window is no half of it.
-    """
-    batch, wanted = trainer.fit_loop.epoch_loop.batch_idx, trainer.accumulate_grad_batches
-    begin = batch // wanted * wanted
-    return batch - begin + 1 == int(min(wanted, trainer.num_training_batches - begin))
+    return batch - begin + 1, int(min(wanted, trainer.num_training_batches - begin))
 
 
 def has_windows(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
@@ -32,8 +219,28 @@ def has_windows(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
 
     Those of one process, or under FSDP2 of all of them, which are summed in every backward pass.
     """
-    whole = trainer.world_size == 1 or is_sharded_run(trainer)
-    return trainer.accumulate_grad_batches > 1 and whole and module.automatic_optimization
+    return trainer.accumulate_grad_batches > 1 and _can_have_windows(trainer, module)
+
+
+def _can_have_windows(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    return (trainer.world_size == 1 or is_sharded_run(trainer)) and module.automatic_optimization
+
+
+def compares_independent(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether a run has independent gradients, now or when its windows have become longer."""
+    if compares_ranks(trainer, module):
+        return True
+    longest = min(longest_window(trainer), trainer.num_training_batches)
+    return longest > 1 and _can_have_windows(trainer, module)
+
+
+def longest_window(trainer: pl.Trainer) -> int:
+    """Most batches in an accumulation window of this run."""
+    lengths = [trainer.accumulate_grad_batches]
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            lengths += callback.scheduling.values()
+    return max(lengths)
 
 
 def begins_window(trainer: pl.Trainer) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.arrays import Array
-from dynamon.callbacks.accumulation import scale_before_step, window_is_whole
+from dynamon.callbacks.accumulation import compares_independent, scale_before_step, windows_of
 from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import steering_of
@@ -25,6 +25,7 @@ from dynamon.sharded_gradients import gradient_reader
 from dynamon.sharded_norms import StepParts
 from dynamon.shards import local
 from dynamon.updates import primal_norms
+from dynamon.windows import Window
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class SourceReading:
     Attributes:
         layers: The L layers.
         readings: Their gradients, on the host.
-        noise: Their noise.
-        independent: Their noise by halves of accumulation windows or by processes, NaN where there are none.
-        signal: Signal to noise of each, and of the whole gradient: by the same where this step had them.
+        noise: Their noise; NaN where this step's gradient could not be compared with one over an alike window.
+        independent: Their noise by halves of accumulation windows or by processes, NaN where this step had none.
+        snr: Signal to noise of each, by the same where the run has them, else by successive gradients; NaN likewise.
+        signal: Signal and noise of the whole gradient, by the same; None where this step had nothing to compare.
         moved: Positions of the M layers whose step since the gradient before is known.
         steps: Norms of those steps ``[M]``, still on the device.
         parts: What is known here of those steps where several processes hold a part of each; ``steps`` is then empty.
@@ -46,7 +48,8 @@ class SourceReading:
     readings: GradientReadings
     noise: Array
     independent: Array
-    signal: SignalToNoise
+    snr: Array
+    signal: SignalToNoise | None
     moved: Array
     steps: Tensor
     parts: StepParts | None = None
@@ -79,6 +82,8 @@ class GradientSource:
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
         self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}
+        self.has_independent = compares_independent(run.trainer, run.module)
+        self._shown = "independent" if self.has_independent else "successive"
         self._key: Hashable = None
         self._step = 0
         self._weights: dict[str, Tensor] = {}
@@ -126,7 +131,8 @@ class GradientSource:
     def keep(self, run: Run, optimizer: Optimizer) -> None:
         """Keep gradients and weights of this step for a comparison at the next."""
         if not self._steered:  # the steering keeps them itself
-            self.reader.store(gradient_scale(run.trainer, optimizer))
+            window = windows_of(run.trainer).before_step(run.trainer, run.module, optimizer)
+            self.reader.store(gradient_scale(run.trainer, optimizer), window)
         self.keep_weights(run)
 
     def keep_weights(self, run: Run) -> None:
@@ -136,13 +142,14 @@ class GradientSource:
 
     def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
         """Read the gradients, and how far the weights have moved since those before."""
-        if not window_is_whole(run.trainer):
-            self.reader.drop_part()
         try:
+            windows = windows_of(run.trainer)
+            window = windows.before_step(run.trainer, run.module, optimizer)
+            self.reader.settle_part(windows.share(run.trainer, optimizer, window))
             scale, local = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
             if self._rates is not None:
-                self._observe(run, self._rates, scale, local)
-            pending = self.reader.read(scale, local_scale=local)
+                self._observe(run, self._rates, scale, local, window)
+            pending = self.reader.read(scale, local_scale=local, window=window)
         finally:
             if not self._steered:  # the steering reads by itself
                 self.reader.give_up_ranks()
@@ -152,21 +159,25 @@ class GradientSource:
         if self._rates is None:
             self._noise.update(readings)
         self._independent.update(readings)
-        for signal in self._signals.values():
-            signal.update(readings)
-        halves = not np.isnan(readings.independent_l2).all()
-        signal = self._signals["independent" if halves else "successive"]
+        taken = {source: signal.update(readings) for source, signal in self._signals.items()}
+        signal, known = self._signals[self._shown], taken[self._shown]
         # The steering knows layers by the names that they had when it met them.
         named = {id(layer.parameter): layer for layer in self._reader.layers}
-        layers = [named.get(id(layer.parameter), layer) for layer in self.reader.layers]
-        independent = self._independent.values
-        if not halves:
-            independent = np.full(len(layers), np.nan)
-        return SourceReading(layers, readings, noise.values, independent, signal, moved, steps, parts)
+        return SourceReading(
+            [named.get(id(layer.parameter), layer) for layer in self.reader.layers],
+            readings,
+            noise=noise.shown(readings, noise.values),
+            independent=self._independent.shown(readings, self._independent.values),
+            snr=signal.shown(readings, signal.ratios),
+            signal=signal if known else None,
+            moved=moved,
+            steps=steps,
+            parts=parts,
+        )
 
-    def _observe(self, run: Run, rates: LayerwiseRates, scale: float, local: float) -> None:
+    def _observe(self, run: Run, rates: LayerwiseRates, scale: float, local: float, window: Window) -> None:
         try:
-            rates.observe(scale, self._key, local)
+            rates.observe(scale, self._key, local, window)
         except Exception as error:
             if run.ranks.several:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error

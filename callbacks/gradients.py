@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.arrays import Array
-from dynamon.callbacks.accumulation import begins_window, compares_ranks, half_window, has_windows
+from dynamon.callbacks.accumulation import begin_windows, begins_window, compares_ranks, has_windows, windows_of
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
@@ -73,6 +73,7 @@ class GradientMeter(PairMeter):
         self._sources: dict[Optimizer, GradientSource] = {}
         self._read: dict[Optimizer, SourceReading] = {}
         self._reading = False  # this step is measured
+        self._watching = False  # what its gradients are accumulated over is followed
         self._binned: dict[str, Tensor] = {}
         self._clipped, self._clippable = 0, 0  # measured steps
         self._warned = False
@@ -80,7 +81,7 @@ class GradientMeter(PairMeter):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients."""
-        reads, keeps = self.reads(run), self.keeps(run)
+        reads, keeps = self.reads(run), self._watching and self.keeps(run)
         self._reading = reads
         source = self._source(run, optimizer, looks=reads or keeps)
         if not source.has_layers:
@@ -101,20 +102,46 @@ class GradientMeter(PairMeter):
             with run.charge(self.name):
                 source.keep(run, optimizer)
 
+    def start(self, run: Run) -> None:
+        """No window has begun."""
+        begin_windows(run.trainer)
+
     def batch_start(self, run: Run, batch: Any) -> None:
-        """Of several processes, have each one's own gradients kept at a step that will be read."""
+        """Follow a window that will be read or kept.
+
+        Of several processes, have each one's own gradients kept at a step that will be read.
+        """
+        # By hand a step may come at any batch, and takes up what came before.
+        by_hand = not run.module.automatic_optimization
+        if by_hand or begins_window(run.trainer):
+            self._watching = by_hand or self.reads(run) or self.keeps(run)
+        if self._watching:
+            windows_of(run.trainer).batch_start(run.trainer, batch)
         if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.reads(run):
             with run.charge(self.name):
                 for source in self._all_sources(run):
                     source.watch_ranks()
 
+    def before_backward(self, run: Run) -> None:
+        """Follow the window."""
+        if self._watching:
+            windows_of(run.trainer).before_backward(run.trainer, run.module)
+
     def after_backward(self, run: Run) -> None:
-        """In the middle of an accumulation window that will be read, keep its first half."""
-        share = half_window(run.trainer) if has_windows(run.trainer, run.module) and self.reads(run) else None
-        if share is not None:
-            with run.charge(self.name):
-                for source in self._all_sources(run):
-                    source.keep_half(run, share)
+        """Follow the window, and in the middle of one that will be read, keep its first half."""
+        if not self._watching:
+            return
+        windows = windows_of(run.trainer)
+        windows.after_backward(run.trainer)
+        if not has_windows(run.trainer, run.module) or not self.reads(run):
+            return
+        for optimizer in run.trainer.optimizers:
+            share = windows.half(run.trainer, optimizer)
+            if share is not None:
+                source = self._source(run, optimizer)
+                if source.has_layers:
+                    with run.charge(self.name):
+                        source.keep_half(run, share)
 
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
@@ -201,12 +228,13 @@ class GradientMeter(PairMeter):
             tables["gradient/local_smoothness"] |= r.row(smoothness)
             tables["noise/dual"] |= r.row(r.noise)
             tables["noise/independent"] |= r.row(r.independent)
-            tables["noise/snr"] |= r.row(r.signal.ratios)
+            tables["noise/snr"] |= r.row(r.snr)
         # All layers each time, also those of an optimizer that did not step: rows of a table must line up.
         names = [layer.name for layer in run.layers]
+        expected = {"noise/independent"} if any(s.has_independent for s in self._sources.values()) else set()
         for quantity, table in tables.items():
             row = np.array([table.get(name, np.nan) for name in names])
-            if np.isfinite(row).any():
+            if np.isfinite(row).any() or quantity in expected:
                 run.recorder.layers(quantity, row, names)
 
     def _warn(self, run: Run, read: list[SourceReading]) -> None:
@@ -236,7 +264,10 @@ class GradientMeter(PairMeter):
             "noise": {name: value for part in parts for name, value in part["noise"].items()},
             "independent": {name: value for part in parts for name, value in part["independent"].items()},
             "signals": {s: {n: v for part in parts for n, v in part["signals"][s].items()} for s in SOURCES},
-            "gradients": {"previous": {n: g for part in parts for n, g in part["gradients"]["previous"].items()}},
+            "gradients": {
+                kept: {n: value for part in parts for n, value in part["gradients"].get(kept, {}).items()}
+                for kept in ("previous", "windows")
+            },
             "weights": {n: w for part in parts for n, w in part["weights"].items() if self.saves_copies},
         }
 
@@ -295,8 +326,9 @@ def _table(run: Run, binned: Mapping[str, Tensor]) -> Tensor:
 
 
 def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:
-    """Noise over signal of all layers together; left out where no signal stands out of the noise."""
-    scale = noise_scale([r.signal for r in read])
+    """Noise over signal of all layers together; left out where no signal stands out, or nothing could be compared."""
+    known = [r.signal for r in read if r.signal is not None]
+    scale = noise_scale(known) if known and len(known) == len(read) else np.nan
     return {"noise/scale": scale} if np.isfinite(scale) else {}
 
 
@@ -341,9 +373,10 @@ class GradientMonitor(Monitor):
     ``gradient/local_smoothness``     per layer: dual norm of the gradient's change over the norm of the step in between
     ``noise/scale``                   gradient noise scale: the batch at which noise equals signal, in multiples of
                                       yours; nothing while no signal stands out
-    ``noise/dual``                    per layer: noise sqrt(H) in the dual norm
+    ``noise/dual``                    per layer: noise sqrt(H) in the dual norm; NaN for a layer without gradients
     ``noise/independent``             per layer: the same from the processes of a DDP run, or the two halves of
-                                      accumulation windows; what ``noise/dual`` has above it is curvature
+                                      accumulation windows; what ``noise/dual`` has above it is curvature. NaN at steps
+                                      whose window has no halves that are alike
     ``noise/snr``                     per layer: squared length of the mean gradient over its variance
     ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
     ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
@@ -362,7 +395,11 @@ class GradientMonitor(Monitor):
     The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
     over two or more batches, the halves of a window are compared as well, and under DDP the gradients of the processes
     with their mean (both with automatic optimisation; under FSDP2 gradients arrive summed, and only windows have
-    halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that.
+    halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that at every step, or are left out.
+
+    Gradients are compared only where they are accumulated over alike windows (:class:`dynamon.windows.Window`): not
+    across the short window at the end of an epoch, a skipped batch, a smaller last batch, or a change of ``.grad``
+    between two backward passes. What cannot be compared at a step is NaN or left out there, and averages stay.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,

@@ -6,18 +6,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.callbacks.accumulation import (
+    begin_windows,
     begins_window,
     compares_ranks,
-    half_window,
     has_windows,
+    longest_window,
     scale_before_step,
-    window_is_whole,
+    windows_of,
 )
 from dynamon.callbacks.base import (
     DynamonCallback,
@@ -29,7 +30,7 @@ from dynamon.callbacks.base import (
     strategy_reason,
 )
 from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.decisions import is_sharded_run
+from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.history import History
 from dynamon.layers import select
@@ -197,6 +198,7 @@ class LayerwiseLR(DynamonCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers and take up a saved state."""
+        begin_windows(trainer)
         self._go_back_to(step_of(trainer))
         nothing = nothing_there(pl_module)
         if nothing is not None:
@@ -219,19 +221,31 @@ class LayerwiseLR(DynamonCallback):
         Row.of(trainer).close()
         self._budget.start()
         self._go_back_to(step_of(trainer))
+        if not self.rule.needs_gradients:
+            return
+        windows_of(trainer).batch_start(trainer, batch)
         if _wants_parts(self.rule) and compares_ranks(trainer, pl_module) and begins_window(trainer):
             with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
                 for rates in self._steered.values():
                     rates.watch_ranks()
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Follow what gradients are accumulated over."""
+        if self.rule.needs_gradients:
+            windows_of(trainer).before_backward(trainer, pl_module)
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the first half of an accumulation window, for a rule that compares the halves."""
+        if not self.rule.needs_gradients:
+            return
+        windows = windows_of(trainer)
+        windows.after_backward(trainer)
         if not _wants_parts(self.rule) or not has_windows(trainer, pl_module):
             return
-        share = half_window(trainer)
-        if share is not None:
-            with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
-                for rates in self._steered.values():
+        for optimizer, rates in self._steered.items():
+            share = windows.half(trainer, optimizer)
+            if share is not None:
+                with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
                     rates.observe_part(share, scale_before_step(trainer))
 
     def on_before_optimizer_step(
@@ -244,11 +258,14 @@ class LayerwiseLR(DynamonCallback):
             rates = self._steered.get(optimizer)
             if rates is None:
                 return
-            if not window_is_whole(trainer):
-                rates.reader.drop_part()
+            window = None
+            if self.rule.needs_gradients:
+                windows = windows_of(trainer)
+                window = windows.before_step(trainer, pl_module, optimizer)
+                rates.reader.settle_part(windows.share(trainer, optimizer, window))
             step = step_of(trainer)
             local = scale_before_step(trainer)
-            rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local)
+            rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local, window)
             if trainer._logger_connector.should_update_logs and not trainer.barebones:
                 # Before the step: the scheduler has moved on by the time it is over.
                 self._in_force[optimizer] = (rates.base_rates(), rates.wanted)
@@ -380,6 +397,8 @@ class LayerwiseLR(DynamonCallback):
                 scale_weight_decay=self.scale_weight_decay,
                 read_every=self.read_every,
             )
+            rates.in_half_precision = "16" in str(trainer.precision)
+            rates.agrees_with_others = averages_gradients(trainer)
             if index < len(state):
                 rates.load_state_dict(state[index])
             self._steered[optimizer] = rates
@@ -502,8 +521,7 @@ def _no_parts(rule: Rule, trainer: pl.Trainer, module: pl.LightningModule) -> st
     if trainer.world_size > 1 and not is_sharded_run(trainer):
         name = type(trainer.strategy).__name__
         return f"source='independent' compares the processes of a DDP run, and this is {name}; take 'successive'."
-    scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
-    if trainer.accumulate_grad_batches < 2 and not scheduled:
+    if longest_window(trainer) < 2:
         return (
             "source='independent' compares halves of an accumulation window, or processes under DDP; "
             "set accumulate_grad_batches=2 or more."

@@ -254,6 +254,9 @@ class Meter(ABC):
     def batch_start(self, run: Run, batch: Any) -> None:
         """A batch has arrived on the device."""
 
+    def before_backward(self, run: Run) -> None:
+        """A backward pass begins."""
+
     def after_backward(self, run: Run) -> None:
         """A backward pass is over, not always the last before the optimizer's step."""
 

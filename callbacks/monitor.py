@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -204,6 +205,11 @@ class Monitor(DynamonCallback):
             self._go_back_to(self._run.step)
             self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
             self._call_all("batch_start", batch)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Let the meters see gradients before more is added to them."""
+        if self._run is not None:
+            self._call_all("before_backward")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the meters see gradients that are still being accumulated."""

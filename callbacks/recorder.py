@@ -108,6 +108,7 @@ class Recorder:
             known = values[np.isfinite(values)]
             if len(known):
                 kept.scalars |= {f"{quantity}_{name}": float(np.quantile(known, q)) for name, q in _QUANTILES.items()}
+        kept.tables = {q: row for q, row in kept.tables.items() if np.isfinite(row[0]).any()}
         for tag, value in kept.scalars.items():
             self.history.add(tag, step, value)
         if not kept.scalars and not kept.tables:

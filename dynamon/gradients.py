@@ -1,6 +1,6 @@
 """Reading the gradients of a model's layers: one pass, one copy to the host, shared by all who ask."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,16 @@ from torch import Tensor
 from dynamon.arrays import Array
 from dynamon.kernels import gradient_stats, widest_dtype
 from dynamon.layers import Layer
-from dynamon.local_gradients import LocalGradients
+from dynamon.local_gradients import LocalGradients, agreed
 from dynamon.norms import Norm, dual_norms, update_norm
 from dynamon.pairs import as_real
+from dynamon.trends import Trends
+from dynamon.windows import Window, loaded_window, saved_window
 
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
 _UNKNOWN = torch.tensor(torch.nan)
+_ROWS = 10  # of what is read
+_ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in half; measured: 1e-5 and 3e-3
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,20 @@ class GradientReadings:
         l2: Euclidean norm.
         dual: Dual norm of the gradient in the layer's update norm.
         nonfinite: Number of NaN or infinite entries.
-        difference_dual: Dual norm of the change since the gradient one step before; NaN where there was none.
+        difference_dual: Dual norm of the change since the gradient one step before; NaN where there was none over a
+            window like this one.
         difference_l2: Euclidean norm of that change, likewise.
         inner: Inner product with the previous gradient, likewise.
-        compared: Whether there was a gradient one step before.
+        compared: Whether there was such a gradient one step before.
         independent_dual: Dual norm of the difference of two independent gradients of this step, in the unit of two
             full batches; NaN where there were none (:meth:`GradientReader.store_part`,
             :meth:`GradientReader.watch_ranks`).
         independent_l2: Euclidean norm of it, likewise.
+        trend: Cosine of that change with the one at the reading before, 0 where it is not known: see
+            :class:`dynamon.trends.Trends`.
+        rounding: Share of a gradient's length up to which a change of it is rounding.
+        frozen: Whether the layer is not trained now (``requires_grad=False``); None where that was not looked at.
+        window: What the gradients were accumulated over, as far as the reader was told.
     """
 
     present: Array
@@ -52,6 +62,10 @@ class GradientReadings:
     compared: Array
     independent_dual: Array
     independent_l2: Array
+    trend: Array
+    rounding: Array
+    frozen: Array | None = None
+    window: Window | None = None
 
     @property
     def finite(self) -> bool:
@@ -61,6 +75,27 @@ class GradientReadings:
         return not self.nonfinite.any() and bool(np.isfinite(own).all() and np.isfinite(changes).all())
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the host knows of a reading before it has arrived; arrays ``[L]`` as in :class:`GradientReadings`.
+
+    Attributes:
+        present: Whether the layer has a gradient.
+        compared: Whether it had one a step before, over a like window.
+        parted: Whether there are two parts of the window, or processes, to compare.
+        rounding: Share of a gradient's length up to which a change of it is rounding.
+        frozen: Whether the layer is not trained now.
+        window: What the gradients were accumulated over.
+    """
+
+    present: Array
+    compared: Array
+    parted: Array
+    rounding: Array
+    frozen: Array
+    window: Window | None
+
+
 class PendingReadings:
     """Readings on their way to the host.
 
@@ -68,13 +103,13 @@ class PendingReadings:
     arrived, which one step later it has.
     """
 
-    def __init__(self, rows: Tensor, present: Array, compared: Array, parted: Array, has_dual: bool = True) -> None:
-        """Queue the copy of ``rows``, a device tensor ``[9, P]`` for the P layers that are present.
+    def __init__(self, rows: Tensor, known: Known, has_dual: bool = True) -> None:
+        """Queue the copy of ``rows``, a device tensor ``[10, P]`` for the P layers that are present.
 
-        Of several processes that hold parts, further rows ``[2, P]`` say where all of them have compared, and where
-        all have a part of the window.
+        Of several processes, further rows ``[2, P]`` say where all of them have compared, and where all have a part of
+        the window.
         """
-        self.rows, self.present, self.compared, self.parted, self.has_dual = rows, present, compared, parted, has_dual
+        self.rows, self.known, self.has_dual = rows, known, has_dual
         self._event: torch.cuda.Event | None = None
         self._host = rows
         if rows.is_cuda:
@@ -87,20 +122,35 @@ class PendingReadings:
         """The readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        table = np.full((9, len(self.present)), np.nan)
+        known = self.known
+        table = np.full((_ROWS, len(known.present)), np.nan)
         table[3] = 0.0
         rows = self._host.double().numpy()
-        table[:, self.present] = rows[:9]
-        compared, parted = self.compared, self.parted
-        if len(rows) > 9:
-            agreed = np.zeros((2, len(self.present)), bool)
-            agreed[:, self.present] = rows[9:] > 0
-            compared, parted = compared & agreed[0], parted & agreed[1]
+        table[:, known.present] = rows[:_ROWS]
+        compared, parted = known.compared, known.parted
+        if len(rows) > _ROWS:
+            agreed_on = np.zeros((2, len(known.present)), bool)
+            agreed_on[:, known.present] = rows[_ROWS:] > 0
+            compared, parted = compared & agreed_on[0], parted & agreed_on[1]
         table[4:7, ~compared] = np.nan
-        table[7:, ~parted] = np.nan
-        l1, l2, dual, nonfinite, change_dual, change_l2, inner, *independent = table
+        table[7:9, ~parted] = np.nan
+        l1, l2, dual, nonfinite, change_dual, change_l2, inner, independent_dual, independent_l2 = table[:9]
         return GradientReadings(
-            self.present, l1, l2, dual, nonfinite, change_dual, change_l2, inner, compared, *independent
+            known.present,
+            l1,
+            l2,
+            dual,
+            nonfinite,
+            change_dual,
+            change_l2,
+            inner,
+            compared,
+            independent_dual,
+            independent_l2,
+            trend=np.where(compared, table[9], 0.0),
+            rounding=known.rounding,
+            frozen=known.frozen,
+            window=known.window,
         )
 
 
@@ -114,6 +164,12 @@ class GradientReader:
 
     The gradient of one step before is stored (one copy, in the gradient's dtype) while differences are
     asked for.
+
+    Attributes:
+        trends: Tells changes that go on from noise, for who asks; None for nobody.
+        in_half_precision: Whether gradients come out of autocast to sixteen bits, which their dtype does not say.
+        agrees_with_others: Whether the processes of a DDP run, which all read, find out together if the windows of all
+            of them are alike: by an all-reduce of one number, without a host read.
     """
 
     def __init__(self, layers: Sequence[Layer], family: str) -> None:
@@ -125,7 +181,10 @@ class GradientReader:
         self._pending: PendingReadings | None = None
         self._previous: dict[int, Tensor] = {}
         self._stored_at = -1  # the step whose gradients are stored
+        self._stored_window: Window | None = None
         self._part: tuple[int, float, dict[int, Tensor]] | None = None  # step, share of its samples, their gradients
+        self.trends: Trends | None = None
+        self.in_half_precision = self.agrees_with_others = False
         self._local: LocalGradients | None = None
         self._mixed: tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
 
@@ -141,12 +200,17 @@ class GradientReader:
         self.step += 1
         return True
 
-    def store(self, scale: float = 1.0) -> None:
-        """Keep this step's gradients, for a difference at the next step, without measuring them."""
+    def store(self, scale: float = 1.0, window: Window | None = None) -> None:
+        """Keep this step's gradients, for a difference at the next step, without measuring them.
+
+        Args:
+            scale: As for :meth:`read`.
+            window: Likewise.
+        """
         if self._stored_at == self.step:
             return
         self._previous = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
-        self._stored_at = self.step
+        self._stored_at, self._stored_window = self.step, window
 
     def store_part(self, share: float, scale: float = 1.0) -> None:
         r"""Keep what has been accumulated so far of the gradients of the step to come.
@@ -175,9 +239,14 @@ class GradientReader:
         parts = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
         self._part = (self.step + 1, share, parts)
 
-    def drop_part(self) -> None:
-        """Forget the part of a window that turned out to be another share of it."""
-        self._part = None
+    def settle_part(self, share: float | None) -> None:
+        """Say which share of the window the part that was kept has turned out to be.
+
+        Args:
+            share: As for :meth:`store_part`; None where the window is not the sum of that part and a like one.
+        """
+        if self._part is not None:
+            self._part = None if share is None else (self._part[0], share, self._part[2])
 
     def watch_ranks(self, group: Any = None) -> None:
         """Compare the gradients of the processes of a DDP run at the step to come.
@@ -202,7 +271,13 @@ class GradientReader:
         if self._local is not None:
             self._local.close()
 
-    def read(self, scale: float = 1.0, dual: bool = True, local_scale: float | None = None) -> PendingReadings:
+    def read(
+        self,
+        scale: float = 1.0,
+        dual: bool = True,
+        local_scale: float | None = None,
+        window: Window | None = None,
+    ) -> PendingReadings:
         """Measure this step's gradients and their change, and keep them for the next step.
 
         Args:
@@ -211,10 +286,12 @@ class GradientReader:
                 nuclear norm, which is half of the cost there; who asks for it later in the same step gets it.
             local_scale: ``scale`` for what :meth:`watch_ranks` kept, which an AMP scaler never unscales; None for the
                 same.
+            window: What the gradients were accumulated over. They are compared with those of the step before only
+                where it is the same; who says nothing says that it always is.
         """
         if self._pending is None:
             try:
-                self._pending = self._measure(scale, dual, scale if local_scale is None else local_scale)
+                self._pending = self._measure(scale, dual, scale if local_scale is None else local_scale, window)
             except Exception:
                 self.give_up_ranks()
                 raise
@@ -232,39 +309,86 @@ class GradientReader:
             gradients.append(g)
         return gradients
 
-    def _measure(self, scale: float, dual: bool, local_scale: float) -> PendingReadings:
+    def _comparable(self, window: Window | None) -> dict[int, Tensor]:
+        """The gradients of one step before, if they were accumulated over a window like this one."""
+        return self._previous if self._stored_at == self.step - 1 and self._stored_window == window else {}
+
+    def _frozen(self) -> Array:
+        return np.array([not layer.parameter.requires_grad for layer in self.layers], bool)
+
+    def _measure(self, scale: float, dual: bool, local_scale: float, window: Window | None) -> PendingReadings:
         gradients = self._gradients(scale)
-        stored = self._previous if self._stored_at == self.step - 1 else {}
+        stored = self._comparable(window)
         present = np.array([g is not None for g in gradients], bool)
         compared = present & np.array([i in stored for i in range(len(gradients))], bool)
         indices = np.flatnonzero(present).tolist()
         current = [g for g in gradients if g is not None]
         previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
+        doubt = self._stored_at == self.step - 1 and self._stored_window != window
+        followed = self._followed(compared, present)
+        products = self._products(followed, gradients, stored)
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
         stats = gradient_stats(current, previous, self._wide)
-        self._previous, self._stored_at = dict(zip(indices, previous, strict=True)), self.step
+        self._previous = dict(zip(indices, previous, strict=True))
+        self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
         own_dual = self._duals(indices, stats.l1, l2, special)
         change_dual = self._duals(indices, stats.difference_l1, change_l2, special_change)
         own = [stats.l1, l2, own_dual, stats.nonfinite, change_dual, change_l2, stats.inner]
+        alike: Tensor | None = None  # what all processes have agreed on
         if self._local is not None and self._local.is_open:
-            rows = self._local.compare(gradients, self._both_norms, local_scale)
+            rows, alike = self._local.compare(gradients, self._both_norms, local_scale, doubt)
             independent, parted = list(rows[:, indices].to(own[0])), present
         else:
             independent, parted = self._independent(indices, current, own[0])
+            alike = agreed(doubt, own[0].device) if self.agrees_with_others and window is not None else None
         has_dual = dual or not special
-        return PendingReadings(torch.stack([*own, *independent]), present, compared, parted, has_dual)
+        shared = [] if alike is None else [alike.to(own[0]).expand_as(own[0]), torch.ones_like(own[0])]
+        trend = self._trend(followed, products, indices, shared[0][:1] if shared else None)
+        rows = torch.stack([*own, *independent, trend.to(own[0]), *shared])
+        known = Known(present, compared, parted, self._rounding(), self._frozen(), window)
+        return PendingReadings(rows, known, has_dual)
+
+    def _followed(self, compared: Array, present: Array) -> list[int]:
+        """Layers whose trend is followed at this reading; with others who must agree all that are present are."""
+        if self.trends is None or self._stored_at != self.step - 1 or not self._previous:
+            return []
+        return np.flatnonzero(present if self.agrees_with_others else compared).tolist()
+
+    def _products(
+        self, followed: list[int], gradients: Sequence[Tensor | None], stored: Mapping[int, Tensor]
+    ) -> Tensor | None:
+        if self.trends is None or not followed:
+            return None
+        current = [g for g in (gradients[i] for i in followed) if g is not None]
+        previous = [stored.get(i, g) for i, g in zip(followed, current, strict=True)]
+        return self.trends.products(followed, current, previous)
+
+    def _trend(self, followed: list[int], products: Tensor | None, indices: list[int], alike: Tensor | None) -> Tensor:
+        """How far changes go on, ``[P]`` for the P layers that are present, 0 where it is not known."""
+        if self.trends is None or products is None:
+            return torch.zeros(len(indices), device=self.layers[0].parameter.device)
+        found = self.trends.cosines(products, alike)
+        if len(followed) == len(indices):
+            return found
+        row = found.new_zeros(len(indices))
+        row[[indices.index(i) for i in followed]] = found
+        return row
+
+    def _rounding(self) -> Array:
+        halves = [la.parameter.dtype.itemsize < 4 or self.in_half_precision for la in self.layers]
+        return np.where(halves, _ROUNDING[1], _ROUNDING[0])
 
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
         gradients = self._gradients(scale)
-        indices = np.flatnonzero(pending.present).tolist()
+        indices = np.flatnonzero(pending.known.present).tolist()
         special = self._special_duals(indices, [g for g in gradients if g is not None])
         rows = pending.rows.clone()
         rows[2] = self._duals(indices, rows[0], rows[1], special)
-        return PendingReadings(rows, pending.present, pending.compared, pending.parted)
+        return PendingReadings(rows, pending.known)
 
     def _independent(self, indices: list[int], current: list[Tensor], like: Tensor) -> tuple[list[Tensor], Array]:
         """Dual and Euclidean norm of the difference of two parts of the window, and who has one."""
@@ -339,7 +463,16 @@ class GradientReader:
         """
         if self._stored_at != self.step:
             return {"previous": {}}
-        return {"previous": {self.layers[i].name: g.clone() for i, g in self._previous.items()}}
+        stored = {self.layers[i].name: g.clone() for i, g in self._previous.items()}
+        return {"previous": stored, "windows": self._saved_windows(), **self._saved_trends()}
+
+    def _saved_trends(self) -> dict[str, Any]:
+        return {} if self.trends is None else {"trends": self.trends.state_dict([la.name for la in self.layers])}
+
+    def _saved_windows(self) -> dict[str, Any]:
+        """The window of each stored gradient: of one optimizer it is one, but states of several are put together."""
+        window = saved_window(self._stored_window)
+        return {} if window is None else {self.layers[i].name: window for i in self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a stored gradient in place of what is here; names and shapes that no longer exist are left out."""
@@ -351,6 +484,11 @@ class GradientReader:
             if name in index and g.shape == as_real(self.layers[index[name]].parameter.detach()).shape
         }
         self._stored_at = self.step if self._previous else -1
+        if self.trends is not None:
+            names = [layer.name for layer in self.layers]
+            self.trends.load_state_dict(state.get("trends", {}), names, self.layers[0].parameter.device)
+        windows = state.get("windows", {})
+        self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 
 
 def changes(current: Sequence[Tensor], previous: Sequence[Tensor]) -> list[Tensor]:

@@ -33,7 +33,7 @@ class LocalGradients:
         layers: L layers, on one device.
         group: The processes; all if None.
 
-    Memory: one copy of the gradients while open. Cost: one all-reduce of 2 L + 1 numbers, without a host read.
+    Memory: one copy of the gradients while open. Cost: one all-reduce of 2 L + 2 numbers, without a host read.
     """
 
     def __init__(self, layers: Sequence[Layer], group: Any = None) -> None:
@@ -70,28 +70,36 @@ class LocalGradients:
 
         return keep
 
-    def compare(self, means: Sequence[Tensor | None], norms: Norms, scale: float = 1.0) -> Tensor:
+    def compare(
+        self,
+        means: Sequence[Tensor | None],
+        norms: Norms,
+        scale: float = 1.0,
+        doubt: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """How far the processes' gradients are apart; every process that is open must call this, or :meth:`give_up`.
 
         Args:
             means: The gradient of each layer, averaged over the processes; None where there is none.
             norms: From L differences (None where there is no mean) to their dual and Euclidean norms ``[2, L]``.
             scale: Factor on the gradients that were kept, for those an AMP scaler has scaled.
+            doubt: As for :func:`agreed`.
 
         Returns:
             ``[2, L]`` in float64, the same on every process: the square root of the mean above, in the dual and in the
-            Euclidean norm; NaN on all of them where one has failed.
+            Euclidean norm; NaN on all of them where one has failed. And what :func:`agreed` gives.
         """
         packed = self._empty()
+        packed[-2] = float(doubt)
         error: Exception | None = None
         try:
             if self._error is not None:
                 raise self._error
             squares = norms(self._differences(means, scale)).square()
-            packed[:-1] = squares.to(packed).reshape(-1)
+            packed[:-2] = squares.to(packed).reshape(-1)
         except Exception as caught:  # the others are waiting in the reduction
             error = caught
-            packed[-1] = 1.0
+            packed[-2:] = 1.0
         found = self._reduced(packed)
         if error is not None:
             raise error
@@ -101,12 +109,12 @@ class LocalGradients:
         """Take part in the reduction without a gradient, so that no other process waits for it."""
         if self.is_open:
             packed = self._empty()
-            packed[-1] = 1.0
+            packed[-2:] = 1.0
             self._reduced(packed)
 
     def _empty(self) -> Tensor:
         device = self._layers[0].parameter.device
-        return torch.zeros(2 * len(self._layers) + 1, dtype=torch.float64, device=device)
+        return torch.zeros(2 * len(self._layers) + 2, dtype=torch.float64, device=device)
 
     def _differences(self, means: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
         found: list[Tensor | None] = []
@@ -122,9 +130,16 @@ class LocalGradients:
                 found.append((own.to_dense() if own.is_sparse else own).to(wide) * scale - wide)
         return found
 
-    def _reduced(self, packed: Tensor) -> Tensor:
+    def _reduced(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         self.close()
         dist.all_reduce(packed, group=self._group)
         size = dist.get_world_size(self._group)
-        rows = (packed[:-1] * (2 / (size - 1) / size)).sqrt().view(2, -1)
-        return torch.where(packed[-1] > 0, torch.nan, rows)
+        rows = (packed[:-2] * (2 / (size - 1) / size)).sqrt().view(2, -1)
+        return torch.where(packed[-1] > 0, torch.nan, rows), packed[-2] == 0
+
+
+def agreed(doubt: bool, device: torch.device, group: Any = None) -> Tensor:
+    """Whether no process has a doubt: a scalar on the device, without a host read. All processes must call this."""
+    doubts = torch.full((1,), float(doubt), device=device)
+    dist.all_reduce(doubts, group=group)
+    return doubts[0] == 0

@@ -7,11 +7,103 @@ import numpy as np
 
 from dynamon.arrays import Array
 from dynamon.gradients import GradientReadings
+from dynamon.windows import UsualLength
 
 SOURCES = ("successive", "independent")
+_HALF, _GOES_ON, _SWINGS = 0.5, 0.5, -0.8
+_SHORTEST = 10  # readings that a layer may miss before it is forgotten, however short the average
 
 
-class NoiseEstimator:
+class _Averages:
+    """Running means by layer over readings of windows of one length; forgets a layer whose gradients have gone."""
+
+    rows: int  # quantities that are averaged
+
+    def __init__(self, names: Sequence[str], decay: float, argument: str, source: str) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"{argument} must lie in [0, 1), got {decay}.")
+        if source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}.")
+        self.names, self.source = list(names), source
+        self._decay, self._longest = decay, max(_SHORTEST, round(1 / (1 - decay)))
+        self._usual = UsualLength()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums = np.zeros((self.rows, len(self.names)))
+        self._weight = np.zeros(len(self.names))  # 1 - decay^k, kept by the same recursion
+        self._missed = np.zeros(len(self.names))  # readings in a row without the layer
+
+    def _differences(self, readings: GradientReadings) -> tuple[Array, Array]:
+        """Dual and Euclidean norms of what this source compares."""
+        if self.source == "successive":
+            return readings.difference_dual, readings.difference_l2
+        return readings.independent_dual, readings.independent_l2
+
+    def seen(self, readings: GradientReadings) -> Array:
+        """Which layers have two gradients to compare in these readings; two that are all zero say nothing."""
+        if not readings.finite:
+            return np.zeros(len(self.names), bool)
+        dual, l2 = self._differences(readings)
+        seen = ~np.isnan(dual) & ~((l2 == 0) & (readings.l2 == 0))
+        return seen if readings.frozen is None else seen & ~readings.frozen
+
+    def _take(self, readings: GradientReadings, fresh: Array) -> bool:
+        """Take in a row ``[rows, L]``; False where there was nothing to compare, or only over unusual windows."""
+        if not readings.finite:
+            return False
+        seen = self.seen(readings)
+        if readings.frozen is not None:
+            self._forget(readings.frozen)
+        if not seen.any():
+            return False
+        taken, anew = self._usual.takes(readings.window)
+        if not taken:
+            return False
+        if anew:
+            self._begin()
+        self._sums[:, seen] = self._decay * self._sums[:, seen] + (1 - self._decay) * fresh[:, seen]
+        self._weight[seen] = self._decay * self._weight[seen] + (1 - self._decay)
+        self._missed = np.where(seen, 0, self._missed + 1)
+        self._forget(self._missed > self._longest)
+        return True
+
+    def _forget(self, layers: Array) -> None:
+        self._sums[:, layers] = 0
+        self._weight[layers] = self._missed[layers] = 0
+
+    def shown(self, readings: GradientReadings, values: Array) -> Array:
+        """Numbers by layer where this reading is one of those they average, NaN elsewhere."""
+        current = self.seen(readings) & self._usual.is_that_of(readings.window)
+        return np.where(current, values, np.nan)
+
+    @property
+    def means(self) -> Array:
+        """The running means ``[rows, L]``, NaN before a layer's first reading."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self._weight > 0, self._sums / self._weight, np.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages by layer name, and with each the length of the windows they are over."""
+        table = np.vstack([self._sums, self._weight, self._missed]).T.tolist()
+        usual = self._usual.state()
+        return {name: [*sums, *usual] for name, sums in zip(self.names, table, strict=True)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up saved averages; a layer that was not saved starts anew."""
+        self._begin()
+        self._usual = UsualLength()
+        size = self.rows + 2
+        for index, name in enumerate(self.names):
+            if len(state.get(name, ())) < size:
+                continue  # not saved, or by a version that kept less
+            numbers = state[name]
+            self._sums[:, index] = numbers[: self.rows]
+            self._weight[index], self._missed[index] = numbers[self.rows : size]
+            self._usual.load(numbers[size:])
+
+
+class NoiseEstimator(_Averages):
     r"""Running mean of the squared dual norm of the difference of two gradients.
 
     .. math:: H \leftarrow \beta_2 H + (1 - \beta_2) \|G_t - \tilde G_t\|_*^2, \qquad
@@ -25,6 +117,10 @@ class NoiseEstimator:
     DDP run (:meth:`dynamon.gradients.GradientReader.watch_ranks`), where :math:`\|G - \tilde G\|_*^2` is the mean
     over R processes of :math:`\tfrac{2}{R-1}\|g_r - G\|_*^2`.
 
+    Averages are over windows of one length (:class:`dynamon.windows.Window`): readings of others are passed over, and
+    where the length changes for good, the average begins anew. A layer that is not trained, or had nothing to compare
+    at ``max(10, 1 / (1 - beta2))`` readings in a row, is forgotten: NaN, until it begins anew.
+
     Args:
         names: Layer names, which key the saved state.
         beta2: Decay of the running mean, in [0, 1).
@@ -36,54 +132,51 @@ class NoiseEstimator:
     Reference: LANTON, arXiv 2510.14009, options I and II.
     """
 
+    rows = 3  # H, how often a difference is more than rounding, its cosine with the one before
+
     def __init__(self, names: Sequence[str], beta2: float = 0.98, source: str = "successive") -> None:
         """Start with no updates."""
-        if not 0 <= beta2 < 1:
-            raise ValueError(f"beta2 must lie in [0, 1), got {beta2}.")
-        if source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}.")
-        self.names = list(names)
-        self.beta2, self.source = beta2, source
-        self._mean = np.zeros(len(self.names))
-        self._weight = np.zeros(len(self.names))  # 1 - beta2^k, kept by the same recursion
+        super().__init__(names, beta2, "beta2", source)
+        self.beta2 = beta2
 
     def update(self, readings: GradientReadings) -> bool:
         """Take in one step's readings.
 
         Returns:
             Whether anything was taken in: False where a gradient, now or one step before, was not finite
-            (then no layer is updated) or no layer had two gradients to compare.
+            (then no layer is updated), no layer had two gradients to compare, or they are over windows of another
+            length than those before.
         """
-        differences = readings.difference_dual if self.source == "successive" else readings.independent_dual
-        seen = ~np.isnan(differences)
-        if not readings.finite or not seen.any():
-            return False
-        self._mean[seen] = self.beta2 * self._mean[seen] + (1 - self.beta2) * differences[seen] ** 2
-        self._weight[seen] = self.beta2 * self._weight[seen] + (1 - self.beta2)
-        return True
+        dual, l2 = self._differences(readings)
+        trend = readings.trend if self.source == "successive" else np.zeros(len(self.names))
+        return self._take(readings, np.stack([dual**2, l2 > readings.rounding * readings.l2, trend]))
+
+    @property
+    def is_noise(self) -> Array:
+        """Whether a layer's differences are noise ``[L]``: more than rounding, and no change that goes on or swings.
+
+        Successive differences of noise have a cosine of -1/2, those that are further apart of 0.
+        """
+        loud, trend = np.nan_to_num(self.means[1:])
+        return np.asarray((loud > _HALF) & (trend < _GOES_ON) & (trend > _SWINGS))
 
     @property
     def squared(self) -> Array:
         """The estimate of H for each layer, NaN before its first update."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(self._weight > 0, self._mean / self._weight, np.nan)
+        return self.means[0]
+
+    @property
+    def mean(self) -> Array:
+        """The running mean that starts at zero, not corrected for its start."""
+        return self._sums[0]
 
     @property
     def values(self) -> Array:
         """The square root of H, in the unit of the dual norm."""
         return np.sqrt(self.squared)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Running means by layer name."""
-        return {name: [float(m), float(w)] for name, m, w in zip(self.names, self._mean, self._weight, strict=True)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up saved means; a layer that was not saved starts anew."""
-        for index, name in enumerate(self.names):
-            self._mean[index], self._weight[index] = state.get(name, [0.0, 0.0])
-
-
-class SignalToNoise:
+class SignalToNoise(_Averages):
     r"""How much of each gradient is signal, and the batch size at which noise and signal are equal.
 
     With :math:`\sigma_l^2 = \tfrac12 E\|G_l - \tilde G_l\|_2^2` the variance of the gradient of a batch and
@@ -103,29 +196,22 @@ class SignalToNoise:
     Reference: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162.
     """
 
+    rows = 2  # variance, squared length
+
     def __init__(self, names: Sequence[str], beta: float = 0.98, source: str = "successive") -> None:
         """Start with no updates."""
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta must lie in [0, 1), got {beta}.")
-        if source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}.")
-        self.names, self.beta, self.source = list(names), beta, source
-        self._sums = np.zeros((3, len(self.names)))  # variance, squared length, weight
+        super().__init__(names, beta, "beta", source)
+        self.beta = beta
 
     def update(self, readings: GradientReadings) -> bool:
-        """Take in one step's readings; False where there was nothing finite to compare."""
-        differences = readings.difference_l2 if self.source == "successive" else readings.independent_l2
-        seen = ~np.isnan(differences)
-        if not readings.finite or not seen.any():
-            return False
-        fresh = np.stack([differences[seen] ** 2 / 2, readings.l2[seen] ** 2, np.ones(seen.sum())])
-        self._sums[:, seen] = self.beta * self._sums[:, seen] + (1 - self.beta) * fresh
-        return True
+        """Take in one step's readings; False as for :class:`NoiseEstimator`."""
+        _, l2 = self._differences(readings)
+        return self._take(readings, np.stack([l2**2 / 2, readings.l2**2]))
 
     @property
     def ratios(self) -> Array:
         """SNR of each layer ``[L]``; 0 where no signal stands out, NaN before the first update or without noise."""
-        variance, square, _ = self._sums
+        variance, square = self._sums
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(variance > 0, np.maximum(square - variance, 0) / variance, np.nan)
 
@@ -136,17 +222,8 @@ class SignalToNoise:
 
     def totals(self) -> Array:
         """Variance and squared length of the gradients of all layers that have been seen ``[2]``."""
-        known = self._sums[2] > 0
-        return np.asarray((self._sums[:2, known] / self._sums[2, known]).sum(1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Averages by layer name."""
-        return {name: sums.tolist() for name, sums in zip(self.names, self._sums.T, strict=True)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up saved averages; a layer that was not saved starts anew."""
-        for index, name in enumerate(self.names):
-            self._sums[:, index] = state.get(name, [0.0, 0.0, 0.0])
+        known = self._weight > 0
+        return np.asarray(self.means[:, known].sum(1))
 
 
 def noise_scale(estimators: Sequence[SignalToNoise]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamon.arrays import Array
 from dynamon.dealing import measured_whole
-from dynamon.gradients import GradientReader, PendingReadings, changes
+from dynamon.gradients import GradientReader, Known, PendingReadings, changes
 from dynamon.kernels import gradient_stats
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
@@ -18,8 +18,11 @@ from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
+from dynamon.windows import Window
 
-_SUMS = 8  # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window
+# l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window; products of
+# the change with itself and with the one before
+_SUMS = 10
 _FLAGS, _DUALS = 2, 3  # where there is a change, where there are two parts; duals of gradient, change, and between them
 
 _MOST_CONSTANTS = 16  # sets of layers that have gradients, in turns
@@ -101,7 +104,7 @@ class ShardedGradientReader(GradientReader):
 
     The gradients of one process before they are summed cannot be had: :meth:`watch_ranks` raises.
 
-    Cost: an all-reduce of ``11 L + 1`` numbers for L layers. For nuclear norms, ``14 L`` and a gather of each gradient,
+    Cost: an all-reduce of ``13 L + 1`` numbers for L layers. For nuclear norms, ``16 L`` and a gather of each gradient,
     of its change and of the difference of parts of windows.
     """
 
@@ -138,12 +141,12 @@ class ShardedGradientReader(GradientReader):
             found.append(g)
         return found
 
-    def _measure(self, scale: float, dual: bool, local_scale: float) -> PendingReadings:
+    def _measure(self, scale: float, dual: bool, local_scale: float, window: Window | None) -> PendingReadings:
         seen: list[_Parts] = []
 
         def find() -> Found:
-            seen.append(self._parts_here(scale))
-            return self._found(seen[0], dual)
+            seen.append(self._parts_here(scale, window))
+            return self._found(seen[0], dual, window)
 
         if self._special:
             with self._ranks.measurement():
@@ -152,15 +155,16 @@ class ShardedGradientReader(GradientReader):
             found = self._totals.or_nan(find)
         here = seen[0]
         rows = self._rows(found, dual).index_select(1, self._places(here.present))
-        return PendingReadings(rows, here.present, here.compared, here.parted, dual or not self._special)
+        known = Known(here.present, here.compared, here.parted, self._rounding(), self._frozen(), window)
+        return PendingReadings(rows, known, dual or not self._special)
 
-    def _parts_here(self, scale: float) -> _Parts:
-        stored = self._previous if self._stored_at == self.step - 1 else {}
+    def _parts_here(self, scale: float, window: Window | None) -> _Parts:
+        stored = self._comparable(window)
         step, share, halves = self._part or (-1, 0.5, {})
         self._part = None
         return _Parts(self.layers, self._gradients(scale), stored, halves if step == self.step else {}, share)
 
-    def _found(self, here: _Parts, dual: bool) -> Found:
+    def _found(self, here: _Parts, dual: bool, window: Window | None) -> Found:
         """What is in the parts here; they take the place of those of one step before."""
         found = self._totals.empty()
         if self._special:
@@ -170,16 +174,20 @@ class ShardedGradientReader(GradientReader):
         found.dealt[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
         indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
+        if self.trends is not None:  # of all layers: the processes must agree on which ones
+            own, before = [[_filled(t(i)) for i in self._everything] for t in (here.own, here.before)]
+            found.sums[8:] = self.trends.products(self._everything, own, before).to(found.sums)
         stats = gradient_stats(current, previous, dtype=torch.float64)
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
-        self._previous, self._stored_at = dict(zip(indices, kept, strict=True)), self.step
+        self._previous = dict(zip(indices, kept, strict=True))
+        self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         own = [stats.l1, stats.sum_squares, stats.nonfinite]
         change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
         found.sums[:6].index_copy_(1, places, torch.stack([*own, *change]).to(found.sums))
         if here.halves:
             stats = gradient_stats([_filled(here.between(i)) for i in indices], dtype=torch.float64)
-            found.sums[6:].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
+            found.sums[6:8].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
         return found
 
     def _places(self, chosen: Array) -> Tensor:
@@ -214,7 +222,7 @@ class ShardedGradientReader(GradientReader):
 
     def _rows(self, found: Found, dual: bool) -> Tensor:
         """What :class:`PendingReadings` takes, of all layers."""
-        l1, squares, nonfinite, change_l1, change_squares, inner, between_l1, between_squares = found.sums
+        l1, squares, nonfinite, change_l1, change_squares, inner, between_l1, between_squares = found.sums[:8]
         l2, change_l2, between_l2 = squares.sqrt(), change_squares.sqrt(), between_squares.sqrt()
         duals = [[row[i] for i in self._special] for row in found.dealt[_FLAGS:]] or [[]] * _DUALS
         if not dual:
@@ -226,7 +234,8 @@ class ShardedGradientReader(GradientReader):
             )
         )
         agreed = [(flags == self._ranks.size).to(l1) for flags in found.dealt[:_FLAGS]]
-        return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, *agreed])
+        trend = found.sums[8] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:])
+        return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, trend, *agreed])
 
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
@@ -234,10 +243,10 @@ class ShardedGradientReader(GradientReader):
         with self._ranks.measurement():
             table = self._ranks.sum(self._dealt_duals(here, [0]))
         places = {i: position for position, i in enumerate(self._special)}
-        indices = np.flatnonzero(pending.present).tolist()
+        indices = np.flatnonzero(pending.known.present).tolist()
         rows = pending.rows.clone()
         rows[2] = self._duals(indices, rows[0], rows[1], [table[0, places[i]] for i in indices if i in places])
-        return PendingReadings(rows, pending.present, pending.compared, pending.parted)
+        return PendingReadings(rows, pending.known)
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
         """The stored gradient by parameter name, if it is this step's: whole, in main memory.
@@ -250,7 +259,8 @@ class ShardedGradientReader(GradientReader):
         if self._stored_at != self.step:
             return {"previous": {}}
         parts = {self.layers[i].name: g for i, g in self._previous.items()}
-        return {"previous": saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)}
+        whole = saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)
+        return {"previous": whole, "windows": self._saved_windows()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this process's part of a stored gradient; names and shapes that no longer exist are left out."""

@@ -1,5 +1,6 @@
 """Curvature along a given direction: one product each."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.spaces import VectorSpace, space_of
 from dynamon.evaluations import full_precision
 
+_SMALL = 2.0**-40  # lengths between this and its inverse are taken as they are
 _MOST = 100  # powers of two, within the range of float32
 
 
@@ -57,21 +59,27 @@ def directional_sharpness(hessian: Any, direction: Tensor, gradient: Tensor | No
     Raises:
         ValueError: For a zero direction.
 
-    Cost: one product, one host read. Reference: Pan and Li, "Toward understanding why Adam converges faster than
+    Cost: one product, two host reads. Reference: Pan and Li, "Toward understanding why Adam converges faster than
     SGD", 2023; Roulet et al., "Stepping on the edge", arXiv 2407.06183 for the greedy rate.
     """
     gradient = hessian.gradient if gradient is None else gradient
     space = space_of(hessian)
-    # By a power of two, which is exact: of a gradient of 1e-22 the product would vanish in float32.
-    exponent = torch.frexp(space.norm(direction)).exponent.clamp(-_MOST, _MOST)
-    unit = torch.ldexp(direction, -exponent)
+    size = _power_of_two(float(space.norm(direction)))
+    unit = direction if size == 1 else direction / size
     product = hessian @ unit
-    sums = torch.stack([a.double() @ b.double() for a, b in [(unit, unit), (gradient, unit), (unit, product)]])
-    squared, slope, curvature, power = torch.cat([space.total(sums), exponent.to(sums)[None]]).tolist()
+    pairs = [(unit, unit), (gradient, unit), (unit, product)]
+    squared, slope, curvature = space.total(torch.stack([a.double() @ b.double() for a, b in pairs])).tolist()
     if squared == 0:
         raise ValueError("the direction is zero, so there is no curvature along it.")
-    size = 2.0**power
-    return DirectionalSharpness(curvature / squared, slope * size, curvature * size**2, torch.ldexp(product, exponent))
+    product = product if size == 1 else product * size
+    return DirectionalSharpness(curvature / squared, slope * size, curvature * size**2, product)
+
+
+def _power_of_two(length: float) -> float:
+    """What a direction is divided by, without rounding, lest its product leave float32; 1 where it does not."""
+    if not 0 < length < math.inf or _SMALL < length < 1 / _SMALL:
+        return 1.0
+    return 2.0 ** max(-_MOST, min(_MOST, math.frexp(length)[1]))
 
 
 @dataclass(frozen=True)

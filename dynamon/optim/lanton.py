@@ -17,6 +17,7 @@ from dynamon.optim.layerwise import LayerwiseRates
 from dynamon.rates import NoiseAdaptiveRates, Rule
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import local, local_as, part_of, whole
+from dynamon.windows import Window
 
 RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
 _SCALINGS: dict[str, Callable[[int, int], float]] = {
@@ -188,15 +189,16 @@ class Lanton(Optimizer):
         """The ratio of each layer by name; 1 where rates do not follow the noise."""
         return {layer.name: 1.0 for layer in self.layers} if self.rates is None else self.rates.ratios
 
-    def observe(self, scale: float = 1.0, key: Hashable = None) -> None:
+    def observe(self, scale: float = 1.0, key: Hashable = None, window: Window | None = None) -> None:
         """Read the gradients now, before they are clipped, for the step that follows.
 
         Args:
             scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
             key: Names the step, so that several who observe the same one read it once.
+            window: What the gradients were accumulated over, as for :meth:`LayerwiseRates.observe`.
         """
         if self.rates is not None:
-            self.rates.observe(scale, key)
+            self.rates.observe(scale, key, window=window)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take up further parameters, also in the middle of a run; what was learned of the others stays.
@@ -373,10 +375,10 @@ class _OwnRates(LayerwiseRates):
         super().__init__(optimizer, rule, _Listed(optimizer.layers) if model is None else model, lag=lag)
 
     def _attach(self) -> None:
+        self._held, self._lazy = self._parameters(), []
         self.layers = self.optimizer.layers
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
-        self.rule.start(self.layers, self.reader.norms)
-        self._count = self._parameters()
+        self._start_rule()
 
 
 class _Listed(nn.Module):

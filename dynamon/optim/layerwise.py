@@ -21,6 +21,8 @@ from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
+from dynamon.trends import Trends
+from dynamon.windows import Window
 
 _REFUSED = {  # by whole words of the class's name
     "prodigy": "it estimates one step size for all groups and raises when their rates differ",
@@ -100,6 +102,9 @@ class LayerwiseRates:
         layers: The steered layers.
         reader: Reads their gradients.
         rule: The rule.
+        in_half_precision: To be set where training runs under autocast to sixteen bits, whose rounding is no noise.
+        agrees_with_others: To be set under DDP where windows are given to :meth:`observe`, on every process: batches
+            may be of other sizes there, and all must take the same ratios.
 
     Raises:
         ValueError: If the optimizer cannot take layerwise rates (the reason is in the message), is steered already or
@@ -135,6 +140,7 @@ class LayerwiseRates:
             _check_decay(optimizer)
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
+        self.in_half_precision = self.agrees_with_others = False
         self._phase = 0  # steps observed, modulo read_every
         self._checked = False
         self._attach()
@@ -165,7 +171,12 @@ class LayerwiseRates:
             self._checked = True
         self.layers = steerable_layers(self.model, self.optimizer)
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
+        self._start_rule()
+
+    def _start_rule(self) -> None:
         self.rule.start(self.layers, self.reader.norms)
+        if self.rule.noise is not None and self.rule.noise.source == "successive":
+            self.reader.trends = Trends()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -210,7 +221,13 @@ class LayerwiseRates:
         rate = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
         return {layer.name: rate[id(layer.parameter)] for layer in self.layers}
 
-    def observe(self, scale: float = 1.0, key: Hashable = None, local_scale: float | None = None) -> None:
+    def observe(
+        self,
+        scale: float = 1.0,
+        key: Hashable = None,
+        local_scale: float | None = None,
+        window: Window | None = None,
+    ) -> None:
         """Read the gradients now, for the step that follows.
 
         Args:
@@ -218,9 +235,12 @@ class LayerwiseRates:
             key: Names the step, so that several who observe the same one read it once. Without a key every
                 call is a new step.
             local_scale: The same factor for the gradients that :meth:`watch_ranks` kept; None for ``scale``.
+            window: What the gradients were accumulated over: a rule sees the change between two steps only where it
+                is the same. To be given in a loop with windows of different lengths.
         """
         self._observed = True
         self._follow_optimizer()
+        self.reader.in_half_precision, self.reader.agrees_with_others = self.in_half_precision, self.agrees_with_others
         if not self.reader.begin(object() if key is None else key):
             return
         if not self.layers:
@@ -231,11 +251,11 @@ class LayerwiseRates:
         self.settle()
         self._phase = (self._phase + 1) % self.read_every
         if self._phase == 0:
-            self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale)
+            self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale, window=window)
             if self.lag == 0:
                 self.settle()
         elif self._phase == self.read_every - 1:
-            self.reader.store(scale)
+            self.reader.store(scale, window)
 
     def observe_part(self, share: float, scale: float = 1.0) -> None:
         """Between the backward passes of an accumulation window, keep what has been accumulated so far.

@@ -29,7 +29,10 @@ class NoiseAdaptiveRates(Rule):
     The quietest layer of a group keeps the base rate, the others go below it: for :math:`H \gg a^2` this is
     :math:`\sqrt{\sigma_{min} / \sigma_l}` in the noise :math:`\sigma = \sqrt H`, 0.32 at ten times the noise and 0.1 at
     a hundred times. A layer with less than a thousandth of the group's median noise (a bias before BatchNorm) keeps the
-    base rate and is no yardstick for the others; so does one without a reading, and one that is alone in its group.
+    base rate and is no yardstick for the others; so does one without a reading, and one that is alone in its group, and
+    one whose differences are no noise (:attr:`dynamon.noise.NoiseEstimator.is_noise`): rounding, or, of successive
+    gradients, a change that goes on or swings because the weights move, as in full-batch training. At the first update
+    the latter cannot be told.
 
     Args:
         alpha: Noise floor relative to the group's median noise. The paper's is absolute; relative, ratios do
@@ -144,12 +147,13 @@ class NoiseAdaptiveRates(Rule):
             self._ramp.aim(self._target)
 
     def _set_target(self) -> None:
-        noise = self._squared() / self._shape_factor**2
+        assert self.noise is not None
+        noise, is_noise = self._squared() / self._shape_factor**2, self.noise.is_noise
         self._target = np.ones(len(self.layers))
         for group in self._groups:
             # A layer without a gradient, or with nothing but rounding in it (a bias before BatchNorm), has no noise
             # to be compared by: it keeps the base rate and is no yardstick for the others.
-            known = group[np.nan_to_num(noise[group]) > 0]
+            known = group[(np.nan_to_num(noise[group]) > 0) & is_noise[group]]
             known = known[noise[known] > _SILENT * np.median(noise[known])] if len(known) else known
             if len(known):
                 floor = self.alpha**2 * float(np.median(noise[known]))
@@ -161,7 +165,7 @@ class NoiseAdaptiveRates(Rule):
         assert self.noise is not None
         if self.bias_correction:
             return self.noise.squared
-        return np.array([mean for mean, _ in self.noise.state_dict().values()])
+        return self.noise.mean
 
     def _reference(self, floor: float, noise: Array) -> float:
         """What a layer's noise is compared with."""

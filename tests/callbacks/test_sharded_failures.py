@@ -121,12 +121,12 @@ MESSAGES = {
     "gradients": (
         classifier,
         lambda: GradientMonitor(3, strict=True),
-        {"all_reduce": 2, "check": 2, "numbers": 4 * 11 + 1 + 4 * 7},
+        {"all_reduce": 2, "check": 2, "numbers": 4 * 13 + 1 + 4 * 7},
     ),
     "gradients, nuclear": (
         orthogonalised,
         lambda: GradientMonitor(3, strict=True),
-        {"all_reduce": 2, "check": 6, "gather": 3, "numbers": 4 * 14 + 4 * 7},
+        {"all_reduce": 2, "check": 6, "gather": 3, "numbers": 4 * 16 + 4 * 7},
     ),
     "weights": (
         classifier,
@@ -150,4 +150,4 @@ def test_steering_sends_one_reduction_a_step(tmp_path: Path, monkeypatch) -> Non
     counts = Counts(monkeypatch)
     steering = NoiseAdaptiveLR(warmup=1)
     ranks = fit_shards(tmp_path / "seen", classifier, [steering], others=[counts], data=loader(), steps=4, more=counts)
-    assert ranks[0]["more"] == [{"all_reduce": 1, "numbers": 4 * 11 + 1}] * 4
+    assert ranks[0]["more"] == [{"all_reduce": 1, "numbers": 4 * 13 + 1}] * 4

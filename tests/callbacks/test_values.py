@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.nn.functional import cross_entropy
 
-from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, SharpnessMonitor, WeightMonitor
 from dynamon.layers import describe_layers
+from dynamon.rates import FixedRates
 from tests.helpers import Classifier, batches, cnn, fit, mlp
 
 
@@ -140,7 +141,7 @@ def test_stability_ratio_of_a_steered_adamw_run() -> None:
     data = batches(count=32, size=32)
     module = Classifier(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5))
     monitor = DynamicsMonitor("full", every_n_steps=1, strict=True)
-    steering = NoiseAdaptiveLR(warmup=2, group_by="all")
+    steering = LayerwiseLR(FixedRates({"*.0.weight": 0.5, "*.3.bias": 0.3}))
     fit(module, [monitor, steering], data, steps=12, max_epochs=-1)
     (batch,) = list(data)
     (optimizer,) = [module.trainer.optimizers[0]]

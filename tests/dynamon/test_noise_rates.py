@@ -359,7 +359,7 @@ def test_state_of_other_layers_is_left_out():
     other.load_state_dict({"previous": {**reader.state_dict()["previous"], "gone": torch.ones(2)}})
     assert sorted(other.layers[i].name for i in other._previous) == ["2.bias"]
     noise = NoiseEstimator(["2.bias", "new"])
-    noise.load_state_dict({"2.bias": [2.0, 0.5], "gone": [1.0, 1.0]})
+    noise.load_state_dict({"2.bias": [2.0, 1.0, 0.0, 0.5, 0], "gone": [1.0, 1.0, 0.0, 1.0, 0]})
     assert noise.squared[0] == 4 and math.isnan(noise.squared[1])
 
 

@@ -42,7 +42,8 @@ def feed(rule, *noise):
     changes = np.array([math.nan if value is None else value for value in noise], dtype=float)
     seen = ~np.isnan(changes)
     finite = bool(np.isfinite(changes[seen]).all())
-    rule.update(SimpleNamespace(finite=finite, compared=seen, difference_dual=changes))
+    facts = {"trend": np.zeros(len(noise)), "rounding": 1e-4, "frozen": None, "window": None}
+    rule.update(SimpleNamespace(finite=finite, difference_dual=changes, difference_l2=changes, l2=changes, **facts))
     return rule.ratios().copy()
 
 
