@@ -128,6 +128,12 @@ def count_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
     return _known(batch, sizes) if size is None else size
 
 
+def first_dimension(batch: Any) -> int | None:
+    """The first dimension of all tensors in a batch, whatever it means; None where they differ."""
+    found = {int(t.size(0)) for t in _tensors(batch) if t.ndim}
+    return found.pop() if len(found) == 1 else None
+
+
 def moved(batch: Any, device: torch.device) -> Any:
     """A batch with all its tensors on a device: whatever has a method ``to`` is moved by it, as Lightning does."""
     if hasattr(batch, "to") and not isinstance(batch, type):
