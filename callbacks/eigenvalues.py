@@ -47,6 +47,7 @@ from dynamon.stability import (
 
 _TRACE_SAMPLES = 16
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
+_SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
 @dataclass
@@ -201,8 +202,8 @@ class EigenvalueMeter(Meter):
         if not self._is_due(run) or not run.steps.any_taken():
             return
         with run.charge(self.name):
-            self._probe.check(run)
-        if self._probe.off:
+            is_there = self._probe.check(run)
+        if not is_there:
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
         try:
@@ -407,12 +408,11 @@ class EigenvalueMeter(Meter):
             self._told.add("backend")
             differences = "Finite differences of gradients are used instead, at two gradients a product."
             rank_zero_info(f"{reason} {differences}" if "finite_difference" in point.hessian.backend else reason)
-        if self._probe.samples_in_all is not None and "probe" not in self._told:
+        if self._probe.samples_in_all is not None and self._probe.is_complete and "probe" not in self._told:
             self._told.add("probe")
-            rank_zero_info(
-                f"sharpness is measured on {self._probe.samples_in_all} samples; so small a probe is sharper than the "
-                "whole training set. probe_size sets their number."
-            )
+            are_all = self._probe.is_everything(point.run)
+            after = ", the whole training set." if are_all else _SMALL_PROBE
+            rank_zero_info(f"sharpness is measured on {self._probe.samples_in_all} samples{after}")
 
     def _warn(self, run: Run, readings: Mapping[str, float]) -> None:
         missed = [tag for tag in readings if tag.endswith("_unconverged")]

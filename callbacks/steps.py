@@ -110,8 +110,8 @@ class StepMeter(Meter):
         if "batch" not in self._wanted or not self._is_due(run):
             return
         with run.charge(self.name):
-            self._probe.check(run)
-        if self._probe.off:
+            is_there = self._probe.check(run)
+        if not is_there:
             return
         self._on_batch = True
         with run.together(self.name), self._probe.evaluation(run) as params:
@@ -173,8 +173,7 @@ class StepMeter(Meter):
         readings: dict[str, float] = {}
         if not self._wanted or not self._probe.is_expected(run) or not self._has_moved(run):
             return readings
-        self._probe.check(run)
-        if self._probe.off:
+        if not self._probe.check(run):
             return readings
         self._probe.agree(run)
         if "directional" in self._wanted:

@@ -253,7 +253,8 @@ def test_a_failed_measurement_costs_one_warning_and_the_next_succeeds(how, messa
         fit(module, [monitor])
     assert sum("measurement failed" in str(w.message) for w in caught) == 1
     assert same_weights(plain, module)
-    assert monitor.failures == 2 and monitor.history["dynamon/failures"].values[-1] == 2
+    failures = 1 if how == "none" else 2  # where there is no loss once more, the next batch is taken
+    assert monitor.failures == failures and monitor.history["dynamon/failures"].values[-1] == failures
     series = monitor.history["sharpness/hessian_max"]
     assert series.steps.tolist() == [s for s in range(2, 21, 2) if s not in (6, 8)] or len(series) >= 6
     assert np.isfinite(series.values).all()

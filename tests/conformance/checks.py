@@ -105,7 +105,7 @@ def run(cell: Cell, callbacks: list[DynamonCallback], root: Path) -> Outcome:
         **_trainer_arguments(cell), callbacks=[*callbacks, witness], logger=loggers, default_root_dir=root
     )
     subject = Subject(cell.model, **setup.subject)
-    trainer.fit(subject, Data(cell.model, shuffle="overfit_batches" not in setup.trainer))
+    trainer.fit(subject, Data(cell.model, "overfit_batches" not in setup.trainer, **setup.data))
     return Outcome(trainer, subject, witness, memory)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -185,6 +186,7 @@ class Subject(pl.LightningModule):
 
     def loss(self, batch: Any, part: int = 0) -> Tensor:
         """The loss of the optimizer ``part``; only a GAN has different ones."""
+        batch = list(batch.values()) if isinstance(batch, UserDict) else batch
         if isinstance(self.network, Adversaries) or hasattr(self.network, "generator"):
             return self._contest(batch, part)
         inputs, labels = batch
@@ -257,16 +259,22 @@ def loss_fn(module: Any, batch: Any) -> Tensor:
     return module.loss(batch)
 
 
+def in_a_mapping(items: list[Any]) -> UserDict[str, Tensor]:
+    """A batch that is a mapping and no dict, as tokenizers return it."""
+    return UserDict(zip(("inputs", "labels"), default_collate(items), strict=True))
+
+
 class Data(pl.LightningDataModule):
     """The same samples every time, in an order that the random stream of torch decides."""
 
-    def __init__(self, model: str = "MLP", shuffle: bool = True) -> None:
+    def __init__(self, model: str = "MLP", shuffle: bool = True, mapped: bool = False) -> None:
         super().__init__()
+        self.collate = in_a_mapping if mapped else None
         self.samples = TensorDataset(*MODELS[model].data(torch.Generator().manual_seed(0)))
         self.shuffle = shuffle
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.samples, BATCH, shuffle=self.shuffle)
+        return DataLoader(self.samples, BATCH, shuffle=self.shuffle, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.samples, BATCH)
@@ -304,7 +312,13 @@ class Witness(pl.Callback):
         torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
         streams = {"torch": torch_state, "numpy": numpy_state, "python": random.getstate()}
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if is_users(key)}
-        self.seen.append({**streams, "batch": batch[0].clone(), "metrics": metrics})
+        self.seen.append(
+            {
+                **streams,
+                "batch": next(iter(batch.values() if isinstance(batch, UserDict) else batch)).clone(),
+                "metrics": metrics,
+            }
+        )
 
 
 OURS = ("sharpness", "gradient", "noise", "weight", "update", "spectrum", "lr", "dynamon")

@@ -17,6 +17,7 @@ class Setup:
     Attributes:
         trainer: Arguments of the Trainer.
         subject: Arguments of :class:`Subject`.
+        data: Arguments of :class:`Data`.
         loggers: ``"memory"``, ``"none"`` or ``"several"``.
         measures: Whether monitors measure at all.
         skipped: Why this machine cannot run it.
@@ -25,6 +26,7 @@ class Setup:
 
     trainer: dict[str, Any] = field(default_factory=dict)
     subject: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     loggers: str = "memory"
     measures: bool = True
     skipped: str = ""
@@ -44,6 +46,7 @@ SETUPS = {
     "several optimizers": Setup(subject={"optimizers": 2}),
     "torch.compile": Setup(subject={"compiled": True}),
     "activation checkpointing": Setup(subject={"checkpointed": True}),
+    "mapping batches": Setup(data={"mapped": True}),
     "fast_dev_run": Setup({"fast_dev_run": STEPS}),
     "overfit_batches": Setup({"overfit_batches": 2}),
     "limited batches": Setup({"limit_train_batches": 3, "limit_val_batches": 1}),
