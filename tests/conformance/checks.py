@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynamon.callbacks
@@ -105,7 +106,8 @@ def run(cell: Cell, callbacks: list[DynamonCallback], root: Path) -> Outcome:
         **_trainer_arguments(cell), callbacks=[*callbacks, witness], logger=loggers, default_root_dir=root
     )
     subject = Subject(cell.model, **setup.subject)
-    trainer.fit(subject, Data(cell.model, shuffle="overfit_batches" not in setup.trainer))
+    data = Data(cell.model, shuffle="overfit_batches" not in setup.trainer, mapping=setup.mapping)
+    trainer.fit(subject, data)
     return Outcome(trainer, subject, witness, memory)
 
 
@@ -124,6 +126,10 @@ def _trainer_arguments(cell: Cell) -> dict[str, Any]:
         "log_every_n_steps": 1,
         **given,
     }
+    if given.get("precision") == "16-mixed":  # a scale from which these models overflow at most once or twice
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        arguments = {**arguments, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+        del arguments["precision"]
     if given.get("barebones"):
         arguments = {k: v for k, v in arguments.items() if k not in ("log_every_n_steps", "num_sanity_val_steps")}
     # Lightning counts the steps of all optimizers.

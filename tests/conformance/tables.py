@@ -21,6 +21,7 @@ class Setup:
         measures: Whether monitors measure at all.
         skipped: Why this machine cannot run it.
         cli: Run by a LightningCLI.
+        mapping: Whether batches are mappings that are no dictionaries.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -29,6 +30,7 @@ class Setup:
     measures: bool = True
     skipped: str = ""
     cli: bool = False
+    mapping: bool = False
 
 
 SETUPS = {
@@ -37,9 +39,12 @@ SETUPS = {
     "clipping by norm": Setup({"gradient_clip_val": 0.05}),
     "clipping by value": Setup({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "bf16-mixed": Setup({"precision": "bf16-mixed"}),
-    "16-mixed": Setup({"precision": "16-mixed"}, skipped="its gradient scaler exists on a GPU only"),
+    "16-mixed": Setup({"precision": "16-mixed"}),
     "foreach": Setup(subject={"options": {"foreach": True}}),
     "fused": Setup(subject={"options": {"fused": True}}),
+    "mapping batch": Setup(mapping=True),
+    "skipped batches": Setup(subject={"skips": True}),
+    "SAM": Setup(subject={"sam": True}),
     "manual optimisation": Setup(subject={"manual": True}),
     "several optimizers": Setup(subject={"optimizers": 2}),
     "torch.compile": Setup(subject={"compiled": True}),
