@@ -37,7 +37,7 @@ def measure(
         module: A LightningModule (its ``training_step`` gives the loss), or any module with ``loss_fn``.
         batch: A batch on the module's device.
         loss_fn: ``loss_fn(module, batch) -> scalar``.
-        optimizer: Adds the stability ratio (SGD, Adam, AdamW with state) at the rates in force, layerwise steering
+        optimizer: Adds the stability ratio (SGD; Adam, AdamW, RMSprop with state) at the rates in force, layerwise steering
             included, and chooses the dual norms; without it they are those of Adam.
         certify: Take at least 20 Hessian products, which give an upper bound.
         tol: Relative tolerance of the eigenvalue.
