@@ -142,8 +142,7 @@ class Monitor(DynamonCallback):
         with self._budget.watch():
             steps_seen, self._run = (0 if self._run is None else self._run.steps_seen), None
             try:
-                with ranks_of(trainer, pl_module).measurement():  # off on all processes, or on none
-                    self._begin(trainer, pl_module, steps_seen)
+                self._begin(trainer, pl_module, steps_seen)
             except BadArgumentError:
                 raise
             except Exception as error:
@@ -164,7 +163,8 @@ class Monitor(DynamonCallback):
             return
         if trainer.barebones:
             return
-        run = Run(trainer, pl_module, self._budget, self._recorder, self._patterns)
+        with ranks_of(trainer, pl_module).measurement():  # off on all processes, or on none
+            run = Run(trainer, pl_module, self._budget, self._recorder, self._patterns)
         run.strict, run.steps_seen = self._strict, steps_seen
         lazy = [plain_name(name) for name, p in pl_module.named_parameters() if is_lazy(p)]
         if not run.layers and not lazy:
