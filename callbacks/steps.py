@@ -27,6 +27,7 @@ from dynamon.norms import optimizer_family, update_norm
 from dynamon.optim import steering_of
 from dynamon.pairs import as_real
 from dynamon.panels import STEPS, shown
+from dynamon.probe import NoLossError
 from dynamon.shards import local
 
 STEP_TAGS: dict[str, dict[str, str]] = {
@@ -114,10 +115,14 @@ class StepMeter(Meter):
         if not is_there:
             return
         self._on_batch = True
-        with run.together(self.name), self._probe.evaluation(run) as params:
-            hessian = self._probe.batch_hessian(run, params, batch)
-            if self._is_trusted(hessian, hessian.gradient, "batch"):
-                self._batch = batch_sharpness([hessian])
+        try:
+            with run.together(self.name), self._probe.evaluation(run) as params:
+                hessian = self._probe.batch_hessian(run, params, batch)
+                if self._is_trusted(hessian, hessian.gradient, "batch"):
+                    self._batch = batch_sharpness([hessian])
+        except NoLossError:  # training skips this batch; with several processes it cannot
+            if run.ranks.several:
+                raise
         self._on_batch = False
 
     def make_room(self, run: Run) -> str | None:

@@ -46,6 +46,7 @@ from tests.conformance.tables import (
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning"),  # under barebones
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning"),  # skipped batches
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning"),  # pytest has arguments of its own
     pytest.mark.filterwarnings(
