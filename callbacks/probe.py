@@ -15,6 +15,7 @@ from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, Sh
 from dynamon.curvature.fsdp import why_not_whole
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.effects import changes, outside_state
+from dynamon.kernels import widest_dtype
 from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
@@ -149,7 +150,7 @@ class ProbeMeter(Meter):
         numbers = [_numbers([entry["batch"] for entry in kept]) for kept in self._sets]
         full = [float(self._is_full(kept)) for kept in self._sets]
         known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
-        summed = torch.tensor([*known, *full], dtype=torch.float64, device=run.module.device)
+        summed = torch.tensor([*known, *full], dtype=widest_dtype(run.module.device), device=run.module.device)
         samples, *found = run.ranks.sum(summed).tolist()
         self.samples_in_all = None if math.isnan(samples) else int(samples)
         are_full = [count == run.ranks.size for count in found[len(numbers) :]]
@@ -223,7 +224,7 @@ class ProbeMeter(Meter):
 
     def _share(self, run: Run, weight: float) -> float:
         """What this process's loss counts in the mean over the processes that FSDP2 takes."""
-        total = run.ranks.sum(torch.tensor(weight, dtype=torch.float64, device=run.module.device))
+        total = run.ranks.sum(torch.tensor(weight, dtype=widest_dtype(run.module.device), device=run.module.device))
         return weight * run.ranks.size / float(total)
 
     def _weight_of(self, part: Any, samples: int | None) -> float:

@@ -1,0 +1,1 @@
+"""Apple GPUs and other devices without float64: every reading is there, to the accuracy of float32."""
