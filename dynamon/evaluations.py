@@ -24,7 +24,7 @@ _ACTIVE: ContextVar[tuple[Rewindable, ...]] = ContextVar("dynamon_rewindable", d
 
 
 class RandomState:
-    """The random states of torch (those of the accelerator too), numpy and python at construction, to have them again."""
+    """The random states of torch (those of the accelerator too), numpy and python at construction, to draw again."""
 
     def __init__(self) -> None:
         """Read them."""
