@@ -31,10 +31,28 @@ from dynamon.optim import Lanton
 from dynamon.probe import undisturbed
 from dynamon.rates import SpectralTailRates
 from tests.apple import DEVICE, Strategy, apple
-from tests.helpers import Classifier, batches, cnn, fit, mlp, same_weights
+from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
-TOLERANCE = {"rtol": 5e-3, "atol": 1e-5}  # 5 times what was seen; a tail's start may jump, see below
-UNLIKE = ("dynamon/", "spectrum/tail")  # time, and what jumps from one candidate to the next
+TOLERANCE = 5e-3
+SOLVED = "_share", "_overlap"  # of eigenvectors that are known to the tolerance of the solver
+UNLIKE = ("dynamon/", "spectrum/tail", "sharpness/products")  # time, and what jumps by a whole candidate or burst
+
+
+def small() -> nn.Module:
+    """Two layers."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def with_dropout() -> nn.Module:
+    """Two layers with dropout between."""
+    return nn.Sequential(small(), nn.Dropout(0.2))
+
+
+def small_cnn() -> nn.Module:
+    """A convolution with BatchNorm, on ``[n, 2, 8, 8]``."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3))
 
 
 class Located(Classifier):
@@ -47,7 +65,7 @@ class Located(Classifier):
 def run(make: Callable[[], Any], network: Callable[[], nn.Module], there: bool, optimizer: Any = None) -> Any:
     """Three steps with a callback, there or on the CPU: the module and the callback."""
     module, callback = Located(network(), optimizer), make()
-    data = batches(features=(2, 8, 8) if network is cnn else (8,))
+    data = batches(features=(2, 8, 8) if network is small_cnn else (8,))
     fit(module, [callback], data, steps=3, **({"strategy": Strategy()} if there else {}))
     return module, callback
 
@@ -60,23 +78,24 @@ def assert_alike(found: Any, wanted: Any) -> None:
         one, other = found.history[tag], wanted.history[tag]
         np.testing.assert_array_equal(one.steps, other.steps, tag)
         if not tag.startswith(UNLIKE):
-            np.testing.assert_allclose(one.values, other.values, **TOLERANCE, err_msg=tag)
+            tolerance = 10 * TOLERANCE if tag.endswith(SOLVED) else TOLERANCE
+            np.testing.assert_allclose(one.values, other.values, tolerance, 1e-5, err_msg=tag)
 
 
 CALLBACKS = {
     "steering": (lambda: NoiseAdaptiveLR(), mlp, None),
     "tails": (lambda: LayerwiseLR(SpectralTailRates(refresh=1, ramp=0)), lambda: nn.Sequential(nn.Linear(8, 64)), None),
-    "full": (lambda: DynamicsMonitor("full", every_n_steps=1, strict=True), mlp, None),
-    "full, convolutions": (lambda: DynamicsMonitor("full", every_n_steps=1, strict=True), cnn, None),
-    "sharpness": (lambda: SharpnessMonitor(every_n_steps=1, quantities=QUANTITIES, strict=True), mlp, None),
+    "full": (lambda: DynamicsMonitor("full", every_n_steps=1, strict=True), small, None),
+    "full, convolutions": (lambda: DynamicsMonitor("full", every_n_steps=3, strict=True), small_cnn, None),
+    "sharpness": (lambda: SharpnessMonitor(every_n_steps=3, quantities=QUANTITIES, strict=True), small, None),
     "weights": (
         lambda: WeightMonitor(every_n_steps=1, histograms=True, convolutions=True, strict=True),
-        cnn,
+        small_cnn,
         lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     ),
     "Lanton": (
-        lambda: DynamicsMonitor("full", every_n_steps=1, strict=True),
-        mlp,
+        lambda: DynamicsMonitor("full", every_n_steps=3, strict=True),
+        small,
         lambda p: Lanton(list(p), lr=1e-2),
     ),
 }
@@ -94,10 +113,10 @@ def test_a_run_on_a_device_without_float64(name: str, monkeypatch: pytest.Monkey
 
 def test_monitors_leave_training_there_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with apple(monkeypatch):
-        plain = Classifier(mlp(dropout=0.2))
-        fit(plain, [], steps=3, strategy=Strategy())
-        monitored = Classifier(mlp(dropout=0.2))
-        fit(monitored, [DynamicsMonitor("full", every_n_steps=1, strict=True)], steps=3, strategy=Strategy())
+        plain = Classifier(with_dropout())
+        fit(plain, [], steps=4, strategy=Strategy())
+        monitored = Classifier(with_dropout())
+        fit(monitored, [DynamicsMonitor("full", every_n_steps=3, strict=True)], steps=4, strategy=Strategy())
         assert same_weights(plain.cpu(), monitored.cpu())
 
 
@@ -107,16 +126,16 @@ def test_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     def loss_fn(module: nn.Module, given: Any) -> Tensor:
         return cross_entropy(module(given[0]), given[1])
 
-    wanted = measure(cnn(), batch, loss_fn=loss_fn)
+    wanted = measure(small_cnn(), batch, loss_fn=loss_fn)
     with apple(monkeypatch):
-        found = measure(cnn().to(DEVICE), [part.to(DEVICE) for part in batch], loss_fn=loss_fn)
+        found = measure(small_cnn().to(DEVICE), [part.to(DEVICE) for part in batch], loss_fn=loss_fn)
     assert set(found) == set(wanted)
     for tag, value in wanted.items():
         if isinstance(value, dict):
             assert set(found[tag]) == set(value), tag
         if not tag.startswith(UNLIKE):
             one, other = (list(v.values()) if isinstance(v, dict) else v for v in (found[tag], value))
-            np.testing.assert_allclose(one, other, **TOLERANCE, err_msg=tag)
+            np.testing.assert_allclose(one, other, TOLERANCE, 1e-5, err_msg=tag)
 
 
 def curvature(device: Any) -> dict[str, float]:
