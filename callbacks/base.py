@@ -122,6 +122,9 @@ class DynamonCallback(pl.Callback):
 
 def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     """What brings gradients to their true size: fused optimizers unscale fp16 ones only in their step."""
+    given = getattr(optimizer, "grad_scale", None)  # while a scaler steps it, one used by hand too
+    if given is not None:
+        return 1.0 / float(given)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0

@@ -1,15 +1,16 @@
 """All monitors in one line."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from dynamon.callbacks.gauss_newton import OutputsFn
 from dynamon.callbacks.gradients import GradientMeter, GradientMonitor
 from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.callbacks.probe import ProbeMeter, check_probe
-from dynamon.callbacks.sharpness import QUANTITIES, SharpnessMonitor, sharpness_meters
+from dynamon.callbacks.sharpness import QUANTITIES, SharpnessMonitor, check_solver, sharpness_meters
 from dynamon.callbacks.weights import WeightMeter, WeightMonitor
 from dynamon.probe import LossFn
 
@@ -31,7 +32,7 @@ class Preset:
     weights: int
     sharpness: int
     probe_fraction: float
-    quantities: tuple[str, ...]
+    quantities: Sequence[str]
     histograms: bool = False
 
 
@@ -70,8 +71,10 @@ class DynamicsMonitor(Monitor):
     ============  ===============  ==============  ================  =============================================
 
     These are the shortest intervals; the budget stretches them. Below 4 % (``full``: 17 %) it also cuts the probe,
-    to ``6 * budget`` of a batch; ``sharpness/probe_samples`` shows what is left. For SGD the Hessian's eigenvalue
-    comes with the stability ratio at no cost, so ``economy`` shows it too.
+    to ``6 * budget`` of a batch, unless ``probe_fraction`` or ``probe_size`` says how much of it is wanted;
+    ``sharpness/probe_samples`` shows what is left. For SGD the Hessian's eigenvalue comes with the stability ratio at
+    no cost, so ``economy`` shows it too. All arguments from ``quantities`` on are those of the three monitors, under
+    one budget; where they are None the preset decides.
 
     Under DDP every reading is that of all processes, and the budget is kept by the first one's clock.
 
@@ -79,12 +82,23 @@ class DynamicsMonitor(Monitor):
         preset: ``"economy"``, ``"standard"`` or ``"full"``.
         budget: Share of training time that monitoring may take; None for no limit. It never touches steering.
         every_n_steps: Measure everything at every step that is a multiple of this, whatever it costs; makes
-            panels reproducible.
+            panels reproducible. Where a step was not taken, the next one that is stands in for it.
         loss_fn: As in :class:`SharpnessMonitor`.
         probe_batches: How many of the first batches enter the probe.
         layers: Globs for the layers shown one by one, ``!`` excludes.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
+        quantities: Sharpness quantities, as in :class:`SharpnessMonitor`.
+        outputs: As there.
+        probe_fraction: As there: share of each batch's samples in the probe.
+        probe_size: As there: samples in the probe, instead of ``probe_batches`` and ``probe_fraction``.
+        probe_weight: As there.
+        save_probe: As there: whether checkpoints hold the probe.
+        tol: As there.
+        max_matvecs: As there.
+        memory_limit: As there.
+        histograms: Whether every tenth reading of gradients and weights brings their histograms.
+        convolutions: As in :class:`WeightMonitor`.
 
     Attributes:
         history: Everything measured, as arrays: ``monitor.history["noise/dual"].values`` is ``[T, L]``.
@@ -106,18 +120,34 @@ class DynamicsMonitor(Monitor):
         layers: Sequence[str] | None = None,
         loggers: Sequence[Any] | None = None,
         strict: bool = False,
+        quantities: Sequence[str] | None = None,
+        outputs: OutputsFn | None = None,
+        probe_fraction: float | None = None,
+        probe_size: int | None = None,
+        probe_weight: str | None = None,
+        save_probe: bool = True,
+        tol: float = 1e-2,
+        max_matvecs: int = 40,
+        memory_limit: float | None = None,
+        histograms: bool | None = None,
+        convolutions: bool = False,
     ) -> None:
         """Check the arguments."""
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
-        chosen = PRESETS[preset]
-        check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
-        check_probe(probe_batches, chosen.probe_fraction, loss_fn)
-        # Two per cent carry an eighth of a batch: about one reading in 300 steps on a small GPT.
-        fraction = chosen.probe_fraction
-        if budget is not None and every_n_steps is None:
-            fraction = min(fraction, 6 * budget)
-        make_meters = partial(_meters, chosen, every_n_steps, loss_fn, probe_batches, fraction)
+        own: dict[str, Any] = {"quantities": quantities, "probe_fraction": probe_fraction, "histograms": histograms}
+        chosen = replace(PRESETS[preset], **{name: value for name, value in own.items() if value is not None})
+        check_arguments(every_n_steps, budget, quantities=quantities, layers=layers, loggers=loggers)
+        check_probe(probe_batches, chosen.probe_fraction, loss_fn, probe_size, probe_weight)
+        check_solver(chosen.quantities, outputs, tol, max_matvecs, memory_limit)
+        if budget is not None and every_n_steps is None and probe_fraction is None:
+            # Two per cent carry an eighth of a batch: about one reading in 300 steps on a small GPT.
+            chosen = replace(chosen, probe_fraction=min(chosen.probe_fraction, 6 * budget))
+        probe = partial(
+            ProbeMeter, loss_fn, probe_batches, chosen.probe_fraction, probe_size, probe_weight, save=save_probe
+        )
+        solver = (tol, max_matvecs, outputs, memory_limit)
+        make_meters = partial(_meters, chosen, every_n_steps, probe, solver, convolutions)
         super().__init__(make_meters, budget, layers, loggers, strict)
         self.preset = preset
 
@@ -127,13 +157,16 @@ class DynamicsMonitor(Monitor):
 
 
 def _meters(
-    preset: Preset, every_n_steps: int | None, loss_fn: LossFn | None, probe_batches: int, probe_fraction: float
+    chosen: Preset,
+    every_n_steps: int | None,
+    probe: partial[ProbeMeter],
+    solver: tuple[float, int, OutputsFn | None, float | None],
+    convolutions: bool,
 ) -> list[Meter]:
     """Gradients, weights and steps keep to their part of the budget, eigenvalues take what they leave."""
-    probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction)
-    steps, eigenvalues = (partial(Cadence, every_n_steps, preset.sharpness, share) for share in (0.2, 1.0))
+    steps, eigenvalues = (partial(Cadence, every_n_steps, chosen.sharpness, share) for share in (0.2, 1.0))
     return [
-        GradientMeter(Cadence(every_n_steps, preset.gradients, share=0.2), preset.histograms),
-        WeightMeter(Cadence(every_n_steps, preset.weights, share=0.1), preset.histograms),
-        *sharpness_meters(preset.quantities, probe, steps, eigenvalues),
+        GradientMeter(Cadence(every_n_steps, chosen.gradients, share=0.2), chosen.histograms),
+        WeightMeter(Cadence(every_n_steps, chosen.weights, share=0.1), chosen.histograms, convolutions),
+        *sharpness_meters(tuple(chosen.quantities), probe, steps, eigenvalues, *solver),
     ]

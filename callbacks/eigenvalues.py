@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
-from dynamon.callbacks.layerwise_lr import steering_of
-from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Meter, Run, forget_frames
+from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
 from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_not
 from dynamon.callbacks.room import room_for
 from dynamon.callbacks.steps import StepMeter
@@ -34,8 +33,9 @@ from dynamon.curvature import (
     trace,
 )
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.optim import steering_of
 from dynamon.panels import SHARPNESS, shown
-from dynamon.preconditioner import has_second_moment, preconditioned, preconditioner
+from dynamon.preconditioner import NoSecondMomentError, has_second_moment, preconditioned, preconditioner
 from dynamon.ranks import ran_out_of_memory
 from dynamon.stability import (
     StabilityScaling,
@@ -47,6 +47,7 @@ from dynamon.stability import (
 
 _TRACE_SAMPLES = 16
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
+_SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
 @dataclass
@@ -109,7 +110,7 @@ class EigenvalueMeter(Meter):
         self._product_seconds: deque[float] = deque(maxlen=5)
         self._too_large, self._certify = False, True
         self._told: set[str] = set()
-        self._failures: dict[str, int] = {}
+        self._failures = Failures()
         self._last_loss = math.inf
 
     def start(self, run: Run) -> None:
@@ -198,11 +199,11 @@ class EigenvalueMeter(Meter):
 
     def batch_end(self, run: Run) -> None:
         """Measure when due."""
-        if not self._is_due(run):
+        if not self._is_due(run) or not run.steps.any_taken():
             return
         with run.charge(self.name):
-            self._probe.check(run)
-        if self._probe.off:
+            is_there = self._probe.check(run)
+        if not is_there:
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
         try:
@@ -260,11 +261,16 @@ class EigenvalueMeter(Meter):
 
     def _attempt(self, point: _Point, quantity: str, function: Callable[[_Point], Any]) -> None:
         """Measure one quantity; its failure leaves the others alone."""
+        if self._failures.rests(quantity, self.points):
+            return
         try:
             before = point.products
             with point.run.ranks.measurement():
                 function(point)
             point.succeeded += point.products > before
+            self._failures.clear(quantity)
+        except NoSecondMomentError:
+            return  # not yet: it comes with the optimizer's first steps
         except Exception as error:
             if point.run.strict or ran_out_of_memory(error):
                 raise
@@ -278,26 +284,25 @@ class EigenvalueMeter(Meter):
             self._trackers, self._blocks, self._space = {}, {}, None
 
     def _judge(self, point: _Point) -> None:
-        """Raise if nothing succeeded; else say once what failed, and leave out what failed three times in a row."""
+        """Raise if nothing succeeded; else say once what failed; what failed three times in a row rests for a while."""
         first = next(iter(point.failed.values()), None)
         if first is not None and not point.succeeded:
             raise first
-        self._failures = {q: self._failures.get(q, 0) + 1 for q in point.failed}
         for quantity, error in point.failed.items():
             point.run.failures += 1
-            paused = self._failures[quantity] >= PAUSE_AFTER
-            if self._failures[quantity] == 1 and quantity not in self._told or paused:
+            in_a_row = self._failures.add(quantity, self.points + 1)
+            paused = in_a_row == PAUSE_AFTER
+            if in_a_row == 1 and quantity not in self._told or paused:
                 self._told.add(quantity)
                 line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                after = "It is left out from now on." if paused else "The other quantities go on."
+                later = "It is left out now, and tried again in 10 readings, then in twice as many each time."
+                after = later if paused else "The other quantities go on."
                 rank_zero_warn(f"step {point.run.step}: {quantity} could not be measured: {line} {after}")
-            if paused:
-                self._wanted -= {quantity}
 
     def _stability(self, point: _Point) -> None:
         optimizer = point.optimizer
         assert optimizer is not None
-        rates = steering_of(point.run.trainer, optimizer)
+        rates = steering_of(optimizer)
         ratios = {} if rates is None else rates.ratios
         ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
         factors = [ratio_of.get(id(p), 1.0) for p in point.owned]
@@ -403,12 +408,11 @@ class EigenvalueMeter(Meter):
             self._told.add("backend")
             differences = "Finite differences of gradients are used instead, at two gradients a product."
             rank_zero_info(f"{reason} {differences}" if "finite_difference" in point.hessian.backend else reason)
-        if self._probe.samples_in_all is not None and "probe" not in self._told:
+        if self._probe.samples_in_all is not None and self._probe.is_complete and "probe" not in self._told:
             self._told.add("probe")
-            rank_zero_info(
-                f"sharpness is measured on {self._probe.samples_in_all} samples; so small a probe is sharper than the "
-                "whole training set. probe_size sets their number."
-            )
+            are_all = self._probe.is_everything(point.run)
+            after = ", the whole training set." if are_all else _SMALL_PROBE
+            rank_zero_info(f"sharpness is measured on {self._probe.samples_in_all} samples{after}")
 
     def _warn(self, run: Run, readings: Mapping[str, float]) -> None:
         missed = [tag for tag in readings if tag.endswith("_unconverged")]

@@ -1,6 +1,6 @@
 """Where the gradient readings of an optimizer come from."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,13 @@ from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import compares_independent, scale_before_step, windows_of
 from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
-from dynamon.callbacks.layerwise_lr import steering_of
+from dynamon.callbacks.layerwise_lr import reads_unclipped
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import GradientReader, GradientReadings
 from dynamon.layers import Layer, is_steerable
 from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
-from dynamon.optim import LayerwiseRates
+from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.pairs import as_real
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.sharded_norms import StepParts
@@ -74,17 +74,18 @@ class GradientSource:
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._version = run.layers_version
         layers = [la for la in run.all_layers if id(la.parameter) in self._own]
-        rates = steering_of(run.trainer, optimizer)
+        rates = steering_of(optimizer)
         reads_all = rates is not None and rates.rule.needs_gradients and all(is_steerable(la) for la in layers)
-        self._rates: LayerwiseRates | None = rates if reads_all else None
+        shared = rates is not None and reads_all and reads_unclipped(run.trainer, run.module, rates)
+        self._rates: LayerwiseRates | None = rates if shared else None
         self._steered = self._rates is not None
         self._reader = gradient_reader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
         self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}
+        self._key: tuple[int, int, int] = (-1, -1, -1)
         self.has_independent = compares_independent(run.trainer, run.module)
         self._shown = "independent" if self.has_independent else "successive"
-        self._key: Hashable = None
         self._step = 0
         self._weights: dict[str, Tensor] = {}
         self._kept_at = -1  # the step before which these were the weights
@@ -113,8 +114,24 @@ class GradientSource:
         if not self._steered:
             self._reader.forget_ranks()
 
-    def begin(self, key: tuple[int, int]) -> None:
-        """Say that an optimizer step is being taken; the same key twice in a row is the same step."""
+    def again(self) -> None:
+        """The gradients of this step were not those that it uses: forget what was read or kept of them."""
+        if not self._steered:  # the steering notices by itself
+            self.reader.again()
+        self._weights = {}
+
+    def forget(self) -> None:
+        """Compare what was read or kept last with nothing."""
+        if not self._steered:
+            self.reader.forget()
+        self._weights = {}
+
+    def begin(self, key: tuple[int, int, int]) -> None:
+        """Say that an optimizer step is being taken; the same key twice in a row is the same step.
+
+        Args:
+            key: Lightning's counts of steps and of batches that stepped, and the steps in this batch before.
+        """
         if key != self._key:
             self._key, self._step = key, self._step + 1
         if not self._steered:
@@ -128,16 +145,24 @@ class GradientSource:
         """Have the gradients of the processes compared at the step to come."""
         self.reader.watch_ranks()
 
-    def keep(self, run: Run, optimizer: Optimizer) -> None:
-        """Keep gradients and weights of this step for a comparison at the next."""
+    def keep(self, run: Run, optimizer: Optimizer, moved: bool = False) -> None:
+        """Keep gradients and weights of this step for a comparison at the next, see :meth:`keep_weights`."""
         if not self._steered:  # the steering keeps them itself
             window = windows_of(run.trainer).before_step(run.trainer, run.module, optimizer)
             self.reader.store(gradient_scale(run.trainer, optimizer), window)
-        self.keep_weights(run)
+        self.keep_weights(run, moved)
 
-    def keep_weights(self, run: Run) -> None:
-        """Keep the weights of this step for a comparison at the next."""
-        copies = run.copies(self.reader.layers)
+    def keep_weights(self, run: Run, moved: bool = False) -> None:
+        """Keep the weights at which this step's gradients were taken for a comparison at the next.
+
+        Args:
+            run: The run.
+            moved: Whether the step has moved them since it began, as it does before it evaluates its closure again.
+        """
+        if moved:
+            copies = {la.name: la.parameter.detach().clone() for la in self.reader.layers}
+        else:
+            copies = run.copies(self.reader.layers)
         self._weights, self._kept_at = {name: local(weight) for name, weight in copies.items()}, self._step
 
     def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
@@ -177,7 +202,9 @@ class GradientSource:
 
     def _observe(self, run: Run, rates: LayerwiseRates, scale: float, local: float, window: Window) -> None:
         try:
-            rates.observe(scale, self._key, local, window)
+            if not rates.is_observed:
+                # By the steering callback's key, but for steps it does not hear of.
+                rates.observe(scale, self._key if self._key[2] else self._key[:2], local, window)
         except Exception as error:
             if run.ranks.several:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error

@@ -1,14 +1,14 @@
 """Gradient norms, gradient noise, clipping, and how quickly gradients turn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import begin_windows, begins_window, compares_ranks, has_windows, windows_of
@@ -18,7 +18,7 @@ from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
-from dynamon.kernels import l2_norms
+from dynamon.kernels import l2_norms, widest_dtype
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.pairs import as_real
@@ -28,6 +28,7 @@ from dynamon.sharded_norms import steps_and_lengths
 from dynamon.shards import local, local_as
 from dynamon.updates import local_smoothness
 
+_GROWN = 1e-2  # a gradient that is longer by so much than it was read was not clipped but changed
 _ROUNDING = 1e-4  # the two norms are summed up differently; clipping by less than this is no clipping
 
 
@@ -75,32 +76,59 @@ class GradientMeter(PairMeter):
         self._reading = False  # this step is measured
         self._watching = False  # what its gradients are accumulated over is followed
         self._binned: dict[str, Tensor] = {}
+        self._used: dict[Optimizer, UsedGradients] = {}  # as the steps take them, clipped
+        self._moved: dict[Optimizer, list[Tensor]] = {}  # weights at which a closure ran for the second time
         self._clipped, self._clippable = 0, 0  # measured steps
-        self._warned = False
+        self._told: set[str] = set()
         self._saved: dict[str, Any] = {}
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
-        """Keep or read this optimizer's gradients."""
+        """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
+        watch = run.steps.of(optimizer)
+        if not run.steps.has_gradients(optimizer):
+            if run.steps.frees_gradients:
+                self._say(
+                    "gone",
+                    "gradients are gone before they can be read (an optimizer that works in backward, or "
+                    "zero_grad before the step): gradient/ and noise/ are left out, weights and updates are measured.",
+                )
+            return
+        if not watch.is_last:
+            return
         reads, keeps = self.reads(run), self._watching and self.keeps(run)
         self._reading = reads
         source = self._source(run, optimizer, looks=reads or keeps)
         if not source.has_layers:
             return
-        source.begin((run.trainer.global_step, run.step))
+        source.begin((run.trainer.global_step, run.step, len(watch.outcomes)))
+        if watch.is_repeated:
+            source.again()
         if reads:
             with run.charge(self.name):
                 # An optimizer that steps twice in a batch is shown at its last step.
                 try:
+                    self._used.pop(optimizer, None)
                     self._read[optimizer] = source.read(run, optimizer)
                 except Exception as error:
                     self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
                     raise
                 self._bin(run, optimizer)
                 if keeps:
-                    source.keep_weights(run)
+                    source.keep_weights(run, watch.evaluation > 1)
         elif keeps:
             with run.charge(self.name):
-                source.keep(run, optimizer)
+                source.keep(run, optimizer, watch.evaluation > 1)
+
+    def at_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Measure the gradients that were read as they are after clipping."""
+        if self._reading and optimizer in self._read and run.steps.of(optimizer).is_last:
+            with run.charge(self.name):
+                scale = gradient_scale(run.trainer, optimizer)
+                self._used[optimizer] = UsedGradients(self._read[optimizer], scale)
+                if run.steps.of(optimizer).evaluation > 1:
+                    self._moved[optimizer] = [
+                        local(la.parameter).detach().clone() for la in self._read[optimizer].layers
+                    ]
 
     def start(self, run: Run) -> None:
         """No window has begun."""
@@ -145,15 +173,50 @@ class GradientMeter(PairMeter):
 
     def batch_end(self, run: Run) -> None:
         """Hand on what was read in this batch."""
-        read, self._read = list(self._read.values()), {}
+        read, self._read = self._read, {}
+        used, self._used = self._used, {}
         reads, self._reading = self._reading, False
+        if (reads or self._keeping) and not run.steps.any_taken():
+            for source in self._sources.values():
+                source.forget()  # what was read or kept is of no step
+            return
         try:
-            if reads and (read or run.ranks.several):
+            shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o, r)}
+            self._moved = {}
+            if reads and (shown or run.ranks.several):
                 with run.together(self.name):
-                    self._hand_on(run, read)
+                    self._hand_on(run, list(shown.values()), [used.get(o) for o in shown])
                 self.done(run)
         finally:
             self.turn(run)
+
+    def _is_of_step(self, run: Run, optimizer: Optimizer, read: SourceReading) -> bool:
+        """Whether a step has used the gradients that were read, and no others."""
+        times = run.steps.of(optimizer).evaluations
+        is_one_of_many = times > 2 or times > 1 and isinstance(optimizer, LBFGS)
+        if times == 2 and optimizer in self._moved and not run.ranks.several:
+            # A gradient taken where the step ends has judged it, as in a line search.
+            ends = zip(self._moved[optimizer], read.layers, strict=True)
+            is_one_of_many = is_one_of_many or all(torch.equal(there, la.parameter.detach()) for there, la in ends)
+        if is_one_of_many:
+            self._sources[optimizer].forget()
+            self._say(
+                "many",
+                f"{type(optimizer).__name__} evaluates its closure {times} times in a step and uses more than one "
+                "gradient: gradient/ and noise/ are left out at such steps, weights and updates are measured.",
+            )
+        return not is_one_of_many
+
+    def _say(self, key: str, sentence: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            rank_zero_info(sentence)
+
+    def wake(self, run: Run) -> None:
+        """What was kept is of another step."""
+        super().wake(run)
+        for source in self._sources.values():
+            source.forget()
 
     def _source(self, run: Run, optimizer: Optimizer, looks: bool = True) -> GradientSource:
         """The optimizer's source: a new one, with what the old one knew, where its parameters have changed.
@@ -188,20 +251,21 @@ class GradientMeter(PairMeter):
             table = histogram_table([g if scale == 1.0 else g * scale for g in dense.values()])
             self._binned |= zip(dense, table, strict=True)
 
-    def _hand_on(self, run: Run, read: list[SourceReading]) -> None:
+    def _hand_on(self, run: Run, read: list[SourceReading], used: Sequence["UsedGradients | None"]) -> None:
         """Put the optimizers' readings together and give them to the recorder."""
-        clipped, steps = _together(read, run.ranks) if _has_parts(read) else _to_host(read)
+        rows, steps = _together(read, used, run.ranks) if _has_parts(read) else _to_host(read, used)
+        clipped = _clipped_norm(read, used, rows)
         scalars = self._global(run, [r.readings for r in read], clipped) | _noise_scale(read)
         run.recorder.scalars(scalars, headline=True)
         self._per_layer(run, read, steps)
         binned, self._binned = self._binned, {}
         if binned:
             run.recorder.histograms("gradient/histogram", histograms(_table(run, binned)), list(binned))
-        if scalars["gradient/nonfinite"] and not self._warned:
-            self._warned = True
+        if scalars["gradient/nonfinite"] and "nonfinite" not in self._told:
+            self._told.add("nonfinite")
             self._warn(run, read)
 
-    def _global(self, run: Run, readings: list[GradientReadings], clipped: float) -> dict[str, float]:
+    def _global(self, run: Run, readings: list[GradientReadings], clipped: float | None) -> dict[str, float]:
         norm = _total(readings, "l2", power=2) ** 0.5
         scalars = {
             "gradient/norm": norm,
@@ -209,7 +273,7 @@ class GradientMeter(PairMeter):
             "gradient/norm_l1": _total(readings, "l1"),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
-        if run.module.automatic_optimization:  # by hand, gradients may be gone or stale by now
+        if run.module.automatic_optimization and clipped is not None:  # by hand they are read after clipping
             coefficient = min(clipped / norm, 1.0) if norm > 0 else 1.0
             self._clippable += bool(np.isfinite(coefficient))
             self._clipped += coefficient < 1 - _ROUNDING
@@ -280,14 +344,57 @@ class GradientMeter(PairMeter):
         self._clipped, self._clippable = int(state.get("clipped", 0)), int(state.get("clippable", 0))
 
 
-def _to_host(read: Sequence[SourceReading]) -> tuple[float, list[Array]]:
-    """The l2 norm of gradients, clipped by now, and the steps that were measured before: in one copy."""
-    gradients = [la.parameter.grad for r in read for la in r.layers]
-    dense = [_dense(g) for g in gradients if g is not None]
-    total = l2_norms(dense).square().sum().sqrt()
-    parts = [total.reshape(1), *(r.steps.to(total) for r in read)]
-    first, *steps = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
-    return float(first[0]), steps
+class UsedGradients:
+    """Lengths of the gradients that were read, as the step uses them.
+
+    Args:
+        read: What was read of them before.
+        scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+
+    Attributes:
+        present: Whether a layer has a gradient ``[L]``.
+        lengths: Euclidean norms ``[P]`` of those that are there, on the device: of the parts that are here.
+    """
+
+    def __init__(self, read: SourceReading, scale: float) -> None:
+        """Measure them."""
+        gradients = [la.parameter.grad for la in read.layers]
+        self.present = np.array([g is not None for g in gradients])
+        here = [_here(la, g) for la, g in zip(read.layers, gradients, strict=True) if g is not None]
+        lengths = l2_norms([g if g.numel() else g.new_zeros(1) for g in here])
+        self.lengths = lengths if scale == 1.0 else lengths * scale
+
+
+def _to_host(read: Sequence[SourceReading], used: Sequence[UsedGradients | None]) -> tuple[list[Array], list[Array]]:
+    """Lengths of the gradients that steps used, and the steps that were measured before them: in one copy."""
+    parts = [*(u.lengths for u in used if u is not None), *(r.steps for r in read)]
+    if not parts:
+        return [], []
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    packed = torch.cat([part.to(read[0].layers[0].parameter.device, wide) for part in parts]).cpu().numpy()
+    rows = iter(np.split(packed, np.cumsum([len(part) for part in parts])[:-1]))
+    lengths = [_spread(r, u, rows) for r, u in zip(read, used, strict=True)]
+    return lengths, list(rows)
+
+
+def _spread(read: SourceReading, used: UsedGradients | None, rows: Iterator[Array]) -> Array:
+    """Lengths ``[L]``, zero where there is no gradient."""
+    lengths = np.zeros(len(read.layers))
+    if used is not None:
+        lengths[used.present] = next(rows)
+    return lengths
+
+
+def _clipped_norm(
+    read: Sequence[SourceReading], used: Sequence[UsedGradients | None], lengths: Sequence[Array]
+) -> float | None:
+    """The norm of the gradients that steps used; None where they are not those that were read, made smaller."""
+    for r, u, row in zip(read, used, lengths, strict=True):
+        if u is None or (u.present != r.readings.present).any():
+            return None
+        if (row > r.readings.l2 * (1 + _GROWN)).any():
+            return None
+    return float(np.sqrt(sum(np.square(row.astype(np.float64)).sum() for row in lengths)))
 
 
 def _total(readings: Sequence[GradientReadings], field: str, power: int = 1) -> float:
@@ -301,12 +408,24 @@ def _has_parts(read: Sequence[SourceReading]) -> bool:
     return any(r.parts is not None for r in read)
 
 
-def _together(read: Sequence[SourceReading], ranks: Ranks) -> tuple[float, list[Array]]:
+def _together(
+    read: Sequence[SourceReading], used: Sequence[UsedGradients | None], ranks: Ranks
+) -> tuple[list[Array], list[Array]]:
     """The same where each process holds a part of them: one reduction, one copy."""
-    gradients = [[_here(la, la.parameter.grad) for la in r.layers] for r in read]
-    length, steps = steps_and_lengths([r.parts for r in read if r.parts is not None], gradients, ranks)
-    first, *rows = np.split(torch.cat([length.reshape(1), *steps]).cpu().numpy(), np.cumsum([1, *map(len, steps)])[:-1])
-    return float(first[0]), rows
+    squares = torch.cat([_squares(r, u) for r, u in zip(read, used, strict=True)])
+    lengths, steps = steps_and_lengths([r.parts for r in read if r.parts is not None], squares, ranks)
+    sizes = [len(row) for row in steps]
+    rows = np.split(torch.cat([lengths, *steps]).cpu().numpy(), np.cumsum([*sizes, *sizes])[:-1])
+    return rows[: len(read)], rows[len(read) :]
+
+
+def _squares(read: SourceReading, used: UsedGradients | None) -> Tensor:
+    """Sums of squares ``[L]`` of the parts here, zero where there is no gradient."""
+    device = read.layers[0].parameter.device
+    squares = torch.zeros(len(read.layers), dtype=widest_dtype(device), device=device)
+    if used is not None:
+        squares[torch.from_numpy(used.present).to(squares.device)] = used.lengths.to(squares).square()
+    return squares
 
 
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
@@ -351,9 +470,11 @@ def _cosine(read: Sequence[GradientReadings]) -> float | None:
 class GradientMonitor(Monitor):
     """Gradient norms by layer and as a whole, gradient noise, what clipping does, and how quickly gradients turn.
 
-    Gradients are read accumulated, reduced, unscaled and before clipping; the clipped norm is read after the
-    step. Dual norms are those of the optimizer's geometry and the layer's role
-    (:func:`dynamon.norms.update_norm`): the sum of magnitudes under Adam, the Frobenius norm under SGD.
+    Gradients are read accumulated, reduced, unscaled and before clipping; the clipped norm is read when the step
+    begins. Of a closure that runs twice in a step (SAM) the second gradient is shown, which the step uses; where a step
+    uses more than one (L-BFGS), or its gradients are gone before they can be read, they are left out, and that is said.
+    Dual norms are those of the optimizer's geometry and the layer's role (:func:`dynamon.norms.update_norm`): the sum
+    of magnitudes under Adam, the Frobenius norm under SGD.
 
     Tags (headlines are also in ``trainer.callback_metrics``):
 
@@ -402,8 +523,8 @@ class GradientMonitor(Monitor):
     between two backward passes. What cannot be compared at a step is NaN or left out there, and averages stay.
 
     Args:
-        every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
-            every fourth step at most.
+        every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
+            that is. None: as often as ``budget`` allows, every fourth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         layers: Globs for the layers shown one by one, ``!`` excludes: ``["blocks.*", "!*.bias"]``.
         loggers: Loggers to write to by part of the class name, class or object (``["tensorboard"]``); None for all.

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -38,6 +40,7 @@ from dynamon.optim import LayerwiseRates, refusal, steerable_layers
 from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
 from dynamon.shards import any_sharded
+from dynamon.stepping import GONE, has_gradients
 
 _NOISE: Layout = {"3 Rates": {"noise in the dual norm across layers": band("noise/dual")}}
 
@@ -124,9 +127,12 @@ class LayerwiseLR(DynamonCallback):
         self._loggers = loggers
         self._recorder = Recorder(loggers, len(self.quantities))
         self._steered: dict[Optimizer, LayerwiseRates] = {}
-        self._in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]] = {}
+        self._in_force: dict[Optimizer, dict[str, float]] = {}  # base rates
         self._state: list[Any] = []
         self._budget = Budget(None)
+        self._is_off = False
+        self._passes = 0  # backward passes since the last step
+        self._gone: int | None = 0  # the first steps that had no gradients after one; None once there were some
         self._shows_noise = self._told = False
         self._is_steering = False  # training goes on
         self._next_step = 0
@@ -198,6 +204,7 @@ class LayerwiseLR(DynamonCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers and take up a saved state."""
+        self._passes, self._gone, self._is_off = 0, 0, False
         begin_windows(trainer)
         self._go_back_to(step_of(trainer))
         nothing = nothing_there(pl_module)
@@ -236,6 +243,7 @@ class LayerwiseLR(DynamonCallback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the first half of an accumulation window, for a rule that compares the halves."""
+        self._passes += 1
         if not self.rule.needs_gradients:
             return
         windows = windows_of(trainer)
@@ -253,10 +261,10 @@ class LayerwiseLR(DynamonCallback):
     ) -> None:
         """Read the gradients before they are clipped."""
         with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
-            if optimizer not in self._steered and self._is_new(trainer, optimizer):
+            if optimizer not in self._steered and self._is_new(trainer, optimizer) and not self._is_off:
                 self._attach(trainer, pl_module)  # the strategy was given new optimizers
             rates = self._steered.get(optimizer)
-            if rates is None:
+            if rates is None or not self._has_gradients(trainer, optimizer):
                 return
             window = None
             if self.rule.needs_gradients:
@@ -266,9 +274,30 @@ class LayerwiseLR(DynamonCallback):
             step = step_of(trainer)
             local = scale_before_step(trainer)
             rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local, window)
-            if trainer._logger_connector.should_update_logs and not trainer.barebones:
+            if self._is_shown(trainer):
                 # Before the step: the scheduler has moved on by the time it is over.
-                self._in_force[optimizer] = (rates.base_rates(), rates.wanted)
+                self._in_force[optimizer] = rates.base_rates()
+
+    def _has_gradients(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+        """Whether there is something to take a step with; steering ends where there never is."""
+        passes, self._passes = self._passes, 0
+        if any(has_gradients(each) for each in trainer.optimizers):
+            self._gone = None
+        elif passes and self._gone is not None:
+            self._gone += 1
+            if self._gone == GONE:
+                self._release()
+                self._is_off = True
+                rank_zero_warn(
+                    f"{type(self).__name__} is off: gradients are gone before the optimizer's step, so that its rates "
+                    "have no effect (an optimizer that works in backward, or zero_grad before the step)."
+                )
+        return has_gradients(optimizer)
+
+    @staticmethod
+    def _is_shown(trainer: pl.Trainer) -> bool:
+        """Whether this batch's rates are logged."""
+        return trainer._logger_connector.should_update_logs and not trainer.barebones
 
     def _is_new(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
         return optimizer in trainer.optimizers and not any(known is optimizer for known in self._left_alone)
@@ -279,19 +308,26 @@ class LayerwiseLR(DynamonCallback):
         """Log the rates now and then."""
         for rates in self._steered.values():
             rates.restore()
-        in_force, self._in_force = self._in_force, {}
+            rates.give_up()  # where a scaler has skipped the step
+        taken = {optimizer for optimizer, rates in self._steered.items() if rates.watch.may_have_stepped}
+        if not self._in_force and self._is_shown(trainer):  # steps that Lightning does not announce
+            self._in_force = {optimizer: self._steered[optimizer].base_rates() for optimizer in taken}
+        in_force, self._in_force = {o: base for o, base in self._in_force.items() if o in taken}, {}
+        for rates in self._steered.values():
+            rates.watch.clear()
         self._next_step = step_of(trainer) + 1
         self._budget.start()
-        if any(base for base, _ in in_force.values()):
+        if any(in_force.values()):
             with self._budget.charge("steering"):
                 self._record(trainer, in_force)
         self.send_row(trainer)
 
-    def _record(
-        self, trainer: pl.Trainer, in_force: dict[Optimizer, tuple[dict[str, float], dict[str, float]]]
-    ) -> None:
+    def _record(self, trainer: pl.Trainer, in_force: dict[Optimizer, dict[str, float]]) -> None:
         # All optimizers each time, also those that did not step: rows of a table must line up.
-        known = {o: in_force.get(o) or (rates.base_rates(), rates.wanted) for o, rates in self._steered.items()}
+        known = {
+            o: (in_force[o], rates.asked) if o in in_force else (rates.base_rates(), rates.wanted)
+            for o, rates in self._steered.items()
+        }
         base = {name: rate for rates, _ in known.values() for name, rate in rates.items()}
         ratio = {name: r for _, ratios in known.values() for name, r in ratios.items()}
         names = [la.name for rates in self._steered.values() for la in select(rates.layers, self._patterns)]
@@ -401,6 +437,7 @@ class LayerwiseLR(DynamonCallback):
             rates.agrees_with_others = averages_gradients(trainer)
             if index < len(state):
                 rates.load_state_dict(state[index])
+            rates.charge = partial(self._budget.charge, "steering", pl_module.device.type == "cuda")
             self._steered[optimizer] = rates
             if self.rule.needs_gradients:
                 say_geometry(optimizer)
@@ -536,9 +573,20 @@ def _noise_is_shown(trainer: pl.Trainer) -> bool:
     return any("noise/dual" in meter.quantities for meter in meters)
 
 
-def steering_of(trainer: pl.Trainer, optimizer: Optimizer) -> LayerwiseRates | None:
-    """What steers an optimizer of a Trainer, or None."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, LayerwiseLR):
-            return callback.rates_for(optimizer)
-    return None
+def reads_unclipped(trainer: pl.Trainer, module: pl.LightningModule, rates: LayerwiseRates) -> bool:
+    """Whether steering reads the gradients that a monitor does, so that one of them can read for both.
+
+    The callback does. An optimizer that steers itself reads when its step begins, which is the same only where nothing
+    can touch the gradients in between.
+    """
+    if any(isinstance(c, LayerwiseLR) and c.rates_for(rates.optimizer) is rates for c in callbacks_of(trainer)):
+        return True
+    if getattr(rates.optimizer, "rates", None) is not rates:  # its state is not saved with the optimizer
+        return False
+    others = [c for c in callbacks_of(trainer) if not isinstance(c, DynamonCallback)]
+    touched = is_overridden("configure_gradient_clipping", module) or trainer.gradient_clip_val
+    hooked = is_overridden("on_before_optimizer_step", module) or any(
+        type(c).on_before_optimizer_step is not pl.Callback.on_before_optimizer_step for c in others
+    )
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    return not (touched or hooked or scaled) and trainer.world_size == 1 and module.automatic_optimization

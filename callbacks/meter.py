@@ -15,11 +15,13 @@ from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import Decisions, ranks_of
 from dynamon.callbacks.layer_set import LayerSet
 from dynamon.callbacks.recorder import Recorder
+from dynamon.callbacks.stepping import Steps
 from dynamon.layers import Layer
 from dynamon.panels import Layout
 from dynamon.shards import any_sharded
 
 PAUSE_AFTER = 3  # failures in a row
+_FIRST_REST = 10  # readings that a paused measurement leaves out before it is tried again; then twice as many
 FULL_EVERY = 10  # readings between two that take what is dear: full spectra, histograms
 
 
@@ -33,6 +35,7 @@ class Run:
         recorder: Takes readings.
         ranks: The processes that measure together, this one alone where there is no other.
         decisions: When they measure under a budget.
+        steps: Which optimizers really step.
         begun_at: The step at which this fit began.
         unsettled: What went wrong in a meter on this process and has yet to be said to the others, by its name.
     """
@@ -49,6 +52,7 @@ class Run:
         self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
         self._set = LayerSet(module, patterns)
         self.ranks, self.decisions = ranks_of(trainer, module), Decisions()
+        self.steps = Steps(trainer, module, self.ranks)
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
         self._copies: dict[str, Tensor] = {}
@@ -143,6 +147,37 @@ def forget_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+class Failures:
+    """What failed how often in a row, and rests for a while: what stopped it may pass by itself.
+
+    After three failures in a row a name rests for 10 readings, after each further one for twice as long as before.
+
+    Attributes:
+        until: When what rests is tried again, by name.
+    """
+
+    def __init__(self) -> None:
+        """Nothing failed."""
+        self._in_a_row: dict[str, int] = {}
+        self.until: dict[str, float] = {}
+
+    def add(self, name: str, now: float, unit: float = 1.0) -> int:
+        """One more failure, at ``now``; readings are ``unit`` apart. Returns how many there are in a row."""
+        count = self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
+        if count >= PAUSE_AFTER:
+            self.until[name] = now + unit * _FIRST_REST * 2 ** (count - PAUSE_AFTER)
+        return count
+
+    def clear(self, name: str) -> None:
+        """It succeeded."""
+        self._in_a_row.pop(name, None)
+        self.until.pop(name, None)
+
+    def rests(self, name: str, now: float) -> bool:
+        """Whether it is left out at ``now``."""
+        return now < self.until.get(name, -math.inf)
+
+
 class Cadence:
     """When a meter measures.
 
@@ -157,13 +192,30 @@ class Cadence:
         """Nothing measured yet."""
         self.every_n_steps, self.interval, self.share = every_n_steps, interval, share
         self.last = -math.inf
+        self._passed = math.inf  # the step that was taken last
+
+    @property
+    def unit(self) -> int:
+        """Steps between two readings, at least."""
+        return self.every_n_steps or self.interval
+
+    def begin(self, step: int) -> None:
+        """A step is about to come: what was due before the first one is over."""
+        if self._passed == math.inf:
+            self._passed = step - 1
+
+    def passed(self, step: int) -> None:
+        """A step was taken: what was due by then is over."""
+        self._passed = step
 
     def due(self, run: Run, name: str, expected: Callable[[Run], float], step: int) -> bool:
         """Whether to measure at ``step``; ``expected`` is asked only where the budget decides."""
         if run.trying_out:
             return True
         if self.every_n_steps is not None:
-            return step % self.every_n_steps == 0
+            # Where a step was none, the next one that is taken stands in for it.
+            before = min(self._passed, step - 1) if step == run.step else step - 1
+            return step // self.every_n_steps > before // self.every_n_steps
         if not self.is_free(step):
             return False
         if run.ranks.several and run.budget.fraction is not None:
@@ -181,6 +233,7 @@ class Cadence:
     def go_back_to(self, step: int) -> None:
         """Training has gone back to before a step: what was measured at it or later was not."""
         self.last = self.last if self.last < step else -math.inf
+        self._passed = self._passed if self._passed < step else step - 1
 
     def is_free(self, step: int) -> bool:
         """Whether the last measurement is far enough away."""
@@ -263,8 +316,14 @@ class Meter(ABC):
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Gradients are accumulated, reduced, unscaled and not yet clipped."""
 
+    def at_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Gradients are as the step uses them, clipped ones; once for each evaluation of its closure."""
+
     def batch_end(self, run: Run) -> None:
-        """The optimizer has stepped."""
+        """A batch is over in which a step was begun; ``run.steps`` knows whether it was taken."""
+
+    def wake(self, run: Run) -> None:
+        """It was paused and is tried again: what it kept is of another time."""
 
     def end(self, run: Run) -> None:
         """Training is over, or was stopped by an exception: leave no hook behind. No collectives here."""
@@ -307,6 +366,10 @@ class PairMeter(Meter):
         else:  # this step is read, and only without an interval can the next one be
             self._keeping = self.cadence.interval <= 1
         return self._keeping
+
+    def wake(self, run: Run) -> None:
+        """Nothing is kept."""
+        self._keeping = self._armed = False
 
     def turn(self, run: Run) -> None:
         """The step is over: go on to the next."""

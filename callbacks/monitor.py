@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +17,9 @@ from torch.optim import Optimizer
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget, overhead_of
 from dynamon.callbacks.health import HealthWatch, histories_of, mean_loss, returned_loss
-from dynamon.callbacks.meter import PAUSE_AFTER, Meter, Run, forget_frames
+from dynamon.callbacks.meter import PAUSE_AFTER, Failures, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder, Row
+from dynamon.callbacks.stepping import SkippedSteps
 from dynamon.callbacks.watchers import warnings_of
 from dynamon.health import LOSS_TAG, Finding
 from dynamon.history import History
@@ -69,11 +71,13 @@ class Monitor(DynamonCallback):
         self._meters = self._make_meters()
         self._budget = Budget(self._fraction)
         self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
+        self._detach()
         self._run: Run | None = None
         self._failures = 0
-        self._in_a_row = {meter.name: 0 for meter in self._meters}
+        self._in_a_row, self._resting = Failures(), set[str]()
         self._causes: set[str] = set()
-        self._stepped = self._measured = self._started = False
+        self._skipped = SkippedSteps(type(self).__name__)
+        self._measured = self._started = False
         self._next_step = 0
         self._health = HealthWatch(type(self).__name__)
 
@@ -98,8 +102,10 @@ class Monitor(DynamonCallback):
         return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
 
     def paused(self, meter: Meter) -> bool:
-        """Whether a meter failed too often in a row."""
-        return self._in_a_row[meter.name] >= PAUSE_AFTER
+        """Whether a meter failed too often in a row, and has not waited long enough to be tried again."""
+        if not self._in_a_row.until or self._run is None:  # asked many times a step
+            return False
+        return self._in_a_row.rests(meter.name, self._run.step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the surroundings and say what is missing."""
@@ -116,13 +122,15 @@ class Monitor(DynamonCallback):
             return
         self._state = self.state_dict()
         self._failures += self._run.failures
-        self._in_a_row = {meter.name: 0 for meter in self._meters}
+        self._in_a_row, self._resting = Failures(), set[str]()
         self._run.failures = 0
         self._forget_step()
 
     def _forget_step(self) -> None:
         """Whatever is known of a step that did not come to its end, or is undone."""
-        self._stepped = self._measured = False
+        self._measured = False
+        if self._run is not None:
+            self._run.steps.forget()
         self._recorder.forget_step()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -161,6 +169,8 @@ class Monitor(DynamonCallback):
         self._say_left_out(known_layers(pl_module))
         if not trainer.loggers:
             rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
+        run.steps.listen(self._step_begins, partial(self._call_all, "at_step"))
+        self._detach()
         self._run, self._started = run, False
         self._go_back_to(run.step)
         for sentence in warnings_of(trainer, type(self).__name__, self._meters):
@@ -202,7 +212,10 @@ class Monitor(DynamonCallback):
         if self._run is not None:
             self._budget.start()
             self._run.hook()
+            self._run.steps.batch_start()
             self._go_back_to(self._run.step)
+            for meter in self._meters:
+                meter.cadence.begin(self._run.step)
             self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
             self._call_all("batch_start", batch)
 
@@ -214,6 +227,7 @@ class Monitor(DynamonCallback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the meters see gradients that are still being accumulated."""
         if self._run is not None:
+            self._run.steps.passes += 1
             self._call_all("after_backward")
 
     def on_before_optimizer_step(
@@ -221,7 +235,10 @@ class Monitor(DynamonCallback):
     ) -> None:
         """Let the meters see the gradients."""
         if self._run is not None:
-            self._stepped = True
+            self._step_begins(optimizer)
+
+    def _step_begins(self, optimizer: Optimizer) -> None:
+        if self._run is not None and self._run.steps.begin(optimizer):
             self._run.hook(optimizer)
             self._call_all("before_step", optimizer)
 
@@ -233,12 +250,16 @@ class Monitor(DynamonCallback):
         self.send_row(trainer)
 
     def _after_batch(self, trainer: pl.Trainer, outputs: Any) -> None:
-        if self._run is None or not self._stepped:
+        if self._run is None or not self._run.steps.is_begun:
             return
-        self._stepped = False
         self._run.steps_seen += 1
         self._call_all("batch_end")
         self._run.forget_copies()
+        if self._run.steps.may_have_stepped:
+            for meter in self._meters:
+                meter.cadence.passed(self._run.step)
+        self._skipped.see(self._run)
+        self._run.steps.end()
         if self._measured:
             with self._budget.watch():
                 self._record_loss(outputs)
@@ -257,6 +278,7 @@ class Monitor(DynamonCallback):
             name, wanted = type(self._run.module).__name__, f"layers={list(self._patterns or ())} matches"
             said = f"{wanted} no layer of {name}" if self._run.all_layers else f"{name} has nothing to measure"
             rank_zero_warn(f"{type(self).__name__} is off: {said}.")
+            self._detach()
             self._run = None
 
     def _record_loss(self, outputs: Any) -> None:
@@ -313,6 +335,12 @@ class Monitor(DynamonCallback):
         for meter in self._meters:
             if self._run is not None:
                 meter.end(self._run)
+        self._detach()
+
+    def _detach(self) -> None:
+        """Leave no hook on the optimizers."""
+        if getattr(self, "_run", None) is not None:
+            self._run.steps.remove()
 
     def _last_look(self, trainer: pl.Trainer) -> None:
         if self._run is not None and self._watches_health(trainer):
@@ -374,12 +402,15 @@ class Monitor(DynamonCallback):
         assert self._run is not None
         if self.paused(meter):
             return
+        if meter.name in self._resting:
+            self._resting.discard(meter.name)
+            meter.wake(self._run)
         points = meter.points
         try:
             getattr(meter, method)(self._run, *arguments)
             if meter.points > points:
                 self._measured = True
-                self._in_a_row[meter.name] = 0
+                self._in_a_row.clear(meter.name)
                 self._recorder.keep()
         except SteeringError:
             raise
@@ -432,14 +463,21 @@ class Monitor(DynamonCallback):
             room = meter.make_room(self._run)
         self._recorder.forget()
         self._failures += 1
-        self._in_a_row[meter.name] += 1
         meter.cadence.last = self._run.step
+        in_a_row = self._in_a_row.add(meter.name, self._run.step + 1, meter.cadence.unit)
+        if in_a_row >= PAUSE_AFTER:
+            self._resting.add(meter.name)
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        after = "It is paused now." if self.paused(meter) else "Training goes on; strict=True raises here instead."
+        pauses = in_a_row == PAUSE_AFTER
+        after = (
+            "It is paused now. It is tried again in 10 readings, then in twice as many each time."
+            if pauses
+            else "Training goes on; strict=True raises here instead."
+        )
         after = after if room is None else f"{room} {after}"
-        news = self._in_a_row[meter.name] == 1 and first_line not in self._causes
+        news = in_a_row == 1 and first_line not in self._causes
         self._causes.add(first_line)  # what stops two meters at once is one story
-        if news or room or self.paused(meter):
+        if news or room or pauses:
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
 
 

@@ -3,24 +3,32 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from dynamon.batches import NoWeightError, batch_weight, count_samples, take_samples
 from dynamon.callbacks.evaluation import evaluation, trained_parameters
-from dynamon.callbacks.meter import Cadence, Meter, Run
+from dynamon.callbacks.meter import Cadence, Meter, Run, forget_frames
+from dynamon.callbacks.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
 from dynamon.curvature.fsdp import why_not_whole
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.effects import changes, outside_state
 from dynamon.kernels import widest_dtype
-from dynamon.probe import LossFn, batch_weight, counted, moved, take_samples, training_loss
+from dynamon.probe import LossError, LossFn, NoLossError, training_loss
+from dynamon.ranks import ran_out_of_memory
+from dynamon.saved_batches import UnknownClassError, on_host
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 NOISY = 0.1  # relative error of a product from which on nothing is shown
 _SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
+_PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
+_TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
+_GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
 
@@ -37,6 +45,7 @@ class ProbeMeter(Meter):
         size: Samples to keep in all, instead of ``batches`` and ``fraction``.
         weight: Name of an entry of the batch whose sum weighs it (a mask of tokens), or None for its samples.
         second: Whether to keep the second set.
+        save: Whether checkpoints hold the samples.
 
     Under DDP and FSDP2 each process keeps a share of its own batches, and what is measured is that of all of them
     together.
@@ -57,13 +66,15 @@ class ProbeMeter(Meter):
         size: int | None = None,
         weight: str | None = None,
         second: bool = False,
+        save: bool = True,
     ) -> None:
         """No samples yet."""
         super().__init__(Cadence(1, interval=1, share=1.0))
         self.loss_fn = loss_fn
         self.share = batches * fraction  # of one batch, roughly: what an evaluation costs in training steps
         self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
-        self._sets: list[list[dict[str, Any]]] = [[], []] if second else [[]]
+        self._save = save
+        self._sets: list[list[Kept]] = [[], []] if second else [[]]
         self.off, self.gathers = False, True
         self.samples_in_all: int | None = None
         self.second_in_all = False
@@ -72,6 +83,12 @@ class ProbeMeter(Meter):
         self._resumed_without = False
         self._halvings = 0
         self._checked = loss_fn is not None
+        self._let_go = False  # of a probe without a loss, by all processes, until the next batch
+        self._refused = 0  # batches in a row without one
+        self._part_error = "on another process."
+        self._marks: list[dict[str, str]] = []  # of what is outside of the module, before each evaluation
+        self._losses: list[float] = []
+        self._told: set[str] = set()
 
     def start(self, run: Run) -> None:
         """Say what cannot be measured, and take up what a checkpoint held."""
@@ -94,12 +111,22 @@ class ProbeMeter(Meter):
             self.off = False
             self._take_up(run)
 
-    def _take_up(self, run: Run) -> None:
-        """This process's part of a saved probe: what it had, or where their number has changed, as many as others."""
-        for place, parts in enumerate(self._loaded[: len(self._sets)]):
-            own = dealt(parts, run.ranks.rank, run.ranks.size)
-            self._sets[place] = [{**entry, "batch": moved(entry["batch"], run.module.device)} for entry in own]
-        self._resumed_without = self._resumed_without or bool(self._loaded) and not self._sets[0]
+    def _take_up(self, run: Run, like: Any = None) -> None:
+        """This process's part of a saved probe: what it had, or where their number has changed, as many as others.
+
+        What is made of the run's own classes waits for ``like``, a batch of the run, that has them.
+        """
+        if not self._loaded:
+            return
+        own = [dealt(parts, run.ranks.rank, run.ranks.size) for parts in self._loaded[: len(self._sets)]]
+        try:
+            found = [[Kept.from_state(state, run.module.device, like) for state in states] for states in own]
+        except Exception as error:  # made of something else than the batches of this run
+            if like is None and isinstance(error, UnknownClassError):
+                return
+            found = []
+        self._sets = [*found, *([] for _ in self._sets[len(found) :])]
+        self._resumed_without = self._resumed_without or not self._sets[0]
         self._loaded = []
         if self._halvings:
             self._want_less(self._halvings)
@@ -110,8 +137,12 @@ class ProbeMeter(Meter):
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Keep a share of the first batches."""
+        if self.off:
+            return
+        self._let_go = False
+        self._take_up(run, batch)
         waiting = [kept for kept in self._sets if not self._is_full(kept)]
-        if self.off or not waiting:
+        if not waiting:
             return
         if self._resumed_without:
             self._resumed_without = False
@@ -120,16 +151,29 @@ class ProbeMeter(Meter):
             )
         with run.charge(self.name):
             kept = waiting[0]
-            most = None if self._size is None else self._size - sum(entry["samples"] or 0 for entry in kept)
-            part, samples = take_samples(batch, 1.0 if self._size else self._fraction, most)
-            weight = self._weight_of(part, samples)
+            most = None if self._size is None else self._size - _size(kept)
+            part = take_samples(batch, 1.0 if self._size else self._fraction, most, batch_sizes(run.trainer))
             index = run.trainer.fit_loop.epoch_loop.batch_idx
-            kept.append({"batch": part, "index": index, "samples": samples, "weight": weight})
+            try:
+                kept.append(self._kept(part.batch, part.samples, part.is_cut, index))
+            except NoWeightError as error:
+                self._say("no weight", f"{error} The probe takes the next batch.")
+        if part.reason is not None:
+            self._say("whole", f"the probe holds whole batches: {part.reason}. A loss_fn can take less of them.")
 
-    def _is_full(self, kept: Sequence[dict[str, Any]]) -> bool:
-        if self._size is None or (kept and kept[-1]["samples"] is None):
+    def _kept(self, batch: Any, samples: int | None, is_cut: bool, index: int, is_tried: bool = False) -> Kept:
+        weight = self._weight_of(batch, samples)
+        return Kept(batch, index, samples, weight, is_cut, is_tried, numbers_of(batch) if self._save else None)
+
+    def _say(self, what: str, sentence: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            rank_zero_info(sentence)
+
+    def _is_full(self, kept: Sequence[Kept]) -> bool:
+        if self._size is None or kept and kept[-1].samples is None:
             return len(kept) >= self._batches
-        return sum(entry["samples"] for entry in kept) >= self._size
+        return _size(kept) >= self._size
 
     @property
     def ready(self) -> bool:
@@ -138,7 +182,7 @@ class ProbeMeter(Meter):
 
     def is_expected(self, run: Run) -> bool:
         """Whether there should be something to measure on: the same on all processes."""
-        return not self.off and (run.ranks.several or self.ready)
+        return not self.off and not self._let_go and (run.ranks.several or self.ready)
 
     def agree(self, run: Run) -> None:
         """At the begin of a measurement, see that all processes have something to measure on.
@@ -147,10 +191,10 @@ class ProbeMeter(Meter):
             LookupError: Where this one has nothing.
         """
         self._require_samples(run)
-        numbers = [_numbers([entry["batch"] for entry in kept]) for kept in self._sets]
+        numbers = [_numbers(kept) for kept in self._sets]
         full = [float(self._is_full(kept)) for kept in self._sets]
         known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
-        summed = torch.tensor([*known, *full], dtype=widest_dtype(run.module.device), device=run.module.device)
+        summed = torch.tensor([*known, *full], dtype=widest_dtype(_where(run)), device=_where(run))
         samples, *found = run.ranks.sum(summed).tolist()
         self.samples_in_all = None if math.isnan(samples) else int(samples)
         are_full = [count == run.ranks.size for count in found[len(numbers) :]]
@@ -167,14 +211,22 @@ class ProbeMeter(Meter):
         """Have the parts of all processes here, once: a checkpoint holds what the first process saves."""
         for place, (kept, is_wanted) in enumerate(zip(self._sets, wanted, strict=True)):
             if is_wanted and not self._parts[place]:
-                host = [{**entry, "batch": moved(entry["batch"], torch.device("cpu"))} for entry in kept]
-                self._parts[place] = run.ranks.share(host)
+                states = [one.state() for one in kept]
+                self._parts[place] = run.ranks.share([{**s, "batch": on_host(s["batch"])} for s in states])
 
     @property
     def samples(self) -> int | None:
         """Samples in the probe, None where they cannot be told apart."""
-        counts = [entry["samples"] for entry in self._sets[0]]
-        return None if None in counts else sum(counts)
+        return None if any(one.samples is None for one in self._sets[0]) else _size(self._sets[0])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it is here, on this process."""
+        return self._is_full(self._sets[0])
+
+    def is_everything(self, run: Run) -> bool:
+        """Whether the probe is the whole training set."""
+        return is_whole_training_set(run.trainer, self._sets[0])
 
     @property
     def second_ready(self) -> bool:
@@ -196,7 +248,11 @@ class ProbeMeter(Meter):
 
     def loss(self, run: Run, second: bool = False) -> Tensor:
         """Mean loss over this process's batches of the probe by their weights."""
-        return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
+        try:
+            return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
+        except NoLossError:  # it had one before: the next measurement finds out whether it has one again
+            self._sets = [[replace(one, is_tried=False) for one in kept] for kept in self._sets]
+            raise
 
     def mean_loss(self, run: Run) -> Tensor:
         """The same over the batches of all processes, without a graph where there are several."""
@@ -215,7 +271,10 @@ class ProbeMeter(Meter):
 
     def batch_hessian(self, run: Run, params: FlatParameters, batch: Any) -> HessianOperator | MeanOverRanks:
         """The Hessian of the loss on a batch, that of all processes together."""
-        index, weight = run.trainer.fit_loop.epoch_loop.batch_idx, self._weight_of(*counted(batch))
+        index, weight = (
+            run.trainer.fit_loop.epoch_loop.batch_idx,
+            self._weight_of(batch, count_samples(batch, batch_sizes(run.trainer))),
+        )
         if isinstance(params, ShardedParameters):
             share = self._share(run, weight)
             return ShardedHessian(lambda: share * training_loss(run.module, batch, self.loss_fn, index), params)
@@ -231,32 +290,39 @@ class ProbeMeter(Meter):
         return batch_weight(part, self._weight) if self._weight else float(samples or 1)
 
     def _total(self, second: bool = False) -> float:
-        return float(sum(entry["weight"] for entry in self._sets[1 if second else 0]))
+        return sum(one.weight for one in self._sets[1 if second else 0])
 
     def weighted(self, evaluate: Callable[[Any, int], Tensor], second: bool = False) -> Tensor:
         """Weighted mean of something evaluated on each batch."""
         kept = self._sets[1 if second else 0]
-        values = torch.stack([evaluate(entry["batch"], entry["index"]) for entry in kept])
-        weights = values.new_tensor([entry["weight"] for entry in kept])
+        values = torch.stack([evaluate(one.batch, one.index) for one in kept])
+        weights = values.new_tensor([one.weight for one in kept])
         return (values * weights).sum() / weights.sum()
 
-    def check(self, run: Run) -> None:
-        """Once, before the first measurement: evaluate the loss twice, and be off if that changed anything for good.
+    def check(self, run: Run) -> bool:
+        """Whether there is something to measure on, the same on all processes; asked before each measurement.
 
-        Of several processes each looks at its own part; what one of them finds switches all of them off.
+        Where something was kept since the last time the loss is evaluated once. If it has none the next batch is taken
+        instead, and if it cannot be evaluated on a part of a batch, whole ones. Before the first measurement it is
+        evaluated once more, and sharpness is off if that changed anything for good. Of several processes each looks
+        at its own part; what one of them finds counts for all of them.
 
         Raises:
-            ValueError: Instead, under ``strict=True``.
+            ValueError: Under ``strict=True``, where ``training_step`` changes anything for good.
         """
-        if self._checked:
-            return
+        if self.off:
+            return False
         with run.ranks.measurement():
             self._require_samples(run)
+            if not self._try_out(run):
+                return False
+            if self._checked:
+                return True
             found = run.ranks.share(self._effect(run))
             self._checked = True
             reason = next((text for text in found if text is not None), None)
             if reason is None:
-                return
+                return True
             self.off = True
             sentence = (
                 f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); "
@@ -265,18 +331,86 @@ class ProbeMeter(Meter):
             if run.strict:
                 raise ValueError(sentence)
         rank_zero_warn(sentence)
+        return False
+
+    def _try_out(self, run: Run) -> bool:
+        """Evaluate the loss on what has not been tried; whether the first set is good."""
+        found = torch.zeros(len(self._sets), 2, dtype=widest_dtype(_where(run)), device=_where(run))
+        for place, kept in enumerate(self._sets):
+            found[place, 0] = float(any(not one.is_tried for one in kept))
+        if run.ranks.several:
+            run.ranks.maximum(found)
+        if not found[:, 0].any():
+            return True
+        for place, kept in enumerate(self._sets):
+            if any(not one.is_tried for one in kept):
+                found[place, 1] = self._verdict(run, place)
+        verdicts = run.ranks.maximum(found)[:, 1].tolist()
+        for place, verdict in enumerate(verdicts):
+            tried = [replace(one, is_tried=True) for one in self._sets[place]]
+            self._sets[place], self._parts[place] = (tried, self._parts[place]) if verdict == _GOOD else ([], [])
+        if _PART_FAILS in verdicts:
+            self._fraction, self._size, self.share = 1.0, None, float(self._batches)
+            self._say(
+                "part",
+                f"the probe holds whole batches: the loss of a part of one could not be evaluated: {self._part_error}",
+            )
+        self._refused = 0 if _NO_LOSS not in verdicts else self._refused + 1
+        self._let_go = verdicts[0] != _GOOD
+        return not self._let_go
+
+    def _verdict(self, run: Run, place: int) -> float:
+        """What the loss on a set says of it.
+
+        Raises:
+            Exception: What it raised on whole batches.
+        """
+        is_cut = any(one.is_cut for one in self._sets[place])
+        try:
+            loss = self._look(run, place)
+        except NoLossError:
+            if self._refused >= _TRIES:
+                raise
+            if is_cut and self._refused >= _PATIENCE:
+                self._part_error = "there was none."
+                return _PART_FAILS
+            self._say(
+                "no loss", "there is no loss on the batch that sharpness was to be measured on: the next is taken."
+            )
+            return _NO_LOSS
+        except Exception as error:
+            if not is_cut or isinstance(error, LossError) or ran_out_of_memory(error):
+                raise
+            self._part_error = (str(error).strip() or type(error).__name__).splitlines()[0]
+            forget_frames(error)
+            return _PART_FAILS
+        if not math.isfinite(loss) and self._refused < _PATIENCE:
+            self._say(
+                "not finite",
+                "the loss on the batch that sharpness was to be measured on is not finite: the next is taken.",
+            )
+            return _NO_LOSS
+        return _GOOD
+
+    def _look(self, run: Run, place: int) -> float:
+        """The loss on a set; what is outside of the module is marked before the first evaluations of the first set."""
+        if place == 0 and not self._checked:
+            self._marks.append(outside_state(run.module, run.module.training_step))
+        with self.evaluation(run):
+            loss = float(self.loss(run, second=place == 1).detach())
+        if place == 0 and not self._checked:
+            self._losses.append(loss)
+        return loss
 
     def _effect(self, run: Run) -> str | None:
         """What two evaluations change outside of the module, in words; None where there is nothing."""
-        step, marks, losses = run.module.training_step, [], []
-        for _ in range(2):
-            marks.append(outside_state(run.module, step))
-            with self.evaluation(run):
-                losses.append(float(self.loss(run).detach()))
-        marks.append(outside_state(run.module, step))
+        self._marks, self._losses = self._marks[-1:], self._losses[-1:]  # of the evaluation that tried it, if any
+        while len(self._losses) < 2:
+            self._look(run, 0)
+        marks = [*self._marks, outside_state(run.module, run.module.training_step)]
         # What changed the first time only is a cache that has been filled.
         changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
-        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*losses)
+        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*self._losses)
 
     def halve(self, run: Run) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
@@ -298,14 +432,14 @@ class ProbeMeter(Meter):
         here = "on each process" if run.ranks.several else f"to {_size(self._sets[0])} samples"
         return f"The probe is halved {here}."
 
-    def _half(self, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _half(self, kept: list[Kept]) -> list[Kept]:
         halves = []
-        for entry in kept:
-            part, samples = take_samples(entry["batch"], 0.5)
-            if samples is None:
+        for one in kept:
+            part = take_samples(one.batch, 0.5, sizes=() if one.samples is None else (one.samples,))
+            if part.samples is None or part.reason is not None:
                 return kept
-            weight = batch_weight(part, self._weight) if self._weight else float(samples)
-            halves.append({**entry, "batch": part, "samples": samples, "weight": weight})
+            is_cut = one.is_cut or part.is_cut
+            halves.append(self._kept(part.batch, part.samples, is_cut, one.index, one.is_tried))
         return halves
 
     def _want_less(self, times: int) -> None:
@@ -315,20 +449,22 @@ class ProbeMeter(Meter):
             self._size = max(2, min(self._size // 2**times, _size(self._sets[0]) or self._size))
 
     def state_dict(self) -> dict[str, Any]:
-        """The samples, where they are not many and hold nothing that a checkpoint could not load safely."""
-        if self._parts[0]:
-            return {"parts": self._parts, "halvings": self._halvings}
-        numbers = _numbers([[entry["batch"] for entry in kept] for kept in self._sets])
+        """The samples, where they are not many and a checkpoint can load them safely."""
         state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
+        if self._save and (self._loaded or self._parts[0]):
+            return {**state, "parts": self._loaded or self._parts}
         if not self._sets[0]:
             return {**state, "held": False}  # where there is nothing, nothing is missing
-        return {**state, "sets": self._sets} if numbers is not None and numbers <= SAVED_NUMBERS else state
+        numbers = [_numbers(kept) for kept in self._sets]
+        if not self._save or None in numbers or sum(n for n in numbers if n is not None) > SAVED_NUMBERS:
+            return state
+        return {**state, "parts": [[[one.state() for one in kept]] for kept in self._sets]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the samples; without them new ones are kept, and those that are there stay."""
         if self._sets[0]:
             return
-        self._loaded = [list(parts) for parts in state.get("parts", [])] or [[kept] for kept in state.get("sets", [])]
+        self._loaded = [list(parts) for parts in state.get("parts", [])]
         self._loaded = self._loaded if any(any(parts) for parts in self._loaded) else []
         self._resumed_without = not self._loaded and bool(state.get("held", True))
         self._halvings = int(state.get("halvings", 0))
@@ -342,15 +478,13 @@ def why_not(operator: LinearOperator, error: float) -> str | None:
     return reason or f"finite differences at two step sizes differ by {error:.0%}, so nothing is read off them."
 
 
-def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:
-    """One process's share of what each of perhaps another number of processes had; nothing where it is too few."""
-    if len(parts) == size:
-        return list(parts[rank])
-    entries = [entry for part in parts for entry in part]
-    return entries[rank::size] if len(entries) >= size else []
-
-
-def check_probe(probe_batches: int, probe_fraction: float, loss_fn: object, probe_size: int | None = None) -> None:
+def check_probe(
+    probe_batches: int,
+    probe_fraction: float,
+    loss_fn: object,
+    probe_size: int | None = None,
+    probe_weight: str | None = None,
+) -> None:
     """Raise ValueError naming the argument that is out of range."""
     if probe_batches < 1:
         raise ValueError(f"probe_batches must be 1 or more, got {probe_batches}.")
@@ -358,12 +492,25 @@ def check_probe(probe_batches: int, probe_fraction: float, loss_fn: object, prob
         raise ValueError(f"probe_fraction must lie in (0, 1], got {probe_fraction}.")
     if probe_size is not None and probe_size < 2:
         raise ValueError(f"probe_size must be 2 samples or more, or None, got {probe_size}.")
+    if probe_weight is not None and not isinstance(probe_weight, str):
+        raise ValueError(f"probe_weight must be the name of an entry of the batch, or None, got {probe_weight!r}.")
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")
 
 
-def _size(kept: Sequence[dict[str, Any]]) -> int:
-    return sum(entry["samples"] or 0 for entry in kept)
+def _where(run: Run) -> torch.device:
+    """Where a few numbers are reduced: on the host where there is nobody to reduce with."""
+    return run.module.device if run.ranks.several else torch.device("cpu")
+
+
+def _size(kept: Sequence[Kept]) -> int:
+    return sum(one.samples or 0 for one in kept)
+
+
+def _numbers(kept: Sequence[Kept]) -> int | None:
+    """How many numbers these are in a checkpoint, None where it cannot hold them."""
+    counts = [one.numbers for one in kept]
+    return None if None in counts else sum(n for n in counts if n is not None)
 
 
 def _difference(first: float, second: float) -> str | None:
@@ -371,15 +518,3 @@ def _difference(first: float, second: float) -> str | None:
     if math.isclose(first, second, rel_tol=_SAME) or not math.isfinite(first + second):
         return None
     return f"on the same samples with the same random numbers its loss was {first:.6g}, then {second:.6g}"
-
-
-def _numbers(batch: Any) -> int | None:
-    """How many numbers a probe holds, None where it holds objects that a checkpoint cannot take safely."""
-    if type(batch) is Tensor:
-        return batch.numel()
-    if type(batch) is dict:
-        batch = [*batch.keys(), *batch.values()]
-    if type(batch) in (list, tuple):
-        counts = [_numbers(item) for item in batch]
-        return None if any(c is None for c in counts) else sum(c for c in counts if c is not None)
-    return 1 if type(batch) in (int, float, str, bool, type(None)) else None

@@ -22,7 +22,10 @@ class SharpnessMonitor(Monitor):
 
     The training loss is evaluated on a held probe (a share of the first batches, in train mode, with the same
     dropout masks each time) through the module's own ``training_step``, or ``loss_fn``; nothing of that leaves a
-    trace in the run; checkpoints hold the probe, so that a resumed run measures the same. Eigenvalues come from
+    trace in the run; checkpoints hold the probe, so that a resumed run measures the same. A batch is cut only where
+    several signs agree on what a sample is: the loader's batch size and the first dimensions of all tensors, or the
+    length of lists; else the probe holds whole batches, and that is said. Where the first batch has no loss, the next
+    one is taken. Eigenvalues come from
     warm-started Lanczos; every tenth run is cold and brings a 99 % upper bound. The value depends on the probe more
     than on the solver: a small probe is sharper than the whole training set. The bracket says by how much, in
     expectation: ``sharpness/hessian_max_bracket`` lies below the full loss's eigenvalue, which lies below
@@ -123,8 +126,8 @@ class SharpnessMonitor(Monitor):
     solve after a resume is a cold one.
 
     Args:
-        every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
-            every twentieth step at most.
+        every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
+            that is. None: as often as ``budget`` allows, every twentieth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         quantities: What to measure, from the table above.
         loss_fn: ``loss_fn(module, batch) -> scalar``, instead of ``training_step``. Needed for manual
@@ -139,6 +142,8 @@ class SharpnessMonitor(Monitor):
             instead of the two above.
         probe_weight: Name of an entry (or attribute) of the batch whose sum weighs it among the probe's batches,
             a mask of tokens say. None weighs by samples.
+        save_probe: Whether checkpoints hold the probe, which is a few training samples. Without it a resumed run takes
+            another one, and says so.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
         tol: Relative tolerance on residual and change; the value's error is about its square.
         max_matvecs: Most Hessian products a solve may take.
@@ -190,6 +195,7 @@ class SharpnessMonitor(Monitor):
         probe_fraction: float = 0.25,
         probe_size: int | None = None,
         probe_weight: str | None = None,
+        save_probe: bool = True,
         layers: Sequence[str] | None = None,
         tol: float = 1e-2,
         max_matvecs: int = 40,
@@ -199,9 +205,9 @@ class SharpnessMonitor(Monitor):
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, quantities=quantities, layers=layers, loggers=loggers)
-        check_probe(probe_batches, probe_fraction, loss_fn, probe_size)
-        _check(quantities, outputs, tol, max_matvecs, memory_limit)
-        probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction, probe_size, probe_weight)
+        check_probe(probe_batches, probe_fraction, loss_fn, probe_size, probe_weight)
+        check_solver(quantities, outputs, tol, max_matvecs, memory_limit)
+        probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction, probe_size, probe_weight, save=save_probe)
         cadence = partial(Cadence, every_n_steps, 20, 1.0)
         solver = (tol, max_matvecs, outputs, memory_limit)
         make_meters = partial(sharpness_meters, tuple(quantities), probe, cadence, cadence, *solver)
@@ -226,9 +232,10 @@ def sharpness_meters(
     return [kept, steps, meter]
 
 
-def _check(
+def check_solver(
     quantities: Sequence[str], outputs: object, tol: float, max_matvecs: int, memory_limit: float | None
 ) -> None:
+    """Raise ValueError naming the argument that is out of range."""
     unknown = [q for q in quantities if q not in QUANTITIES]
     if unknown or not quantities:
         raise ValueError(f"quantities must be chosen from {', '.join(QUANTITIES)}; got {list(quantities)}.")

@@ -106,11 +106,13 @@ class StepMeter(Meter):
         """Measure what concerns the batch before it is trained on."""
         self._batch = None
         self._update = {}
+        if run.steps.in_backward and self._compares(run):
+            self.copy_weights(run)
         if "batch" not in self._wanted or not self._is_due(run):
             return
         with run.charge(self.name):
-            self._probe.check(run)
-        if self._probe.off:
+            is_there = self._probe.check(run)
+        if not is_there:
             return
         self._on_batch = True
         with run.together(self.name), self._probe.evaluation(run) as params:
@@ -129,8 +131,11 @@ class StepMeter(Meter):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Copy the weights that are about to change."""
-        if self._wanted & {"directional", "critical"} and self._is_due(run):
+        if not run.steps.in_backward and self._compares(run):
             self.copy_weights(run)
+
+    def _compares(self, run: Run) -> bool:
+        return bool(self._wanted & {"directional", "critical"}) and self._is_due(run)
 
     def copy_weights(self, run: Run) -> None:
         """Copy the weights as they are now, unless that was done for this step; the next update is then known."""
@@ -151,7 +156,7 @@ class StepMeter(Meter):
         """Measure along the update, if the weights were copied."""
         before, self._before = self._before, {}
         planned, self._planned = self._planned and (bool(before) or run.ranks.several), False
-        if not planned and self._batch is None:
+        if not planned and self._batch is None or not run.steps.any_taken():
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
         with run.together(self.name):
@@ -169,8 +174,7 @@ class StepMeter(Meter):
         readings: dict[str, float] = {}
         if not self._wanted or not self._probe.is_expected(run) or not self._has_moved(run):
             return readings
-        self._probe.check(run)
-        if self._probe.off:
+        if not self._probe.check(run):
             return readings
         self._probe.agree(run)
         if "directional" in self._wanted:

@@ -102,11 +102,22 @@ class WeightMeter(PairMeter):
         self._layers = run.layers
         self._earlier = matching(run.layers, self._earlier)
 
+    def batch_start(self, run: Run, batch: Any) -> None:
+        """Copy the weights here where they change in backward."""
+        if not run.steps.in_backward:
+            return
+        self._reading = self.reads(run)
+        if not self._before and (self._reading or self.keeps(run)):
+            trained = [la for la in run.layers if la.parameter.requires_grad]
+            with run.charge(self.name):
+                self._before = {name: local(weight) for name, weight in run.copies(trained).items()}
+
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Follow this optimizer's decay, and copy the weights it is about to change."""
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
-        self._memory.before_step(optimizer, run.names, run.trainer.global_step)
+        key = (run.trainer.global_step, len(run.steps.of(optimizer).outcomes))
+        self._memory.before_step(optimizer, run.names, key)
         if not reads and not keeps:
             return
         with run.charge(self.name):
@@ -116,6 +127,8 @@ class WeightMeter(PairMeter):
             # What is frozen takes no step, which is another thing than a step of zero.
             trained = [la for la in run.layers if id(la.parameter) in own and la.parameter.requires_grad]
             wanted = [la for la in trained if la.name not in self._before]
+            if run.steps.in_backward:  # too late, where it was not known before
+                wanted = []
             self._before |= {name: local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
                 self._rates |= _rates(optimizer, run.names)
@@ -126,7 +139,11 @@ class WeightMeter(PairMeter):
         rates, self._rates = self._rates, {}
         reads, self._reading = self._reading, False
         ratios, decay_ratios = self._ratios(run) if rates or self._memory.is_waiting else ({}, {})
-        self._memory.after_steps(decay_ratios)
+        self._memory.after_steps(decay_ratios, run.steps.outcomes())
+        if before and not run.steps.any_taken():
+            self._earlier = earlier  # as if there had been no step
+            return
+        before = self._of_those_taken(run, before)
         try:
             if reads and (before or run.ranks.several):
                 with run.together(self.name):
@@ -141,6 +158,19 @@ class WeightMeter(PairMeter):
         finally:
             self.turn(run)
         self._earlier = before if self._armed else {}
+
+    @staticmethod
+    def _of_those_taken(run: Run, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights before the step of the layers whose optimizer took one."""
+        if not before or run.steps.in_backward:
+            return before
+        own = {id(p) for o in run.steps.taken() for group in o.param_groups for p in group["params"]}
+        return {la.name: before[la.name] for la in run.layers if la.name in before and id(la.parameter) in own}
+
+    def wake(self, run: Run) -> None:
+        """What was kept is of another step."""
+        super().wake(run)
+        self._earlier, self._before = {}, {}
 
     def expected(self, run: Run) -> float:
         """The mean so far without full readings; half a step for the first."""
@@ -339,8 +369,8 @@ class WeightMonitor(Monitor):
     each process takes a part of the layers.
 
     Args:
-        every_n_steps: Measure at every step that is a multiple of this. None: as often as ``budget`` allows,
-            every twentieth step at most.
+        every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
+            that is. None: as often as ``budget`` allows, every twentieth step at most.
         budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
         layers: Globs for the layers measured, ``!`` excludes.
         loggers: Loggers to write to by part of the class name, class or object; None for all.

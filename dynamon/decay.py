@@ -1,7 +1,7 @@
 """Decoupled weight decay: which optimizers have it, and what it leaves of the initial weights."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,15 +54,15 @@ def decay_assumption(optimizer: Optimizer) -> str | None:
     )
 
 
-def _least_decay(optimizer: Optimizer, group: Mapping[str, Any], p: Tensor) -> float:
-    """The rate x decay below which no weight of half precision changes; 0 where decay has no rounding of its own.
+def _least_decays(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[torch.dtype, float]:
+    """The rate x decay below which no weight of a dtype changes, for those of half precision.
 
     The largest weights of a binade have neighbours at a distance of half the dtype's eps, and come to themselves from
     half of that. Fused steps add decay and update before they round; of optimizers from elsewhere nothing is known.
     """
-    torchs = any(cls in _CLASSES for cls in type(optimizer).__mro__)
-    is_half = p.dtype in (torch.float16, torch.bfloat16)
-    return torch.finfo(p.dtype).eps / 4 if is_half and torchs and not group.get("fused") else 0.0
+    if group.get("fused") or not any(cls in _CLASSES for cls in type(optimizer).__mro__):
+        return {}
+    return {dtype: torch.finfo(dtype).eps / 4 for dtype in (torch.float16, torch.bfloat16)}
 
 
 def _known(optimizer: Optimizer) -> bool | None:
@@ -81,15 +81,15 @@ class DecayMemory:
 
     Call :meth:`before_step` before each step and :meth:`after_steps` when the ratios in force are known. Rates may be
     tensors on a device: the product is then kept there, and nothing waits. Layers that never decayed are not in it.
-    A parameter without a gradient does not decay, as in torch's optimizers. A step that a gradient scaler skips
-    counts as a step. Where the product of a weight in half precision and ``1 - rate x decay`` rounds to the weight,
+    A parameter without a gradient does not decay, as in torch's optimizers. A step that was not taken does not count.
+    Where the product of a weight in half precision and ``1 - rate x decay`` rounds to the weight,
     whatever it is, nothing decays: torch's optimizers multiply in place.
     """
 
     def __init__(self) -> None:
         """Nothing has decayed."""
         self._left: dict[str, float | Tensor] = {}
-        self._pending: dict[Hashable, list[tuple[list[str], Any]]] = {}
+        self._pending: dict[int, dict[Hashable, list[tuple[list[str], Any]]]] = {}
         self._least: dict[str, float] = {}  # rate x decay below which a layer's weights do not change
 
     def before_step(self, optimizer: Optimizer, names: Mapping[int, str], key: Hashable = None) -> None:
@@ -101,29 +101,45 @@ class DecayMemory:
             key: Names the step, since an optimizer that evaluates its closure twice says so twice. Without a key
                 every call is a new step.
         """
-        step = self._pending[object() if key is None else (id(optimizer), key)] = []
+        step = self._pending.setdefault(id(optimizer), {})[object() if key is None else key] = []
         for group in optimizer.param_groups:
             decay = decoupled_decay(optimizer, group)
             if isinstance(decay, Tensor) or decay:
                 decaying = [p for p in group["params"] if p.grad is not None and id(p) in names]
                 moving = [names[id(p)] for p in decaying]
-                self._least |= zip(moving, (_least_decay(optimizer, group, p) for p in decaying), strict=True)
+                least = _least_decays(optimizer, group)
+                self._least |= {names[id(p)]: least[p.dtype] for p in decaying if p.dtype in least}
                 step.append((moving, group.get("lr", math.nan) * decay))  # a new tensor, where the rate is one
 
-    def after_steps(self, ratios: Mapping[str, float]) -> None:
+    def after_steps(
+        self, ratios: Mapping[str, float], outcomes: Mapping[Optimizer, Sequence[Tensor | None]] | None = None
+    ) -> None:
         """Take up the steps noted since the last call.
 
         Args:
             ratios: Factor on the rate by layer name; 1 for those that are not in it.
+            outcomes: For each optimizer the steps that were taken, with a tensor that is not zero where the device has
+                skipped one (:attr:`dynamon.stepping.StepWatch.outcomes`); None where all of them were.
         """
         pending, self._pending = self._pending, {}
-        for names, shrink in (part for step in pending.values() for part in step):
+        found = None if outcomes is None else {id(optimizer): list(taken) for optimizer, taken in outcomes.items()}
+        for optimizer, steps in pending.items():
+            taken = [None] * len(steps) if found is None else found.get(optimizer, [])
+            # Of several in one batch those that were skipped are not known apart; their decay is the same.
+            for step, skipped in zip(reversed(steps.values()), reversed(taken), strict=False):
+                self._take(step, ratios, skipped)
+
+    def _take(self, step: list[tuple[list[str], Any]], ratios: Mapping[str, float], skipped: Tensor | None) -> None:
+        for names, shrink in step:
             scales = [ratios.get(name, 1.0) for name in names]
+            if skipped is not None:
+                wide = torch.float32 if skipped.device.type == "mps" else torch.float64
+                shrink = skipped.reshape(()).eq(0).to(wide) * shrink
             if isinstance(shrink, Tensor):
                 self._multiply(names, shrink.detach().reshape(()), scales)
             else:
                 for name, scale in zip(names, scales, strict=True):
-                    lost = shrink * scale if abs(shrink * scale) >= self._least[name] else 0.0
+                    lost = shrink * scale if abs(shrink * scale) >= self._least.get(name, 0.0) else 0.0
                     self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
 
     def _multiply(self, names: list[str], shrink: Tensor, scales: list[float]) -> None:
@@ -133,7 +149,7 @@ class DecayMemory:
         shrink = widened(shrink)
         factors = list(torch._foreach_mul([shrink] * len(names), scales))
         for i, name in enumerate(names):
-            if self._least[name]:
+            if name in self._least:
                 factors[i] = factors[i] * (factors[i].abs() >= self._least[name])
         torch._foreach_neg_(factors)
         torch._foreach_add_(factors, 1.0)

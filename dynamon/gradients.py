@@ -200,6 +200,15 @@ class GradientReader:
         self.step += 1
         return True
 
+    def again(self) -> None:
+        """The gradients of this step were not those that it uses: forget what was read or stored of them."""
+        self._pending = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Compare this step's gradients with no others."""
+        self._previous, self._stored_at = {}, -1
+
     def store(self, scale: float = 1.0, window: Window | None = None) -> None:
         """Keep this step's gradients, for a difference at the next step, without measuring them.
 

@@ -14,6 +14,10 @@ from dynamon.pairs import as_real, real_dtype, real_size
 from dynamon.shards import local
 
 
+class NoSecondMomentError(ValueError):
+    """The optimizer has no second moment yet: it has taken no step, or a gradient scaler has skipped all of them."""
+
+
 def preconditioner(
     optimizer: Optimizer, params: Parameters | FlatParameters, space: VectorSpace | None = None
 ) -> Tensor:
@@ -45,13 +49,16 @@ def preconditioner(
     if any(id(p) not in group_of for p in params):
         raise ValueError("a parameter is not in the optimizer, so it has no preconditioner.")
     if not any(optimizer.state.get(p) for p in params):
-        raise ValueError("the optimizer has taken no step yet, so it has no preconditioner.")
+        raise NoSecondMomentError("the optimizer has taken no step yet, so it has no preconditioner.")
     pieces = [second_moment_scale(optimizer.state.get(p), group_of[id(p)], p) for p in params]
     if all(piece is None for piece in pieces):
         raise ValueError(f"{type(optimizer).__name__} keeps no second moment, so it has no preconditioner.")
     missing = [torch.full((real_size(local(p)),), torch.nan, dtype=_wide(p), device=p.device) for p in params]
     space = space or VectorSpace(sum(real_size(p) for p in params))
-    return space.join([m if piece is None else piece for piece, m in zip(pieces, missing, strict=True)])
+    diagonal = space.join([m if piece is None else piece for piece, m in zip(pieces, missing, strict=True)])
+    if not int(space.total((~diagonal.isnan()).sum())):
+        raise NoSecondMomentError("the optimizer's second moments are all zero, so it has no preconditioner yet.")
+    return diagonal
 
 
 def has_second_moment(optimizer: Optimizer) -> bool:

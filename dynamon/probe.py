@@ -1,6 +1,5 @@
 """Evaluating the training loss once more without leaving a trace."""
 
-import copy
 import inspect
 import operator
 import random
@@ -14,12 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dynamon.batches import clone
 from dynamon.evaluations import RandomState, casts_anew, eager, rewinding
 from dynamon.shards import is_sharded, local
 
 LossFn = Callable[[Any, Any], Tensor]
 _MUTED = ("log", "log_dict")
 _Contents = dict[int, tuple[Any, Any]]  # by identity: a tensor or container, and a copy of what it held
+
+
+class LossError(ValueError):
+    """What should be a loss is none, on any batch."""
+
+
+class NoLossError(LossError):
+    """There is no loss on this batch: ``training_step`` skips it."""
 
 
 @contextmanager
@@ -106,83 +114,33 @@ def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, 
         batch_idx: What ``training_step`` gets as the batch's index.
 
     Raises:
-        ValueError: If there is neither a ``loss_fn`` nor a ``training_step``, or the result is not a scalar
-            tensor with a graph.
+        NoLossError: Where there is no loss for this batch: None, or a number of its own that depends on nothing.
+        LossError: If there is neither a ``loss_fn`` nor a ``training_step``, or the result is not a scalar tensor
+            with a graph. Both are ValueErrors.
     """
-    batch = _clone(batch)
+    batch = clone(batch)
     if loss_fn is not None:
         source, loss = "loss_fn", loss_fn(module, batch)
     else:
         step = getattr(module, "training_step", None)
         if step is None:
-            raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: ...")
+            raise LossError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: ...")
         source = "training_step"
         loss = step(*_step_arguments(step, batch, batch_idx))
         if isinstance(loss, dict):
             if "loss" not in loss:
-                raise ValueError(f"training_step returned a dict without 'loss' (it has {sorted(map(str, loss))}).")
+                raise LossError(f"training_step returned a dict without 'loss' (it has {sorted(map(str, loss))}).")
             loss = loss["loss"]
     if not isinstance(loss, Tensor):
-        raise ValueError(f"{source} must return a scalar tensor as loss, got {type(loss).__name__}.")
+        kind = NoLossError if loss is None else LossError
+        raise kind(f"{source} must return a scalar tensor as loss, got {type(loss).__name__}.")
     if loss.numel() != 1:
-        raise ValueError(f"{source} must return a scalar loss, got shape {tuple(loss.shape)}; reduce it first.")
+        raise LossError(f"{source} must return a scalar loss, got shape {tuple(loss.shape)}; reduce it first.")
     if torch.is_grad_enabled() and not loss.requires_grad:
-        raise ValueError(f"the loss that {source} returned does not depend on any parameter.")
+        raise LossError(f"the loss that {source} returned does not depend on any parameter.")
+    if loss.is_leaf and loss.requires_grad:
+        raise NoLossError(f"the loss that {source} returned depends on nothing.")
     return loss.reshape(())
-
-
-def take_samples(batch: Any, fraction: float, most: int | None = None) -> tuple[Any, int | None]:
-    """The first share of a batch's samples, copied.
-
-    Args:
-        batch: Tensors, or lists, tuples and dicts of them. All tensors with dimensions must agree in the
-            first one, else the whole batch is taken. A list without tensors that is as long holds one entry a
-            sample (texts, names) and is cut too.
-        fraction: Share in (0, 1]; at least two samples are taken, which BatchNorm and contrastive losses need.
-        most: Upper limit on the samples, where there is one.
-
-    Returns:
-        The copy and the number of samples in it, None where samples cannot be told apart.
-    """
-    sizes = {t.shape[0] for t in _tensors(batch) if t.ndim}
-    if len(sizes) != 1:
-        return _clone(batch), None
-    size = sizes.pop()
-    wanted = round(size * fraction) if most is None else min(most, round(size * fraction))
-    count = min(size, max(2, wanted))
-    part = _map_tensors(
-        batch,
-        lambda t: t.detach()[:count].clone() if t.ndim else t.detach().clone(),
-        lambda values: values[:count] if len(values) == size else values,
-    )
-    return part, count
-
-
-def counted(batch: Any) -> tuple[Any, int | None]:
-    """A batch, not copied, and the number of its samples as :func:`take_samples` counts them."""
-    sizes = {t.shape[0] for t in _tensors(batch) if t.ndim}
-    return batch, sizes.pop() if len(sizes) == 1 else None
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """A batch with all its tensors on a device; tensors that are there already are not copied."""
-    return _map_tensors(batch, lambda t: t.to(device))
-
-
-def batch_weight(batch: Any, name: str) -> float:
-    """The sum of a batch's entry of that name (a mask of tokens, say): its weight among others.
-
-    Raises:
-        ValueError: If the batch has no such entry or attribute, or it does not sum to a positive number.
-    """
-    entry = batch.get(name) if isinstance(batch, dict) else getattr(batch, name, None)
-    if entry is None:
-        known = sorted(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(f"the batch has no {name!r} to weigh it by; it is {known}.")
-    weight = float(torch.as_tensor(entry).sum())
-    if not weight > 0:
-        raise ValueError(f"the batch's {name!r} sums to {weight}; a weight must be positive.")
-    return weight
 
 
 def _step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> list[Any]:
@@ -191,45 +149,9 @@ def _step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> lis
     parameters = list(inspect.signature(step).parameters.values())
     names = [p.name for p in parameters if p.kind in kinds]
     if "dataloader_iter" in names:
-        raise ValueError("training_step reads from dataloader_iter; pass loss_fn=lambda module, batch: ...")
+        raise LossError("training_step reads from dataloader_iter; pass loss_fn=lambda module, batch: ...")
     takes_index = len(names) > 1 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     return [batch, batch_idx] if takes_index else [batch]
-
-
-def _clone(batch: Any) -> Any:
-    try:
-        return copy.deepcopy(batch)
-    except Exception:  # objects that cannot be copied (locks, generators): copy the tensors around them
-        return _map_tensors(batch, lambda t: t.detach().clone())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def _map_tensors(
-    value: Any, function: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any] | None = None
-) -> Any:
-    """Apply a function to every tensor in nested lists, tuples and dicts, and another to lists without tensors."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        mapped = {key: _map_tensors(item, function, on_list) for key, item in value.items()}
-        try:
-            return type(value)(mapped)
-        except TypeError:
-            return mapped
-    if on_list is not None and type(value) is list and next(_tensors(value), None) is None:
-        return on_list(value)
-    if isinstance(value, list | tuple):
-        items = [_map_tensors(item, function, on_list) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:

@@ -96,20 +96,18 @@ class StepParts:
         self.kept = {i: given[i] for i, layer in enumerate(layers) if needs_whole(layer, norms[i])}
 
 
-def steps_and_lengths(
-    moved: Sequence[StepParts], gradients: Sequence[Sequence[Tensor]], ranks: Ranks
-) -> tuple[Tensor, list[Tensor]]:
-    """Norms of the steps of several sets of layers, and the Euclidean norm of their gradients.
+def steps_and_lengths(moved: Sequence[StepParts], squares: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
+    """Norms of the steps of several sets of layers, and the Euclidean norms of their gradients.
 
     Every process must call this, inside of :meth:`dynamon.ranks.Ranks.measurement`.
 
     Args:
         moved: The sets of layers.
-        gradients: What this process holds of the gradient of each layer.
+        squares: Sums of squares of what this process holds of the gradient of each layer.
         ranks: The processes.
 
     Returns:
-        The norm of all gradients, 0-d, and the norms of the steps of each set, NaN where a step is not known; the same
+        The norm of each gradient, and the norms of the steps of each set, NaN where a step is not known; the same
         on every process, in float64.
 
     Cost: one all-reduce of ``(5 + R) L`` numbers; a gather of each step that has a spectral norm.
@@ -117,7 +115,7 @@ def steps_and_lengths(
     layers, norms = [la for part in moved for la in part.layers], [norm for part in moved for norm in part.norms]
     totals = Totals([layer.parameter for layer in layers], ranks, sums=2, maxima=1, dealt=2)
     found = totals.empty()
-    found.sums[0] = squares_here([gradient for own in gradients for gradient in own])
+    found.sums[0] = squares
     found.sums[1] = torch.cat([part.squares for part in moved])
     found.maxima[0] = torch.cat([part.largest for part in moved])
     found.dealt[0] = torch.tensor([known for part in moved for known in part.known]).to(found.dealt)
@@ -125,7 +123,7 @@ def steps_and_lengths(
     found = totals.of(found)
     steps = primal(layers, norms, found.sums[1], found.maxima[0], found.dealt[1])
     steps = torch.where(found.dealt[0] == ranks.size, steps, torch.nan)
-    return found.sums[0].sum().sqrt(), list(steps.split([len(part.layers) for part in moved]))
+    return found.sums[0].sqrt(), list(steps.split([len(part.layers) for part in moved]))
 
 
 def _whole_norms(moved: Sequence[StepParts], layers: Sequence[Layer], norms: Sequence[Norm], ranks: Ranks) -> Tensor:

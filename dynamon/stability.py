@@ -18,7 +18,7 @@ from dynamon.curvature.parameters import FlatParameters, Parameters, names_and_t
 from dynamon.curvature.spaces import VectorSpace
 from dynamon.geometry import optimizer_family
 from dynamon.pairs import real_dtype, real_size
-from dynamon.preconditioner import second_moment_scale
+from dynamon.preconditioner import NoSecondMomentError, second_moment_scale
 from dynamon.shards import local
 
 
@@ -145,8 +145,8 @@ def stability_scaling(
     squared = space.join(pieces)
     missing = squared.isnan()
     left_out = int(space.total(missing.sum()))
-    if not any(optimizer.state.get(p) for p in params) and not isinstance(optimizer, SGD):
-        raise ValueError("the optimizer has taken no step yet, so its stability ratio is not defined.")
+    if not isinstance(optimizer, SGD) and not int(space.total((~missing).sum())):
+        raise NoSecondMomentError("the optimizer has taken no step yet, so its stability ratio is not defined.")
     squared = squared.masked_fill(missing, 0.0)
     signs = {-1.0 if group_of[id(p)].get("maximize", False) else 1.0 for p in params}
     if len(signs) > 1:

@@ -139,7 +139,7 @@ def prelude() -> dict[str, Any]:
         "data": data,
         "batch": next(iter(data)),
         "loss_fn": lambda module, batch: cross_entropy(module(batch[0]), batch[1]),
-        "trainer": lambda callbacks: trainer(callbacks, steps=60),
+        "trainer": lambda callbacks, **given: trainer(callbacks, steps=60, **given),
         "DynamicsMonitor": DynamicsMonitor,
     }
 

@@ -26,8 +26,8 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
         ``values`` of scalars in float64, ``values`` of tables, ``[T, L]`` row by row, in float32; the number of
         readings there were as ``total``; ``findings``, taken from all of them.
 
-    Cost: 7 bytes a value of a table. Beyond 4,000 readings every so many-th of a table is packed; of more than 20,000
-    points of a scalar the lowest and the highest of each bucket. A table without a single value is left out.
+    Cost: about 5 bytes a value of a table. Beyond 4,000 readings every so many-th of a table is packed; of more than
+    20,000 points of a scalar the lowest and the highest of each bucket. A table without a single value is left out.
     """
     tag = loss or loss_tag(run.scalars)
     return {

@@ -49,7 +49,7 @@ def top_eigenvalues(
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        k: How many eigenvalues, 1 or more (``"gram"``: 1).
+        k: How many eigenvalues, 1 or more (``"gram"``: 1); all of them where the operator has fewer.
         method: ``"lanczos"``, ``"power"`` or ``"gram"``.
         tol: Relative tolerance.
         max_matvecs: Upper limit on products; a run that meets it first has ``converged=False``.
@@ -73,6 +73,7 @@ def top_eigenvalues(
     "Computing probabilistic bounds for extreme eigenvalues", 2000; Delattre et al., arXiv 2305.16173.
     """
     _check(operator, k, method, tol, max_matvecs, warm_start)
+    k = min(k, operator.shape[0])
     if certify and method == "power":
         raise ValueError("power iteration has no upper bound: certify=True needs method='lanczos' or 'gram'.")
     if method == "gram":
@@ -95,12 +96,14 @@ def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, war
         raise ValueError("a matrix must be real, floating point and symmetric.")
     if type(k) is not int or k < 1:
         raise ValueError(f"k must be a whole number, 1 or more, got {k!r}.")
-    if operator.shape[0] < k:
-        raise ValueError(f"the operator has {operator.shape[0]} eigenvalues, {k} were asked for.")
+    if operator.shape[0] < 1:
+        raise ValueError("the operator has no eigenvalues: its shape is (0, 0).")
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-    if type(max_matvecs) is not int or max_matvecs < max(2, k):
-        raise ValueError(f"max_matvecs must be a whole number, at least {max(2, k)}, got {max_matvecs!r}.")
+    if type(max_matvecs) is not int or max_matvecs < max(2, min(k, operator.shape[0])):
+        raise ValueError(
+            f"max_matvecs must be a whole number, at least {max(2, min(k, operator.shape[0]))}, got {max_matvecs!r}."
+        )
     if warm_start is not None and not isinstance(warm_start, Tensor):
         raise ValueError(f"warm_start must be a tensor [n] or [n, m], got {type(warm_start).__name__}.")
     rows = space_of(operator).length

@@ -376,6 +376,9 @@ class _OwnRates(LayerwiseRates):
 
     def _attach(self) -> None:
         self._held, self._lazy = self._parameters(), []
+        if not self._checked:
+            self.rule.check(describe_layers(self.model))
+            self._checked = True
         self.layers = self.optimizer.layers
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
         self._start_rule()

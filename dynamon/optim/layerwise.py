@@ -4,7 +4,7 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Hashable, Mapping
-from types import FrameType
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -21,6 +21,15 @@ from dynamon.norms import optimizer_family
 from dynamon.rates import Rule
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
+from dynamon.stepping import (
+    Nesting,
+    StepWatch,
+    closure_of,
+    has_gradients,
+    steps_in_backward,
+    with_closure,
+    wrapped_optimizers,
+)
 from dynamon.trends import Trends
 from dynamon.windows import Window
 
@@ -54,6 +63,13 @@ def refusal(optimizer: object) -> str | None:
             return f"{name} cannot take layerwise rates: {reason}."
     if any("lr" not in group for group in optimizer.param_groups):
         return f"{name} cannot take layerwise rates: a parameter group has no 'lr'."
+    if any(inner.param_groups is not optimizer.param_groups for inner in wrapped_optimizers(optimizer)):
+        return f"{name} cannot take layerwise rates: it steps another optimizer, whose groups are not its own."
+    if any(steps_in_backward(p) for group in optimizer.param_groups for p in group["params"]):
+        return (
+            f"{name} cannot take layerwise rates: another optimizer uses the gradients as they arrive, so that nothing "
+            "is left for its step."
+        )
     return None
 
 
@@ -102,6 +118,8 @@ class LayerwiseRates:
         layers: The steered layers.
         reader: Reads their gradients.
         rule: The rule.
+        watch: Watches the optimizer's steps.
+        charge: Books the time of the rule in a step; may be set.
         in_half_precision: To be set where training runs under autocast to sixteen bits, whose rounding is no noise.
         agrees_with_others: To be set under DDP where windows are given to :meth:`observe`, on every process: batches
             may be of other sizes there, and all must take the same ratios.
@@ -147,15 +165,21 @@ class LayerwiseRates:
         if not self.layers and not self._lazy:
             raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
         self._waiting: PendingReadings | None = None
-        self._observed = False
+        self._observed, self._begun = False, False  # the step to come was read, the rule knows of it
+        self._key: Hashable = None  # of what was read last
+        self._read_at = 0  # the evaluation of the closure that was read
+        self._nesting = Nesting()
+        self.charge: Callable[[], AbstractContextManager[None]] = nullcontext
         self._original: list[dict[str, Any]] | None = None
         self._applied: dict[str, float] = {}
+        self._asked: dict[str, float] = {}
         self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, float]]] = []
         self._rate_buffers: dict[tuple[int, int], Tensor] = {}
         _steered[optimizer] = ref(self)
+        self.watch = StepWatch(optimizer)
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            *(each.register_step_pre_hook(self._before_step) for each in (optimizer, *wrapped_optimizers(optimizer))),
+            *(each.register_step_post_hook(self._after_step) for each in (optimizer, *wrapped_optimizers(optimizer))),
             optimizer.register_state_dict_pre_hook(lambda *_: self.restore()),
             optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
         ]
@@ -206,6 +230,16 @@ class LayerwiseRates:
         return self._applied or {layer.name: 1.0 for layer in self.layers}
 
     @property
+    def asked(self) -> dict[str, float]:
+        """The ratio that the rule asked for in the step that was taken last; :attr:`applied` unless in a dry run."""
+        return self._asked or {layer.name: 1.0 for layer in self.layers}
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the gradients of the step to come have been read, or need not be."""
+        return self._observed
+
+    @property
     def wanted(self) -> dict[str, float]:
         """The ratio that the rule asks for, by parameter name; :attr:`ratios` unless this is a dry run."""
         return {layer.name: float(r) for layer, r in zip(self.layers, self.rule.ratios(), strict=True)}
@@ -238,24 +272,34 @@ class LayerwiseRates:
             window: What the gradients were accumulated over: a rule sees the change between two steps only where it
                 is the same. To be given in a loop with windows of different lengths.
         """
+        if not self.watch.is_last:
+            return  # the closure will run again, and the step uses what it leaves then
         self._observed = True
         self._follow_optimizer()
         self.reader.in_half_precision, self.reader.agrees_with_others = self.in_half_precision, self.agrees_with_others
-        if not self.reader.begin(object() if key is None else key):
+        self._key = object() if key is None else key
+        is_new = self.reader.begin(self._key)
+        if not self.layers or not self.rule.needs_gradients:
             return
-        if not self.layers:
-            return
-        self.rule.begin_step()
-        if not self.rule.needs_gradients:
-            return
-        self.settle()
-        self._phase = (self._phase + 1) % self.read_every
+        if is_new:
+            self.settle()
+            self._phase = (self._phase + 1) % self.read_every
+        else:
+            if not self.watch.is_repeated or self._read_at == self.watch.evaluation:
+                return
+            self.reader.again()
+            self._waiting = None
+        self._read_at = self.watch.evaluation
         if self._phase == 0:
             self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale, window=window)
             if self.lag == 0:
                 self.settle()
         elif self._phase == self.read_every - 1:
             self.reader.store(scale, window)
+
+    def give_up(self) -> None:
+        """The step that was observed is not taken: the next one is observed anew."""
+        self._observed = False
 
     def observe_part(self, share: float, scale: float = 1.0) -> None:
         """Between the backward passes of an accumulation window, keep what has been accumulated so far.
@@ -292,6 +336,7 @@ class LayerwiseRates:
 
     def restore(self) -> None:
         """Put the original groups back after a step that raised; what changed since, the user did."""
+        self._nesting.clear()
         if self._original is None:
             return
         views = {id(view) for view, *_ in self._views}
@@ -299,7 +344,7 @@ class LayerwiseRates:
         self._views = [(view, given, group, {}) for view, given, group, _ in self._views]
         self._leave()
         self.optimizer.param_groups.extend(joined)
-        self._observed = False
+        self._observed = self._begun = False
 
     def _leave(self) -> None:
         """Put the original groups back, with what the optimizer wrote into the views."""
@@ -314,6 +359,7 @@ class LayerwiseRates:
         """Detach from the optimizer; it then steps with its own rates."""
         self.restore()
         self.reader.forget_ranks()
+        self.watch.remove()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -348,21 +394,17 @@ class LayerwiseRates:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _is_nested(optimizer):
+        if self._nesting.begins(sys._getframe(1)):
+            self.restore()  # left over where the last step raised
+            self._begun = False
+        elif optimizer is self.optimizer:
             self._leave()
         else:
-            self.restore()  # left over where the last step raised
-        arguments = list(args)
-        position = 1 if arguments and arguments[0] is optimizer else 0
-        closure = kwargs.get("closure", arguments[position] if len(arguments) > position else None)
-        if closure is None:
+            return None  # inside of a wrapper's step: it shares the groups
+        if closure_of(optimizer, args, kwargs) is None:
             self._enter()
             return None
-        if "closure" in kwargs:
-            kwargs = {**kwargs, "closure": self._then_enter(closure)}
-        else:
-            arguments[position] = self._then_enter(closure)
-        return tuple(arguments), kwargs
+        return with_closure(optimizer, args, kwargs, self._then_enter)
 
     def _then_enter(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_view() -> Any:
@@ -375,9 +417,10 @@ class LayerwiseRates:
 
     def _enter(self) -> None:
         """Show the optimizer its groups with the ratios in force."""
-        if not self._observed:
-            self.observe()
-        self._applied = self.ratios
+        self._leave()
+        if has_gradients(self.optimizer):  # else nothing moves
+            self._tell_rule()
+        self._asked, self._applied = self.wanted, self.ratios
         ratios = {id(layer.parameter): self._applied[layer.name] for layer in self.layers}
         if all(ratio == 1.0 for ratio in ratios.values()):
             return
@@ -386,6 +429,15 @@ class LayerwiseRates:
         self._original = original
         # In place: an optimizer that wraps another one shares the list with it.
         self.optimizer.param_groups[:] = itertools.chain.from_iterable(groups)
+
+    def _tell_rule(self) -> None:
+        """Have the gradients read, if nobody did, and the rule know of the step, once."""
+        if not self._observed or self.watch.is_repeated and self._read_at != self.watch.evaluation:
+            self.observe(key=self._key if self._observed else None)
+        if not self._begun and self.layers:
+            self._begun = True
+            with self.charge():
+                self.rule.begin_step()
 
     def _split(self, index: int, group: dict[str, Any], ratios: Mapping[int, float]) -> list[dict[str, Any]]:
         """The group by ratio; parameters that share one stay together, so that foreach and fused stay fast."""
@@ -412,21 +464,10 @@ class LayerwiseRates:
         with torch.no_grad():
             return self._rate_buffers[key].copy_(rate).mul_(ratio)
 
-    def _after_step(self) -> None:
-        self._leave()
-        self._observed = False
-
-
-def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether this is a step inside a step of the same optimizer: a class whose ``step`` calls its base class's."""
-    # Hooks run around both, and an exception runs none: only the stack tells the one from the other.
-    frame: FrameType | None = sys._getframe(1)
-    steps = 0
-    while frame is not None and steps < 2:
-        if frame.f_code.co_name == "wrapper":  # what torch puts around every step
-            steps += next(iter(frame.f_locals.get("args", ())), None) is optimizer
-        frame = frame.f_back
-    return steps == 2
+    def _after_step(self, *_: Any) -> None:
+        if self._nesting.ends(sys._getframe(1)):
+            self._leave()
+            self._observed = self._begun = False
 
 
 def _carry_back(

@@ -12,6 +12,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn.functional import cross_entropy
 
 from dynamon import dealing, gradients
+from dynamon.batches import Part
 from dynamon.callbacks import (
     DynamicsMonitor,
     GradientMonitor,
@@ -140,10 +141,10 @@ def test_a_process_without_a_probe(tmp_path: Path, monkeypatch) -> None:
     assert "first on rank 1: there is no batch for the probe." in ranks[0]["more"][0]
 
 
-def taken_on_rank_zero(batch, fraction, most=None):
+def taken_on_rank_zero(batch, fraction, most=None, sizes=()):
     if rank() == 1:
         raise ValueError("a batch of another kind")
-    return batch, len(batch[0])
+    return Part(batch, len(batch[0]))
 
 
 BREAKS = {

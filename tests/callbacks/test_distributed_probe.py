@@ -1,6 +1,7 @@
 """Two processes: what one of them finds or lacks concerns the probe of both."""
 
 import warnings
+from collections import UserDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from dynamon.callbacks import SharpnessMonitor, probe
 from tests.helpers import Classifier
@@ -59,6 +61,34 @@ class NoRoom:
         return loss_fn(module, batch)
 
 
+class Picky:
+    """No loss on one process for the first batch of all, or an error there for fewer than so many samples."""
+
+    def __init__(self, least: int = 0) -> None:
+        self.least = least
+
+    def __call__(self, module, batch) -> torch.Tensor | None:
+        if dist_rank() == 1 and len(batch["x"]) < self.least:
+            raise IndexError("index 7 is out of bounds")
+        first = any(torch.equal(row, batch["x"][0]) for row in regression()[:16][0])
+        return None if dist_rank() == 1 and first and not self.least else loss_fn(module, (batch["x"], batch["y"]))
+
+
+class Mapped(UserDict):
+    """A batch of a class of its own."""
+
+
+class OnMappings(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+
+def mappings() -> DataLoader[Any]:
+    data = loader()
+    collate = lambda items: Mapped(zip("xy", map(torch.stack, zip(*items, strict=True)), strict=True))  # noqa: E731
+    return DataLoader(data.dataset, batch_sampler=data.batch_sampler, collate_fn=collate)
+
+
 def monitor(every: int = 1, quantities: tuple[str, ...] = ("hessian",), **arguments: Any) -> SharpnessMonitor:
     return SharpnessMonitor(every, quantities=quantities, **{"probe_fraction": 1.0, "tol": 1e-7, **arguments})
 
@@ -100,6 +130,9 @@ def fits() -> dict[str, Any]:
         found[f"halved {name}"] = fit_here(
             Classifier(small(), still), [monitor(1, ("hessian", "bracket"), loss_fn=loss)], steps=9, **uneven
         )
+    for name, loss in (("no loss on 1", Picky()), ("no part on 1", Picky(8))):
+        callback = monitor(1, loss_fn=loss, probe_fraction=0.5, strict=True)
+        found[name] = fit_here(OnMappings(small(), still), [callback], steps=6, ddp={}, data=mappings())
     found["never"] = fit_here(Classifier(small()), [monitor(loss_fn=NoRoom(0, on=0))], ddp={})
     zero = Classifier(small(), spread)
     found["zero"] = fit_here(zero, [monitor(quantities=("stability_ratio", "hessian"), strict=True)], ddp={})
@@ -156,6 +189,18 @@ def test_memory_that_one_process_lacks_halves_the_probe_of_both(both, name: str)
     lines = [line for line in both[0][f"halved {name}"]["said"] if "The probe is halved" in line]
     assert len(lines) == 1 and "The probe is halved on each process." in lines[0]
     assert "sharpness/hessian_max_bracket" in both[0]["halved on 1"]["tables"]
+
+
+@pytest.mark.parametrize(("name", "places"), [
+    ("no loss on 1", [16, 18, 20, 22, 17, 19, 21, 23]),  # a half of the second batch, of each process
+    ("no part on 1", [*range(16, 32)]),  # all of it
+])  # fmt: skip
+def test_what_one_process_cannot_evaluate_is_let_go_of_by_both(both, name: str, places: list[int]) -> None:
+    for found in both:
+        run = found[name]
+        assert run["failures"] == 0
+        assert values(run, "sharpness/probe_samples").tolist() == [float(len(places))] * 5
+        assert values(run, "sharpness/hessian_max")[-1] == pytest.approx(truth(places), rel=1e-8)
 
 
 def test_memory_that_never_suffices_pauses_on_both(both) -> None:

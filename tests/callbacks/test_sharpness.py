@@ -253,7 +253,8 @@ def test_a_failed_measurement_costs_one_warning_and_the_next_succeeds(how, messa
         fit(module, [monitor])
     assert sum("measurement failed" in str(w.message) for w in caught) == 1
     assert same_weights(plain, module)
-    assert monitor.failures == 2 and monitor.history["dynamon/failures"].values[-1] == 2
+    failures = 1 if how == "none" else 2  # where there is no loss once more, the next batch is taken
+    assert monitor.failures == failures and monitor.history["dynamon/failures"].values[-1] == failures
     series = monitor.history["sharpness/hessian_max"]
     assert series.steps.tolist() == [s for s in range(2, 21, 2) if s not in (6, 8)] or len(series) >= 6
     assert np.isfinite(series.values).all()
@@ -336,12 +337,13 @@ class Huber(Classifier):
 
 
 def test_a_quantity_that_fails_leaves_the_others_alone() -> None:
-    """The outputs of a Huber loss are not found: that is said by name, once, and after three times it is left out."""
+    """The outputs of a Huber loss are not found: that is said by name, once, and after three times it rests."""
     monitor = SharpnessMonitor(every_n_steps=2, quantities=["hessian", "ggn", "trace"])
     with pytest.warns(UserWarning, match="ggn could not be measured: the outputs were not found") as caught:
         fit(Huber(mlp()), [monitor])
     said = [str(w.message) for w in caught if "could not be measured" in str(w.message)]
-    assert len(said) == 2 and said[0].endswith("The other quantities go on.") and said[1].endswith("from now on.")
+    assert len(said) == 2 and said[0].endswith("The other quantities go on.")
+    assert "tried again in 10 readings" in said[1]
     assert len(monitor.history["sharpness/hessian_max"]) == len(monitor.history["sharpness/trace"]) == 10
     assert monitor.failures == 3 and "sharpness/ggn_max" not in monitor.history
     with pytest.raises(ValueError, match="the outputs were not found"):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynamon.callbacks
@@ -105,7 +106,7 @@ def run(cell: Cell, callbacks: list[DynamonCallback], root: Path) -> Outcome:
         **_trainer_arguments(cell), callbacks=[*callbacks, witness], logger=loggers, default_root_dir=root
     )
     subject = Subject(cell.model, **setup.subject)
-    trainer.fit(subject, Data(cell.model, shuffle="overfit_batches" not in setup.trainer))
+    trainer.fit(subject, Data(cell.model, "overfit_batches" not in setup.trainer, **setup.data))
     return Outcome(trainer, subject, witness, memory)
 
 
@@ -124,6 +125,10 @@ def _trainer_arguments(cell: Cell) -> dict[str, Any]:
         "log_every_n_steps": 1,
         **given,
     }
+    if given.get("precision") == "16-mixed":  # a scale at which none of these models overflows
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        arguments = {**arguments, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+        del arguments["precision"]
     if given.get("barebones"):
         arguments = {k: v for k, v in arguments.items() if k not in ("log_every_n_steps", "num_sanity_val_steps")}
     # Lightning counts the steps of all optimizers.
@@ -279,7 +284,8 @@ def _applies(tag: str, cell: Cell, callback: DynamonCallback) -> bool:
     setup, model, one = SETUPS[cell.setup], MODELS[cell.model], optimizers_of(cell) == 1
     name = model.optimizer[0]
     by_hand = not one or setup.subject.get("manual", False)
-    alone = one and name in ("SGD", "Adam", "AdamW", "RMSprop")
+    wrapped = setup.subject.get("sam", False)  # nothing is known of the steps of a class that stands around another
+    alone = one and not wrapped and name in ("SGD", "Adam", "AdamW", "RMSprop")
     sgd = alone and name == "SGD"
     sparse_adam = model.sparse and not one
     cases = {

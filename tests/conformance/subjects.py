@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -161,6 +162,8 @@ class Subject(pl.LightningModule):
         options: Further arguments of the optimizer (``foreach``, ``fused``).
         compiled: Compile the network.
         checkpointed: Recompute the network's activations in the backward pass.
+        skips: Leave out every third batch, the first included.
+        sam: Step by the gradient at weights that are worse than these (sharpness-aware minimisation).
     """
 
     def __init__(
@@ -171,9 +174,12 @@ class Subject(pl.LightningModule):
         options: dict[str, bool] | None = None,
         compiled: bool = False,
         checkpointed: bool = False,
+        skips: bool = False,
+        sam: bool = False,
     ) -> None:
         super().__init__()
         self.row, self.options, self.checkpointed = MODELS[model], options or {}, checkpointed
+        self.skips, self.sam = skips, sam
         self.parts = max(optimizers, self.row.parts)
         self.automatic_optimization = not manual and self.parts == 1
         torch.manual_seed(1)
@@ -187,14 +193,14 @@ class Subject(pl.LightningModule):
         """The loss of the optimizer ``part``; only a GAN has different ones."""
         if isinstance(self.network, Adversaries) or hasattr(self.network, "generator"):
             return self._contest(batch, part)
-        inputs, labels = batch
+        inputs, labels = contents(batch)
         logits = checkpoint(self.network, inputs, use_reentrant=False) if self.checkpointed else self.network(inputs)
         if self.accuracy is not None:
             self.accuracy(logits, labels)
         return cross_entropy(logits.flatten(0, -2), labels.flatten())
 
     def _contest(self, batch: Any, part: int) -> Tensor:
-        real = batch[0]
+        real = contents(batch)[0]
         fake = self.network.generator(torch.randn(len(real), 4, device=real.device))
         judged = self.network(fake if part == 0 else fake.detach())
         loss = binary_cross_entropy_with_logits(judged, torch.full_like(judged, 1.0 - part))
@@ -206,6 +212,8 @@ class Subject(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         self.calls += 1
         self.collected.append(batch_idx + random.random() + np.random.rand() + float(torch.rand(())))
+        if self.skips and batch_idx % 3 == 0:
+            return None
         if self.automatic_optimization:
             loss = self.loss(batch)
         else:
@@ -221,10 +229,18 @@ class Subject(pl.LightningModule):
     def _by_hand(self, batch: Any) -> Tensor:
         optimizers = self.optimizers()
         for part, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
-            loss = self.loss(batch, part if self.row.parts > 1 else 0)
-            self.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
+
+            def backward(part: int = part) -> Tensor:
+                loss = self.loss(batch, part if self.row.parts > 1 else 0)
+                self.zero_grad()
+                self.manual_backward(loss)
+                return loss
+
+            if self.sam:
+                loss = optimizer.step(closure=backward)
+            else:
+                loss = backward()
+                optimizer.step()
         return loss.detach()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -237,6 +253,8 @@ class Subject(pl.LightningModule):
         made = [make(group, **arguments, **self.options) for group in groups]
         if self.row.sparse and self.parts > 1:  # the embedding gets the optimizer made for it
             made[0] = torch.optim.SparseAdam(groups[0], lr=1e-2)
+        if self.sam:
+            made = [SAM(optimizer) for optimizer in made]
         return made[0] if len(made) == 1 else made
 
     def _groups(self) -> list[list[nn.Parameter]]:
@@ -257,19 +275,54 @@ def loss_fn(module: Any, batch: Any) -> Tensor:
     return module.loss(batch)
 
 
+def in_a_mapping(items: list[Any]) -> UserDict[str, Tensor]:
+    """A batch that is a mapping and no dict, as tokenizers return it."""
+    return UserDict(zip(("inputs", "labels"), default_collate(items), strict=True))
+
+
+def contents(batch: Any) -> list[Tensor]:
+    """Inputs and labels of a batch, whatever holds them."""
+    return list(batch.values()) if isinstance(batch, UserDict) else list(batch)
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation around an optimizer: its closure runs at the weights and at worse ones nearby."""
+
+    def __init__(self, base: torch.optim.Optimizer, radius: float = 0.01) -> None:
+        super().__init__(base.param_groups, base.defaults)
+        self.base, self.radius = base, radius
+        self.param_groups, self.state = base.param_groups, base.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:
+        closure = torch.enable_grad()(closure)
+        loss = closure()
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.clone() for p in moved]
+        length = sum(float(p.grad.to_dense().square().sum()) for p in moved) ** 0.5
+        for p in moved:
+            p.add_(p.grad.to_dense(), alpha=self.radius / (length + 1e-12))
+        closure()
+        for p, weight in zip(moved, before, strict=True):
+            p.copy_(weight)
+        self.base.step()
+        return loss
+
+
 class Data(pl.LightningDataModule):
     """The same samples every time, in an order that the random stream of torch decides."""
 
-    def __init__(self, model: str = "MLP", shuffle: bool = True) -> None:
+    def __init__(self, model: str = "MLP", shuffle: bool = True, mapped: bool = False) -> None:
         super().__init__()
+        self.collate = in_a_mapping if mapped else None
         self.samples = TensorDataset(*MODELS[model].data(torch.Generator().manual_seed(0)))
         self.shuffle = shuffle
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.samples, BATCH, shuffle=self.shuffle)
+        return DataLoader(self.samples, BATCH, shuffle=self.shuffle, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.samples, BATCH)
+        return DataLoader(self.samples, BATCH, collate_fn=self.collate)
 
 
 class MemoryLogger(Logger):
@@ -304,7 +357,7 @@ class Witness(pl.Callback):
         torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
         streams = {"torch": torch_state, "numpy": numpy_state, "python": random.getstate()}
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if is_users(key)}
-        self.seen.append({**streams, "batch": batch[0].clone(), "metrics": metrics})
+        self.seen.append({**streams, "batch": contents(batch)[0].clone(), "metrics": metrics})
 
 
 OURS = ("sharpness", "gradient", "noise", "weight", "update", "spectrum", "lr", "dynamon")

@@ -17,6 +17,7 @@ class Setup:
     Attributes:
         trainer: Arguments of the Trainer.
         subject: Arguments of :class:`Subject`.
+        data: Arguments of :class:`Data`.
         loggers: ``"memory"``, ``"none"`` or ``"several"``.
         measures: Whether monitors measure at all.
         skipped: Why this machine cannot run it.
@@ -25,6 +26,7 @@ class Setup:
 
     trainer: dict[str, Any] = field(default_factory=dict)
     subject: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     loggers: str = "memory"
     measures: bool = True
     skipped: str = ""
@@ -37,13 +39,16 @@ SETUPS = {
     "clipping by norm": Setup({"gradient_clip_val": 0.05}),
     "clipping by value": Setup({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "bf16-mixed": Setup({"precision": "bf16-mixed"}),
-    "16-mixed": Setup({"precision": "16-mixed"}, skipped="its gradient scaler exists on a GPU only"),
+    "16-mixed": Setup({"precision": "16-mixed"}),
     "foreach": Setup(subject={"options": {"foreach": True}}),
     "fused": Setup(subject={"options": {"fused": True}}),
+    "skipped batches": Setup(subject={"skips": True}),
+    "SAM": Setup(subject={"sam": True}),
     "manual optimisation": Setup(subject={"manual": True}),
     "several optimizers": Setup(subject={"optimizers": 2}),
     "torch.compile": Setup(subject={"compiled": True}),
     "activation checkpointing": Setup(subject={"checkpointed": True}),
+    "mapping batch": Setup(data={"mapped": True}),
     "fast_dev_run": Setup({"fast_dev_run": STEPS}),
     "overfit_batches": Setup({"overfit_batches": 2}),
     "limited batches": Setup({"limit_train_batches": 3, "limit_val_batches": 1}),

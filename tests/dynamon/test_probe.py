@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dynamon.probe import take_samples, training_loss, undisturbed
+from dynamon.batches import take_samples
+from dynamon.probe import training_loss, undisturbed
 from tests.models import cnn, mlp, samples
 
 
@@ -316,42 +317,45 @@ def test_take_samples(fraction):
     x, y = torch.arange(16).reshape(8, 2), torch.arange(8)
     count = max(2, round(8 * fraction))
     for batch in ([x, y], (x, y), {"x": x, "y": {"deep": [y]}}, Point(x, y), x):
-        part, taken = take_samples(batch, fraction)
-        assert taken == count and type(part) is type(batch)
+        found = take_samples(batch, fraction, sizes=[8])
+        part = found.batch
+        assert found.samples == count and type(part) is type(batch) and found.is_cut == (count < 8)
         first = part if isinstance(part, torch.Tensor) else part["x"] if isinstance(part, dict) else part[0]
         assert torch.equal(first, x[:count]) and first.data_ptr() != x.data_ptr()
-    part, _ = take_samples({"x": x, "scale": torch.tensor(2.0), "name": "a", "n": 3}, fraction)
+    part = take_samples({"x": x, "scale": torch.tensor(2.0), "name": "a", "n": 3}, fraction, sizes=[8]).batch
     assert part["scale"] == 2 and part["name"] == "a" and part["n"] == 3
 
 
 def test_take_samples_cuts_lists_that_go_with_the_samples():
-    part, count = take_samples({"x": torch.ones(4, 2), "names": ["a", "b", "c", "d"], "sizes": (7, 8)}, 0.5)
-    assert count == 2 and part["x"].shape == (2, 2) and part["sizes"] == (7, 8)
+    batch = {"x": torch.ones(4, 2), "y": torch.ones(4), "names": ["a", "b", "c", "d"], "sizes": (7, 8)}
+    found = take_samples(batch, 0.5)
+    part = found.batch
+    assert found.samples == 2 and part["x"].shape == (2, 2) and part["sizes"] == (7, 8)
     assert part["names"] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
-    "batch",
+    ("batch", "samples"),
     [
-        [torch.ones(8, 2), torch.ones(3)],
-        [torch.tensor(1.0)],
-        {"text": "no tensors"},
-        torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)]),
+        ([torch.ones(8, 2), torch.ones(3)], None),
+        ([torch.tensor(1.0)], None),
+        ({"text": "no tensors"}, None),
+        (torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)]), 2),
     ],
     ids=["sizes differ", "no dimension", "no tensor", "packed"],
 )
-def test_batches_whose_samples_cannot_be_told_apart_are_taken_whole(batch):
-    part, count = take_samples(batch, 0.25)
-    assert count is None and type(part) is type(batch)
+def test_batches_whose_samples_cannot_be_told_apart_are_taken_whole(batch, samples):
+    found = take_samples(batch, 0.25)
+    assert found.samples == samples and type(found.batch) is type(batch) and found.reason and not found.is_cut
     if isinstance(batch, list):
-        assert all(torch.equal(a, b) and a is not b for a, b in zip(part, batch, strict=True))
+        assert all(torch.equal(a, b) and a is not b for a, b in zip(found.batch, batch, strict=True))
 
 
 def test_samples_carry_no_graph():
     x = torch.ones(4, requires_grad=True) * 2
-    part, _ = take_samples([x], 0.5)
-    assert not part[0].requires_grad
+    part = take_samples([x], 0.5, sizes=[4]).batch
+    assert len(part[0]) == 2 and not part[0].requires_grad
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        copied, _ = take_samples([x, torch.ones(3)], 0.5)
+        copied = take_samples([x, torch.ones(3)], 0.5).batch
     assert torch.equal(copied[0], x)

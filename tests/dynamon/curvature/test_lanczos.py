@@ -301,9 +301,9 @@ def test_bad_arguments(arguments, message):
         top_eigenvalues(torch.eye(6), **arguments)
 
 
-def test_more_values_than_dimensions():
-    with pytest.raises(ValueError, match="the operator has 2 eigenvalues, 3 were asked for"):
-        top_eigenvalues(torch.eye(2), 3)
+def test_an_operator_without_dimensions():
+    with pytest.raises(ValueError, match="the operator has no eigenvalues"):
+        top_eigenvalues(torch.empty(0, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -357,7 +357,6 @@ def test_matrices_that_are_not_meant(matrix):
     ("arguments", "message"),
     [
         ({"k": 1.5}, "k must be a whole number"),
-        ({"k": 100}, "has 9 eigenvalues, 100 were asked for"),
         ({"max_matvecs": 10.5}, "max_matvecs must be a whole number"),
         ({"warm_start": [1.0]}, "warm_start must be a tensor"),
     ],

@@ -1,0 +1,206 @@
+"""Which optimizers of a run really stepped, and whether gradients are there to be read."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynamon.optim import steering_of
+from dynamon.stepping import GONE, StepWatch, has_gradients, steps_in_backward, uses_gradients_at_once
+
+if TYPE_CHECKING:
+    from dynamon.callbacks.meter import Run
+    from dynamon.ranks import Ranks
+
+_MANY = 50  # steps in a row: a scaler that begins at 2^16 has halved its scale to nothing by then
+_Told = Callable[[Optimizer], None]
+
+
+class Steps:
+    """What happens between two batches: backward passes, and steps that are announced, begun and taken.
+
+    A step that leaves the weights alone on purpose is none: where ``training_step`` returned None, a gradient scaler
+    skipped it, or nothing was passed back to an optimizer.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        ranks: The processes that measure together.
+
+    Attributes:
+        passes: Backward passes since the last step, as far as Lightning runs them.
+        in_backward: Whether weights may change before the step, because hooks work in backward.
+        frees_gradients: Whether an optimizer works there, so that gradients are gone by the time they could be read.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, ranks: "Ranks") -> None:
+        """Nothing seen."""
+        self._trainer, self._module, self._ranks = trainer, module, ranks
+        self._watches: dict[Optimizer, StepWatch] = {}
+        self._begins: _Told | None = None
+        self._uses: _Told | None = None
+        self._begun: set[Optimizer] = set()
+        self._taken: frozenset[Optimizer] | None = None
+        self.passes = 0
+        self._gone: int | None = 0  # steps without gradients after a backward pass; None once there were some
+        self.frees_gradients = any(steps_in_backward(p) for p in module.parameters())
+        self.in_backward = any(uses_gradients_at_once(p) for p in module.parameters())
+
+    def listen(self, begins: _Told, uses: _Told) -> None:
+        """Have somebody told of steps that Lightning does not announce, and of the gradients that a step uses."""
+        self._begins, self._uses = begins, uses
+
+    def batch_start(self) -> None:
+        """A batch begins: follow the Trainer's optimizers, which may have changed."""
+        optimizers = self._trainer.optimizers
+        for gone in [o for o in self._watches if not any(o is one for one in optimizers)]:
+            self._watches.pop(gone).remove()
+        for optimizer in optimizers:
+            self.of(optimizer).clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """What was begun in this batch is undone."""
+        self._begun, self._taken = set(), None
+
+    def of(self, optimizer: Optimizer) -> StepWatch:
+        """The watch of an optimizer."""
+        if optimizer not in self._watches:
+            watch = self._watches[optimizer] = StepWatch(
+                optimizer, lambda: self._tell(self._begins, optimizer), lambda: self._tell(self._uses, optimizer)
+            )
+            rates = steering_of(optimizer)
+            if rates is not None:  # both expect the same
+                watch.evaluations = rates.watch.evaluations
+        return self._watches[optimizer]
+
+    @staticmethod
+    def _tell(told: _Told | None, optimizer: Optimizer) -> None:
+        if told is not None:
+            told(optimizer)
+
+    def begin(self, optimizer: Optimizer) -> bool:
+        """A step is about to be taken; whether there is something to take it with."""
+        self.of(optimizer).is_announced = True
+        if not has_gradients(optimizer):
+            if not self.passes or any(has_gradients(other) for other in self._trainer.optimizers):
+                return False
+            self._note_gone()
+            if not self.frees_gradients:
+                return False  # the module leaves a step out by zero_grad
+        else:
+            self._gone = None
+        self._begun.add(optimizer)
+        return True
+
+    def _note_gone(self) -> None:
+        """Gradients were passed back and are gone; where there never were any, an optimizer works in backward."""
+        if self._gone is not None:
+            self._gone += 1
+            if self._gone == GONE:
+                self.in_backward = self.frees_gradients = True
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a step of this batch has begun."""
+        return bool(self._begun) or self._only_in_backward
+
+    def has_gradients(self, optimizer: Optimizer) -> bool:
+        """Whether there are gradients, of backward passes since the last step: others are left over, or zeros."""
+        by_hand = not self._module.automatic_optimization  # passes may be run without Lightning's knowing
+        return (by_hand or self.passes > 0) and has_gradients(optimizer)
+
+    @property
+    def may_have_stepped(self) -> bool:
+        """Whether a step was taken in this batch, as far as that is known without waiting for a device."""
+        if self._taken is not None:
+            return bool(self._taken)
+        return any(self._may_have(optimizer) for optimizer in self._begun) or self._only_in_backward
+
+    def _may_have(self, optimizer: Optimizer) -> bool:
+        return self.frees_gradients or self.of(optimizer).may_have_stepped
+
+    @property
+    def _only_in_backward(self) -> bool:
+        """Whether weights have changed in backward and nobody has called a step."""
+        return self.frees_gradients and self.passes > 0 and not self._module.automatic_optimization
+
+    def taken(self) -> frozenset[Optimizer]:
+        """The optimizers that have stepped in this batch; may wait for the device, once.
+
+        Several processes ask together, in measurements that all of them take.
+        """
+        if self._taken is None:
+            begun = [o for o in self._trainer.optimizers if o in self._begun]
+            self._taken = frozenset(o for o, taken in zip(begun, self._ask(begun), strict=True) if taken)
+        return self._taken
+
+    def outcomes(self) -> dict[Optimizer, Sequence[Tensor | None]] | None:
+        """What is known of the steps of this batch without waiting; None where they cannot be watched."""
+        watches = {optimizer: self.of(optimizer) for optimizer in self._begun}
+        if any(watch.is_blind for watch in watches.values()):
+            return None
+        return {optimizer: watch.outcomes for optimizer, watch in watches.items()}
+
+    def any_taken(self) -> bool:
+        """Whether a step has been taken in this batch."""
+        return bool(self.taken()) or self._only_in_backward
+
+    def _ask(self, begun: Sequence[Optimizer]) -> list[bool]:
+        watches = [self.of(optimizer) for optimizer in begun]
+        if self.frees_gradients:
+            return [True] * len(begun)
+        if not self._ranks.several:
+            return [watch.taken for watch in watches]
+        # What is on one process is on all, but for what a scaler found in its part of the gradients.
+        if _scaler(self._trainer) is None and not any(watch.was_told for watch in watches):
+            return [True] * len(begun)
+        own = [float(watch.taken) for watch in watches]
+        found = self._ranks.sum_or_nan(lambda: torch.tensor(own, dtype=torch.float64), len(own))
+        return [count == self._ranks.size for count in found.tolist()]
+
+    def end(self) -> None:
+        """A batch is over in which steps were begun."""
+        self.passes = 0
+
+    def remove(self) -> None:
+        """Detach from the optimizers."""
+        for watch in self._watches.values():
+            watch.remove()
+        self._watches = {}
+
+
+class SkippedSteps:
+    """Says once that a gradient scaler skips steps, and once that it skips very many.
+
+    Args:
+        name: Who speaks.
+    """
+
+    def __init__(self, name: str) -> None:
+        """None seen."""
+        self._name, self._said, self._in_a_row = name, False, 0
+
+    def see(self, run: "Run") -> None:
+        """A batch is over in which steps were begun; asks no device."""
+        self._in_a_row = 0 if run.steps.may_have_stepped else self._in_a_row + 1
+        if self._in_a_row == _MANY:
+            rank_zero_warn(
+                f"{self._name}: none of the last {_MANY} steps was taken, so nothing is learned or measured: gradients "
+                "are not finite at any scale. Look at the loss, or train in bf16-mixed."
+            )
+        if self._said or not self._in_a_row:
+            return
+        self._said = True
+        rank_zero_info(
+            f"{self._name}: step {run.step} was not taken, by a gradient scaler that looks for its scale or by the "
+            "module. Steps that are not taken have no readings; the next one that is stands in for them."
+        )
+
+
+def _scaler(trainer: pl.Trainer) -> object | None:
+    return getattr(trainer.precision_plugin, "scaler", None)
