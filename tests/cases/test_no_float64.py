@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
     GGNOperator,
     HessianOperator,
@@ -29,6 +31,7 @@ from dynamon.kernels import nuclear_norm
 from dynamon.norms import get_norm
 from dynamon.optim import Lanton
 from dynamon.probe import undisturbed
+from dynamon.ranks import Ranks
 from dynamon.rates import SpectralTailRates
 from tests.apple import DEVICE, Strategy, apple
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
@@ -208,3 +211,24 @@ def test_random_streams_of_any_accelerator_are_put_back(several: bool, monkeypat
     with undisturbed(module, seed=7):
         assert held[0] == 7
     assert held == ([1, 2] if several else [1, 7])
+
+
+class Waits(TorchDispatchMode):
+    """Counts what the host reads of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("steps", [[0.0, 0.0, 0.0], [0.0, 1e-30, 0.0], [math.nan], []])
+def test_whether_a_step_moved_anything_is_read_once(steps: list[float]) -> None:
+    cpu = torch.device("cpu")
+    meter: Any = SimpleNamespace(_update={str(i): torch.full((2, 3), step) for i, step in enumerate(steps)})
+    run: Any = SimpleNamespace(ranks=Ranks(cpu, alone=True), module=SimpleNamespace(device=cpu))
+    with Waits() as waits:
+        moved = StepMeter._has_moved(meter, run)
+    assert moved == any(step != 0 for step in steps)
+    assert waits.count == 1
