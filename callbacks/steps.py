@@ -23,6 +23,7 @@ from dynamon.curvature import (
     norm_sharpness,
 )
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.kernels import widened
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.optim import steering_of
 from dynamon.pairs import as_real
@@ -191,8 +192,9 @@ class StepMeter(Meter):
 
     def _has_moved(self, run: Run) -> bool:
         """Whether the last step changed anything, on any process."""
-        moved = any(bool(step.any()) for step in self._update.values())
-        return bool(run.ranks.maximum(torch.tensor(float(moved), dtype=torch.float64, device=run.module.device)))
+        device = run.module.device
+        moved = [step.any().to(device) for step in self._update.values()]
+        return bool(run.ranks.maximum(widened(torch.stack(moved).any() if moved else torch.tensor(0.0, device=device))))
 
     def _directional(self, run: Run, params: FlatParameters) -> dict[str, float]:
         update = self._known_update(params)

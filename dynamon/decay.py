@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.kernels import widened
 from dynamon.names import word_runs
 
 _COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
@@ -142,17 +143,17 @@ class DecayMemory:
                     self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
 
     def _multiply(self, names: list[str], shrink: Tensor, scales: list[float]) -> None:
-        """A few launches for all layers of a group; in float64, since a factor of 1 - 1e-6 is lost in half of it."""
+        """A few launches for all layers of a group; in float64 if possible: half of it loses a factor of 1 - 1e-6."""
         if not names:
             return
-        wide = torch.float32 if shrink.device.type == "mps" else torch.float64
-        factors = list(torch._foreach_mul([shrink.to(wide)] * len(names), scales))
+        shrink = widened(shrink)
+        factors = list(torch._foreach_mul([shrink] * len(names), scales))
         for i, name in enumerate(names):
             if name in self._least:
                 factors[i] = factors[i] * (factors[i].abs() >= self._least[name])
         torch._foreach_neg_(factors)
         torch._foreach_add_(factors, 1.0)
-        left = [self._on_device(self._left.get(name, 1.0), shrink.device, wide) for name in names]
+        left = [self._on_device(self._left.get(name, 1.0), shrink.device, shrink.dtype) for name in names]
         self._left |= zip(names, torch._foreach_mul(left, factors), strict=True)
 
     @staticmethod

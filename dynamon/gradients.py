@@ -125,7 +125,7 @@ class PendingReadings:
         known = self.known
         table = np.full((_ROWS, len(known.present)), np.nan)
         table[3] = 0.0
-        rows = self._host.double().numpy()
+        rows = self._host.cpu().double().numpy()
         table[:, known.present] = rows[:_ROWS]
         compared, parted = known.compared, known.parted
         if len(rows) > _ROWS:
@@ -418,15 +418,14 @@ class GradientReader:
 
     def _both_norms(self, tensors: list[Tensor | None]) -> Tensor:
         """Dual and Euclidean norms ``[2, L]`` in float64, zero where there is no tensor."""
-        found = torch.zeros(2, len(tensors), dtype=torch.float64, device=self.layers[0].parameter.device)
+        found = torch.zeros(2, len(tensors), dtype=self._wide, device=self.layers[0].parameter.device)
         indices = [i for i, t in enumerate(tensors) if t is not None]
         given = [t for t in tensors if t is not None]
         if given:
             stats = gradient_stats(given, None, self._wide)
             l2 = stats.sum_squares.sqrt()
-            found[:, indices] = torch.stack(
-                [self._duals(indices, stats.l1, l2, self._special_duals(indices, given)), l2]
-            ).double()
+            duals = self._duals(indices, stats.l1, l2, self._special_duals(indices, given))
+            found[:, indices] = torch.stack([duals, l2]).to(found)
         return found
 
     @property

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamon.kernels.devices import widest_dtype
+
 _SMALL, _LARGE = 2.0**-48, 2.0**60  # a root mean square above the one, a norm below the other: float32 is enough
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on devices that have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
