@@ -209,6 +209,10 @@ class GradientReader:
         """Compare this step's gradients with no others."""
         self._previous, self._stored_at = {}, -1
 
+    def follow_trends(self) -> None:
+        """From here on tell changes that go on from noise."""
+        self.trends = Trends(len(self.layers), self.layers[0].parameter.device) if self.layers else None
+
     def store(self, scale: float = 1.0, window: Window | None = None) -> None:
         """Keep this step's gradients, for a difference at the next step, without measuring them.
 
@@ -494,7 +498,7 @@ class GradientReader:
         self._stored_at = self.step if self._previous else -1
         if self.trends is not None:
             names = [layer.name for layer in self.layers]
-            self.trends.load_state_dict(state.get("trends", {}), names, self.layers[0].parameter.device)
+            self.trends.load_state_dict(state.get("trends", {}), names)
         windows = state.get("windows", {})
         self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 

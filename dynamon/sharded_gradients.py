@@ -16,6 +16,7 @@ from dynamon.layers import Layer
 from dynamon.norms import dual_norms
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
+from dynamon.sharded_trends import ShardedTrends
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
 from dynamon.windows import Window
@@ -119,6 +120,10 @@ class ShardedGradientReader(GradientReader):
         self._totals = Totals(parameters, self._ranks, sums=_SUMS, dealt=dealt)
         self._constants: dict[tuple[float, ...], Tensor] = {}
 
+    def follow_trends(self) -> None:
+        """From here on tell changes that go on from noise."""
+        self.trends = ShardedTrends([layer.parameter for layer in self.layers], self._ranks)
+
     def watch_ranks(self, group: Any = None) -> None:
         """Not here.
 
@@ -175,7 +180,7 @@ class ShardedGradientReader(GradientReader):
         indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
         if self.trends is not None:  # of all layers: the processes must agree on which ones
-            own, before = [[_filled(t(i)) for i in self._everything] for t in (here.own, here.before)]
+            own, before = [[t(i) for i in self._everything] for t in (here.own, here.before)]
             found.sums[8:] = self.trends.products(self._everything, own, before).to(found.sums)
         stats = gradient_stats(current, previous, dtype=widest_dtype(self._totals.device))
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
@@ -236,7 +241,7 @@ class ShardedGradientReader(GradientReader):
             )
         )
         agreed = [(flags == self._ranks.size).to(l1) for flags in found.dealt[:_FLAGS]]
-        trend = found.sums[8] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:])
+        trend = found.sums[8] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:], agreed[0])
         return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, trend, *agreed])
 
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
@@ -262,7 +267,7 @@ class ShardedGradientReader(GradientReader):
             return {"previous": {}}
         parts = {self.layers[i].name: g for i, g in self._previous.items()}
         whole = saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)
-        return {"previous": whole, "windows": self._saved_windows()}
+        return {"previous": whole, "windows": self._saved_windows(), **self._saved_trends()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this process's part of a stored gradient; names and shapes that no longer exist are left out."""
