@@ -17,7 +17,7 @@ from dynamon.curvature.custom import CustomFunctions
 from dynamon.curvature.graphs import rounding_behind
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters, Parameters
-from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale
+from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale, relative
 from dynamon.evaluations import Evaluations, full_precision
 from dynamon.kernels import widened
 
@@ -197,8 +197,8 @@ class GGNOperator(LinearOperator):
         with twice_differentiable(self.parameters):  # a checkpoint computes its part again, in the kernels of before
             found = self.parameters.differentiate(loss, torch.full_like(loss, self._scale))
         gradient = self.parameters.flatten(found) / self._scale
-        norm = torch.linalg.vector_norm
-        return float(norm(gradient - self.likely_direction()) / norm(gradient).clamp_min(1e-30))
+        norm = self.parameters.space.norm
+        return relative(norm(gradient - self.likely_direction()), norm(gradient))
 
     def split_rows(self, vector: Tensor) -> list[Tensor]:
         """A flat vector ``[rows]`` in the shapes of the outputs."""
