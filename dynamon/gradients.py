@@ -159,7 +159,7 @@ class GradientReader:
 
     Args:
         layers: The layers, each with a floating parameter; sparse gradients are made dense.
-        family: The optimizer's geometry, see :func:`dynamon.norms.optimizer_family`; with the layer's role it
+        family: The optimizer's geometry, see :func:`dynamon.geometry.optimizer_family`; with the layer's role it
             chooses the norm whose dual is taken.
 
     The gradient of one step before is stored (one copy, in the gradient's dtype) while differences are
