@@ -6,6 +6,11 @@ from torch import Tensor
 _DECOMPOSE = ("cpu", "cuda")  # kinds of devices with LAPACK, or what stands for it
 
 
+def reads_are_free(device: torch.device) -> bool:
+    """Whether reading a number waits for nothing, so that asking is cheaper than a second pass: on a CPU."""
+    return device.type == "cpu"
+
+
 def widest_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that have no float64: Apple's, and some of Intel's."""
     if device.type == "xpu":

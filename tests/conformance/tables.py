@@ -35,7 +35,7 @@ class Setup:
 
 SETUPS = {
     "plain": Setup(),
-    "accumulation": Setup({"accumulate_grad_batches": 2}),
+    "accumulation": Setup({"accumulate_grad_batches": 2, "max_steps": 13}),  # an epoch has two pairs of alike windows
     "clipping by norm": Setup({"gradient_clip_val": 0.05}),
     "clipping by value": Setup({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "bf16-mixed": Setup({"precision": "bf16-mixed"}),
