@@ -13,7 +13,7 @@ from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import compares_independent, scale_before_step, windows_of
 from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
-from dynamon.callbacks.layerwise_lr import reads_unclipped
+from dynamon.callbacks.layerwise_lr import is_read_by_callback
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import GradientReader, GradientReadings
 from dynamon.layers import Layer, is_steerable
@@ -76,7 +76,7 @@ class GradientSource:
         layers = [la for la in run.all_layers if id(la.parameter) in self._own]
         rates = steering_of(optimizer)
         reads_all = rates is not None and rates.rule.needs_gradients and all(is_steerable(la) for la in layers)
-        shared = rates is not None and reads_all and reads_unclipped(run.trainer, run.module, rates)
+        shared = rates is not None and reads_all and is_read_by_callback(run.trainer, rates)
         self._rates: LayerwiseRates | None = rates if shared else None
         self._steered = self._rates is not None
         self._reader = gradient_reader(layers, optimizer_family(optimizer))
