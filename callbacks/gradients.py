@@ -110,6 +110,7 @@ class GradientMeter(PairMeter):
                     self._used.pop(optimizer, None)
                     self._read[optimizer] = source.read(run, optimizer)
                 except Exception as error:
+                    source.give_up()
                     self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
                     raise
                 self._bin(run, optimizer)
