@@ -675,6 +675,21 @@ def test_a_fused_loss_of_the_outputs_is_not_taken_for_a_linear_one():
         GGNOperator(lambda: NET(INPUTS) @ HEAD.t(), lambda z: Fused.apply(z, LABELS), WEIGHTS)
 
 
+@pytest.mark.parametrize("other", [lambda z: 1e-2 * torch.logsumexp(z, 1).square().mean(), lambda z: z.square().sum()])
+def test_a_fused_loss_beside_another_term_is_not_taken_for_a_linear_one(other):
+    """The curvature of the other term alone would pass for the whole."""
+    inputs, labels = X.double(), Y
+    layer = nn.Linear(8, 3).double()
+    with pytest.raises(NoSecondDerivativeError, match="FusedDouble"):
+        GGNOperator(lambda: layer(inputs), lambda z: FusedDouble.apply(z, labels) + other(z), layer)
+    tanh = HonestTanh.apply
+    honest = GGNOperator(lambda: layer(inputs), lambda z: F.cross_entropy(tanh(z), labels) + other(z), layer)
+    loss = F.cross_entropy(layer(inputs).tanh(), labels) + other(layer(inputs))
+    hessian = dense_hessian_of(loss, list(layer.parameters()))
+    true = float(torch.linalg.eigvalsh(hessian)[-1])  # the outputs are linear in the weights: the two are the same
+    assert float(top_eigenvalues(honest, tol=1e-4).values[0]) == pytest.approx(true, rel=1e-3)
+
+
 # ---- determinism ----------------------------------------------------------------
 
 NOT_DETERMINISTIC = (
