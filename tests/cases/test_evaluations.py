@@ -1040,7 +1040,7 @@ class Replaced(Classifier):
 
     def training_step(self, batch, batch_idx):
         if self.global_step == 7:
-            self.network[1] = nn.ReLU()
+            self.network[1] = nn.Sequential(self.network[1], nn.Tanh())
             self.network[3].bias = nn.Parameter(torch.ones(3))
         return super().training_step(batch, batch_idx)
 
