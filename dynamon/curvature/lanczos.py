@@ -204,7 +204,7 @@ class Lanczos:
             correction = self.space.inner(known, product)
             product = product - known.mT @ correction
             norm = self.space.norm(product)
-            self.projected[: j + 1, j] = (coefficients + correction)
+            self.projected[: j + 1, j] = coefficients + correction
             self.projected[j + 1, j] = norm
             self.basis[j + 1] = product / torch.where(norm > 0, norm, torch.ones_like(norm))
             self.size += 1
