@@ -257,7 +257,10 @@ class Monitor(DynamonCallback):
         self.send_row(trainer)
 
     def _after_batch(self, trainer: pl.Trainer, outputs: Any) -> None:
-        if self._run is None or not self._run.steps.is_begun:
+        if self._run is None:
+            return
+        if not self._run.steps.is_begun:
+            self._skipped.see_none(self._run)
             return
         self._run.steps_seen += 1
         loss = StepLoss(self._run, outputs)
@@ -311,6 +314,7 @@ class Monitor(DynamonCallback):
         self._end_meters()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there
+            self._skipped.see_none(self._run, is_over=True)
         self.send_row(trainer)
         self._last_look(trainer)
         for meter in self._meters:

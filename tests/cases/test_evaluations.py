@@ -656,6 +656,28 @@ def test_the_monitor_shows_the_right_eigenvalue_or_none(function):
     assert monitor.history["sharpness/hessian_max"].values[0] == pytest.approx(true, rel=0.03)
 
 
+class CastInside(Classifier):
+    """Autocast that ``training_step`` opens itself, around what has no second derivative."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with torch.autocast("cpu", torch.bfloat16):
+            h = checkpoint(self.network[:3], x.requires_grad_(), use_reentrant=True)
+            return F.cross_entropy(self.network[3](h), y)
+
+
+def test_nothing_is_shown_of_differences_that_are_lost_in_rounding():
+    """Trace, density and blocks have no check of their own: without one they were noise, as if nothing were wrong."""
+    quantities = ("hessian", "trace", "density", "blocks", "directional", "batch", "critical")
+    monitor = SharpnessMonitor(every_n_steps=1, quantities=quantities, probe_fraction=1.0)
+    with pytest.warns(UserWarning, match="finite differences at two step sizes differ by"):
+        fit(CastInside(mlp()), [monitor], steps=3)
+    shown = {tag for tag in monitor.history if tag.startswith("sharpness/")}
+    assert shown <= {"sharpness/critical_multiple", "sharpness/critical", "sharpness/probe_loss",
+                     "sharpness/probe_samples", "sharpness/products"}  # fmt: skip
+    assert "sharpness/critical_multiple" in shown
+
+
 def test_a_fused_loss_of_the_outputs_is_not_taken_for_a_linear_one():
     class Fused(torch.autograd.Function):
         @staticmethod
@@ -673,6 +695,21 @@ def test_a_fused_loss_of_the_outputs_is_not_taken_for_a_linear_one():
 
     with pytest.raises(NoSecondDerivativeError, match="Fused"):
         GGNOperator(lambda: NET(INPUTS) @ HEAD.t(), lambda z: Fused.apply(z, LABELS), WEIGHTS)
+
+
+@pytest.mark.parametrize("other", [lambda z: 1e-2 * torch.logsumexp(z, 1).square().mean(), lambda z: z.square().sum()])
+def test_a_fused_loss_beside_another_term_is_not_taken_for_a_linear_one(other):
+    """The curvature of the other term alone would pass for the whole."""
+    inputs, labels = X.double(), Y
+    layer = nn.Linear(8, 3).double()
+    with pytest.raises(NoSecondDerivativeError, match="FusedDouble"):
+        GGNOperator(lambda: layer(inputs), lambda z: FusedDouble.apply(z, labels) + other(z), layer)
+    tanh = HonestTanh.apply
+    honest = GGNOperator(lambda: layer(inputs), lambda z: F.cross_entropy(tanh(z), labels) + other(z), layer)
+    loss = F.cross_entropy(layer(inputs).tanh(), labels) + other(layer(inputs))
+    hessian = dense_hessian_of(loss, list(layer.parameters()))
+    true = float(torch.linalg.eigvalsh(hessian)[-1])  # the outputs are linear in the weights: the two are the same
+    assert float(top_eigenvalues(honest, tol=1e-4).values[0]) == pytest.approx(true, rel=1e-3)
 
 
 # ---- determinism ----------------------------------------------------------------
@@ -1043,3 +1080,103 @@ def test_parameters_are_taken_as_a_sequence_or_a_mapping_everywhere():
         assert HessianOperator(loss, params).shape == (len(step), len(step))
         assert critical_sharpness(loss, params, -1e-2 * step).evaluations
     assert [len(g["params"]) for g in Lanton(named, lr=0.1).param_groups] == [4]
+
+
+# ---- what a training step does to its own structure, optimizers and schedulers ------------------------------
+
+
+class Grown(Classifier):
+    """A layer joins in the middle of the run, each time that step comes."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7 and len(self.network) < 8:
+            layer = nn.Linear(3, 3)
+            self.network.append(layer)
+            self.optimizers().add_param_group({"params": list(layer.parameters())})
+        return super().training_step(batch, batch_idx)
+
+
+class Renamed(Classifier):
+    """A layer goes and comes back under another name."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7:
+            self.other = self.network
+            del self.network
+        network = self.other if hasattr(self, "other") else self.network
+        return F.cross_entropy(network(batch[0]), batch[1])
+
+
+class Replaced(Classifier):
+    """Parts are exchanged: an activation, and a parameter by a new one."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7:
+            self.network[1] = nn.Sequential(self.network[1], nn.Tanh())
+            self.network[3].bias = nn.Parameter(torch.ones(3))
+        return super().training_step(batch, batch_idx)
+
+
+class Decayed(Classifier):
+    """The rate is multiplied by hand at every step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        pass
+
+    def training_step(self, batch, batch_idx):
+        for group in self.optimizers().param_groups:
+            group["lr"] *= 0.9
+        return super().training_step(batch, batch_idx)
+
+
+class Stepped(Classifier):
+    """A scheduler is stepped by hand."""
+
+    def training_step(self, batch, batch_idx):
+        self.lr_schedulers().step()
+        return super().training_step(batch, batch_idx)
+
+
+def _stepped() -> Classifier:
+    return Stepped(mlp(), scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.5))
+
+
+def _decayed_tensor() -> Classifier:
+    return Decayed(mlp(), lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2)))
+
+
+MOVED = {
+    "a layer joins": lambda: Grown(mlp()),
+    "a layer is renamed": lambda: Renamed(mlp()),
+    "parts are replaced": lambda: Replaced(mlp()),
+    "a rate": lambda: Decayed(mlp()),
+    "a rate that is a tensor": _decayed_tensor,
+    "a scheduler": _stepped,
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_step_that_changes_layers_or_rates_does_so_for_its_own_batches_only(name):
+    """Modules, parameter groups, rates and schedulers are put back after an evaluation of the probe."""
+    runs = []
+    for callbacks in ([], [DynamicsMonitor(every_n_steps=2)]):
+        torch.manual_seed(0)
+        module = MOVED[name]()
+        done = fit(module, callbacks, steps=12)
+        groups = [(len(group["params"]), float(group["lr"])) for group in done.optimizers[0].param_groups]
+        runs.append((module, groups))
+    assert same_weights(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    assert len(callbacks[0].history["sharpness/stability_ratio"].steps) == 6
+    assert callbacks[0].failures == 0
+
+
+def test_a_weight_that_is_normalised_inside_is_plain_afterwards():
+    network = mlp()
+    before, inputs = copy.deepcopy(network), torch.ones(2, 8)
+    with undisturbed(network):
+        parametrizations.weight_norm(network[3])
+        network[0] = nn.Linear(8, 16)
+    assert type(network[3]) is nn.Linear
+    assert same_weights(network, before)
+    assert torch.equal(network(inputs), before(inputs))
