@@ -189,8 +189,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 def _marks(parameters: Sequence[Tensor]) -> _Marks:
     # Every write to a tensor raises its version, also one under no_grad.
     gradients = [p.grad for p in parameters]
-    plain = [g if g is None or type(g) is Tensor else local(g) for g in gradients]
-    return [None if g is None else (id(g), part._version) for g, part in zip(gradients, plain, strict=True)]
+    return [None if g is None else (id(g), (g if type(g) is Tensor else local(g))._version) for g in gradients]
 
 
 @cache
