@@ -103,7 +103,9 @@ class Monitor(DynamonCallback):
 
     def paused(self, meter: Meter) -> bool:
         """Whether a meter failed too often in a row, and has not waited long enough to be tried again."""
-        return self._run is not None and self._in_a_row.rests(meter.name, self._run.step)
+        if not self._in_a_row.until or self._run is None:  # asked many times a step
+            return False
+        return self._in_a_row.rests(meter.name, self._run.step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the surroundings and say what is missing."""

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dynamon.kernels import widest_dtype
+
 _NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 _LETTERS = 200  # bytes of a failed process's message that the others get to see
 
@@ -83,7 +85,7 @@ class Ranks:
         Raises:
             Exception: What ``measure`` raised, on this process only.
         """
-        packed = torch.zeros(count + 1, dtype=torch.float64, device=self._device)
+        packed = torch.zeros(count + 1, dtype=widest_dtype(self._device), device=self._device)
         error: Exception | None = None
         try:
             packed[:-1] = measure().reshape(-1)
@@ -100,7 +102,7 @@ class Ranks:
         """The weighted mean of a 0-d tensor over the processes, in its dtype, without graph."""
         if not self.several:
             return value
-        pair = torch.tensor([float(value) * weight, weight], dtype=torch.float64, device=self._device)
+        pair = torch.tensor([float(value) * weight, weight], dtype=widest_dtype(self._device), device=self._device)
         total, weights = self.sum(pair).tolist()
         return torch.tensor(total / weights, dtype=value.dtype, device=value.device)
 
@@ -108,7 +110,7 @@ class Ranks:
         """What the first process gives, on all of them. It must not fail: there is no check before it."""
         if not self.several:
             return values
-        said = torch.tensor(values, dtype=torch.float64, device=self._device)
+        said = torch.tensor(values, dtype=widest_dtype(self._device), device=self._device)
         dist.broadcast(said, group=self.group, group_src=0)
         return said.tolist()
 
@@ -158,7 +160,7 @@ class Ranks:
     def _count(self, error: Exception | None) -> tuple[int, int]:
         """How many processes have failed, and how many of them for want of memory."""
         counts = [float(error is not None), float(error is not None and ran_out_of_memory(error))]
-        packed = torch.tensor(counts, dtype=torch.float64, device=self._device)
+        packed = torch.tensor(counts, dtype=widest_dtype(self._device), device=self._device)
         dist.all_reduce(packed, group=self.group)
         failed, memory = packed.tolist()
         return int(failed), int(memory)

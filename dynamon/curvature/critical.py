@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from dynamon.curvature.parameters import FlatParameters, Parameters
 from dynamon.evaluations import Evaluations
+from dynamon.kernels import widened
 
 _ROUNDING = 8  # units in the last place of the loss that are not a difference
 _OTHER_ROUNDINGS = 2  # evaluations at weights that round another way, where a part is computed in half precision
@@ -79,7 +80,7 @@ def critical_sharpness(
     flat = FlatParameters.of(params)
     if update.shape != (flat.size,):
         raise ValueError(f"update must have shape [{flat.size}], got {tuple(update.shape)}.")
-    if not float(flat.space.total(update.any().double())):
+    if not float(flat.space.total(widened(update.any()))):
         raise ValueError("the update is zero, so there is no critical multiple of it.")
     if not 0 < tol < 1 or max_evaluations < 3:
         raise ValueError(f"tol must lie in (0, 1) and max_evaluations be 3 or more, got {tol} and {max_evaluations}.")

@@ -1,5 +1,6 @@
-"""Powers of two that keep slopes in float16 from vanishing."""
+"""Powers of two that keep slopes in float16 from vanishing, and quotients that do not know the units of a loss."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,3 +28,9 @@ def length_scale(vector: Tensor) -> Tensor:
 def is_whole(tensor: Tensor) -> bool:
     """Whether all numbers are finite. Cost: one host read."""
     return bool(torch.isfinite(tensor).all())
+
+
+def relative(difference: Tensor, size: Tensor) -> float:
+    """A length over another, in whatever units: 0 where there is none, infinite beside zero. Cost: host reads."""
+    one, other = float(difference), float(size)
+    return 0.0 if one == 0 else one / other if other else math.inf

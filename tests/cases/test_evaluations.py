@@ -492,6 +492,20 @@ class HonestTanh(torch.autograd.Function):
         return d * (1 - y * y)
 
 
+class FusedDouble(torch.autograd.Function):
+    """Cross-entropy whose gradient the forward pass computes."""
+
+    @staticmethod
+    def forward(ctx, z, y):
+        ctx.save_for_backward((z.softmax(1) - F.one_hot(y, z.shape[1])) / len(z))
+        return F.cross_entropy(z, y)
+
+    @staticmethod
+    def backward(ctx, d):
+        (slope,) = ctx.saved_tensors
+        return d * slope, None
+
+
 class Reversed(torch.autograd.Function):
     """Nothing kept: above suspicion."""
 
@@ -547,6 +561,27 @@ def test_a_custom_function_that_does_not_is_believed(dtype, function):
     operator, found = top(with_tanh(function), dtype or torch.bfloat16, dtype is not None)
     assert operator.backend == "double_backward" and operator.doubt is None
     assert float(found.values[0]) == pytest.approx(float(TRUE_TOP.values[0]), rel=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-14, 1e14, 1e22, 1e30])
+@pytest.mark.parametrize("function", [HiddenTanh, HonestTanh])
+def test_the_units_of_the_loss_do_not_decide_whether_a_custom_function_is_believed(scale, function):
+    """Products with the gradient itself go with the square of the loss's scale, and leave float32."""
+    operator, found = top(lambda: scale * with_tanh(function)(), enabled=False)
+    assert operator.backend == ("finite_difference" if function is HiddenTanh else "double_backward")
+    assert operator.doubt is None and found.converged
+    assert float(found.values[0]) / scale == pytest.approx(float(TRUE_TOP.values[0]), rel=0.01)
+
+
+def test_a_custom_function_is_compared_where_the_gradient_is_zero_too():
+    """All weights zero, and as many of each class: the Hessian in the bias is diag(p) - p p^T, the gradient zero."""
+    head = nn.Linear(8, 2).double()
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    labels = torch.arange(16) % 2
+    inputs = torch.zeros(16, 8, dtype=torch.float64)
+    operator = HessianOperator(lambda: FusedDouble.apply(head(inputs), labels), head)
+    assert not operator.gradient.any() and operator.backend == "finite_difference"
+    assert float(top_eigenvalues(operator).values[0]) == pytest.approx(0.5, rel=1e-3)  # of ((1, -1), (-1, 1)) / 4
 
 
 def test_a_function_that_keeps_nothing_is_not_even_tried():
