@@ -110,6 +110,7 @@ class GradientMeter(PairMeter):
                     self._used.pop(optimizer, None)
                     self._read[optimizer] = source.read(run, optimizer)
                 except Exception as error:
+                    source.give_up()
                     self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
                     raise
                 self._bin(run, optimizer)
@@ -390,7 +391,7 @@ def _clipped_norm(
 ) -> float | None:
     """The norm of the gradients that steps used; None where they are not those that were read, made smaller."""
     for r, u, row in zip(read, used, lengths, strict=True):
-        if u is None or (u.present != r.readings.present).any():
+        if u is None or (r.readings.present & ~u.present).any() or (u.present & ~r.readings.present & (row != 0)).any():
             return None
         if (row > r.readings.l2 * (1 + _GROWN)).any():
             return None

@@ -27,7 +27,8 @@ _ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in hal
 class GradientReadings:
     """What one pass over the gradients found, on the host; arrays ``[L]`` in the order of the layers.
 
-    A layer without a gradient has NaN for everything but ``present``, ``compared`` and ``nonfinite``, which is 0.
+    A layer without a gradient, or one that is not trained and has zeros in its place, has NaN for everything but
+    ``present``, ``compared`` and ``nonfinite``, which is 0.
 
     Attributes:
         present: Whether the layer had a gradient at all.
@@ -128,6 +129,9 @@ class PendingReadings:
         rows = self._host.cpu().double().numpy()
         table[:, known.present] = rows[:_ROWS]
         compared, parted = known.compared, known.parted
+        empty = known.frozen & (table[0] == 0)  # zeros that are left over, where gradients are not set to None
+        table[:, empty], table[3, empty] = np.nan, 0.0
+        present = known.present & ~empty
         if len(rows) > _ROWS:
             agreed_on = np.zeros((2, len(known.present)), bool)
             agreed_on[:, known.present] = rows[_ROWS:] > 0
@@ -136,7 +140,7 @@ class PendingReadings:
         table[7:9, ~parted] = np.nan
         l1, l2, dual, nonfinite, change_dual, change_l2, inner, independent_dual, independent_l2 = table[:9]
         return GradientReadings(
-            known.present,
+            present,
             l1,
             l2,
             dual,
@@ -222,7 +226,9 @@ class GradientReader:
         """
         if self._stored_at == self.step:
             return
-        self._previous = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
+        frozen = self._frozen()
+        gradients = enumerate(self._gradients(scale))
+        self._previous = {index: g.clone() for index, g in gradients if g is not None and not frozen[index]}
         self._stored_at, self._stored_window = self.step, window
 
     def store_part(self, share: float, scale: float = 1.0) -> None:
@@ -323,8 +329,14 @@ class GradientReader:
         return gradients
 
     def _comparable(self, window: Window | None) -> dict[int, Tensor]:
-        """The gradients of one step before, if they were accumulated over a window like this one."""
-        return self._previous if self._stored_at == self.step - 1 and self._stored_window == window else {}
+        """The gradients of one step before, if they were accumulated over a window like this one.
+
+        What is left in ``.grad`` of a layer that is not trained is compared with nothing, now or later.
+        """
+        if self._stored_at != self.step - 1 or self._stored_window != window:
+            return {}
+        frozen = self._frozen()
+        return {index: g for index, g in self._previous.items() if not frozen[index]}
 
     def _frozen(self) -> Array:
         return np.array([not layer.parameter.requires_grad for layer in self.layers], bool)
@@ -343,7 +355,8 @@ class GradientReader:
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
         stats = gradient_stats(current, previous, self._wide)
-        self._previous = dict(zip(indices, previous, strict=True))
+        frozen = self._frozen()
+        self._previous = {i: p for i, p in zip(indices, previous, strict=True) if not frozen[i]}
         self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
@@ -361,7 +374,7 @@ class GradientReader:
         shared = [] if alike is None else [alike.to(own[0]).expand_as(own[0]), torch.ones_like(own[0])]
         trend = self._trend(followed, products, indices, shared[0][:1] if shared else None)
         rows = torch.stack([*own, *independent, trend.to(own[0]), *shared])
-        known = Known(present, compared, parted, self._rounding(), self._frozen(), window)
+        known = Known(present, compared, parted, self._rounding(), frozen, window)
         return PendingReadings(rows, known, has_dual)
 
     def _followed(self, compared: Array, present: Array) -> list[int]:

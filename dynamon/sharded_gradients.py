@@ -184,7 +184,8 @@ class ShardedGradientReader(GradientReader):
             found.sums[8:] = self.trends.products(self._everything, own, before).to(found.sums)
         stats = gradient_stats(current, previous, dtype=widest_dtype(self._totals.device))
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
-        self._previous = dict(zip(indices, kept, strict=True))
+        frozen = self._frozen()
+        self._previous = {i: p for i, p in zip(indices, kept, strict=True) if not frozen[i]}
         self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         own = [stats.l1, stats.sum_squares, stats.nonfinite]

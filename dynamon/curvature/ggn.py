@@ -113,8 +113,8 @@ class GGNOperator(LinearOperator):
             if self._scale == 1 or all(is_whole(g) for g in slopes if g is not None) or not is_whole(loss):
                 break
             self._scale /= LOWER
-        if custom.suspects and not any(g is not None and g.requires_grad for g in slopes):
-            names = ", ".join(custom.suspects)
+        if custom.silent:  # other terms of the loss may have curvature, which is then a part of it only
+            names = ", ".join(custom.silent)
             raise NoSecondDerivativeError(f"a custom autograd function ({names}) hides the curvature of the loss.")
         self._slopes = [g if g is not None and g.requires_grad else None for g in slopes]
 

@@ -52,7 +52,7 @@ def lanczos_eigenpairs(
     run = _Run(state, k, tol, budget, minimum, certify, seed)
     ritz, residuals, converged = run.settle()
     values = ritz.values[:k]
-    allowance = 16 * torch.finfo(state.basis.dtype).eps * float(np.abs(ritz.values).max())
+    allowance = 16 * state.rounding(float(np.abs(ritz.values).max()))
     return Eigenpairs(
         values=torch.tensor(values),
         vectors=state.vectors(ritz, k + _TRACKED),
@@ -176,6 +176,11 @@ class Lanczos:
         self.kept = 0  # leading columns that came through a restart
         self.matvecs = 0
 
+    def rounding(self, size: float) -> float:
+        """That of a number in the basis's dtype, whose spacing is the same everywhere below its smallest normal one."""
+        dtype = torch.finfo(self.basis.dtype)
+        return dtype.eps * max(size, dtype.tiny)
+
     @property
     def full(self) -> bool:
         """Whether there is no room for a further product."""
@@ -201,7 +206,7 @@ class Lanczos:
             norm = self.space.norm(product)
             self.projected[: j + 1, j] = coefficients + correction
             self.projected[j + 1, j] = norm
-            self.basis[j + 1] = product / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+            self.basis[j + 1] = product / torch.where(norm > 0, norm, torch.ones_like(norm))
             self.size += 1
             self.matvecs += 1
 
@@ -226,7 +231,7 @@ class Lanczos:
 
     def _invariant(self, read: np.ndarray) -> tuple[int, bool]:
         """Length of the basis up to the first vanishing residual vector, after which it holds rounding."""
-        floor = 16 * torch.finfo(self.basis.dtype).eps * max(float(np.abs(read).max()), 0.0)
+        floor = 16 * self.rounding(float(np.abs(read).max()))
         for j in range(self.kept, self.size):  # kept columns couple through the arrow instead
             if abs(read[j + 1, j]) <= floor:
                 return j + 1, True

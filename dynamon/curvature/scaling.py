@@ -32,5 +32,4 @@ def is_whole(tensor: Tensor) -> bool:
 
 def relative(difference: Tensor, size: Tensor) -> float:
     """A length over another, in whatever units: 0 where there is none, infinite beside zero. Cost: host reads."""
-    one, other = float(difference), float(size)
-    return 0.0 if one == 0 else one / other if other else math.inf
+    return float(difference / size) if size > 0 else math.inf if difference > 0 else 0.0

@@ -91,7 +91,8 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "sharpness/unconverged",
             "note",
             max(data.last_step, 0),
-            f"{unsolved} of {converged + unsolved} eigenvalue solves did not converge: their values are lower bounds.",
+            f"{unsolved} of {converged + unsolved} eigenvalue solves did not converge: their values are lower bounds, "
+            "up to the error of products where these are differences of gradients.",
             "Raise max_matvecs or tol of SharpnessMonitor.",
             numbers={"unconverged": unsolved, "converged": converged},
             tags=("sharpness/stability_ratio_unconverged",),

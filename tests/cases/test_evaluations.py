@@ -656,6 +656,28 @@ def test_the_monitor_shows_the_right_eigenvalue_or_none(function):
     assert monitor.history["sharpness/hessian_max"].values[0] == pytest.approx(true, rel=0.03)
 
 
+class CastInside(Classifier):
+    """Autocast that ``training_step`` opens itself, around what has no second derivative."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with torch.autocast("cpu", torch.bfloat16):
+            h = checkpoint(self.network[:3], x.requires_grad_(), use_reentrant=True)
+            return F.cross_entropy(self.network[3](h), y)
+
+
+def test_nothing_is_shown_of_differences_that_are_lost_in_rounding():
+    """Trace, density and blocks have no check of their own: without one they were noise, as if nothing were wrong."""
+    quantities = ("hessian", "trace", "density", "blocks", "directional", "batch", "critical")
+    monitor = SharpnessMonitor(every_n_steps=1, quantities=quantities, probe_fraction=1.0)
+    with pytest.warns(UserWarning, match="finite differences at two step sizes differ by"):
+        fit(CastInside(mlp()), [monitor], steps=3)
+    shown = {tag for tag in monitor.history if tag.startswith("sharpness/")}
+    assert shown <= {"sharpness/critical_multiple", "sharpness/critical", "sharpness/probe_loss",
+                     "sharpness/probe_samples", "sharpness/products"}  # fmt: skip
+    assert "sharpness/critical_multiple" in shown
+
+
 def test_a_fused_loss_of_the_outputs_is_not_taken_for_a_linear_one():
     class Fused(torch.autograd.Function):
         @staticmethod
@@ -673,6 +695,21 @@ def test_a_fused_loss_of_the_outputs_is_not_taken_for_a_linear_one():
 
     with pytest.raises(NoSecondDerivativeError, match="Fused"):
         GGNOperator(lambda: NET(INPUTS) @ HEAD.t(), lambda z: Fused.apply(z, LABELS), WEIGHTS)
+
+
+@pytest.mark.parametrize("other", [lambda z: 1e-2 * torch.logsumexp(z, 1).square().mean(), lambda z: z.square().sum()])
+def test_a_fused_loss_beside_another_term_is_not_taken_for_a_linear_one(other):
+    """The curvature of the other term alone would pass for the whole."""
+    inputs, labels = X.double(), Y
+    layer = nn.Linear(8, 3).double()
+    with pytest.raises(NoSecondDerivativeError, match="FusedDouble"):
+        GGNOperator(lambda: layer(inputs), lambda z: FusedDouble.apply(z, labels) + other(z), layer)
+    tanh = HonestTanh.apply
+    honest = GGNOperator(lambda: layer(inputs), lambda z: F.cross_entropy(tanh(z), labels) + other(z), layer)
+    loss = F.cross_entropy(layer(inputs).tanh(), labels) + other(layer(inputs))
+    hessian = dense_hessian_of(loss, list(layer.parameters()))
+    true = float(torch.linalg.eigvalsh(hessian)[-1])  # the outputs are linear in the weights: the two are the same
+    assert float(top_eigenvalues(honest, tol=1e-4).values[0]) == pytest.approx(true, rel=1e-3)
 
 
 # ---- determinism ----------------------------------------------------------------
