@@ -1,6 +1,7 @@
 """Evaluations of the probe are functions of the weights: state, casts, scales and compiled graphs do not move them."""
 
 import copy
+import math
 import random
 from collections import Counter, OrderedDict, defaultdict
 
@@ -19,10 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor, WeightMonitor
 from dynamon.curvature import (
+    EigenTracker,
     GGNOperator,
     HessianOperator,
     NoSecondDerivativeError,
     critical_sharpness,
+    spectral_density,
     top_eigenvalues,
 )
 from dynamon.optim import Lanton
@@ -1108,8 +1111,28 @@ def test_parameters_are_taken_as_a_sequence_or_a_mapping_everywhere():
         stability_ratio(loss, listed, optimizer, ratios=ratios)
     with pytest.raises(ValueError, match="'typo'"):
         stability_ratio(loss, named, optimizer, ratios={"typo": 1.0})
+    with pytest.raises(ValueError, match="one number for each of the 4 parameters, got 1"):
+        stability_ratio(loss, named, optimizer, ratios=[0.5])
+    with pytest.raises(ValueError, match="params must be tensors, a mapping .* not None"):
+        HessianOperator(loss, None)
     step = torch.ones(sum(p.numel() for p in listed))
+    with pytest.raises(ValueError, match="NaN or infinity"):  # not 0, which would say that it leads uphill
+        critical_sharpness(loss, named, math.nan * step)
+    with pytest.raises(ValueError, match="flat tensor .*, got list"):
+        critical_sharpness(loss, named, listed)
     for params in (named, listed, module):
         assert HessianOperator(loss, params).shape == (len(step), len(step))
         assert critical_sharpness(loss, params, -1e-2 * step).evaluations
     assert [len(g["params"]) for g in Lanton(named, lr=0.1).param_groups] == [4]
+
+
+def test_what_measures_tells_what_it_has_found():
+    module = mlp()
+    hessian = HessianOperator(lambda: F.cross_entropy(module(X), Y), module)
+    tracker = EigenTracker()
+    assert repr(tracker) == "EigenTracker(k=1, 0 measurements, the next one cold)"
+    tracker.update(hessian)
+    assert repr(tracker) == "EigenTracker(k=1, 1 measurement, the next one warm)"
+    found = spectral_density(hessian, steps=20, probes=1)
+    assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
+    assert len(repr(found)) < 200
