@@ -227,6 +227,8 @@ class LayerwiseLR(DynamonCallback):
         Row.of(trainer).close()
         self._budget.start()
         self._go_back_to(step_of(trainer))
+        if any(self._is_new(trainer, optimizer) for optimizer in trainer.optimizers):
+            self._attach(trainer, pl_module)  # the strategy was given new optimizers
         if not self.rule.needs_gradients:
             return
         windows_of(trainer).batch_start(trainer, batch)
@@ -260,7 +262,7 @@ class LayerwiseLR(DynamonCallback):
     ) -> None:
         """Read the gradients before they are clipped."""
         with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
-            if optimizer not in self._steered and self._is_new(trainer, optimizer) and not self._is_off:
+            if self._is_new(trainer, optimizer):
                 self._attach(trainer, pl_module)  # the strategy was given new optimizers
             rates = self._steered.get(optimizer)
             if rates is None or not self._has_gradients(trainer, optimizer):
@@ -299,6 +301,9 @@ class LayerwiseLR(DynamonCallback):
         return trainer._logger_connector.should_update_logs and not trainer.barebones
 
     def _is_new(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+        """Whether an optimizer of the Trainer's is neither steered nor left alone so far."""
+        if optimizer in self._steered or self._is_off:
+            return False
         return optimizer in trainer.optimizers and not any(known is optimizer for known in self._left_alone)
 
     def on_train_batch_end(

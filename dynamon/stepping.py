@@ -100,7 +100,7 @@ class StepWatch:
         self._nesting.clear()
         self.evaluation = 0
         self.outcomes: deque[Tensor | None] = deque(maxlen=_MOST)
-        self.is_announced = self._has_gradients = False
+        self.is_announced = self._has_gradients = self._has_begun = False
 
     def remove(self) -> None:
         """Detach from the optimizer."""
@@ -142,7 +142,7 @@ class StepWatch:
             return None
         is_outer = self._nesting.begins(sys._getframe(1))
         if is_outer:
-            self.evaluation = 0
+            self.evaluation, self._has_begun = 0, True
         if closure_of(optimizer, args, kwargs) is None:
             self._use(optimizer)
             return None
@@ -168,10 +168,11 @@ class StepWatch:
         if torch.compiler.is_compiling():
             return
         if self._nesting.ends(sys._getframe(1)):
-            if self._has_gradients:
+            # A step that had begun before it was watched is known by its end only.
+            if self._has_gradients or not self._has_begun and has_gradients(optimizer):
                 self.outcomes.append(getattr(optimizer, "found_inf", None))
             self.evaluations, self.evaluation = max(self.evaluation, 1), 0
-            self.is_announced = False
+            self.is_announced = self._has_begun = False
 
 
 def closure_of(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
