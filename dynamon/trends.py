@@ -33,7 +33,7 @@ class Trends:
             previous: Those of the step before.
         """
         if tuple(indices) != self._layers:
-            self._layers, self._before = tuple(indices), None  # other layers have gradients now
+            self._follow(indices)  # other layers have gradients now
         self._now = _entries(current) - _entries(previous)
         before = torch.zeros_like(self._now) if self._before is None else self._before[0]
         return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
@@ -50,8 +50,27 @@ class Trends:
         if alike is not None:
             change, squares, inner = change * alike, squares * alike, inner * alike
         before = torch.zeros_like(squares) if self._before is None else self._before[1]
-        self._before, self._now = (change, squares), None
-        return inner / (squares.sqrt() * before.sqrt()).clamp_min(1e-37)
+        cosines = inner / (squares.sqrt() * before.sqrt()).clamp_min(1e-37)
+        if self._before is not None:  # a change that is not finite, or none, says nothing: the one before it is kept
+            is_known = torch.isfinite(squares) & (squares > 0)
+            change = torch.where(is_known[:, None], change, self._before[0])
+            squares = torch.where(is_known, squares, before)
+        is_finite = torch.isfinite(squares)
+        self._before = torch.where(is_finite[:, None], change, 0.0), torch.where(is_finite, squares, 0.0)
+        self._now = None
+        return cosines
+
+    def _follow(self, indices: Sequence[int]) -> None:
+        """Take up these layers; of those that were there before, the change is kept."""
+        place = {layer: position for position, layer in enumerate(self._layers)}
+        kept, self._layers = self._before, tuple(indices)
+        self._before = None
+        both = [(position, place[layer]) for position, layer in enumerate(indices) if layer in place]
+        if kept is not None and both:
+            new, old = ([pair[i] for pair in both] for i in (0, 1))
+            change, squares = kept[0].new_zeros(len(indices), kept[0].shape[1]), kept[1].new_zeros(len(indices))
+            change[new], squares[new] = kept[0][old], kept[1][old]
+            self._before = change, squares
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The change that is kept, and its square, by layer name."""
