@@ -32,6 +32,7 @@ from dynamon.curvature import (
     spectral_density,
     trace,
 )
+from dynamon.curvature.lanczos import random_start
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.optim import steering_of
 from dynamon.panels import SHARPNESS, shown
@@ -328,6 +329,7 @@ class EigenvalueMeter(Meter):
             )
 
     def _trace(self, point: _Point) -> None:
+        _require_trust(point.hessian, random_start(point.hessian, None, self.points))
         found = trace(point.hessian, samples=_TRACE_SAMPLES, seed=self.points)
         point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
         point.products += found.matvecs
@@ -370,6 +372,7 @@ class EigenvalueMeter(Meter):
         for tag, vector, scaling in point.brackets:
             operator = other if scaling is None else stability_operator(other, scaling)
             vector = vector.to(operator.dtype)
+            _require_trust(operator, vector)
             point.readings[f"sharpness/{tag}_bracket"] = float(operator.space.inner(vector, operator @ vector))
             point.products += 1
 
@@ -384,9 +387,10 @@ class EigenvalueMeter(Meter):
         self._space = space
 
     def _density(self, point: _Point) -> None:
+        _require_trust(point.hessian, random_start(point.hessian, None, self.points))
         found = spectral_density(point.hessian, steps=_DENSITY_STEPS, probes=_DENSITY_PROBES, seed=self.points)
-        self.last_density = found
         point.products += found.matvecs
+        self.last_density = found
         point.readings["sharpness/outliers"] = float(len(found.outliers))
         point.readings["sharpness/bulk_edge"] = found.bulk_edge
 
@@ -396,7 +400,11 @@ class EigenvalueMeter(Meter):
         found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
         self._blocks = {name: pairs.vectors for name, pairs in found.items()}
         point.products += sum(pairs.matvecs for pairs in found.values())
-        values = np.array([float(pairs.values[0]) for pairs in found.values()])
+        reasons = [why_not(point.hessian, pairs.product_error) for pairs in found.values()]
+        if reasons and all(reasons):
+            raise ArithmeticError(reasons[0])
+        pairs = zip(found.values(), reasons, strict=True)
+        values = np.array([math.nan if reason else float(one.values[0]) for one, reason in pairs])
         point.run.recorder.layers(BLOCKS, values, list(found))
 
     def _ggn(self, point: _Point) -> None:
@@ -451,6 +459,12 @@ class EigenvalueMeter(Meter):
             self._trackers[tag] = self._tracker(int(saved["k"]))
             self._trackers[tag].load_state_dict(saved)
         self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
+
+
+def _require_trust(operator: LinearOperator, vector: Tensor) -> None:
+    """Raise where products are too noisy to show what rests on them: nothing else in such a number tells."""
+    if (reason := why_not(operator, operator.product_error(vector))) is not None:
+        raise ArithmeticError(reason)
 
 
 def _only(optimizers: Sequence[Optimizer]) -> Optimizer | None:

@@ -18,7 +18,7 @@ from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
-from dynamon.kernels import l2_norms
+from dynamon.kernels import l2_norms, widest_dtype
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.pairs import as_real
@@ -110,6 +110,7 @@ class GradientMeter(PairMeter):
                     self._used.pop(optimizer, None)
                     self._read[optimizer] = source.read(run, optimizer)
                 except Exception as error:
+                    source.give_up()
                     self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
                     raise
                 self._bin(run, optimizer)
@@ -421,9 +422,10 @@ def _together(
 
 def _squares(read: SourceReading, used: UsedGradients | None) -> Tensor:
     """Sums of squares ``[L]`` of the parts here, zero where there is no gradient."""
-    squares = torch.zeros(len(read.layers), dtype=torch.float64, device=read.layers[0].parameter.device)
+    device = read.layers[0].parameter.device
+    squares = torch.zeros(len(read.layers), dtype=widest_dtype(device), device=device)
     if used is not None:
-        squares[torch.from_numpy(used.present).to(squares.device)] = used.lengths.double().square()
+        squares[torch.from_numpy(used.present).to(squares.device)] = used.lengths.to(squares).square()
     return squares
 
 

@@ -126,7 +126,7 @@ class PendingReadings:
         known = self.known
         table = np.full((_ROWS, len(known.present)), np.nan)
         table[3] = 0.0
-        rows = self._host.double().numpy()
+        rows = self._host.cpu().double().numpy()
         table[:, known.present] = rows[:_ROWS]
         compared, parted = known.compared, known.parted
         empty = known.frozen & (table[0] == 0)  # zeros that are left over, where gradients are not set to None
@@ -163,7 +163,7 @@ class GradientReader:
 
     Args:
         layers: The layers, each with a floating parameter; sparse gradients are made dense.
-        family: The optimizer's geometry, see :func:`dynamon.norms.optimizer_family`; with the layer's role it
+        family: The optimizer's geometry, see :func:`dynamon.geometry.optimizer_family`; with the layer's role it
             chooses the norm whose dual is taken.
 
     The gradient of one step before is stored (one copy, in the gradient's dtype) while differences are
@@ -212,6 +212,10 @@ class GradientReader:
     def forget(self) -> None:
         """Compare this step's gradients with no others."""
         self._previous, self._stored_at = {}, -1
+
+    def follow_trends(self) -> None:
+        """From here on tell changes that go on from noise."""
+        self.trends = Trends(len(self.layers), self.layers[0].parameter.device) if self.layers else None
 
     def store(self, scale: float = 1.0, window: Window | None = None) -> None:
         """Keep this step's gradients, for a difference at the next step, without measuring them.
@@ -431,15 +435,14 @@ class GradientReader:
 
     def _both_norms(self, tensors: list[Tensor | None]) -> Tensor:
         """Dual and Euclidean norms ``[2, L]`` in float64, zero where there is no tensor."""
-        found = torch.zeros(2, len(tensors), dtype=torch.float64, device=self.layers[0].parameter.device)
+        found = torch.zeros(2, len(tensors), dtype=self._wide, device=self.layers[0].parameter.device)
         indices = [i for i, t in enumerate(tensors) if t is not None]
         given = [t for t in tensors if t is not None]
         if given:
             stats = gradient_stats(given, None, self._wide)
             l2 = stats.sum_squares.sqrt()
-            found[:, indices] = torch.stack(
-                [self._duals(indices, stats.l1, l2, self._special_duals(indices, given)), l2]
-            ).double()
+            duals = self._duals(indices, stats.l1, l2, self._special_duals(indices, given))
+            found[:, indices] = torch.stack([duals, l2]).to(found)
         return found
 
     @property
@@ -508,7 +511,7 @@ class GradientReader:
         self._stored_at = self.step if self._previous else -1
         if self.trends is not None:
             names = [layer.name for layer in self.layers]
-            self.trends.load_state_dict(state.get("trends", {}), names, self.layers[0].parameter.device)
+            self.trends.load_state_dict(state.get("trends", {}), names)
         windows = state.get("windows", {})
         self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 

@@ -51,6 +51,7 @@ def measure(
         no part in the loss has NaN for its gradient. Noise needs two gradients and is not among them.
 
     Raises:
+        FloatingPointError: Where the loss or its curvature is not finite.
         ValueError: Without a trainable parameter that can be measured, where ``optimizer`` holds none of them, or for a
             loss that is not a differentiable scalar.
 
@@ -99,8 +100,8 @@ def _gradients(layers: list[Layer], operator: HessianOperator, optimizer: Optimi
             p.grad = g.to(p.dtype) if is_there else None
         found = GradientReader(layers, family).read().wait()
     finally:
-        for p, g in zip(params, kept, strict=True):
-            p.grad = g
+        for p, own in zip(params, kept, strict=True):
+            p.grad = own
     names = [layer.name for layer in layers]
     return {
         "gradient/norm": float((found.l2[found.present] ** 2).sum() ** 0.5),

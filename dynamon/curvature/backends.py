@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dynamon.curvature.custom import CustomFunctions
 from dynamon.curvature.graphs import nodes_behind, rounding_behind
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale
+from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale, relative
 from dynamon.evaluations import Evaluations, eager, full_precision
 from dynamon.pairs import real_dtype
 
@@ -183,7 +183,23 @@ class FiniteDifference:
         norm = self._params.space.norm
         again = self._evaluate()[1]
         drift = norm(again - self.gradient) * norm(vector) / (2 * self._step)
-        return float(torch.maximum(norm(one - other), drift) / norm(other).clamp_min(1e-30))
+        return relative(torch.maximum(norm(one - other), drift), norm(other))
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """Length of a flat vector, right also where its square leaves the dtype."""
+        return self._params.space.norm(vector)
+
+    def usual_direction(self) -> Tensor:
+        """A unit vector to look at products along: the gradient, or a random one where that is zero.
+
+        Unlike the gradient's own length, a unit length keeps products within the dtype at any scale of the loss.
+        """
+        length = self.norm(self.gradient)
+        if length > 0:
+            return self.gradient / length
+        generator = self._params.space.generator(0, length.device)
+        noise = torch.randn(self.gradient.shape, generator=generator, device=length.device, dtype=length.dtype)
+        return noise / self.norm(noise)
 
     def _difference(self, vector: Tensor, step: float) -> Tensor:
         norm = self._params.space.norm(vector)
@@ -258,13 +274,12 @@ class Comparison:
 
 def compare(exact: DoubleBackward, differences: FiniteDifference) -> Comparison:
     """Compare the two backends."""
-    one, other = exact.product(exact.gradient), differences.product(exact.gradient)
-    size = torch.linalg.vector_norm(other)
-    if not size + torch.linalg.vector_norm(one) > 0:
-        return Comparison(0.0, True, False)  # a loss without curvature there
-    distance = float(torch.linalg.vector_norm(one - other) / size.clamp_min(1e-30))
+    norm = differences.norm
+    direction = differences.usual_direction()
+    one, other = exact.product(direction), differences.product(direction)
+    distance = relative(norm(one - other), norm(other))
     agrees = distance <= _SUSPICION
-    return Comparison(distance, agrees, not agrees and differences.error(exact.gradient) < distance / 4)
+    return Comparison(distance, agrees, not agrees and differences.error(direction) < distance / 4)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class CustomFunctions:
 
     Attributes:
         suspects: Names of those that are not above suspicion, which is known after :meth:`watched`.
+        silent: Those of them that handed on a gradient without a graph: as if they were linear.
     """
 
     def __init__(self, tensors: Sequence[Tensor], beyond: Sequence[Tensor] = ()) -> None:
@@ -33,6 +34,7 @@ class CustomFunctions:
         nodes = nodes_behind(tensors, beyond)
         own = (node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction))
         self._nodes: list[Any] = [node for node in own if not _class_of(node).__module__.startswith(_SHARDING)]
+        self.silent: list[str] = []
         self.suspects = list(dict.fromkeys(_name(node) for node in self._nodes if _keeps_numbers(node)))
 
     def __bool__(self) -> bool:
@@ -54,6 +56,9 @@ class CustomFunctions:
             depends = any(g is not None and g.requires_grad for g in outputs)
             if depends and any(g is not None and not g.requires_grad for g in inputs) and name not in self.suspects:
                 self.suspects.append(name)
+            constant = any(g is not None and not g.requires_grad for g in inputs)
+            if constant and name in self.suspects and name not in self.silent:
+                self.silent.append(name)
 
         return look
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -74,6 +75,8 @@ def judged(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
     """Add what the operator says of itself; products that are not trusted have not converged."""
     error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
     backend = getattr(operator, "backend", "exact")
+    if _is_lost(found, tol):
+        return replace(found, backend=backend, product_error=error, converged=False, lower=-math.inf, upper=None)
     found = replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)
     # Bounds are statements about the operator that was multiplied with; where that is not the one meant, none hold.
     if error > tol:
@@ -81,3 +84,10 @@ def judged(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
     allowance = getattr(operator, "rounding", 0.0) * abs(float(found.values[0]))
     upper = None if found.upper is None else found.upper + allowance
     return replace(found, lower=found.lower - allowance, upper=upper) if allowance else found
+
+
+def _is_lost(found: Eigenpairs, tol: float) -> bool:
+    """Whether numbers are so far below the smallest normal one that their rounding exceeds the tolerance."""
+    dtype = torch.finfo(found.vectors.dtype)
+    largest = max(abs(float(found.values[0])), abs(found.smallest))
+    return 0 < largest < dtype.tiny and 16 * dtype.eps * dtype.tiny > tol * largest

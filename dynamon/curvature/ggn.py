@@ -17,8 +17,9 @@ from dynamon.curvature.custom import CustomFunctions
 from dynamon.curvature.graphs import rounding_behind
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters, Parameters
-from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale
+from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale, relative
 from dynamon.evaluations import Evaluations, full_precision
+from dynamon.kernels import widened
 
 Outputs = Tensor | Sequence[Tensor]
 _TRANSPOSED = 1e-2  # relative disagreement of the Jacobian with its transpose that is not rounding
@@ -94,9 +95,9 @@ class GGNOperator(LinearOperator):
         generator = torch.Generator(self.device).manual_seed(0)
         v = torch.randn(self.shape[0], generator=generator, device=self.device, dtype=self.dtype)
         u = self.split_rows(torch.randn(self.rows, generator=generator, device=self.device, dtype=self.dtype))
-        ahead = [(a * b).sum().double() for a, b in zip(u, self.push(v), strict=True)]
-        back = self.pull(u).double() @ v.double()
-        size = torch.linalg.vector_norm(self.pull(u)).double() * torch.linalg.vector_norm(v).double()
+        ahead = [widened((a * b).sum()) for a, b in zip(u, self.push(v), strict=True)]
+        back = widened(self.pull(u)) @ widened(v)
+        size = widened(torch.linalg.vector_norm(self.pull(u))) * widened(torch.linalg.vector_norm(v))
         if float((sum(ahead) - back).abs()) > _TRANSPOSED * float(size):
             raise NoSecondDerivativeError("a custom autograd function drops out of the Jacobian's products.")
 
@@ -112,8 +113,8 @@ class GGNOperator(LinearOperator):
             if self._scale == 1 or all(is_whole(g) for g in slopes if g is not None) or not is_whole(loss):
                 break
             self._scale /= LOWER
-        if custom.suspects and not any(g is not None and g.requires_grad for g in slopes):
-            names = ", ".join(custom.suspects)
+        if custom.silent:  # other terms of the loss may have curvature, which is then a part of it only
+            names = ", ".join(custom.silent)
             raise NoSecondDerivativeError(f"a custom autograd function ({names}) hides the curvature of the loss.")
         self._slopes = [g if g is not None and g.requires_grad else None for g in slopes]
 
@@ -196,8 +197,8 @@ class GGNOperator(LinearOperator):
         with twice_differentiable(self.parameters):  # a checkpoint computes its part again, in the kernels of before
             found = self.parameters.differentiate(loss, torch.full_like(loss, self._scale))
         gradient = self.parameters.flatten(found) / self._scale
-        norm = torch.linalg.vector_norm
-        return float(norm(gradient - self.likely_direction()) / norm(gradient).clamp_min(1e-30))
+        norm = self.parameters.space.norm
+        return relative(norm(gradient - self.likely_direction()), norm(gradient))
 
     def split_rows(self, vector: Tensor) -> list[Tensor]:
         """A flat vector ``[rows]`` in the shapes of the outputs."""

@@ -113,4 +113,5 @@ class _Run:
 
     def _unit(self, vector: Tensor) -> Tensor:
         vector = self._outside(vector)
-        return vector / self._space.norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+        norm = self._space.norm(vector)
+        return vector / torch.where(norm > 0, norm, torch.ones_like(norm))

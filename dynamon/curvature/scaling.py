@@ -1,5 +1,6 @@
-"""Powers of two that keep slopes in float16 from vanishing."""
+"""Powers of two that keep slopes in float16 from vanishing, and quotients that do not know the units of a loss."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +10,19 @@ from dynamon.curvature.graphs import dtypes_behind
 
 LARGEST = 2.0**16  # where torch's own gradient scaler begins
 LOWER = 16.0  # by which a scale is lowered where something overflows
+_MOST = 16  # powers of that for a small loss: what is below 1e-19 may be zero but for rounding
 
 
 def loss_scale(losses: Sequence[Tensor]) -> float:
-    """What to multiply a loss by before it is differentiated: 1 but where its graph computes in float16."""
-    return LARGEST if torch.float16 in dtypes_behind(losses) else 1.0
+    """What to multiply a loss by before it is differentiated: 1 but where its graph computes in float16.
+
+    A small loss, one that is divided by a large number say, has slopes as small.
+    """
+    if torch.float16 not in dtypes_behind(losses):
+        return 1.0
+    size = max(abs(float(loss.detach().sum())) for loss in losses)
+    steps = math.floor(math.log(1 / size, LOWER)) if 0 < size < 1 else 0
+    return LARGEST * LOWER ** min(steps, _MOST)
 
 
 def length_scale(vector: Tensor) -> Tensor:
@@ -27,3 +36,8 @@ def length_scale(vector: Tensor) -> Tensor:
 def is_whole(tensor: Tensor) -> bool:
     """Whether all numbers are finite. Cost: one host read."""
     return bool(torch.isfinite(tensor).all())
+
+
+def relative(difference: Tensor, size: Tensor) -> float:
+    """A length over another, in whatever units: 0 where there is none, infinite beside zero. Cost: host reads."""
+    return float(difference / size) if size > 0 else math.inf if difference > 0 else 0.0

@@ -123,9 +123,10 @@ def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             "gradient/unused",
             "note",
             hits[0][0],
-            f"{several(layers)} has had no gradient since step {hits[0][0]}, although an optimizer holds it and it is "
-            "not frozen: the loss does not depend on it.",
-            "Where a branch is not used on purpose, leave it out of the optimizer or set requires_grad_(False).",
+            f"{several(layers)} has had no gradient at any measured step since {hits[0][0]}, although an optimizer "
+            "holds it and it is not frozen: the loss of these steps does not depend on it.",
+            "Where a branch is not used on purpose, leave it out of the optimizer or set requires_grad_(False). Where "
+            "branches take turns, choose an interval of measurements that does not always meet the same one.",
             layers,
             {"layers": len(layers)},
             ("gradient/l2", "update/operator"),
@@ -240,7 +241,10 @@ def _jump(logs: Array) -> tuple[int, float] | None:
 
 def dead_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     """A layer whose gradient is zero to the end while others have one."""
-    hits = sorted(((step, name) for name, step in dead_columns(data)), key=lambda hit: hit[0])
+    dead = dict(dead_columns(data))
+    table = data.tables.get("gradient/l2")
+    alive = set() if table is None else set(table.layers or ()) - dead.keys()
+    hits = sorted(((s, name) for name, s in dead.items() if not _cancels(name, alive)), key=lambda hit: hit[0])
     if hits:
         layers = tuple(name for _, name in hits)
         since = "since the first reading" if hits[0][0] == first_step(data, "gradient/l2") else "ever since"
@@ -255,6 +259,15 @@ def dead_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
             {"layers": len(layers)},
             ("gradient/l2", "update/ratio"),
         )
+
+
+def _cancels(name: str, alive: set[str]) -> bool:
+    """Whether it is the bias of a weight that has a gradient.
+
+    What flows back to a module reaches its bias as a sum over samples. It is zero where the loss does not change when
+    all outputs are shifted alike: comparisons of pairs, critics, contrastive losses. Nothing is wrong then.
+    """
+    return name.endswith("bias") and f"{name.removesuffix('bias')}weight" in alive
 
 
 def dead_columns(data: RunData) -> Iterator[tuple[str, int]]:

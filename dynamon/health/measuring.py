@@ -68,14 +68,15 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "This run holds no readings of dynamon.",
             "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks."
             if overhead is None
-            else "A monitor was there: " + _RAISE,
+            else "A monitor was there. Where optimizers took steps: " + _RAISE,
         )
         return
     converged = sum(len(scalars.get(f"sharpness/{name}", ())) for name in _EIGENVALUES)
     unsolved = sum(len(scalars.get(f"sharpness/{name}_unconverged", ())) for name in _EIGENVALUES)
     along = any(f"sharpness/{name}" in scalars for name in ("directional", "critical", "critical_multiple"))
     everything = "gradient/norm" in scalars and "weight/operator" in data.tables
-    if overhead is not None and not converged and not unsolved and (along or everything):
+    failed = "dynamon/failures" in scalars and scalars["dynamon/failures"].values[-1] > 0  # that says why
+    if overhead is not None and not converged and not unsolved and (along or everything) and not failed:
         share = float(overhead.values[-1])
         yield Finding(
             "dynamon/no_sharpness",
@@ -91,7 +92,8 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "sharpness/unconverged",
             "note",
             max(data.last_step, 0),
-            f"{unsolved} of {converged + unsolved} eigenvalue solves did not converge: their values are lower bounds.",
+            f"{unsolved} of {converged + unsolved} eigenvalue solves did not converge: their values are lower bounds, "
+            "up to the error of products where these are differences of gradients.",
             "Raise max_matvecs or tol of SharpnessMonitor.",
             numbers={"unconverged": unsolved, "converged": converged},
             tags=("sharpness/stability_ratio_unconverged",),

@@ -31,7 +31,6 @@ from dynamon.stepping import (
     with_closure,
     wrapped_optimizers,
 )
-from dynamon.trends import Trends
 from dynamon.windows import Window
 
 _REFUSED = {  # by whole words of the class's name
@@ -206,7 +205,7 @@ class LayerwiseRates:
     def _start_rule(self) -> None:
         self.rule.start(self.layers, self.reader.norms)
         if self.rule.noise is not None and self.rule.noise.source == "successive":
-            self.reader.trends = Trends()
+            self.reader.follow_trends()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,9 @@
 """Evaluations of the probe are functions of the weights: state, casts, scales and compiled graphs do not move them."""
 
 import copy
+import math
 import random
+from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor, WeightMonitor
 from dynamon.curvature import (
+    EigenTracker,
     GGNOperator,
     HessianOperator,
     NoSecondDerivativeError,
     critical_sharpness,
+    spectral_density,
     top_eigenvalues,
 )
 from dynamon.optim import Lanton
@@ -216,6 +220,34 @@ def test_a_line_search_sees_one_function(kind):
     assert len(seen) > 2
     for flat, value in seen:
         assert value == pytest.approx(gradient_from_the_start(module, flat - start)[0], rel=1e-12)
+
+
+class Counts(dict):
+    """A dictionary whose ``update`` adds, as ``Counter`` does."""
+
+    def update(self, others):
+        for key, value in others.items():
+            self[key] = self.get(key, 0) + value
+
+
+@pytest.mark.parametrize("kind", [Counter, Counts, OrderedDict, lambda of: defaultdict(int, of)], ids=str)
+def test_dictionaries_of_every_class_are_put_back(kind):
+    """Each evaluation of the loss counts once, and weighs by the counts."""
+    module = nn.Linear(8, 3).double()
+    module.seen = kind({"calls": 1, "samples": 16})
+
+    def loss():
+        module.seen["calls"] += 1
+        return module.seen["calls"] * F.cross_entropy(module(X.double()), Y)
+
+    weights = list(module.parameters())
+    hessian = dense_hessian_of(2 * F.cross_entropy(module(X.double()), Y), weights)
+    true = float(torch.linalg.eigvalsh(hessian)[-1])
+    with undisturbed(module):
+        for backend in ("double_backward", "finite_difference", "double_backward"):
+            found = top_eigenvalues(HessianOperator(loss, weights, backend=backend), tol=1e-4)
+            assert float(found.values[0]) == pytest.approx(true, rel=1e-3)
+    assert list(module.seen.items()) == [("calls", 1), ("samples", 16)]
 
 
 def test_alone_a_loss_with_a_state_of_its_own_does_not_converge():
@@ -492,6 +524,20 @@ class HonestTanh(torch.autograd.Function):
         return d * (1 - y * y)
 
 
+class FusedDouble(torch.autograd.Function):
+    """Cross-entropy whose gradient the forward pass computes."""
+
+    @staticmethod
+    def forward(ctx, z, y):
+        ctx.save_for_backward((z.softmax(1) - F.one_hot(y, z.shape[1])) / len(z))
+        return F.cross_entropy(z, y)
+
+    @staticmethod
+    def backward(ctx, d):
+        (slope,) = ctx.saved_tensors
+        return d * slope, None
+
+
 class Reversed(torch.autograd.Function):
     """Nothing kept: above suspicion."""
 
@@ -547,6 +593,27 @@ def test_a_custom_function_that_does_not_is_believed(dtype, function):
     operator, found = top(with_tanh(function), dtype or torch.bfloat16, dtype is not None)
     assert operator.backend == "double_backward" and operator.doubt is None
     assert float(found.values[0]) == pytest.approx(float(TRUE_TOP.values[0]), rel=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-14, 1e14, 1e22, 1e30])
+@pytest.mark.parametrize("function", [HiddenTanh, HonestTanh])
+def test_the_units_of_the_loss_do_not_decide_whether_a_custom_function_is_believed(scale, function):
+    """Products with the gradient itself go with the square of the loss's scale, and leave float32."""
+    operator, found = top(lambda: scale * with_tanh(function)(), enabled=False)
+    assert operator.backend == ("finite_difference" if function is HiddenTanh else "double_backward")
+    assert operator.doubt is None and found.converged
+    assert float(found.values[0]) / scale == pytest.approx(float(TRUE_TOP.values[0]), rel=0.01)
+
+
+def test_a_custom_function_is_compared_where_the_gradient_is_zero_too():
+    """All weights zero, and as many of each class: the Hessian in the bias is diag(p) - p p^T, the gradient zero."""
+    head = nn.Linear(8, 2).double()
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    labels = torch.arange(16) % 2
+    inputs = torch.zeros(16, 8, dtype=torch.float64)
+    operator = HessianOperator(lambda: FusedDouble.apply(head(inputs), labels), head)
+    assert not operator.gradient.any() and operator.backend == "finite_difference"
+    assert float(top_eigenvalues(operator).values[0]) == pytest.approx(0.5, rel=1e-3)  # of ((1, -1), (-1, 1)) / 4
 
 
 def test_a_function_that_keeps_nothing_is_not_even_tried():
@@ -621,6 +688,28 @@ def test_the_monitor_shows_the_right_eigenvalue_or_none(function):
     assert monitor.history["sharpness/hessian_max"].values[0] == pytest.approx(true, rel=0.03)
 
 
+class CastInside(Classifier):
+    """Autocast that ``training_step`` opens itself, around what has no second derivative."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with torch.autocast("cpu", torch.bfloat16):
+            h = checkpoint(self.network[:3], x.requires_grad_(), use_reentrant=True)
+            return F.cross_entropy(self.network[3](h), y)
+
+
+def test_nothing_is_shown_of_differences_that_are_lost_in_rounding():
+    """Trace, density and blocks have no check of their own: without one they were noise, as if nothing were wrong."""
+    quantities = ("hessian", "trace", "density", "blocks", "directional", "batch", "critical")
+    monitor = SharpnessMonitor(every_n_steps=1, quantities=quantities, probe_fraction=1.0)
+    with pytest.warns(UserWarning, match="finite differences at two step sizes differ by"):
+        fit(CastInside(mlp()), [monitor], steps=3)
+    shown = {tag for tag in monitor.history if tag.startswith("sharpness/")}
+    assert shown <= {"sharpness/critical_multiple", "sharpness/critical", "sharpness/probe_loss",
+                     "sharpness/probe_samples", "sharpness/products"}  # fmt: skip
+    assert "sharpness/critical_multiple" in shown
+
+
 def test_a_fused_loss_of_the_outputs_is_not_taken_for_a_linear_one():
     class Fused(torch.autograd.Function):
         @staticmethod
@@ -638,6 +727,21 @@ def test_a_fused_loss_of_the_outputs_is_not_taken_for_a_linear_one():
 
     with pytest.raises(NoSecondDerivativeError, match="Fused"):
         GGNOperator(lambda: NET(INPUTS) @ HEAD.t(), lambda z: Fused.apply(z, LABELS), WEIGHTS)
+
+
+@pytest.mark.parametrize("other", [lambda z: 1e-2 * torch.logsumexp(z, 1).square().mean(), lambda z: z.square().sum()])
+def test_a_fused_loss_beside_another_term_is_not_taken_for_a_linear_one(other):
+    """The curvature of the other term alone would pass for the whole."""
+    inputs, labels = X.double(), Y
+    layer = nn.Linear(8, 3).double()
+    with pytest.raises(NoSecondDerivativeError, match="FusedDouble"):
+        GGNOperator(lambda: layer(inputs), lambda z: FusedDouble.apply(z, labels) + other(z), layer)
+    tanh = HonestTanh.apply
+    honest = GGNOperator(lambda: layer(inputs), lambda z: F.cross_entropy(tanh(z), labels) + other(z), layer)
+    loss = F.cross_entropy(layer(inputs).tanh(), labels) + other(layer(inputs))
+    hessian = dense_hessian_of(loss, list(layer.parameters()))
+    true = float(torch.linalg.eigvalsh(hessian)[-1])  # the outputs are linear in the weights: the two are the same
+    assert float(top_eigenvalues(honest, tol=1e-4).values[0]) == pytest.approx(true, rel=1e-3)
 
 
 # ---- determinism ----------------------------------------------------------------
@@ -736,17 +840,21 @@ def test_slopes_do_not_vanish_in_float16():
     assert float(v @ (operator @ length)) == pytest.approx(1e-6 * expected, rel=0.03)
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
-def test_a_scale_that_overflows_is_lowered(size):
-    """Large losses and products: what does not fit is scaled less."""
+@pytest.mark.parametrize("size", [1e-18, 1e-12, 1e-9, 1e-3, 1.0, 100.0])
+def test_a_scale_fits_the_size_of_the_loss(size):
+    """Large losses and products: what does not fit is scaled less; slopes of a small loss are scaled more."""
     net, head, inputs, labels = small()
     params = [*net.parameters(), head]
     loss = lambda: size * F.cross_entropy((net(inputs) @ head.t()).float(), labels)  # noqa: E731
     expected = top_eigenvalues(HessianOperator(loss, params)).values[0]
+    logits = lambda z: size * F.cross_entropy(z.float(), labels)  # noqa: E731
+    expected_ggn = top_eigenvalues(GGNOperator(lambda: net(inputs) @ head.t(), logits, params)).values[0]
     with torch.autocast("cpu", torch.float16):
         operator = HessianOperator(loss, params)
         found = top_eigenvalues(operator)
-    assert float(found.values[0]) == pytest.approx(float(expected), rel=0.03)
+        found_ggn = top_eigenvalues(GGNOperator(lambda: net(inputs) @ head.t(), logits, params))
+    assert float(found.values[0]) == pytest.approx(float(expected), rel=0.03, abs=0)
+    assert float(found_ggn.values[0]) == pytest.approx(float(expected_ggn), rel=0.03, abs=0)
     assert operator.gradient.isfinite().all()
 
 
@@ -1003,8 +1111,128 @@ def test_parameters_are_taken_as_a_sequence_or_a_mapping_everywhere():
         stability_ratio(loss, listed, optimizer, ratios=ratios)
     with pytest.raises(ValueError, match="'typo'"):
         stability_ratio(loss, named, optimizer, ratios={"typo": 1.0})
+    with pytest.raises(ValueError, match="one number for each of the 4 parameters, got 1"):
+        stability_ratio(loss, named, optimizer, ratios=[0.5])
+    with pytest.raises(ValueError, match="params must be tensors, a mapping .* not None"):
+        HessianOperator(loss, None)
     step = torch.ones(sum(p.numel() for p in listed))
+    with pytest.raises(ValueError, match="NaN or infinity"):  # not 0, which would say that it leads uphill
+        critical_sharpness(loss, named, math.nan * step)
+    with pytest.raises(ValueError, match="flat tensor .*, got list"):
+        critical_sharpness(loss, named, listed)
     for params in (named, listed, module):
         assert HessianOperator(loss, params).shape == (len(step), len(step))
         assert critical_sharpness(loss, params, -1e-2 * step).evaluations
     assert [len(g["params"]) for g in Lanton(named, lr=0.1).param_groups] == [4]
+
+
+# ---- what a training step does to its own structure, optimizers and schedulers ------------------------------
+
+
+class Grown(Classifier):
+    """A layer joins in the middle of the run, each time that step comes."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7 and len(self.network) < 8:
+            layer = nn.Linear(3, 3)
+            self.network.append(layer)
+            self.optimizers().add_param_group({"params": list(layer.parameters())})
+        return super().training_step(batch, batch_idx)
+
+
+class Renamed(Classifier):
+    """A layer goes and comes back under another name."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7:
+            self.other = self.network
+            del self.network
+        network = self.other if hasattr(self, "other") else self.network
+        return F.cross_entropy(network(batch[0]), batch[1])
+
+
+class Replaced(Classifier):
+    """Parts are exchanged: an activation, and a parameter by a new one."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7:
+            self.network[1] = nn.Sequential(self.network[1], nn.Tanh())
+            self.network[3].bias = nn.Parameter(torch.ones(3))
+        return super().training_step(batch, batch_idx)
+
+
+class Decayed(Classifier):
+    """The rate is multiplied by hand at every step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        pass
+
+    def training_step(self, batch, batch_idx):
+        for group in self.optimizers().param_groups:
+            group["lr"] *= 0.9
+        return super().training_step(batch, batch_idx)
+
+
+class Stepped(Classifier):
+    """A scheduler is stepped by hand."""
+
+    def training_step(self, batch, batch_idx):
+        self.lr_schedulers().step()
+        return super().training_step(batch, batch_idx)
+
+
+def _stepped() -> Classifier:
+    return Stepped(mlp(), scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.5))
+
+
+def _decayed_tensor() -> Classifier:
+    return Decayed(mlp(), lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2)))
+
+
+MOVED = {
+    "a layer joins": lambda: Grown(mlp()),
+    "a layer is renamed": lambda: Renamed(mlp()),
+    "parts are replaced": lambda: Replaced(mlp()),
+    "a rate": lambda: Decayed(mlp()),
+    "a rate that is a tensor": _decayed_tensor,
+    "a scheduler": _stepped,
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_step_that_changes_layers_or_rates_does_so_for_its_own_batches_only(name):
+    """Modules, parameter groups, rates and schedulers are put back after an evaluation of the probe."""
+    runs = []
+    for callbacks in ([], [DynamicsMonitor(every_n_steps=2)]):
+        torch.manual_seed(0)
+        module = MOVED[name]()
+        done = fit(module, callbacks, steps=12)
+        groups = [(len(group["params"]), float(group["lr"])) for group in done.optimizers[0].param_groups]
+        runs.append((module, groups))
+    assert same_weights(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    assert len(callbacks[0].history["sharpness/stability_ratio"].steps) == 6
+    assert callbacks[0].failures == 0
+
+
+def test_a_weight_that_is_normalised_inside_is_plain_afterwards():
+    network = mlp()
+    before, inputs = copy.deepcopy(network), torch.ones(2, 8)
+    with undisturbed(network):
+        parametrizations.weight_norm(network[3])
+        network[0] = nn.Linear(8, 16)
+    assert type(network[3]) is nn.Linear
+    assert same_weights(network, before)
+    assert torch.equal(network(inputs), before(inputs))
+
+
+def test_what_measures_tells_what_it_has_found():
+    module = mlp()
+    hessian = HessianOperator(lambda: F.cross_entropy(module(X), Y), module)
+    tracker = EigenTracker()
+    assert repr(tracker) == "EigenTracker(k=1, 0 measurements, the next one cold)"
+    tracker.update(hessian)
+    assert repr(tracker) == "EigenTracker(k=1, 1 measurement, the next one warm)"
+    found = spectral_density(hessian, steps=20, probes=1)
+    assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
+    assert len(repr(found)) < 200

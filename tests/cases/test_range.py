@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from dynamon import describe_layers, measure
 from dynamon.callbacks import GradientMonitor, SharpnessMonitor, WeightMonitor
-from dynamon.curvature import HessianOperator, batch_sharpness
+from dynamon.curvature import HessianOperator, batch_sharpness, top_eigenvalues
 from dynamon.gradients import GradientReader
 from dynamon.kernels import gradient_stats, l2_along, l2_norms
 from dynamon.layers import Layer
@@ -281,3 +281,27 @@ def test_an_absent_gradient_is_not_a_zero_gradient():
     table = monitor.history["gradient/l2"]
     assert np.isnan(table.values[:, 4:]).all() and np.isfinite(table.values[:, :4]).all()
     assert np.isfinite(monitor.history["gradient/norm"].values).all()
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+@pytest.mark.parametrize("scale", [1e-36, 1e-39, 1e-40, 1e-42])
+def test_eigenvalues_below_the_smallest_normal_number(scale, method):
+    """Where digits are left the value is right, where none are it has not converged; bounds hold all along."""
+    net, (x, y) = mlp(), next(iter(batches()))
+    names, params = zip(*net.named_parameters(), strict=True)
+
+    def loss(flat):
+        pieces = flat.split([p.numel() for p in params])
+        weights = {name: piece.view_as(p) for name, piece, p in zip(names, pieces, params, strict=True)}
+        return cross_entropy(torch.func.functional_call(net, weights, (x.double(),)), y)
+
+    hessian = torch.autograd.functional.hessian(loss, torch.cat([p.detach().double().flatten() for p in params]))
+    true = float(torch.linalg.eigvalsh(hessian)[-1])
+    operator = HessianOperator(lambda: scale * cross_entropy(net(x), y), net)
+    found = top_eigenvalues(operator, method=method, max_matvecs=200)
+    assert found.converged == (scale >= 1e-40)
+    if found.converged:
+        assert float(found.values[0]) / scale == pytest.approx(true, rel=0.02)
+    bounds = top_eigenvalues(operator, certify=True)
+    assert bounds.converged == (scale >= 1e-40) and bounds.lower / scale <= true
+    assert bounds.upper is None or true <= bounds.upper / scale

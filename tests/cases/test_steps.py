@@ -91,6 +91,23 @@ class Skipping(Classifier):
             self.zero_grad()
 
 
+class Never(Classifier):
+    """Runs backward passes and never steps, in one of the ways people forget it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(mlp())
+        self.how, self.automatic_optimization = how, how != "by hand"
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.how == "by hand":
+            self.manual_backward(loss)
+        return loss
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure) -> None:
+        optimizer_closure()
+
+
 def norms_by_hand(data, skipped, rate: float = 0.1) -> list[float]:
     network, found = mlp(), []
     for i, (inputs, labels) in enumerate(data):
@@ -102,6 +119,27 @@ def norms_by_hand(data, skipped, rate: float = 0.1) -> list[float]:
                 for p in network.parameters():
                     p -= rate * p.grad
     return found
+
+
+@pytest.mark.parametrize("how", ["closure only", "by hand"])
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_a_run_in_which_nobody_steps_says_so(how: str, epochs: int) -> None:
+    """Short of it a run without a reading looks like one whose budget was too small."""
+    monitor, module = GradientMonitor(every_n_steps=1), Never(how)
+    with pytest.warns(UserWarning, match="the module takes none") as said:
+        fit(module, [monitor], steps=-1, max_epochs=epochs)
+    assert same_weights(module.network, mlp())
+    assert len([w for w in said if "nothing is learned" in str(w.message)]) == 1
+    assert "gradient/norm" not in monitor.history
+
+
+def test_a_scaler_that_takes_no_step_is_not_called_the_modules_fault() -> None:
+    """Gradients that are not finite at any scale."""
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    module = Classifier(mlp())
+    module.network.register_forward_hook(lambda _, __, outputs: outputs * torch.inf)
+    with pytest.warns(UserWarning, match="not finite at any scale"):
+        fit(module, [GradientMonitor(every_n_steps=1)], steps=-1, max_epochs=8, plugins=[precision])
 
 
 @pytest.mark.parametrize("how", ["none", "after backward", "before step", "closure only"])
