@@ -62,10 +62,12 @@ class Trends:
             self._squares = squares.new_zeros(self._count)
         known = self._rows(self._squares)
         cosines = inner / (squares.sqrt() * known.sqrt()).clamp_min(1e-37)
+        tells = torch.isfinite(squares)  # a gradient that is not finite hides a change, and is none
         if alike is not None:
-            cosines = torch.where(alike > 0, cosines, 0.0)
-            change = torch.where(alike[:, None] > 0, change, self._rows(self._changes))
-            squares = torch.where(alike > 0, squares, known)
+            tells &= alike > 0
+        cosines = torch.where(tells, cosines, 0.0)
+        change = torch.where(tells[:, None], change, self._rows(self._changes))
+        squares = torch.where(tells, squares, known)
         self._changes, self._squares = self._with(self._changes, change), self._with(self._squares, squares)
         self._now = None
         return cosines

@@ -567,3 +567,44 @@ def test_processes_with_batches_of_different_sizes_decide_alike(tmp_path: Path, 
         steps = 6 // length  # in an epoch: the last one's window is like neither of its neighbours
         seen = {step % steps for step in first["tables"]["gradient/cosine"]["steps"]}
         assert seen == set(range(1, steps - 1))
+
+
+# What is not known of a change is not that it is none
+
+
+class Broken(Net):
+    """The gradient of some steps is not finite, and the module puts zeros in its place."""
+
+    def __init__(self, broken: Any) -> None:
+        super().__init__(optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+        self.broken = broken
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.inf if self.broken(self.trainer.global_step) else loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for parameter in self.parameters():
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+class Branched(Net):
+    """A branch has a gradient at two steps of four, and no influence on those of the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+        self.branch = nn.Linear(8, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss + 1e-3 * self.branch(batch[0]).square().mean() if batch_idx % 4 < 2 else loss
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Broken(lambda step: step == 5), lambda: Broken(lambda step: step % 3 == 2), Branched]
+)
+def test_changes_that_go_on_are_followed_across_gaps(make: Any) -> None:
+    """Full-batch training is not steered either where a gradient is not finite, or layers come and go."""
+    steering = NoiseAdaptiveLR(warmup=0)
+    fit(make(), [steering], equal(40), steps=40)
+    assert set(steering.ratios.values()) == {1.0}
