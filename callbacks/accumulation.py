@@ -73,7 +73,10 @@ class _Passes:
         if is_watched and self._marks == self._before:
             return
         self.samples.append(samples)
-        if not all(_is_sum(*pair, self._writes) for pair in zip(self._before, self._marks, strict=True)):
+        # A backward pass adds to a gradient once, or not at all; asked at every pass, so without a call for each.
+        most = self._writes
+        pairs = zip(self._before, self._marks, strict=True)
+        if [1 for b, a in pairs if b is not None and (a is None or a[0] != b[0] or a[1] - b[1] > most)]:
             self.changed.append(self.count)
 
     def is_untouched(self, writes: int) -> bool:
@@ -186,7 +189,8 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 def _marks(parameters: Sequence[Tensor]) -> _Marks:
     # Every write to a tensor raises its version, also one under no_grad.
     gradients = [p.grad for p in parameters]
-    return [None if g is None else (id(g), local(g)._version) for g in gradients]
+    plain = [g if g is None or type(g) is Tensor else local(g) for g in gradients]
+    return [None if g is None else (id(g), part._version) for g, part in zip(gradients, plain, strict=True)]
 
 
 @cache
@@ -200,11 +204,6 @@ def _writes_of_unscaling() -> int:
 def _are_zero(parameters: Sequence[Tensor]) -> bool:
     """Whether somebody has zeroed all gradients in place. Cost: a host read, where gradients were changed only."""
     return not any(bool(local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
-
-
-def _is_sum(before: tuple[int, int] | None, after: tuple[int, int] | None, writes: int) -> bool:
-    """Whether a backward pass has added to a gradient once, or not at all."""
-    return before is None or (after is not None and after[0] == before[0] and after[1] - before[1] <= writes)
 
 
 def _position(trainer: pl.Trainer) -> tuple[int, int]:

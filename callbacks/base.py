@@ -47,6 +47,11 @@ class DynamonCallback(pl.Callback):
         self._is_given = False  # whether a state was loaded between two fits, for the next one
 
     @property
+    def failures(self) -> int:
+        """What failed so far."""
+        return 0
+
+    @property
     def state_key(self) -> str:
         """The class name. Until ``setup`` has seen that there is only one, it is made unique, because
         Lightning's own message about two callbacks with one key does not say what to do.

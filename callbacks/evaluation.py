@@ -42,6 +42,7 @@ def evaluation(run: Run, owned: Mapping[str, Tensor], gathers: bool, moves: bool
         stack.enter_context(torch.enable_grad())
         stack.enter_context(at_rest(run.module))
         stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
+        stack.enter_context(_optimizers_untouched(run.trainer))
         stack.enter_context(trackers_muted())
         stack.enter_context(_loggers_muted(run.trainer))
         stack.enter_context(run.trainer.precision_plugin.train_step_context())
@@ -70,6 +71,34 @@ def trained_parameters(run: Run) -> dict[str, Tensor]:
     moving = {id(p) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
     tensors = {layer.name: layer.parameter for layer in run.all_layers}
     return {name: p for name, p in tensors.items() if p.requires_grad and id(p) in moving}
+
+
+@contextmanager
+def _optimizers_untouched(trainer: pl.Trainer) -> Iterator[None]:
+    """Rates that ``training_step`` sets, groups that it adds and schedulers that it steps are what they were."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    dicts: list[dict[Any, Any]] = [vars(scheduler) for scheduler in schedulers]
+    lists: list[list[Any]] = [values for held in dicts for values in held.values() if isinstance(values, list)]
+    for optimizer in trainer.optimizers:
+        groups = optimizer.param_groups
+        dicts += groups
+        lists += [groups, *(group["params"] for group in groups)]
+    tensors = [value for held in dicts for value in held.values() if isinstance(value, Tensor)]
+    saved = [(held, dict(held)) for held in dicts], [(held, list(held)) for held in lists]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for held, entries in saved[0]:
+            if held.keys() != entries.keys() or any(held[key] is not entries[key] for key in entries):
+                held.clear()
+                held.update(entries)
+        for held_list, items in saved[1]:
+            held_list[:] = items
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import compares_independent, scale_before_step, windows_of
 from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
-from dynamon.callbacks.layerwise_lr import reads_unclipped
+from dynamon.callbacks.layerwise_lr import is_read_by_callback
 from dynamon.callbacks.meter import Run
 from dynamon.gradients import GradientReader, GradientReadings
 from dynamon.layers import Layer, is_steerable
@@ -76,7 +76,7 @@ class GradientSource:
         layers = [la for la in run.all_layers if id(la.parameter) in self._own]
         rates = steering_of(optimizer)
         reads_all = rates is not None and rates.rule.needs_gradients and all(is_steerable(la) for la in layers)
-        shared = rates is not None and reads_all and reads_unclipped(run.trainer, run.module, rates)
+        shared = rates is not None and reads_all and is_read_by_callback(run.trainer, rates)
         self._rates: LayerwiseRates | None = rates if shared else None
         self._steered = self._rates is not None
         self._reader = gradient_reader(layers, optimizer_family(optimizer))
@@ -145,6 +145,11 @@ class GradientSource:
         """Have the gradients of the processes compared at the step to come."""
         self.reader.watch_ranks()
 
+    def give_up(self) -> None:
+        """What is to be read cannot be: leave no other process waiting."""
+        if not self._steered:  # the steering reads by itself
+            self._reader.give_up_ranks()
+
     def keep(self, run: Run, optimizer: Optimizer, moved: bool = False) -> None:
         """Keep gradients and weights of this step for a comparison at the next, see :meth:`keep_weights`."""
         if not self._steered:  # the steering keeps them itself
@@ -167,17 +172,13 @@ class GradientSource:
 
     def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
         """Read the gradients, and how far the weights have moved since those before."""
-        try:
-            windows = windows_of(run.trainer)
-            window = windows.before_step(run.trainer, run.module, optimizer)
-            self.reader.settle_part(windows.share(run.trainer, optimizer, window))
-            scale, local = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
-            if self._rates is not None:
-                self._observe(run, self._rates, scale, local, window)
-            pending = self.reader.read(scale, local_scale=local, window=window)
-        finally:
-            if not self._steered:  # the steering reads by itself
-                self.reader.give_up_ranks()
+        windows = windows_of(run.trainer)
+        window = windows.before_step(run.trainer, run.module, optimizer)
+        self.reader.settle_part(windows.share(run.trainer, optimizer, window))
+        scale, local = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
+        if self._rates is not None:
+            self._observe(run, self._rates, scale, local, window)
+        pending = self.reader.read(scale, local_scale=local, window=window)
         moved, steps, parts = self._measure_steps(run)
         readings = pending.wait()
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise

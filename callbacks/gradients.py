@@ -18,7 +18,7 @@ from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
-from dynamon.kernels import l2_norms
+from dynamon.kernels import l2_norms, widest_dtype
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.pairs import as_real
@@ -110,6 +110,7 @@ class GradientMeter(PairMeter):
                     self._used.pop(optimizer, None)
                     self._read[optimizer] = source.read(run, optimizer)
                 except Exception as error:
+                    source.give_up()
                     self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
                     raise
                 self._bin(run, optimizer)
@@ -390,7 +391,7 @@ def _clipped_norm(
 ) -> float | None:
     """The norm of the gradients that steps used; None where they are not those that were read, made smaller."""
     for r, u, row in zip(read, used, lengths, strict=True):
-        if u is None or (u.present != r.readings.present).any():
+        if u is None or (r.readings.present & ~u.present).any() or (u.present & ~r.readings.present & (row != 0)).any():
             return None
         if (row > r.readings.l2 * (1 + _GROWN)).any():
             return None
@@ -421,9 +422,10 @@ def _together(
 
 def _squares(read: SourceReading, used: UsedGradients | None) -> Tensor:
     """Sums of squares ``[L]`` of the parts here, zero where there is no gradient."""
-    squares = torch.zeros(len(read.layers), dtype=torch.float64, device=read.layers[0].parameter.device)
+    device = read.layers[0].parameter.device
+    squares = torch.zeros(len(read.layers), dtype=widest_dtype(device), device=device)
     if used is not None:
-        squares[torch.from_numpy(used.present).to(squares.device)] = used.lengths.double().square()
+        squares[torch.from_numpy(used.present).to(squares.device)] = used.lengths.to(squares).square()
     return squares
 
 

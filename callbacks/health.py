@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from dynamon.callbacks.base import callbacks_of
 from dynamon.callbacks.meter import Run
 from dynamon.health import SEVERITIES, Finding, findings
 from dynamon.history import History, RunData
-from dynamon.ranks import Ranks
 
 _SHARE = 0.01  # of the run's time, where measurements have no budget
 _OF_BUDGET = 0.1  # where they have one
@@ -97,16 +95,34 @@ def returned_loss(trainer: pl.Trainer, outputs: Any) -> float | None:
     return float(loss.detach()) * trainer.accumulate_grad_batches
 
 
-def mean_loss(loss: float | None, ranks: Ranks) -> float | None:
-    """The mean over the processes that have a loss, whose gradient they descend; None where none has one.
+class StepLoss:
+    """The loss of a batch: its mean over the processes that have one, whose gradient they descend.
 
-    Every process must call this at the same time.
+    It goes along with the first check of what several processes measure after the batch; where there is none, it takes
+    a reduction of its own. Before that nothing waits for the device.
+
+    Args:
+        run: The run.
+        outputs: As for :func:`returned_loss`.
     """
-    if not ranks.several:
-        return loss
-    own = torch.tensor([0.0 if loss is None else loss, float(loss is not None)], dtype=torch.float64)
-    total, count = ranks.sum_or_nan(lambda: own, 2).tolist()
-    return total / count if count else None
+
+    def __init__(self, run: Run, outputs: Any) -> None:
+        """Have it go along."""
+        self._run, self._outputs = run, outputs
+        run.ranks.take_along(self._sum_and_count)
+
+    def mean(self) -> float | None:
+        """The mean; None where no process has a loss. Every process must call this at the same time."""
+        total, count = self._run.ranks.brought()
+        return total / count if count else None
+
+    def end(self) -> None:
+        """Nobody asks any more."""
+        self._run.ranks.leave_behind()
+
+    def _sum_and_count(self) -> list[float]:
+        loss = returned_loss(self._run.trainer, self._outputs)
+        return [0.0, 0.0] if loss is None else [loss, 1.0]
 
 
 def histories_of(trainer: pl.Trainer) -> list[History]:

@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -573,20 +572,10 @@ def _noise_is_shown(trainer: pl.Trainer) -> bool:
     return any("noise/dual" in meter.quantities for meter in meters)
 
 
-def reads_unclipped(trainer: pl.Trainer, module: pl.LightningModule, rates: LayerwiseRates) -> bool:
-    """Whether steering reads the gradients that a monitor does, so that one of them can read for both.
+def is_read_by_callback(trainer: pl.Trainer, rates: LayerwiseRates) -> bool:
+    """Whether a steering callback reads an optimizer's gradients, as a monitor does: one of them can read for both.
 
-    The callback does. An optimizer that steers itself reads when its step begins, which is the same only where nothing
-    can touch the gradients in between.
+    An optimizer that steers itself reads when its step begins and knows no windows: a monitor that read for it would
+    change what it learns, and so the run.
     """
-    if any(isinstance(c, LayerwiseLR) and c.rates_for(rates.optimizer) is rates for c in callbacks_of(trainer)):
-        return True
-    if getattr(rates.optimizer, "rates", None) is not rates:  # its state is not saved with the optimizer
-        return False
-    others = [c for c in callbacks_of(trainer) if not isinstance(c, DynamonCallback)]
-    touched = is_overridden("configure_gradient_clipping", module) or trainer.gradient_clip_val
-    hooked = is_overridden("on_before_optimizer_step", module) or any(
-        type(c).on_before_optimizer_step is not pl.Callback.on_before_optimizer_step for c in others
-    )
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return not (touched or hooked or scaled) and trainer.world_size == 1 and module.automatic_optimization
+    return any(isinstance(c, LayerwiseLR) and c.rates_for(rates.optimizer) is rates for c in callbacks_of(trainer))

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget, overhead_of
-from dynamon.callbacks.health import HealthWatch, histories_of, mean_loss, returned_loss
+from dynamon.callbacks.decisions import ranks_of
+from dynamon.callbacks.health import HealthWatch, StepLoss, histories_of
 from dynamon.callbacks.meter import PAUSE_AFTER, Failures, Meter, Run, forget_frames
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.callbacks.stepping import SkippedSteps
@@ -59,12 +60,17 @@ class Monitor(DynamonCallback):
         self._make_meters = make_meters
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
         self._state: dict[str, Any] = {}
+        self._panels: Layout | None = None  # where somebody has set them
         self._forget()
 
     @property
     def panels(self) -> Layout:
         """Charts of what the meters measure, for TensorBoard's Custom Scalars tab."""
-        return combined([*(meter.panels for meter in self._meters), OVERHEAD])
+        return combined([*(meter.panels for meter in self._meters), OVERHEAD]) if self._panels is None else self._panels
+
+    @panels.setter
+    def panels(self, layout: Layout) -> None:
+        self._panels = layout
 
     def _forget(self) -> None:
         """Begin like new: a callback may see several fits."""
@@ -103,7 +109,9 @@ class Monitor(DynamonCallback):
 
     def paused(self, meter: Meter) -> bool:
         """Whether a meter failed too often in a row, and has not waited long enough to be tried again."""
-        return self._run is not None and self._in_a_row.rests(meter.name, self._run.step)
+        if not self._in_a_row.until or self._run is None:  # asked many times a step
+            return False
+        return self._in_a_row.rests(meter.name, self._run.step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the surroundings and say what is missing."""
@@ -157,7 +165,8 @@ class Monitor(DynamonCallback):
             return
         if trainer.barebones:
             return
-        run = Run(trainer, pl_module, self._budget, self._recorder, self._patterns)
+        with ranks_of(trainer, pl_module).measurement():  # off on all processes, or on none
+            run = Run(trainer, pl_module, self._budget, self._recorder, self._patterns)
         run.strict, run.steps_seen = self._strict, steps_seen
         lazy = [plain_name(name) for name, p in pl_module.named_parameters() if is_lazy(p)]
         if not run.layers and not lazy:
@@ -248,9 +257,13 @@ class Monitor(DynamonCallback):
         self.send_row(trainer)
 
     def _after_batch(self, trainer: pl.Trainer, outputs: Any) -> None:
-        if self._run is None or not self._run.steps.is_begun:
+        if self._run is None:
+            return
+        if not self._run.steps.is_begun:
+            self._skipped.see_none(self._run)
             return
         self._run.steps_seen += 1
+        loss = StepLoss(self._run, outputs)
         self._call_all("batch_end")
         self._run.forget_copies()
         if self._run.steps.may_have_stepped:
@@ -260,8 +273,9 @@ class Monitor(DynamonCallback):
         self._run.steps.end()
         if self._measured:
             with self._budget.watch():
-                self._record_loss(outputs)
+                self._record_loss(loss)
                 self._finish()
+        loss.end()
         if self._measured and self._watches_health(trainer):
             self._health.see(self._run, *histories_of(trainer))
         self._measured = False
@@ -279,12 +293,11 @@ class Monitor(DynamonCallback):
             self._detach()
             self._run = None
 
-    def _record_loss(self, outputs: Any) -> None:
+    def _record_loss(self, loss: StepLoss) -> None:
         """Beside the readings of a step, the loss it was taken for: the health rules rest on that."""
-        assert self._run is not None
-        loss = mean_loss(returned_loss(self._run.trainer, outputs), self._run.ranks)
-        if loss is not None:
-            self._recorder.scalars({LOSS_TAG: loss})
+        mean = loss.mean()
+        if mean is not None:
+            self._recorder.scalars({LOSS_TAG: mean})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""
@@ -301,6 +314,7 @@ class Monitor(DynamonCallback):
         self._end_meters()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there
+            self._skipped.see_none(self._run, is_over=True)
         self.send_row(trainer)
         self._last_look(trainer)
         for meter in self._meters:
@@ -337,8 +351,9 @@ class Monitor(DynamonCallback):
 
     def _detach(self) -> None:
         """Leave no hook on the optimizers."""
-        if getattr(self, "_run", None) is not None:
-            self._run.steps.remove()
+        run: Run | None = getattr(self, "_run", None)
+        if run is not None:
+            run.steps.remove()
 
     def _last_look(self, trainer: pl.Trainer) -> None:
         if self._run is not None and self._watches_health(trainer):

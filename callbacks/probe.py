@@ -18,6 +18,7 @@ from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, Sh
 from dynamon.curvature.fsdp import why_not_whole
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.effects import changes, outside_state
+from dynamon.kernels import widest_dtype
 from dynamon.probe import LossError, LossFn, NoLossError, training_loss
 from dynamon.ranks import ran_out_of_memory
 from dynamon.saved_batches import UnknownClassError, on_host
@@ -193,7 +194,7 @@ class ProbeMeter(Meter):
         numbers = [_numbers(kept) for kept in self._sets]
         full = [float(self._is_full(kept)) for kept in self._sets]
         known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
-        summed = torch.tensor([*known, *full], dtype=torch.float64, device=_where(run))
+        summed = torch.tensor([*known, *full], dtype=widest_dtype(_where(run)), device=_where(run))
         samples, *found = run.ranks.sum(summed).tolist()
         self.samples_in_all = None if math.isnan(samples) else int(samples)
         are_full = [count == run.ranks.size for count in found[len(numbers) :]]
@@ -282,7 +283,7 @@ class ProbeMeter(Meter):
 
     def _share(self, run: Run, weight: float) -> float:
         """What this process's loss counts in the mean over the processes that FSDP2 takes."""
-        total = run.ranks.sum(torch.tensor(weight, dtype=torch.float64, device=run.module.device))
+        total = run.ranks.sum(torch.tensor(weight, dtype=widest_dtype(run.module.device), device=run.module.device))
         return weight * run.ranks.size / float(total)
 
     def _weight_of(self, part: Any, samples: int | None) -> float:
@@ -334,7 +335,7 @@ class ProbeMeter(Meter):
 
     def _try_out(self, run: Run) -> bool:
         """Evaluate the loss on what has not been tried; whether the first set is good."""
-        found = torch.zeros(len(self._sets), 2, dtype=torch.float64, device=_where(run))
+        found = torch.zeros(len(self._sets), 2, dtype=widest_dtype(_where(run)), device=_where(run))
         for place, kept in enumerate(self._sets):
             found[place, 0] = float(any(not one.is_tried for one in kept))
         if run.ranks.several:

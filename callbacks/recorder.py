@@ -183,7 +183,9 @@ class Row:
     @staticmethod
     def of(trainer: pl.Trainer) -> "Row":
         """The one of a Trainer."""
-        return _rows.setdefault(trainer, Row())
+        if trainer not in _rows:
+            _rows[trainer] = Row()
+        return _rows[trainer]
 
     @property
     def is_empty(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dynamon.callbacks.meter import Run
 from dynamon.curvature.fsdp import is_rounded
+from dynamon.kernels import widest_dtype
 from dynamon.memory import basis_memory, free_memory
 from dynamon.pairs import real_dtype, real_size
 from dynamon.shards import is_sharded, local
@@ -63,7 +64,7 @@ def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, 
     density = density_vectors * sum(real_size(p) * max(real_dtype(p).itemsize, 4) for p in tensors)
     impossible = not gathers and not differences
     lacks = [impossible or size > limit for size in (needed, basis_memory(tensors, certify=True), density)]
-    lacks = run.ranks.maximum(torch.tensor(lacks, dtype=torch.float64, device=device)).bool().tolist()
+    lacks = run.ranks.maximum(torch.tensor(lacks, dtype=widest_dtype(device), device=device)).bool().tolist()
     solves, certifies, has_density = (not lack for lack in lacks)
     return Room(limit, needed, density, solves, certifies, has_density, gathers, differences)
 
@@ -71,7 +72,8 @@ def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, 
 def _are_gathered(run: Run, trained: Sequence[Tensor], k: int, limit: float) -> bool:
     """Whether whole parameters and vectors fit on every process; says so, or what happens instead."""
     needed = basis_memory(trained, k) + _WHOLE * sum(p.numel() * p.element_size() for p in trained)
-    too_much = torch.tensor(float(needed > limit), dtype=torch.float64, device=run.module.device)
+    device = run.module.device
+    too_much = torch.tensor(float(needed > limit), dtype=widest_dtype(device), device=device)
     fits = not bool(run.ranks.maximum(too_much))
     said = f"{needed / 2**30:.3g} GiB on each process, and {limit / 2**30:.3g} are allowed"
     if fits:

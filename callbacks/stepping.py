@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 _MANY = 50  # steps in a row: a scaler that begins at 2^16 has halved its scale to nothing by then
 _Told = Callable[[Optimizer], None]
+_NOT_FINITE = "gradients are not finite at any scale. Look at the loss, or train in bf16-mixed."
+_NOT_CALLED = (
+    "the module takes none. Look whether its optimizer_step hands the closure on, optimizer.step(closure=closure), and "
+    "whether gradients are still there when it does; in manual optimisation, whether step() is called."
+)
 
 
 class Steps:
@@ -184,14 +189,15 @@ class SkippedSteps:
     def __init__(self, name: str) -> None:
         """None seen."""
         self._name, self._said, self._in_a_row = name, False, 0
+        self._none_said = False
 
     def see(self, run: "Run") -> None:
         """A batch is over in which steps were begun; asks no device."""
         self._in_a_row = 0 if run.steps.may_have_stepped else self._in_a_row + 1
         if self._in_a_row == _MANY:
+            why = _NOT_FINITE if _scaler(run.trainer) is not None else _NOT_CALLED
             rank_zero_warn(
-                f"{self._name}: none of the last {_MANY} steps was taken, so nothing is learned or measured: gradients "
-                "are not finite at any scale. Look at the loss, or train in bf16-mixed."
+                f"{self._name}: none of the last {_MANY} steps was taken, so nothing is learned or measured: {why}"
             )
         if self._said or not self._in_a_row:
             return
@@ -200,6 +206,20 @@ class SkippedSteps:
             f"{self._name}: step {run.step} was not taken, by a gradient scaler that looks for its scale or by the "
             "module. Steps that are not taken have no readings; the next one that is stands in for them."
         )
+
+    def see_none(self, run: "Run", is_over: bool = False) -> None:
+        """No step was begun in a batch, or in the whole fit: say once where none ever was, and one was due.
+
+        By hand a window may be of any length, so that only the end tells.
+        """
+        due = 0 if is_over else _MANY * run.trainer.accumulate_grad_batches
+        is_due = run.steps.passes > due and (is_over or run.module.automatic_optimization)
+        if not run.steps_seen and is_due and not self._none_said:
+            self._none_said = True
+            rank_zero_warn(
+                f"{self._name}: no optimizer has taken a step in {run.steps.passes} backward passes, so nothing is "
+                f"learned or measured: {_NOT_CALLED}"
+            )
 
 
 def _scaler(trainer: pl.Trainer) -> object | None:

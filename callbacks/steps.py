@@ -23,10 +23,12 @@ from dynamon.curvature import (
     norm_sharpness,
 )
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.kernels import widened
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.optim import steering_of
 from dynamon.pairs import as_real
 from dynamon.panels import STEPS, shown
+from dynamon.probe import NoLossError
 from dynamon.shards import local
 
 STEP_TAGS: dict[str, dict[str, str]] = {
@@ -114,10 +116,14 @@ class StepMeter(Meter):
         if not is_there:
             return
         self._on_batch = True
-        with run.together(self.name), self._probe.evaluation(run) as params:
-            hessian = self._probe.batch_hessian(run, params, batch)
-            if self._is_trusted(hessian, hessian.gradient, "batch"):
-                self._batch = batch_sharpness([hessian])
+        try:
+            with run.together(self.name), self._probe.evaluation(run) as params:
+                hessian = self._probe.batch_hessian(run, params, batch)
+                if self._is_trusted(hessian, hessian.gradient, "batch"):
+                    self._batch = batch_sharpness([hessian])
+        except NoLossError:  # training skips this batch; with several processes it cannot
+            if run.ranks.several:
+                raise
         self._on_batch = False
 
     def make_room(self, run: Run) -> str | None:
@@ -186,8 +192,9 @@ class StepMeter(Meter):
 
     def _has_moved(self, run: Run) -> bool:
         """Whether the last step changed anything, on any process."""
-        moved = any(bool(step.any()) for step in self._update.values())
-        return bool(run.ranks.maximum(torch.tensor(float(moved), dtype=torch.float64, device=run.module.device)))
+        device = run.module.device
+        moved = [step.any().to(device) for step in self._update.values()]
+        return bool(run.ranks.maximum(widened(torch.stack(moved).any() if moved else torch.tensor(0.0, device=device))))
 
     def _directional(self, run: Run, params: FlatParameters) -> dict[str, float]:
         update = self._known_update(params)

@@ -1,5 +1,6 @@
 """How a row of readings is written to a logger, where trackers have ways of their own."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogg
 
 _X_AXIS = "trainer/global_step"  # what Lightning writes beside the metrics of a row
 _FORBIDDEN = re.compile(r"[^a-zA-Z0-9_/. -]")  # in MLflow's names
+_LONGEST = 250  # of MLflow's names
 
 
 class Writer:
@@ -43,13 +45,14 @@ class MLflowWriter(Writer):
 
     A character that MLflow removes is written as its code: ``a->b`` is ``a-_x3e_b``. A file store keeps a metric in a
     file and a group in a folder, so that ``lr/base`` and a metric ``lr`` of the user's exclude each other: there the
-    group is divided by a dot, ``lr.base``.
+    group is divided by a dot, ``lr.base``. The end of a name that MLflow finds too long, and refuses the whole row for,
+    is replaced by a code of that name.
     """
 
     def write(self, row: Mapping[str, float], step: int) -> None:
         """Write numbers by tag."""
-        in_files = _is_file_store(self.logger)
-        super().write({mlflow_name(tag, in_files): value for tag, value in row.items()}, step)
+        in_files, longest = _is_file_store(self.logger), _LONGEST - len(_prefix(self.logger))
+        super().write({mlflow_name(tag, in_files, longest): value for tag, value in row.items()}, step)
 
 
 class WandbWriter(Writer):
@@ -70,7 +73,7 @@ class WandbWriter(Writer):
         count = _row_count(run)
         if count is None:
             return super().write(row, step)
-        given = {f"{self._prefix()}{tag}": value for tag, value in row.items()}
+        given = {f"{_prefix(self.logger)}{tag}": value for tag, value in row.items()}
         run.log({**given, _X_AXIS: step}, commit=False)
         self._open_at = count
 
@@ -81,10 +84,6 @@ class WandbWriter(Writer):
         run, open_at, self._open_at = self.logger.experiment, self._open_at, None
         if _row_count(run) == open_at:
             run.log({}, commit=True)
-
-    def _prefix(self) -> str:
-        prefix = getattr(self.logger, "_prefix", "")
-        return f"{prefix}{self.logger.LOGGER_JOIN_CHAR}" if prefix else ""
 
 
 _WRITERS: dict[type[Logger], type[Writer]] = {
@@ -100,16 +99,25 @@ def writer_for(logger: Logger) -> Writer:
     return kind(logger)
 
 
-def mlflow_name(tag: str, in_files: bool = False) -> str:
+def mlflow_name(tag: str, in_files: bool = False, longest: int = _LONGEST) -> str:
     """A tag as MLflow takes it; different ones for different tags.
 
     Args:
         tag: The tag.
         in_files: Whether the store keeps metrics in files.
+        longest: Characters that a name may have.
     """
     group, _, name = tag.partition("/")
     name = name.replace("/", "_x2f_")  # a name inside a group is no group
-    return _FORBIDDEN.sub(lambda found: f"_x{ord(found[0]):x}_", f"{group}{'.' if in_files else '/'}{name}")
+    name = _FORBIDDEN.sub(lambda found: f"_x{ord(found[0]):x}_", f"{group}{'.' if in_files else '/'}{name}")
+    code = f"_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return name if len(name) <= longest else f"{name[: longest - len(code)]}{code}"
+
+
+def _prefix(logger: Any) -> str:
+    """What Lightning puts before each name."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""
 
 
 def _is_file_store(logger: Any) -> bool:

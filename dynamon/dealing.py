@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dynamon.kernels import widest_dtype
 from dynamon.ranks import Ranks
 from dynamon.shards import Gathering, batches, local
 
@@ -42,7 +43,7 @@ def dealt_out(
     """
     ranks = group if isinstance(group, Ranks) else Ranks(device, group)
     own = shares(costs, ranks.size)[ranks.rank]
-    packed = torch.zeros(rows * len(costs) + 1, dtype=torch.float64, device=device)
+    packed = torch.zeros(rows * len(costs) + 1, dtype=widest_dtype(device), device=device)
     table, failed = packed[:-1].view(rows, -1), packed[-1]
     cause: Exception | None = None
     try:
@@ -87,7 +88,8 @@ def measured_whole(
 
     Cost: each tensor goes to one process; a check for each round. Memory: those of one round, twice.
     """
-    table = torch.zeros(rows, len(items), dtype=torch.float64, device=local(likes[0]).device if likes else None)
+    device = local(likes[0]).device if likes else torch.device("cpu")
+    table = torch.zeros(rows, len(items), dtype=widest_dtype(device), device=device)
     sizes = [len(parts) * like.numel() for parts, like in zip(items, likes, strict=True)]
     for turn in batches(shares(costs, ranks.size), sizes):
         flat = [(i, rank, part) for rank, own in enumerate(turn) for i in own for part in items[i]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.kernels import widened
 from dynamon.names import word_runs
 
 _COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
@@ -53,15 +54,15 @@ def decay_assumption(optimizer: Optimizer) -> str | None:
     )
 
 
-def _least_decay(optimizer: Optimizer, group: Mapping[str, Any], p: Tensor) -> float:
-    """The rate x decay below which no weight of half precision changes; 0 where decay has no rounding of its own.
+def _least_decays(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[torch.dtype, float]:
+    """The rate x decay below which no weight of a dtype changes, for those of half precision.
 
     The largest weights of a binade have neighbours at a distance of half the dtype's eps, and come to themselves from
     half of that. Fused steps add decay and update before they round; of optimizers from elsewhere nothing is known.
     """
-    torchs = any(cls in _CLASSES for cls in type(optimizer).__mro__)
-    is_half = p.dtype in (torch.float16, torch.bfloat16)
-    return torch.finfo(p.dtype).eps / 4 if is_half and torchs and not group.get("fused") else 0.0
+    if group.get("fused") or not any(cls in _CLASSES for cls in type(optimizer).__mro__):
+        return {}
+    return {dtype: torch.finfo(dtype).eps / 4 for dtype in (torch.float16, torch.bfloat16)}
 
 
 def _known(optimizer: Optimizer) -> bool | None:
@@ -106,7 +107,8 @@ class DecayMemory:
             if isinstance(decay, Tensor) or decay:
                 decaying = [p for p in group["params"] if p.grad is not None and id(p) in names]
                 moving = [names[id(p)] for p in decaying]
-                self._least |= zip(moving, (_least_decay(optimizer, group, p) for p in decaying), strict=True)
+                least = _least_decays(optimizer, group)
+                self._least |= {names[id(p)]: least[p.dtype] for p in decaying if p.dtype in least}
                 step.append((moving, group.get("lr", math.nan) * decay))  # a new tensor, where the rate is one
 
     def after_steps(
@@ -137,21 +139,21 @@ class DecayMemory:
                 self._multiply(names, shrink.detach().reshape(()), scales)
             else:
                 for name, scale in zip(names, scales, strict=True):
-                    lost = shrink * scale if abs(shrink * scale) >= self._least[name] else 0.0
+                    lost = shrink * scale if abs(shrink * scale) >= self._least.get(name, 0.0) else 0.0
                     self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
 
     def _multiply(self, names: list[str], shrink: Tensor, scales: list[float]) -> None:
-        """A few launches for all layers of a group; in float64, since a factor of 1 - 1e-6 is lost in half of it."""
+        """A few launches for all layers of a group; in float64 if possible: half of it loses a factor of 1 - 1e-6."""
         if not names:
             return
-        wide = torch.float32 if shrink.device.type == "mps" else torch.float64
-        factors = list(torch._foreach_mul([shrink.to(wide)] * len(names), scales))
+        shrink = widened(shrink)
+        factors = list(torch._foreach_mul([shrink] * len(names), scales))
         for i, name in enumerate(names):
-            if self._least[name]:
+            if name in self._least:
                 factors[i] = factors[i] * (factors[i].abs() >= self._least[name])
         torch._foreach_neg_(factors)
         torch._foreach_add_(factors, 1.0)
-        left = [self._on_device(self._left.get(name, 1.0), shrink.device, wide) for name in names]
+        left = [self._on_device(self._left.get(name, 1.0), shrink.device, shrink.dtype) for name in names]
         self._left |= zip(names, torch._foreach_mul(left, factors), strict=True)
 
     @staticmethod

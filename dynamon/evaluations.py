@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,21 +24,33 @@ _ACTIVE: ContextVar[tuple[Rewindable, ...]] = ContextVar("dynamon_rewindable", d
 
 
 class RandomState:
-    """The random states of torch (CUDA included), numpy and python at construction, to draw the same numbers again."""
+    """The random states of torch (those of the accelerator too), numpy and python at construction, to draw again."""
 
     def __init__(self) -> None:
         """Read them."""
         self._host = torch.get_rng_state()
-        self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._devices = _accelerator_states()
         self._numpy, self._python = np.random.get_state(), random.getstate()
 
     def restore(self) -> None:
         """Have them again from here on."""
         torch.set_rng_state(self._host)
-        if self._devices:
-            torch.cuda.set_rng_state_all(self._devices)
+        for put_back, state in self._devices:
+            put_back(state)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
+
+
+def _accelerator_states() -> list[tuple[Callable[[Any], None], Any]]:
+    """The random states of all devices of the accelerator in use, and what sets them: one call, if it knows one."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return []
+    module: Any = getattr(torch, accelerator.type, None)
+    if not hasattr(module, "get_rng_state") or not getattr(module, "is_initialized", module.is_available)():
+        return []
+    every = "_all" if hasattr(module, "get_rng_state_all") else ""
+    return [(getattr(module, f"set_rng_state{every}"), getattr(module, f"get_rng_state{every}")())]
 
 
 class Evaluations:

@@ -27,7 +27,8 @@ _ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in hal
 class GradientReadings:
     """What one pass over the gradients found, on the host; arrays ``[L]`` in the order of the layers.
 
-    A layer without a gradient has NaN for everything but ``present``, ``compared`` and ``nonfinite``, which is 0.
+    A layer without a gradient, or one that is not trained and has zeros in its place, has NaN for everything but
+    ``present``, ``compared`` and ``nonfinite``, which is 0.
 
     Attributes:
         present: Whether the layer had a gradient at all.
@@ -125,9 +126,12 @@ class PendingReadings:
         known = self.known
         table = np.full((_ROWS, len(known.present)), np.nan)
         table[3] = 0.0
-        rows = self._host.double().numpy()
+        rows = self._host.cpu().double().numpy()
         table[:, known.present] = rows[:_ROWS]
         compared, parted = known.compared, known.parted
+        empty = known.frozen & (table[0] == 0)  # zeros that are left over, where gradients are not set to None
+        table[:, empty], table[3, empty] = np.nan, 0.0
+        present = known.present & ~empty
         if len(rows) > _ROWS:
             agreed_on = np.zeros((2, len(known.present)), bool)
             agreed_on[:, known.present] = rows[_ROWS:] > 0
@@ -136,7 +140,7 @@ class PendingReadings:
         table[7:9, ~parted] = np.nan
         l1, l2, dual, nonfinite, change_dual, change_l2, inner, independent_dual, independent_l2 = table[:9]
         return GradientReadings(
-            known.present,
+            present,
             l1,
             l2,
             dual,
@@ -159,7 +163,7 @@ class GradientReader:
 
     Args:
         layers: The layers, each with a floating parameter; sparse gradients are made dense.
-        family: The optimizer's geometry, see :func:`dynamon.norms.optimizer_family`; with the layer's role it
+        family: The optimizer's geometry, see :func:`dynamon.geometry.optimizer_family`; with the layer's role it
             chooses the norm whose dual is taken.
 
     The gradient of one step before is stored (one copy, in the gradient's dtype) while differences are
@@ -209,6 +213,10 @@ class GradientReader:
         """Compare this step's gradients with no others."""
         self._previous, self._stored_at = {}, -1
 
+    def follow_trends(self) -> None:
+        """From here on tell changes that go on from noise."""
+        self.trends = Trends(len(self.layers), self.layers[0].parameter.device) if self.layers else None
+
     def store(self, scale: float = 1.0, window: Window | None = None) -> None:
         """Keep this step's gradients, for a difference at the next step, without measuring them.
 
@@ -218,7 +226,9 @@ class GradientReader:
         """
         if self._stored_at == self.step:
             return
-        self._previous = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
+        frozen = self._frozen()
+        gradients = enumerate(self._gradients(scale))
+        self._previous = {index: g.clone() for index, g in gradients if g is not None and not frozen[index]}
         self._stored_at, self._stored_window = self.step, window
 
     def store_part(self, share: float, scale: float = 1.0) -> None:
@@ -319,8 +329,14 @@ class GradientReader:
         return gradients
 
     def _comparable(self, window: Window | None) -> dict[int, Tensor]:
-        """The gradients of one step before, if they were accumulated over a window like this one."""
-        return self._previous if self._stored_at == self.step - 1 and self._stored_window == window else {}
+        """The gradients of one step before, if they were accumulated over a window like this one.
+
+        What is left in ``.grad`` of a layer that is not trained is compared with nothing, now or later.
+        """
+        if self._stored_at != self.step - 1 or self._stored_window != window:
+            return {}
+        frozen = self._frozen()
+        return {index: g for index, g in self._previous.items() if not frozen[index]}
 
     def _frozen(self) -> Array:
         return np.array([not layer.parameter.requires_grad for layer in self.layers], bool)
@@ -339,7 +355,8 @@ class GradientReader:
         special_change = self._special_duals(indices, changes(current, previous))
         special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
         stats = gradient_stats(current, previous, self._wide)
-        self._previous = dict(zip(indices, previous, strict=True))
+        frozen = self._frozen()
+        self._previous = {i: p for i, p in zip(indices, previous, strict=True) if not frozen[i]}
         self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
@@ -357,7 +374,7 @@ class GradientReader:
         shared = [] if alike is None else [alike.to(own[0]).expand_as(own[0]), torch.ones_like(own[0])]
         trend = self._trend(followed, products, indices, shared[0][:1] if shared else None)
         rows = torch.stack([*own, *independent, trend.to(own[0]), *shared])
-        known = Known(present, compared, parted, self._rounding(), self._frozen(), window)
+        known = Known(present, compared, parted, self._rounding(), frozen, window)
         return PendingReadings(rows, known, has_dual)
 
     def _followed(self, compared: Array, present: Array) -> list[int]:
@@ -418,15 +435,14 @@ class GradientReader:
 
     def _both_norms(self, tensors: list[Tensor | None]) -> Tensor:
         """Dual and Euclidean norms ``[2, L]`` in float64, zero where there is no tensor."""
-        found = torch.zeros(2, len(tensors), dtype=torch.float64, device=self.layers[0].parameter.device)
+        found = torch.zeros(2, len(tensors), dtype=self._wide, device=self.layers[0].parameter.device)
         indices = [i for i, t in enumerate(tensors) if t is not None]
         given = [t for t in tensors if t is not None]
         if given:
             stats = gradient_stats(given, None, self._wide)
             l2 = stats.sum_squares.sqrt()
-            found[:, indices] = torch.stack(
-                [self._duals(indices, stats.l1, l2, self._special_duals(indices, given)), l2]
-            ).double()
+            duals = self._duals(indices, stats.l1, l2, self._special_duals(indices, given))
+            found[:, indices] = torch.stack([duals, l2]).to(found)
         return found
 
     @property
@@ -495,7 +511,7 @@ class GradientReader:
         self._stored_at = self.step if self._previous else -1
         if self.trends is not None:
             names = [layer.name for layer in self.layers]
-            self.trends.load_state_dict(state.get("trends", {}), names, self.layers[0].parameter.device)
+            self.trends.load_state_dict(state.get("trends", {}), names)
         windows = state.get("windows", {})
         self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynamon.arrays import Array
+from dynamon.kernels import widest_dtype
 from dynamon.ranks import Ranks
 from dynamon.totals import Totals
 
@@ -111,11 +112,11 @@ def _rebased(counts: Tensor, shift: Tensor) -> Tensor:
 
 def histograms(table: Tensor) -> list[Histogram]:
     """Read the T rows of a table that :func:`histogram_table` made."""
-    return [_read(row) for row in table.double().cpu().numpy()]
+    return [_read(row) for row in table.cpu().double().numpy()]
 
 
 def _row(entries: Tensor) -> Tensor:
-    wide = torch.float32 if entries.device.type == "mps" else torch.float64
+    wide = widest_dtype(entries.device)
     if not entries.numel():
         return torch.zeros(_BINS + 7, dtype=wide, device=entries.device)
     chunks = [chunk.float() for chunk in entries.split(_CHUNK)]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dynamon.kernels import widest_dtype
 from dynamon.layers import Layer
 from dynamon.pairs import as_real
 
@@ -114,7 +115,7 @@ class LocalGradients:
 
     def _empty(self) -> Tensor:
         device = self._layers[0].parameter.device
-        return torch.zeros(2 * len(self._layers) + 2, dtype=torch.float64, device=device)
+        return torch.zeros(2 * len(self._layers) + 2, dtype=widest_dtype(device), device=device)
 
     def _differences(self, means: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
         found: list[Tensor | None] = []

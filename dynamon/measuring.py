@@ -100,8 +100,8 @@ def _gradients(layers: list[Layer], operator: HessianOperator, optimizer: Optimi
             p.grad = g.to(p.dtype) if is_there else None
         found = GradientReader(layers, family).read().wait()
     finally:
-        for p, g in zip(params, kept, strict=True):
-            p.grad = g
+        for p, own in zip(params, kept, strict=True):
+            p.grad = own
     names = [layer.name for layer in layers]
     return {
         "gradient/norm": float((found.l2[found.present] ** 2).sum() ** 0.5),

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dynamon.geometry import FAMILIES
 from dynamon.geometry import optimizer_family as optimizer_family
-from dynamon.kernels import l2_along, nuclear_norm
+from dynamon.kernels import decomposable, l2_along, nuclear_norm
 from dynamon.layers import Layer
 
 
@@ -223,15 +223,15 @@ def _window(layer: Layer) -> float:
 
 def _sigma_max(w: Tensor) -> Tensor:
     clean, finite = _without_nonfinite(_wide(w))
-    sigma = torch.linalg.matrix_norm(clean, ord=2)
+    sigma = torch.linalg.matrix_norm(decomposable(clean), ord=2).to(w.device)
     return torch.where(finite, sigma, torch.full_like(sigma, torch.nan))
 
 
 def _polar(g: Tensor) -> Tensor:
     clean, finite = _without_nonfinite(_wide(g))
-    u, s, vh = torch.linalg.svd(clean, full_matrices=False)
+    u, s, vh = torch.linalg.svd(decomposable(clean), full_matrices=False)
     keep = s > s[..., :1] * torch.finfo(s.dtype).eps * max(g.shape[-2:])
-    factor = (u * keep.to(u.dtype)[..., None, :]) @ vh
+    factor = ((u * keep.to(u.dtype)[..., None, :]) @ vh).to(g.device)
     return torch.where(finite[..., None, None], factor, torch.full_like(factor, torch.nan))
 
 

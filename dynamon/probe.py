@@ -34,13 +34,13 @@ class NoLossError(LossError):
 def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Leave no trace of what happens inside on the module or on any random stream.
 
-    Put back at exit: the random streams of torch (CPU and all CUDA devices), numpy and python; every parameter and
-    buffer; train and eval modes; every plain attribute of every submodule (numbers, strings, tensors, arrays, random
-    generators, and the contents of lists, dicts, sets and deques, nested ones too), which covers counters, collected
-    outputs, averaged teachers and the states of torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad`` is
-    None inside and what it was at exit. Compiled code runs uncompiled, so that training keeps the graphs it has. Not
-    covered: files, dataloader iterators and objects of the user's own classes. Memory: one copy of parameters and
-    buffers.
+    Put back at exit: the random streams of torch (CPU and all devices of the accelerator), numpy and python; every
+    parameter and buffer; submodules that joined, left or were replaced; train and eval modes; every plain attribute of
+    every submodule (numbers, strings, tensors, arrays, random generators, and the contents of lists, dicts, sets and
+    deques, nested ones too), which covers counters, collected outputs, averaged teachers and states of torchmetrics.
+    ``log`` and ``log_dict`` do nothing inside. ``.grad`` is None inside and what it was at exit. Compiled code runs
+    uncompiled, so that training keeps the graphs it has. Not covered: files, dataloader iterators and objects of the
+    user's own classes. Memory: one copy of parameters and buffers.
 
     The operators and searches of :mod:`dynamon.curvature` that are used inside have all of this, but for the weights
     themselves, put back between any two evaluations of the loss too: a layer that moves a buffer in every forward pass
@@ -52,6 +52,7 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
             streams.
     """
     modules = list(module.modules())
+    classes = [type(m) for m in modules]  # parametrizations exchange them
     saved = [_snapshot(m) for m in modules]
     gradients = [(p, p.grad) for p in module.parameters()]
     outside = RandomState()
@@ -71,8 +72,10 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
         for p, grad in gradients:
             p.grad = grad
         outside.restore()
-        for m, snapshot in zip(modules, saved, strict=True):
+        for m, cls, snapshot in zip(modules, classes, saved, strict=True):
             _put_back(m, *snapshot)
+            if type(m) is not cls:
+                m.__class__ = cls
 
 
 class _State:
@@ -82,10 +85,11 @@ class _State:
         self._saved, self._random = saved, RandomState()
         # Whoever moves weights puts them back. A loss that writes to others (an averaged teacher's) does not.
         self._trained = {id(p) for m, *_ in saved for p in m._parameters.values() if p is not None and p.requires_grad}
+        self._trained |= {id(m._parameters) for m, *_ in saved}  # whole ones stand in for sharded ones meanwhile
 
     def rewind(self) -> Callable[[], None] | None:
         """Have it again, and return what has it as it is now, but for random numbers."""
-        now = [(m, *_put_back(m, *snapshot, self._trained, marks=False)) for m, *snapshot in self._saved]
+        now = [(m, *_put_back(m, then, held, self._trained, marks=False)) for m, then, held in self._saved]
         self._random.restore()
         now = [(m, attributes, contents) for m, attributes, contents in now if attributes or contents]
 
@@ -161,6 +165,7 @@ def _say_nothing(*_: Any, **__: Any) -> None:
 _CONTAINERS = (list, dict, set, deque)
 _SEARCHED = 1000  # what is inside longer containers (a data set, say) is not looked for
 _STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
+_REGISTRIES = "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
 
 
 def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
@@ -172,7 +177,7 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
             _remember(value, contents)
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         _remember(tensor, contents)
-    for registry in (module._buffers, module._non_persistent_buffers_set):
+    for registry in (getattr(module, name) for name in _REGISTRIES):
         contents[id(registry)] = registry, _entries(registry)
     return attributes, contents
 

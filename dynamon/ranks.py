@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dynamon.kernels import widest_dtype
+
 _NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 _LETTERS = 200  # bytes of a failed process's message that the others get to see
 
@@ -46,6 +48,8 @@ class Ranks:
     def __init__(self, device: torch.device, group: Any = None, alone: bool = False) -> None:
         """Remember who takes part."""
         self._device, self.group = device, group
+        self._said_along: Callable[[], list[float]] | None = None
+        self._brought: list[float] | None = None
         self.size = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
 
@@ -83,7 +87,7 @@ class Ranks:
         Raises:
             Exception: What ``measure`` raised, on this process only.
         """
-        packed = torch.zeros(count + 1, dtype=torch.float64, device=self._device)
+        packed = torch.zeros(count + 1, dtype=widest_dtype(self._device), device=self._device)
         error: Exception | None = None
         try:
             packed[:-1] = measure().reshape(-1)
@@ -100,7 +104,7 @@ class Ranks:
         """The weighted mean of a 0-d tensor over the processes, in its dtype, without graph."""
         if not self.several:
             return value
-        pair = torch.tensor([float(value) * weight, weight], dtype=torch.float64, device=self._device)
+        pair = torch.tensor([float(value) * weight, weight], dtype=widest_dtype(self._device), device=self._device)
         total, weights = self.sum(pair).tolist()
         return torch.tensor(total / weights, dtype=value.dtype, device=value.device)
 
@@ -108,7 +112,7 @@ class Ranks:
         """What the first process gives, on all of them. It must not fail: there is no check before it."""
         if not self.several:
             return values
-        said = torch.tensor(values, dtype=torch.float64, device=self._device)
+        said = torch.tensor(values, dtype=widest_dtype(self._device), device=self._device)
         dist.broadcast(said, group=self.group, group_src=0)
         return said.tolist()
 
@@ -120,6 +124,31 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, item, group=self.group)
         return found
+
+    def take_along(self, say: Callable[[], list[float]]) -> None:
+        """Have numbers summed over the processes by the next check, at no message of their own.
+
+        Every process must call this at the same time, and then perhaps :meth:`brought`.
+
+        Args:
+            say: Gives the numbers, as many on every process. It is called when they are needed and must not fail.
+        """
+        self._said_along, self._brought = say, None
+
+    def brought(self) -> list[float]:
+        """The sums of what was taken along last; where there was no check since, by a reduction for them alone."""
+        if self._brought is None:
+            assert self._said_along is not None
+            own, self._said_along = self._said_along(), None
+            packed = torch.tensor(own, dtype=widest_dtype(self._device), device=self._device)
+            if self.several:
+                dist.all_reduce(packed, group=self.group)
+            self._brought = packed.tolist()
+        return self._brought
+
+    def leave_behind(self) -> None:
+        """Take nothing along any more."""
+        self._said_along = self._brought = None
 
     def check(self) -> None:
         """Go on only if all processes are well.
@@ -158,9 +187,12 @@ class Ranks:
     def _count(self, error: Exception | None) -> tuple[int, int]:
         """How many processes have failed, and how many of them for want of memory."""
         counts = [float(error is not None), float(error is not None and ran_out_of_memory(error))]
-        packed = torch.tensor(counts, dtype=torch.float64, device=self._device)
+        say, self._said_along = self._said_along, None
+        own = [] if say is None else say()
+        packed = torch.tensor([*counts, *own], dtype=widest_dtype(self._device), device=self._device)
         dist.all_reduce(packed, group=self.group)
-        failed, memory = packed.tolist()
+        failed, memory, *brought = packed.tolist()
+        self._brought = self._brought if say is None else brought
         return int(failed), int(memory)
 
     def _raise_if_failed(self, counts: tuple[int, int]) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 from dynamon.arrays import Array
 from dynamon.dealing import measured_whole
 from dynamon.gradients import GradientReader, Known, PendingReadings, changes
-from dynamon.kernels import gradient_stats
+from dynamon.kernels import gradient_stats, widest_dtype
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
+from dynamon.sharded_trends import ShardedTrends
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
 from dynamon.windows import Window
@@ -119,6 +120,10 @@ class ShardedGradientReader(GradientReader):
         self._totals = Totals(parameters, self._ranks, sums=_SUMS, dealt=dealt)
         self._constants: dict[tuple[float, ...], Tensor] = {}
 
+    def follow_trends(self) -> None:
+        """From here on tell changes that go on from noise."""
+        self.trends = ShardedTrends([layer.parameter for layer in self.layers], self._ranks)
+
     def watch_ranks(self, group: Any = None) -> None:
         """Not here.
 
@@ -175,18 +180,19 @@ class ShardedGradientReader(GradientReader):
         indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
         if self.trends is not None:  # of all layers: the processes must agree on which ones
-            own, before = [[_filled(t(i)) for i in self._everything] for t in (here.own, here.before)]
+            own, before = [[t(i) for i in self._everything] for t in (here.own, here.before)]
             found.sums[8:] = self.trends.products(self._everything, own, before).to(found.sums)
-        stats = gradient_stats(current, previous, dtype=torch.float64)
+        stats = gradient_stats(current, previous, dtype=widest_dtype(self._totals.device))
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
-        self._previous = dict(zip(indices, kept, strict=True))
+        frozen = self._frozen()
+        self._previous = {i: p for i, p in zip(indices, kept, strict=True) if not frozen[i]}
         self._stored_at, self._stored_window = self.step, window
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         own = [stats.l1, stats.sum_squares, stats.nonfinite]
         change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
         found.sums[:6].index_copy_(1, places, torch.stack([*own, *change]).to(found.sums))
         if here.halves:
-            stats = gradient_stats([_filled(here.between(i)) for i in indices], dtype=torch.float64)
+            stats = gradient_stats([_filled(here.between(i)) for i in indices], dtype=widest_dtype(self._totals.device))
             found.sums[6:8].index_copy_(1, places, torch.stack([stats.l1, stats.sum_squares]).to(found.sums))
         return found
 
@@ -200,7 +206,9 @@ class ShardedGradientReader(GradientReader):
         if key not in self._constants:
             if len(self._constants) > _MOST_CONSTANTS:
                 self._constants.clear()
-            self._constants[key] = torch.tensor(key, dtype=torch.float64, device=self._totals.device)
+            self._constants[key] = torch.tensor(
+                key, dtype=widest_dtype(self._totals.device), device=self._totals.device
+            )
         return self._constants[key]
 
     def _dealt_duals(self, here: _Parts, wanted: Sequence[int]) -> Tensor:
@@ -210,7 +218,7 @@ class ShardedGradientReader(GradientReader):
         def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
             layers = [self.layers[self._special[i]] for i in chosen]
             norms = [self.norms[self._special[i]] for i in chosen]
-            rows = torch.zeros(_DUALS, len(chosen), dtype=torch.float64, device=self._totals.device)
+            rows = torch.zeros(_DUALS, len(chosen), dtype=widest_dtype(self._totals.device), device=self._totals.device)
             for position, row in enumerate(wanted):
                 rows[row] = torch.stack(dual_norms(layers, norms, [tensors[position] for tensors in wholes])).to(rows)
             return rows
@@ -234,7 +242,7 @@ class ShardedGradientReader(GradientReader):
             )
         )
         agreed = [(flags == self._ranks.size).to(l1) for flags in found.dealt[:_FLAGS]]
-        trend = found.sums[8] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:])
+        trend = found.sums[8] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:], agreed[0])
         return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, trend, *agreed])
 
     def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
@@ -260,7 +268,7 @@ class ShardedGradientReader(GradientReader):
             return {"previous": {}}
         parts = {self.layers[i].name: g for i, g in self._previous.items()}
         whole = saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)
-        return {"previous": whole, "windows": self._saved_windows()}
+        return {"previous": whole, "windows": self._saved_windows(), **self._saved_trends()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this process's part of a stored gradient; names and shapes that no longer exist are left out."""

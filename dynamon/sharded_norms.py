@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynamon.dealing import measured_whole
-from dynamon.kernels import l2_norms
+from dynamon.kernels import l2_norms, widest_dtype
 from dynamon.layers import Layer
 from dynamon.norms import Norm
 from dynamon.pairs import as_real
@@ -44,7 +44,8 @@ def largest_here(layers: Sequence[Layer], norms: Sequence[Norm], parts: Sequence
         norms: The norm of each.
         parts: What this process holds of a tensor of each.
     """
-    found = torch.zeros(len(layers), dtype=torch.float64, device=parts[0].device if parts else None)
+    device = parts[0].device if parts else torch.device("cpu")
+    found = torch.zeros(len(layers), dtype=widest_dtype(device), device=device)
     for i, (layer, norm, part) in enumerate(zip(layers, norms, parts, strict=True)):
         if part.numel() and is_maximum(layer, norm):
             found[i] = norm.primal(part).amax()
@@ -53,7 +54,7 @@ def largest_here(layers: Sequence[Layer], norms: Sequence[Norm], parts: Sequence
 
 def squares_here(parts: Sequence[Tensor]) -> Tensor:
     """Sums of squares of the entries of T parts ``[T]``, in float64."""
-    return l2_norms(parts).double().square()
+    return l2_norms(parts).square()
 
 
 def primal(layers: Sequence[Layer], norms: Sequence[Norm], squares: Tensor, largest: Tensor, whole: Tensor) -> Tensor:

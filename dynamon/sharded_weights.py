@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dynamon.dealing import measured_whole
+from dynamon.kernels import widened, widest_dtype
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.pairs import as_real
@@ -74,8 +75,8 @@ class _Here:
     def sums(self) -> Tensor:
         step, start = self.step.reshape(-1), self._start.reshape(-1)
         last = torch.zeros_like(step) if self._step_before is None else self._step_before.reshape(-1)
-        squares, wide = squares_here([self.weight, start, step, last]), step.double()
-        return torch.cat([squares, torch.stack([torch.dot(start.double(), wide), torch.dot(wide, last.double())])])
+        squares, wide = squares_here([self.weight, start, step, last]), widened(step)
+        return torch.cat([squares, torch.stack([torch.dot(widened(start), wide), torch.dot(wide, widened(last))])])
 
     def gathered(self) -> list[Tensor]:
         """What its norms take whole: the weight, and where its norm by role is one of the matrix, its step."""
@@ -91,13 +92,13 @@ def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
         spectra = per_stack(by_shape(stacks, spectral_extremes), [len(stack) for stack in stacks])
         rows = [spectra.sigma_max, spectra.sigma_lower, spectra.sigma_upper, spectra.stable_rank]
         stepping = [position for position, tensors in enumerate(wholes) if len(tensors) > 1]
-        norms = torch.zeros(2, len(chosen), dtype=torch.float64, device=rows[0].device)
+        norms = torch.zeros(2, len(chosen), dtype=widest_dtype(rows[0].device), device=rows[0].device)
         if stepping:
             own = [layers[position] for position in stepping]
             steps = [wholes[position][1] for position in stepping]
             norms[0, stepping] = _by_role(own, [layer.parameter for layer in own], spectra.sigma_max[stepping])
             norms[1, stepping] = _by_role(own, steps, _largest_of(own, steps))
-        return torch.cat([torch.stack(rows).double(), norms])
+        return torch.cat([widened(torch.stack(rows)), norms])
 
     costs = [part.layer.parameter.numel() * min(part.layer.matrix_shape[1:]) for part in here]
     likes = [part.layer.parameter for part in here]
@@ -116,7 +117,7 @@ def _by_role(layers: Sequence[Layer], tensors: Sequence[Tensor], sigmas: Tensor)
         operator_norm(layer).primal(tensor) if factor is None else sigma * factor
         for layer, tensor, sigma, factor in zip(layers, tensors, sigmas, factors, strict=True)
     ]
-    return torch.stack([norm.double() for norm in norms])
+    return torch.stack([widened(norm) for norm in norms])
 
 
 def _readings(layers: Sequence[Layer], found: Found, processes: int) -> tuple[WeightReadings, Tensor]:
@@ -127,7 +128,7 @@ def _readings(layers: Sequence[Layer], found: Found, processes: int) -> tuple[We
     operator = primal(layers, norms, weight, found.maxima[0], whole)
     update = _where(moved, primal(layers, norms, step, found.maxima[1], whole_step))
     is_matrix = torch.tensor([layer.role != "vector" for layer in layers], device=sigma.device)
-    sizes = torch.tensor([layer.size for layer in layers], dtype=torch.float64, device=sigma.device)
+    sizes = torch.tensor([layer.size for layer in layers], dtype=widest_dtype(sigma.device), device=sigma.device)
     readings = WeightReadings(
         operator=operator,
         frobenius=weight.sqrt(),

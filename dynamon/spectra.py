@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dynamon.kernels import gram_iteration, top_singular
+from dynamon.kernels import decomposable, gram_iteration, top_singular
 from dynamon.tails import power_law
 
 _SMALL = 1e-6  # entries between this and its inverse have squares that neither vanish nor overflow
@@ -75,9 +75,9 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
             (7e-3 for n = 768 in float32) count as zero, and the condition number is NaN where the smallest is.
 
     Returns:
-        :class:`WeightSpectrum` in float32 (float64 for float64 weights or ``exact``), on the weight's device.
-        NaN where the weight holds NaN or infinity. A zero matrix has singular values of zero and no ranks, condition or
-        tail: these are NaN.
+        :class:`WeightSpectrum` in float32 (float64 for float64 weights or ``exact``), on the weight's device
+        if that is a CPU or CUDA, else on the host. NaN where the weight holds NaN or infinity. A zero matrix has
+        singular values of zero and no ranks, condition or tail: these are NaN.
 
     Raises:
         ValueError: If ``weight`` is not floating point, has fewer than two dimensions or is empty.
@@ -86,6 +86,7 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
     device. Two to five times faster than singular values. :func:`spectral_extremes` is cheaper and does not wait.
     """
     _check(weight)
+    weight = decomposable(weight)
     work = weight.double() if exact or weight.dtype == torch.float64 else weight.float()
     scale = torch.linalg.vector_norm(work, torch.inf, dim=(-2, -1))
     finite = torch.isfinite(scale)

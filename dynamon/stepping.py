@@ -1,7 +1,7 @@
 """What optimizers really do: which steps are taken, how often a closure runs in one, and which gradients are used."""
 
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -73,7 +73,8 @@ class StepWatch:
         evaluations: Evaluations in the last step; 1 where there was no closure.
         outcomes: For each step that came to its end since :meth:`clear`, the tensor that is not zero where it left the
             weights alone, on its device; None where nobody said.
-        is_blind: Whether its steps cannot be watched: the class never called ``Optimizer.__init__``, or is compiled.
+        is_blind: Whether its steps cannot be watched: neither its class nor that of one inside of it ever called
+            ``Optimizer.__init__``, or it is compiled.
         is_announced: Whether somebody has said that the step is about to be taken.
     """
 
@@ -83,18 +84,16 @@ class StepWatch:
         """Attach to the steps."""
         self._begins, self._uses = begins, uses
         self._nesting = Nesting()
-        self.is_blind = False
         self.evaluations = 1
         self.clear()
         self._handles: list[Any] = []
         for each in (optimizer, *wrapped_optimizers(optimizer)):
-            if hasattr(each, "_optimizer_step_pre_hooks"):
+            if runs_hooks(each):
                 self._handles += [
                     each.register_step_pre_hook(self._before),
                     each.register_step_post_hook(self._after),
                 ]
-            else:  # a class that never called Optimizer's __init__
-                self.is_blind |= each is optimizer
+        self.is_blind = not self._handles
 
     def clear(self) -> None:
         """Begin anew: no step was taken."""
@@ -206,6 +205,16 @@ def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
                 found.append(value)
                 waiting.append(value)
     return found[1:]
+
+
+def runs_hooks(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's steps run hooks.
+
+    Wrappers that never call ``Optimizer.__init__`` have nothing that would run them, whatever they put in their place.
+    """
+    places = (getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+    step = getattr(type(optimizer), "step", None)
+    return getattr(step, "hooked", False) and all(isinstance(place, OrderedDict) for place in places)
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynamon.kernels import in_double
+
 _SMALLEST_TAIL = 10  # eigenvalues in a tail that is worth a fit
 _CANDIDATES = 64  # places where the tail may begin
 _LILLIEFORS = 1.075  # 5 % critical value of the exponential Lilliefors test, times the square root of the count
@@ -40,11 +42,12 @@ def power_law(eigenvalues: Tensor) -> PowerLaw:
         eigenvalues: ``[..., n]``, not negative, in any order: squared singular values.
 
     Returns:
-        :class:`PowerLaw` in float64; NaN for spectra that hold NaN, and for too few positive eigenvalues.
+        :class:`PowerLaw` in float64, on the host where the device has none; NaN for spectra that hold NaN, and for too
+        few positive eigenvalues.
 
     Cost: ``64 n`` numbers a spectrum; no host synchronisation.
     """
-    values = eigenvalues.double().sort(-1, descending=True).values
+    values = in_double(eigenvalues).sort(-1, descending=True).values
     if values.shape[-1] < _SMALLEST_TAIL:
         nothing = torch.full(values.shape[:-1], torch.nan, dtype=torch.float64, device=values.device)
         return PowerLaw(nothing, nothing, torch.zeros_like(nothing), nothing)

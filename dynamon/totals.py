@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dynamon.kernels import widest_dtype
 from dynamon.ranks import Ranks
 from dynamon.shards import local
 
@@ -45,15 +46,16 @@ class Totals:
         """Count what is held here."""
         parts = [local(like.detach()) for like in likes]
         self.device = parts[0].device
-        self._held = torch.tensor([float(part.numel()) for part in parts], dtype=torch.float64, device=self.device)
+        self._wide = widest_dtype(self.device)
+        self._held = torch.tensor([float(part.numel()) for part in parts], dtype=self._wide, device=self.device)
         sizes = [float(like.numel()) for like in likes]
-        self._sizes = torch.tensor(sizes, dtype=torch.float64, device=self.device)
+        self._sizes = torch.tensor(sizes, dtype=self._wide, device=self.device)
         self._ranks, self._shape = ranks, (sums, maxima, dealt)
 
     def empty(self) -> Found:
         """Zeros, to be filled with what is found here."""
         shape = [(rows, len(self._sizes)) for rows in self._shape]
-        return Found(*(torch.zeros(each, dtype=torch.float64, device=self.device) for each in shape))
+        return Found(*(torch.zeros(each, dtype=self._wide, device=self.device) for each in shape))
 
     def of(self, found: Found) -> Found:
         """Bring together what every process has found; inside of :meth:`dynamon.ranks.Ranks.measurement`."""
@@ -73,7 +75,7 @@ class Totals:
         return (sums + self._ranks.size * maxima + dealt + 1) * len(self._sizes)
 
     def _packed(self, found: Found) -> Tensor:
-        places = torch.zeros(self._ranks.size, *found.maxima.shape, dtype=torch.float64, device=self.device)
+        places = torch.zeros(self._ranks.size, *found.maxima.shape, dtype=self._wide, device=self.device)
         places[self._ranks.rank] = found.maxima
         return torch.cat([part.reshape(-1) for part in (self._held, found.sums, found.dealt, places)])
 

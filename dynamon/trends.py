@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-_ENTRIES = 64  # of each gradient that are looked at, spread evenly
+ENTRIES = 64  # of each gradient that are looked at, spread evenly
 
 
 class Trends:
@@ -13,29 +13,38 @@ class Trends:
 
     With :math:`d_k` the change at reading k, on some of its entries, :math:`c = \cos(d_k, d_{k-1})`. Noise that is new
     in each gradient gives -1/2 where readings are of successive steps, and 0 where they are further apart. A gradient
-    that changes because the weights move goes on as it did (1), or swings to and fro (-1).
+    that changes because the weights move goes on as it did (1), or swings to and fro (-1). Where a reading had nothing
+    to compare, the change before it is kept.
 
-    Memory: 64 numbers a layer. Cost: some ten small operations on ``[L, 64]``.
+    Args:
+        count: L, the number of gradients.
+        device: Where they are.
+
+    Memory: 64 numbers a gradient. Cost: some ten small operations on ``[L, 64]``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int, device: torch.device) -> None:
         """No change read."""
-        self._layers: tuple[int, ...] = ()
-        self._before: tuple[Tensor, Tensor] | None = None  # entries of the change, and their squares
+        self._count, self._device = count, device
+        self._changes: Tensor | None = None  # [L, 64]
+        self._squares: Tensor | None = None  # [L], of whole changes; zero where none is known
         self._now: Tensor | None = None
+        self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
 
     def products(self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
         """Sums over entries of :math:`d_k^2` and :math:`d_k d_{k-1}`, ``[2, P]``, and keep :math:`d_k`.
 
         Args:
-            indices: Which P layers these are.
-            current: Their gradients, or parts of them.
+            indices: Which P gradients these are, in their order.
+            current: They, or what is here of them.
             previous: Those of the step before.
         """
-        if tuple(indices) != self._layers:
-            self._layers, self._before = tuple(indices), None  # other layers have gradients now
-        self._now = _entries(current) - _entries(previous)
-        before = torch.zeros_like(self._now) if self._before is None else self._before[0]
+        if tuple(indices) != self._places[0]:
+            all_there = len(indices) == self._count
+            rows = None if all_there else torch.tensor(list(indices), dtype=torch.int64, device=self._device)
+            self._places = tuple(indices), rows
+        self._now = self._entries(indices, current) - self._entries(indices, previous)
+        before = torch.zeros_like(self._now) if self._changes is None else self._rows(self._changes)
         return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
 
     def cosines(self, products: Tensor, alike: Tensor | None = None) -> Tensor:
@@ -43,40 +52,60 @@ class Trends:
 
         Args:
             products: The sums, in any process the same.
-            alike: 1, or 0 where it has turned out that this was no change between alike gradients; None for 1.
+            alike: ``[P]`` or ``[1]``: 0 where it has turned out that this was no change between alike gradients, else
+                1; None for 1.
         """
         assert self._now is not None
-        change, (squares, inner) = self._now, products
+        change, (squares, inner) = self._now, products.to(self._now)
+        if self._changes is None or self._squares is None:
+            self._changes = change.new_zeros(self._count, ENTRIES)
+            self._squares = squares.new_zeros(self._count)
+        known = self._rows(self._squares)
+        cosines = inner / (squares.sqrt() * known.sqrt()).clamp_min(1e-37)
         if alike is not None:
-            change, squares, inner = change * alike, squares * alike, inner * alike
-        before = torch.zeros_like(squares) if self._before is None else self._before[1]
-        self._before, self._now = (change, squares), None
-        return inner / (squares.sqrt() * before.sqrt()).clamp_min(1e-37)
+            cosines = torch.where(alike > 0, cosines, 0.0)
+            change = torch.where(alike[:, None] > 0, change, self._rows(self._changes))
+            squares = torch.where(alike > 0, squares, known)
+        self._changes, self._squares = self._with(self._changes, change), self._with(self._squares, squares)
+        self._now = None
+        return cosines
+
+    def _rows(self, table: Tensor) -> Tensor:
+        places = self._places[1]
+        return table if places is None else table.index_select(0, places)
+
+    def _with(self, table: Tensor, rows: Tensor) -> Tensor:
+        places = self._places[1]
+        return rows if places is None else table.index_copy(0, places, rows)
+
+    def _entries(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
+        """Entries of some of the gradients, ``[P, 64]``, zeros behind those of small ones."""
+        pieces: list[Tensor] = []
+        for tensor in tensors:
+            flat = tensor.reshape(-1)
+            taken = flat[:: stride(flat.numel())][:ENTRIES].float()
+            pieces.append(taken)
+            if taken.numel() < ENTRIES:
+                pieces.append(taken.new_zeros(ENTRIES - taken.numel()))
+        return torch.cat(pieces).view(len(tensors), ENTRIES)
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The change that is kept, and its square, by layer name."""
-        if self._before is None:
+        if self._changes is None or self._squares is None:
             return {}
-        rows = torch.cat([self._before[0], self._before[1][:, None].to(self._before[0])], 1)
-        return {names[i]: row.clone() for i, row in zip(self._layers, rows, strict=True)}
+        rows = torch.cat([self._changes, self._squares[:, None].to(self._changes)], 1)
+        return {name: row.clone() for name, row in zip(names, rows, strict=True)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
         """Take it up; layers that are not there any more are left out."""
-        index = {name: i for i, name in enumerate(names)}
-        rows = {index[name]: row.to(device) for name, row in state.items() if name in index}
-        self._layers, self._before = tuple(rows), None
-        if rows:
-            table = torch.stack(list(rows.values()))
-            self._before = table[:, :-1], table[:, -1]
+        self._changes = self._squares = self._now = None
+        if state.keys() & set(names):
+            like = next(iter(state.values()))
+            rows = [state.get(name, torch.zeros_like(like)).to(self._device) for name in names]
+            table = torch.stack(rows)
+            self._changes, self._squares = table[:, :-1], table[:, -1]
 
 
-def _entries(tensors: Sequence[Tensor]) -> Tensor:
-    """Entries of each tensor, ``[P, 64]``, zeros behind those of small ones."""
-    pieces: list[Tensor] = []
-    for tensor in tensors:
-        flat = tensor.reshape(-1)
-        taken = flat[:: max(1, flat.numel() // _ENTRIES)][:_ENTRIES].float()
-        pieces.append(taken)
-        if taken.numel() < _ENTRIES:
-            pieces.append(taken.new_zeros(_ENTRIES - taken.numel()))
-    return torch.cat(pieces).view(len(tensors), _ENTRIES)
+def stride(size: int) -> int:
+    """How far apart the entries are that are looked at."""
+    return max(1, size // ENTRIES)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynamon.kernels.devices import reads_are_free
 from dynamon.kernels.lengths import l2_norms
 
 _SMALL = 2.0**-40  # from here downwards products of entries lose digits in float32
@@ -125,7 +126,7 @@ def no_stats(dtype: torch.dtype, compare: bool, axes: bool = False) -> GradientS
 def _inner(current: list[Tensor], previous: list[Tensor], largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Inner products of pairs of tensors; ``largest`` are the largest magnitudes in ``current``."""
     pairs = [(a.flatten(), b.flatten()) for a, b in zip(current, previous, strict=True)]
-    if largest.device.type != "cpu" and dtype == torch.float64:
+    if not reads_are_free(largest.device) and dtype == torch.float64:
         return torch.stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs])
     found = torch.stack([torch.dot(a, b) for a, b in pairs]).to(dtype)
     if dtype == torch.float64:
@@ -144,7 +145,7 @@ def _sums(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 def _l1(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     # On a CPU the norms of order one and infinity are several times slower than what they stand for.
-    if tensors[0].device.type != "cpu":
+    if not reads_are_free(tensors[0].device):
         return torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
     work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     found = torch.stack([t.abs().sum(dtype=work) for t in tensors]).to(dtype)
@@ -157,7 +158,7 @@ def _l1(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 def _nonfinite(tensors: list[Tensor], l1: Tensor) -> Tensor:
     """How many entries of each tensor are NaN or infinite."""
     # A finite l1 norm has no such entry; on a CPU, where asking costs nothing, that saves a pass.
-    if l1.device.type == "cpu" and bool(torch.isfinite(l1).all()):
+    if reads_are_free(l1.device) and bool(torch.isfinite(l1).all()):
         return torch.zeros_like(l1)
     return torch.stack([t.numel() - torch.isfinite(t).sum() for t in tensors]).to(l1.dtype)
 

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamon.kernels.devices import reads_are_free, widest_dtype
+
 _SMALL, _LARGE = 2.0**-48, 2.0**60  # a root mean square above the one, a norm below the other: float32 is enough
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on devices that have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -31,9 +28,9 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     wide = widest_dtype(tensors[0].device)
-    if tensors[0].device.type != "cpu" or any(t.dtype == torch.float64 for t in tensors):
-        return torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
-    found = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).to(wide)
+    if not reads_are_free(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors):
+        return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide))
+    found = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).to(wide)
     sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide)
     safe = (found > _SMALL * sizes.sqrt()) & (found < _LARGE)
     for i in torch.nonzero(~safe).flatten().tolist():  # zeros and NaN too
@@ -52,12 +49,12 @@ def l2_along(tensor: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
         Norms, without these dimensions. Differentiable.
     """
     wide = widest_dtype(tensor.device)
-    if dim is None and tensor.device.type != "cpu" and not tensor.requires_grad:  # without a copy in float64
+    if dim is None and not reads_are_free(tensor.device) and not tensor.requires_grad:  # without a copy in float64
         return l2_norms([tensor])[0].to(torch.promote_types(tensor.dtype, torch.float32))
     found = torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.promote_types(tensor.dtype, torch.float32))
     if found.dtype == wide or tensor.numel() == 0:
         return found
-    if tensor.device.type == "cpu":
+    if reads_are_free(tensor.device):
         size = tensor.numel() / max(found.numel(), 1)
         if bool(((found.detach() > _SMALL * size**0.5) & (found.detach() < _LARGE)).all()):
             return found

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dynamon.kernels.devices import decomposable, in_double
 from dynamon.kernels.polar import polar_factor
 
 _METHODS = ("auto", "gram", "polar", "svd")
@@ -19,7 +20,7 @@ def nuclear_norm(matrix: Tensor, method: str = "auto") -> Tensor:
             an SVD on a CPU). ``"polar"`` is :math:`\langle W, \mathrm{polar}(W) \rangle` with 8 polynomial steps of
             :func:`polar_factor`: products only, which is what a GPU is quick at; singular values below 1e-4 of the
             norm are counted in part, the rest to 1e-5. ``"svd"`` calls ``torch.linalg.svdvals``. ``"auto"`` is
-            ``"polar"`` on a GPU and ``"gram"`` elsewhere.
+            ``"gram"`` on a CPU and ``"polar"`` elsewhere.
 
     Returns:
         Tensor of shape ``[...]``, float32 (float64 for float64 input), on the device of ``matrix``; zero for an
@@ -42,13 +43,13 @@ def nuclear_norm(matrix: Tensor, method: str = "auto") -> Tensor:
     finite = torch.isfinite(matrix).all(-1).all(-1)
     clean = torch.where(finite[..., None, None], matrix, torch.zeros_like(matrix))
     if method == "auto":
-        method = "polar" if matrix.is_cuda else "gram"
+        method = "gram" if matrix.device.type == "cpu" else "polar"
     if method == "polar":
         total = (clean.to(dtype) * polar_factor(clean, _POLAR_STEPS)).sum((-2, -1))
     elif method == "svd":
-        total = torch.linalg.svdvals(clean.to(dtype)).sum(-1)
+        total = torch.linalg.svdvals(decomposable(clean.to(dtype))).sum(-1).to(matrix.device)
     else:
-        total = _of_gram(clean.double()).to(dtype)
+        total = _of_gram(decomposable(in_double(clean))).to(dtype).to(matrix.device)
     return torch.where(finite, total, torch.full_like(total, torch.nan))
 
 

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from dynamon.curvature.parameters import FlatParameters, Parameters
 from dynamon.evaluations import Evaluations
+from dynamon.kernels import widened
 
 _ROUNDING = 8  # units in the last place of the loss that are not a difference
 _OTHER_ROUNDINGS = 2  # evaluations at weights that round another way, where a part is computed in half precision
@@ -81,7 +82,7 @@ def critical_sharpness(
         raise ValueError(f"update must be a flat tensor [{flat.size}], got {type(update).__name__}.")
     if update.shape != (flat.size,):
         raise ValueError(f"update must have shape [{flat.size}], got {tuple(update.shape)}.")
-    if not float(flat.space.total(update.any().double())):
+    if not float(flat.space.total(widened(update.any()))):
         raise ValueError("the update is zero, so there is no critical multiple of it.")
     if float(flat.space.total((~torch.isfinite(update)).sum().double())):
         raise ValueError("the update holds NaN or infinity, so there is no critical multiple of it.")

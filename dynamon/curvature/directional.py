@@ -12,6 +12,7 @@ from dynamon.curvature.distributed import MeanOverRanks
 from dynamon.curvature.hessian import HessianOperator
 from dynamon.curvature.spaces import VectorSpace, space_of
 from dynamon.evaluations import full_precision
+from dynamon.kernels import widened
 
 _SMALL = 2.0**-40  # lengths between this and its inverse are taken as they are
 _MOST = 100  # powers of two, within the range of float32
@@ -68,7 +69,7 @@ def directional_sharpness(hessian: Any, direction: Tensor, gradient: Tensor | No
     unit = direction if size == 1 else direction / size
     product = hessian @ unit
     pairs = [(unit, unit), (gradient, unit), (unit, product)]
-    squared, slope, curvature = space.total(torch.stack([a.double() @ b.double() for a, b in pairs])).tolist()
+    squared, slope, curvature = space.total(torch.stack([widened(a) @ widened(b) for a, b in pairs])).tolist()
     if squared == 0:
         raise ValueError("the direction is zero, so there is no curvature along it.")
     product = product if size == 1 else product * size
@@ -125,11 +126,11 @@ def norm_sharpness(
     if sum(sizes) != product.numel() or len(norms) != len(direction):
         raise ValueError(f"{len(norms)} norms and {sum(sizes)} numbers do not fit a product of {product.numel()}.")
     whole = direction if space is None else [space.piece(d, place) for place, d in enumerate(direction)]
-    lengths = torch.stack([norm(d).double() for norm, d in zip(norms.values(), whole, strict=True)])
+    lengths = torch.stack([widened(norm(d)) for norm, d in zip(norms.values(), whole, strict=True)])
     pieces = zip(direction, product.split(sizes), strict=True)
-    curvatures = torch.stack([d.reshape(-1).double() @ part.double() for d, part in pieces])
+    curvatures = torch.stack([widened(d.reshape(-1)) @ widened(part) for d, part in pieces])
     curvatures = curvatures if space is None else space.total(curvatures)
-    table = torch.stack([lengths, curvatures]).cpu()
+    table = torch.stack([lengths, curvatures]).cpu().double()
     lengths, curvatures = table[0], table[1]
     longest = float(lengths.max())
     if longest == 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.kernels import widened, widest_dtype
 from dynamon.ranks import Ranks
 
 
@@ -41,7 +42,7 @@ class MeanOverRanks(LinearOperator):
         super().__init__(operator.shape[0], operator.dtype, operator.device, operator.space)
         own: Any = operator
         self._operator, self._group = own, group
-        total = self._sum(torch.tensor(weight, dtype=torch.float64, device=operator.device))
+        total = self._sum(torch.tensor(weight, dtype=widest_dtype(operator.device), device=operator.device))
         self._share = weight / float(total)
         self.backend, self.reason = operator.backend, getattr(operator, "reason", None)
         self.rounding = operator.rounding
@@ -50,11 +51,11 @@ class MeanOverRanks(LinearOperator):
             self.parameters = own.parameters
         if isinstance(getattr(operator, "gradient", None), Tensor):
             self.gradient = self._mean(own.gradient)
-            self.loss = self._mean(own.loss.double()).to(own.loss.dtype)
+            self.loss = self._mean(widened(own.loss)).to(own.loss.dtype)
 
     def _doubt(self, own: str | None) -> str | None:
         """Why products may miss a part, here or on another process."""
-        doubts = self._sum(torch.tensor(float(own is not None), dtype=torch.float64, device=self.device))
+        doubts = self._sum(torch.tensor(float(own is not None), dtype=widest_dtype(self.device), device=self.device))
         return own or ("products may miss a part on another process." if float(doubts) else None)
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class MeanOverRanks(LinearOperator):
 
     def product_error(self, vector: Tensor) -> float:
         """The largest among the processes."""
-        error = torch.tensor(self._operator.product_error(vector), dtype=torch.float64, device=self.device)
+        error = torch.tensor(self._operator.product_error(vector), dtype=widest_dtype(self.device), device=self.device)
         if isinstance(self._group, Ranks):
             return float(self._group.maximum(error))
         dist.all_reduce(error, dist.ReduceOp.MAX, group=self._group)

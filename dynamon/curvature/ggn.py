@@ -19,6 +19,7 @@ from dynamon.curvature.operators import LinearOperator
 from dynamon.curvature.parameters import FlatParameters, Parameters
 from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale, relative
 from dynamon.evaluations import Evaluations, full_precision
+from dynamon.kernels import widened
 
 Outputs = Tensor | Sequence[Tensor]
 _TRANSPOSED = 1e-2  # relative disagreement of the Jacobian with its transpose that is not rounding
@@ -94,9 +95,9 @@ class GGNOperator(LinearOperator):
         generator = torch.Generator(self.device).manual_seed(0)
         v = torch.randn(self.shape[0], generator=generator, device=self.device, dtype=self.dtype)
         u = self.split_rows(torch.randn(self.rows, generator=generator, device=self.device, dtype=self.dtype))
-        ahead = [(a * b).sum().double() for a, b in zip(u, self.push(v), strict=True)]
-        back = self.pull(u).double() @ v.double()
-        size = torch.linalg.vector_norm(self.pull(u)).double() * torch.linalg.vector_norm(v).double()
+        ahead = [widened((a * b).sum()) for a, b in zip(u, self.push(v), strict=True)]
+        back = widened(self.pull(u)) @ widened(v)
+        size = widened(torch.linalg.vector_norm(self.pull(u))) * widened(torch.linalg.vector_norm(v))
         if float((sum(ahead) - back).abs()) > _TRANSPOSED * float(size):
             raise NoSecondDerivativeError("a custom autograd function drops out of the Jacobian's products.")
 

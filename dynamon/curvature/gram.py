@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dynamon.curvature.eigenpairs import Eigenpairs
 from dynamon.curvature.ggn import GGNOperator
-from dynamon.kernels import gram_iteration
+from dynamon.kernels import gram_iteration, in_double
 
 MAX_ROWS = 4096
 _STEPS = 10  # upper / lower <= rows^(2^-11) < 1.005 at 4,096 rows
@@ -32,7 +32,7 @@ def gram_eigenpairs(operator: GGNOperator, tol: float) -> Eigenpairs:
     lower, upper = (float(bound) for bound in gram_iteration(gram, steps=_STEPS))
     lower, upper = lower * (1 - allowance), upper * (1 + allowance)
     direction = _top_vector(gram)
-    vector = operator.pull(operator.split_rows((root @ direction).to(operator.dtype)))
+    vector = operator.pull(operator.split_rows((root @ direction).to(operator.dtype).to(operator.device)))
     length = torch.linalg.vector_norm(vector)
     vector = vector / length.clamp_min(torch.finfo(vector.dtype).tiny)
     product = operator @ vector
@@ -71,7 +71,7 @@ def _units(operator: GGNOperator) -> Tensor:
 
 
 def _flat(outputs: list[Tensor]) -> Tensor:
-    return torch.cat([z.reshape(-1) for z in outputs]).double()
+    return in_double(torch.cat([z.reshape(-1) for z in outputs]))
 
 
 def _square_root(hessian: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynamon.curvature.eigenpairs import Eigenpairs
 from dynamon.curvature.spaces import space_of
+from dynamon.kernels import widest_dtype
 
 _TRACKED = 2  # Ritz vectors returned beyond the wanted ones: with them a warm start sees what is about to overtake
 _MINIMUM = {0: 8, 1: 16, 2: 12}  # products before a run may stop, by the number of warm start vectors
@@ -170,7 +171,7 @@ class Lanczos:
         self.capacity = basis_size
         self.basis = start.new_zeros(basis_size + 1, start.shape[0])
         self.basis[0] = start / self.space.norm(start)
-        self.projected = start.new_zeros(basis_size + 1, basis_size, dtype=torch.float64)
+        self.projected = start.new_zeros(basis_size + 1, basis_size, dtype=widest_dtype(start.device))
         self.size = 0
         self.kept = 0  # leading columns that came through a restart
         self.matvecs = 0
@@ -203,15 +204,15 @@ class Lanczos:
             correction = self.space.inner(known, product)
             product = product - known.mT @ correction
             norm = self.space.norm(product)
-            self.projected[: j + 1, j] = (coefficients + correction).double()
-            self.projected[j + 1, j] = norm.double()
+            self.projected[: j + 1, j] = coefficients + correction
+            self.projected[j + 1, j] = norm
             self.basis[j + 1] = product / torch.where(norm > 0, norm, torch.ones_like(norm))
             self.size += 1
             self.matvecs += 1
 
     def ritz(self, k: int) -> Ritz:
         """Read the projected matrix and decompose it. The one host synchronisation of a burst."""
-        read = self.projected[: self.size + 1, : self.size].cpu().numpy()
+        read = self.projected[: self.size + 1, : self.size].cpu().double().numpy()
         if not np.isfinite(read).all():
             raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
         size, exhausted = self._invariant(read)

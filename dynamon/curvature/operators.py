@@ -116,7 +116,7 @@ class LinearOperator:
 
         def matvec(vector: Any) -> Any:
             flat = torch.as_tensor(vector.reshape(-1)).to(self.device, self.dtype)
-            return (self @ flat).double().cpu().numpy()
+            return (self @ flat).cpu().double().numpy()
 
         return ScipyOperator(shape=self.shape, matvec=matvec, rmatvec=matvec, dtype="float64")
 

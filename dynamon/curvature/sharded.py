@@ -13,6 +13,7 @@ from dynamon.curvature.parameters import FlatParameters
 from dynamon.curvature.scaling import LARGEST, LOWER, is_whole
 from dynamon.curvature.spaces import ShardedSpace, Shards
 from dynamon.evaluations import Evaluations, full_precision
+from dynamon.kernels import widest_dtype
 from dynamon.ranks import Ranks
 from dynamon.shards import local
 
@@ -132,6 +133,6 @@ class _ShardedDifference(FiniteDifference):
             if scale == 1:
                 return loss, flat
             overflow = float(not is_whole(flat) and is_whole(loss))
-            if not params.ranks.maximum(torch.tensor(overflow, dtype=torch.float64, device=flat.device)):
+            if not params.ranks.maximum(torch.tensor(overflow, dtype=widest_dtype(flat.device), device=flat.device)):
                 return loss, flat / scale
             scale /= LOWER

@@ -133,7 +133,7 @@ class ShardedSpace(VectorSpace):
 
     def norm(self, vector: Tensor) -> Tensor:
         """Euclidean length of the whole vector."""
-        return self.total(l2_norms([vector])[0].double().square()).sqrt().to(vector.dtype)
+        return self.total(l2_norms([vector])[0].square()).sqrt().to(vector.dtype)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
         """Other numbers on each process."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dynamon.curvature.spaces import VectorSpace
 from dynamon.evaluations import full_precision
+from dynamon.kernels import in_double
 
 
 @full_precision()
@@ -23,8 +24,8 @@ def eigenspace_share(vectors: Tensor, direction: Tensor, space: VectorSpace | No
     subspace", arXiv 1812.04754.
     """
     space = space or VectorSpace(len(direction))
-    inside = torch.linalg.vector_norm(space.inner(vectors.mT, direction.to(vectors))).double() ** 2
-    return float(inside / space.norm(direction).double() ** 2)
+    inside = in_double(torch.linalg.vector_norm(space.inner(vectors.mT, direction.to(vectors)))) ** 2
+    return float(inside / in_double(space.norm(direction)) ** 2)
 
 
 @full_precision()
@@ -43,4 +44,4 @@ def eigenspace_overlap(vectors: Tensor, others: Tensor, space: VectorSpace | Non
     """
     smaller = min(vectors.shape[1], others.shape[1])
     space = space or VectorSpace(len(vectors))
-    return float(space.inner(vectors.mT, others.to(vectors)).double().square().sum() / smaller)
+    return float(in_double(space.inner(vectors.mT, others.to(vectors))).square().sum() / smaller)

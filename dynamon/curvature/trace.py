@@ -8,6 +8,7 @@ import torch
 
 from dynamon.curvature.spaces import space_of
 from dynamon.evaluations import full_precision
+from dynamon.kernels import widened
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def trace(operator: Any, *, samples: int = 16, seed: int = 0) -> TraceEstimate:
     found = []
     for _ in range(samples):
         signs = torch.randint(2, (space.length,), generator=generator, device=device).mul(2).sub(1).to(dtype)
-        found.append(space.inner(signs.double(), (operator @ signs).double()))
-    values = torch.stack(found).cpu()
+        found.append(space.inner(widened(signs), widened(operator @ signs)))
+    values = torch.stack(found).cpu().double()
     error = float(values.std() / math.sqrt(samples)) if samples > 1 else math.nan
     return TraceEstimate(float(values.mean()), error, samples)

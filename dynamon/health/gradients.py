@@ -123,9 +123,10 @@ def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             "gradient/unused",
             "note",
             hits[0][0],
-            f"{several(layers)} has had no gradient since step {hits[0][0]}, although an optimizer holds it and it is "
-            "not frozen: the loss does not depend on it.",
-            "Where a branch is not used on purpose, leave it out of the optimizer or set requires_grad_(False).",
+            f"{several(layers)} has had no gradient at any measured step since {hits[0][0]}, although an optimizer "
+            "holds it and it is not frozen: the loss of these steps does not depend on it.",
+            "Where a branch is not used on purpose, leave it out of the optimizer or set requires_grad_(False). Where "
+            "branches take turns, choose an interval of measurements that does not always meet the same one.",
             layers,
             {"layers": len(layers)},
             ("gradient/l2", "update/operator"),

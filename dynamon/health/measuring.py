@@ -68,7 +68,7 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "This run holds no readings of dynamon.",
             "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks."
             if overhead is None
-            else "A monitor was there: " + _RAISE,
+            else "A monitor was there. Where optimizers took steps: " + _RAISE,
         )
         return
     converged = sum(len(scalars.get(f"sharpness/{name}", ())) for name in _EIGENVALUES)

@@ -26,11 +26,11 @@ from dynamon.stepping import (
     StepWatch,
     closure_of,
     has_gradients,
+    runs_hooks,
     steps_in_backward,
     with_closure,
     wrapped_optimizers,
 )
-from dynamon.trends import Trends
 from dynamon.windows import Window
 
 _REFUSED = {  # by whole words of the class's name
@@ -65,6 +65,10 @@ def refusal(optimizer: object) -> str | None:
         return f"{name} cannot take layerwise rates: a parameter group has no 'lr'."
     if any(inner.param_groups is not optimizer.param_groups for inner in wrapped_optimizers(optimizer)):
         return f"{name} cannot take layerwise rates: it steps another optimizer, whose groups are not its own."
+    if not any(map(runs_hooks, (optimizer, *wrapped_optimizers(optimizer)))):
+        return (
+            f"{name} cannot take layerwise rates: its class never calls Optimizer.__init__, so its steps run no hooks."
+        )
     if any(steps_in_backward(p) for group in optimizer.param_groups for p in group["params"]):
         return (
             f"{name} cannot take layerwise rates: another optimizer uses the gradients as they arrive, so that nothing "
@@ -177,11 +181,12 @@ class LayerwiseRates:
         self._rate_buffers: dict[tuple[int, int], Tensor] = {}
         _steered[optimizer] = ref(self)
         self.watch = StepWatch(optimizer)
+        hooked = list(filter(runs_hooks, (optimizer, *wrapped_optimizers(optimizer))))
         self._handles = [
-            *(each.register_step_pre_hook(self._before_step) for each in (optimizer, *wrapped_optimizers(optimizer))),
-            *(each.register_step_post_hook(self._after_step) for each in (optimizer, *wrapped_optimizers(optimizer))),
-            optimizer.register_state_dict_pre_hook(lambda *_: self.restore()),
-            optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
+            *(each.register_step_pre_hook(self._before_step) for each in hooked),
+            *(each.register_step_post_hook(self._after_step) for each in hooked),
+            hooked[0].register_state_dict_pre_hook(lambda *_: self.restore()),
+            hooked[0].register_load_state_dict_pre_hook(lambda *_: self.restore()),
         ]
 
     def _attach(self) -> None:
@@ -200,7 +205,7 @@ class LayerwiseRates:
     def _start_rule(self) -> None:
         self.rule.start(self.layers, self.reader.norms)
         if self.rule.noise is not None and self.rule.noise.source == "successive":
-            self.reader.trends = Trends()
+            self.reader.follow_trends()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -84,11 +84,16 @@ class FixedRates(Rule):
             if not any(_matches(layer, key) for layer in layers):
                 raise ValueError(f"FixedRates: {key!r} matches no layer; print(describe_layers(model)) lists them.")
 
+    def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
+        """Match the keys, once."""
+        super().start(layers, norms)
+        self._ratios = np.array(
+            [next((r for key, r in self._by_key.items() if _matches(layer, key)), 1.0) for layer in layers]
+        )
+
     def ratios(self) -> Array:
         """The matched ratios."""
-        return np.array(
-            [next((r for key, r in self._by_key.items() if _matches(layer, key)), 1.0) for layer in self.layers]
-        )
+        return self._ratios
 
 
 def grouped(layers: Sequence[Layer], norms: Sequence[Norm], group_by: str) -> list[Array]:

@@ -21,6 +21,7 @@ from dynamon.callbacks import (
     WeightMonitor,
     eigenvalues,
     monitor,
+    weights,
 )
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.sharpness import QUANTITIES
@@ -44,7 +45,8 @@ class Warnings:
 
     def __init__(self, monkeypatch) -> None:
         self.lines: list[str] = []
-        monkeypatch.setattr(monitor, "rank_zero_warn", self.lines.append)
+        for module in (monitor, weights):
+            monkeypatch.setattr(module, "rank_zero_warn", self.lines.append)
 
     def __call__(self, module) -> list[str]:
         return self.lines if rank() == 0 else []
@@ -173,8 +175,12 @@ def test_spectra_that_one_process_cannot_take(tmp_path: Path, monkeypatch) -> No
     said = Warnings(monkeypatch)
     broken = Breaks(dealing, "shares", begin=0, end=3)
     callback = WeightMonitor(every_n_steps=1)
-    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=6, more=said)
-    assert ranks[0]["failures"] == ranks[1]["failures"] == [3]  # every tenth point is a full one: all of them failed
+    ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=12, more=said)
+    # Every tenth reading is a full one: the first of them went on without spectra, the second had them.
+    assert ranks[0]["failures"] == ranks[1]["failures"] == [1]
+    for found in ranks:
+        assert found["tables"]["weight/frobenius"]["steps"] == list(range(12))
+        assert found["tables"]["spectrum/nuclear"]["steps"] == [10]
     assert "broken" in ranks[0]["more"][0]
 
 

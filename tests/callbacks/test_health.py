@@ -55,7 +55,9 @@ def test_a_budget_that_carries_nothing_is_no_missing_monitor():
     monitor = DynamicsMonitor(budget=1e-9)
     classify(0.1, 20, [monitor])
     (note,) = monitor.findings
-    assert note.rule == "dynamon/nothing" and note.advice.startswith("A monitor was there: raise budget")
+    assert note.rule == "dynamon/nothing" and note.advice.startswith(
+        "A monitor was there. Where optimizers took steps: raise budget"
+    )
 
 
 def test_of_several_monitors_one_speaks():

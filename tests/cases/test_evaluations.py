@@ -1136,3 +1136,103 @@ def test_what_measures_tells_what_it_has_found():
     found = spectral_density(hessian, steps=20, probes=1)
     assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
     assert len(repr(found)) < 200
+
+
+# ---- what a training step does to its own structure, optimizers and schedulers ------------------------------
+
+
+class Grown(Classifier):
+    """A layer joins in the middle of the run, each time that step comes."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7 and len(self.network) < 8:
+            layer = nn.Linear(3, 3)
+            self.network.append(layer)
+            self.optimizers().add_param_group({"params": list(layer.parameters())})
+        return super().training_step(batch, batch_idx)
+
+
+class Renamed(Classifier):
+    """A layer goes and comes back under another name."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7:
+            self.other = self.network
+            del self.network
+        network = self.other if hasattr(self, "other") else self.network
+        return F.cross_entropy(network(batch[0]), batch[1])
+
+
+class Replaced(Classifier):
+    """Parts are exchanged: an activation, and a parameter by a new one."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7:
+            self.network[1] = nn.Sequential(self.network[1], nn.Tanh())
+            self.network[3].bias = nn.Parameter(torch.ones(3))
+        return super().training_step(batch, batch_idx)
+
+
+class Decayed(Classifier):
+    """The rate is multiplied by hand at every step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        pass
+
+    def training_step(self, batch, batch_idx):
+        for group in self.optimizers().param_groups:
+            group["lr"] *= 0.9
+        return super().training_step(batch, batch_idx)
+
+
+class Stepped(Classifier):
+    """A scheduler is stepped by hand."""
+
+    def training_step(self, batch, batch_idx):
+        self.lr_schedulers().step()
+        return super().training_step(batch, batch_idx)
+
+
+def _stepped() -> Classifier:
+    return Stepped(mlp(), scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.5))
+
+
+def _decayed_tensor() -> Classifier:
+    return Decayed(mlp(), lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2)))
+
+
+MOVED = {
+    "a layer joins": lambda: Grown(mlp()),
+    "a layer is renamed": lambda: Renamed(mlp()),
+    "parts are replaced": lambda: Replaced(mlp()),
+    "a rate": lambda: Decayed(mlp()),
+    "a rate that is a tensor": _decayed_tensor,
+    "a scheduler": _stepped,
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_step_that_changes_layers_or_rates_does_so_for_its_own_batches_only(name):
+    """Modules, parameter groups, rates and schedulers are put back after an evaluation of the probe."""
+    runs = []
+    for callbacks in ([], [DynamicsMonitor(every_n_steps=2)]):
+        torch.manual_seed(0)
+        module = MOVED[name]()
+        done = fit(module, callbacks, steps=12)
+        groups = [(len(group["params"]), float(group["lr"])) for group in done.optimizers[0].param_groups]
+        runs.append((module, groups))
+    assert same_weights(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    assert len(callbacks[0].history["sharpness/stability_ratio"].steps) == 6
+    assert callbacks[0].failures == 0
+
+
+def test_a_weight_that_is_normalised_inside_is_plain_afterwards():
+    network = mlp()
+    before, inputs = copy.deepcopy(network), torch.ones(2, 8)
+    with undisturbed(network):
+        parametrizations.weight_norm(network[3])
+        network[0] = nn.Linear(8, 16)
+    assert type(network[3]) is nn.Linear
+    assert same_weights(network, before)
+    assert torch.equal(network(inputs), before(inputs))

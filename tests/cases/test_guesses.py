@@ -101,10 +101,10 @@ def test_the_logged_loss_is_the_one_returned(kind, window, settings):
 
 
 def test_steps_that_measure_nothing_read_no_loss(monkeypatch):
-    import dynamon.callbacks.monitor as monitors
+    import dynamon.callbacks.health as health
 
     read = []
-    monkeypatch.setattr(monitors, "returned_loss", lambda *_: read.append(0))
+    monkeypatch.setattr(health, "returned_loss", lambda *_: read.append(0))
     fit(Classifier(mlp()), [GradientMonitor(every_n_steps=5)], steps=20, max_epochs=-1)
     assert len(read) == 4
 

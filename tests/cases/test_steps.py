@@ -24,7 +24,7 @@ from dynamon.callbacks import (
 )
 from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.preconditioner import NoSecondMomentError
-from dynamon.rates import FixedRates, SpectralTailRates
+from dynamon.rates import FixedRates, NoiseAdaptiveRates, SpectralTailRates
 from dynamon.stability import stability_ratio
 from dynamon.stepping import StepWatch
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
@@ -91,6 +91,23 @@ class Skipping(Classifier):
             self.zero_grad()
 
 
+class Never(Classifier):
+    """Runs backward passes and never steps, in one of the ways people forget it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(mlp())
+        self.how, self.automatic_optimization = how, how != "by hand"
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.how == "by hand":
+            self.manual_backward(loss)
+        return loss
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure) -> None:
+        optimizer_closure()
+
+
 def norms_by_hand(data, skipped, rate: float = 0.1) -> list[float]:
     network, found = mlp(), []
     for i, (inputs, labels) in enumerate(data):
@@ -102,6 +119,27 @@ def norms_by_hand(data, skipped, rate: float = 0.1) -> list[float]:
                 for p in network.parameters():
                     p -= rate * p.grad
     return found
+
+
+@pytest.mark.parametrize("how", ["closure only", "by hand"])
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_a_run_in_which_nobody_steps_says_so(how: str, epochs: int) -> None:
+    """Short of it a run without a reading looks like one whose budget was too small."""
+    monitor, module = GradientMonitor(every_n_steps=1), Never(how)
+    with pytest.warns(UserWarning, match="the module takes none") as said:
+        fit(module, [monitor], steps=-1, max_epochs=epochs)
+    assert same_weights(module.network, mlp())
+    assert len([w for w in said if "nothing is learned" in str(w.message)]) == 1
+    assert "gradient/norm" not in monitor.history
+
+
+def test_a_scaler_that_takes_no_step_is_not_called_the_modules_fault() -> None:
+    """Gradients that are not finite at any scale."""
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    module = Classifier(mlp())
+    module.network.register_forward_hook(lambda _, __, outputs: outputs * torch.inf)
+    with pytest.warns(UserWarning, match="not finite at any scale"):
+        fit(module, [GradientMonitor(every_n_steps=1)], steps=-1, max_epochs=8, plugins=[precision])
 
 
 @pytest.mark.parametrize("how", ["none", "after backward", "before step", "closure only"])
@@ -584,21 +622,86 @@ def test_a_comparison_does_not_bridge_a_rest(monkeypatch) -> None:
     assert monitor.history["gradient/cosine"].steps.tolist() == [1, 2, 17, 18, 19]
 
 
-def test_lanton_is_read_once_and_left_alone(monkeypatch) -> None:
-    from dynamon import gradients as reader
+@pytest.mark.parametrize("make", [GradientMonitor, DynamicsMonitor])
+@pytest.mark.parametrize("skipped, length", [((), 1), ((), 3), ({1, 4}, 1)])
+def test_a_monitor_teaches_an_optimizer_that_steers_itself_nothing(make, skipped, length: int) -> None:
+    """Windows of three batches and of two, skipped batches, steps that are read and steps that are not."""
 
-    counted, calls = reader.gradient_stats, []
+    class Leaving(Classifier):  # and no hook that could touch gradients
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in skipped else super().training_step(batch, batch_idx)
 
-    def run(callbacks) -> tuple[Classifier, int]:
-        module = Classifier(mlp(), optimizer=lambda p: Lanton(list(p), lr=0.01))
-        monkeypatch.setattr(reader, "gradient_stats", lambda *a, **k: calls.append(1) or counted(*a, **k))
-        calls.clear()
-        fit(module, callbacks, steps=8)
-        return module, len(calls)
+    def run(*callbacks) -> tuple[pl.LightningModule, Lanton]:
+        rule = NoiseAdaptiveRates(warmup=4)
+        module = Leaving(mlp(), optimizer=lambda p: Lanton(list(p), lr=0.01, rule=rule))
+        fit(module, list(callbacks), steps=24, max_epochs=-1, accumulate_grad_batches=length)
+        return module, module.optimizers().optimizer
 
-    plain, once = run([])
-    watched, also_once = run([GradientMonitor(every_n_steps=1)])
-    assert same_weights(plain, watched) and once == also_once == 8
+    (plain, alone), (other, watched) = run(), run(make(every_n_steps=3))
+    assert same_weights(plain, other) and min(alone.ratios.values()) < 1
+    assert alone.ratios == watched.ratios and repr(alone.state_dict()) == repr(watched.state_dict())
+
+
+class Averaging(torch.optim.Optimizer):
+    """Steps another optimizer, halfway back at every second step, and never calls ``Optimizer.__init__``."""
+
+    def __init__(self, base: torch.optim.Optimizer, places: bool) -> None:
+        self.base, self.count = base, 0
+        self.defaults, self.state, self.param_groups = base.defaults, base.state, base.param_groups
+        self.slow = [p.detach().clone() for p in base.param_groups[0]["params"]]
+        if places:  # as some do, and nothing ever looks there
+            self._optimizer_step_pre_hooks: dict = {}
+            self._optimizer_step_post_hooks: dict = {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.base.state_dict()
+
+    def load_state_dict(self, state) -> None:
+        self.base.load_state_dict(state)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self.base.step(closure)
+        self.count += 1
+        for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            if self.count % 2 == 0:
+                p.copy_(slow.lerp_(p, 0.5))
+        return loss
+
+
+@pytest.mark.parametrize("places", [True, False])
+def test_wrappers_whose_steps_run_no_hooks(places: bool) -> None:
+    def run(callbacks, steps: int = 12, **arguments) -> pl.LightningModule:
+        module = Classifier(mlp(), optimizer=lambda p: Averaging(torch.optim.SGD(p, lr=0.1), places))
+        fit(module, callbacks, steps=steps, max_epochs=-1, **arguments)
+        return module
+
+    monitor = DynamicsMonitor(every_n_steps=1, strict=True)
+    assert same_weights(run([]), run([monitor]))
+    assert monitor.history["gradient/norm"].steps.tolist() == list(range(12))
+    skipping = GradientMonitor(every_n_steps=1, strict=True)
+    run([skipping], plugins=scaler())
+    assert skipping.history["gradient/norm"].steps[0] > 0  # the step that the scaler skipped is none
+    start, plain = mlp(), run([], 1)
+    halved = run([LayerwiseLR(FixedRates({"*.0.weight": 0.5}))], 1)
+    trios = zip(start.parameters(), plain.parameters(), halved.parameters(), strict=True)
+    shares = [((half - w).norm() / (one - w).norm()).item() for w, one, half in trios]
+    assert shares == pytest.approx([0.5, *[1.0] * (len(shares) - 1)], rel=1e-4)
+
+
+def test_an_optimizer_whose_steps_run_no_hooks_is_not_steered() -> None:
+    class Plain(torch.optim.Optimizer):
+        def __init__(self, parameters) -> None:
+            self.param_groups, self.state, self.defaults = [{"params": list(parameters), "lr": 0.1}], {}, {}
+
+        def step(self, closure=None):
+            return closure()
+
+    with pytest.raises(ValueError, match="Plain cannot take layerwise rates: its class never calls Optimizer.__init__"):
+        LayerwiseRates(Plain(mlp().parameters()), FixedRates({"*": 0.5}), mlp())
 
 
 SETUPS = {

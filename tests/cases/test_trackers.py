@@ -200,6 +200,26 @@ def test_mlflow_names_are_taken_as_they_are_and_differ() -> None:
     assert mlflow_name("gradient.dual/net.0.weight") == "gradient.dual/net.0.weight"
 
 
+@theirs
+@pytest.mark.parametrize("prefix", ["", "run"])
+def test_one_name_that_mlflow_finds_too_long_costs_none_of_the_others(tmp_path: Path, monkeypatch, prefix: str) -> None:
+    """MLflow refuses the whole row for it. Two long ones that differ at their end stay two."""
+    tracking = _tracker_or_skip("mlflow.tracking")
+    _tracker_or_skip("sqlalchemy")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger("e", tracking_uri=f"sqlite:///{tmp_path}/m.db", prefix=prefix)
+    long = "x" * 245
+    network = nn.Sequential()
+    network.add_module(f"{long}a", nn.Linear(8, 8))
+    network.add_module(f"{long}b", nn.Linear(8, 3))
+    steering = LayerwiseLR(FixedRates({f"network.{long}a.*": 0.25}))
+    fit(Classifier(network), [steering], logger=logger, steps=4)
+    assert steering.failures == 0
+    found = tracking.MlflowClient(tracking_uri=logger._tracking_uri).get_run(logger.run_id).data.metrics
+    assert max(map(len, found)) <= 250
+    assert sorted(value for name, value in found.items() if "lr.ratio/" in name) == [0.25, 0.25, 1.0, 1.0]
+
+
 # CSV
 
 

@@ -438,6 +438,40 @@ def test_a_plain_loop_can_say_what_its_windows_are() -> None:
     assert set(ratios[0].values()) == {1.0} and min(ratios[1].values()) < 0.9
 
 
+class Thawing(Net):
+    """The first layer is not trained from step 3 to 5, and gradients are set to zero and not to None."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.net[0].requires_grad_(not 3 <= self.trainer.global_step < 6)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_zeros_in_the_place_of_a_gradient_are_none(length: int, clip: float | None) -> None:
+    """Equal batches: what a layer has left while it is frozen is no gradient, and the first one after it no noise."""
+    monitor, steering = GradientMonitor(every_n_steps=1, strict=True), NoiseAdaptiveLR(warmup=0)
+    fit(Thawing(), [monitor], equal(12 * length), accumulate_grad_batches=length, steps=12, gradient_clip_val=clip)
+    history = monitor.history
+    frozen = np.isnan(history["gradient/l2"].values)
+    assert frozen[3:6, :2].all() and frozen.sum() == 6
+    noise, smoothness = history["noise/dual"], history["gradient/local_smoothness"].values
+    assert np.nanmax(noise.values) < SMALL and np.isfinite(noise.values[noise.steps > 6]).all()
+    assert np.nanmax(smoothness) < 3 and np.isnan(smoothness[2:6, :2]).all()
+    assert history["gradient/norm_clipped"].steps.tolist() == list(range(12))
+    fit(Thawing(), [steering], equal(12 * length), accumulate_grad_batches=length, steps=12, gradient_clip_val=clip)
+    assert set(steering.ratios.values()) == {1.0}
+
+
+def test_frozen_between_two_readings() -> None:
+    """At every second step is read, and what is kept for it in between is of what is trained."""
+    monitor = GradientMonitor(every_n_steps=2, strict=True)
+    fit(Thawing(), [monitor], equal(12), steps=12)
+    assert np.nanmax(monitor.history["noise/dual"].values) < SMALL
+
+
 # Several processes decide alike
 
 

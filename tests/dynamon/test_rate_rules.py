@@ -235,9 +235,12 @@ def network(*exponents, sides=(64, 48)):
 
 
 def steps(rates, count):
-    """Steps without gradients; the ratios of each."""
+    """Steps whose gradients are zero; the ratios of each."""
     seen = []
     for _ in range(count):
+        for group in rates.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
         rates.optimizer.step()
         seen.append(rates.ratios)
     return seen

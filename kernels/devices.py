@@ -1,0 +1,33 @@
+"""What a device lacks: some have no float64, and most have no eigenvalues."""
+
+import torch
+from torch import Tensor
+
+_DECOMPOSE = ("cpu", "cuda")  # kinds of devices with LAPACK, or what stands for it
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether reading a number waits for nothing, so that asking is cheaper than a second pass: on a CPU."""
+    return device.type == "cpu"
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no float64: Apple's, and some of Intel's."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_capability(device).get("has_fp64", True) else torch.float32
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in the widest dtype of its device."""
+    return tensor.to(widest_dtype(tensor.device))
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """A tensor in float64: on its device where that has it, else a copy on the host."""
+    return (tensor if widest_dtype(tensor.device) == torch.float64 else tensor.cpu()).double()
+
+
+def decomposable(tensor: Tensor) -> Tensor:
+    """A tensor where eigenvalues and singular values can be computed: on a CPU or CUDA itself, else on the host."""
+    return tensor if tensor.device.type in _DECOMPOSE else tensor.cpu()
