@@ -39,10 +39,10 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     Put back at exit: the random streams of torch (CPU and all devices of the accelerator), numpy and python; every
     parameter and buffer; submodules that joined, left or were replaced; train and eval modes; every plain attribute of
     every submodule (numbers, strings, tensors, arrays, random generators, and the contents of lists, dicts, sets,
-    deques and namespaces, nested ones too), which covers counters, collected outputs, averaged teachers and states of torchmetrics.
-    ``log`` and ``log_dict`` do nothing inside. ``.grad`` is None inside and what it was at exit. Compiled code runs
-    uncompiled, so that training keeps the graphs it has. Not covered: files, dataloader iterators and objects of the
-    user's own classes. Memory: one copy of parameters and buffers.
+    deques and namespaces, nested ones too), which covers counters, collected outputs, averaged teachers and states of
+    torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad`` is None inside and what it was at exit. Compiled
+    code runs uncompiled, so that training keeps the graphs it has. Not covered: files, dataloader iterators and objects
+    of the user's own classes. Memory: one copy of parameters and buffers.
 
     The operators and searches of :mod:`dynamon.curvature` that are used inside have all of this, but for the weights
     themselves, put back between any two evaluations of the loss too: a layer that moves a buffer in every forward pass
