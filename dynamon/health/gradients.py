@@ -241,7 +241,10 @@ def _jump(logs: Array) -> tuple[int, float] | None:
 
 def dead_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     """A layer whose gradient is zero to the end while others have one."""
-    hits = sorted(((step, name) for name, step in dead_columns(data)), key=lambda hit: hit[0])
+    dead = dict(dead_columns(data))
+    table = data.tables.get("gradient/l2")
+    alive = set() if table is None else set(table.layers or ()) - dead.keys()
+    hits = sorted(((s, name) for name, s in dead.items() if not _cancels(name, alive)), key=lambda hit: hit[0])
     if hits:
         layers = tuple(name for _, name in hits)
         since = "since the first reading" if hits[0][0] == first_step(data, "gradient/l2") else "ever since"
@@ -256,6 +259,15 @@ def dead_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
             {"layers": len(layers)},
             ("gradient/l2", "update/ratio"),
         )
+
+
+def _cancels(name: str, alive: set[str]) -> bool:
+    """Whether it is the bias of a weight that has a gradient.
+
+    What flows back to a module reaches its bias as a sum over samples. It is zero where the loss does not change when
+    all outputs are shifted alike: comparisons of pairs, critics, contrastive losses. Nothing is wrong then.
+    """
+    return name.endswith("bias") and f"{name.removesuffix('bias')}weight" in alive
 
 
 def dead_columns(data: RunData) -> Iterator[tuple[str, int]]:

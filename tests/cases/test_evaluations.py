@@ -1160,18 +1160,6 @@ def test_parameters_are_taken_as_a_sequence_or_a_mapping_everywhere():
     assert [len(g["params"]) for g in Lanton(named, lr=0.1).param_groups] == [4]
 
 
-def test_what_measures_tells_what_it_has_found():
-    module = mlp()
-    hessian = HessianOperator(lambda: F.cross_entropy(module(X), Y), module)
-    tracker = EigenTracker()
-    assert repr(tracker) == "EigenTracker(k=1, 0 measurements, the next one cold)"
-    tracker.update(hessian)
-    assert repr(tracker) == "EigenTracker(k=1, 1 measurement, the next one warm)"
-    found = spectral_density(hessian, steps=20, probes=1)
-    assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
-    assert len(repr(found)) < 200
-
-
 # ---- what a training step does to its own structure, optimizers and schedulers ------------------------------
 
 
@@ -1270,3 +1258,15 @@ def test_a_weight_that_is_normalised_inside_is_plain_afterwards():
     assert type(network[3]) is nn.Linear
     assert same_weights(network, before)
     assert torch.equal(network(inputs), before(inputs))
+
+
+def test_what_measures_tells_what_it_has_found():
+    module = mlp()
+    hessian = HessianOperator(lambda: F.cross_entropy(module(X), Y), module)
+    tracker = EigenTracker()
+    assert repr(tracker) == "EigenTracker(k=1, 0 measurements, the next one cold)"
+    tracker.update(hessian)
+    assert repr(tracker) == "EigenTracker(k=1, 1 measurement, the next one warm)"
+    found = spectral_density(hessian, steps=20, probes=1)
+    assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
+    assert len(repr(found)) < 200

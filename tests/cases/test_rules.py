@@ -184,6 +184,38 @@ def test_clipping_that_leaves_nothing():
 # What was chosen.
 
 
+class Compared(Classifier):
+    """Scores of two batches are compared, so that a shift of all scores changes nothing."""
+
+    def __init__(self, how):
+        super().__init__(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
+        self.how = how
+
+    def training_step(self, batch, batch_idx):
+        own, other = self.network(batch[0]), self.network(batch[0].roll(1, 0) + 1)
+        if self.how == "pairs":
+            return -nn.functional.logsigmoid(own - other).mean()
+        return other.mean() - own.mean() + (own - other).square().mean()
+
+
+@pytest.mark.parametrize("how", ["pairs", "critic"])
+def test_a_bias_that_cancels_is_not_dead(how):
+    torch.manual_seed(0)
+    data, rules = fit_watched(Compared(how))
+    table = data.tables["gradient/l2"]
+    bias, weight = (table.values[:, table.layers.index(f"network.2.{name}")] for name in ("bias", "weight"))
+    assert float(bias.max()) < 1e-6 * float(weight.min())
+    assert not rules
+
+
+@pytest.mark.filterwarnings("ignore:GradientMonitor. The gradient of")
+def test_a_bias_is_dead_with_its_weight():
+    module = Classifier(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)))
+    nn.init.constant_(module.network[0].bias, -100.0)
+    _, rules = fit_watched(module)
+    assert {"network.0.weight", "network.0.bias"} <= set(rules["gradient/dead"].layers)
+
+
 class Freezing(Classifier):
     """Its first layer is frozen at step 15."""
 
