@@ -3,9 +3,11 @@
 import inspect
 import operator
 import random
-from collections import deque
+from argparse import Namespace
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,8 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
 
     Put back at exit: the random streams of torch (CPU and all devices of the accelerator), numpy and python; every
     parameter and buffer; submodules that joined, left or were replaced; train and eval modes; every plain attribute of
-    every submodule (numbers, strings, tensors, arrays, random generators, and the contents of lists, dicts, sets and
-    deques, nested ones too), which covers counters, collected outputs, averaged teachers and the states of
+    every submodule (numbers, strings, tensors, arrays, random generators, and the contents of lists, dicts, sets,
+    deques and namespaces, nested ones too), which covers counters, collected outputs, averaged teachers and states of
     torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad`` is None inside and what it was at exit. Compiled
     code runs uncompiled, so that training keeps the graphs it has. Not covered: files, dataloader iterators and objects
     of the user's own classes. Memory: one copy of parameters and buffers.
@@ -163,6 +165,7 @@ def _say_nothing(*_: Any, **__: Any) -> None:
 
 
 _CONTAINERS = (list, dict, set, deque)
+_HOLDERS = (UserDict, UserList, Namespace, SimpleNamespace)  # of Python's own: what they hold is in their attributes
 _SEARCHED = 1000  # what is inside longer containers (a data set, say) is not looked for
 _STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
 _REGISTRIES = "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
@@ -192,6 +195,8 @@ def _remember(value: Any, contents: _Contents) -> None:
     if isinstance(value, (*_CONTAINERS, tuple)) and len(value) <= _SEARCHED:
         for item in value.values() if isinstance(value, dict) else value:
             _remember(item, contents)
+    elif isinstance(value, _HOLDERS):
+        _remember(vars(value), contents)
 
 
 def _content(value: Any) -> Any:

@@ -3,7 +3,9 @@
 import copy
 import math
 import random
-from collections import Counter, OrderedDict, defaultdict
+from argparse import Namespace
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,6 +250,38 @@ def test_dictionaries_of_every_class_are_put_back(kind):
             found = top_eigenvalues(HessianOperator(loss, weights, backend=backend), tol=1e-4)
             assert float(found.values[0]) == pytest.approx(true, rel=1e-3)
     assert list(module.seen.items()) == [("calls", 1), ("samples", 16)]
+
+
+HOLDERS = {
+    UserDict: lambda held: held["calls"],
+    UserList: lambda held: held[0],
+    Namespace: lambda held: held.calls,
+    SimpleNamespace: lambda held: held.calls,
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_what_holders_of_the_standard_library_count_is_counted_in_training_only(kind):
+    """What they hold weighs the loss, so that weights would tell."""
+
+    class Holding(Classifier):
+        def training_step(self, batch, batch_idx):
+            if kind in (UserDict, UserList):
+                self.held["calls" if kind is UserDict else 0] += 1
+            else:
+                self.held.calls += 1
+            return HOLDERS[kind](self.held) * super().training_step(batch, batch_idx)
+
+    def run(monitors):
+        module = Holding(mlp())
+        module.held = kind([0]) if kind is UserList else kind(calls=0)
+        fit(module, monitors, steps=4)
+        return module
+
+    monitor = SharpnessMonitor(every_n_steps=1, strict=True)
+    plain, watched = run([]), run([monitor])
+    assert HOLDERS[kind](watched.held) == HOLDERS[kind](plain.held) == 4 and same_weights(plain, watched)
+    assert len(monitor.history["sharpness/probe_loss"]) == 4
 
 
 def test_alone_a_loss_with_a_state_of_its_own_does_not_converge():
