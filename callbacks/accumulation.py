@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.batches import first_dimension
+from dynamon.batches import likely_samples
 from dynamon.callbacks.base import callbacks_of, gradient_scale
 from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
+from dynamon.callbacks.samples import batch_sizes
 from dynamon.shards import any_sharded, local
 from dynamon.windows import Window
 
@@ -107,7 +108,7 @@ class Windows:
         if position == self._batch:
             return
         self._batch, self._inside = position, False
-        self._samples = first_dimension(batch)
+        self._samples = likely_samples(batch, batch_sizes(trainer))
         for passes in self._passes.values():
             passes.rest()
 
@@ -189,8 +190,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 def _marks(parameters: Sequence[Tensor]) -> _Marks:
     # Every write to a tensor raises its version, also one under no_grad.
     gradients = [p.grad for p in parameters]
-    plain = [g if g is None or type(g) is Tensor else local(g) for g in gradients]
-    return [None if g is None else (id(g), part._version) for g, part in zip(gradients, plain, strict=True)]
+    return [None if g is None else (id(g), (g if type(g) is Tensor else local(g))._version) for g in gradients]
 
 
 @cache

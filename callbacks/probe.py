@@ -30,6 +30,7 @@ _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tri
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
+_NO_LOSS_SENTENCE = "there is no loss on the batch that sharpness was to be measured on: the next is taken."
 
 
 class ProbeMeter(Meter):
@@ -83,6 +84,7 @@ class ProbeMeter(Meter):
         self._resumed_without = False
         self._halvings = 0
         self._checked = loss_fn is not None
+        self._newest: Kept | None = None  # of this batch, as long as nothing was passed back
         self._let_go = False  # of a probe without a loss, by all processes, until the next batch
         self._refused = 0  # batches in a row without one
         self._part_error = "on another process."
@@ -140,6 +142,7 @@ class ProbeMeter(Meter):
         if self.off:
             return
         self._let_go = False
+        self._leave_skipped(run)
         self._take_up(run, batch)
         waiting = [kept for kept in self._sets if not self._is_full(kept)]
         if not waiting:
@@ -155,11 +158,25 @@ class ProbeMeter(Meter):
             part = take_samples(batch, 1.0 if self._size else self._fraction, most, batch_sizes(run.trainer))
             index = run.trainer.fit_loop.epoch_loop.batch_idx
             try:
-                kept.append(self._kept(part.batch, part.samples, part.is_cut, index))
+                self._newest = self._kept(part.batch, part.samples, part.is_cut, index)
+                kept.append(self._newest)
             except NoWeightError as error:
                 self._say("no weight", f"{error} The probe takes the next batch.")
         if part.reason is not None:
             self._say("whole", f"the probe holds whole batches: {part.reason}. A loss_fn can take less of them.")
+
+    def after_backward(self, run: Run) -> None:
+        """The batch that was kept last has a loss, if anything was passed back."""
+        if self._newest is not None and any(p.grad is not None for p in run.module.parameters()):
+            self._newest = None
+
+    def _leave_skipped(self, run: Run) -> None:
+        """What was kept of a batch that training has skipped gives way to the next one."""
+        skipped, self._newest = self._newest, None
+        if skipped is None or self.loss_fn is not None or run.ranks.several:  # Lightning refuses it under DDP
+            return
+        self._sets = [[one for one in kept if one is not skipped] for kept in self._sets]
+        self._say("no loss", _NO_LOSS_SENTENCE)
 
     def _kept(self, batch: Any, samples: int | None, is_cut: bool, index: int, is_tried: bool = False) -> Kept:
         weight = self._weight_of(batch, samples)
@@ -374,9 +391,7 @@ class ProbeMeter(Meter):
             if is_cut and self._refused >= _PATIENCE:
                 self._part_error = "there was none."
                 return _PART_FAILS
-            self._say(
-                "no loss", "there is no loss on the batch that sharpness was to be measured on: the next is taken."
-            )
+            self._say("no loss", _NO_LOSS_SENTENCE)
             return _NO_LOSS
         except Exception as error:
             if not is_cut or isinstance(error, LossError) or ran_out_of_memory(error):

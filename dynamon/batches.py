@@ -128,10 +128,47 @@ def count_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
     return _known(batch, sizes) if size is None else size
 
 
-def first_dimension(batch: Any) -> int | None:
-    """The first dimension of all tensors in a batch, whatever it means; None where they differ."""
-    found = {int(t.size(0)) for t in _tensors(batch) if t.ndim}
-    return found.pop() if len(found) == 1 else None
+def likely_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
+    """How many samples a batch probably has, which is enough to tell it from a smaller one; None where nothing says.
+
+    The number that all tensors have as their first or second dimension, and lists of like tensors as their length, is
+    taken for it. Of several such numbers it is the one that made the batch; where nothing says, the first dimension.
+
+    Args:
+        batch: Tensors in containers of any class.
+        sizes: As for :func:`take_samples`.
+    """
+    said = {n for leaf in _leaves(batch, {}) if (n := _said(leaf)) is not None}
+    if len(said) == 1:
+        return said.pop()
+    signs = list(_signs(batch))
+    common = [n for n in signs[0] if all(n in sign for sign in signs)] if signs else []
+    told = [n for n in common or dict.fromkeys(n for sign in signs for n in sign) if n in sizes]
+    if told or not common:
+        return told[0] if told else None
+    return common[0] if len(common) == 1 or not sizes else None
+
+
+def _signs(value: Any) -> Iterator[tuple[int, ...]]:
+    """For each tensor or list of like things in a batch the numbers that may be its samples."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield (int(value.size(0)),) if value.is_nested else tuple(value.shape[:2])
+        return
+    held = entries(value)
+    if held is None:
+        yield from ((int(t.size(0)),) for t in _tensors(value) if t.ndim)
+        return
+    inner = [sign for item in held.values() for sign in _signs(item)]
+    if inner and isinstance(value, list | tuple) and (_are_alike(value) or all(map(_is_record, value))):
+        yield *(n for n in inner[0] if all(n in sign for sign in inner)), len(value)  # those of all, or one a sample
+    else:
+        yield from inner
+
+
+def _is_record(value: Any) -> bool:
+    """Whether something holds the parts of a sample by name, as the boxes and labels of an image."""
+    return not isinstance(value, list | tuple) and bool(entries(value))
 
 
 def moved(batch: Any, device: torch.device) -> Any:

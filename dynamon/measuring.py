@@ -51,6 +51,7 @@ def measure(
         no part in the loss has NaN for its gradient. Noise needs two gradients and is not among them.
 
     Raises:
+        FloatingPointError: Where the loss or its curvature is not finite.
         ValueError: Without a trainable parameter that can be measured, where ``optimizer`` holds none of them, or for a
             loss that is not a differentiable scalar.
 

@@ -266,8 +266,11 @@ def _refill(value: Any, content: Any, marks: bool) -> None:
         value.bit_generator.state = content
     else:
         value.clear()
-        entries = zip(content[::2], content[1::2], strict=True) if isinstance(value, dict) else content
-        (value.extend if isinstance(value, list | deque) else value.update)(entries)
+        if isinstance(value, dict):  # one by one: the update of a Counter adds
+            for key, item in zip(content[::2], content[1::2], strict=True):
+                value[key] = item
+        else:
+            (value.extend if isinstance(value, list | deque) else value.update)(content)
 
 
 def _entries(container: Any) -> list[Any]:

@@ -140,10 +140,11 @@ class Ranks:
         if self._brought is None:
             assert self._said_along is not None
             own, self._said_along = self._said_along(), None
-            packed = torch.tensor(own, dtype=widest_dtype(self._device), device=self._device)
+            self._brought = own
             if self.several:
+                packed = torch.tensor(own, dtype=widest_dtype(self._device), device=self._device)
                 dist.all_reduce(packed, group=self.group)
-            self._brought = packed.tolist()
+                self._brought = packed.tolist()
         return self._brought
 
     def leave_behind(self) -> None:

@@ -166,7 +166,10 @@ def _factors(
 ) -> list[float]:
     """A factor for each parameter."""
     if not isinstance(ratios, Mapping):
-        return [1.0] * count if ratios is None else list(ratios)
+        factors = [1.0] * count if ratios is None else list(ratios)
+        if len(factors) != count:
+            raise ValueError(f"ratios must be one number for each of the {count} parameters, got {len(factors)}.")
+        return factors
     if names is None:
         raise ValueError("ratios by name need params as a mapping, say dict(model.named_parameters()).")
     unknown = sorted(set(ratios) - set(names))

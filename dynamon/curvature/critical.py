@@ -71,17 +71,21 @@ def critical_sharpness(
         max_evaluations: Most forward passes.
 
     Raises:
-        ValueError: If the update does not fit the parameters or is zero, or an argument is out of range.
+        ValueError: If the update does not fit the parameters, is zero or not finite, or an argument is out of range.
         FloatingPointError: If the loss at the present weights is not finite.
 
     Cost: usually 5 to 7 forward passes, a host read each; 2 more where a part is computed in half precision,
     to see what its rounding does. Reference: Kalra et al., arXiv 2601.16979.
     """
     flat = FlatParameters.of(params)
+    if not isinstance(update, Tensor):
+        raise ValueError(f"update must be a flat tensor [{flat.size}], got {type(update).__name__}.")
     if update.shape != (flat.size,):
         raise ValueError(f"update must have shape [{flat.size}], got {tuple(update.shape)}.")
     if not float(flat.space.total(widened(update.any()))):
         raise ValueError("the update is zero, so there is no critical multiple of it.")
+    if float(flat.space.total((~torch.isfinite(update)).sum().double())):
+        raise ValueError("the update holds NaN or infinity, so there is no critical multiple of it.")
     if not 0 < tol < 1 or max_evaluations < 3:
         raise ValueError(f"tol must lie in (0, 1) and max_evaluations be 3 or more, got {tol} and {max_evaluations}.")
     evaluations, watch, count = Evaluations(), _Dtypes(), 0

@@ -16,7 +16,7 @@ _APART = 0.25  # gap below the last outlier, relative to where the bulk ends, bo
 _OFFSET = 0.2  # share of the spectrum's height added to where the bulk ends: gaps next to the median are not wide
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectralDensity:
     r"""Stochastic Lanczos quadrature of a spectrum.
 
@@ -38,6 +38,14 @@ class SpectralDensity:
     size: int
     matvecs: int
     backend: str
+
+    def __repr__(self) -> str:
+        """The range of the spectrum and what stands apart; not the nodes."""
+        low, high, count = float(self.nodes.min()), float(self.nodes.max()), len(self.outliers)
+        return (
+            f"SpectralDensity({self.size} eigenvalues from {low:.6g} to {high:.6g}, {count} outliers, "
+            f"bulk edge {self.bulk_edge:.6g}; {self.matvecs} products, {self.backend})"
+        )
 
     @property
     def outliers(self) -> Array:

@@ -188,6 +188,8 @@ def names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
     if isinstance(params, Tensor):
         params = [params]
     if not isinstance(params, Mapping):
+        if not isinstance(params, Iterable):
+            raise ValueError(f"params must be tensors, a mapping from names to tensors, or a module, not {params!r}.")
         params = list(params)
         if params and all(isinstance(item, tuple) and len(item) == 2 for item in params):
             params = dict(params)

@@ -10,11 +10,19 @@ from dynamon.curvature.graphs import dtypes_behind
 
 LARGEST = 2.0**16  # where torch's own gradient scaler begins
 LOWER = 16.0  # by which a scale is lowered where something overflows
+_MOST = 16  # powers of that for a small loss: what is below 1e-19 may be zero but for rounding
 
 
 def loss_scale(losses: Sequence[Tensor]) -> float:
-    """What to multiply a loss by before it is differentiated: 1 but where its graph computes in float16."""
-    return LARGEST if torch.float16 in dtypes_behind(losses) else 1.0
+    """What to multiply a loss by before it is differentiated: 1 but where its graph computes in float16.
+
+    A small loss, one that is divided by a large number say, has slopes as small.
+    """
+    if torch.float16 not in dtypes_behind(losses):
+        return 1.0
+    size = max(abs(float(loss.detach().sum())) for loss in losses)
+    steps = math.floor(math.log(1 / size, LOWER)) if 0 < size < 1 else 0
+    return LARGEST * LOWER ** min(steps, _MOST)
 
 
 def length_scale(vector: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class EigenTracker:
         self.taken = 0
         self.vectors: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """How many eigenvalues it follows, and how long it has."""
+        taken = f"{self.taken} measurement{'' if self.taken == 1 else 's'}"
+        return f"EigenTracker(k={self.k}, {taken}, the next one {'cold' if self.next_is_cold else 'warm'})"
+
     @property
     def next_is_cold(self) -> bool:
         """Whether the coming measurement starts from nothing."""

@@ -75,7 +75,8 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
     unsolved = sum(len(scalars.get(f"sharpness/{name}_unconverged", ())) for name in _EIGENVALUES)
     along = any(f"sharpness/{name}" in scalars for name in ("directional", "critical", "critical_multiple"))
     everything = "gradient/norm" in scalars and "weight/operator" in data.tables
-    if overhead is not None and not converged and not unsolved and (along or everything):
+    failed = "dynamon/failures" in scalars and scalars["dynamon/failures"].values[-1] > 0  # that says why
+    if overhead is not None and not converged and not unsolved and (along or everything) and not failed:
         share = float(overhead.values[-1])
         yield Finding(
             "dynamon/no_sharpness",

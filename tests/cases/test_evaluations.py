@@ -1,7 +1,9 @@
 """Evaluations of the probe are functions of the weights: state, casts, scales and compiled graphs do not move them."""
 
 import copy
+import math
 import random
+from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor, WeightMonitor
 from dynamon.curvature import (
+    EigenTracker,
     GGNOperator,
     HessianOperator,
     NoSecondDerivativeError,
     critical_sharpness,
+    spectral_density,
     top_eigenvalues,
 )
 from dynamon.optim import Lanton
@@ -216,6 +220,34 @@ def test_a_line_search_sees_one_function(kind):
     assert len(seen) > 2
     for flat, value in seen:
         assert value == pytest.approx(gradient_from_the_start(module, flat - start)[0], rel=1e-12)
+
+
+class Counts(dict):
+    """A dictionary whose ``update`` adds, as ``Counter`` does."""
+
+    def update(self, others):
+        for key, value in others.items():
+            self[key] = self.get(key, 0) + value
+
+
+@pytest.mark.parametrize("kind", [Counter, Counts, OrderedDict, lambda of: defaultdict(int, of)], ids=str)
+def test_dictionaries_of_every_class_are_put_back(kind):
+    """Each evaluation of the loss counts once, and weighs by the counts."""
+    module = nn.Linear(8, 3).double()
+    module.seen = kind({"calls": 1, "samples": 16})
+
+    def loss():
+        module.seen["calls"] += 1
+        return module.seen["calls"] * F.cross_entropy(module(X.double()), Y)
+
+    weights = list(module.parameters())
+    hessian = dense_hessian_of(2 * F.cross_entropy(module(X.double()), Y), weights)
+    true = float(torch.linalg.eigvalsh(hessian)[-1])
+    with undisturbed(module):
+        for backend in ("double_backward", "finite_difference", "double_backward"):
+            found = top_eigenvalues(HessianOperator(loss, weights, backend=backend), tol=1e-4)
+            assert float(found.values[0]) == pytest.approx(true, rel=1e-3)
+    assert list(module.seen.items()) == [("calls", 1), ("samples", 16)]
 
 
 def test_alone_a_loss_with_a_state_of_its_own_does_not_converge():
@@ -808,17 +840,21 @@ def test_slopes_do_not_vanish_in_float16():
     assert float(v @ (operator @ length)) == pytest.approx(1e-6 * expected, rel=0.03)
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
-def test_a_scale_that_overflows_is_lowered(size):
-    """Large losses and products: what does not fit is scaled less."""
+@pytest.mark.parametrize("size", [1e-18, 1e-12, 1e-9, 1e-3, 1.0, 100.0])
+def test_a_scale_fits_the_size_of_the_loss(size):
+    """Large losses and products: what does not fit is scaled less; slopes of a small loss are scaled more."""
     net, head, inputs, labels = small()
     params = [*net.parameters(), head]
     loss = lambda: size * F.cross_entropy((net(inputs) @ head.t()).float(), labels)  # noqa: E731
     expected = top_eigenvalues(HessianOperator(loss, params)).values[0]
+    logits = lambda z: size * F.cross_entropy(z.float(), labels)  # noqa: E731
+    expected_ggn = top_eigenvalues(GGNOperator(lambda: net(inputs) @ head.t(), logits, params)).values[0]
     with torch.autocast("cpu", torch.float16):
         operator = HessianOperator(loss, params)
         found = top_eigenvalues(operator)
-    assert float(found.values[0]) == pytest.approx(float(expected), rel=0.03)
+        found_ggn = top_eigenvalues(GGNOperator(lambda: net(inputs) @ head.t(), logits, params))
+    assert float(found.values[0]) == pytest.approx(float(expected), rel=0.03, abs=0)
+    assert float(found_ggn.values[0]) == pytest.approx(float(expected_ggn), rel=0.03, abs=0)
     assert operator.gradient.isfinite().all()
 
 
@@ -1075,7 +1111,15 @@ def test_parameters_are_taken_as_a_sequence_or_a_mapping_everywhere():
         stability_ratio(loss, listed, optimizer, ratios=ratios)
     with pytest.raises(ValueError, match="'typo'"):
         stability_ratio(loss, named, optimizer, ratios={"typo": 1.0})
+    with pytest.raises(ValueError, match="one number for each of the 4 parameters, got 1"):
+        stability_ratio(loss, named, optimizer, ratios=[0.5])
+    with pytest.raises(ValueError, match="params must be tensors, a mapping .* not None"):
+        HessianOperator(loss, None)
     step = torch.ones(sum(p.numel() for p in listed))
+    with pytest.raises(ValueError, match="NaN or infinity"):  # not 0, which would say that it leads uphill
+        critical_sharpness(loss, named, math.nan * step)
+    with pytest.raises(ValueError, match="flat tensor .*, got list"):
+        critical_sharpness(loss, named, listed)
     for params in (named, listed, module):
         assert HessianOperator(loss, params).shape == (len(step), len(step))
         assert critical_sharpness(loss, params, -1e-2 * step).evaluations
@@ -1180,3 +1224,15 @@ def test_a_weight_that_is_normalised_inside_is_plain_afterwards():
     assert type(network[3]) is nn.Linear
     assert same_weights(network, before)
     assert torch.equal(network(inputs), before(inputs))
+
+
+def test_what_measures_tells_what_it_has_found():
+    module = mlp()
+    hessian = HessianOperator(lambda: F.cross_entropy(module(X), Y), module)
+    tracker = EigenTracker()
+    assert repr(tracker) == "EigenTracker(k=1, 0 measurements, the next one cold)"
+    tracker.update(hessian)
+    assert repr(tracker) == "EigenTracker(k=1, 1 measurement, the next one warm)"
+    found = spectral_density(hessian, steps=20, probes=1)
+    assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
+    assert len(repr(found)) < 200

@@ -438,6 +438,76 @@ def test_a_plain_loop_can_say_what_its_windows_are() -> None:
     assert set(ratios[0].values()) == {1.0} and min(ratios[1].values()) < 0.9
 
 
+def _series(samples: Any) -> Any:
+    """Time before samples."""
+    x = torch.stack([x for x, _ in samples])
+    return x.repeat(4, 1, 1), torch.stack([y for _, y in samples])
+
+
+def _token_series(samples: Any) -> Any:
+    """The same, and the labels too, as a language model has them."""
+    x, y = _series(samples)
+    return [x, y.repeat(4, 1)]
+
+
+def _images(samples: Any) -> Any:
+    """Lists of one tensor and of one dictionary a sample, as detection has them."""
+    boxes = [{"class": y, "boxes": torch.zeros(i + 1, 4)} for i, (_, y) in enumerate(samples)]
+    return [x.repeat(3, 1) for x, _ in samples], boxes
+
+
+def _weighted(samples: Any) -> Any:
+    """With weights of the classes, which are no samples."""
+    x, y = _series(samples)
+    return {"x": x[0], "y": y, "weights": torch.ones(3)}
+
+
+class Summed(Net):
+    """A loss that is the sum over the samples of whatever batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if isinstance(batch, dict):
+            x, y = batch["x"], batch["y"]
+        elif isinstance(batch[1][0], dict):
+            x, y = torch.stack(list(batch[0])).mean(1), torch.stack([one["class"] for one in batch[1]])
+        else:
+            x, y = batch[0].mean(0), batch[1] if batch[1].ndim == 1 else batch[1][0]
+        return cross_entropy(self.net(x), y, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "collate, is_ready",
+    [(_series, False), (_token_series, False), (_images, False), (_weighted, False), (_series, True), (_images, True)],
+)
+def test_a_smaller_last_batch_of_any_shape_is_no_noise(collate: Any, is_ready: bool) -> None:
+    """All samples are the same one: only a sum over fewer of them differs; loaders of ready-made batches too."""
+    x, y = one_batch()
+    samples = [(x[0], y[0])] * 35
+    data: Any = DataLoader(samples, 8, collate_fn=collate)
+    if is_ready:
+        data = DataLoader([collate(samples[i : i + 8]) for i in range(0, 35, 8)], batch_size=None)
+    history, _, ratios = watched(Summed(optimizer=lambda p: torch.optim.SGD(p, lr=1e-6)), data)
+    assert set(history["gradient/cosine"].steps % 5) == {1, 2, 3}
+    assert np.nanmax(history["noise/dual"].values) < SMALL and ratios == (1, 1)
+
+
+def test_the_number_of_nodes_of_graphs_is_none_of_samples() -> None:
+    """Four graphs in every batch, of other numbers of nodes each time: all batches may be compared."""
+
+    class Graphs(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x = torch.zeros(4, 8).index_add(0, batch["graph"], batch["x"])
+            return cross_entropy(self.net(x), batch["y"])
+
+    def graphs(count: int) -> Any:
+        return {"x": torch.randn(count, 8), "graph": torch.arange(count) % 4, "y": torch.arange(4) % 3}
+
+    monitor = GradientMonitor(every_n_steps=1, strict=True)
+    data = DataLoader([graphs(count) for count in (9, 12, 7, 10, 11, 14)], batch_size=None)
+    fit(Graphs(), [monitor], data, steps=6)
+    assert monitor.history["gradient/cosine"].steps.tolist() == [1, 2, 3, 4, 5]
+
+
 class Thawing(Net):
     """The first layer is not trained from step 3 to 5, and gradients are set to zero and not to None."""
 

@@ -283,6 +283,8 @@ def test_what_was_not_measured():
     run = healthy()
     del run.scalars["sharpness/stability_ratio"]
     assert one(run, "dynamon/no_sharpness").severity == "note"
+    run.scalars["dynamon/failures"].values[30:] = 2  # what failed was no matter of the budget
+    assert rules(run) == ["dynamon/failures"]
     del run.tables["weight/operator"]  # a GradientMonitor, which was not to measure it
     assert rules(run) == []
     run = healthy()
