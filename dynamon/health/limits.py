@@ -30,6 +30,7 @@ ABOVE_ALL_NOISE = 2.5  # where noise grew with the loss: four standard errors of
 
 # Rounding.
 NOTHING = 1e-12  # share of the median layer's gradient; rounding where a gradient is zero in theory leaves 1e-9
+ROUNDED = 1e-6  # share of the median layer's gradient that such rounding never reaches, in float32
 STILL = 1e-8  # update over weight that float32 does not resolve
 NO_RATIO = 1e-6  # that steering gives a layer: float32 weights then hardly move
 LOSS_ROUNDING = 1e-6  # of the loss's size: float32 and a mean over a batch

@@ -34,6 +34,14 @@ def column_at(data: RunData, quantity: str, layer: str, steps: Array) -> Array:
     return np.asarray(table.values[rows, (table.layers or ()).index(layer)])
 
 
+def median_at(data: RunData, quantity: str, steps: Array) -> Array:
+    """The median over layers at some steps, taken as by :func:`column_at`."""
+    table = data.tables.get(quantity)
+    if table is None or not len(table):
+        return np.full(len(steps), np.nan)
+    return row_median(table.values[np.maximum(np.searchsorted(table.steps, steps, side="right") - 1, 0)])
+
+
 def scalar_at(data: RunData, tag: str, steps: Array) -> Array:
     """The same of a scalar."""
     series = data.scalars.get(tag)

@@ -13,6 +13,7 @@ from dynamon.health.limits import (
     LARGE_UPDATE,
     LONG,
     MOVING,
+    ROUNDED,
     SINGLE_DIRECTION,
     STILL,
     WIDE,
@@ -24,6 +25,7 @@ from dynamon.health.series import (
     column_at,
     columns,
     finite_or_zero,
+    median_at,
     row_median,
     running_median,
     scalar_at,
@@ -97,7 +99,8 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             hits.append((int(table.steps[known][start]), name, before))
         elif not start and len(still) >= LONG and known[-1] and (column[known] == 0).all():
             gradient = column_at(data, "gradient/l2", name, table.steps)[known]
-            never += [name] * bool((gradient > 0).all())
+            # Less is rounding, as in the bias before a BatchNorm, and so is what it would move.
+            never += [name] * bool((gradient > ROUNDED * median_at(data, "gradient/l2", table.steps)[known]).all())
     usual = float(np.nanmedian(others[-IN_A_ROW:])) if hits or never else 0.0
     if hits:
         hits.sort(key=lambda hit: hit[0])

@@ -562,7 +562,8 @@ def test_processes_with_batches_of_different_sizes_decide_alike(tmp_path: Path, 
     first, second = ranks
     assert first["ratios"] == second["ratios"] and first["more"] == second["more"]
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
-    assert min(first["ratios"][-1].values()) < 1
+    # Of windows of two one pair an epoch is compared, always of the same batches: a change that repeats is no noise.
+    assert (min(first["ratios"][-1].values()) < 1) == (length == 1)
     if monitored == 1:
         steps = 6 // length  # in an epoch: the last one's window is like neither of its neighbours
         seen = {step % steps for step in first["tables"]["gradient/cosine"]["steps"]}
