@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from dynamon.arrays import Array
-from dynamon.callbacks.accumulation import begin_windows, begins_window, compares_ranks, has_windows, windows_of
+from dynamon.callbacks.accumulation import begins_window, compares_ranks, has_windows, windows_of
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
@@ -130,10 +130,6 @@ class GradientMeter(PairMeter):
                     self._moved[optimizer] = [
                         local(la.parameter).detach().clone() for la in self._read[optimizer].layers
                     ]
-
-    def start(self, run: Run) -> None:
-        """No window has begun."""
-        begin_windows(run.trainer)
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Follow a window that will be read or kept.

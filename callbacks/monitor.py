@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from dynamon.callbacks.accumulation import begin_windows
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget, overhead_of
 from dynamon.callbacks.decisions import ranks_of
@@ -141,6 +142,7 @@ class Monitor(DynamonCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers, start the meters, write the panels."""
+        begin_windows(trainer)
         with self._budget.watch():
             steps_seen, self._run = (0 if self._run is None else self._run.steps_seen), None
             try:
