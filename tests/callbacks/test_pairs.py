@@ -191,6 +191,7 @@ class Decaying(Classifier):
         return 0.0 * super().training_step(batch, batch_idx)
 
 
+@pytest.mark.filterwarnings("ignore:WeightMonitor. The training loss is exactly 0")  # so that decay alone moves
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
 def test_memory_is_what_is_left_of_the_weights(rate, scaled: bool) -> None:
