@@ -92,6 +92,8 @@ class GradientMeter(PairMeter):
                     "gradients are gone before they can be read (an optimizer that works in backward, or "
                     "zero_grad before the step): gradient/ and noise/ are left out, weights and updates are measured.",
                 )
+                if self.reads(run):
+                    run.recorder.history.add("gradient/norm", run.step, float("nan"))
             return
         if not watch.is_last:
             return

@@ -91,7 +91,7 @@ class _State:
 
     def rewind(self) -> Callable[[], None] | None:
         """Have it again, and return what has it as it is now, but for random numbers."""
-        now = [(m, *_put_back(m, *snapshot, self._trained, marks=False)) for m, *snapshot in self._saved]
+        now = [(m, *_put_back(m, then, held, self._trained, marks=False)) for m, then, held in self._saved]
         self._random.restore()
         now = [(m, attributes, contents) for m, attributes, contents in now if attributes or contents]
 

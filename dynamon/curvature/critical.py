@@ -84,7 +84,7 @@ def critical_sharpness(
         raise ValueError(f"update must have shape [{flat.size}], got {tuple(update.shape)}.")
     if not float(flat.space.total(widened(update.any()))):
         raise ValueError("the update is zero, so there is no critical multiple of it.")
-    if float(flat.space.total((~torch.isfinite(update)).sum().double())):
+    if float(flat.space.total(widened((~torch.isfinite(update)).any()))):
         raise ValueError("the update holds NaN or infinity, so there is no critical multiple of it.")
     if not 0 < tol < 1 or max_evaluations < 3:
         raise ValueError(f"tol must lie in (0, 1) and max_evaluations be 3 or more, got {tol} and {max_evaluations}.")
