@@ -196,21 +196,17 @@ def test_norms_with_singular_values(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_random_streams_of_any_accelerator_are_put_back(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     held, kind, module = [1, 2], "xpu" if several else "mps", mlp()
 
-    def seed_all(seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-        held[:] = [seed, seed]
-
     known = {"is_available": lambda: True, "get_rng_state": lambda: held[0]}
-    known["set_rng_state"] = lambda state: held.__setitem__(0, state)
+    known["manual_seed"] = known["set_rng_state"] = lambda state: held.__setitem__(0, state)
     if several:
         known["is_initialized"], known["get_rng_state_all"] = lambda: True, lambda: list(held)
         known["set_rng_state_all"] = lambda states: held.__setitem__(slice(None), states)
+        known["manual_seed_all"] = lambda seed: held.__setitem__(slice(None), [seed, seed])
     monkeypatch.setattr(torch, kind, SimpleNamespace(**known))
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type=kind))
-    monkeypatch.setattr(torch, "manual_seed", seed_all)
     with undisturbed(module, seed=7):
-        assert held[0] == 7
-    assert held == ([1, 2] if several else [1, 7])
+        assert held == [7, 7 if several else 2]
+    assert held == [1, 2]
 
 
 class Waits(TorchDispatchMode):
