@@ -340,7 +340,7 @@ def _upper_bound(ritz: Ritz, size: int) -> float:
 
 
 def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
-    """A start vector from a seed, where the operator is: noise, or the mix of a warm start's vectors with some noise."""
+    """A start vector from a seed on the operator's device: noise, or a mix of a warm start's vectors and noise."""
     host = torch.device("cpu")
     device = getattr(operator, "device", host if warm_start is None else warm_start.device)
     dtype = getattr(operator, "dtype", torch.float32) if warm_start is None else warm_start.dtype
