@@ -38,6 +38,7 @@ from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal, steerable_layers
 from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
+from dynamon.rates.merging import Merging
 from dynamon.shards import any_sharded
 from dynamon.stepping import GONE, has_gradients
 
@@ -81,6 +82,8 @@ class LayerwiseLR(DynamonCallback):
         scale_weight_decay: Decoupled weight decay (AdamW) scales with the rate. False keeps it at the base rate.
         read_every: Read gradients for the rule at every so many-th step only; its updates are then so many steps
             apart. At 10 reading costs about a fifth.
+        max_groups: Groups of parameters in a step at most: near ratios are brought together, see
+            :class:`dynamon.optim.LayerwiseRates`. None: every layer has the ratio of the rule to the bit.
 
     Raises:
         ValueError: On arguments out of range; when fit starts, if an optimizer cannot take layerwise rates,
@@ -111,6 +114,7 @@ class LayerwiseLR(DynamonCallback):
         apply: bool = True,
         scale_weight_decay: bool = True,
         read_every: int = 1,
+        max_groups: int | None = 16,
     ) -> None:
         """Check the arguments."""
         super().__init__()
@@ -121,7 +125,10 @@ class LayerwiseLR(DynamonCallback):
         self.rule, self.lag, self.save_gradient = rule, lag, save_gradient
         if type(read_every) is not int or read_every < 1:
             raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
+        if max_groups is not None:
+            Merging(max_groups)  # checks it
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
+        self.max_groups = max_groups
         self._patterns = layers
         self._loggers = loggers
         self._recorder = Recorder(loggers, len(self.quantities))
@@ -155,7 +162,7 @@ class LayerwiseLR(DynamonCallback):
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The ratio of each layer, by parameter name; in a dry run the one that would be in force."""
+        """The ratio of each layer, merged, by parameter name; in a dry run the one that would be in force."""
         if not self._steered:
             return dict(self._past[1])
         return {name: ratio for rates in self._steered.values() for name, ratio in rates.wanted.items()}
@@ -436,6 +443,7 @@ class LayerwiseLR(DynamonCallback):
                 apply=self.apply,
                 scale_weight_decay=self.scale_weight_decay,
                 read_every=self.read_every,
+                max_groups=self.max_groups,
             )
             rates.in_half_precision = "16" in str(trainer.precision)
             rates.agrees_with_others = averages_gradients(trainer)
@@ -488,6 +496,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
         apply: False for a dry run, which computes and logs and changes nothing.
         scale_weight_decay: Decoupled weight decay scales with the rate; False keeps it at the base rate.
         read_every: Read the noise at every so many-th step only.
+        max_groups: Groups of parameters in a step at most: near ratios are brought together. None as published.
         **rule: The rule's own arguments, those of :class:`dynamon.rates.NoiseAdaptiveRates`: ``alpha``, ``beta2``,
             ``group_by``, ``normalize_shape``, ``floor``, ``warmup`` and, where the paper leaves a choice open,
             ``exponent``, ``relative_to``, ``cap``, ``dead_band``, ``refresh``, ``source``, ``bias_correction``.
@@ -513,6 +522,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
         apply: bool = True,
         scale_weight_decay: bool = True,
         read_every: int = 1,
+        max_groups: int | None = 16,
         **rule: Any,
     ) -> None:
         """Make the rule."""
@@ -525,6 +535,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
             apply=apply,
             scale_weight_decay=scale_weight_decay,
             read_every=read_every,
+            max_groups=max_groups,
         )
 
 

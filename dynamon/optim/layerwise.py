@@ -1,6 +1,5 @@
 """Layerwise learning rates on top of any optimizer, without touching its parameter groups."""
 
-import itertools
 import operator
 import sys
 from collections.abc import Callable, Hashable, Mapping
@@ -8,17 +7,21 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from dynamon.arrays import Array
 from dynamon.decay import is_decoupled
 from dynamon.gradients import PendingReadings
 from dynamon.layers import Layer, is_steerable, known_layers
 from dynamon.names import word_runs
 from dynamon.norms import optimizer_family
+from dynamon.optim.views import GroupViews
 from dynamon.rates import Rule
+from dynamon.rates.merging import Merging, error
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
 from dynamon.stepping import (
@@ -98,6 +101,10 @@ class LayerwiseRates:
     gradient clipping see only the groups the user made. The view goes in after the closure has returned. Entries that
     the optimizer writes into its groups are carried back. With all ratios 1 no view is made.
 
+    A step has at most ``max_groups`` groups: where ratios ask for more, near ones are brought together
+    (:class:`dynamon.rates.merging.Merging`; :attr:`merging_error` says how far from what the rule asked for). Ratios of
+    exactly 1 and at a bound of the rule stay.
+
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
 
@@ -117,6 +124,9 @@ class LayerwiseRates:
             rate. False divides ``weight_decay`` by the ratio, so that weights decay at the base rate.
         read_every: Read the gradients for the rule at every so many-th step only. What the rule counts as updates is
             then so many steps. At 10 reading costs about a fifth.
+        max_groups: Groups of parameters in a step, at most; an optimizer that has as many of its own gets one for each
+            of these, and one where ratios in it are 1. None: every layer has its own ratio to the bit, as in the
+            published rule. Rules that are :attr:`exact <dynamon.rates.Rule.exact>`, ratios by hand, are never merged.
 
     Attributes:
         layers: The steered layers.
@@ -147,6 +157,7 @@ class LayerwiseRates:
         apply: bool = True,
         scale_weight_decay: bool = True,
         read_every: int = 1,
+        max_groups: int | None = 16,
     ) -> None:
         """Attach to the optimizer's step."""
         reason = refusal(optimizer)
@@ -163,6 +174,7 @@ class LayerwiseRates:
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.in_half_precision = self.agrees_with_others = False
+        self._merging = None if max_groups is None or rule.exact else Merging(max_groups, rule.bounds)
         self._phase = 0  # steps observed, modulo read_every
         self._checked = False
         self._attach()
@@ -174,11 +186,8 @@ class LayerwiseRates:
         self._read_at = 0  # the evaluation of the closure that was read
         self._nesting = Nesting()
         self.charge: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._original: list[dict[str, Any]] | None = None
-        self._applied: dict[str, float] = {}
-        self._asked: dict[str, float] = {}
-        self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, float]]] = []
-        self._rate_buffers: dict[tuple[int, int], Tensor] = {}
+        self._views = GroupViews(optimizer, scale_weight_decay)
+        self._taken: tuple[list[str], Array, Array] | None = None  # names, and in the last step: asked for, taken
         _steered[optimizer] = ref(self)
         self.watch = StepWatch(optimizer)
         hooked = list(filter(runs_hooks, (optimizer, *wrapped_optimizers(optimizer))))
@@ -203,6 +212,10 @@ class LayerwiseRates:
         self._start_rule()
 
     def _start_rule(self) -> None:
+        self._names = [layer.name for layer in self.layers]
+        self._place(self._held)
+        if self._merging is not None:
+            self._merging.forget()
         self.rule.start(self.layers, self.reader.norms)
         if self.rule.noise is not None and self.rule.noise.source == "successive":
             self.reader.follow_trends()
@@ -210,11 +223,42 @@ class LayerwiseRates:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def _place(self, parameters: list[Tensor]) -> None:
+        """Find the layer of each parameter of the optimizer, L for those that are not steered, and its group."""
+        at = {id(layer.parameter): place for place, layer in enumerate(self.layers)}
+        self._placed = parameters
+        self._layer_at = np.array([at.get(id(p), len(at)) for p in parameters], np.int64)
+        self._group_at = self._groups_of(self.optimizer.param_groups)
+
+    @staticmethod
+    def _groups_of(groups: list[dict[str, Any]]) -> Array:
+        return np.repeat(np.arange(len(groups)), [len(group["params"]) for group in groups])
+
+    def _by_parameter(self, ratios: Array) -> Array:
+        """Ratios of layers ``[L]`` as those of the optimizer's parameters ``[P]``, in the order of its groups."""
+        return np.append(ratios, 1.0)[self._layer_at]
+
+    def _asked_for(self) -> Array:
+        """The rule's ratios ``[L]``."""
+        ratios = np.array(self.rule.ratios(), np.float64)
+        if ratios.shape != (len(self.layers),):
+            rule = type(self.rule).__name__
+            raise ValueError(f"{rule}.ratios() must be [L] for {len(self.layers)} layers, got {list(ratios.shape)}.")
+        return ratios
+
+    def _merged(self, ratios: Array, is_taken: bool = False) -> Array:
+        """Ratios ``[L]`` as a step takes them, which may be the one that is taken now."""
+        if self._merging is None:
+            return ratios
+        merge = self._merging.take if is_taken else self._merging.merged
+        found = np.append(ratios, 1.0)
+        found[self._layer_at] = merge(self._by_parameter(ratios), self._group_at)
+        return found[:-1]
+
     def _follow_optimizer(self) -> None:
         """Notice parameters that joined, left, were replaced or got their shape; what was learned of others stays."""
         now = self._parameters()
-        same = len(now) == len(self._held) and all(map(operator.is_, now, self._held))
-        if same and all(map(is_lazy, self._lazy)):
+        if _are_same(now, self._held) and all(map(is_lazy, self._lazy)):
             return
         self.settle()
         self.reader.forget_ranks()
@@ -227,17 +271,25 @@ class LayerwiseRates:
     @property
     def ratios(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name, that the next step takes unless readings change it."""
-        return self.wanted if self.apply else {layer.name: 1.0 for layer in self.layers}
+        return self.wanted if self.apply else dict.fromkeys(self._names, 1.0)
 
     @property
     def applied(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name, in the step that was taken last; 1 before the first."""
-        return self._applied or {layer.name: 1.0 for layer in self.layers}
+        return self.asked if self.apply else dict.fromkeys(self._names, 1.0)
 
     @property
     def asked(self) -> dict[str, float]:
-        """The ratio that the rule asked for in the step that was taken last; :attr:`applied` unless in a dry run."""
-        return self._asked or {layer.name: 1.0 for layer in self.layers}
+        """The ratio of each layer in the step that was taken last, in a dry run the one it would have been."""
+        if self._taken is None:
+            return dict.fromkeys(self._names, 1.0)
+        names, _, taken = self._taken
+        return dict(zip(names, taken.tolist(), strict=True))
+
+    @property
+    def merging_error(self) -> float:
+        """How far a ratio of the step that was taken last is from what the rule asked for, relatively, at most."""
+        return 0.0 if self._taken is None else error(self._taken[2], self._taken[1])
 
     @property
     def is_observed(self) -> bool:
@@ -246,8 +298,8 @@ class LayerwiseRates:
 
     @property
     def wanted(self) -> dict[str, float]:
-        """The ratio that the rule asks for, by parameter name; :attr:`ratios` unless this is a dry run."""
-        return {layer.name: float(r) for layer, r in zip(self.layers, self.rule.ratios(), strict=True)}
+        """The ratio that the rule asks for, merged, by parameter name; :attr:`ratios` unless this is a dry run."""
+        return dict(zip(self._names, self._merged(self._asked_for()).tolist(), strict=True))
 
     def __repr__(self) -> str:
         """What steers what."""
@@ -256,8 +308,7 @@ class LayerwiseRates:
 
     def base_rates(self) -> dict[str, float]:
         """The learning rate of each layer's group, before the ratio."""
-        groups = self._original if self._original is not None else self.optimizer.param_groups
-        rate = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        rate = {id(p): float(group["lr"]) for group in self._views.groups for p in group["params"]}
         return {layer.name: rate[id(layer.parameter)] for layer in self.layers}
 
     def observe(
@@ -342,23 +393,9 @@ class LayerwiseRates:
     def restore(self) -> None:
         """Put the original groups back after a step that raised; what changed since, the user did."""
         self._nesting.clear()
-        if self._original is None:
-            return
-        views = {id(view) for view, *_ in self._views}
-        joined = [group for group in self.optimizer.param_groups if id(group) not in views]
-        self._views = [(view, given, group, {}) for view, given, group, _ in self._views]
-        self._leave()
-        self.optimizer.param_groups.extend(joined)
-        self._observed = self._begun = False
-
-    def _leave(self) -> None:
-        """Put the original groups back, with what the optimizer wrote into the views."""
-        if self._original is None:
-            return
-        for view, given, group, factors in self._views:
-            _carry_back(view, given, group, factors)
-        self.optimizer.param_groups[:] = self._original
-        self._original, self._views = None, []
+        if self._views.are_shown:
+            self._views.recover()
+            self._observed = self._begun = False
 
     def remove(self) -> None:
         """Detach from the optimizer; it then steps with its own rates."""
@@ -384,8 +421,25 @@ class LayerwiseRates:
         self.settle()
         stored = self.reader.state_dict(everywhere) if save_gradient and self.rule.needs_gradients else {"previous": {}}
         rule = self.rule.state_dict()
-        state = {"kind": type(self.rule).__name__, "rule": rule, "gradients": stored}
+        state = {"kind": type(self.rule).__name__, "rule": rule, "gradients": stored, **self._saved_merging()}
         return state if self.read_every == 1 else {**state, "phase": self._phase}
+
+    def _saved_merging(self) -> dict[str, Any]:
+        """The ratios in force, where they are not those that the rule asks for."""
+        if self._merging is None or self._merging.kept is None:
+            return {}
+        ratios = np.ones(len(self.layers) + 1)
+        ratios[self._layer_at] = self._merging.kept
+        kept = dict(zip(self._names, ratios[:-1].tolist(), strict=True))
+        return {"merged": {"ratios": kept, "slack": self._merging.slack}}
+
+    def _load_merging(self, state: Mapping[str, Any] | None) -> None:
+        if self._merging is None:
+            return
+        self._merging.forget()
+        if state is not None and state["ratios"].keys() == set(self._names):
+            ratios = np.array([state["ratios"][name] for name in self._names])
+            self._merging.load(self._by_parameter(ratios), state["slack"], self._group_at)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that :meth:`state_dict` made; another rule than the one that was saved starts anew."""
@@ -395,6 +449,7 @@ class LayerwiseRates:
         self.rule.load_state_dict(state["rule"])
         self.reader.load_state_dict(state["gradients"])
         self._phase = int(state.get("phase", 0)) % self.read_every
+        self._load_merging(state.get("merged"))
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -403,7 +458,7 @@ class LayerwiseRates:
             self.restore()  # left over where the last step raised
             self._begun = False
         elif optimizer is self.optimizer:
-            self._leave()
+            self._views.leave()
         else:
             return None  # inside of a wrapper's step: it shares the groups
         if closure_of(optimizer, args, kwargs) is None:
@@ -413,7 +468,7 @@ class LayerwiseRates:
 
     def _then_enter(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_view() -> Any:
-            self._leave()  # some optimizers call their closure twice
+            self._views.leave()  # some optimizers call their closure twice
             result = closure()
             self._enter()
             return result
@@ -422,18 +477,16 @@ class LayerwiseRates:
 
     def _enter(self) -> None:
         """Show the optimizer its groups with the ratios in force."""
-        self._leave()
+        self._views.leave()
         if has_gradients(self.optimizer):  # else nothing moves
             self._tell_rule()
-        self._asked, self._applied = self.wanted, self.ratios
-        ratios = {id(layer.parameter): self._applied[layer.name] for layer in self.layers}
-        if all(ratio == 1.0 for ratio in ratios.values()):
-            return
-        original = list(self.optimizer.param_groups)
-        groups = [self._split(index, group, ratios) for index, group in enumerate(original)]
-        self._original = original
-        # In place: an optimizer that wraps another one shares the list with it.
-        self.optimizer.param_groups[:] = itertools.chain.from_iterable(groups)
+        parameters = self._parameters()
+        if not _are_same(parameters, self._placed):
+            self._place(parameters)
+        asked = self._asked_for()
+        self._taken = self._names, asked, self._merged(asked, is_taken=True)
+        if self.apply:
+            self._views.enter(self._by_parameter(self._taken[2]))
 
     def _tell_rule(self) -> None:
         """Have the gradients read, if nobody did, and the rule know of the step, once."""
@@ -444,45 +497,14 @@ class LayerwiseRates:
             with self.charge():
                 self.rule.begin_step()
 
-    def _split(self, index: int, group: dict[str, Any], ratios: Mapping[int, float]) -> list[dict[str, Any]]:
-        """The group by ratio; parameters that share one stay together, so that foreach and fused stay fast."""
-        by_ratio: dict[float, list[Tensor]] = {}
-        for parameter in group["params"]:
-            by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
-        views = []
-        for bucket, (ratio, parameters) in enumerate(by_ratio.items()):
-            given, factors = {**group, "lr": self._scaled(group["lr"], ratio, (index, bucket))}, {"lr": ratio}
-            if not self.scale_weight_decay and group.get("weight_decay"):
-                given["weight_decay"] = group["weight_decay"] / ratio
-                factors["weight_decay"] = 1 / ratio
-            view = {**given, "params": parameters}
-            self._views.append((view, given, group, factors))
-            views.append(view)
-        return views
-
-    def _scaled(self, rate: float | Tensor, ratio: float, key: tuple[int, int]) -> float | Tensor:
-        if not isinstance(rate, Tensor):
-            return rate * ratio
-        # A tensor rate (capturable, compiled) must stay the same object from step to step.
-        if key not in self._rate_buffers:
-            self._rate_buffers[key] = rate.clone()
-        with torch.no_grad():
-            return self._rate_buffers[key].copy_(rate).mul_(ratio)
-
     def _after_step(self, *_: Any) -> None:
         if self._nesting.ends(sys._getframe(1)):
-            self._leave()
+            self._views.leave()
             self._observed = self._begun = False
 
 
-def _carry_back(
-    view: dict[str, Any], given: dict[str, Any], group: dict[str, Any], factors: Mapping[str, float]
-) -> None:
-    """Write what the optimizer changed in a view into the group it stands for."""
-    for key, value in view.items():
-        if key == "params" or value is given.get(key):
-            continue
-        group[key] = value / factors[key] if key in factors else value
+def _are_same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _check_decay(optimizer: Optimizer) -> None:

@@ -114,6 +114,7 @@ class NoiseAdaptiveRates(Rule):
             raise ValueError(f"refresh must be one or more updates, got {refresh}.")
         self.alpha, self.beta2, self.group_by = alpha, beta2, group_by
         self.normalize_shape, self.floor, self.warmup = normalize_shape, floor, warmup
+        self.bounds = (floor, cap)
         self.exponent, self.relative_to, self.cap = exponent, relative_to, cap
         self.dead_band, self.refresh, self.bias_correction = dead_band, refresh, bias_correction
         if source not in SOURCES:
