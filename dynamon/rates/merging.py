@@ -113,7 +113,7 @@ def clustered(ratios: Array, places: Array, most: int, exact: Array) -> Array:
         logs = np.log(ratios[where])
         lines.append((where, logs, np.sort(logs).tolist()))
     room = max(most - count(ratios[~free], places[~free]), len(lines))
-    low, high = 0.0, max((line[-1] - line[0] for _, _, line in lines), default=0.0)
+    low, high = 0.0, (1 + 1e-9) * max((line[-1] - line[0] for _, _, line in lines), default=0.0)  # rounding
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if sum(len(_begins(line, middle, room)) for _, _, line in lines) <= room:
