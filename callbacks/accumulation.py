@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.batches import likely_samples
-from dynamon.callbacks.base import callbacks_of, gradient_scale
+from dynamon.callbacks.base import callbacks_of, unscales_in_step
 from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.samples import batch_sizes
+from dynamon.scales import Scale, inverse_scale
 from dynamon.shards import any_sharded, local
 from dynamon.windows import Window
 
@@ -156,7 +157,8 @@ class Windows:
         """The weight in the window of the part that was kept; None where the rest is not alike."""
         passes = self._of(optimizer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        unscaled = scaler is not None and gradient_scale(trainer, optimizer) == 1.0
+        given = getattr(optimizer, "grad_scale", None)
+        unscaled = scaler is not None and given is None and not unscales_in_step(optimizer)
         if passes.half is None or not passes.is_untouched(writes=_writes_of_unscaling() if unscaled else 0):
             return None
         return window.share(passes.half)
@@ -252,7 +254,7 @@ def compares_ranks(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     return averages_gradients(trainer) and module.automatic_optimization
 
 
-def scale_before_step(trainer: pl.Trainer) -> float:
-    """What brings gradients to their true size before the precision plugin has unscaled them."""
+def scale_before_step(trainer: pl.Trainer) -> Scale:
+    """What brings gradients to their true size before the precision plugin has unscaled them; waits for no device."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else 1.0 / float(scaler.get_scale())
+    return 1.0 if scaler is None else inverse_scale(scaler)

@@ -280,7 +280,8 @@ class LayerwiseLR(DynamonCallback):
                 window = windows.before_step(trainer, pl_module, optimizer)
                 rates.reader.settle_part(windows.share(trainer, optimizer, window))
             step = step_of(trainer)
-            local = scale_before_step(trainer)
+            compares = _wants_parts(self.rule) and compares_ranks(trainer, pl_module)
+            local = scale_before_step(trainer) if compares else None
             rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local, window)
             if self._is_shown(trainer):
                 # Before the step: the scheduler has moved on by the time it is over.

@@ -22,6 +22,7 @@ from dynamon.norms import optimizer_family
 from dynamon.optim.views import GroupViews
 from dynamon.rates import Rule
 from dynamon.rates.merging import Merging, error
+from dynamon.scales import Scale
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
 from dynamon.stepping import (
@@ -313,15 +314,16 @@ class LayerwiseRates:
 
     def observe(
         self,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         key: Hashable = None,
-        local_scale: float | None = None,
+        local_scale: Scale | None = None,
         window: Window | None = None,
     ) -> None:
         """Read the gradients now, for the step that follows.
 
         Args:
-            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet; a number, or a tensor of no
+                dimensions on their device, which nobody then waits for.
             key: Names the step, so that several who observe the same one read it once. Without a key every
                 call is a new step.
             local_scale: The same factor for the gradients that :meth:`watch_ranks` kept; None for ``scale``.
@@ -357,7 +359,7 @@ class LayerwiseRates:
         """The step that was observed is not taken: the next one is observed anew."""
         self._observed = False
 
-    def observe_part(self, share: float, scale: float = 1.0) -> None:
+    def observe_part(self, share: float, scale: Scale = 1.0) -> None:
         """Between the backward passes of an accumulation window, keep what has been accumulated so far.
 
         For rules that compare two independent parts of a window (``NoiseAdaptiveRates(source="independent")``); does
