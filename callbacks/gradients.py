@@ -107,7 +107,7 @@ class GradientMeter(PairMeter):
         if watch.is_repeated:
             source.again()
         if reads:
-            with run.charge(self.name):
+            with run.charge(self.name, waits=True):
                 # An optimizer that steps twice in a batch is shown at its last step.
                 try:
                     self._used.pop(optimizer, None)

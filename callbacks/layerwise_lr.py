@@ -240,7 +240,7 @@ class LayerwiseLR(DynamonCallback):
             return
         windows_of(trainer).batch_start(trainer, batch)
         if _wants_parts(self.rule) and compares_ranks(trainer, pl_module) and begins_window(trainer):
-            with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
+            with self._budget.charge("steering", pl_module.device):
                 for rates in self._steered.values():
                     rates.watch_ranks()
 
@@ -261,14 +261,14 @@ class LayerwiseLR(DynamonCallback):
         for optimizer, rates in self._steered.items():
             share = windows.half(trainer, optimizer)
             if share is not None:
-                with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
+                with self._budget.charge("steering", pl_module.device):
                     rates.observe_part(share, scale_before_step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Read the gradients before they are clipped."""
-        with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
+        with self._budget.charge("steering", pl_module.device):
             if self._is_new(trainer, optimizer):
                 self._attach(trainer, pl_module)  # the strategy was given new optimizers
             rates = self._steered.get(optimizer)
@@ -450,7 +450,7 @@ class LayerwiseLR(DynamonCallback):
             rates.agrees_with_others = averages_gradients(trainer)
             if index < len(state):
                 rates.load_state_dict(state[index])
-            rates.charge = partial(self._budget.charge, "steering", pl_module.device.type == "cuda")
+            rates.charge = partial(self._budget.charge, "steering", pl_module.device)
             self._steered[optimizer] = rates
             if self.rule.needs_gradients:
                 say_geometry(optimizer)
