@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.recorder import Row
 from dynamon.geometry import assumption
+from dynamon.optim import spread_reason
 from dynamon.panels import Layout, combined
 from dynamon.scales import Scale, inverse_scale
 
@@ -169,7 +170,8 @@ def is_tryout(trainer: pl.Trainer) -> bool:
 
 def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
     """Why dynamon cannot measure this run at all, in one sentence; None where it can."""
-    return nothing_there(module) or strategy_reason(trainer)
+    trained = (p for p in module.parameters() if p.requires_grad and not is_lazy(p))
+    return nothing_there(module) or strategy_reason(trainer) or spread_reason(trained)
 
 
 def nothing_there(module: pl.LightningModule) -> str | None:

@@ -35,7 +35,7 @@ from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.history import History
 from dynamon.layers import select
-from dynamon.optim import LayerwiseRates, refusal, steerable_layers
+from dynamon.optim import LayerwiseRates, refusal, spread_reason, steerable_layers
 from dynamon.panels import RATES, Layout, band, combined
 from dynamon.rates import NoiseAdaptiveRates, Rule
 from dynamon.rates.merging import Merging
@@ -204,7 +204,7 @@ class LayerwiseLR(DynamonCallback):
             reason = refusal(optimizer) if _holds_some_of(pl_module, optimizer) else None
             if reason is not None:
                 raise ValueError(f"{type(self).__name__}: {reason}")
-        reason = strategy_reason(trainer) or _no_parts(self.rule, trainer, pl_module)
+        reason = strategy_reason(trainer) or _no_parts(self.rule, trainer, pl_module) or _spread(self.rule, pl_module)
         if reason is not None:
             raise ValueError(f"{type(self).__name__} cannot steer this run: {reason}")
 
@@ -580,6 +580,13 @@ def _no_parts(rule: Rule, trainer: pl.Trainer, module: pl.LightningModule) -> st
             "set accumulate_grad_batches=2 or more."
         )
     return None
+
+
+def _spread(rule: Rule, module: pl.LightningModule) -> str | None:
+    """Why the gradients that a rule wants cannot be read together; None where they can, or it wants none."""
+    if not rule.needs_gradients:
+        return None
+    return spread_reason(p for p in module.parameters() if p.requires_grad and not is_lazy(p))
 
 
 def _noise_is_shown(trainer: pl.Trainer) -> bool:

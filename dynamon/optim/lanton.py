@@ -373,7 +373,9 @@ class _OwnRates(LayerwiseRates):
     optimizer: Lanton
 
     def __init__(self, optimizer: Lanton, rule: Rule, model: nn.Module | None, lag: int) -> None:
-        super().__init__(optimizer, rule, _Listed(optimizer.layers) if model is None else model, lag=lag, max_groups=None)
+        super().__init__(
+            optimizer, rule, _Listed(optimizer.layers) if model is None else model, lag=lag, max_groups=None
+        )
 
     def _attach(self) -> None:
         self._held, self._lazy = self._parameters(), []

@@ -2,24 +2,25 @@
 
 import operator
 import sys
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.arrays import Array
-from dynamon.decay import is_decoupled
 from dynamon.gradients import PendingReadings
 from dynamon.layers import Layer, is_steerable, known_layers
-from dynamon.names import word_runs
 from dynamon.norms import optimizer_family
+from dynamon.optim.refusals import check_decay, refusal, refuse_step, spread_reason
 from dynamon.optim.views import GroupViews
+from dynamon.ranks import ran_out_of_memory
 from dynamon.rates import Rule
 from dynamon.rates.merging import Merging, error
 from dynamon.scales import Scale
@@ -31,54 +32,13 @@ from dynamon.stepping import (
     closure_of,
     has_gradients,
     runs_hooks,
-    steps_in_backward,
     with_closure,
     wrapped_optimizers,
 )
 from dynamon.windows import Window
 
-_REFUSED = {  # by whole words of the class's name
-    "prodigy": "it estimates one step size for all groups and raises when their rates differ",
-    "dadapt": "it estimates one step size for all groups and raises when their rates differ",
-    "schedulefree": "its weight averaging depends on the history of the rate",
-    "lbfgs": "it evaluates the closure many times a step and takes one group only",
-    "zeroredundancy": "it partitions its groups over the processes when it is built",
-    "deepspeed": "DeepSpeed owns the parameter groups",
-}
-_PACKAGES = {
-    "prodigyopt": "prodigy",
-    "dadaptation": "dadapt",
-    "schedulefree": "schedulefree",
-    "deepspeed": "deepspeed",
-}  # whose optimizers are all of that kind
 # Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
 _steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
-
-
-def refusal(optimizer: object) -> str | None:
-    """Why layerwise rates cannot be applied to an optimizer, in one sentence; None where they can."""
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        return f"{name} is not a torch.optim.Optimizer, so its learning rates cannot be scaled."
-    for cls in type(optimizer).__mro__:
-        found = word_runs(cls.__name__) | {_PACKAGES.get(cls.__module__.split(".")[0], "")}
-        reason = next((reason for word, reason in _REFUSED.items() if word in found), None)
-        if reason is not None:
-            return f"{name} cannot take layerwise rates: {reason}."
-    if any("lr" not in group for group in optimizer.param_groups):
-        return f"{name} cannot take layerwise rates: a parameter group has no 'lr'."
-    if any(inner.param_groups is not optimizer.param_groups for inner in wrapped_optimizers(optimizer)):
-        return f"{name} cannot take layerwise rates: it steps another optimizer, whose groups are not its own."
-    if not any(map(runs_hooks, (optimizer, *wrapped_optimizers(optimizer)))):
-        return (
-            f"{name} cannot take layerwise rates: its class never calls Optimizer.__init__, so its steps run no hooks."
-        )
-    if any(steps_in_backward(p) for group in optimizer.param_groups for p in group["params"]):
-        return (
-            f"{name} cannot take layerwise rates: another optimizer uses the gradients as they arrive, so that nothing "
-            "is left for its step."
-        )
-    return None
 
 
 def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
@@ -141,8 +101,10 @@ class LayerwiseRates:
 
     Raises:
         ValueError: If the optimizer cannot take layerwise rates (the reason is in the message), is steered already or
-            shares no parameter with the model; on a ``lag`` or ``read_every`` out of range; with
-            ``scale_weight_decay=False`` if its weight decay is not decoupled.
+            shares no parameter with the model, or the rule reads gradients and they are on several devices; on a
+            ``lag``, ``read_every`` or ``max_groups`` out of range; with ``scale_weight_decay=False`` if its weight
+            decay is not decoupled.
+        RuntimeError: In a step that is compiled or captured in a CUDA graph.
 
     Cost: what the rule reads (noise: one pass over gradients and one stored copy), and an optimizer call
     with as many groups as there are different ratios.
@@ -171,13 +133,13 @@ class LayerwiseRates:
         if type(read_every) is not int or read_every < 1:
             raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
         if not scale_weight_decay:
-            _check_decay(optimizer)
+            check_decay(optimizer)
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.in_half_precision = self.agrees_with_others = False
         self._merging = None if max_groups is None or rule.exact else Merging(max_groups, rule.bounds)
         self._phase = 0  # steps observed, modulo read_every
-        self._checked = False
+        self._checked = self._spared = False
         self._attach()
         if not self.layers and not self._lazy:
             raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
@@ -209,6 +171,9 @@ class LayerwiseRates:
             self.rule.check(known)
             self._checked = True
         self.layers = steerable_layers(self.model, self.optimizer)
+        spread = spread_reason(layer.parameter for layer in self.layers) if self.rule.needs_gradients else None
+        if spread is not None:
+            raise ValueError(f"{type(self.optimizer).__name__} cannot take rates that follow gradients: {spread}")
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
         self._start_rule()
 
@@ -348,12 +313,32 @@ class LayerwiseRates:
             self.reader.again()
             self._waiting = None
         self._read_at = self.watch.evaluation
-        if self._phase == 0:
-            self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale, window=window)
-            if self.lag == 0:
-                self.settle()
-        elif self._phase == self.read_every - 1:
-            self.reader.store(scale, window)
+        with self._spared_memory():
+            if self._phase == 0:
+                self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale, window=window)
+                if self.lag == 0:
+                    self.settle()
+            elif self._phase == self.read_every - 1:
+                self.reader.store(scale, window)
+
+    @contextmanager
+    def _spared_memory(self) -> Iterator[None]:
+        """Where reading runs out of memory ratios stay, and training goes on; of several processes all must read."""
+        try:
+            yield
+        except Exception as error:
+            if _several_processes() or not ran_out_of_memory(error):
+                raise
+            self._waiting = None
+            self.reader.again()
+            self.reader.settle_part(None)
+            if not self._spared:
+                self._spared = True
+                warnings.warn(
+                    f"{type(self.rule).__name__}: the gradients of a step could not be read for want of memory; ratios "
+                    "stay as they are at such steps. read_every=10 reads fewer.",
+                    stacklevel=2,
+                )
 
     def give_up(self) -> None:
         """The step that was observed is not taken: the next one is observed anew."""
@@ -371,7 +356,8 @@ class LayerwiseRates:
         """
         noise = self.rule.noise
         if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
-            self.reader.store_part(share, scale)
+            with self._spared_memory():
+                self.reader.store_part(share, scale)
 
     def watch_ranks(self, group: Any = None) -> None:
         """Under DDP, before the first backward pass of a step, have the gradients of the processes compared at it.
@@ -456,6 +442,7 @@ class LayerwiseRates:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        refuse_step(optimizer, self.apply)
         if self._nesting.begins(sys._getframe(1)):
             self.restore()  # left over where the last step raised
             self._begun = False
@@ -509,10 +496,5 @@ def _are_same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
-def _check_decay(optimizer: Optimizer) -> None:
-    """Raise where weight decay is part of the gradient, so that dividing it by the ratio would not undo the rate's."""
-    if any(group.get("weight_decay") and not is_decoupled(optimizer, group) for group in optimizer.param_groups):
-        raise ValueError(
-            f"scale_weight_decay=False needs decoupled weight decay, as AdamW has; {type(optimizer).__name__} adds its "
-            "weight decay to the gradient. Leave scale_weight_decay at True, or set weight_decay to 0."
-        )
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

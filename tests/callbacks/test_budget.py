@@ -213,7 +213,7 @@ def stream(clock, monkeypatch) -> Stream:
 
 
 def test_a_reading_does_not_pay_for_the_queue_of_training(clock, stream) -> None:
-    """A device 30 ms behind, a reading of 2 ms there: 2 ms are booked, and neither the wait nor anything under hooks."""
+    """A device 30 ms behind, a reading of 2 ms there: 2 ms are booked, the wait nowhere."""
     budget = Budget(0.02)
     for _ in range(20):
         budget.start()
