@@ -51,7 +51,7 @@ class _Passes:
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer still holds these parameters."""
-        return len(self._parameters) == sum(len(group["params"]) for group in optimizer.param_groups)
+        return len(self._parameters) == sum([len(group["params"]) for group in optimizer.param_groups])
 
     def rest(self) -> None:
         """A batch has arrived: what the last step has used is past."""
@@ -100,6 +100,9 @@ class Windows:
         self._passes: dict[Optimizer, _Passes] = {}
         self._batch: Any = None
         self._samples: int | None = None
+        self._sizes: tuple[tuple[Any, int], tuple[int, ...]] | None = None  # the loaders, the epoch, what they say
+        self._form: Any = None
+        self._found: int | None = None  # samples of a batch of that form
         self._inside = False  # a backward pass
         self._is_watched = False  # in which others may have changed what was accumulated before
 
@@ -109,9 +112,19 @@ class Windows:
         if position == self._batch:
             return
         self._batch, self._inside = position, False
-        self._samples = likely_samples(batch, batch_sizes(trainer))
+        self._samples = self._samples_of(batch, trainer)
         for passes in self._passes.values():
             passes.rest()
+
+    def _samples_of(self, batch: Any, trainer: pl.Trainer) -> int | None:
+        """How many samples a batch has, looked at once for batches of one form."""
+        loader = trainer.train_dataloader, trainer.current_epoch
+        if self._sizes is None or loader[0] is not self._sizes[0][0] or loader[1] != self._sizes[0][1]:
+            self._sizes, self._form = (loader, batch_sizes(trainer)), None
+        form = _form(batch)
+        if form is None or form != self._form:
+            self._form, self._found = form, likely_samples(batch, self._sizes[1])
+        return self._found
 
     def before_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """A backward pass begins."""
@@ -183,6 +196,19 @@ def windows_of(trainer: pl.Trainer) -> Windows:
 def begin_windows(trainer: pl.Trainer) -> None:
     """Training begins: forget what was seen of another fit."""
     _of_trainers.pop(trainer, None)
+
+
+def _form(batch: Any) -> Any:
+    """What tells how many samples a batch of plain tensors has; None for batches of other things."""
+    if type(batch) is dict:
+        return (*batch, *inner) if (inner := _form(list(batch.values()))) is not None else None
+    is_one = type(batch) is Tensor
+    if not is_one and type(batch) not in (list, tuple):
+        return None
+    held = (batch,) if is_one else batch
+    if [t for t in held if type(t) is not Tensor or t.is_nested or t.layout != torch.strided]:
+        return None
+    return (type(batch), *[(t.shape, t.dtype) for t in held])
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

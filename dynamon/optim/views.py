@@ -56,11 +56,16 @@ class GroupViews:
         original = list(self._optimizer.param_groups)
         self._sort(original, ratios.tolist())
         self._scale_tensor_rates(original)
-        views = [
-            self._view(group, group_at, at, bucket)
-            for group_at, (group, buckets) in enumerate(zip(original, self._buckets, strict=True))
-            for at, bucket in enumerate(buckets)
-        ]
+        views: list[dict[str, Any]] = []
+        for place, (group, buckets) in enumerate(zip(original, self._buckets, strict=True)):
+            rate, is_tensor = group["lr"], isinstance(group["lr"], Tensor)
+            decay = 0.0 if self._scale_weight_decay else group.get("weight_decay")
+            for at, (ratio, parameters) in enumerate(buckets):
+                given, factors = {**group, "lr": self._rates[place, at] if is_tensor else rate * ratio}, {"lr": ratio}
+                if decay:
+                    given["weight_decay"], factors["weight_decay"] = decay / ratio, 1 / ratio
+                views.append({**given, "params": list(parameters)})
+                self._views.append((views[-1], given, group, factors))
         self._original = original
         # In place: an optimizer that wraps another one shares the list with it.
         self._optimizer.param_groups[:] = views
@@ -70,7 +75,9 @@ class GroupViews:
         if self._original is None:
             return
         for view, given, group, factors in self._views:
-            _carry_back(view, given, group, factors)
+            for key, value in view.items():
+                if value is not given.get(key) and key != "params":
+                    group[key] = value / factors[key] if key in factors else value
         self._optimizer.param_groups[:] = self._original
         self._original, self._views = None, []
 
@@ -99,17 +106,6 @@ class GroupViews:
             self._buckets.append(list(by_ratio.items()))
         self._ratios, self._members = ratios, [list(own) for own in members]
 
-    def _view(self, group: dict[str, Any], group_at: int, at: int, bucket: _Bucket) -> dict[str, Any]:
-        ratio, parameters = bucket
-        rate, factors = group["lr"], {"lr": ratio}
-        given = {**group, "lr": self._rates[group_at, at] if isinstance(rate, Tensor) else rate * ratio}
-        if not self._scale_weight_decay and group.get("weight_decay"):
-            given["weight_decay"] = group["weight_decay"] / ratio
-            factors["weight_decay"] = 1 / ratio
-        view = {**given, "params": list(parameters)}
-        self._views.append((view, given, group, factors))
-        return view
-
     @torch.no_grad()
     def _scale_tensor_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Rates that are tensors (capturable, compiled), times the ratios, in the objects of the steps before."""
@@ -132,13 +128,3 @@ class GroupViews:
 
 def _are_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
-
-
-def _carry_back(
-    view: dict[str, Any], given: dict[str, Any], group: dict[str, Any], factors: Mapping[str, float]
-) -> None:
-    """Write what the optimizer changed in a view into the group it stands for."""
-    for key, value in view.items():
-        if key == "params" or value is given.get(key):
-            continue
-        group[key] = value / factors[key] if key in factors else value
