@@ -201,6 +201,15 @@ def largest_singular_values(stacks: Sequence[Tensor]) -> Tensor:
     return (found.lower + found.upper) / 2 * found.scale
 
 
+def largest_per_stack(stacks: Sequence[Tensor]) -> Tensor:
+    """The largest of :func:`largest_singular_values` in each of S stacks, ``[S]``."""
+    values, sizes = largest_singular_values(stacks), [len(stack) for stack in stacks]
+    if all(size == 1 for size in sizes):
+        return values
+    table, inside = _by_stack(values[None], sizes)
+    return torch.where(inside, table[0], -torch.inf).amax(-1)
+
+
 Statistics = TypeVar("Statistics", SpectralExtremes, WeightSpectrum)
 
 
