@@ -12,6 +12,7 @@ from torch import Tensor
 from dynamon.dealing import dealt_out, measured_whole
 from dynamon.kernels import l2_along
 from dynamon.kernels.constants import on_device
+from dynamon.kernels.gram import warm_up
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factor, sigma_factor
 from dynamon.pairs import as_real
@@ -101,6 +102,13 @@ def weight_readings(
         **stepping,
         **found,
     )
+
+
+def warm_up_spectra(layers: Sequence[Layer]) -> None:
+    """Compile what the first reading of these layers would have to, before training begins."""
+    matrices = [layer for layer in layers if layer.role != "vector"]
+    if matrices:
+        warm_up(matrices[0].parameter.device, [min(layer.matrix_shape[1:]) for layer in matrices])
 
 
 def log2_or_nan(values: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Small constant tensors that stay on their device: making them anew would wait for it at each call."""
 
-from collections.abc import Hashable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,19 +17,23 @@ def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype)
         device: Where to.
         dtype: Of the result.
     """
-    if torch._C._len_torch_dispatch_stack():  # what a mode makes may be no plain tensor, and must not outlive it
-        return _made(tuple(values), device, dtype)
-    return _kept(tuple(values), device, dtype)
-
-
-@lru_cache(maxsize=256)
-def _kept(values: tuple[Hashable, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = tuple(values), device, dtype
+    kept = _KEPT.get(key)
+    if kept is not None:
+        return kept
     with torch.inference_mode(False):
-        return _made(values, device, dtype)
+        made = moved(torch.tensor(key[0], dtype=dtype, device="cpu"), device)
+    if type(made) is Tensor:  # what a tracing mode makes must not outlive it
+        if len(_KEPT) >= _MOST:
+            _KEPT.clear()
+        _KEPT[key] = made
+    return made
 
 
-def _made(values: tuple[Hashable, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
+_KEPT: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
+_MOST = 512
 
 
 def moved(host: Tensor, device: torch.device) -> Tensor:

@@ -184,15 +184,17 @@ def _gram(matrix: Tensor) -> Tensor:
     return matrix.mH @ matrix
 
 
-def _squared(gram: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _squared(gram: Tensor, steps: int) -> tuple[Tensor, Tensor | float]:
     """A Gram matrix squared so often, over a factor whose logarithm ``[t]`` is given too."""
-    log_scale = torch.zeros(len(gram), dtype=_sum_dtype(gram), device=gram.device)
+    norms = []
     for _ in range(steps):
-        norm = _above_zero(_length(gram))
-        gram = gram / norm if gram.requires_grad else gram.div_(norm)
-        log_scale = 2 * (log_scale + norm[..., 0, 0].log())
+        norms.append(_above_zero(_length(gram)))
+        gram = gram / norms[-1] if gram.requires_grad else gram.div_(norms[-1])
         gram = _gram(gram)
-    return gram, log_scale
+    if not norms:
+        return gram, 0.0
+    shares = on_device([2.0 ** (steps - k) for k in range(steps)], gram.device, norms[0].dtype)
+    return gram, (torch.cat(norms, -1)[:, 0].log() * shares).sum(-1)
 
 
 def _rayleigh(matrices: Sequence[Tensor], gram: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def _rayleigh(matrices: Sequence[Tensor], gram: Tensor) -> Tensor:
 
 def _sum_dtype(matrix: Tensor) -> torch.dtype:
     """Of norms and traces: real, and float32 for bfloat16."""
-    return torch.promote_types(matrix.dtype, torch.float32).to_real()
+    return torch.float64 if matrix.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _length(matrix: Tensor) -> Tensor:

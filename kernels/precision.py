@@ -1,7 +1,7 @@
 """How exactly a device multiplies float32, which settings of the user decide: what a bound must allow for."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,20 +40,25 @@ def product_allowance(matrix: Tensor) -> float:
 def _rounding(tensor: Tensor, kind: str) -> float:
     if tensor.dtype not in _OF_FLOAT32 or tensor.device.type not in ("cpu", "cuda"):
         return 0.0
+    return _of_setting(tensor.device.type, kind)
+
+
+def _of_setting(device: str, kind: str) -> float:
     backends = torch.backends
-    if tensor.device.type == "cuda":
+    if device == "cuda":
         chosen = backends.cuda.matmul.fp32_precision if kind == "matmul" else backends.cudnn.conv.fp32_precision
     else:
         chosen = backends.mkldnn.matmul.fp32_precision if kind == "matmul" else backends.mkldnn.conv.fp32_precision
     return _ROUNDINGS.get(chosen, 0.0)
 
 
-@contextmanager
-def own_dtype(tensor: Tensor) -> Iterator[None]:
-    """Inside, autocast does not turn products of float32 into half precision."""
+# What torch.compiler.assume_constant_result does, without importing the compiler: settings are read when a graph is made.
+_of_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def own_dtype(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context inside of which autocast does not turn products of float32 into half precision."""
     kind = tensor.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        yield
-        return
-    with torch.autocast(kind, enabled=False):
-        yield
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
