@@ -25,9 +25,8 @@ from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
 from dynamon.sharded_weights import sharded_weight_readings
 from dynamon.shards import local
 from dynamon.updates import compare_updates, joint_cosine
-from dynamon.weights import FULL_SPECTRUM, spectra_of, weight_readings
+from dynamon.weights import FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
 
-_FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
 _FULL = "full spectra"  # under which their time is booked
 _FULL_TO_PLAIN = 10
 
@@ -197,12 +196,12 @@ class WeightMeter(PairMeter):
             readings, compared = sharded_weight_readings(run.layers, before, earlier, run.ranks)
         else:
             readings, compared = weight_readings(run.layers, before), _compared(run.layers, before, earlier)
-        rows = torch.stack([getattr(readings, field) for field in _FIELDS.values()])
+        rows = torch.stack([getattr(readings, field) for field in FIELDS.values()])
         memory = self._memory.row(names, rows.device)
         rows = torch.cat([rows, compared.to(rows), memory[None].to(rows)])
         host = rows.cpu().numpy()  # the one copy
-        table = dict(zip(_FIELDS, host, strict=False))
-        updates, left = host[len(_FIELDS) : -1], host[-1]
+        table = dict(zip(FIELDS, host, strict=False))
+        updates, left = host[len(FIELDS) : -1], host[-1]
         cosine = joint_cosine(updates)
         if np.isfinite(cosine):
             run.recorder.scalars({"update/cosine": cosine}, headline=True)

@@ -13,6 +13,7 @@ from dynamon.kernels import l2_along, l2_norms
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.pairs import as_real
+from dynamon.quantities import quantities_of
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local
 from dynamon.spectra import (
@@ -24,7 +25,8 @@ from dynamon.spectra import (
     weight_spectra,
 )
 
-FULL_SPECTRUM = ("effective_rank", "participation_ratio", "nuclear", "condition", "tail_exponent")
+FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
+FULL_SPECTRUM = tuple(one.field for one in quantities_of("weight") if one.field and one.every > 1)  # of WeightSpectrum
 
 
 @dataclass(frozen=True)

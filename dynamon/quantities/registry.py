@@ -17,7 +17,7 @@ class Scope(Enum):
 
 
 class Condition(Flag):
-    """What must hold for a quantity to be there; several are joined by ``|``, and :data:`ALWAYS` is none."""
+    """What must hold for a quantity to be there; several are joined by ``|``, and ``ALWAYS`` is none."""
 
     AUTOMATIC = auto()
     RETURNED_LOSS = auto()
@@ -83,7 +83,7 @@ class Quantity:
         unit: What it is measured in.
         scope: What a reading is of.
         scale: Axis or colours it is best seen on, ``"linear"`` or ``"log"``.
-        cadence: The meter that takes it, one of :data:`CADENCES`; ``"monitor"``: at each reading of any of them.
+        cadence: The meter that takes it, one of ``CADENCES``; ``"monitor"``: at each reading of any of them.
         every: It comes with every so many-th reading of that meter.
         condition: What must hold for it to be there.
         words: A few words for lists of per-layer quantities.

@@ -94,4 +94,3 @@ SPECTRUM = (
         words="norm of the convolution as a map of inputs, upper bound",
     ),
 )
-FULL = tuple(one.field for one in SPECTRUM if one.every > 1 and one.field)  # of dynamon.spectra.WeightSpectrum
