@@ -40,6 +40,7 @@ class Condition(Flag):
     TRUSTED_LOSS = auto()
     ONE_RATE = auto()
     POSITIVE_CURVATURE = auto()
+    DESCENDS = auto()
 
     @property
     def words(self) -> str:
@@ -62,7 +63,7 @@ _WORDS = {
     Condition.POWER_LAW: "where there is a power law",
     Condition.STABILITY_FORMULA: "for one SGD, Adam, AdamW or RMSprop",
     Condition.SECOND_MOMENT: "for one optimizer with a second moment",
-    Condition.ONE_THRESHOLD: "for SGD",
+    Condition.ONE_THRESHOLD: "for SGD without coupled decay, where all groups agree",
     Condition.CONVERGED: "where the solver converged",
     Condition.UNCONVERGED: "where the solver did not converge",
     Condition.OTHER_SAMPLES: "where the second set of samples is there",
@@ -70,6 +71,7 @@ _WORDS = {
     Condition.TRUSTED_LOSS: "where differences of the loss stand out of its rounding",
     Condition.ONE_RATE: "where there is one learning rate only",
     Condition.POSITIVE_CURVATURE: "where the loss curves upwards along the update",
+    Condition.DESCENDS: "where the update begins by lowering the loss on the probe",
 }
 
 

@@ -164,7 +164,7 @@ SHARPNESS = (
         "1 / rate",
         scale="log",
         choice="critical",
-        condition=Condition.ONE_RATE | Condition.TRUSTED_LOSS,
+        condition=Condition.ONE_RATE | Condition.TRUSTED_LOSS | Condition.DESCENDS,
         chart=_ALONG,
     ),
     _along_step(
