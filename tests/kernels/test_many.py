@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from dynamon.kernels import gram, gram_iteration, nuclear, nuclear_norm, polar, polar_factor, step_polar_factor, thresholds
+from dynamon.kernels import (
+    gram,
+    gram_iteration,
+    nuclear,
+    nuclear_norm,
+    polar,
+    polar_factor,
+    step_polar_factor,
+    thresholds,
+)
 from dynamon.kernels.gram import gram_extremes, warm_up
 from dynamon.kernels.nuclear import eigenvalues, gram_eigenvalues
 from tests.launches import Launches
@@ -59,7 +68,7 @@ def test_estimates_in_bfloat16_are_within_one_percent():
 
 
 def flat(side, ratio):
-    """Four singular values of one, all others at a ratio of it: those are where a polynomial turns at one such ratio."""
+    """Four singular values of one, all others at a ratio of it, where one of the polynomials may turn."""
     u, v = (torch.linalg.qr(gaussian(side, side, seed=seed, dtype=torch.float64))[0] for seed in (side, side + 1))
     sigma = torch.full((side,), ratio, dtype=torch.float64)
     sigma[:4] = 1
