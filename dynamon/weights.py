@@ -229,9 +229,7 @@ def _by_role(
     return norms
 
 
-def _rotations(
-    weights: Sequence[Tensor], starts: Sequence[Tensor], lengths: Tensor, step_lengths: Tensor
-) -> Tensor:
+def _rotations(weights: Sequence[Tensor], starts: Sequence[Tensor], lengths: Tensor, step_lengths: Tensor) -> Tensor:
     """Angles between weights and what they were."""
     if lengths.dtype == torch.float64:
         return angles(wide_lengths(starts), lengths, step_lengths)
