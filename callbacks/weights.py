@@ -22,11 +22,13 @@ from dynamon.optim import steering_of
 from dynamon.pairs import as_real
 from dynamon.panels import layout_of
 from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
+from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.sharded_weights import sharded_weight_readings
 from dynamon.shards import local
 from dynamon.updates import compare_updates, joint_cosine
-from dynamon.weights import FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
+from dynamon.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
 
+_TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
 _FULL = "full spectra"  # under which their time is booked
 _FULL_TO_PLAIN = 10
 
@@ -197,11 +199,12 @@ class WeightMeter(PairMeter):
         else:
             readings, compared = weight_readings(run.layers, before), _compared(run.layers, before, earlier)
         rows = torch.stack([getattr(readings, field) for field in FIELDS.values()])
+        rows = torch.cat([rows, entrywise_readings(run.layers, ENTRYWISE, run.ranks if run.is_sharded else None)])
         memory = self._memory.row(names, rows.device)
         rows = torch.cat([rows, compared.to(rows), memory[None].to(rows)])
         host = rows.cpu().numpy()  # the one copy
-        table = dict(zip(FIELDS, host, strict=False))
-        updates, left = host[len(FIELDS) : -1], host[-1]
+        table = dict(zip(_TAGS, host, strict=False))
+        updates, left = host[len(_TAGS) : -1], host[-1]
         cosine = joint_cosine(updates)
         if np.isfinite(cosine):
             run.recorder.scalars({"update/cosine": cosine}, headline=True)

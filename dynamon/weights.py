@@ -26,6 +26,7 @@ from dynamon.spectra import (
 )
 
 FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
+ENTRYWISE = [one for one in quantities_of("weight") if one.entrywise is not None]
 FULL_SPECTRUM = tuple(one.field for one in quantities_of("weight") if one.field and one.every > 1)  # of WeightSpectrum
 
 
