@@ -5,16 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynamon.kernels import widened, widest_dtype
+from dynamon.kernels import widened
+from dynamon.kernels.constants import on_device
+from dynamon.kernels.devices import reads_are_free
 from dynamon.layers import Layer
 from dynamon.pairs import as_real
 from dynamon.quantities.registry import Entrywise, Quantity
 from dynamon.ranks import Ranks
 from dynamon.shards import local
 from dynamon.totals import Totals
+from dynamon.updates import in_dtypes
 
-_PIECE = {"cpu": 2**16}  # entries taken at a time: in float64 they stay in a processor's cache
-_LARGE_PIECE = 2**24  # elsewhere, where each operation has its price
+_PIECE = 2**16  # entries that a CPU takes at a time: in float64 they stay in its cache
 
 
 def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], ranks: Ranks | None = None) -> Tensor:
@@ -29,28 +31,36 @@ def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], 
     Returns:
         ``[Q, L]`` in float32 on the weights' device; NaN where a quantity has no meaning.
 
-    Cost: one pass over the weights, a piece at a time in float64 (float32 on devices without it). No host
-    synchronisation. In shards one all-reduce of ``(S + 1) L`` numbers for S sums.
+    Cost: one pass over the weights, in float64 on a CPU, a piece at a time; elsewhere a copy where weights are in half
+    precision, and what the quantity's own calls take. No host synchronisation. In shards one all-reduce of
+    ``(S + 1) L`` numbers for S sums.
     """
     device = layers[0].parameter.device
-    if not quantities:
-        return torch.zeros(0, len(layers), device=device)
     rules = [one.entrywise for one in quantities if one.entrywise is not None]
-    sums = torch.stack([_sums(as_real(local(la.parameter.detach())), rules) for la in layers], 1)
+    if not rules:
+        return torch.zeros(0, len(layers), device=device)
+    weights = [as_real(local(layer.parameter.detach())) for layer in layers]
+    sums = torch.stack([_in_pieces(w, rules) for w in weights], 1) if reads_are_free(device) else _sums(weights, rules)
     if ranks is not None:
         totals = Totals([layer.parameter for layer in layers], ranks, sums=len(sums))
         found = totals.empty()
         found.sums[:] = sums
         sums = totals.of(found).sums
     counts = [la.parameter.numel() * (2 if la.parameter.is_complex() else 1) for la in layers]
-    sizes = torch.tensor(counts, dtype=sums.dtype, device=device)
+    sizes = on_device(counts, device, sums.dtype)
     own = iter(sums)
     return torch.stack([rule.finish(sizes, *(next(own) for _ in range(rule.count))) for rule in rules]).float()
 
 
-def _sums(weight: Tensor, rules: Sequence[Entrywise]) -> Tensor:
-    """The sums of all rules over the entries of one weight, or of the part of it that is here, ``[S]``."""
-    total = torch.zeros(sum(rule.count for rule in rules), dtype=widest_dtype(weight.device), device=weight.device)
-    for piece in weight.reshape(-1).split(_PIECE.get(weight.device.type, _LARGE_PIECE)):
-        total += torch.stack([one for rule in rules for one in rule.sums(widened(piece))])
+def _sums(weights: Sequence[Tensor], rules: Sequence[Entrywise]) -> Tensor:
+    """All sums over the entries of each weight, ``[S, L]``."""
+    wide = in_dtypes(weights, [torch.promote_types(weight.dtype, torch.float32) for weight in weights])
+    return widened(torch.stack([row for rule in rules for row in rule.sums(wide)]))
+
+
+def _in_pieces(weight: Tensor, rules: Sequence[Entrywise]) -> Tensor:
+    """The same of one weight on a CPU, ``[S]``, in float64."""
+    total = torch.zeros(sum(rule.count for rule in rules), dtype=torch.float64, device=weight.device)
+    for piece in weight.reshape(-1).split(_PIECE):
+        total += torch.cat([row for rule in rules for row in rule.sums([piece.double()])])
     return total

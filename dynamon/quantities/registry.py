@@ -1,6 +1,6 @@
 """What is known of a quantity: its tag, its meaning, where it is shown, when it is measured. Needs no torch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
 from typing import TYPE_CHECKING
@@ -85,12 +85,14 @@ class Entrywise:
 
     Attributes:
         count: K, how many sums there are.
-        sums: From some of the entries, ``[n]`` in float64 (float32 on devices without it), to K numbers that add up.
+        sums: From T tensors on one device to K rows of sums ``[T]``, those of parts of a weight to be added up. A CPU
+            hands over a piece at a time, in float64; elsewhere all weights come at once, in float32 at least, and a
+            call a tensor would take a GPU's host longer than the sums take the GPU: use ``torch._foreach_*``.
         finish: From the numbers of entries ``[L]`` and K rows of sums ``[L]`` to readings ``[L]``.
     """
 
     count: int
-    sums: "Callable[[Tensor], tuple[Tensor, ...]]"
+    sums: "Callable[[Sequence[Tensor]], tuple[Tensor, ...]]"
     finish: "Callable[..., Tensor]"
 
 

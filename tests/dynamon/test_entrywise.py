@@ -22,11 +22,15 @@ def quantity(name: str, *arguments) -> Quantity:
     return Quantity(f"mine/{name}", name, "none", scope=Scope.PER_LAYER, words=name, entrywise=Entrywise(*arguments))
 
 
-MEAN = quantity("mean", 1, lambda entries: (entries.sum(),), lambda sizes, total: total / sizes)
+def added(tensors) -> torch.Tensor:
+    return torch.stack([tensor.sum() for tensor in tensors])
+
+
+MEAN = quantity("mean", 1, lambda tensors: (added(tensors),), lambda sizes, total: total / sizes)
 SPREAD = quantity(
     "variance",
     2,
-    lambda entries: (entries.sum(), entries.square().sum()),
+    lambda tensors: (added(tensors), added([tensor.square() for tensor in tensors])),
     lambda sizes, total, squares: squares / sizes - (total / sizes).square(),
 )
 
@@ -47,7 +51,7 @@ def truth(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def test_whole_weights_of_several_dtypes_and_pieces() -> None:
-    large = drawn(3, _PIECE["cpu"] // 2 + 5)
+    large = drawn(3, _PIECE // 2 + 5)
     tensors = [large, drawn(4).half() * 100, drawn(5, 2, dtype=torch.complex64), 1e25 * drawn(7, 3), torch.zeros(2)]
     found = entrywise_readings(describe_layers(Weights(*tensors)), [MEAN, SPREAD])
     assert found.dtype == torch.float32 and found.shape == (2, 5)

@@ -313,6 +313,7 @@ def test_several_threads(tmp_path):
     np.testing.assert_array_equal(array(loss["steps"]), np.arange(400))
 
 
+@pytest.mark.processes
 def test_tensorboard_starts_without_torch():
     """The plugin is imported at every start of TensorBoard: it must be light, and so must what it reads with."""
     code = (
@@ -324,6 +325,7 @@ def test_tensorboard_starts_without_torch():
     assert json.loads(printed.replace("'", '"').replace("False", "false")) == [[], [], False]
 
 
+@pytest.mark.processes
 def test_the_package_has_what_it_had_with_torch_in_it():
     """Functions and modules come when they are asked for, in whatever order."""
     code = (
