@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow conformance docs gallery lint format clean
+.PHONY: help demo test slow conformance gpu docs gallery lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -26,6 +26,9 @@ slow: $(READY) ## Run the tests that take minutes
 
 conformance: $(READY) ## Run every callback in every set-up on every model, and write docs/conformance.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+
+gpu: $(READY) ## Check everything that a GPU must show, in at most eight minutes; ARGS="--help" lists choices
+	@$(BIN)/python -m tests.gpu $(ARGS)
 
 docs: $(READY) ## Build the documentation into site/, warnings are errors
 	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs site

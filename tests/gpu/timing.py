@@ -1,0 +1,270 @@
+"""What takes how long on GPT-2 124M: kernels, steering, the budget, every reading. Nothing else may run meanwhile."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu, kernels, spectra
+from benchmarks.gpu import FULL, TINY, loss_of, measure, train, wait
+from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.curvature import HessianOperator, top_eigenvalues
+from dynamon.kernels import gradient_stats, polar_factor
+from dynamon.layers import describe_layers
+from dynamon.optim import Lanton
+from dynamon.weights import spectra_of, weight_readings
+from tests.gpu.report import Check, Report, Skip, add, check
+from tests.gpu.subjects import DEVICE, ON_GPU
+
+SIZE = FULL if ON_GPU else TINY
+STEERING, BUDGET, RATIO = 0.02, 0.02, 4.0  # shares of a step; training steps a stability ratio may take
+STATED = 0.25  # how far what a callback states may lie from what is measured, relative to it
+NOISE = 0.01  # below which shares of a step are not told apart
+HERE = {"size": SIZE, "device": DEVICE}
+
+
+def _needs_triton() -> None:
+    if not ON_GPU:
+        raise Skip("needs an NVIDIA GPU with Triton")
+
+
+@check("kernels", 16.0, alone=True, rank=1)
+def gradient_statistics(report: Report) -> None:
+    """Share of the bandwidth of a copy, and times the foreach composition; then host and device told apart."""
+    for dtype in (torch.float32, torch.bfloat16):
+        gradients = [torch.randn(shape, device=DEVICE).to(dtype) for shape in spectra.gpt2_shapes(1 if ON_GPU else 32)]
+        previous = [torch.randn_like(g) for g in gradients]
+        call = partial(gradient_stats, gradients, previous)
+        report.note(f"gradient_stats, {str(dtype).removeprefix('torch.')}", measure(call, DEVICE))
+    del gradients, previous, call
+    _needs_triton()
+    for row in kernels.stats(1):
+        kind = f"{row['method']}, {row['gradients']} and {row['previous']}"
+        report.note(f"{kind}: ms", float(f"{row['milliseconds']:.4g}"))
+        if row["method"] == "twin":
+            report.bar(f"{kind}: share of a copy's bandwidth", row["share_of_copy"], least=kernels.COPY_BAR)
+            times = row["times_faster_than_foreach"]
+            report.bar(f"{kind}: times the foreach composition", times, least=kernels.FOREACH_BAR)
+
+
+@check("timing", 22.0, alone=True, rank=2)
+def steering_fused(report: Report) -> None:
+    """Steps of GPT-2 124M with and without, a fused optimizer."""
+    _steering(report, True)
+
+
+@check("timing", 22.0, alone=True, rank=5)
+def steering_foreach(report: Report) -> None:
+    """The same with a foreach optimizer."""
+    _steering(report, False)
+
+
+def _steering(report: Report, fused: bool) -> None:
+    warm, steps = (10, 60) if ON_GPU else (1, 3)
+    times: dict[str, list[float]] = {"plain": [], "steered": []}
+    stated, groups = 0.0, 0
+    for turn in range(4):
+        name = ("plain", "steered")[turn % 2]
+        steering = NoiseAdaptiveLR(warmup=2) if turn % 2 else None
+        clock = train([steering] if steering else [], steps, fused=fused, warm=warm, **HERE)
+        times[name].append(1e3 * clock.mean)
+        report.note(f"{name}, ms a step, turn {turn // 2 + 1}", round(1e3 * clock.mean, 3))
+        if steering is not None:
+            stated, groups = steering.overhead, len(set(steering.ratios.values()))
+    measured = min(times["steered"]) / min(times["plain"]) - 1
+    report.note("different ratios", groups)
+    report.note("measured and stated", [round(measured, 4), round(stated, 4)])
+    report.bar("share of a step", measured, most=STEERING)
+    report.bar("stated less measured", abs(stated - measured), most=max(STATED * measured, NOISE))
+
+
+@check("timing", 40.0, alone=True, rank=3)
+def the_budget(report: Report) -> None:
+    """A default monitor on a run that is long enough for its readings, against steps without."""
+    steps, warm = (320, 10) if ON_GPU else (6, 1)
+    plain = train([], warm + steps // 6, warm=warm, **HERE).mean
+    report.note("plain, ms a step", round(1e3 * plain, 3))
+    monitor = DynamicsMonitor()
+    clock = train([monitor], steps, warm=warm, **HERE)
+    again = train([], warm + steps // 6, warm=warm, **HERE).mean
+    report.note("plain, ms a step, afterwards", round(1e3 * again, 3))
+    plain = min(plain, again)
+    report.note("monitored, ms a step", round(1e3 * clock.total / steps, 3))
+    extra = clock.total - steps * plain
+    budget = getattr(monitor, "_budget", None)
+    spent = {name: round(value, 4) for name, value in getattr(budget, "spent_on", {}).items()}
+    report.note("seconds: run, beyond plain steps, booked", [round(clock.total, 2), round(extra, 3), spent])
+    report.note("readings", {tag: len(monitor.history[tag].steps) for tag in READ if tag in monitor.history})
+    measured = extra / (steps * plain)
+    report.note("measured and stated", [round(measured, 4), round(monitor.overhead, 4)])
+    report.bar("more than the budget and the grace allow, s", extra - allowed(budget, steps * plain), most=0.0)
+    report.bar("stated less measured", abs(monitor.overhead - measured), most=max(STATED * measured, NOISE))
+
+
+READ = ("gradient/norm", "noise/dual", "weight/operator", "spectrum/sigma_max", "spectrum/effective_rank")
+READ += ("sharpness/directional", "sharpness/critical_multiple", "sharpness/stability_ratio")
+
+
+def allowed(budget: Any, training: float) -> float:
+    """Seconds that a monitor may take in a run: its share, a grace where it has one, and what cannot be told apart."""
+    grace = getattr(budget, "grace", 0.0)
+    return (BUDGET * (1 + STATED) + NOISE / 2) * training + grace
+
+
+READINGS: dict[str, tuple[Callable[[int], Any], int]] = {
+    "stability ratio": (lambda n: SharpnessMonitor(every_n_steps=n, quantities=["stability_ratio"]), 5),
+    "gradients": (lambda n: GradientMonitor(every_n_steps=n), 4),
+    "weights": (lambda n: WeightMonitor(every_n_steps=n), 4),
+    "directional and critical": (
+        lambda n: SharpnessMonitor(every_n_steps=n, quantities=["directional", "critical"]),
+        5,
+    ),
+}
+
+
+@check("timing", 30.0, alone=True, rank=4)
+def readings(report: Report) -> None:
+    """Milliseconds of each reading in training, and in training steps; the device is waited for at each step."""
+    steps = 24 if ON_GPU else 5
+    plain = statistics.median(train([], steps, exact=True, **HERE).steps[steps // 3 :])
+    report.note("a plain step, ms", round(1e3 * plain, 3))
+    for name, (make, every) in READINGS.items():
+        every, periods = (every, 4) if ON_GPU else (2, 1)
+        monitor = make(every)
+        clock = train([monitor], (2 + periods) * every + 1, exact=True, **HERE)
+        own = clock.steps[2 * every : (2 + periods) * every]  # the first ones compile, and solve from nothing
+        seconds = every * (statistics.mean(own) - plain)
+        row = {"ms": round(1e3 * seconds, 2), "steps": round(seconds / plain, 2), "failures": monitor.failures}
+        report.note(name, {**row, "first step, ms": round(1e3 * max(clock.steps[: 2 * every]), 1)})
+        report.hold(f"{name}: no failure", monitor.failures == 0)
+        if name == "stability ratio":
+            report.bar("stability ratio: training steps a reading", seconds / plain, most=RATIO)
+
+
+class Parts:
+    """GPT-2 124M with its gradients, and what is measured of it."""
+
+    def __init__(self) -> None:
+        self.network = gpu.model(SIZE, DEVICE)
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randint(SIZE.tokens, (SIZE.batch, SIZE.context + 1), generator=generator).to(DEVICE)
+        self.layers = describe_layers(self.network)
+        self.before = {la.name: la.parameter.detach() + 1e-4 for la in self.layers}
+
+    def loss(self, samples: int) -> Tensor:
+        return loss_of(self.network, self.x[:samples])
+
+    def operator(self) -> HessianOperator:
+        return HessianOperator(lambda: self.loss(max(1, SIZE.batch // 4)), dict(self.network.named_parameters()))
+
+
+def _curvature(report: Report, dtype: torch.dtype | None) -> None:
+    parts = Parts()
+    with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
+        report.note("graph of the gradient, quarter of a batch", measure(parts.operator, DEVICE, 2))
+        operator = parts.operator()
+        vector = torch.randn(operator.shape[0], device=DEVICE, dtype=operator.dtype)
+        vector /= vector.norm()
+        report.note("backend", operator.backend)
+        report.note("product", measure(lambda: operator @ vector, DEVICE, 3))
+        begin = time.perf_counter()
+        found = top_eigenvalues(operator)
+        wait(DEVICE)
+        seconds = time.perf_counter() - begin
+        report.note("top eigenvalue, from nothing: s, products", [round(seconds, 3), found.matvecs])
+
+
+def _full_spectra(report: Report) -> None:
+    parts = Parts()
+    report.note("weights, ms", measure(lambda: weight_readings(parts.layers, parts.before), DEVICE, 2))
+    for turn in ("first", "second"):
+        wait(DEVICE)
+        begin = time.perf_counter()
+        spectra_of(parts.layers)
+        wait(DEVICE)
+        report.note(f"full spectra, {turn}, s", round(time.perf_counter() - begin, 3))
+
+
+def _steps_of_optimizers(report: Report) -> None:
+    parts = Parts()
+    for parameter in parts.network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for name, how in {"fused": {"fused": True}, "foreach": {"foreach": True}}.items():
+        optimizer = torch.optim.AdamW(parts.network.parameters(), 1e-4, **how)  # type: ignore[arg-type]
+        report.note(f"AdamW {name}", measure(optimizer.step, DEVICE))
+    for noise in (False, True):
+        lanton = Lanton(parts.network, 0.01, noise_adaptive=noise)
+        report.note(f"Lanton{' with noise' if noise else ''}", measure(lanton.step, DEVICE, 2))
+
+
+PIECES: dict[str, tuple[Callable[[Report], None], float, float]] = {
+    "pieces: weights and full spectra": (_full_spectra, 10.0, 8.0),
+    "pieces: curvature, bf16": (lambda report: _curvature(report, torch.bfloat16), 10.0, 7.0),
+    "pieces: steps of optimizers": (_steps_of_optimizers, 8.0, 9.0),
+    "pieces: curvature, float32": (lambda report: _curvature(report, None), 14.0, 12.0),
+}
+for _name, (_run, _seconds, _rank) in PIECES.items():
+    add(Check(_name, "timing", _run, _seconds, alone=True, rank=_rank))
+
+
+@check("kernels", 18.0, alone=True, rank=6)
+def spectra_of_gpt2(report: Report) -> None:
+    """Times ``svdvals``, whose time over all matrices is that of one of each shape, times how many there are."""
+    shapes = spectra.gpt2_shapes(1 if ON_GPU else 16)
+    weights = spectra.matrices(shapes, torch.device(DEVICE))
+    device = torch.device(DEVICE)
+    compared = spectra.methods(weights)
+    times = {}
+    for name in ("refresh", "certificate", "full set"):
+        spectra.seconds(compared[name], device)
+        times[name] = spectra.seconds(compared[name], device)
+        report.note(f"{name}, s", float(f"{times[name]:.4g}"))
+    svdvals = 0.0
+    for shape in sorted(set(shapes)):
+        weight = weights[shapes.index(shape)]
+        own = spectra.seconds(lambda weight=weight: torch.linalg.svdvals(weight), device)
+        own = min(own, spectra.seconds(lambda weight=weight: torch.linalg.svdvals(weight), device)) if own < 2 else own
+        svdvals += shapes.count(shape) * own
+        report.note(f"svdvals of {list(shape)}, s", float(f"{own:.4g}"))
+    report.note("svdvals of all, s", float(f"{svdvals:.4g}"))
+    for name, least in spectra.BARS["cuda"].items():
+        report.bar(f"{name}: times svdvals", svdvals / times[name], least=least)
+
+
+@check("kernels", 20.0, alone=True, rank=10)
+def gram_products(report: Report) -> None:
+    """The Triton twin against cuBLAS."""
+    _needs_triton()
+    best: dict[tuple[str, int], float] = {}
+    for row in kernels.gram(1):
+        kind = (row["dtype"], row["side"])
+        report.note(f"{row['method']}, {kind[0]}, side {kind[1]}: ms", float(f"{row['milliseconds']:.4g}"))
+        if row["method"] != "cuBLAS":
+            best[kind] = max(best.get(kind, 0.0), row["times_faster"])
+    for (dtype, side), times in best.items():
+        if side >= kernels.GRAM_SIDE:
+            report.bar(f"{dtype}, side {side}: times cuBLAS", times, least=kernels.GRAM_BAR)
+
+
+@check("kernels", 12.0, alone=True, rank=11)
+def polar_factors(report: Report) -> None:
+    """Against Muon's iteration, where this torch has it."""
+    methods: dict[str, Callable[[Tensor], Any]] = {
+        "float32": polar_factor,
+        "bfloat16": lambda matrix: polar_factor(matrix, dtype=torch.bfloat16),
+    }
+    try:
+        from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _zeropower_via_newtonschulz
+
+        muon = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+        methods["Muon"] = lambda matrix: _zeropower_via_newtonschulz(matrix, muon, 5, 1e-7)
+    except ImportError:
+        report.note("Muon", "not in this torch")
+    for shape in ((768, 768), (3072, 768), (4096, 4096)) if ON_GPU else ((16, 16),):
+        matrix = torch.randn(shape, device=DEVICE)
+        for name, method in methods.items():
+            report.note(f"{list(shape)}, {name}", measure(lambda method=method, m=matrix: method(m), DEVICE))
