@@ -37,7 +37,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="leave the others out")
     parser.add_argument("--only", default="", help="checks whose name holds this")
     parser.add_argument("--seconds", type=float, help=f"end after so many; {SECONDS:g} on a GPU, no limit without")
-    parser.add_argument("--workers", type=int, help="processes side by side; by default 8, or half of the cores")
+    parser.add_argument("--workers", type=int, help="processes side by side; by default 10, or 5 for 8 cores")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu hides the GPU")
     parser.add_argument("--out", type=Path, help="where the records go; on a GPU benchmarks/results/gpu.json")
     parser.add_argument("--list", action="store_true", help="name the checks, and make none")
@@ -132,8 +132,9 @@ def main(given: list[str] | None = None) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    hope = chosen.device != "cpu" and Path("/dev/nvidiactl").exists()  # asked without torch, whose import takes seconds
-    runner = Runner(MODULES, chosen.workers or (max(1, min(8, (os.cpu_count() or 1) // 2)) if hope else 1))
+    # Asked without torch, whose import takes seconds.
+    hope = chosen.device != "cpu" and (any(Path("/dev").glob("nvidia*")) or Path("/dev/dxg").exists())
+    runner = Runner(MODULES, chosen.workers or (max(1, min(10, 5 * (os.cpu_count() or 1) // 8)) if hope else 1))
     try:
         if not chosen.list:
             runner.get_ready(apart=hope)
@@ -173,7 +174,7 @@ def run(checks: list[Check], runner: Runner, results: Results, begin: float, sec
     beside, alone = [c for c in left if not c.alone], [c for c in left if c.alone]
     end = begin + seconds - TABLE
     runner.said, runner.over = results.said, results.over
-    runner.patience = 3.0 if on_gpu else 60.0
+    runner.patience = 4.0 if on_gpu else 60.0
     runner.side_by_side(beside, begin + BESIDE * seconds if alone else end)
     runner.alone(alone, end)
 

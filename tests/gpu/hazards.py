@@ -277,7 +277,7 @@ def out_of_memory(report: Report) -> None:
     plain = train()
     peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 1.4 * peak / total))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 1.6 * peak / total))
     monitor = DynamicsMonitor("full", budget=None, every_n_steps=2)
     try:
         seen = train(monitor)

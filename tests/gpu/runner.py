@@ -162,13 +162,14 @@ class Runner:
         said: Takes every line that a check says, at once.
         over: Takes the record of every check, at once.
         patience: Factor on what checks should take, after which they are ended.
+        least: Seconds before which none is ended.
     """
 
     def __init__(self, modules: Iterable[str], count: int) -> None:
         self._modules, self._count = list(modules), count
         self.said: Callable[[dict[str, Any]], None] = print
         self.over: Callable[[Record], None] = print
-        self.patience = 3.0
+        self.patience, self.least = 4.0, 30.0
         self._lock = threading.Lock()
         self._workers: list[Worker] = []
         self._alone: Worker | None = None
@@ -222,7 +223,8 @@ class Runner:
         left = until - time.monotonic()
         if left < check.seconds:
             return Record(check.name, check.part, "skipped", reason=f"no time left: it takes about {check.seconds:g} s")
-        return worker.perform(check, self.patience * check.seconds, until, self._hear)
+        limit = max(self.patience * check.seconds, self.least)
+        return worker.perform(check, limit, until, self._hear)
 
     def _hear(self, line: dict[str, Any]) -> None:
         with self._lock:

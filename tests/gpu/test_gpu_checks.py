@@ -35,6 +35,7 @@ def test_what_goes_wrong_in_a_check_costs_that_check(fakes, count) -> None:
     results, lines = Results({}, None), []
     runner = Runner(["tests.gpu.fakes"], count)
     runner.said, runner.over, runner.patience = lines.append, results.over, 5.0
+    runner.least = 0.1
     try:
         runner.get_ready(apart=count > 1)
         until = time.monotonic() + 120
