@@ -215,7 +215,7 @@ def counted(profile: Any, device: str) -> tuple[dict[str, int], float]:
         if device == "cpu":
             counts["launches"] += name.startswith("aten::")
         elif event.device_type() == torch.autograd.DeviceType.CUDA:
-            # Names of ranges are drawn on the device as well.
+            # Ranges that have a name are drawn on the device as well, over its kernels.
             if not event.is_user_annotation() and not name.startswith(("Optimizer.", "ProfilerStep")):
                 busy += event.duration_ns()
         elif name in LAUNCHES:

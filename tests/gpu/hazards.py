@@ -83,7 +83,7 @@ def cudnn_recurrent_layers_have_a_second_derivative(report: Report) -> None:
     report.hold("converged", found.converged)
 
 
-@check("hazards", 12.0, rank=14)
+@check("hazards", 20.0, rank=14)
 def training_keeps_its_compiled_graph(report: Report) -> None:
     """As many graphs with a monitor as without."""
     from torch._dynamo.utils import counters

@@ -34,10 +34,13 @@ class Worker:
         self._log: IO[bytes] | None = None
         self._rest = b""
         self._starts = threading.Lock()
+        self.is_over = False
 
     def start(self) -> str:
         """Start where none runs; why not, or an empty text."""
         with self._starts:
+            if self.is_over:
+                return "the checks are over"
             return "" if self._process is not None else self._start()
 
     def _start(self) -> str:
@@ -68,12 +71,16 @@ class Worker:
         if record.reason:
             return record
         begin = time.monotonic()
+        cut = until - begin < limit
         limit = max(min(limit, until - begin), 0.1)
         self._send(check.name)
         for line in self._lines(begin + limit):
             if line is None:
-                why = f"no end within {limit:.3g} s" if self._is_alive() else f"the process died ({self._code()})"
+                alive = self._is_alive()
+                why = f"no end within {limit:.3g} s" if alive else f"the process died ({self._code()})"
                 record.reason = f"{why}: {self.last_words()}"
+                if cut and alive and not any(bar["holds"] is False for bar in record.bars):
+                    record.status, record.reason = "skipped", f"cut off after {limit:.3g} s: no time left"
                 break
             if line.pop("is_over", False):
                 broken = line.pop("is_broken", False)
@@ -113,16 +120,25 @@ class Worker:
             with suppress(OSError):
                 pipe and pipe.close()
 
+    def end(self) -> None:
+        """End the process, and start no other."""
+        self.is_over = True
+        self.stop()
+
     def _send(self, what: Any) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write((json.dumps(what) + "\n").encode())
-            self._process.stdin.flush()
+        process = self._process
+        with suppress(OSError, ValueError):  # it died, or was ended
+            if process is not None and process.stdin is not None:
+                process.stdin.write((json.dumps(what) + "\n").encode())
+                process.stdin.flush()
 
     def _lines(self, until: float) -> Iterable[dict[str, Any] | None]:
         """What it says; None once it is dead or the time is over."""
-        assert self._process is not None and self._process.stdout is not None
-        pipe = self._process.stdout
+        process = self._process
+        if process is None or process.stdout is None:
+            yield None
+            return
+        pipe = process.stdout
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
             while True:
@@ -136,9 +152,9 @@ class Worker:
                 if left <= 0 or not selector.select(left):
                     yield None
                     return
-                found = os.read(pipe.fileno(), 65536)
+                found = b"" if pipe.closed else os.read(pipe.fileno(), 65536)
                 if not found:
-                    self._process.wait()
+                    process.wait()
                     yield None
                     return
                 self._rest += found
@@ -207,17 +223,19 @@ class Runner:
         self._work(self._alone, list(checks), until)
 
     def stop(self) -> None:
-        """End all processes."""
+        """End all processes, for good."""
         for worker in self._workers:
-            worker.stop()
+            worker.end()
 
     def _work(self, worker: Worker, queue: list[Check], until: float) -> None:
         while True:
             with self._lock:
-                if not queue:
+                if not queue or worker.is_over:
                     return
                 check = queue.pop(0)
-            self._tell(self._one(worker, check, until))
+            record = self._one(worker, check, until)
+            if not worker.is_over:
+                self._tell(record)
 
     def _one(self, worker: Worker, check: Check, until: float) -> Record:
         left = until - time.monotonic()

@@ -4,11 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from benchmarks.gpu import GPT2, counted
 from tests.gpu.__main__ import Results
 from tests.gpu.report import CHECKS, Record, Report, status
 from tests.gpu.runner import Runner, Worker
@@ -88,6 +93,74 @@ def test_a_worker_that_cannot_start_is_no_end(fakes, monkeypatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     record = Worker(["tests.gpu.fakes"], {}).perform(fakes["is well"], 1.0, time.monotonic() + 60, print)
     assert record.status == "failed" and record.reason.startswith("the process did not start")
+
+
+def test_what_time_cuts_off_has_not_failed(fakes) -> None:
+    worker = Worker(["tests.gpu.fakes"], {})
+    try:
+        assert worker.start() == ""
+        record = worker.perform(fakes["hangs"], 60.0, time.monotonic() + 0.5, print)
+    finally:
+        worker.end()
+    assert record.status == "skipped" and record.reason == "cut off after 0.5 s: no time left"
+    assert record.figures == {"so far": "well"}
+
+
+def test_a_runner_that_is_stopped_starts_nothing(fakes) -> None:
+    results, runner = Results({}, None), Runner(["tests.gpu.fakes"], 1)
+    runner.over, runner.least = results.over, 60.0
+    runner.get_ready(apart=False)
+    checks = [fakes["is well"], fakes["hangs"], fakes["skips"]]
+    thread = threading.Thread(target=runner.side_by_side, args=(checks, time.monotonic() + 120))
+    thread.start()
+    while not results.records:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    runner.stop()
+    thread.join(timeout=30)
+    assert not thread.is_alive() and runner._workers[0]._process is None
+    assert [record.check for record in results.records] == ["is well"]
+
+
+@dataclass
+class Event:
+    """An event of a profile on a GPU."""
+
+    kind: str
+    device: object = torch.autograd.DeviceType.CPU
+    nanoseconds: int = 0
+    annotates: bool = False
+
+    def name(self) -> str:
+        return self.kind
+
+    def device_type(self) -> object:
+        return self.device
+
+    def duration_ns(self) -> int:
+        return self.nanoseconds
+
+    def is_user_annotation(self) -> bool:
+        return self.annotates
+
+
+def test_launches_copies_and_waits_of_a_gpu_are_counted() -> None:
+    on_gpu = torch.autograd.DeviceType.CUDA
+    events = [
+        *(Event("aten::mul"), Event("cudaLaunchKernel"), Event("cuLaunchKernelEx"), Event("cudaMemcpyAsync")),
+        *(Event("cudaStreamSynchronize"), Event("cudaEventSynchronize"), Event("cudaEventRecord")),
+        *(Event("a kernel", on_gpu, 2_000_000), Event("Memcpy HtoD", on_gpu, 1_000_000)),
+        Event("Optimizer.step#AdamW.step", on_gpu, 9_000_000, True),
+    ]
+    profile = SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events)))
+    counts, busy = counted(profile, "cuda")
+    assert counts == {"launches": 2, "graph launches": 0, "copies": 1, "waits": 1, "event waits": 1} and busy == 3.0
+
+
+def test_gpt2_has_as_many_tensors_as_gpt2() -> None:
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in GPT2().parameters()]
+    assert len(sizes) == 148 and sum(sizes) == 124_439_808
 
 
 def test_bars_are_judged_on_a_gpu_only() -> None:

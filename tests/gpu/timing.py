@@ -118,6 +118,10 @@ READ += ("sharpness/directional", "sharpness/critical_multiple", "sharpness/stab
 
 READINGS: dict[str, tuple[Callable[[int], Any], int]] = {
     "stability ratio": (lambda n: SharpnessMonitor(every_n_steps=n, quantities=["stability_ratio"]), 5),
+    "stability ratio, probe of an eighth": (
+        lambda n: SharpnessMonitor(every_n_steps=n, quantities=["stability_ratio"], probe_fraction=0.125),
+        5,
+    ),
     "gradients": (lambda n: GradientMonitor(every_n_steps=n), 4),
     "weights": (lambda n: WeightMonitor(every_n_steps=n), 4),
     "directional and critical": (
