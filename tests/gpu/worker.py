@@ -9,6 +9,7 @@ import time
 import traceback
 from typing import Any, TextIO
 
+import tests.gpu.place  # noqa: F401
 from tests.gpu.report import CHECKS, Check, Report, Skip, quiet, status
 
 
