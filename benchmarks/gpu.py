@@ -114,6 +114,11 @@ class Clock(pl.Callback):
     def __init__(self, device: str, warm: int, exact: bool) -> None:
         self.device, self.warm, self.exact = device, warm, exact
         self.times: list[float] = []
+        self.begin = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        wait(self.device)
+        self.begin = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.exact or trainer.global_step == self.warm:
@@ -136,8 +141,13 @@ class Clock(pl.Callback):
 
     @property
     def total(self) -> float:
-        """Seconds of all steps."""
-        return self.times[-1] - self.times[0]
+        """Seconds of the run, what callbacks do at its start included."""
+        return self.times[-1] - self.begin
+
+    @property
+    def start(self) -> float:
+        """Seconds that the start and the steps which warm up took beyond steps like the others."""
+        return self.times[self.warm] - self.begin - self.warm * self.mean
 
 
 def train(

@@ -55,7 +55,7 @@ def split(groups: int) -> Any:
 def count(optimizer: str, precision: str, *callbacks: pl.Callback) -> dict[str, float]:
     """What a step of training asks of the device."""
     profile = Profile()
-    arguments = {"max_steps": TO + 1, "precision": precision, "optimizer": optimizer}
+    arguments = {"max_steps": TO + 1, "precision": precision, "optimizer": optimizer, "batch": 8}  # within an epoch
     fit(lambda: gpt(depth=DEPTH), TEXT, [profile, *callbacks], **arguments)
     return profile.found
 

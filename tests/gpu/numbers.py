@@ -1,8 +1,9 @@
 """What is measured on the device, held against float64 on the CPU."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +82,20 @@ def product(network: nn.Module, x: Tensor, y: Tensor, cast: torch.dtype | None =
     return found.double().cpu(), operator.backend
 
 
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Products, convolutions and recurrent layers of float32 in TensorFloat-32, or not."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
 def compare_products(report: Report, kind: str) -> None:
     """One kind of layer, on the device in several ways."""
     make, shape = LAYERS[kind]
@@ -95,15 +110,8 @@ def compare_products(report: Report, kind: str) -> None:
         given = x.to(DEVICE, torch.float32)
         if arm.get("last"):
             network, given = (t.to(memory_format=torch.channels_last) for t in (network, given))
-        flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
-        before = [flag.allow_tf32 for flag in flags]
-        for flag in flags:
-            flag.allow_tf32 = bool(arm.get("tf32"))
-        try:
+        with products_in("tf32" if arm.get("tf32") else "ieee"):
             found, backend = product(network, given, y.to(DEVICE), arm.get("cast"))
-        finally:
-            for flag, value in zip(flags, before, strict=True):
-                flag.allow_tf32 = value
         error = float((found - true).norm() / true.norm())
         report.note(name, [float(f"{error:.3g}"), backend])
         if name == "float32":

@@ -42,10 +42,8 @@ class Report:
         """A figure that a GPU is held to."""
         bound, sign = (most, "<=") if most is not None else (least, ">=")
         assert bound is not None
-        holds = value <= bound if most is not None else value >= bound
-        self._bar({"what": what, "value": _short(value), "bar": f"{sign} {bound:g}", "holds": holds and self.on_gpu})
-        if not self.on_gpu:
-            self.bars[-1]["holds"] = None
+        holds: bool | None = bool(value <= bound if most is not None else value >= bound) if self.on_gpu else None
+        self._bar({"what": what, "value": _short(value), "bar": f"{sign} {_short(bound):g}", "holds": holds})
 
     def _bar(self, found: dict[str, Any]) -> None:
         self.bars.append(found)

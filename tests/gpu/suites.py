@@ -17,7 +17,9 @@ def run(report: Report, arguments: list[str], environment: dict[str, str]) -> No
     if not ON_GPU:
         raise Skip("`make test` runs these tests here; the twins under Triton's interpreter")
     start = "import sys, tests.gpu.place, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", start, "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    # Without the project's settings: a machine that is lent may lack plugins that they speak of.
+    settings = ["-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib", "-m", "not slow"]
+    command = [sys.executable, "-c", start, "-q", "-x", "-p", "no:cacheprovider", *settings, *arguments]
     if not is_installed():  # of these, one starts a Python that must find the package by itself
         command += ["--deselect", f"{TWINS}::test_without_triton_the_modules_import_and_say_what_is_missing"]
     done = subprocess.run(
