@@ -205,3 +205,26 @@ def test_each_page_shows_pictures_that_are_there() -> None:
 def test_the_gallery_lists_every_example() -> None:
     text = (DOCS / "gallery" / "index.md").read_text()
     assert all(f"]({script.stem}.md)" in text for script in generated.EXAMPLES.glob("*.py"))
+
+
+def test_the_table_of_gpu_checks_says_what_was_found() -> None:
+    names = ("device", "torch", "triton", "cuda", "lightning", "python", "commit", "command", "date")
+    bars = [
+        {"what": "share of a step", "value": 0.03, "bar": "<= 0.02", "holds": False},
+        {"what": "bitwise equal", "holds": True},
+    ]
+    checks = [
+        {
+            "check": "steering",
+            "part": "timing",
+            "status": "failed",
+            "seconds": 1.0,
+            "bars": bars,
+            "figures": {"ms": [1, 2]},
+        },
+        {"check": "two GPUs", "part": "hazards", "status": "skipped", "seconds": 0.0, "reason": "one | GPU"},
+    ]
+    text = generated.gpu_tables({"environment": {name: f"a {name}" for name in names}, "checks": checks})
+    assert "on one a device, torch a torch, Triton a triton" in text and "1 failed, 1 skipped" in text
+    assert "| steering | share of a step | 0.03 | <= 0.02 | **no** |" in text and "| timing | 1 | 0 |" in text
+    assert "| two GPUs | skipped | one |" in text and "| steering | ms | 1, 2 |" in text
