@@ -42,7 +42,9 @@ SETUPS = {
     "16-mixed": Setup({"precision": "16-mixed"}),
     "foreach": Setup(subject={"options": {"foreach": True}}),
     "fused": Setup(subject={"options": {"fused": True}}),
-    "skipped batches": Setup({"max_steps": 13}, {"skips": True}),  # skipped ones count as steps of Lightning: 8 are real
+    "skipped batches": Setup(
+        {"max_steps": 13}, {"skips": True}
+    ),  # skipped ones count as steps of Lightning: 8 are real
     "SAM": Setup(subject={"sam": True}),
     "manual optimisation": Setup(subject={"manual": True}),
     "several optimizers": Setup(subject={"optimizers": 2}),
