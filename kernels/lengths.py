@@ -31,7 +31,7 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     if not reads_are_free(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors):
         return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide))
     found = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).to(wide)
-    sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide)
+    sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide, device=found.device)
     safe = (found > _SMALL * sizes.sqrt()) & (found < _LARGE)
     for i in torch.nonzero(~safe).flatten().tolist():  # zeros and NaN too
         found[i] = torch.linalg.vector_norm(tensors[i], dtype=wide)
