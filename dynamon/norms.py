@@ -179,17 +179,35 @@ def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
     batches: dict[tuple[object, ...], list[int]] = {}
     for i, (layer, norm, tensor) in enumerate(zip(layers, norms, tensors, strict=True)):
         if norm.name in _NUCLEAR:
-            shape = layer.matrices(tensor).shape[-2:]
-            batches.setdefault((*shape, tensor.dtype, tensor.device), []).append(i)
+            # A matrix and its transpose have the same singular values.
+            sides = sorted(layer.matrix_shape[-2:])
+            batches.setdefault((*sides, tensor.dtype, tensor.device), []).append(i)
         else:
             found[i] = norm.dual(tensor)
-    for members in batches.values():
-        stacks = [layers[i].matrices(tensors[i]) for i in members]
-        sums = nuclear_norm(torch.cat(stacks) if len(stacks) > 1 else stacks[0]).split([len(s) for s in stacks])
-        for i, stack, values in zip(members, stacks, sums, strict=True):
-            scale = _aspect(stack) / _window(layers[i]) if norms[i].name == "rms_to_rms" else 1.0
-            found[i] = values.sum() * scale
+    for batch in batches.values():
+        each = max(tensors[batch[0]].numel(), 1)
+        most = max(_BATCH // each, 1)
+        for members in (batch[begin : begin + most] for begin in range(0, len(batch), most)):
+            stacks = [_tall(layers[i].matrices(tensors[i])) for i in members]
+            sums = nuclear_norm(torch.cat(stacks) if len(stacks) > 1 else stacks[0])
+            if len(sums) == len(members):
+                totals = list(sums.unbind())
+            else:
+                totals = [part.sum() for part in sums.split([len(stack) for stack in stacks])]
+            scales = [_nuclear_scale(layers[i], norms[i]) for i in members]
+            for i, value in zip(members, torch._foreach_mul(totals, scales), strict=True):
+                found[i] = value
     return [value for value in found if value is not None]
+
+
+def _tall(matrices: Tensor) -> Tensor:
+    return matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
+
+
+def _nuclear_scale(layer: Layer, norm: Norm) -> float:
+    """The dual norm over the sum of singular values."""
+    rows, columns = layer.matrix_shape[-2:]
+    return math.sqrt(rows / columns) / _window(layer) if norm.name == "rms_to_rms" else 1.0
 
 
 def iid_dual_norm(norm: Norm, layer: Layer) -> float:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dynamon.kernels.gradient_stats import Scale
+
 ENTRIES = 64  # of each gradient that are looked at, spread evenly
 
 
@@ -30,20 +32,27 @@ class Trends:
         self._squares: Tensor | None = None  # [L], of whole changes; zero where none is known
         self._now: Tensor | None = None
         self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
+        self._small: tuple[tuple[int, ...], Tensor] | None = None
 
-    def products(self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
+    def products(
+        self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor], scale: Scale = 1.0
+    ) -> Tensor:
         """Sums over entries of :math:`d_k^2` and :math:`d_k d_{k-1}`, ``[2, P]``, and keep :math:`d_k`.
 
         Args:
             indices: Which P gradients these are, in their order.
             current: They, or what is here of them.
             previous: Those of the step before.
+            scale: Factor on the current ones.
         """
         if tuple(indices) != self._places[0]:
             all_there = len(indices) == self._count
             rows = None if all_there else torch.tensor(list(indices), dtype=torch.int64, device=self._device)
             self._places = tuple(indices), rows
-        self._now = self._entries(indices, current) - self._entries(indices, previous)
+        now = self._entries(indices, current)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            now = now * scale
+        self._now = now - self._entries(indices, previous)
         before = torch.zeros_like(self._now) if self._changes is None else self._rows(self._changes)
         return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
 
@@ -82,14 +91,21 @@ class Trends:
 
     def _entries(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
         """Entries of some of the gradients, ``[P, 64]``, zeros behind those of small ones."""
-        pieces: list[Tensor] = []
-        for tensor in tensors:
-            flat = tensor.reshape(-1)
-            taken = flat[:: stride(flat.numel())][:ENTRIES].float()
-            pieces.append(taken)
-            if taken.numel() < ENTRIES:
-                pieces.append(taken.new_zeros(ENTRIES - taken.numel()))
-        return torch.cat(pieces).view(len(tensors), ENTRIES)
+        # Of one dtype they are brought together by one call, and made wide by another.
+        alike = len({tensor.dtype for tensor in tensors}) == 1
+        pieces = [t.reshape(-1)[:: stride(t.numel())][:ENTRIES] for t in tensors]
+        flat = torch.cat(pieces).float() if alike else torch.cat([piece.float() for piece in pieces])
+        if flat.numel() == len(tensors) * ENTRIES:
+            return flat.view(len(tensors), ENTRIES)
+        sizes = tuple(piece.numel() for piece in pieces)
+        return flat.new_zeros(len(tensors) * ENTRIES).index_copy(0, self._columns(sizes), flat).view(-1, ENTRIES)
+
+    def _columns(self, sizes: tuple[int, ...]) -> Tensor:
+        """Where the entries of small gradients go in the table, kept on the device."""
+        if self._small is None or self._small[0] != sizes:
+            columns = [row * ENTRIES + entry for row, size in enumerate(sizes) for entry in range(size)]
+            self._small = sizes, torch.tensor(columns, dtype=torch.int64, device=self._device)
+        return self._small[1]
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The change that is kept, and its square, by layer name."""
