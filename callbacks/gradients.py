@@ -22,8 +22,10 @@ from dynamon.kernels import l2_norms, widest_dtype
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.pairs import as_real
-from dynamon.panels import GRADIENTS
+from dynamon.panels import layout_of
+from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
 from dynamon.ranks import Ranks
+from dynamon.scales import Scale, scaled
 from dynamon.sharded_norms import steps_and_lengths
 from dynamon.shards import local, local_as
 from dynamon.updates import local_smoothness
@@ -45,27 +47,10 @@ class GradientMeter(PairMeter):
     """
 
     name = "gradient"
-    panels = GRADIENTS
-    tags = {
-        "gradient/norm": "l2 norm of all gradients before clipping",
-        "gradient/norm_clipped": "the same after clipping (automatic optimisation)",
-        "gradient/clip_coefficient": "after over before; 1 where nothing was clipped",
-        "gradient/clip_share": "share of the steps measured so far at which clipping changed the norm",
-        "gradient/norm_dual": "sum of the layers' dual norms",
-        "gradient/norm_l1": "l1 norm of all gradients before clipping",
-        "gradient/cosine": "cosine between this gradient and the one a step before",
-        "gradient/nonfinite": "entries that are NaN or infinite",
-        "noise/scale": "gradient noise scale: the batch at which noise equals signal, in multiples of yours",
-    }
-    quantities = {
-        "gradient/l2": "l2 norm of the layer's gradient",
-        "gradient/dual": "its dual norm, in the norm that fits optimizer and role",
-        "gradient/local_smoothness": "dual norm of the gradient's change over the norm of the step in between",
-        "noise/dual": "noise sqrt(H) in that dual norm",
-        "noise/independent": "the same from the processes or the halves of accumulation windows, without curvature",
-        "noise/snr": "squared length of the mean gradient over its variance",
-    }
-    histograms = {"gradient/histogram": "the layer's gradient before clipping, every tenth reading"}
+    panels = layout_of(quantities_of("gradient"))
+    tags = meanings(quantities_of("gradient", scope=Scope.SCALAR))
+    quantities = meanings(quantities_of("gradient", scope=Scope.PER_LAYER))
+    histograms = meanings(quantities_of("gradient", scope=Scope.HISTOGRAMS))
 
     def __init__(self, cadence: Cadence, with_histograms: bool = False) -> None:
         """Nothing read yet."""
@@ -106,7 +91,7 @@ class GradientMeter(PairMeter):
         if watch.is_repeated:
             source.again()
         if reads:
-            with run.charge(self.name):
+            with run.charge(self.name, waits=True):
                 # An optimizer that steps twice in a batch is shown at its last step.
                 try:
                     self._used.pop(optimizer, None)
@@ -247,7 +232,7 @@ class GradientMeter(PairMeter):
         dense = {la.name: _here(la, la.parameter.grad) for la in layers if la.parameter.grad is not None}
         if dense:
             scale = gradient_scale(run.trainer, optimizer)
-            table = histogram_table([g if scale == 1.0 else g * scale for g in dense.values()])
+            table = histogram_table([scaled(g, scale) for g in dense.values()])
             self._binned |= zip(dense, table, strict=True)
 
     def _hand_on(self, run: Run, read: list[SourceReading], used: Sequence["UsedGradients | None"]) -> None:
@@ -355,13 +340,13 @@ class UsedGradients:
         lengths: Euclidean norms ``[P]`` of those that are there, on the device: of the parts that are here.
     """
 
-    def __init__(self, read: SourceReading, scale: float) -> None:
+    def __init__(self, read: SourceReading, scale: Scale) -> None:
         """Measure them."""
         gradients = [la.parameter.grad for la in read.layers]
         self.present = np.array([g is not None for g in gradients])
         here = [_here(la, g) for la, g in zip(read.layers, gradients, strict=True) if g is not None]
         lengths = l2_norms([g if g.numel() else g.new_zeros(1) for g in here])
-        self.lengths = lengths if scale == 1.0 else lengths * scale
+        self.lengths = scaled(lengths, scale)
 
 
 def _to_host(read: Sequence[SourceReading], used: Sequence[UsedGradients | None]) -> tuple[list[Array], list[Array]]:
@@ -466,6 +451,7 @@ def _cosine(read: Sequence[GradientReadings]) -> float | None:
     return float(np.clip(inner / (now * before) ** 0.5, -1, 1)) if now > 0 and before > 0 else None
 
 
+@with_tag_table(quantities_of("gradient", "monitor"))
 class GradientMonitor(Monitor):
     """Gradient norms by layer and as a whole, gradient noise, what clipping does, and how quickly gradients turn.
 
@@ -477,32 +463,7 @@ class GradientMonitor(Monitor):
 
     Tags (headlines are also in ``trainer.callback_metrics``):
 
-    ================================  ====================================================
-    tag                               what it is
-    ================================  ====================================================
-    ``gradient/norm``                 l2 norm of all gradients before clipping
-    ``gradient/norm_clipped``         the same after clipping (automatic optimisation)
-    ``gradient/clip_coefficient``     after over before; 1 where nothing was clipped
-    ``gradient/clip_share``           share of the steps measured so far at which clipping changed the norm
-    ``gradient/norm_dual``            sum of the layers' dual norms
-    ``gradient/norm_l1``              l1 norm of all gradients before clipping
-    ``gradient/cosine``               cosine between this gradient and the one a step before
-    ``gradient/nonfinite``            entries that are NaN or infinite
-    ``gradient/l2``                   per layer: l2 norm
-    ``gradient/dual``                 per layer: dual norm
-    ``gradient/local_smoothness``     per layer: dual norm of the gradient's change over the norm of the step in between
-    ``noise/scale``                   gradient noise scale: the batch at which noise equals signal, in multiples of
-                                      yours; nothing while no signal stands out
-    ``noise/dual``                    per layer: noise sqrt(H) in the dual norm; NaN for a layer without gradients
-    ``noise/independent``             per layer: the same from the processes of a DDP run, or the two halves of
-                                      accumulation windows; what ``noise/dual`` has above it is curvature. NaN at steps
-                                      whose window has no halves that are alike
-    ``noise/snr``                     per layer: squared length of the mean gradient over its variance
-    ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
-    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
-    ``dynamon/overhead``              time of monitoring over training time without it
-    ``dynamon/failures``              measurements that failed so far
-    ================================  ====================================================
+    {tags}
 
     A per-layer quantity ``a/b`` is written as the quantiles ``a/b_p10``, ``a/b_median``, ``a/b_p90``, as
     ``a.b/<layer>`` for each layer while that makes at most 400 tags in all, and as one tensor summary

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from dynamon.arrays import Array
 from dynamon.kernels import GradientStats, gradient_stats, warm_up, widest_dtype
-from dynamon.kernels.gradient_stats import Scale
 from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients, agreed
 from dynamon.norms import Norm, dual_norms, update_norm
 from dynamon.pairs import as_real
-from dynamon.tensor_lists import changes, copied, factor, multiplied, room
+from dynamon.scales import Scale, all_scaled, without_dimensions
+from dynamon.tensor_lists import copied
 from dynamon.trends import Trends
+from dynamon.updates import differences
 from dynamon.windows import Window, loaded_window, saved_window
 
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
@@ -373,8 +374,9 @@ class GradientReader:
         own = self._rows_of(indices, stats, special, special_change)
         alike: Tensor | None = None  # what all processes have agreed on
         if self._local is not None and self._local.is_open:
-            true = multiplied(gradients, scale)
-            rows, alike = self._local.compare(true, self._both_norms, factor(local_scale), doubt)
+            means = dict(zip(indices, all_scaled(current, scale), strict=True))
+            true = [means.get(i) for i in range(len(gradients))]
+            rows, alike = self._local.compare(true, self._both_norms, without_dimensions(local_scale), doubt)
             places = self._positions(tuple(indices), rows)
             independent, parted = list(rows.index_select(1, places).to(own[0])), present
         else:
@@ -392,7 +394,7 @@ class GradientReader:
         """The gradients of one step before, zeros in place of those that are missing; None where all are."""
         if not stored:
             return None
-        missing = {i: room(g) for i, g in zip(indices, current, strict=True) if i not in stored}
+        missing = {i: torch.empty_like(g) for i, g in zip(indices, current, strict=True) if i not in stored}
         if missing:
             torch._foreach_zero_(list(missing.values()))
         return [missing[i] if i in missing else stored[i] for i in indices]
@@ -427,8 +429,8 @@ class GradientReader:
             return None
         current = [g for g in (gradients[i] for i in followed) if g is not None]
         missing = [(i, g) for i, g in zip(followed, current, strict=True) if i not in stored]
-        filled = dict(zip([i for i, _ in missing], multiplied([g for _, g in missing], scale), strict=True)) | stored
-        previous = [filled[i] for i in followed]
+        filled = dict(zip([i for i, _ in missing], all_scaled([g for _, g in missing], scale), strict=True))
+        previous = [filled[i] if i in filled else stored[i] for i in followed]
         return self.trends.products(followed, current, previous, scale)
 
     def _trend(self, followed: list[int], products: Tensor | None, indices: list[int], alike: Tensor | None) -> Tensor:
@@ -466,7 +468,7 @@ class GradientReader:
             return [torch.zeros_like(like)] * 2, parted
         parted[[i for i in indices if i in parts]] = True
         halves = self._previous_of(indices, current, parts) or [torch.zeros_like(g) for g in current]
-        share_of_it = factor(scale) * share
+        share_of_it = without_dimensions(scale) * share
         _, special = self._special_duals(indices, current, halves, share_of_it, dual=False)
         stats = gradient_stats(current, halves, self._wide, scale=share_of_it)
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
@@ -509,14 +511,12 @@ class GradientReader:
             return None, None
         layers = [self.layers[indices[place]] for place in places]
         norms = [self.norms[indices[place]] for place in places]
-        chosen, found = [current[place] for place in places], []
-        if dual:
-            found += multiplied(chosen, scale)
+        chosen = all_scaled([current[place] for place in places], scale)
+        found = chosen if dual else []
         if previous is not None:
-            found += changes(chosen, [previous[place] for place in places], scale)
+            found = found + differences(chosen, [previous[place] for place in places])
         times = len(found) // len(places)
-        tensors = [t for t in found if t is not None]
-        row = torch.stack(dual_norms(layers * times, norms * times, tensors)) if tensors else None
+        row = torch.stack(dual_norms(layers * times, norms * times, found)) if found else None
         unknown = torch.full((len(places),), torch.nan, dtype=torch.float32, device=current[0].device) if times < 2 else None
         own = unknown if row is None or not dual else row[: len(places)]
         return own, unknown if row is None or previous is None else row[-len(places) :]

@@ -12,15 +12,15 @@ from dynamon.arrays import Array
 from dynamon.dealing import measured_whole
 from dynamon.gradients import GradientReader, Known, PendingReadings, plain
 from dynamon.kernels import gradient_stats, widest_dtype
-from dynamon.kernels.gradient_stats import Scale
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
+from dynamon.scales import Scale, all_scaled
 from dynamon.sharded_trends import ShardedTrends
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
-from dynamon.tensor_lists import changes, multiplied
 from dynamon.totals import Found, Totals
+from dynamon.updates import differences
 from dynamon.windows import Window
 
 # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window; products of
@@ -88,12 +88,12 @@ class _Parts:
         """The gradient, its change, or the difference of two parts of the window."""
         if row == 0:
             return self.own(i)
-        return self.between(i) if row == 2 else changes([self.own(i)], [self.before(i)])[0]
+        return self.between(i) if row == 2 else differences([self.own(i)], [self.before(i)])[0]
 
     def between(self, i: int) -> Tensor:
         """The first part of the window less its share of the whole, to the scale of two full batches."""
         half = self.halves[i] if i in self.halves else torch.zeros_like(self.own(i))
-        return self.factor * changes([half], [self.share * self.own(i)])[0]
+        return self.factor * differences([half], [self.share * self.own(i)])[0]
 
 
 class ShardedGradientReader(GradientReader):
@@ -147,6 +147,11 @@ class ShardedGradientReader(GradientReader):
             found.append(g)
         return found
 
+    def _true_gradients(self, scale: Scale) -> list[Tensor | None]:
+        found = self._gradients()
+        there = iter(all_scaled([g for g in found if g is not None], scale))
+        return [None if g is None else next(there) for g in found]
+
     def _measure(self, scale: Scale, dual: bool, local_scale: Scale, window: Window | None) -> PendingReadings:
         seen: list[_Parts] = []
 
@@ -168,8 +173,7 @@ class ShardedGradientReader(GradientReader):
         stored = self._comparable(window)
         step, share, halves = self._part or (-1, 0.5, {})
         self._part = None
-        gradients = multiplied(self._gradients(), scale)
-        return _Parts(self.layers, gradients, stored, halves if step == self.step else {}, share)
+        return _Parts(self.layers, self._true_gradients(scale), stored, halves if step == self.step else {}, share)
 
     def _found(self, here: _Parts, dual: bool, window: Window | None) -> Found:
         """What is in the parts here; they take the place of those of one step before."""
@@ -252,7 +256,7 @@ class ShardedGradientReader(GradientReader):
 
     def _with_dual(self, pending: PendingReadings, scale: Scale) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
-        here = _Parts(self.layers, multiplied(self._gradients(), scale), {}, {}, 0.5)
+        here = _Parts(self.layers, self._true_gradients(scale), {}, {}, 0.5)
         with self._ranks.measurement():
             table = self._ranks.sum(self._dealt_duals(here, [0]))
         places = {i: position for position, i in enumerate(self._special)}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dynamon.kernels.gradient_stats import Scale
+from dynamon.scales import Scale, scaled
 
 ENTRIES = 64  # of each gradient that are looked at, spread evenly
 
@@ -32,7 +32,7 @@ class Trends:
         self._squares: Tensor | None = None  # [L], of whole changes; zero where none is known
         self._now: Tensor | None = None
         self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
-        self._small: tuple[tuple[int, ...], Tensor] | None = None
+        self._padding = torch.zeros(ENTRIES, device=device)
 
     def products(
         self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor], scale: Scale = 1.0
@@ -49,10 +49,7 @@ class Trends:
             all_there = len(indices) == self._count
             rows = None if all_there else torch.tensor(list(indices), dtype=torch.int64, device=self._device)
             self._places = tuple(indices), rows
-        now = self._entries(indices, current)
-        if isinstance(scale, Tensor) or scale != 1.0:
-            now = now * scale
-        self._now = now - self._entries(indices, previous)
+        self._now = scaled(self._entries(indices, current), scale) - self._entries(indices, previous)
         before = torch.zeros_like(self._now) if self._changes is None else self._rows(self._changes)
         return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
 
@@ -71,7 +68,7 @@ class Trends:
             self._squares = squares.new_zeros(self._count)
         known = self._rows(self._squares)
         cosines = inner / (squares.sqrt() * known.sqrt()).clamp_min(1e-37)
-        tells = torch.isfinite(squares)  # a gradient that is not finite hides a change, and is none
+        tells = squares < torch.inf  # a gradient that is not finite hides a change, and is none
         if alike is not None:
             tells &= alike > 0
         cosines = torch.where(tells, cosines, 0.0)
@@ -91,21 +88,17 @@ class Trends:
 
     def _entries(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
         """Entries of some of the gradients, ``[P, 64]``, zeros behind those of small ones."""
-        # Of one dtype they are brought together by one call, and made wide by another.
-        alike = len({tensor.dtype for tensor in tensors}) == 1
-        pieces = [t.reshape(-1)[:: stride(t.numel())][:ENTRIES] for t in tensors]
-        flat = torch.cat(pieces).float() if alike else torch.cat([piece.float() for piece in pieces])
-        if flat.numel() == len(tensors) * ENTRIES:
-            return flat.view(len(tensors), ENTRIES)
-        sizes = tuple(piece.numel() for piece in pieces)
-        return flat.new_zeros(len(tensors) * ENTRIES).index_copy(0, self._columns(sizes), flat).view(-1, ENTRIES)
-
-    def _columns(self, sizes: tuple[int, ...]) -> Tensor:
-        """Where the entries of small gradients go in the table, kept on the device."""
-        if self._small is None or self._small[0] != sizes:
-            columns = [row * ENTRIES + entry for row, size in enumerate(sizes) for entry in range(size)]
-            self._small = sizes, torch.tensor(columns, dtype=torch.int64, device=self._device)
-        return self._small[1]
+        self._padding = self._padding.to(tensors[0])  # of one dtype, as the device's fast path wants it
+        # At each step for every layer: no call that can be saved.
+        pieces: list[Tensor] = []
+        for tensor in tensors:
+            size = tensor.numel()
+            if size < ENTRIES:
+                pieces += tensor.reshape(-1), self._padding[size:]
+            else:
+                step = size // ENTRIES
+                pieces.append(tensor.reshape(-1)[: step * ENTRIES : step])
+        return torch.cat(pieces).float().view(len(tensors), ENTRIES)
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The change that is kept, and its square, by layer name."""

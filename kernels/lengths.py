@@ -26,12 +26,12 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     from the beginning, so that nothing waits for the device.
     """
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     wide = widest_dtype(tensors[0].device)
     if not reads_are_free(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors):
         return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide))
     found = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).to(wide)
-    sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide, device=found.device)
+    sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide, device="cpu")
     safe = (found > _SMALL * sizes.sqrt()) & (found < _LARGE)
     for i in torch.nonzero(~safe).flatten().tolist():  # zeros and NaN too
         found[i] = torch.linalg.vector_norm(tensors[i], dtype=wide)
@@ -51,11 +51,12 @@ def l2_along(tensor: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
     wide = widest_dtype(tensor.device)
     if dim is None and not reads_are_free(tensor.device) and not tensor.requires_grad:  # without a copy in float64
         return l2_norms([tensor])[0].to(torch.promote_types(tensor.dtype, torch.float32))
-    found = torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if found.dtype == wide or tensor.numel() == 0:
-        return found
+    narrow = torch.promote_types(tensor.dtype, torch.float32)
+    if narrow == wide or tensor.numel() == 0:
+        return torch.linalg.vector_norm(tensor, dim=dim, dtype=narrow)
     if reads_are_free(tensor.device):
+        found = torch.linalg.vector_norm(tensor, dim=dim, dtype=narrow)
         size = tensor.numel() / max(found.numel(), 1)
         if bool(((found.detach() > _SMALL * size**0.5) & (found.detach() < _LARGE)).all()):
             return found
-    return torch.linalg.vector_norm(tensor, dim=dim, dtype=wide).to(found.dtype)
+    return torch.linalg.vector_norm(tensor, dim=dim, dtype=wide).to(narrow)

@@ -95,7 +95,7 @@ def supported(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = N
     device = gradients[0].device
     tensors = gradients if previous is None else [*gradients, *previous]
     return (
-        {type(t) for t in tensors} <= {Tensor, torch.nn.Parameter}  # no DTensor, whose memory is elsewhere
+        {type(t) for t in tensors} == {Tensor}  # no DTensor, whose memory is elsewhere
         and {t.dtype for t in tensors} <= set(SUPPORTED)
         and {t.device for t in tensors} == {device}
         and not torch.compiler.is_compiling()
