@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,8 +13,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 import dynamon
-from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR
+from dynamon.callbacks import LayerwiseLR, NoiseAdaptiveLR
+from dynamon.callbacks.base import off_reason
 from dynamon.gradients import GradientReadings, PendingReadings
+from dynamon.kernels import GradientStats
 from dynamon.optim import LayerwiseRates
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
 from tests.helpers import Classifier, fit
@@ -85,12 +88,19 @@ def canned(pending: PendingReadings) -> GradientReadings:
 MOST = 60  # reading, rule and view
 
 
+def two_calls(gradients, previous=None, dtype=None, *, scale=1.0):
+    """Stands for the Triton twin of the statistics: a pass over all gradients and a sum of its parts."""
+    rows = torch.ones(6, len(gradients), dtype=dtype, device=gradients[0].device).neg()
+    return GradientStats(*rows) if previous is not None else GradientStats(*rows[:3])
+
+
 @pytest.mark.parametrize("is_tensor", [False, True], ids=["number", "tensor"])
 def test_device_calls_a_step_of_gpt2(monkeypatch, is_tensor) -> None:
     """148 tensors in 16 groups, on a device whose numbers cannot be read: nothing waits, and calls are few."""
     model, seen = gpt2("meta"), []
     optimizer = AdamW(model.parameters(), lr=torch.tensor(1e-3) if is_tensor else 1e-3, foreach=not is_tensor)
     monkeypatch.setattr(PendingReadings, "wait", canned)
+    monkeypatch.setattr("dynamon.gradients.gradient_stats", two_calls)
     with Launches() as launches:
         optimizer.register_step_pre_hook(lambda *_: launches.reset())
         rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(warmup=0), model)
@@ -104,7 +114,7 @@ def test_device_calls_a_step_of_gpt2(monkeypatch, is_tensor) -> None:
     groups, view = seen[-1]
     assert groups == 16 and len(set(rates.applied.values())) == 16
     assert view == 2 * is_tensor  # rule and merging are the host's; rates that are tensors are copied and scaled
-    assert reading + view <= MOST, reading
+    assert 10 <= reading + view <= MOST, reading
 
 
 class Asked:
@@ -160,9 +170,7 @@ def test_monitor_and_steering_are_one_sentence_on_several_devices() -> None:
     with pytest.raises(ValueError, match="NoiseAdaptiveLR cannot steer this run: .*are on cpu and meta, and gradients"):
         fit(Classifier(network()), [Early(), NoiseAdaptiveLR()], steps=1)
 
-    class Stop(pl.Callback):
-        def on_train_batch_start(self, *_) -> int:
-            return -1
-
-    with pytest.warns(UserWarning, match="DynamicsMonitor is off: the model's parameters are on cpu and meta"):
-        fit(Classifier(network()), [Early(), DynamicsMonitor(), Stop()], steps=1, max_epochs=1)
+    model = network()
+    model[2].weight = nn.Parameter(model[2].weight.detach().to("meta"))
+    reason = off_reason(SimpleNamespace(strategy=object()), Classifier(model))
+    assert reason == "the model's parameters are on cpu and meta, and gradients are read on one device."
