@@ -202,6 +202,9 @@ class LayerwiseLR(DynamonCallback):
             rank_zero_warn(f"{type(self).__name__} steers nothing: {nothing}")
             return
         self._attach(trainer, pl_module)
+        for rates in self._steered.values():
+            if self.rule.needs_gradients:
+                rates.reader.warm_up()
         self._is_steering = True
         self.write_layout(trainer)
 
