@@ -85,7 +85,7 @@ def weight_readings(
 
     Cost: some passes over the weights, and for matrices two Gram iterations batched by shape, of which that of the
     steps is in bfloat16 where this pays. For the 148 tensors of GPT-2 124M fewer than 400 device calls. Memory: besides
-    the copies given, 4 of the parameters where ``earlier`` is given. No host synchronisation.
+    the copies given, 5 of the parameters. No host synchronisation.
     """
     weights = [as_real(layer.parameter.detach()) for layer in layers]
     plan = _plan(layers)
