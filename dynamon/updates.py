@@ -88,15 +88,15 @@ def differences(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]
     if not now:
         return []
     wide = [torch.promote_types(t.dtype, torch.float32) for t in now]
-    current, others = _in(now, wide), _in(before, wide)
+    current, others = in_dtypes(now, wide), in_dtypes(before, wide)
     if any(a is b for a, b in zip(current, now, strict=True)):
         return list(torch._foreach_sub(current, others))
     torch._foreach_sub_(current, others)
     return current
 
 
-def _in(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Tensors in these dtypes: themselves where all have them already."""
+def in_dtypes(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Give tensors in these dtypes: themselves where all have them already, else copies in one call."""
     if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True)):
         return list(tensors)
     found = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]

@@ -23,6 +23,7 @@ from dynamon.spectra import WeightSpectrum, extremes_of, largest_per_stack, per_
 from dynamon.updates import angles, compare_steps, differences, wide_lengths
 
 FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
+ENTRYWISE = [one for one in quantities_of("weight") if one.entrywise is not None]
 FULL_SPECTRUM = tuple(one.field for one in quantities_of("weight") if one.field and one.every > 1)  # of WeightSpectrum
 
 
