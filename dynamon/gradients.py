@@ -522,7 +522,9 @@ class GradientReader:
             found = found + differences(chosen, [previous[place] for place in places])
         times = len(found) // len(places)
         row = torch.stack(dual_norms(layers * times, norms * times, found)) if found else None
-        unknown = torch.full((len(places),), torch.nan, dtype=torch.float32, device=current[0].device) if times < 2 else None
+        unknown = (
+            torch.full((len(places),), torch.nan, dtype=torch.float32, device=current[0].device) if times < 2 else None
+        )
         own = unknown if row is None or not dual else row[: len(places)]
         return own, unknown if row is None or previous is None else row[-len(places) :]
 
