@@ -144,17 +144,21 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def pretended(launches: Launches) -> Iterator[None]:
-    """Inside, a CPU is taken for a GPU with Triton, whose kernels for gradients are counted and do nothing.
-
-    What they would have written is undefined: for counting, not for numbers.
-    """
+    """Inside, a CPU is taken for a GPU with Triton, whose kernels for gradients are counted and find ones."""
 
     class Kernel:
         def __init__(self, name: str) -> None:
             self.name = name
 
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **kwargs: launches.add(f"triton {self.name}")
+            return self.launch
+
+        def launch(self, *args: Any, **kwargs: Any) -> None:
+            launches.add(f"triton {self.name}")
+            if self.name == "_tensor_stats":
+                launches._inside = True
+                args[2].fill_(1.0)[2].zero_()  # nothing that is not finite
+                launches._inside = False
 
     stats, lengths, twin = (
         importlib.import_module(f"dynamon.kernels.{name}")
@@ -164,6 +168,7 @@ def pretended(launches: Launches) -> Iterator[None]:
         mock.patch.object(stats, "_may_have_triton", lambda device: True),
         mock.patch.object(stats, "reads_are_free", lambda device: False),
         mock.patch.object(lengths, "reads_are_free", lambda device: False),
+        mock.patch("dynamon.updates.reads_are_free", lambda device: False),
         mock.patch.object(twin, "can_run", lambda device: True),
         mock.patch.object(twin, "_triton_dtype", lambda dtype: dtype),
         mock.patch.object(twin, "_chunk_stats", Kernel("_chunk_stats")),
