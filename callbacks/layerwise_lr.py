@@ -277,6 +277,9 @@ class LayerwiseLR(DynamonCallback):
     def _has_gradients(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
         """Whether there is something to take a step with; steering ends where there never is."""
         passes, self._passes = self._passes, 0
+        if has_gradients(optimizer):
+            self._gone = None
+            return True
         if any(has_gradients(each) for each in trainer.optimizers):
             self._gone = None
         elif passes and self._gone is not None:
@@ -288,7 +291,7 @@ class LayerwiseLR(DynamonCallback):
                     f"{type(self).__name__} is off: gradients are gone before the optimizer's step, so that its rates "
                     "have no effect (an optimizer that works in backward, or zero_grad before the step)."
                 )
-        return has_gradients(optimizer)
+        return False
 
     @staticmethod
     def _is_shown(trainer: pl.Trainer) -> bool:

@@ -63,7 +63,7 @@ class Trends:
             self._now = entries - self._entries(indices, previous)
         self._seen = tuple(indices), entries
         before = torch.zeros_like(self._now) if self._changes is None else self._rows(self._changes)
-        return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
+        return (torch.stack([self._now, before]) * self._now).sum(2)
 
     def has_seen(self, indices: Sequence[int]) -> bool:
         """Whether the last call was of these gradients."""
