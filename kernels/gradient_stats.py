@@ -98,9 +98,10 @@ def warm_up(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32
     from dynamon.kernels import triton_gradient_stats as twin
 
     for dtype in dict.fromkeys(dtypes):
-        if twin.supported([torch.empty(1, dtype=dtype, device=device)]):
+        probe = torch.empty(1, dtype=dtype, device=device)
+        if twin.supported([probe]):
             for compare in (True, False):
-                twin.runs(device, dtype, dtype, widest_dtype(device), compare)
+                twin.runs(probe.device, dtype, dtype, widest_dtype(device), compare)  # a device with its number
 
 
 def _may_have_triton(device: torch.device) -> bool:
@@ -225,7 +226,10 @@ def _inner(current: list[Tensor], previous: list[Tensor], squares: Tensor, dtype
     """Inner products of pairs of tensors; ``squares`` are the squared lengths of ``current``."""
     if not reads_are_free(squares.device):
         groups = _groups(current, dtype.itemsize)
-        return torch.stack([x for group in groups for x in _inner_norms(current[group], previous[group], dtype)])
+        # In a few calls: what positive products add up to, less what negative ones do.
+        parts = [_inner_norms(current[group], previous[group], dtype) for group in groups]
+        above, below = (torch.stack([norm for part in parts for norm in part[side]]) for side in (0, 1))
+        return above - below
     flat = [(a.flatten(), b.flatten()) for a, b in zip(current, previous, strict=True)]
     found = torch.stack([torch.dot(a, b) for a, b in flat]).to(dtype)
     if dtype == torch.float64:
@@ -236,12 +240,14 @@ def _inner(current: list[Tensor], previous: list[Tensor], squares: Tensor, dtype
     return found
 
 
-def _inner_norms(current: list[Tensor], previous: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The same in a few calls: the l1 norm of the positive products less that of the negative ones."""
+def _inner_norms(
+    current: list[Tensor], previous: list[Tensor], dtype: torch.dtype
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The l1 norms of the positive products of pairs of tensors, and of the negative ones."""
     products = torch._foreach_mul(_in_dtype(current, dtype), _in_dtype(previous, dtype))
     above = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
     torch._foreach_clamp_max_(products, 0.0)
-    return list(torch._foreach_sub(above, torch._foreach_norm(products, 1)))
+    return above, torch._foreach_norm(products, 1)
 
 
 def _groups(tensors: Sequence[Tensor], itemsize: int) -> Iterator[slice]:
