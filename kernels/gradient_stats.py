@@ -212,17 +212,21 @@ def _nonfinite_norms(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _inner(current: list[Tensor], previous: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Inner products of pairs of tensors."""
+    """Inner products of pairs of tensors, in a few calls: what positive products add up to, less what negative do."""
     groups = _groups(current, dtype.itemsize)
-    return torch.stack([x for group in groups for x in _inner_norms(current[group], previous[group], dtype)])
+    parts = [_inner_norms(current[group], previous[group], dtype) for group in groups]
+    above, below = (torch.stack([norm for part in parts for norm in part[side]]) for side in (0, 1))
+    return above - below
 
 
-def _inner_norms(current: list[Tensor], previous: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The same in a few calls: the l1 norm of the positive products less that of the negative ones."""
+def _inner_norms(
+    current: list[Tensor], previous: list[Tensor], dtype: torch.dtype
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The l1 norms of the positive products of pairs of tensors, and of the negative ones."""
     products = torch._foreach_mul(_in_dtype(current, dtype), _in_dtype(previous, dtype))
     above = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
     torch._foreach_clamp_max_(products, 0.0)
-    return list(torch._foreach_sub(above, torch._foreach_norm(products, 1)))
+    return above, torch._foreach_norm(products, 1)
 
 
 def _groups(tensors: Sequence[Tensor], itemsize: int) -> Iterator[slice]:
