@@ -1,7 +1,8 @@
 """Apple GPUs and other devices without float64 and eigenvalues: every reading is there, to the accuracy of float32."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks.dynamics import PRESETS
 from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
@@ -32,8 +34,8 @@ from dynamon.norms import get_norm
 from dynamon.optim import Lanton
 from dynamon.probe import undisturbed
 from dynamon.ranks import Ranks
-from dynamon.rates import SpectralTailRates
-from tests.apple import DEVICE, Strategy, apple
+from dynamon.rates import FixedRates, SpectralTailRates
+from tests.apple import DEVICE, STREAM, Strategy, apple
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
 TOLERANCE = 5e-3
@@ -114,13 +116,52 @@ def test_a_run_on_a_device_without_float64(name: str, monkeypatch: pytest.Monkey
         assert_alike(found, wanted)
 
 
-def test_monitors_leave_training_there_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+NEUTRAL = {
+    **{preset: lambda preset=preset: [DynamicsMonitor(preset, every_n_steps=1, strict=True)] for preset in PRESETS},
+    "sharpness": lambda: [SharpnessMonitor(every_n_steps=2, quantities=QUANTITIES, strict=True)],
+    "weights": lambda: [WeightMonitor(every_n_steps=1, histograms=True, convolutions=True, strict=True)],
+    "steering by ones": lambda: [LayerwiseLR(FixedRates({"*": 1.0}))],
+    "steering, dry": lambda: [NoiseAdaptiveLR(warmup=1, apply=False)],
+}
+
+
+def trained(callbacks: Sequence[Any], **arguments: Any) -> tuple[Classifier, Tensor, Tensor]:
+    """A module after four steps there, and both random streams."""
+    module = Classifier(with_dropout())
+    fit(module, list(callbacks), steps=4, **{"strategy": Strategy(), **arguments})
+    return module.cpu(), torch.get_rng_state(), STREAM.get_state()
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_callbacks_leave_training_there_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with apple(monkeypatch):
-        plain = Classifier(with_dropout())
-        fit(plain, [], steps=4, strategy=Strategy())
-        monitored = Classifier(with_dropout())
-        fit(monitored, [DynamicsMonitor("full", every_n_steps=3, strict=True)], steps=4, strategy=Strategy())
-        assert same_weights(plain.cpu(), monitored.cpu())
+        (plain, *streams), (monitored, *after) = trained([]), trained(NEUTRAL[name]())
+        assert same_weights(plain, monitored)
+        assert all(map(torch.equal, streams, after))
+        torch.manual_seed(3)
+        assert not torch.equal(STREAM.get_state(), streams[1])  # dropout draws from it
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_that_is_taken_up_there_repeats_the_one_that_never_stopped(
+    lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def callbacks() -> list[Any]:
+        # Every second step is measured: a probe's samples, tracked vectors, updates and gradients go through the file.
+        return [DynamicsMonitor("full", every_n_steps=2, strict=True), NoiseAdaptiveLR(warmup=1, lag=lag)]
+
+    with apple(monkeypatch):
+        whole, kept = Classifier(small()), callbacks()
+        fit(whole, kept, steps=8, strategy=Strategy())
+        first = Classifier(small())
+        trainer = fit(first, callbacks(), steps=4, strategy=Strategy())
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        second, again = Classifier(small()), callbacks()
+        fit(second, again, steps=8, strategy=Strategy(), ckpt_path=tmp_path / "half.ckpt")
+        assert same_weights(whole.cpu(), second.cpu())
+    for tag in ("sharpness/hessian", "update/cosine"):
+        one, other = kept[0].history[tag], again[0].history[tag]
+        assert one.values[one.steps >= 4] == pytest.approx(other.values, rel=1e-5), tag
 
 
 def test_measure(monkeypatch: pytest.MonkeyPatch) -> None:
