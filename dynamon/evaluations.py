@@ -1,15 +1,16 @@
 """Evaluations of a loss that all begin alike: random numbers, state of the module, code that runs, casts of weights."""
 
 import copy
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
+
+from dynamon.streams import RandomState
 
 
 class Rewindable(Protocol):
@@ -21,36 +22,8 @@ class Rewindable(Protocol):
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices that autocast knows
 _ACTIVE: ContextVar[tuple[Rewindable, ...]] = ContextVar("dynamon_rewindable", default=())
-
-
-class RandomState:
-    """The random states of torch (those of the accelerator too), numpy and python at construction, to draw again."""
-
-    def __init__(self) -> None:
-        """Read them."""
-        self._host = torch.get_rng_state()
-        self._devices = _accelerator_states()
-        self._numpy, self._python = np.random.get_state(), random.getstate()
-
-    def restore(self) -> None:
-        """Have them again from here on."""
-        torch.set_rng_state(self._host)
-        for put_back, state in self._devices:
-            put_back(state)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-
-
-def _accelerator_states() -> list[tuple[Callable[[Any], None], Any]]:
-    """The random states of all devices of the accelerator in use, and what sets them: one call, if it knows one."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return []
-    module: Any = getattr(torch, accelerator.type, None)
-    if not hasattr(module, "get_rng_state") or not getattr(module, "is_initialized", module.is_available)():
-        return []
-    every = "_all" if hasattr(module, "get_rng_state_all") else ""
-    return [(getattr(module, f"set_rng_state{every}"), getattr(module, f"get_rng_state{every}")())]
+_IS_PLAIN: ContextVar[bool] = ContextVar("dynamon_plain", default=False)
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # torch's own functions that may go to cuDNN
 
 
 class Evaluations:
@@ -126,11 +99,33 @@ def rewinding(state: Rewindable) -> Iterator[None]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Compiled code runs as it was written: nothing is compiled, and training keeps the graphs that it has."""
+    """Code runs as it was written.
+
+    Compiled code runs uncompiled, so that training keeps the graphs that it has. Recurrent layers run without cuDNN,
+    where they have no second derivative, and a state of dropout that nobody can read or put back.
+    """
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if torch.cuda.is_initialized() and not _IS_PLAIN.get():
+            stack.callback(_IS_PLAIN.reset, _IS_PLAIN.set(True))
+            stack.enter_context(_WithoutCudnn())
         yield
+
+
+class _WithoutCudnn(TorchFunctionMode):
+    """Recurrent layers inside do not use cuDNN; convolutions, which have their derivatives there, do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call; with cuDNN off where it would be of no use."""
+        if getattr(func, "__name__", "") not in _RECURRENT:
+            return func(*args, **(kwargs or {}))
+        enabled = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = False  # alone: flags() sets the others too
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            torch.backends.cudnn.enabled = enabled
 
 
 @contextmanager

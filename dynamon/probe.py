@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dynamon.batches import clone
-from dynamon.evaluations import RandomState, casts_anew, eager, rewinding
+from dynamon.evaluations import casts_anew, eager, rewinding
 from dynamon.shards import is_sharded, local
+from dynamon.streams import RandomState, seed_all, stream_of
 
 LossFn = Callable[[Any, Any], Tensor]
 _MUTED = ("log", "log_dict")
@@ -60,7 +61,7 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     outside = RandomState()
     try:
         if seed is not None:
-            _seed(seed)
+            seed_all(seed)
         muted = {name: _say_nothing for name in _MUTED if callable(getattr(module, name, None))}
         module.__dict__.update(muted)
         for p, _ in gradients:
@@ -100,12 +101,6 @@ class _State:
                 _put_back(m, attributes, contents, marks=False)
 
         return undo if now else None
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_idx: int = 0) -> Tensor:
@@ -206,7 +201,7 @@ def _content(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, torch.Generator | random.Random):
-        return value.get_state() if isinstance(value, torch.Generator) else value.getstate()
+        return stream_of(value).get_state() if isinstance(value, torch.Generator) else value.getstate()
     if isinstance(value, np.random.Generator):
         return value.bit_generator.state
     return _entries(value) if isinstance(value, _CONTAINERS) else None
@@ -264,7 +259,7 @@ def _refill(value: Any, content: Any, marks: bool) -> None:
     elif isinstance(value, np.ndarray):
         value[...] = content
     elif isinstance(value, torch.Generator):
-        value.set_state(content)
+        stream_of(value).set_state(content)
     elif isinstance(value, random.Random):
         value.setstate(content)
     elif isinstance(value, np.random.Generator):

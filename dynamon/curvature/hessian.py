@@ -31,8 +31,9 @@ class HessianOperator(LinearOperator):
     second derivative, and compiled code runs uncompiled, for the same reason.
 
     ``"finite_difference"`` evaluates two gradients a product, at weights moved a little to either side, with the
-    same random numbers each time. It works where second derivatives do not exist: reentrant checkpointing,
-    custom autograd functions, cuDNN's recurrent layers. :meth:`product_error` compares two step sizes.
+    same random numbers each time. It works where second derivatives do not exist: reentrant checkpointing and
+    custom autograd functions. Recurrent layers run without cuDNN, which has none either. :meth:`product_error`
+    compares two step sizes.
 
     ``"auto"`` takes the first, and the second where the first is refused: by the graph, in the first product, or
     because a custom autograd function in the graph makes the two disagree. ``.backend`` and ``.reason`` say what

@@ -340,8 +340,9 @@ def _upper_bound(ritz: Ritz, size: int) -> float:
 
 
 def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
-    """A start vector from a seed: noise, or the mix of a warm start's vectors with some noise."""
-    device = getattr(operator, "device", torch.device("cpu")) if warm_start is None else warm_start.device
+    """A start vector from a seed, where the operator is: noise, or the mix of a warm start's vectors with some noise."""
+    host = torch.device("cpu")
+    device = getattr(operator, "device", host if warm_start is None else warm_start.device)
     dtype = getattr(operator, "dtype", torch.float32) if warm_start is None else warm_start.dtype
     space = space_of(operator)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -349,7 +350,8 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
     noise = noise / space.norm(noise)
     if warm_start is None:
         return noise
-    mix = (warm_start if warm_start.ndim == 1 else warm_start.sum(1)).to(dtype)
+    # A checkpoint brings vectors to the host.
+    mix = (warm_start if warm_start.ndim == 1 else warm_start.sum(1)).to(device, dtype)
     norm = space.norm(mix)
     return mix / norm.clamp_min(torch.finfo(dtype).tiny) + _NOISE * noise
 

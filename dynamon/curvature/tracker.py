@@ -80,7 +80,7 @@ class EigenTracker:
             self.k,
             tol=self._tol,
             max_matvecs=self._max_matvecs,
-            warm_start=None if known is None else known.to(operator.device),
+            warm_start=known,
             certify=self.next_is_certified,
             seed=self._seed + self.taken,
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
@@ -22,6 +23,7 @@ from dynamon.curvature import (
     GGNOperator,
     HessianOperator,
     batch_sharpness,
+    blockwise_sharpness,
     directional_sharpness,
     eigenspace_overlap,
     eigenspace_share,
@@ -237,21 +239,17 @@ def test_norms_with_singular_values(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_random_streams_of_any_accelerator_are_put_back(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     held, kind, module = [1, 2], "xpu" if several else "mps", mlp()
 
-    def seed_all(seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-        held[:] = [seed, seed]
-
     known = {"is_available": lambda: True, "get_rng_state": lambda: held[0]}
-    known["set_rng_state"] = lambda state: held.__setitem__(0, state)
+    known["manual_seed"] = known["set_rng_state"] = lambda state: held.__setitem__(0, state)
     if several:
         known["is_initialized"], known["get_rng_state_all"] = lambda: True, lambda: list(held)
         known["set_rng_state_all"] = lambda states: held.__setitem__(slice(None), states)
+        known["manual_seed_all"] = lambda seed: held.__setitem__(slice(None), [seed, seed])
     monkeypatch.setattr(torch, kind, SimpleNamespace(**known))
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type=kind))
-    monkeypatch.setattr(torch, "manual_seed", seed_all)
     with undisturbed(module, seed=7):
-        assert held[0] == 7
-    assert held == ([1, 2] if several else [1, 7])
+        assert held == [7, 7 if several else 2]
+    assert held == [1, 2]
 
 
 class Waits(TorchDispatchMode):
@@ -273,3 +271,30 @@ def test_whether_a_step_moved_anything_is_read_once(steps: list[float]) -> None:
         moved = StepMeter._has_moved(meter, run)
     assert moved == any(step != 0 for step in steps)
     assert waits.count == 1
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_a_warm_start_of_another_device_comes_along(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with apple(monkeypatch):
+        network = mlp().to(DEVICE)
+        x, y = (part.to(DEVICE) for part in next(iter(batches())))
+        hessian = HessianOperator(lambda: cross_entropy(network(x), y), dict(network.named_parameters()))
+        cold = top_eigenvalues(hessian, k=2, method=method)
+        warm = top_eigenvalues(hessian, k=2, method=method, warm_start=cold.vectors.cpu())
+        assert float(warm.values[0]) == pytest.approx(float(cold.values[0]), rel=1e-2)
+        blocks = blockwise_sharpness(hessian, {"all": "*"})
+        again = blockwise_sharpness(hessian, {"all": "*"}, warm_starts={"all": blocks["all"].vectors.cpu()})
+        assert float(again["all"].values[0]) == pytest.approx(float(blocks["all"].values[0]), rel=1e-1)
+
+
+def test_what_a_checkpoint_brings_lies_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def monitor() -> SharpnessMonitor:
+        quantities = ["stability_ratio", "hessian", "subspace", "blocks", "preconditioned", "ggn", "bracket"]
+        return SharpnessMonitor(every_n_steps=1, quantities=quantities, strict=True)
+
+    with apple(monkeypatch):
+        first, second = monitor(), monitor()
+        fit(Classifier(mlp().to(DEVICE)), [first], steps=2, strategy=Strategy())
+        second.load_state_dict(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, first.state_dict()))
+        fit(Classifier(mlp().to(DEVICE)), [second], steps=2, strategy=Strategy())
+    assert second.failures == 0 and len(second.history["sharpness/block"].values) > 0
