@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -24,7 +25,7 @@ STREAM = torch.Generator()  # its random numbers
 # Decompositions that the newest torch has there and older ones that are supported here have not.
 _LACKING = ("_linalg_eigh", "linalg_eig", "_linalg_eigvals", "_linalg_svd", "linalg_qr", "geqrf", "linalg_lu", "histc")
 # What the CPU that stands for it calls where the device has kernels of its own.
-_INSTEAD = ("mkldnn_rnn_layer", "_scaled_dot_product_flash_attention_for_cpu")
+_INSTEAD = ("mkldnn_rnn_layer",)
 _UNKNOWN = (torch.float64, torch.complex128)
 _ACROSS = ("copy_", "_to_copy", "_foreach_copy_")  # what takes tensors of two devices
 
@@ -130,7 +131,21 @@ class _Moves(TorchFunctionMode):
             return here if isinstance(here, OnDevice) else _wrapped(here, (), {})
         if func in (Tensor.to, Tensor.cpu):
             return _moved(func, *args, **(kwargs or {}))
+        if func is scaled_dot_product_attention and isinstance(args[0], OnDevice):
+            return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """By the formula: torch would make the mask where it thinks that the numbers are."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=DEVICE).tril()
+    if attn_mask is not None:
+        scores = torch.where(attn_mask, scores, -torch.inf)
+    return scores.softmax(-1) @ value
 
 
 def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
