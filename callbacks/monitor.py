@@ -432,6 +432,7 @@ class Monitor(DynamonCallback):
         except Exception as error:
             if not self._run.ranks.is_known_to_all(error):
                 # The other processes have not heard of it: they do when they measure this together.
+                forget_frames(error)  # until then they would hold the graph of a measurement
                 self._run.unsettled.setdefault(meter.name, error)
                 return
             if self._strict:

@@ -81,7 +81,7 @@ def batch_weight(batch: Any, name: str) -> float:
         known = entries(batch)
         told = sorted(map(str, known)) if known is not None else type(batch).__name__
         raise ValueError(f"the batch has no {name!r} to weigh it by; it is {told}.")
-    weight = float(torch.as_tensor(found).sum())
+    weight = float(found.sum() if isinstance(found, Tensor) else np.sum(found))
     if not weight > 0:
         raise NoWeightError(f"the batch's {name!r} sums to {weight}; a weight must be positive.")
     return weight
@@ -351,7 +351,7 @@ class _Cut:
 def _head(tensor: Tensor, count: int) -> Tensor:
     """The first entries of a tensor along its first dimension, copied; of sparse and nested ones too."""
     if tensor.is_nested:
-        return torch.nested.nested_tensor(list(tensor.unbind()[:count]), layout=tensor.layout)
+        return torch.nested.nested_tensor(list(tensor.unbind()[:count]), layout=tensor.layout, device=tensor.device)
     if tensor.layout is not torch.strided:
         return tensor.index_select(0, torch.arange(count, device=tensor.device))
     return tensor[:count].clone()

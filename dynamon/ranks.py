@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dynamon.kernels import widest_dtype
 
-_NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+# CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED and their like, beside torch's words.
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC(ATION)?_FAILED", re.IGNORECASE)
 _LETTERS = 200  # bytes of a failed process's message that the others get to see
+_NUMBERS = 8  # two counts of failures, and what is taken along with them
 
 
 class OthersFailedError(RuntimeError):
@@ -52,6 +54,9 @@ class Ranks:
         self._brought: list[float] | None = None
         self.size = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
+        if self.size > 1:  # what tells of a failure must not fail for want of memory itself
+            self._numbers = torch.zeros(_NUMBERS, dtype=widest_dtype(device), device=device)
+            self._letters = torch.zeros(self.size, _LETTERS, dtype=torch.int32, device=device)
 
     @property
     def several(self) -> bool:
@@ -190,11 +195,19 @@ class Ranks:
         counts = [float(error is not None), float(error is not None and ran_out_of_memory(error))]
         say, self._said_along = self._said_along, None
         own = [] if say is None else say()
-        packed = torch.tensor([*counts, *own], dtype=widest_dtype(self._device), device=self._device)
+        packed = self._packed([*counts, *own])
         dist.all_reduce(packed, group=self.group)
         failed, memory, *brought = packed.tolist()
         self._brought = self._brought if say is None else brought
         return int(failed), int(memory)
+
+    def _packed(self, values: list[float]) -> Tensor:
+        """A few numbers where they are reduced, in memory that is there already."""
+        if len(values) > len(self._numbers):
+            self._numbers = self._numbers.new_zeros(len(values))
+        packed = self._numbers[: len(values)]
+        packed.copy_(torch.tensor(values, dtype=packed.dtype, device="cpu"))
+        return packed
 
     def _raise_if_failed(self, counts: tuple[int, int]) -> None:
         failed, memory = counts
@@ -208,9 +221,8 @@ class Ranks:
 
     def _exchange(self, text: str) -> list[str]:
         """The messages of all processes; only after a count that told all of them of a failure."""
-        letters = torch.zeros(self.size, _LETTERS, dtype=torch.int32, device=self._device)
-        own = list(text.encode()[:_LETTERS])
-        letters[self.rank, : len(own)] = torch.tensor(own, dtype=torch.int32, device=self._device)
+        letters, own = self._letters.zero_(), list(text.encode()[:_LETTERS])
+        letters[self.rank, : len(own)].copy_(torch.tensor(own, dtype=torch.int32, device="cpu"))
         dist.all_reduce(letters, group=self.group)
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in letters.tolist()]
 

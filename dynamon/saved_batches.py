@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def saved(batch: Any) -> dict[str, Any] | None:
         packer.dump(batch)
     except Exception:  # classes made inside of functions, locks, generators
         return None
-    structure = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    structure = torch.from_numpy(np.frombuffer(file.getvalue(), np.uint8).copy())
     return {
         "tensors": packer.tensors,
         "structure": structure,
@@ -128,7 +129,8 @@ class _Unpacker(pickle.Unpickler):
         """The tensor that was put aside."""
         kind, place, *rest = where
         if kind in ("jagged", "strided"):
-            return torch.nested.nested_tensor([self._tensor(p) for p in place], layout=getattr(torch, kind))
+            parts = [self._tensor(p) for p in place]
+            return torch.nested.nested_tensor(parts, layout=getattr(torch, kind), device=parts[0].device)
         tensor = self._tensor(place)
         if kind == "subclass":
             tensor = tensor.as_subclass(rest[0])

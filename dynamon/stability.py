@@ -157,7 +157,7 @@ def stability_scaling(
     constant = None
     if decay is None and signs == {1.0} and isinstance(optimizer, SGD):
         rates = {_sgd_factor(group_of[id(p)]) * factor for p, factor in zip(params, factors, strict=True)}
-        constant = float(torch.tensor(rates.pop(), dtype=squared.dtype)) if len(rates) == 1 else None
+        constant = float(torch.tensor(rates.pop(), dtype=squared.dtype, device="cpu")) if len(rates) == 1 else None
     return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, left_out)
 
 

@@ -26,12 +26,12 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     from the beginning, so that nothing waits for the device.
     """
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     wide = widest_dtype(tensors[0].device)
     if not reads_are_free(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors):
         return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide))
     found = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).to(wide)
-    sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide)
+    sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide, device="cpu")
     safe = (found > _SMALL * sizes.sqrt()) & (found < _LARGE)
     for i in torch.nonzero(~safe).flatten().tolist():  # zeros and NaN too
         found[i] = torch.linalg.vector_norm(tensors[i], dtype=wide)

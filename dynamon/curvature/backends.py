@@ -14,6 +14,7 @@ from dynamon.curvature.parameters import FlatParameters
 from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale, relative
 from dynamon.evaluations import Evaluations, eager, full_precision
 from dynamon.pairs import real_dtype
+from dynamon.ranks import ran_out_of_memory
 
 DIFFERENCE_STEP = {torch.float32: 1e-3, torch.float64: 1e-6}  # of a unit vector: truncation and rounding about equal
 _SUSPICION = 0.05  # relative disagreement with differences above which a graph with custom functions is not believed
@@ -287,10 +288,8 @@ def second_derivatives() -> Iterator[None]:
     """Turn what torch says about an operation without a second derivative into one kind of error."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, NotImplementedError) as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if ran_out_of_memory(error):
             raise
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NoSecondDerivativeError(f"the loss has no second derivative: {first_line}") from error

@@ -8,7 +8,7 @@ from torch import Tensor
 from dynamon.curvature.eigenpairs import Eigenpairs, judged
 from dynamon.curvature.lanczos import lanczos_eigenpairs
 from dynamon.curvature.operators import LinearOperator
-from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.parameters import FlatParameters, checked_once
 from dynamon.evaluations import full_precision
 
 
@@ -58,6 +58,7 @@ class BlockOperator(LinearOperator):
         return None if known is None else self._operator.parameters.extract(known, self._places)
 
 
+@checked_once()
 @full_precision()
 def blockwise_sharpness(
     operator: _HasBlocks,

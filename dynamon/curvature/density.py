@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamon.curvature.lanczos import Lanczos, random_start
+from dynamon.curvature.parameters import checked_once
 from dynamon.evaluations import full_precision
 
 Array = NDArray[np.float64]
@@ -145,6 +146,7 @@ def _apart(nodes: Array, residuals: Array, middle: float) -> Array:
     return nodes[: widest + 1 if relative[widest] >= _APART else 0]
 
 
+@checked_once()
 @full_precision()
 def spectral_density(operator: Any, *, steps: int = 80, probes: int = 4, seed: int = 0) -> SpectralDensity:
     """The eigenvalue density of a symmetric operator by stochastic Lanczos quadrature.

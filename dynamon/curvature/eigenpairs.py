@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,11 @@ class Eigenpairs:
             upper=None if self.upper is None else self.upper * factor,
             smallest=self.smallest * factor,
         )
+
+
+def on_host(numbers: Any) -> Tensor:
+    """Numbers of the host as a float64 tensor there, whatever ``torch.set_default_device`` says."""
+    return torch.from_numpy(np.array(numbers, dtype=np.float64))
 
 
 def judged(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:

@@ -9,6 +9,7 @@ from dynamon.curvature.eigenpairs import Eigenpairs, judged
 from dynamon.curvature.ggn import GGNOperator
 from dynamon.curvature.gram import gram_eigenpairs
 from dynamon.curvature.lanczos import lanczos_eigenpairs
+from dynamon.curvature.parameters import checked_once
 from dynamon.curvature.power import power_eigenpairs
 from dynamon.curvature.spaces import space_of
 from dynamon.evaluations import full_precision
@@ -16,6 +17,7 @@ from dynamon.evaluations import full_precision
 METHODS = ("lanczos", "power", "gram")
 
 
+@checked_once()
 @full_precision()
 def top_eigenvalues(
     operator: Any,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dynamon.curvature.eigenpairs import Eigenpairs
+from dynamon.curvature.eigenpairs import Eigenpairs, on_host
 from dynamon.curvature.ggn import GGNOperator
 from dynamon.kernels import gram_iteration, in_double
 
@@ -40,9 +40,9 @@ def gram_eigenpairs(operator: GGNOperator, tol: float) -> Eigenpairs:
     residual = float(torch.linalg.vector_norm(product - value * vector))
     value = min(max(value, lower), upper)
     return Eigenpairs(
-        values=torch.tensor([value], dtype=torch.float64),
+        values=on_host([value]),
         vectors=vector[:, None],
-        residuals=torch.tensor([residual], dtype=torch.float64),
+        residuals=on_host([residual]),
         lower=lower,
         upper=upper,
         smallest=float(gram.trace()) / operator.shape[0],  # the mean eigenvalue: the smallest is not above it

@@ -10,7 +10,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import brentq
 from torch import Tensor
 
-from dynamon.curvature.eigenpairs import Eigenpairs
+from dynamon.curvature.eigenpairs import Eigenpairs, on_host
 from dynamon.curvature.spaces import space_of
 from dynamon.kernels import widest_dtype
 
@@ -54,9 +54,9 @@ def lanczos_eigenpairs(
     values = ritz.values[:k]
     allowance = 16 * state.rounding(float(np.abs(ritz.values).max()))
     return Eigenpairs(
-        values=torch.tensor(values),
+        values=on_host(values),
         vectors=state.vectors(ritz, k + _TRACKED),
-        residuals=torch.tensor(residuals),
+        residuals=on_host(residuals),
         lower=float(values[0]) - allowance,
         upper=_upper_bound(ritz, size) + allowance if certify else None,
         smallest=float(ritz.values[-1]),
@@ -241,15 +241,15 @@ class Lanczos:
         """Shrink the basis to the top Ritz vectors, the bottom one and the residual vector (thick restart)."""
         ritz = self.ritz(1)
         chosen = np.r_[np.arange(keep - 1), len(ritz.values) - 1]  # the top ones and the bottom one
-        rotation = torch.as_tensor(ritz.rotation[:, chosen]).to(self.basis)
+        rotation = on_host(ritz.rotation[:, chosen]).to(self.basis)
         kept = rotation.mT @ self.basis[: self.size]
         self.basis[keep] = self.basis[self.size].clone()
         self.basis[:keep] = kept
         self.projected.zero_()
-        self.projected[range(keep), range(keep)] = torch.as_tensor(ritz.values[chosen]).to(self.projected)
+        self.projected[range(keep), range(keep)] = on_host(ritz.values[chosen]).to(self.projected)
         # The coupling of kept Ritz vectors to the residual vector: the arrow of the projected matrix.
         last = ritz.couplings[-1] * ritz.rotation[-1, chosen]
-        self.projected[keep, :keep] = torch.as_tensor(last).to(self.projected)
+        self.projected[keep, :keep] = on_host(last).to(self.projected)
         self.size = self.kept = keep
 
     def widen(self, size: int, fresh: Tensor) -> None:
@@ -265,10 +265,10 @@ class Lanczos:
     def look_outside(self, ritz: Ritz, keep: int, fresh: Tensor) -> None:
         """Keep the best Ritz vectors and go on from a vector orthogonal to them, not from the residual vector."""
         keep = min(keep, len(ritz.values), self.capacity - 1)
-        rotation = torch.as_tensor(ritz.rotation[:, :keep].copy()).to(self.basis)
+        rotation = on_host(ritz.rotation[:, :keep]).to(self.basis)
         self.basis[:keep] = rotation.mT @ self.basis[: len(ritz.values)]
         self.projected.zero_()
-        self.projected[range(keep), range(keep)] = torch.as_tensor(ritz.values[:keep]).to(self.projected)
+        self.projected[range(keep), range(keep)] = on_host(ritz.values[:keep]).to(self.projected)
         self.size = keep
         self.widen(keep, fresh)
 
@@ -285,7 +285,7 @@ class Lanczos:
     def vectors(self, ritz: Ritz, count: int) -> Tensor:
         """The leading Ritz vectors as columns ``[n, m]``."""
         size = len(ritz.values)
-        rotation = torch.as_tensor(ritz.rotation[:, : min(count, size)].copy()).to(self.basis)
+        rotation = on_host(ritz.rotation[:, : min(count, size)]).to(self.basis)
         return (rotation.mT @ self.basis[:size]).mT.contiguous()
 
 
@@ -340,7 +340,7 @@ def _upper_bound(ritz: Ritz, size: int) -> float:
 
 
 def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
-    """A start vector from a seed, where the operator is: noise, or the mix of a warm start's vectors with some noise."""
+    """A start vector from a seed on the operator's device: noise, or a mix of a warm start's vectors and noise."""
     host = torch.device("cpu")
     device = getattr(operator, "device", host if warm_start is None else warm_start.device)
     dtype = getattr(operator, "dtype", torch.float32) if warm_start is None else warm_start.dtype

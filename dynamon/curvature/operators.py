@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import Tensor
@@ -115,7 +116,7 @@ class LinearOperator:
         """The same operator for SciPy, in float64 on the host (one transfer a product)."""
 
         def matvec(vector: Any) -> Any:
-            flat = torch.as_tensor(vector.reshape(-1)).to(self.device, self.dtype)
+            flat = torch.from_numpy(np.array(vector).reshape(-1)).to(self.device, self.dtype)
             return (self @ flat).cpu().double().numpy()
 
         return ScipyOperator(shape=self.shape, matvec=matvec, rmatvec=matvec, dtype="float64")

@@ -1,7 +1,9 @@
 """Parameters as one flat vector: what every operator of a loss shares."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,8 +11,13 @@ from torch import Tensor, nn
 
 from dynamon.curvature.spaces import VectorSpace
 from dynamon.evaluations import casts_anew, full_precision
+from dynamon.kernels.devices import reads_are_free
 from dynamon.names import is_chosen, plain_name
 from dynamon.pairs import COMPLEX, as_real, like, real_dtype, real_size
+
+_CHECKED: ContextVar[set[int] | None] = ContextVar("dynamon_checked", default=None)
+_SAMPLED = 16  # tensors of which a device compares some numbers
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN is itself there
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module
 
@@ -60,22 +67,39 @@ class FlatParameters:
     def mark_unchanged(self) -> None:
         """Take the weights as they are now for those that :meth:`check_unchanged` compares with."""
         self._versions, self._marks = [p._version for p in self.tensors], self._fingerprint()
+        if (checked := _CHECKED.get()) is not None:
+            checked.discard(id(self))
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a parameter was written to since construction."""
-        if [p._version for p in self.tensors] != self._versions or self._fingerprint() != self._marks:
+        """Raise RuntimeError if a parameter was written to since construction.
+
+        Cost: one host read; inside of :func:`checked_once` the first time only.
+        """
+        if [p._version for p in self.tensors] != self._versions or self._is_written():
             raise RuntimeError(
                 "a parameter changed after this operator was made; it belongs to the old weights. "
                 "Make a new operator after each optimizer step."
             )
 
-    def _fingerprint(self) -> list[str]:
-        """A few numbers of each tensor on the host: fused optimizers write without raising the version there."""
-        if self.tensors[0].device.type != "cpu":
-            return []
-        with torch.no_grad():
-            found = [as_real(p.reshape(-1)[:: max(1, p.numel() // 4)]) for p in self.tensors if p.numel()]
-            return [str(sample.double().sum().item()) for sample in found]  # text: NaN is itself there
+    def _is_written(self) -> bool:
+        """Whether a few numbers of the tensors are others now: fused optimizers write without raising the version."""
+        checked = _CHECKED.get()
+        if checked is not None and id(self) in checked:
+            return False
+        found = self._fingerprint()
+        same = found.shape == self._marks.shape and (found.is_meta or torch.equal(found, self._marks))
+        if checked is not None and same:
+            checked.add(id(self))
+        return not same
+
+    def _fingerprint(self) -> Tensor:
+        """The bits of a few numbers of each tensor, or of some tensors where each costs a call to a device."""
+        tensors = [p for p in self.tensors if p.numel()]
+        step = 1 if reads_are_free(self.tensors[0].device) else max(1, len(tensors) // _SAMPLED)
+        places = [tuple(slice(None, None, max(1, n // 2)) for n in p.shape) for p in tensors[::step]]
+        corners = [as_real(p.detach()[place]) for p, place in zip(tensors[::step], places, strict=True)]
+        whole = _BITS[corners[0].dtype.itemsize] if corners else torch.uint8
+        return torch.cat([c.reshape(-1).view(whole) for c in corners]) if corners else torch.empty(0, dtype=whole)
 
     def differentiate(
         self, outputs: Any, weights: Any = None, *, create_graph: bool = False, keep_graph: bool = True
@@ -131,7 +155,12 @@ class FlatParameters:
 
     def subset(self, places: Sequence[int]) -> "FlatParameters":
         """Some of the parameters, by place."""
-        return FlatParameters([self.tensors[i] for i in places])
+        part = copy.copy(self)  # what was found out of all of them need not be found out again
+        part.names = None if self.names is None else [self.names[i] for i in places]
+        part.tensors, part._sizes = [self.tensors[i] for i in places], [self._sizes[i] for i in places]
+        part.size = sum(part._sizes)
+        part.space = VectorSpace(part.size)
+        return part
 
     def embed(self, vector: Tensor, places: Sequence[int]) -> Tensor:
         """The flat vector ``[n]`` with a block's vector at some of the parameters and zeros elsewhere."""
@@ -197,6 +226,16 @@ def names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
     if not all(isinstance(p, Tensor) for p in tensors):
         raise ValueError("params must be tensors, a mapping from names to tensors, or a module.")
     return [plain_name(name) for name in params] if isinstance(params, Mapping) else None, tensors
+
+
+@contextmanager
+def checked_once() -> Iterator[None]:
+    """Inside, whether weights are still those of an operator is found out once: nobody else writes to them meanwhile."""
+    token = _CHECKED.set(set())
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
 
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")

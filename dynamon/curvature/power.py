@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamon.curvature.eigenpairs import Eigenpairs
+from dynamon.curvature.eigenpairs import Eigenpairs, on_host
 from dynamon.curvature.lanczos import random_start
 from dynamon.curvature.spaces import space_of
 
@@ -42,13 +42,13 @@ def power_eigenpairs(
         shift, spent, converged = run.shift, spent + run.matvecs, converged and run.converged
         smallest = min(smallest, run.smallest)
         known = torch.cat([known, run.vector[:, None]], dim=1)
-    order = torch.tensor(values, dtype=torch.float64).argsort(descending=True)
-    found = torch.tensor(values, dtype=torch.float64)[order]
+    order = on_host(values).argsort(descending=True)
+    found = on_host(values)[order]
     allowance = 16 * torch.finfo(start.dtype).eps * max(abs(float(found[0])), abs(shift))
     return Eigenpairs(
         values=found,
         vectors=known[:, order.to(known.device)],
-        residuals=torch.tensor(residuals, dtype=torch.float64)[order],
+        residuals=on_host(residuals)[order],
         lower=float(found[0]) - allowance,
         upper=None,
         smallest=smallest,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dynamon.curvature.parameters import checked_once
 from dynamon.curvature.spaces import space_of
 from dynamon.evaluations import full_precision
 from dynamon.kernels import widened
@@ -26,6 +27,7 @@ class TraceEstimate:
     matvecs: int
 
 
+@checked_once()
 @full_precision()
 def trace(operator: Any, *, samples: int = 16, seed: int = 0) -> TraceEstimate:
     r"""The trace of a symmetric operator by Hutchinson's estimator.

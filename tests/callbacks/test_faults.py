@@ -12,6 +12,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,6 +23,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR, SharpnessMonitor
+from dynamon.callbacks.meter import Cadence, Meter
+from dynamon.callbacks.monitor import Monitor
 from dynamon.effects import changes, outside_state
 from dynamon.probe import undisturbed
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
@@ -105,6 +108,25 @@ def test_memory_that_ran_out_once_is_let_go(monkeypatch) -> None:
     with pytest.warns(UserWarning, match="out of memory"):
         fit(Classifier(mlp()), [SharpnessMonitor(every_n_steps=4, loss_fn=failing)], steps=8)
     assert found and all(held is None for held in found)
+
+
+def test_an_error_that_other_processes_have_not_heard_of_keeps_nothing_alive() -> None:
+    alive = []
+
+    class Failing(Meter):
+        name = "failing"
+
+        def batch_end(self, run) -> None:
+            held = torch.nn.Linear(2, 2)
+            alive.append(weakref.ref(held))
+            raise ValueError("on this process")
+
+    meter = Failing(Cadence(1, 1, 1.0))
+    monitor = Monitor(lambda: [meter])
+    unknown = SimpleNamespace(is_known_to_all=lambda error: False)
+    monitor._run = SimpleNamespace(ranks=unknown, unsettled={}, steps=SimpleNamespace(remove=lambda: None))
+    monitor._call(meter, "batch_end")
+    assert str(monitor._run.unsettled["failing"]) == "on this process" and alive[0]() is None
 
 
 def test_a_whole_batch_that_does_not_fit_costs_batch_sharpness_only() -> None:

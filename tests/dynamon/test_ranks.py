@@ -167,3 +167,19 @@ def give_up(rank: int) -> dict:
 def test_one_that_gives_up_leaves_no_reading(tmp_path: Path) -> None:
     found = run(give_up, 2, tmp_path)
     assert found[0]["found"].shape == (2, 4) and found[0]["found"].isnan().all()
+
+
+def test_what_tells_of_a_failure_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: sent.append(tensor))
+    ranks = Ranks(torch.device("cpu"))
+    own = {held.data_ptr() for held in vars(ranks).values() if isinstance(held, torch.Tensor)}
+    for text in ("a device has run out of memory", "again"):
+        ranks.take_along(lambda: [1.0, 2.0])
+        with pytest.raises(torch.OutOfMemoryError), ranks.measurement():
+            raise torch.OutOfMemoryError(text)
+        assert ranks.brought() == [1.0, 2.0]
+        assert bytes(sent[-1][1].tolist()).rstrip(b"\0").decode() == text
+    assert {tensor.data_ptr() for tensor in sent} == own and len(own) == 2

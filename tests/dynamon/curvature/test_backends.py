@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dynamon.curvature import (
@@ -566,6 +567,9 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     RuntimeError("CUDA out of memory."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
     MemoryError(),
 ]
 
@@ -742,3 +746,46 @@ def test_transformers_with_the_default_attention_are_exact():
     operator = HessianOperator(lambda: loss(model), parameters(model))
     assert operator.backend == "double_backward"
     torch.testing.assert_close(matrix_of(operator).double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
+
+
+class Reads(TorchDispatchMode):
+    """How often the host waits for a number, beside what else is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.calls = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        self.calls += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_fused_steps_are_noticed_on_a_device_too_by_one_read(kind, monkeypatch):
+    monkeypatch.setattr("dynamon.curvature.parameters.reads_are_free", lambda device: False)
+    model = made(mlp, 4, *(5,) * 40, 3)
+    operator = HessianOperator(lambda: loss_of(model), parameters(model))
+    vector = operator.gradient
+    with Reads() as plain:
+        operator._engine.product(vector)
+    with Reads() as checked:
+        operator @ vector
+    assert (plain.waits, checked.waits) == (0, 1) and checked.calls - plain.calls < 40
+    loss_of(model).backward()
+    getattr(torch.optim, kind)(model.parameters(), lr=0.1, fused=True).step()
+    with pytest.raises(RuntimeError, match="a parameter changed"):
+        operator @ vector
+
+
+def test_a_solve_asks_once_whether_weights_have_changed():
+    model = made(mlp, 4, 5, 3)
+    operator = HessianOperator(lambda: loss_of(model), parameters(model))
+    asked = []
+    fingerprint = operator.parameters._fingerprint
+    operator.parameters._fingerprint = lambda: asked.append(1) or fingerprint()
+    top_eigenvalues(operator)
+    assert len(asked) == 1
+    operator @ operator.gradient
+    operator @ operator.gradient
+    assert len(asked) == 3
