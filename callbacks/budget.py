@@ -11,6 +11,7 @@ import torch
 _MARGIN = 1.5  # by how much a measurement may take longer than expected without breaking the budget
 _PATIENCE = 300  # steps that a measurement waits before others leave it what it costs
 _ASKED = 2  # steps after which one that asks no more is forgotten
+_EVENTS = 64  # measurements whose device time nobody has asked for yet
 
 
 class Budget:
@@ -21,7 +22,9 @@ class Budget:
             no limit.
 
     On a GPU a measurement is timed by CUDA events as well, since its work is only queued when the host
-    moves on; the larger of the two times counts, and events are read when they have passed.
+    moves on; the larger of the two times counts, and events are read when they have passed. A measurement that waits
+    for the device would also wait for what training has queued before it, which costs nothing extra: the clock begins
+    when that is done.
     """
 
     def __init__(self, fraction: float | None) -> None:
@@ -33,6 +36,7 @@ class Budget:
         self._running = 0.0
         self._since: float | None = None
         self._claims: dict[str, tuple[float, int]] = {}  # seconds, and the step of the last claim
+        self._waited = 0.0  # for what training had queued
         self._events: deque[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self) -> None:
@@ -71,34 +75,55 @@ class Budget:
         return self.fraction is not None and self.spent >= self.fraction * self.training
 
     @contextmanager
-    def charge(self, name: str, cuda: bool = False) -> Iterator[None]:
-        """Book the time inside to a measurement."""
-        if cuda:
-            self._collect()
+    def charge(self, name: str, device: torch.device | None = None, waits: bool = False) -> Iterator[None]:
+        """Book the time inside to a measurement.
+
+        Args:
+            name: The measurement.
+            device: Where it works.
+            waits: Whether the host reads something of it inside, so that it waits for the device. What training has
+                queued there is then waited for first, and not booked.
+        """
+        stream, events = None, None
+        if device is not None and device.type == "cuda":
+            if len(self._events) >= _EVENTS:
+                self._collect()
+            stream = torch.cuda.current_stream(device)
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record(stream)
+            if waits:
+                with self.waiting():
+                    events[0].synchronize()
         begin = time.perf_counter()
-        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if cuda else None
-        if events:
-            events[0].record()
         try:
             yield
         finally:
             seconds = time.perf_counter() - begin
             self.book(name, seconds)
-            if events:
-                events[1].record()
+            if events is not None:
+                events[1].record(stream)
                 self._events.append((name, seconds, *events))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What passes inside is a wait for what training has queued: nobody's cost."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - begin
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Book what passes inside beyond what is charged there: start-up, deciding what to measure."""
-        begin, spent = time.perf_counter(), self.spent
+        begin, known = time.perf_counter(), self.spent + self._waited
         try:
             yield
         finally:
             seconds = time.perf_counter() - begin
             if self._since is None:  # before the first batch
                 self._running += seconds
-            self.book("hooks", max(seconds - (self.spent - spent), 0.0))
+            self.book("hooks", max(seconds - (self.spent + self._waited - known), 0.0))
 
     def claim(self, name: str, expected: float, waited: float, step: int, step_seconds: float) -> None:
         """Have the others leave a measurement what it costs, if it has waited for long.
@@ -155,15 +180,18 @@ class Budget:
 
     def book(self, name: str, seconds: float) -> None:
         """Book time that was measured elsewhere."""
+        self._add(name, seconds)
+        self.last[name] = seconds
+
+    def _add(self, name: str, seconds: float) -> None:
         self.spent += seconds
         self.spent_on[name] = self.spent_on.get(name, 0.0) + seconds
-        self.last[name] = seconds
 
     def _collect(self) -> None:
         """Add what the device took beyond the host, for measurements that have passed by now."""
         while self._events and self._events[0][3].query():
             name, host, begin, end = self._events.popleft()
-            self.book(name, max(begin.elapsed_time(end) / 1000 - host, 0.0))
+            self._add(name, max(begin.elapsed_time(end) / 1000 - host, 0.0))
 
 
 def overhead_of(budgets: Sequence[Budget]) -> float:

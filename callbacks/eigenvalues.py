@@ -202,7 +202,7 @@ class EigenvalueMeter(Meter):
         """Measure when due."""
         if not self._is_due(run) or not run.steps.any_taken():
             return
-        with run.charge(self.name):
+        with run.charge(self.name, waits=True):
             is_there = self._probe.check(run)
         if not is_there:
             return

@@ -24,6 +24,7 @@ from dynamon.noise import SOURCES, noise_scale
 from dynamon.pairs import as_real
 from dynamon.panels import GRADIENTS
 from dynamon.ranks import Ranks
+from dynamon.scales import Scale, scaled
 from dynamon.sharded_norms import steps_and_lengths
 from dynamon.shards import local, local_as
 from dynamon.updates import local_smoothness
@@ -106,7 +107,7 @@ class GradientMeter(PairMeter):
         if watch.is_repeated:
             source.again()
         if reads:
-            with run.charge(self.name):
+            with run.charge(self.name, waits=True):
                 # An optimizer that steps twice in a batch is shown at its last step.
                 try:
                     self._used.pop(optimizer, None)
@@ -247,7 +248,7 @@ class GradientMeter(PairMeter):
         dense = {la.name: _here(la, la.parameter.grad) for la in layers if la.parameter.grad is not None}
         if dense:
             scale = gradient_scale(run.trainer, optimizer)
-            table = histogram_table([g if scale == 1.0 else g * scale for g in dense.values()])
+            table = histogram_table([scaled(g, scale) for g in dense.values()])
             self._binned |= zip(dense, table, strict=True)
 
     def _hand_on(self, run: Run, read: list[SourceReading], used: Sequence["UsedGradients | None"]) -> None:
@@ -355,13 +356,13 @@ class UsedGradients:
         lengths: Euclidean norms ``[P]`` of those that are there, on the device: of the parts that are here.
     """
 
-    def __init__(self, read: SourceReading, scale: float) -> None:
+    def __init__(self, read: SourceReading, scale: Scale) -> None:
         """Measure them."""
         gradients = [la.parameter.grad for la in read.layers]
         self.present = np.array([g is not None for g in gradients])
         here = [_here(la, g) for la, g in zip(read.layers, gradients, strict=True) if g is not None]
         lengths = l2_norms([g if g.numel() else g.new_zeros(1) for g in here])
-        self.lengths = lengths if scale == 1.0 else lengths * scale
+        self.lengths = scaled(lengths, scale)
 
 
 def _to_host(read: Sequence[SourceReading], used: Sequence[UsedGradients | None]) -> tuple[list[Array], list[Array]]:

@@ -111,7 +111,7 @@ class StepMeter(Meter):
             self.copy_weights(run)
         if "batch" not in self._wanted or not self._is_due(run):
             return
-        with run.charge(self.name):
+        with run.charge(self.name, waits=True):
             is_there = self._probe.check(run)
         if not is_there:
             return

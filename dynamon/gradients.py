@@ -14,6 +14,7 @@ from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients, agreed
 from dynamon.norms import Norm, dual_norms, update_norm
 from dynamon.pairs import as_real
+from dynamon.scales import Scale, scaled
 from dynamon.trends import Trends
 from dynamon.windows import Window, loaded_window, saved_window
 
@@ -217,7 +218,7 @@ class GradientReader:
         """From here on tell changes that go on from noise."""
         self.trends = Trends(len(self.layers), self.layers[0].parameter.device) if self.layers else None
 
-    def store(self, scale: float = 1.0, window: Window | None = None) -> None:
+    def store(self, scale: Scale = 1.0, window: Window | None = None) -> None:
         """Keep this step's gradients, for a difference at the next step, without measuring them.
 
         Args:
@@ -231,7 +232,7 @@ class GradientReader:
         self._previous = {index: g.clone() for index, g in gradients if g is not None and not frozen[index]}
         self._stored_at, self._stored_window = self.step, window
 
-    def store_part(self, share: float, scale: float = 1.0) -> None:
+    def store_part(self, share: float, scale: Scale = 1.0) -> None:
         r"""Keep what has been accumulated so far of the gradients of the step to come.
 
         Where gradients are accumulated over several batches, two parts of the window are independent: with a share s
@@ -292,9 +293,9 @@ class GradientReader:
 
     def read(
         self,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         dual: bool = True,
-        local_scale: float | None = None,
+        local_scale: Scale | None = None,
         window: Window | None = None,
     ) -> PendingReadings:
         """Measure this step's gradients and their change, and keep them for the next step.
@@ -318,13 +319,13 @@ class GradientReader:
             self._pending = self._with_dual(self._pending, scale)
         return self._pending
 
-    def _gradients(self, scale: float) -> list[Tensor | None]:
+    def _gradients(self, scale: Scale) -> list[Tensor | None]:
         gradients: list[Tensor | None] = []
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
                 g = as_real(g.detach().to_dense() if g.is_sparse else g.detach())
-                g = g if scale == 1.0 else g * scale
+                g = scaled(g, scale)
             gradients.append(g)
         return gradients
 
@@ -341,7 +342,7 @@ class GradientReader:
     def _frozen(self) -> Array:
         return np.array([not layer.parameter.requires_grad for layer in self.layers], bool)
 
-    def _measure(self, scale: float, dual: bool, local_scale: float, window: Window | None) -> PendingReadings:
+    def _measure(self, scale: Scale, dual: bool, local_scale: Scale, window: Window | None) -> PendingReadings:
         gradients = self._gradients(scale)
         stored = self._comparable(window)
         present = np.array([g is not None for g in gradients], bool)
@@ -407,7 +408,7 @@ class GradientReader:
         halves = [la.parameter.dtype.itemsize < 4 or self.in_half_precision for la in self.layers]
         return np.where(halves, _ROUNDING[1], _ROUNDING[0])
 
-    def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
+    def _with_dual(self, pending: PendingReadings, scale: Scale) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
         gradients = self._gradients(scale)
         indices = np.flatnonzero(pending.known.present).tolist()

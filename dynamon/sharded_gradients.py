@@ -16,6 +16,7 @@ from dynamon.layers import Layer
 from dynamon.norms import dual_norms
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
+from dynamon.scales import Scale, scaled
 from dynamon.sharded_trends import ShardedTrends
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
@@ -135,18 +136,18 @@ class ShardedGradientReader(GradientReader):
             "own: compare successive gradients, or parts of an accumulation window."
         )
 
-    def _gradients(self, scale: float) -> list[Tensor | None]:
+    def _gradients(self, scale: Scale) -> list[Tensor | None]:
         """The parts of this process."""
         found: list[Tensor | None] = []
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
                 g = as_real(local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter))
-                g = g if scale == 1.0 else g * scale
+                g = scaled(g, scale)
             found.append(g)
         return found
 
-    def _measure(self, scale: float, dual: bool, local_scale: float, window: Window | None) -> PendingReadings:
+    def _measure(self, scale: Scale, dual: bool, local_scale: Scale, window: Window | None) -> PendingReadings:
         seen: list[_Parts] = []
 
         def find() -> Found:
@@ -163,7 +164,7 @@ class ShardedGradientReader(GradientReader):
         known = Known(here.present, here.compared, here.parted, self._rounding(), self._frozen(), window)
         return PendingReadings(rows, known, dual or not self._special)
 
-    def _parts_here(self, scale: float, window: Window | None) -> _Parts:
+    def _parts_here(self, scale: Scale, window: Window | None) -> _Parts:
         stored = self._comparable(window)
         step, share, halves = self._part or (-1, 0.5, {})
         self._part = None
@@ -245,7 +246,7 @@ class ShardedGradientReader(GradientReader):
         trend = found.sums[8] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:], agreed[0])
         return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, trend, *agreed])
 
-    def _with_dual(self, pending: PendingReadings, scale: float) -> PendingReadings:
+    def _with_dual(self, pending: PendingReadings, scale: Scale) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
         here = _Parts(self.layers, self._gradients(scale), {}, {}, 0.5)
         with self._ranks.measurement():

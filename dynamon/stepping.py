@@ -220,7 +220,11 @@ def runs_hooks(optimizer: Optimizer) -> bool:
 
 def has_gradients(optimizer: Optimizer) -> bool:
     """Whether any parameter of an optimizer has a gradient, so that there is something to take a step with."""
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    for group in optimizer.param_groups:  # asked several times a step: without a call for each parameter
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                return True
+    return False
 
 
 def uses_gradients_at_once(parameter: Tensor) -> bool:

@@ -30,6 +30,7 @@ class Trends:
         self._squares: Tensor | None = None  # [L], of whole changes; zero where none is known
         self._now: Tensor | None = None
         self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
+        self._padding = torch.zeros(ENTRIES, device=device)
 
     def products(self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
         """Sums over entries of :math:`d_k^2` and :math:`d_k d_{k-1}`, ``[2, P]``, and keep :math:`d_k`.
@@ -62,7 +63,7 @@ class Trends:
             self._squares = squares.new_zeros(self._count)
         known = self._rows(self._squares)
         cosines = inner / (squares.sqrt() * known.sqrt()).clamp_min(1e-37)
-        tells = torch.isfinite(squares)  # a gradient that is not finite hides a change, and is none
+        tells = squares < torch.inf  # a gradient that is not finite hides a change, and is none
         if alike is not None:
             tells &= alike > 0
         cosines = torch.where(tells, cosines, 0.0)
@@ -82,14 +83,17 @@ class Trends:
 
     def _entries(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
         """Entries of some of the gradients, ``[P, 64]``, zeros behind those of small ones."""
+        self._padding = self._padding.to(tensors[0])  # of one dtype, as the device's fast path wants it
+        # At each step for every layer: no call that can be saved.
         pieces: list[Tensor] = []
         for tensor in tensors:
-            flat = tensor.reshape(-1)
-            taken = flat[:: stride(flat.numel())][:ENTRIES].float()
-            pieces.append(taken)
-            if taken.numel() < ENTRIES:
-                pieces.append(taken.new_zeros(ENTRIES - taken.numel()))
-        return torch.cat(pieces).view(len(tensors), ENTRIES)
+            size = tensor.numel()
+            if size < ENTRIES:
+                pieces += tensor.reshape(-1), self._padding[size:]
+            else:
+                step = size // ENTRIES
+                pieces.append(tensor.reshape(-1)[: step * ENTRIES : step])
+        return torch.cat(pieces).float().view(len(tensors), ENTRIES)
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The change that is kept, and its square, by layer name."""

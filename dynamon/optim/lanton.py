@@ -15,6 +15,7 @@ from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.norms import get_norm, optimizer_family
 from dynamon.optim.layerwise import LayerwiseRates
 from dynamon.rates import NoiseAdaptiveRates, Rule
+from dynamon.scales import Scale
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import local, local_as, part_of, whole
 from dynamon.windows import Window
@@ -189,7 +190,7 @@ class Lanton(Optimizer):
         """The ratio of each layer by name; 1 where rates do not follow the noise."""
         return {layer.name: 1.0 for layer in self.layers} if self.rates is None else self.rates.ratios
 
-    def observe(self, scale: float = 1.0, key: Hashable = None, window: Window | None = None) -> None:
+    def observe(self, scale: Scale = 1.0, key: Hashable = None, window: Window | None = None) -> None:
         """Read the gradients now, before they are clipped, for the step that follows.
 
         Args:
@@ -372,7 +373,9 @@ class _OwnRates(LayerwiseRates):
     optimizer: Lanton
 
     def __init__(self, optimizer: Lanton, rule: Rule, model: nn.Module | None, lag: int) -> None:
-        super().__init__(optimizer, rule, _Listed(optimizer.layers) if model is None else model, lag=lag)
+        super().__init__(
+            optimizer, rule, _Listed(optimizer.layers) if model is None else model, lag=lag, max_groups=None
+        )
 
     def _attach(self) -> None:
         self._held, self._lazy = self._parameters(), []
