@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import is_tryout, step_of
 from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.copies import copied
 from dynamon.callbacks.decisions import Decisions, ranks_of
 from dynamon.callbacks.layer_set import LayerSet
 from dynamon.callbacks.recorder import Recorder
@@ -118,7 +119,7 @@ class Run:
         if step != self._copied_at:
             self._copies, self._copied_at = {}, step
         own = {layer.name: layer.parameter for layer in layers}
-        self._copies |= {name: p.detach().clone() for name, p in own.items() if name not in self._copies}
+        self._copies |= copied({name: p.detach() for name, p in own.items() if name not in self._copies})
         return {name: self._copies[name] for name in own}
 
     def forget_copies(self) -> None:

@@ -23,8 +23,8 @@ from dynamon.pairs import as_real
 from dynamon.panels import WEIGHTS
 from dynamon.sharded_weights import sharded_weight_readings
 from dynamon.shards import local
-from dynamon.updates import compare_updates, joint_cosine
-from dynamon.weights import FULL_SPECTRUM, spectra_of, weight_readings
+from dynamon.updates import joint_cosine
+from dynamon.weights import FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
 
 _FIELDS = {
     "weight/operator": "operator",
@@ -39,6 +39,7 @@ _FIELDS = {
     "spectrum/stable_rank": "stable_rank",
     "spectrum/deviation": "deviation",
 }  # of dynamon.weights.WeightReadings
+_COMPARED = ("cosine", "last", "previous")  # of the last two steps
 _FULL = "full spectra"  # under which their time is booked
 _FULL_TO_PLAIN = 10
 
@@ -101,6 +102,7 @@ class WeightMeter(PairMeter):
                 rank_zero_info(assumed)
         self._layers = run.layers
         self._earlier = matching(run.layers, self._earlier)
+        warm_up_spectra(run.layers)
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Copy the weights here where they change in backward."""
@@ -228,13 +230,15 @@ class WeightMeter(PairMeter):
     ) -> None:
         names = [layer.name for layer in run.layers]
         if run.is_sharded:
-            readings, compared = sharded_weight_readings(run.layers, before, earlier, run.ranks)
+            readings = sharded_weight_readings(run.layers, before, earlier, run.ranks)
         else:
-            readings, compared = weight_readings(run.layers, before), _compared(run.layers, before, earlier)
-        rows = torch.stack([getattr(readings, field) for field in _FIELDS.values()])
-        memory = self._memory.row(names, rows.device)
-        rows = torch.cat([rows, compared.to(rows), memory[None].to(rows)])
-        host = rows.cpu().numpy()  # the one copy
+            readings = weight_readings(run.layers, before, earlier)
+        memory = self._memory.row(names)
+        columns = [getattr(readings, field) for field in (*_FIELDS.values(), *_COMPARED)]
+        if memory.device == columns[0].device:
+            host = torch.stack([*columns, memory]).cpu().numpy()  # the one copy
+        else:  # on the host already
+            host = np.concatenate([torch.stack(columns).cpu().numpy(), memory[None].numpy()])
         table = dict(zip(_FIELDS, host, strict=False))
         updates, left = host[len(_FIELDS) : -1], host[-1]
         cosine = joint_cosine(updates)
@@ -279,21 +283,6 @@ class WeightMeter(PairMeter):
         self._earlier = dict(state.get("earlier", {}))
         if self._layers:  # in the middle of a run
             self._earlier = matching(self._layers, self._earlier)
-
-
-def _compared(layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Tensor:
-    """How the last two updates compare, ``[3, L]``; NaN for layers of which one is not known."""
-    known = [
-        i
-        for i, la in enumerate(layers)
-        if la.name in before and la.name in earlier and earlier[la.name].shape == la.parameter.shape
-    ]
-    now = [as_real(layers[i].parameter.detach()) for i in known]
-    earlier_ones = [as_real(earlier[layers[i].name]).to(w.device) for i, w in zip(known, now, strict=True)]
-    found = compare_updates(now, [as_real(before[layers[i].name]) for i in known], earlier_ones)
-    rows = torch.full((3, len(layers)), torch.nan, dtype=found.dtype, device=layers[0].parameter.device)
-    rows[:, torch.tensor(known, dtype=torch.int64, device=rows.device)] = found.to(rows.device)
-    return rows
 
 
 def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[float, float]]:
@@ -383,7 +372,8 @@ class WeightMonitor(Monitor):
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
             fit starts.
 
-    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix. Memory: 9 copies
+    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix, that of the step
+    in bfloat16 where this pays (:mod:`dynamon.kernels.thresholds`). Memory: 9 copies
     of the parameters at a peak, 2 in between, where matrices are square; matrices of one shape are measured together,
     and other shapes take less. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes

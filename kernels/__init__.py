@@ -9,7 +9,7 @@ from dynamon.kernels.gradient_stats import GradientStats, gradient_stats
 from dynamon.kernels.gram import gram_iteration
 from dynamon.kernels.lengths import l2_along, l2_norms
 from dynamon.kernels.nuclear import nuclear_norm
-from dynamon.kernels.polar import polar_error, polar_factor
+from dynamon.kernels.polar import polar_error, polar_factor, step_polar_factor
 from dynamon.kernels.power import top_singular
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "nuclear_norm",
     "polar_error",
     "polar_factor",
+    "step_polar_factor",
     "top_singular",
     "widened",
     "widest_dtype",

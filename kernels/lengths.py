@@ -51,11 +51,12 @@ def l2_along(tensor: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
     wide = widest_dtype(tensor.device)
     if dim is None and not reads_are_free(tensor.device) and not tensor.requires_grad:  # without a copy in float64
         return l2_norms([tensor])[0].to(torch.promote_types(tensor.dtype, torch.float32))
-    found = torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if found.dtype == wide or tensor.numel() == 0:
-        return found
+    narrow = torch.promote_types(tensor.dtype, torch.float32)
+    if narrow == wide or tensor.numel() == 0:
+        return torch.linalg.vector_norm(tensor, dim=dim, dtype=narrow)
     if reads_are_free(tensor.device):
+        found = torch.linalg.vector_norm(tensor, dim=dim, dtype=narrow)
         size = tensor.numel() / max(found.numel(), 1)
         if bool(((found.detach() > _SMALL * size**0.5) & (found.detach() < _LARGE)).all()):
             return found
-    return torch.linalg.vector_norm(tensor, dim=dim, dtype=wide).to(found.dtype)
+    return torch.linalg.vector_norm(tensor, dim=dim, dtype=wide).to(narrow)

@@ -44,7 +44,7 @@ BREAKS = {
     "making room for a gradient": (orthogonalised, GradientMonitor, dealing, "Gathering", 1),
     "a nuclear norm": (orthogonalised, GradientMonitor, sharded_gradients, "dual_norms", 0),
     "making room for a weight": (classifier, WeightMonitor, dealing, "Gathering", 0),
-    "a spectrum": (classifier, WeightMonitor, sharded_weights, "spectral_extremes", 1),
+    "a spectrum": (classifier, WeightMonitor, sharded_weights, "extremes_of", 1),
 }
 
 
