@@ -1,14 +1,25 @@
 """What a device lacks: some have no float64, and most have no eigenvalues."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _DECOMPOSE = ("cpu", "cuda")  # kinds of devices with LAPACK, or what stands for it
+_TIMED = ("cpu", "meta", "cuda")  # kinds that queue nothing, or have events that tell times
 
 
 def reads_are_free(device: torch.device) -> bool:
     """Whether reading a number waits for nothing, so that asking is cheaper than a second pass: on a CPU."""
     return device.type == "cpu"
+
+
+def waiter(device: torch.device) -> Callable[[], Any] | None:
+    """What waits for all that is queued on a device; None where nothing is, and for CUDA, whose events are cheaper."""
+    if device.type in _TIMED:
+        return None
+    return getattr(getattr(torch, device.type, None), "synchronize", None)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
