@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynamon.kernels import polar_factor
+from dynamon.kernels import step_polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.norms import get_norm, optimizer_family
 from dynamon.optim.layerwise import LayerwiseRates
@@ -96,9 +96,9 @@ class Lanton(Optimizer):
         radii: Step size by role relative to ``lr``; roles left out keep the default. The first thing to tune: norms of
             different roles are not comparable by themselves. Scion's settings for GPTs hold the head at 60 times the
             radius of hidden layers; 32 is the cautious side of it.
-        polar: Polar factors of ``[n, out, in]``; must be safe for zero matrices. Closer than by default:
-            ``functools.partial(polar_factor, steps=8)``. Several times faster where bfloat16 is:
-            ``functools.partial(polar_factor, dtype=torch.bfloat16)``.
+        polar: Polar factors of ``[n, out, in]``; must be safe for zero matrices. By default
+            :func:`dynamon.kernels.step_polar_factor`: five steps, in bfloat16 on GPUs with units for it, in float32
+            elsewhere. In float32 everywhere: ``polar_factor``; closer: ``functools.partial(polar_factor, steps=8)``.
         scaling: Factor on polar factors by ``(outputs, inputs)`` of the matrix: ``"rms_to_rms"`` (as above),
             ``"original"`` or ``"match_rms_adamw"`` (as in ``torch.optim.Muon``; no division for kernels), or a
             function.
@@ -116,11 +116,11 @@ class Lanton(Optimizer):
     Raises:
         ValueError: On arguments out of range, complex parameters, roles that do not exist.
 
-    Averages have the parameter's dtype, polar factors are computed in at least float32; bfloat16 parameters work.
+    Averages have the parameter's dtype, polar factors are returned in at least float32; bfloat16 parameters work.
 
     Cost of a step: the average by one foreach call; one batched call of ``polar`` for all matrices of a shape
-    (:func:`dynamon.kernels.polar_factor`: 5 steps of 3 products), of which up to 2^26 entries are copied at a time; no
-    host synchronisation on a GPU. Memory: one buffer a parameter. The noise costs what
+    (:func:`dynamon.kernels.polar_factor`: 5 steps of 3 products), of which up to 2^26 entries are copied at a time;
+    for GPT-2 124M fewer than 130 device calls; no host synchronisation on a GPU. Memory: one buffer a parameter. The noise costs what
     :class:`dynamon.gradients.GradientReader` does: two nuclear norms a matrix and one stored gradient.
 
     Sharded parameters (FSDP2, DTensor) work: a step gathers the average of every matrix and vector, one all-gather
@@ -143,7 +143,7 @@ class Lanton(Optimizer):
         weight_decay: float = 0.0,
         *,
         radii: Mapping[str, float] | None = None,
-        polar: Callable[[Tensor], Tensor] = polar_factor,
+        polar: Callable[[Tensor], Tensor] = step_polar_factor,
         scaling: str | Callable[[int, int], float] = "rms_to_rms",
         noise_adaptive: bool = True,
         rule: Rule | None = None,
