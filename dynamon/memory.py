@@ -31,12 +31,21 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on a device.
 
     On the host that is the least of what the system has free and what the limits of the control groups that this
-    process is in (a container's, a batch system's) leave. Where nothing says, it is 8 GiB.
+    process is in (a container's, a batch system's) leave. Where nothing says, it is 8 GiB. An Apple GPU shares the
+    memory of the host and takes as much of it as its driver recommends.
     """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return max(int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()), 0)
+    asks = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+    if asks is not None:
+        return int(asks(device)[0])
     found = [left for left in (_of_system(), *_of_control_groups()) if left is not None]
     return min(found, default=_UNKNOWN)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what the allocator of a device holds and nobody uses, if it does such a thing."""
+    getattr(getattr(torch, device.type, None), "empty_cache", lambda: None)()
 
 
 _UNKNOWN = 2**33

@@ -268,6 +268,10 @@ _MODULE = {
     "get_rng_state": lambda *_: STREAM.get_state(),
     "set_rng_state": _take,
     "manual_seed": lambda seed: STREAM.manual_seed(seed) and None,
+    "synchronize": lambda: None,
+    "empty_cache": lambda: None,
+    "recommended_max_memory": lambda: 2**33,
+    "current_allocated_memory": lambda: 2**20,
 }
 
 

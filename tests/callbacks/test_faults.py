@@ -27,6 +27,7 @@ from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor
 from dynamon.effects import changes, outside_state
 from dynamon.probe import undisturbed
+from tests.apple import Strategy, apple
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
 
@@ -103,10 +104,10 @@ def test_memory_that_ran_out_once_is_let_go(monkeypatch) -> None:
         alive.append(weakref.ref(held))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    found = []
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: found.extend(held() for held in alive))
-    with pytest.warns(UserWarning, match="out of memory"):
-        fit(Classifier(mlp()), [SharpnessMonitor(every_n_steps=4, loss_fn=failing)], steps=8)
+    found, monitor = [], SharpnessMonitor(every_n_steps=4, loss_fn=failing)
+    with pytest.warns(UserWarning, match="out of memory"), apple(monkeypatch):
+        monkeypatch.setattr(torch.mps, "empty_cache", lambda: found.extend(held() for held in alive))
+        fit(Classifier(mlp()), [monitor], steps=8, strategy=Strategy())
     assert found and all(held is None for held in found)
 
 

@@ -1,13 +1,14 @@
 """What the solver's vectors take, against the vectors it really holds."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dynamon import memory
 from dynamon.curvature import Diagonal, LinearOperator, top_eigenvalues
-from dynamon.memory import basis_memory, free_memory
+from dynamon.memory import basis_memory, empty_cache, free_memory
 from tests.peak import Peak
 
 N = 20_000
@@ -122,3 +123,19 @@ def test_free_memory_of_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (123, 456))
     assert free_memory(torch.device("cuda:1")) == 123 and asked == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("kind", ["xpu", "npu", "mps"])
+def test_free_memory_of_other_accelerators(kind, monkeypatch):
+    numbers = {"recommended_max_memory": lambda: 200, "current_allocated_memory": lambda: 77}
+    asks = numbers if kind == "mps" else {"mem_get_info": lambda device: (123, 456)}
+    monkeypatch.setattr(torch, kind, SimpleNamespace(**asks), raising=False)
+    assert free_memory(SimpleNamespace(type=kind)) == 123
+
+
+def test_caches_of_any_device(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append("mps"))
+    for kind in ("cpu", "mps", "meta"):
+        empty_cache(torch.device(kind))
+    assert emptied == ["mps"]
