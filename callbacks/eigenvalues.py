@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
@@ -35,8 +34,10 @@ from dynamon.curvature import (
 from dynamon.curvature.lanczos import random_start
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.optim import steering_of
-from dynamon.panels import SHARPNESS, shown
+from dynamon.panels import layout_of
 from dynamon.preconditioner import NoSecondMomentError, has_second_moment, preconditioned, preconditioner
+from dynamon.quantities import Scope, meanings, quantities_of
+from dynamon.quantities.sharpness import SUBSPACE
 from dynamon.ranks import ran_out_of_memory
 from dynamon.stability import (
     StabilityScaling,
@@ -46,6 +47,7 @@ from dynamon.stability import (
     stability_threshold,
 )
 
+_TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})  # with a warm start of their own
 _TRACE_SAMPLES = 16
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
@@ -74,7 +76,7 @@ class EigenvalueMeter(Meter):
         cadence: When.
         probe: What the loss is evaluated on.
         steps: Takes over with critical sharpness where the vectors do not fit into memory.
-        quantities: Keys of :data:`dynamon.callbacks.curvature_tags.TAGS`.
+        quantities: Those that are chosen, of ``dynamon.quantities.choices("sharpness")``.
         tol: Relative tolerance of the solves.
         max_matvecs: Most products a solve.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
@@ -100,10 +102,10 @@ class EigenvalueMeter(Meter):
         self._gauss_newton = GaussNewton(probe, outputs)
         self._wanted = frozenset(quantities)
         self._tol, self._max_matvecs = tol, max_matvecs
-        self.tags = {tag: meaning for q in TAGS if q in self._wanted for tag, meaning in TAGS[q].items()}
-        self.tags |= COMMON if self._wanted else {}
-        self.panels = shown(SHARPNESS, self.tags)
-        self.quantities = {BLOCKS: "largest eigenvalue of the layer's own block"} if "blocks" in self._wanted else {}
+        declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
+        self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
+        self.quantities = meanings(one for one in declared if one.scope is Scope.PER_LAYER)
+        self.panels = layout_of(declared)
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None
@@ -175,7 +177,7 @@ class EigenvalueMeter(Meter):
         A guess of two training steps for a product on a full batch counts as one experience, so that a single
         slow measurement does not keep the next one away for long.
         """
-        trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & TRACKED))
+        trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
         products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
         products += _TRACE_SAMPLES * ("trace" in self._wanted)
         products += 6 * len(run.layers) if "blocks" in self._wanted else 0
@@ -312,7 +314,7 @@ class EigenvalueMeter(Meter):
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
             found = self._solve_hessian(point)
-            point.readings |= readings_of("stability_ratio", found.scaled(scaling.constant))
+            point.readings |= found.scaled(scaling.constant).readings("sharpness/stability_ratio")
         else:
             found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
         self._note_bracket(point, "stability_ratio", found, scaling)
@@ -351,7 +353,7 @@ class EigenvalueMeter(Meter):
         point.products += found.matvecs
         if (reason := why_not(operator, found.product_error)) is not None:
             raise ArithmeticError(reason)
-        point.readings |= readings_of(tag, found)
+        point.readings |= found.readings(f"sharpness/{tag}")
         return found
 
     def _tracker(self, k: int = 1) -> EigenTracker:
@@ -405,7 +407,7 @@ class EigenvalueMeter(Meter):
             raise ArithmeticError(reasons[0])
         pairs = zip(found.values(), reasons, strict=True)
         values = np.array([math.nan if reason else float(one.values[0]) for one, reason in pairs])
-        point.run.recorder.layers(BLOCKS, values, list(found))
+        point.run.recorder.layers("sharpness/block", values, list(found))
 
     def _ggn(self, point: _Point) -> None:
         self._solve(point, "ggn_max", self._gauss_newton.operator(point.run, point.params))

@@ -22,7 +22,8 @@ from dynamon.kernels import l2_norms, widest_dtype
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.pairs import as_real
-from dynamon.panels import GRADIENTS
+from dynamon.panels import layout_of
+from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
 from dynamon.ranks import Ranks
 from dynamon.scales import Scale, scaled
 from dynamon.sharded_norms import steps_and_lengths
@@ -46,27 +47,10 @@ class GradientMeter(PairMeter):
     """
 
     name = "gradient"
-    panels = GRADIENTS
-    tags = {
-        "gradient/norm": "l2 norm of all gradients before clipping",
-        "gradient/norm_clipped": "the same after clipping (automatic optimisation)",
-        "gradient/clip_coefficient": "after over before; 1 where nothing was clipped",
-        "gradient/clip_share": "share of the steps measured so far at which clipping changed the norm",
-        "gradient/norm_dual": "sum of the layers' dual norms",
-        "gradient/norm_l1": "l1 norm of all gradients before clipping",
-        "gradient/cosine": "cosine between this gradient and the one a step before",
-        "gradient/nonfinite": "entries that are NaN or infinite",
-        "noise/scale": "gradient noise scale: the batch at which noise equals signal, in multiples of yours",
-    }
-    quantities = {
-        "gradient/l2": "l2 norm of the layer's gradient",
-        "gradient/dual": "its dual norm, in the norm that fits optimizer and role",
-        "gradient/local_smoothness": "dual norm of the gradient's change over the norm of the step in between",
-        "noise/dual": "noise sqrt(H) in that dual norm",
-        "noise/independent": "the same from the processes or the halves of accumulation windows, without curvature",
-        "noise/snr": "squared length of the mean gradient over its variance",
-    }
-    histograms = {"gradient/histogram": "the layer's gradient before clipping, every tenth reading"}
+    panels = layout_of(quantities_of("gradient"))
+    tags = meanings(quantities_of("gradient", scope=Scope.SCALAR))
+    quantities = meanings(quantities_of("gradient", scope=Scope.PER_LAYER))
+    histograms = meanings(quantities_of("gradient", scope=Scope.HISTOGRAMS))
 
     def __init__(self, cadence: Cadence, with_histograms: bool = False) -> None:
         """Nothing read yet."""
@@ -467,6 +451,7 @@ def _cosine(read: Sequence[GradientReadings]) -> float | None:
     return float(np.clip(inner / (now * before) ** 0.5, -1, 1)) if now > 0 and before > 0 else None
 
 
+@with_tag_table(quantities_of("gradient", "monitor"))
 class GradientMonitor(Monitor):
     """Gradient norms by layer and as a whole, gradient noise, what clipping does, and how quickly gradients turn.
 
@@ -478,32 +463,7 @@ class GradientMonitor(Monitor):
 
     Tags (headlines are also in ``trainer.callback_metrics``):
 
-    ================================  ====================================================
-    tag                               what it is
-    ================================  ====================================================
-    ``gradient/norm``                 l2 norm of all gradients before clipping
-    ``gradient/norm_clipped``         the same after clipping (automatic optimisation)
-    ``gradient/clip_coefficient``     after over before; 1 where nothing was clipped
-    ``gradient/clip_share``           share of the steps measured so far at which clipping changed the norm
-    ``gradient/norm_dual``            sum of the layers' dual norms
-    ``gradient/norm_l1``              l1 norm of all gradients before clipping
-    ``gradient/cosine``               cosine between this gradient and the one a step before
-    ``gradient/nonfinite``            entries that are NaN or infinite
-    ``gradient/l2``                   per layer: l2 norm
-    ``gradient/dual``                 per layer: dual norm
-    ``gradient/local_smoothness``     per layer: dual norm of the gradient's change over the norm of the step in between
-    ``noise/scale``                   gradient noise scale: the batch at which noise equals signal, in multiples of
-                                      yours; nothing while no signal stands out
-    ``noise/dual``                    per layer: noise sqrt(H) in the dual norm; NaN for a layer without gradients
-    ``noise/independent``             per layer: the same from the processes of a DDP run, or the two halves of
-                                      accumulation windows; what ``noise/dual`` has above it is curvature. NaN at steps
-                                      whose window has no halves that are alike
-    ``noise/snr``                     per layer: squared length of the mean gradient over its variance
-    ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
-    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
-    ``dynamon/overhead``              time of monitoring over training time without it
-    ``dynamon/failures``              measurements that failed so far
-    ================================  ====================================================
+    {tags}
 
     A per-layer quantity ``a/b`` is written as the quantiles ``a/b_p10``, ``a/b_median``, ``a/b_p90``, as
     ``a.b/<layer>`` for each layer while that makes at most 400 tags in all, and as one tensor summary

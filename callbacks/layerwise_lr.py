@@ -36,15 +36,18 @@ from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.history import History
 from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal, spread_reason, steerable_layers
-from dynamon.panels import RATES, Layout, band, combined
+from dynamon.panels import combined, layout_of
+from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
 from dynamon.rates import NoiseAdaptiveRates, Rule
 from dynamon.rates.merging import Merging
 from dynamon.shards import any_sharded
 from dynamon.stepping import GONE, has_gradients
 
-_NOISE: Layout = {"3 Rates": {"noise in the dual norm across layers": band("noise/dual")}}
+_NOISE = REGISTRY["noise/dual"]  # shown where the rule follows it and no monitor in the Trainer does
+_RATES = layout_of(quantities_of("steering"))
 
 
+@with_tag_table([*quantities_of("steering"), _NOISE])
 class LayerwiseLR(DynamonCallback):
     """Steers every optimizer of the Trainer with one learning-rate ratio a layer, as a rule gives it.
 
@@ -54,19 +57,9 @@ class LayerwiseLR(DynamonCallback):
 
     Tags, written every ``trainer.log_every_n_steps`` steps:
 
-    =================================  ====================================================
-    tag                                what it is
-    =================================  ====================================================
-    ``lr/base``                        largest learning rate of any layer, before the ratio
-    ``lr/base_min``                    the smallest, where groups or optimizers have different ones
-    ``lr/bounded``                     layers whose ratio sits at a bound of the rule
-    ``lr/ratio``                       per layer: factor on the learning rate
-    ``lr/effective``                   per layer: learning rate times ratio
-    ``noise/dual``                     per layer: noise sqrt(H) in the dual norm, where the rule
-                                       follows it and no monitor in the Trainer shows it
-    ``dynamon/steering_overhead``      time of reading gradients and of the rule over training
-                                       time without it
-    =================================  ====================================================
+    {tags}
+
+    ``noise/dual`` is there where the rule follows it and no monitor in the Trainer shows it.
 
     Per-layer quantities are written as described in :class:`dynamon.callbacks.GradientMonitor`.
 
@@ -90,18 +83,9 @@ class LayerwiseLR(DynamonCallback):
             with the reason, and for a rule that compares independent gradients without accumulation or DDP.
     """
 
-    panels = RATES
-    tags = {
-        "lr/base": "largest learning rate of any layer, before the ratio",
-        "lr/base_min": "the smallest, where groups or optimizers have different ones",
-        "lr/bounded": "layers whose ratio sits at a bound of the rule",
-        "dynamon/steering_overhead": "time of reading gradients and of the rule over training time without it",
-    }
-    quantities = {
-        "lr/ratio": "factor on the learning rate",
-        "lr/effective": "learning rate times ratio",
-        "noise/dual": "noise sqrt(H) in the dual norm",
-    }
+    panels = _RATES
+    tags = meanings(quantities_of("steering", scope=Scope.SCALAR))
+    quantities = meanings([*quantities_of("steering", scope=Scope.PER_LAYER), _NOISE])
 
     def __init__(
         self,
@@ -179,7 +163,7 @@ class LayerwiseLR(DynamonCallback):
         """Check the surroundings."""
         self._shows_noise = self.rule.needs_gradients and not _noise_is_shown(trainer)
         super().setup(trainer, pl_module, stage)
-        self.panels = combined([RATES, _NOISE]) if self._shows_noise else RATES
+        self.panels = combined([_RATES, layout_of([_NOISE], "3 Rates")]) if self._shows_noise else _RATES
         if stage == "fit" and not trainer.barebones:
             self._recorder.check(trainer)
 

@@ -27,7 +27,8 @@ from dynamon.history import History
 from dynamon.layers import Layer, is_measurable, known_layers, select
 from dynamon.memory import empty_cache
 from dynamon.names import plain_name
-from dynamon.panels import OVERHEAD, Layout, combined
+from dynamon.panels import Layout, combined, layout_of
+from dynamon.quantities import quantities_of
 from dynamon.ranks import ran_out_of_memory
 
 _MEASURED = "Weights are measured in floating point of sixteen bits or more, and in complex64 and complex128."
@@ -67,7 +68,9 @@ class Monitor(DynamonCallback):
     @property
     def panels(self) -> Layout:
         """Charts of what the meters measure, for TensorBoard's Custom Scalars tab."""
-        return combined([*(meter.panels for meter in self._meters), OVERHEAD]) if self._panels is None else self._panels
+        if self._panels is not None:
+            return self._panels
+        return combined([*(meter.panels for meter in self._meters), layout_of(quantities_of("monitor"))])
 
     @panels.setter
     def panels(self, layout: Layout) -> None:

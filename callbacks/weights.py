@@ -20,25 +20,13 @@ from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.layers import Layer
 from dynamon.optim import steering_of
 from dynamon.pairs import as_real
-from dynamon.panels import WEIGHTS
+from dynamon.panels import layout_of
+from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
 from dynamon.sharded_weights import sharded_weight_readings
 from dynamon.shards import local
 from dynamon.updates import joint_cosine
-from dynamon.weights import FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
+from dynamon.weights import FIELDS, FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
 
-_FIELDS = {
-    "weight/operator": "operator",
-    "weight/frobenius": "frobenius",
-    "weight/rms": "rms",
-    "update/operator": "update",
-    "update/ratio": "ratio",
-    "update/rotation": "rotation",
-    "spectrum/sigma_max": "sigma_max",
-    "spectrum/sigma_lower": "sigma_lower",
-    "spectrum/sigma_upper": "sigma_upper",
-    "spectrum/stable_rank": "stable_rank",
-    "spectrum/deviation": "deviation",
-}  # of dynamon.weights.WeightReadings
 _COMPARED = ("cosine", "last", "previous")  # of the last two steps
 _FULL = "full spectra"  # under which their time is booked
 _FULL_TO_PLAIN = 10
@@ -54,33 +42,10 @@ class WeightMeter(PairMeter):
     """
 
     name = "weight"
-    panels = WEIGHTS
-    tags = {"update/cosine": "cosine between the last update and the one before, over the layers measured"}
-    histograms = {"weight/histogram": "the layer's weights, every tenth reading"}
-    quantities = {
-        "weight/operator": "norm by role: RMS->RMS, 1->RMS, RMS->inf or RMS",
-        "weight/frobenius": "Euclidean norm",
-        "weight/rms": "Euclidean norm over the square root of the size",
-        "update/operator": "the step in the norm by role",
-        "update/ratio": "step over weight, both in that norm",
-        "update/rotation": "angle between the weight before and after the step, in radians",
-        "update/layer_cosine": "cosine between the layer's last update and the one before",
-        "spectrum/sigma_max": "largest singular value",
-        "spectrum/sigma_lower": "certified lower bound on it",
-        "spectrum/sigma_upper": "certified upper bound on it",
-        "spectrum/stable_rank": "squared Frobenius norm over squared sigma_max",
-        "spectrum/deviation": "log2 of the RMS->RMS norm: 0 where the spectral condition holds with a constant of one",
-        "weight/effective_rate": "learning rate over the squared Euclidean norm",
-        "weight/constraint_usage": "rate x decay x norm by role over the step in it: 1 where decay balances the step",
-        "weight/memory": "what decoupled decay has left of the initial weights: product of 1 - rate x decay",
-        "spectrum/effective_rank": "exp of the entropy of the singular values, every tenth reading",
-        "spectrum/participation_ratio": "singular values that carry the energy, every tenth reading",
-        "spectrum/nuclear": "sum of the singular values, every tenth reading",
-        "spectrum/condition": "largest over smallest singular value where that is resolved, every tenth reading",
-        "spectrum/tail_exponent": "power-law exponent of the Gram eigenvalues where there is one, every tenth reading",
-        "spectrum/convolution_lower": "lower bound on a convolution's norm as a map of inputs, every tenth reading",
-        "spectrum/convolution_upper": "upper bound on it, every tenth reading",
-    }
+    panels = layout_of(quantities_of("weight"))
+    tags = meanings(quantities_of("weight", scope=Scope.SCALAR))
+    histograms = meanings(quantities_of("weight", scope=Scope.HISTOGRAMS))
+    quantities = meanings(quantities_of("weight", scope=Scope.PER_LAYER))
 
     def __init__(self, cadence: Cadence, with_histograms: bool = False, with_convolutions: bool = False) -> None:
         """Nothing copied."""
@@ -234,13 +199,13 @@ class WeightMeter(PairMeter):
         else:
             readings = weight_readings(run.layers, before, earlier)
         memory = self._memory.row(names)
-        columns = [getattr(readings, field) for field in (*_FIELDS.values(), *_COMPARED)]
+        columns = [getattr(readings, field) for field in (*FIELDS.values(), *_COMPARED)]
         if memory.device == columns[0].device:
             host = torch.stack([*columns, memory]).cpu().numpy()  # the one copy
         else:  # on the host already
             host = np.concatenate([torch.stack(columns).cpu().numpy(), memory[None].numpy()])
-        table = dict(zip(_FIELDS, host, strict=False))
-        updates, left = host[len(_FIELDS) : -1], host[-1]
+        table = dict(zip(FIELDS, host, strict=False))
+        updates, left = host[len(FIELDS) : -1], host[-1]
         cosine = joint_cosine(updates)
         if np.isfinite(cosine):
             run.recorder.scalars({"update/cosine": cosine}, headline=True)
@@ -309,6 +274,7 @@ def _rate_readings(
         }
 
 
+@with_tag_table(quantities_of("weight", "monitor"))
 class WeightMonitor(Monitor):
     """Weight and update sizes in the norm of each layer's role, and the extremes of the spectrum.
 
@@ -318,41 +284,7 @@ class WeightMonitor(Monitor):
     Tags, all but ``update/cosine`` (a headline) per layer, written as described in
     :class:`dynamon.callbacks.GradientMonitor`:
 
-    ================================  ====================================================
-    tag                               what it is
-    ================================  ====================================================
-    ``weight/operator``               norm by role: RMS->RMS, 1->RMS, RMS->inf or RMS
-    ``weight/frobenius``              Euclidean norm
-    ``weight/rms``                    Euclidean norm over the square root of the size
-    ``update/operator``               the step in the norm by role
-    ``update/ratio``                  step over weight, both in that norm
-    ``update/rotation``               angle between the weight before and after the step
-    ``update/cosine``                 cosine between the last update and the one before, over the layers measured
-    ``update/layer_cosine``           the same of each layer
-    ``weight/effective_rate``         learning rate over the squared Euclidean norm
-    ``weight/constraint_usage``       rate x decay x norm by role over the step in it: 1 where decay balances the
-                                      step (decoupled decay only)
-    ``weight/memory``                 what decoupled decay has left of the initial weights: product of 1 - rate x decay
-                                      over all steps
-    ``weight/histogram``              the weights (``histograms=True``), every tenth reading
-    ``spectrum/sigma_max``            largest singular value
-    ``spectrum/sigma_lower``          certified lower bound on it
-    ``spectrum/sigma_upper``          certified upper bound on it
-    ``spectrum/stable_rank``          squared Frobenius norm over squared sigma_max
-    ``spectrum/deviation``            log2 of the RMS->RMS norm: 0 where the spectral condition (arXiv 2310.17813)
-                                      holds with a constant of one
-    ``spectrum/effective_rank``       exp of the entropy of the singular values (*)
-    ``spectrum/participation_ratio``  singular values that carry the energy (*)
-    ``spectrum/nuclear``              sum of the singular values (*)
-    ``spectrum/condition``            largest over smallest singular value, where that is resolved (*)
-    ``spectrum/tail_exponent``        power-law exponent of the Gram eigenvalues, where there is a power law (*)
-    ``spectrum/convolution_lower``    lower bound on a convolution's norm as a map of inputs of any size
-                                      (``convolutions=True``), every tenth reading
-    ``spectrum/convolution_upper``    upper bound on it, likewise
-    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
-    ``dynamon/overhead``              time of monitoring over training time without it
-    ``dynamon/failures``              measurements that failed so far
-    ================================  ====================================================
+    {tags}
 
     (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP and FSDP2
     each process takes a part of the layers.

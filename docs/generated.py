@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 
 from dynamon import cli
-from dynamon.callbacks import GradientMonitor, LayerwiseLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks.dynamics import PRESETS
-from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.quantities import REGISTRY, Quantity
 
 ROOT = Path(__file__).parent.parent
 RESULTS, EXAMPLES = ROOT / "benchmarks" / "results", ROOT / "examples"
-SHARED = {
-    "dynamon/loss": "the loss that training_step returned for the step's last batch",
-    "dynamon/overhead": "time of monitoring over training time without it",
-    "dynamon/failures": "measurements that failed so far",
-}
+WRITERS = {
+    "gradient": "`GradientMonitor`",
+    "weight": "`WeightMonitor`",
+    "sharpness": "`SharpnessMonitor`",
+    "steps": "`SharpnessMonitor`",
+    "steering": "`LayerwiseLR`",
+    "monitor": "every monitor",
+}  # by the meter that takes a quantity
 
 
 def write(docs: Path) -> None:
@@ -52,37 +54,24 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 # What a run writes
 
 
-def keys() -> dict[str, tuple[str, str, str]]:
-    """Every tag and per-layer quantity: what it is, what kind of thing it is, and who writes it."""
-    found: dict[str, tuple[str, str, str]] = {}
-    for monitor in (GradientMonitor(), WeightMonitor(), SharpnessMonitor(quantities=QUANTITIES)):
-        for meter in monitor._meters:
-            name = type(monitor).__name__
-            found |= _named(meter.tags, "scalar", name)
-            found |= _named(meter.quantities, "per layer", name) | _named(meter.histograms, "histograms", name)
-    found |= _named(LayerwiseLR.tags, "scalar", "LayerwiseLR")
-    found |= _named(
-        {q: text for q, text in LayerwiseLR.quantities.items() if q not in found}, "per layer", "LayerwiseLR"
-    )
-    return found | _named(SHARED, "scalar", "every monitor")
-
-
-def _named(tags: Mapping[str, str], kind: str, writer: str) -> dict[str, tuple[str, str, str]]:
-    return {tag: (meaning, kind, writer) for tag, meaning in tags.items()}
-
-
 def key_tables() -> str:
     """The key table, a section for each group."""
-    known = keys()
+    head = ("tag", "what it is", "unit", "kind", "when", "written by")
     text = ""
-    for group in dict.fromkeys(tag.split("/")[0] for tag in known):
+    for group in dict.fromkeys(one.group for one in REGISTRY.values()):
         rows = [
-            (f"`{tag}`", meaning, kind, writer if writer == "every monitor" else f"`{writer}`")
-            for tag, (meaning, kind, writer) in known.items()
-            if tag.split("/")[0] == group
+            (f"`{one.tag}`", one.meaning, one.unit, one.scope.value, _when(one), WRITERS[one.cadence])
+            for one in REGISTRY.values()
+            if one.group == group
         ]
-        text += f"## {group}\n\n{table(('tag', 'what it is', 'kind', 'written by'), rows)}\n"
+        text += f"## {group}\n\n{table(head, rows)}\n"
     return text
+
+
+def _when(quantity: Quantity) -> str:
+    """At which of the readings of its meter a quantity is there."""
+    every = "" if quantity.every == 1 else f"every {quantity.every}th reading"
+    return ", ".join(filter(None, (every, quantity.condition.words)))
 
 
 def preset_table() -> str:

@@ -16,12 +16,14 @@ from dynamon.kernels.gram import warm_up
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factor, sigma_factor
 from dynamon.pairs import as_real
+from dynamon.quantities import quantities_of
 from dynamon.ranks import Ranks
 from dynamon.shards import any_sharded, local
 from dynamon.spectra import WeightSpectrum, extremes_of, largest_per_stack, per_stack, weight_spectra
 from dynamon.updates import angles, compare_steps, differences, wide_lengths
 
-FULL_SPECTRUM = ("effective_rank", "participation_ratio", "nuclear", "condition", "tail_exponent")
+FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
+FULL_SPECTRUM = tuple(one.field for one in quantities_of("weight") if one.field and one.every > 1)  # of WeightSpectrum
 
 
 @dataclass(frozen=True)

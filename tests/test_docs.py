@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 import dynamon
 from dynamon.callbacks import DynamicsMonitor
 from dynamon.cli import main
+from dynamon.quantities import REGISTRY
 from tests.helpers import Classifier, batches, mlp, trainer
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +27,8 @@ sys.path.insert(0, str(DOCS))
 import generated  # noqa: E402
 
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "generated" not in p.parts and p.parent.name != "gallery")
-GROUPS = "sharpness|gradient|noise|weight|update|spectrum|lr|dynamon"
-ENDINGS = ("", "_upper", "_residual", "_unconverged", "_bracket", "_p10", "_median", "_p90")
+GROUPS = "|".join({one.group for one in REGISTRY.values()})
+ENDINGS = ("", "_p10", "_median", "_p90")
 
 
 def blocks(page: Path, language: str = "python") -> list[str]:
@@ -72,19 +73,26 @@ def test_every_monitor_and_its_tables_are_in_the_reference(site) -> None:
     for name in ("DynamicsMonitor", "SharpnessMonitor", "NoiseAdaptiveLR", "Meter"):
         assert f'id="dynamon.callbacks.{name}"' in text
     keys = (site / "reference" / "tags.html").read_text()
-    assert all(tag in keys for tag in generated.keys())
+    assert all(tag in keys for tag in REGISTRY)
 
 
 def test_every_key_has_a_meaning() -> None:
     text = (DOCS / "quantities.md").read_text()
-    families = {tag for tag in generated.keys() if tag.endswith(("_upper", "_residual", "_unconverged"))}
-    missing = [tag for tag in generated.keys() if f"`{tag}`" not in text and tag not in families]
+    families = {tag for tag in REGISTRY if tag.endswith(("_upper", "_residual", "_unconverged"))}
+    missing = [tag for tag in REGISTRY if f"`{tag}`" not in text and tag not in families]
     assert missing == []
+
+
+def test_units_are_those_of_the_registry() -> None:
+    text = (DOCS / "quantities.md").read_text().split("## The health list")[0]
+    rows = re.findall(r"^\| `([a-z]+/[a-z0-9_]+)` \| [^|]+ \| ([^|]*)\|$", text, re.M)
+    assert len(rows) > 60
+    assert {tag: unit.strip() for tag, unit in rows if REGISTRY[tag].unit != unit.strip()} == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_name_only_keys_that_exist(page) -> None:
-    known = {tag + ending for tag in generated.keys() for ending in ENDINGS}
+    known = {tag + ending for tag in REGISTRY for ending in ENDINGS}
     named = set(re.findall(rf"`((?:{GROUPS})/[a-z0-9_]+)`", page.read_text()))
     assert named - known - health_rules() == set()
 

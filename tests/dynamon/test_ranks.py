@@ -77,6 +77,7 @@ def failures(rank: int) -> dict:
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(90)
 @pytest.mark.filterwarnings("ignore")
 def test_a_failure_anywhere_ends_it_everywhere(tmp_path: Path) -> None:
@@ -139,6 +140,7 @@ def mean_square(own: torch.Tensor, mean: torch.Tensor) -> float:
     return float(square) / 3
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(90)
 @pytest.mark.filterwarnings("ignore")
 def test_noise_between_processes_in_a_loop_of_ones_own(tmp_path: Path) -> None:
@@ -162,6 +164,7 @@ def give_up(rank: int) -> dict:
     return {"found": local.compare([p.grad for p in model.parameters()], lambda d: torch.ones(2, len(d)))[0]}
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(90)
 @pytest.mark.filterwarnings("ignore")
 def test_one_that_gives_up_leaves_no_reading(tmp_path: Path) -> None:

@@ -151,10 +151,12 @@ def check(rank: int, size: int) -> None:
         check_weights(twins, dtype)
 
 
+@pytest.mark.processes
 def test_two_processes() -> None:
     in_group(lambda rank: check(rank, 2), 2)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_four_processes() -> None:
     in_group(lambda rank: check(rank, 4), 4)

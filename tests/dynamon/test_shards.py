@@ -143,10 +143,12 @@ def check_all(rank: int, size: int) -> None:
     check_histograms(ranks)
 
 
+@pytest.mark.processes
 def test_two_processes() -> None:
     in_group(lambda rank: check_all(rank, 2), 2)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_four_processes() -> None:
     in_group(lambda rank: check_all(rank, 4), 4)

@@ -48,6 +48,7 @@ def interpreter_works():
     return version(triton) >= (3, 7) or version(np) < (2, 4)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 @pytest.mark.skipif(RUNS, reason="the tests below run here already")
 def test_all_below_under_the_interpreter():
@@ -59,6 +60,7 @@ def test_all_below_under_the_interpreter():
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
+@pytest.mark.processes
 def test_without_triton_the_modules_import_and_say_what_is_missing():
     code = """
 import sys
@@ -351,6 +353,7 @@ print("compiled")
 """
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only")

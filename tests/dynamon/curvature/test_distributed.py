@@ -63,6 +63,7 @@ def measure(model, rank: int) -> dict:
     return {"value": float(found.values[0]), "weights": weights, "converged": found.converged}
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sharded", [False, True])

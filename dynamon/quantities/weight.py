@@ -1,0 +1,58 @@
+"""Weights: their sizes in the norm of each layer's role, and what decay makes of them."""
+
+from functools import partial
+
+from dynamon.quantities.registry import Condition, Quantity, Scope
+
+_per_layer = partial(Quantity, cadence="weight", scope=Scope.PER_LAYER, scale="log")
+
+WEIGHT = (
+    _per_layer(
+        "weight/operator",
+        "norm by role: RMS->RMS, 1->RMS, RMS->inf or RMS",
+        "none",
+        words="weight, operator norm",
+        chart="operator norm across layers",
+        extremes=True,
+        field="operator",
+    ),
+    _per_layer("weight/frobenius", "Euclidean norm", "weight", words="weight, Frobenius norm", field="frobenius"),
+    _per_layer(
+        "weight/rms",
+        "Euclidean norm over the square root of the size",
+        "weight",
+        words="weight, root mean square",
+        field="rms",
+    ),
+    _per_layer(
+        "weight/effective_rate",
+        "learning rate over the squared Euclidean norm",
+        "rate / weight²",
+        words="rate / squared norm",
+    ),
+    _per_layer(
+        "weight/constraint_usage",
+        "rate x decay x norm by role over the step in it: 1 where decay balances the step",
+        "none",
+        condition=Condition.DECOUPLED_DECAY,
+        words="decay x norm / step",
+    ),
+    _per_layer(
+        "weight/memory",
+        "what decay has left of the initial weights: product of 1 - rate x decay over all steps",
+        "0 to 1",
+        scale="linear",
+        condition=Condition.DECOUPLED_DECAY,
+        words="what decay has left of the initial weights",
+        chart="what decay has left of the initial weights, across layers",
+    ),
+    Quantity(
+        "weight/histogram",
+        "the weights",
+        "",
+        scope=Scope.HISTOGRAMS,
+        cadence="weight",
+        every=10,
+        condition=Condition.HISTOGRAMS,
+    ),
+)
