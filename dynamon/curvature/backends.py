@@ -297,6 +297,7 @@ def second_derivatives() -> Iterator[None]:
 
 _DECORATORS = torch.autograd.function.__file__
 _REFUSED = {
+    "FlexAttentionAutogradOpBackward": "the loss uses flex_attention, which has no second derivative.",
     "torch::autograd::Error": "the loss uses an operation marked once_differentiable, which has no second derivative.",
     "CheckpointFunctionBackward": "the loss uses reentrant activation checkpointing, which has no second derivative; "
     "use checkpoint(..., use_reentrant=False).",
