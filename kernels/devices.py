@@ -23,10 +23,10 @@ def waiter(device: torch.device) -> Callable[[], Any] | None:
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on devices that have no float64: Apple's, and some of Intel's."""
+    """float64, or float32 on devices that have no float64: Apple's, Gaudi's, and some GPUs of Intel's."""
     if device.type == "xpu":
         return torch.float64 if torch.xpu.get_device_capability(device).get("has_fp64", True) else torch.float32
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if device.type in ("mps", "hpu") else torch.float64
 
 
 def widened(tensor: Tensor) -> Tensor:

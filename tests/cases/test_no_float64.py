@@ -33,7 +33,7 @@ from dynamon.curvature import (
     top_eigenvalues,
     trace,
 )
-from dynamon.kernels import nuclear_norm
+from dynamon.kernels import nuclear_norm, widest_dtype
 from dynamon.norms import get_norm
 from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.probe import undisturbed
@@ -309,6 +309,24 @@ def test_norms_with_singular_values(name: str, monkeypatch: pytest.MonkeyPatch) 
         there = matrix.to(DEVICE)
         assert norm.primal(there).item() == pytest.approx(norm.primal(matrix).item(), rel=1e-5)
         torch.testing.assert_close(norm.lmo(there).cpu(), norm.lmo(matrix))
+
+
+def test_where_random_numbers_cannot_be_put_back_nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    with apple(monkeypatch):
+        plain, *streams = trained([])
+        monkeypatch.delattr(torch.mps, "get_rng_state")
+        monitor = DynamicsMonitor(every_n_steps=1, strict=True)
+        with pytest.warns(UserWarning, match="torch cannot put back the random numbers"):
+            monitored, *after = trained([monitor])
+        assert same_weights(plain, monitored)
+        assert all(map(torch.equal, streams, after))
+    assert "gradient/dual" in monitor.history and "weight/operator" in monitor.history
+    assert not any(tag.startswith("sharpness/") for tag in monitor.history)
+
+
+@pytest.mark.parametrize(("kind", "is_wide"), [("cpu", True), ("cuda", True), ("mps", False), ("hpu", False)])
+def test_the_widest_dtype_of_a_device(kind: str, is_wide: bool) -> None:
+    assert (widest_dtype(torch.device(kind)) == torch.float64) is is_wide
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["mps", "xpu"])
