@@ -338,7 +338,12 @@ class GradientReader:
 
     def _gradients(self) -> list[Tensor | None]:
         """As they are in ``.grad``, dense and real."""
-        return [None if g is None else plain(g) for g in [layer.parameter.grad for layer in self.layers]]
+        gradients = [layer.parameter.grad for layer in self.layers]
+        # At each step for every layer: a call only for those that are not plain already.
+        return [
+            g if g is None or g.layout == torch.strided and not g.requires_grad and not g.is_complex() else plain(g)
+            for g in gradients
+        ]
 
     def _comparable(self, window: Window | None) -> dict[int, Tensor]:
         """The gradients of one step before, if they were accumulated over a window like this one.
@@ -427,7 +432,7 @@ class GradientReader:
     ) -> Tensor | None:
         if self.trends is None or not followed:
             return None
-        current = [g for g in (gradients[i] for i in followed) if g is not None]
+        current = [g for g in [gradients[i] for i in followed] if g is not None]
         missing = [(i, g) for i, g in zip(followed, current, strict=True) if i not in stored]
         filled = dict(zip([i for i, _ in missing], all_scaled([g for _, g in missing], scale), strict=True))
         previous = [filled[i] if i in filled else stored[i] for i in followed]
@@ -523,7 +528,7 @@ class GradientReader:
 
     def _special_places(self, indices: list[int]) -> list[int]:
         """Positions among ``indices`` of layers whose dual norm needs the matrix."""
-        return [place for place, i in enumerate(indices) if self._is_special(i)]
+        return [place for place, i in enumerate(indices) if self.norms[i].name not in _FROM_STATS]
 
     def _is_special(self, index: int) -> bool:
         return self.norms[index].name not in _FROM_STATS

@@ -51,7 +51,7 @@ class Trends:
             self._places = tuple(indices), rows
         self._now = scaled(self._entries(indices, current), scale) - self._entries(indices, previous)
         before = torch.zeros_like(self._now) if self._changes is None else self._rows(self._changes)
-        return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
+        return (torch.stack([self._now, before]) * self._now).sum(2)
 
     def cosines(self, products: Tensor, alike: Tensor | None = None) -> Tensor:
         """What :meth:`products` gave, of whole gradients by now, as c ``[P]``; 0 where it is not known.

@@ -71,7 +71,7 @@ def gradient_stats(
     differs). No host synchronisation on a GPU. A CPU takes tensors again whose squares leave float32.
     """
     check_lists(gradients, previous)
-    work = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+    work = torch.float64 if torch.float64 in [g.dtype for g in gradients] else torch.float32
     dtype = work if dtype is None else dtype
     if not gradients:
         return no_stats(dtype, previous is not None)
@@ -194,7 +194,7 @@ def _l1(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     # On a CPU foreach's norm of order one is several times slower than what it stands for.
     if not reads_are_free(tensors[0].device):
         return torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
-    work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    work = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
     found = torch.stack([t.abs().sum(dtype=work) for t in tensors]).to(dtype)
     if work != dtype:
         for i in torch.nonzero(found.isinf()).flatten().tolist():

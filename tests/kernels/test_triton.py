@@ -166,6 +166,8 @@ def test_gram_refuses_what_it_cannot_do():
         symmetric_gram(matrix(3, 3).requires_grad_())
     with pytest.raises(ValueError, match="precision must be one of"):
         symmetric_gram(matrix(3, 3), precision="high")
+    with pytest.raises(ValueError, match="strides below 2.24 together"):  # offsets within a tile have 32 bits
+        symmetric_gram(matrix(2, 2).as_strided((1, 1), (2**23, 2**23)))
 
 
 # ---- triton_gradient_stats
