@@ -123,7 +123,9 @@ def test_free_memory_of_a_container_is_that_of_its_limit(monkeypatch, tmp_path, 
 def test_free_memory_of_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (123, 456))
-    assert free_memory(torch.device("cuda:1")) == 123 and asked == [torch.device("cuda:1")]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda:1")) == 173 and asked == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("kind", ["xpu", "npu", "mps"])
