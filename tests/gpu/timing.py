@@ -40,8 +40,15 @@ def gradient_statistics(report: Report) -> None:
         gradients = [torch.randn(shape, device=DEVICE).to(dtype) for shape in spectra.gpt2_shapes(1 if ON_GPU else 32)]
         previous = [torch.randn_like(g) for g in gradients]
         call = partial(gradient_stats, gradients, previous)
-        report.note(f"gradient_stats, {str(dtype).removeprefix('torch.')}", measure(call, DEVICE))
-    del gradients, previous, call
+        name = str(dtype).removeprefix("torch.")
+        own = measure(call, DEVICE)
+        report.note(f"gradient_stats, {name}", own)
+        source = torch.empty(3 * sum(g.nbytes for g in gradients) // 2, dtype=torch.uint8, device=DEVICE)
+        copy = measure(partial(torch.empty_like(source).copy_, source), DEVICE)  # moves as many bytes
+        if own["device ms"]:
+            share = copy["device ms"] / own["device ms"]
+            report.note(f"{name}: share of a copy's bandwidth, kernels alone", round(share, 3))
+    del gradients, previous, call, source
     _needs_triton()
     for row in kernels.stats(1):
         kind = f"{row['method']}, {row['gradients']} and {row['previous']}"
