@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
-from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_not
+from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
 from dynamon.callbacks.room import room_for
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
@@ -111,7 +111,7 @@ class EigenvalueMeter(Meter):
         self._space: Tensor | None = None
         self.last_density: SpectralDensity | None = None
         self._product_seconds: deque[float] = deque(maxlen=5)
-        self._too_large, self._certify = False, True
+        self._too_large, self._never, self._certify = False, False, True
         self._told: set[str] = set()
         self._failures = Failures()
         self._last_loss = math.inf
@@ -165,11 +165,11 @@ class EigenvalueMeter(Meter):
 
     def is_off(self) -> bool:
         """Where nothing was asked for or its vectors do not fit, or sharpness is off."""
-        return not self._wanted or self._too_large or self._probe.off
+        return not self._wanted or self._too_large or self._never or self._probe.off
 
     def is_missed(self) -> bool:
         """Not where it is off for another reason."""
-        return super().is_missed() and not self._probe.off and not self._too_large
+        return super().is_missed() and not self.is_off()
 
     def expected(self, run: Run) -> float:
         """Products of the coming measurement at what they took lately.
@@ -188,8 +188,11 @@ class EigenvalueMeter(Meter):
         return products * median([guess, *self._product_seconds])
 
     def _is_due(self, run: Run) -> bool:
-        possible = self._wanted and self._probe.is_expected(run) and not self._too_large
-        return bool(possible) and self.cadence.due(run, self.name, self.expected, run.step)
+        return (
+            not self.is_off()
+            and self._probe.is_expected(run)
+            and self.cadence.due(run, self.name, self.expected, run.step)
+        )
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
@@ -215,6 +218,8 @@ class EigenvalueMeter(Meter):
         except Exception:
             self._start_anew(run)
             raise
+        if self.is_off():
+            return
         self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
         self.done(run)
 
@@ -222,9 +227,9 @@ class EigenvalueMeter(Meter):
         self._probe.agree(run)
         with self._probe.evaluation(run) as params:
             hessian = self._probe.hessian(run, params)
-            if hessian.doubt is not None:
-                self._steps.also("critical")
-                raise ArithmeticError(f"{hessian.doubt} Critical sharpness is shown instead.")
+            if (never := why_never(hessian, hessian.gradient)) is not None:
+                self._leave_out(run, never)
+                return 0
             owned = list(trained_parameters(run).values())
             point = _Point(run, params, owned, hessian, _only(run.trainer.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
@@ -243,6 +248,19 @@ class EigenvalueMeter(Meter):
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
         return point.products
+
+    def _leave_out(self, run: Run, reason: str) -> None:
+        """Measure nothing any more: what is in the way stays there.
+
+        Raises:
+            ArithmeticError: Under ``strict=True``.
+        """
+        sentence = f"sharpness is left out: {reason} Critical sharpness, which takes no derivative, is shown instead."
+        if run.strict:
+            raise ArithmeticError(sentence)
+        self._never = True
+        self._steps.also("critical")
+        rank_zero_warn(sentence)
 
     def _measure_hessian(self, point: _Point) -> None:
         """Everything that shares the graph of the probe's gradient."""

@@ -22,11 +22,13 @@ from dynamon.optim import steering_of
 from dynamon.pairs import as_real
 from dynamon.panels import layout_of
 from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
+from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.sharded_weights import sharded_weight_readings
 from dynamon.shards import local
 from dynamon.updates import joint_cosine
-from dynamon.weights import FIELDS, FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
+from dynamon.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
 
+_TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
 _COMPARED = ("cosine", "last", "previous")  # of the last two steps
 _FULL = "full spectra"  # under which their time is booked
 _FULL_TO_PLAIN = 10
@@ -199,13 +201,15 @@ class WeightMeter(PairMeter):
         else:
             readings = weight_readings(run.layers, before, earlier)
         memory = self._memory.row(names)
-        columns = [getattr(readings, field) for field in (*FIELDS.values(), *_COMPARED)]
+        columns = [getattr(readings, field) for field in FIELDS.values()]
+        columns += entrywise_readings(run.layers, ENTRYWISE, run.ranks if run.is_sharded else None)
+        columns += [getattr(readings, field) for field in _COMPARED]
         if memory.device == columns[0].device:
             host = torch.stack([*columns, memory]).cpu().numpy()  # the one copy
         else:  # on the host already
             host = np.concatenate([torch.stack(columns).cpu().numpy(), memory[None].numpy()])
-        table = dict(zip(FIELDS, host, strict=False))
-        updates, left = host[len(FIELDS) : -1], host[-1]
+        table = dict(zip(_TAGS, host, strict=False))
+        updates, left = host[len(_TAGS) : -1], host[-1]
         cosine = joint_cosine(updates)
         if np.isfinite(cosine):
             run.recorder.scalars({"update/cosine": cosine}, headline=True)

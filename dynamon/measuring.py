@@ -15,8 +15,9 @@ from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
 from dynamon.probe import LossFn, training_loss, undisturbed
+from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
-from dynamon.weights import FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
+from dynamon.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
 
 
 def measure(
@@ -117,6 +118,8 @@ def _weights(layers: list[Layer]) -> dict[str, Any]:
     names = [layer.name for layer in layers]
     fields = {tag: field for tag, field in FIELDS.items() if not tag.startswith("update/")}  # no step was taken
     known = {tag: _known(names, getattr(found, field)) for tag, field in fields.items()}
+    rows = entrywise_readings(layers, ENTRYWISE)
+    known |= {one.tag: _known(names, row) for one, row in zip(ENTRYWISE, rows, strict=True)}
     return known | _spectra(layers) | _convolutions(layers)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dynamon.scales import Scale, scaled
+
 ENTRIES = 64  # of each gradient that are looked at, spread evenly
 
 
@@ -32,21 +34,24 @@ class Trends:
         self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
         self._padding = torch.zeros(ENTRIES, device=device)
 
-    def products(self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
+    def products(
+        self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor], scale: Scale = 1.0
+    ) -> Tensor:
         """Sums over entries of :math:`d_k^2` and :math:`d_k d_{k-1}`, ``[2, P]``, and keep :math:`d_k`.
 
         Args:
             indices: Which P gradients these are, in their order.
             current: They, or what is here of them.
             previous: Those of the step before.
+            scale: Factor on the current ones.
         """
         if tuple(indices) != self._places[0]:
             all_there = len(indices) == self._count
             rows = None if all_there else torch.tensor(list(indices), dtype=torch.int64, device=self._device)
             self._places = tuple(indices), rows
-        self._now = self._entries(indices, current) - self._entries(indices, previous)
+        self._now = scaled(self._entries(indices, current), scale) - self._entries(indices, previous)
         before = torch.zeros_like(self._now) if self._changes is None else self._rows(self._changes)
-        return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
+        return (torch.stack([self._now, before]) * self._now).sum(2)
 
     def cosines(self, products: Tensor, alike: Tensor | None = None) -> Tensor:
         """What :meth:`products` gave, of whole gradients by now, as c ``[P]``; 0 where it is not known.

@@ -62,7 +62,9 @@ def _euclidean(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
 
 def _largest(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
     if reads_are_free(tensors[0].device):  # where calls cost nothing, norms of order infinity are slower than this
-        return torch.stack([tensor.abs().amax().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors])
+        return torch.stack(
+            [tensor.abs().amax().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+        )
     return torch.stack(torch._foreach_norm(list(tensors), float("inf"), dtype=torch.float32))
 
 
@@ -86,15 +88,15 @@ def differences(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]
     if not now:
         return []
     wide = [torch.promote_types(t.dtype, torch.float32) for t in now]
-    current, others = _in(now, wide), _in(before, wide)
+    current, others = in_dtypes(now, wide), in_dtypes(before, wide)
     if any(a is b for a, b in zip(current, now, strict=True)):
         return list(torch._foreach_sub(current, others))
     torch._foreach_sub_(current, others)
     return current
 
 
-def _in(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Tensors in these dtypes: themselves where all have them already."""
+def in_dtypes(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Give tensors in these dtypes: themselves where all have them already, else copies in one call."""
     if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True)):
         return list(tensors)
     found = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]

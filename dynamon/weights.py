@@ -23,6 +23,7 @@ from dynamon.spectra import WeightSpectrum, extremes_of, largest_per_stack, per_
 from dynamon.updates import angles, compare_steps, differences, wide_lengths
 
 FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
+ENTRYWISE = [one for one in quantities_of("weight") if one.entrywise is not None]
 FULL_SPECTRUM = tuple(one.field for one in quantities_of("weight") if one.field and one.every > 1)  # of WeightSpectrum
 
 
@@ -229,9 +230,7 @@ def _by_role(
     return norms
 
 
-def _rotations(
-    weights: Sequence[Tensor], starts: Sequence[Tensor], lengths: Tensor, step_lengths: Tensor
-) -> Tensor:
+def _rotations(weights: Sequence[Tensor], starts: Sequence[Tensor], lengths: Tensor, step_lengths: Tensor) -> Tensor:
     """Angles between weights and what they were."""
     if lengths.dtype == torch.float64:
         return angles(wide_lengths(starts), lengths, step_lengths)

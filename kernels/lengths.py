@@ -28,7 +28,7 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
     wide = widest_dtype(tensors[0].device)
-    if not reads_are_free(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors):
+    if not reads_are_free(tensors[0].device) or torch.float64 in [t.dtype for t in tensors]:
         return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide))
     found = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).to(wide)
     sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide, device="cpu")

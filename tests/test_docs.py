@@ -49,12 +49,14 @@ def html(site: Path) -> Iterator[tuple[str, str]]:
         yield page.relative_to(site).as_posix(), page.read_text()
 
 
+@pytest.mark.slow
 def test_it_builds_with_warnings_as_errors(site) -> None:
     names = {name for name, _ in html(site)}
     assert {"index.html", "quantities.html", "comparison.html", "reference/tags.html"} <= names
     assert {f"gallery/{script.stem}.html" for script in generated.EXAMPLES.glob("*.py")} <= names
 
 
+@pytest.mark.slow
 def test_a_page_needs_no_network(site) -> None:
     for name, text in html(site):
         loaded = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"(?:https?:)?//[^>]*>", text)
@@ -63,11 +65,13 @@ def test_a_page_needs_no_network(site) -> None:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text()), style
 
 
+@pytest.mark.slow
 def test_formulas_and_tables_of_docstrings_are_drawn(site) -> None:
     text = (site / "reference" / "rates.html").read_text()
     assert "<mfrac>" in text and "\\frac" not in text and ":math:" not in text and "=====" not in text
 
 
+@pytest.mark.slow
 def test_every_monitor_and_its_tables_are_in_the_reference(site) -> None:
     text = (site / "reference" / "callbacks.html").read_text()
     for name in ("DynamicsMonitor", "SharpnessMonitor", "NoiseAdaptiveLR", "Meter"):

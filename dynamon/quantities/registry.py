@@ -1,8 +1,12 @@
 """What is known of a quantity: its tag, its meaning, where it is shown, when it is measured. Needs no torch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALES = ("linear", "log")
 CADENCES = ("gradient", "weight", "sharpness", "steps", "steering", "monitor")
@@ -76,6 +80,23 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
+class Entrywise:
+    """How a quantity of a weight follows from sums over its entries, which several processes can share.
+
+    Attributes:
+        count: K, how many sums there are.
+        sums: From T tensors on one device to K rows of sums ``[T]``, those of parts of a weight to be added up. A CPU
+            hands over a piece at a time, in float64; elsewhere all weights come at once, in float32 at least, and a
+            call a tensor would take a GPU's host longer than the sums take the GPU: use ``torch._foreach_*``.
+        finish: From the numbers of entries ``[L]`` and K rows of sums ``[L]`` to readings ``[L]``.
+    """
+
+    count: int
+    sums: "Callable[[Sequence[Tensor]], tuple[Tensor, ...]]"
+    finish: "Callable[..., Tensor]"
+
+
+@dataclass(frozen=True)
 class Quantity:
     """One quantity, as everything that shows or checks it takes it from here.
 
@@ -94,6 +115,7 @@ class Quantity:
         extremes: Whether that report names its highest and lowest layer.
         choice: The entry of ``SharpnessMonitor(quantities=...)`` that asks for it.
         field: The attribute of the readings of weights that holds it, where one does.
+        entrywise: How it follows from sums over the entries of a weight; nothing else is then needed to measure it.
 
     Raises:
         ValueError: Where an entry says something that does not exist, or leaves out what its scope needs.
@@ -113,6 +135,7 @@ class Quantity:
     extremes: bool = False
     choice: str = ""
     field: str = ""
+    entrywise: Entrywise | None = None
 
     def __post_init__(self) -> None:
         """Check the entry."""

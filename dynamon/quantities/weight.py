@@ -1,8 +1,29 @@
 """Weights: their sizes in the norm of each layer's role, and what decay makes of them."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from dynamon.quantities.registry import Condition, Quantity, Scope
+from dynamon.quantities.registry import Condition, Entrywise, Quantity, Scope
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _squares_and_fourths(weights: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
+    r"""Sums of :math:`w^2` and of :math:`w^4`; outside of a CPU for entries between 1e-19 and 1e19."""
+    import torch  # the registry itself needs none
+
+    from dynamon.updates import wide_lengths
+
+    squares = torch._foreach_mul(list(weights), list(weights))
+    return wide_lengths(weights).square(), wide_lengths(squares).square()
+
+
+def _kurtosis(sizes: "Tensor", squares: "Tensor", fourths: "Tensor") -> "Tensor":
+    """About zero, which weights are centred at; 1 to the number of entries, NaN where all are zero."""
+    return sizes * fourths / squares.square()
+
 
 _per_layer = partial(Quantity, cadence="weight", scope=Scope.PER_LAYER, scale="log")
 
@@ -23,6 +44,14 @@ WEIGHT = (
         "weight",
         words="weight, root mean square",
         field="rms",
+    ),
+    _per_layer(
+        "weight/kurtosis",
+        "mean fourth power of the entries over their squared mean square: 3 for normal ones, 1 where all are as large",
+        "none",
+        words="weight, kurtosis of the entries",
+        chart="kurtosis of the weights across layers",
+        entrywise=Entrywise(2, _squares_and_fourths, _kurtosis),
     ),
     _per_layer(
         "weight/effective_rate",
