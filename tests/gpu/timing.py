@@ -50,6 +50,10 @@ def gradient_statistics(report: Report) -> None:
             report.note(f"{name}: share of a copy's bandwidth, kernels alone", round(share, 3))
     del gradients, previous, call, source
     _needs_triton()
+    # Where it does not, the composition of PyTorch's kernels is taken without an error.
+    twin = partial(kernels.triton_gradient_stats.runs, torch.device(DEVICE, torch.cuda.current_device()))
+    for dtype in (torch.float32, torch.bfloat16):
+        report.hold(f"the Triton twin runs, {dtype}", twin(dtype, dtype, torch.float64, True))
     for row in kernels.stats(1):
         kind = f"{row['method']}, {row['gradients']} and {row['previous']}"
         report.note(f"{kind}: ms", float(f"{row['milliseconds']:.4g}"))
