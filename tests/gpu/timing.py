@@ -124,6 +124,19 @@ def the_budget(report: Report) -> None:
     report.bar("stated less measured", abs(monitor.overhead - measured), most=max(STATED * measured, NOISE))
 
 
+@check("timing", 12.0, alone=True, rank=6.5)
+def stated_overhead_without_a_budget(report: Report) -> None:
+    """Where monitoring costs much, what it says of itself against what is measured."""
+    steps, warm = (80, 10) if ON_GPU else (6, 1)
+    plain = train([], steps // 2, warm=warm, **HERE)
+    monitor = DynamicsMonitor(budget=None)
+    clock = train([monitor], steps, warm=warm, **HERE)
+    training = steps * plain.mean
+    measured = (clock.total - plain.start - training) / training
+    report.note("measured and stated", [round(measured, 4), round(monitor.overhead, 4)])
+    report.bar("stated over measured, less one", abs(monitor.overhead / max(measured, 1e-9) - 1), most=STATED)
+
+
 READ = ("gradient/norm", "noise/dual", "weight/operator", "spectrum/sigma_max", "spectrum/effective_rank")
 READ += ("sharpness/directional", "sharpness/critical_multiple", "sharpness/stability_ratio")
 
