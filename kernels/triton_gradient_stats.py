@@ -347,9 +347,13 @@ def _chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
             *(COMPARE, LANES, UP, DOWN, FEW),
         )
         if COMPARE:
-            for k in tl.static_range(4):  # once more out of a cache: registers are what limits how much is under way
-                entries = tl.load(gradient + k * THREADS * EACH + places).to(tl.float32) * factor
-                tl.store(previous + k * THREADS * EACH + places, entries.to(PREVIOUS))
+            # Once more out of a cache: registers are what limits how much is under way.
+            g0, g1 = tl.load(gradient + places), tl.load(gradient + THREADS * EACH + places)
+            g2, g3 = tl.load(gradient + 2 * THREADS * EACH + places), tl.load(gradient + 3 * THREADS * EACH + places)
+            tl.store(previous + places, (g0.to(tl.float32) * factor).to(PREVIOUS))
+            tl.store(previous + THREADS * EACH + places, (g1.to(tl.float32) * factor).to(PREVIOUS))
+            tl.store(previous + 2 * THREADS * EACH + places, (g2.to(tl.float32) * factor).to(PREVIOUS))
+            tl.store(previous + 3 * THREADS * EACH + places, (g3.to(tl.float32) * factor).to(PREVIOUS))
     else:
         gradient, previous = gradient + offset, previous + offset
         sums = _sums(gradient, previous, factor, count, 1.0, 1.0, 1.0, 1.0, 1.0, COMPARE, LANES)
