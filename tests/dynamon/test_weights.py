@@ -10,8 +10,9 @@ from torch import nn
 from dynamon.callbacks.copies import copied
 from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer, describe_layers
+from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.updates import compare_updates
-from dynamon.weights import weight_readings
+from dynamon.weights import ENTRYWISE, weight_readings
 from tests.launches import Launches, gpt2
 from tests.models import cnn, gpt, mlp
 
@@ -145,8 +146,10 @@ def test_a_reading_of_gpt2_takes_few_device_calls(dtype):
     assert len(layers) == 148
     weights = {layer.name: layer.parameter.detach() for layer in layers}
     weight_readings(layers, copied(weights), copied(weights))  # puts constants on the device
+    entrywise_readings(layers, ENTRYWISE)
     with Launches("meta") as launches:
         weight_readings(layers, copied(weights), copied(weights))
+        entrywise_readings(layers, ENTRYWISE)
     assert launches.total <= 400 and launches.waits == 0, launches
 
 
