@@ -17,7 +17,7 @@ from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
 from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
-from dynamon.callbacks.room import room_for, shows_in_training
+from dynamon.callbacks.room import room_for
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
     Eigenpairs,
@@ -34,7 +34,6 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.lanczos import random_start
 from dynamon.curvature.parameters import FlatParameters
-from dynamon.memory import passing_memory
 from dynamon.optim import steering_of
 from dynamon.panels import SHARPNESS, shown
 from dynamon.preconditioner import NoSecondMomentError, has_second_moment, preconditioned, preconditioner
@@ -79,8 +78,7 @@ class EigenvalueMeter(Meter):
         tol: Relative tolerance of the solves.
         max_matvecs: Most products a solve.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
-        memory_limit: GiB for the solver's vectors; None for half of what is free when training starts, and on a GPU
-            for what is free at the first measurement beside what training takes at its peak.
+        memory_limit: GiB for the solver's vectors; None for half of what is free when training starts.
     """
 
     name = "sharpness"
@@ -112,8 +110,6 @@ class EigenvalueMeter(Meter):
         self.last_density: SpectralDensity | None = None
         self._product_seconds: deque[float] = deque(maxlen=5)
         self._too_large, self._never, self._certify = False, False, True
-        self._undecided = False  # whether the vectors fit
-        self._passing: int | None = None  # bytes of activations
         self._told: set[str] = set()
         self._failures = Failures()
         self._last_loss = math.inf
@@ -134,16 +130,14 @@ class EigenvalueMeter(Meter):
                 f"no stability ratio: {type(optimizer).__name__} has no known stability condition; the Hessian's "
                 "largest eigenvalue and the sharpness along the step in the layers' own norms are shown instead."
             )
-        self._undecided = not self._memory_limit and shows_in_training(run, list(trained_parameters(run).values()))
-        if not self._undecided:
-            with run.ranks.measurement():
-                self._check_memory(run)
+        with run.ranks.measurement():
+            self._check_memory(run)
 
-    def _check_memory(self, run: Run, passing: float | None = None) -> None:
+    def _check_memory(self, run: Run) -> None:
         trained = list(trained_parameters(run).values())
         if not trained:
             return
-        room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit, passing)
+        room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
         self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
         allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
         if room.differences:
@@ -200,18 +194,12 @@ class EigenvalueMeter(Meter):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
-        if self._undecided and self._passing is None:  # before the first evaluation, which takes some too
-            self._passing = passing_memory(run.module.device)
         if "subspace" in self._wanted and self._is_due(run):
             self._steps.copy_weights(run)
 
     def make_room(self, run: Run) -> str | None:
-        """Halve the probe; where that has been done, give the eigenvalues up, since their vectors stay as long."""
-        if not self._probe.is_smallest(run):
-            return self._probe.halve(run)
-        self._too_large = True
-        self._steps.also("critical")
-        return "Critical sharpness, which needs forward passes only, is shown instead from now on."
+        """Halve the probe."""
+        return self._probe.halve(run)
 
     def batch_end(self, run: Run) -> None:
         """Measure when due."""
@@ -235,12 +223,6 @@ class EigenvalueMeter(Meter):
 
     def _measure(self, run: Run) -> int:
         self._probe.agree(run)
-        if self._undecided:
-            self._undecided = False
-            # A graph that is differentiated twice keeps about three times the activations of its samples.
-            self._check_memory(run, (self._passing or 0) * max(1.0, 3 * self._probe.share))
-            if self._too_large:
-                return 0
         with self._probe.evaluation(run) as params:
             hessian = self._probe.hessian(run, params)
             if (never := why_never(hessian, hessian.gradient)) is not None:

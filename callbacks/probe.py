@@ -432,12 +432,6 @@ class ProbeMeter(Meter):
         changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
         return f"it changes {', '.join(changed[:3])}" if changed else _difference(*self._losses)
 
-    def is_smallest(self, run: Run) -> bool:
-        """Whether nothing can be left out any more, as all processes know it."""
-        if run.ranks.several:
-            return self.samples_in_all is None or self.samples_in_all <= 2 * run.ranks.size
-        return all(self._half(kept) is kept or _size(kept) <= 2 for kept in self._sets if kept)
-
     def halve(self, run: Run) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
 

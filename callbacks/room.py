@@ -43,19 +43,7 @@ class Room:
     differences: bool
 
 
-def shows_in_training(run: Run, trained: Sequence[Tensor]) -> bool:
-    """Whether what is free shows after a step only, when the optimizer has its state: on a GPU, of whole parameters."""
-    return run.module.device.type == "cuda" and not any(is_sharded(p) for p in trained)
-
-
-def room_for(
-    run: Run,
-    trained: Sequence[Tensor],
-    k: int,
-    density_vectors: int,
-    memory_limit: float | None,
-    passing: float | None = None,
-) -> Room:
+def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, memory_limit: float | None) -> Room:
     """Compare what vectors take with what is allowed, on all processes together.
 
     Args:
@@ -65,11 +53,10 @@ def room_for(
         density_vectors: Vectors of a density.
         memory_limit: GiB that are allowed; None for half of what is free: activations take the rest. Processes that
             share the memory of a host share that half.
-        passing: Bytes for activations, where they are known: all that is free beside them is then allowed.
     """
     device = run.module.device
-    limit = memory_limit * 2**30 if memory_limit else _allowed(run, passing)
-    device = device if run.ranks.several else torch.device("cpu")
+    shared = 1 if device.type != "cpu" else run.trainer.num_devices
+    limit = memory_limit * 2**30 if memory_limit else free_memory(device) / 2 / shared
     gathers = not any(is_sharded(p) for p in trained) or _are_gathered(run, trained, k, limit)
     differences = not gathers and _why_no_differences(run, trained) is None
     tensors = [local(p) for p in trained] if differences else list(trained)
@@ -80,13 +67,6 @@ def room_for(
     lacks = run.ranks.maximum(torch.tensor(lacks, dtype=widest_dtype(device), device=device)).bool().tolist()
     solves, certifies, has_density = (not lack for lack in lacks)
     return Room(limit, needed, density, solves, certifies, has_density, gathers, differences)
-
-
-def _allowed(run: Run, passing: float | None) -> float:
-    device = run.module.device
-    if passing is not None:
-        return max(free_memory(device) - passing, 0.0)
-    return free_memory(device) / 2 / (1 if device.type != "cpu" else run.trainer.num_devices)
 
 
 def _are_gathered(run: Run, trained: Sequence[Tensor], k: int, limit: float) -> bool:

@@ -147,8 +147,7 @@ class SharpnessMonitor(Monitor):
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
         tol: Relative tolerance on residual and change; the value's error is about its square.
         max_matvecs: Most Hessian products a solve may take.
-        memory_limit: GiB that the solver's vectors may take; None for half of what is free when training starts, and on
-            a GPU for what is free at the first measurement beside what training takes at its peak.
+        memory_limit: GiB that the solver's vectors may take; None for half of what is free when training starts.
             Where they do not fit, critical sharpness is measured instead, and that is said. Where memory runs out
             in a measurement all the same, the probe is halved for the next one.
         loggers: Loggers to write to by part of the class name, class or object; None for all.

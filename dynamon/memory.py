@@ -28,21 +28,15 @@ def basis_memory(params: Sequence[Tensor], k: int = 1, certify: bool = False) ->
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on a device: of a GPU what is free, and what its own allocator keeps.
+    """Bytes that this process can still take on a device.
 
     On the host that is the least of what the system has free and what the limits of the control groups that this
     process is in (a container's, a batch system's) leave. Where nothing says, it is 8 GiB.
     """
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        return int(torch.cuda.mem_get_info(device)[0])
     found = [left for left in (_of_system(), *_of_control_groups()) if left is not None]
     return min(found, default=_UNKNOWN)
-
-
-def passing_memory(device: torch.device) -> int:
-    """Bytes of a GPU that training has taken at its peak so far and given back: activations above all."""
-    return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
 
 _UNKNOWN = 2**33

@@ -3,13 +3,12 @@
 import re
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks.sharpness import QUANTITIES
-from tests.helpers import Classifier, batches, fit, mlp
+from tests.helpers import Classifier, batches, fit
 from tests.peak import Peak
 
 HOOKS = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
@@ -117,48 +116,3 @@ def test_a_density_that_does_not_fit_is_left_out() -> None:
         )
         fit(Classifier(wide()), [monitor], steps=8)
     assert len(monitor.history["sharpness/hessian_max"]) == 2 and "sharpness/outliers" not in monitor.history
-
-
-SIZE = sum(p.numel() * 4 for p in Classifier(mlp()).parameters())
-
-
-@pytest.mark.parametrize(("free", "passing", "fits"), [(30, 10, True), (30, 25, False), (12, 0, False), (13, 0, True)])
-def test_on_a_gpu_what_fits_is_found_out_at_the_first_measurement(monkeypatch, free, passing, fits, recwarn) -> None:
-    """Of what is free then, training's activations are left alone, and all the rest is allowed."""
-    seen: list[int] = []
-    monkeypatch.setattr("dynamon.callbacks.eigenvalues.shows_in_training", lambda *_: True)
-    monkeypatch.setattr("dynamon.callbacks.eigenvalues.passing_memory", lambda device: passing * SIZE)
-    module = Classifier(mlp())
-
-    def free_memory(device) -> int:
-        seen.append(module.global_step)
-        return free * SIZE
-
-    monkeypatch.setattr("dynamon.callbacks.room.free_memory", free_memory)
-    monitor = SharpnessMonitor(every_n_steps=4, quantities=["hessian"], probe_fraction=0.25)
-    fit(module, [monitor], steps=12)
-    assert seen == [1] and ("sharpness/hessian_max" in monitor.history) == fits and monitor.failures == 0
-    assert ("sharpness/critical_multiple" in monitor.history) == (not fits)
-    assert len([w for w in recwarn if "vectors of an eigenvalue solve take" in str(w.message)]) == (not fits)
-
-
-def test_where_two_samples_are_too_many_eigenvalues_give_way_to_critical_sharpness(recwarn) -> None:
-    """Vectors are as long as before with half of the samples."""
-
-    class Hungry(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss):
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    def loss_fn(module, batch) -> torch.Tensor:
-        return Hungry.apply(module.training_step(batch, 0))
-
-    monitor = SharpnessMonitor(every_n_steps=1, quantities=["hessian"], loss_fn=loss_fn, probe_size=4)
-    fit(Classifier(mlp()), [monitor], steps=12)
-    said = [str(w.message) for w in recwarn if "Critical sharpness, which needs forward passes only" in str(w.message)]
-    assert len(said) == 1 and monitor.failures == 2
-    assert len(monitor.history["sharpness/critical_multiple"]) > 5

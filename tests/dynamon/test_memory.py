@@ -7,7 +7,7 @@ import torch
 
 from dynamon import memory
 from dynamon.curvature import Diagonal, LinearOperator, top_eigenvalues
-from dynamon.memory import basis_memory, free_memory, passing_memory
+from dynamon.memory import basis_memory, free_memory
 from tests.peak import Peak
 
 N = 20_000
@@ -121,8 +121,4 @@ def test_free_memory_of_a_container_is_that_of_its_limit(monkeypatch, tmp_path, 
 def test_free_memory_of_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (123, 456))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: asked.append(device) or 100)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: asked.append(device) or 60)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 90)
-    assert free_memory(torch.device("cuda:1")) == 163 and passing_memory(torch.device("cuda:1")) == 30
-    assert set(asked) == {torch.device("cuda:1")}
+    assert free_memory(torch.device("cuda:1")) == 123 and asked == [torch.device("cuda:1")]
