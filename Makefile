@@ -9,8 +9,12 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 
+# Tensors of tests are tiny: threads would only wait for each other, and for the other processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow conformance docs gallery lint format clean
+.PHONY: help demo test quick slow conformance gpu docs gallery lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -18,14 +22,20 @@ help: ## Show this list
 demo: $(READY) ## Train a small model under the monitor and show what it finds
 	@$(BIN)/dynamon demo
 
-test: lint ## Check the style, then run the tests
-	@$(BIN)/pytest
+test: lint ## Check the style, then run the tests, as many at once as there are processors
+	@$(PYTEST) $(PARALLEL)
 
-slow: $(READY) ## Run the tests that take minutes
-	@$(BIN)/pytest -m slow --timeout 3600 --ignore tests/conformance
+quick: $(READY) ## Run the tests of the two lower floors that start no processes
+	@$(PYTEST) $(PARALLEL) -m "not slow and not processes" tests/kernels tests/dynamon
+
+slow: $(READY) ## Run the tests that take minutes, the browser, the wheel and the documentation among them
+	@$(PYTEST) -m slow --timeout 3600 --ignore tests/conformance
 
 conformance: $(READY) ## Run every callback in every set-up on every model, and write docs/conformance.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+
+gpu: $(READY) ## Check everything that a GPU must show, in at most eight minutes; ARGS="--help" lists choices
+	@$(BIN)/python -m tests.gpu $(ARGS)
 
 docs: $(READY) ## Build the documentation into site/, warnings are errors
 	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs site

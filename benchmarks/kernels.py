@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python 
 
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.spectra import gpt2_shapes  # noqa: E402
-from dynamon.kernels import gradient_stats, polar_factor, triton_gradient_stats, triton_gram  # noqa: E402
+from dynamon.kernels import (  # noqa: E402
+    gradient_stats,
+    polar_factor,
+    step_polar_factor,
+    triton_gradient_stats,
+    triton_gram,
+)
+from dynamon.kernels.thresholds import GRAM_TWIN, HOST_EIGENVALUES  # noqa: E402
 
-GRAM_BAR, GRAM_SIDE = 1.5, 4096  # times faster than cuBLAS from this side on
+GRAM_BAR, GRAM_SIDE = 1.5, GRAM_TWIN[torch.float32]  # times faster than cuBLAS from this side on
 COPY_BAR, FOREACH_BAR = 0.8, 2.5  # share of the copy bandwidth, times faster than the foreach composition
 SIDES = (1024, 2048, 4096, 8192)
 PRECISIONS = {torch.bfloat16: ("ieee",), torch.float32: ("ieee", "tf32x3")}
@@ -114,7 +122,10 @@ def polar(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for shape in ((1024, 1024), (4096, 1024), (4096, 4096)):
         matrix = gaussian(max(shape), torch.float32)[: shape[0], : shape[1]].contiguous()
-        methods: dict[str, Callable[[], Any]] = {"polar_factor": lambda matrix=matrix: polar_factor(matrix)}
+        methods: dict[str, Callable[[], Any]] = {
+            "polar_factor": lambda matrix=matrix: polar_factor(matrix),
+            "step_polar_factor": lambda matrix=matrix: step_polar_factor(matrix),
+        }
         if peer is not None:
             methods["Muon"] = lambda matrix=matrix: peer(matrix)
         times = milliseconds(methods, rounds)
@@ -130,6 +141,37 @@ def polar(rounds: int) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def eigenvalues(rounds: int) -> list[dict[str, Any]]:
+    """Eigenvalues of Gram matrices on the GPU and, the way there and back included, on the host, eight at a time."""
+    rows = []
+    for side in (32, 64, 128, 256, 512, 768, 1024):
+        matrices = torch.stack([gaussian(side, torch.float32) for _ in range(8)])
+        matrices = matrices.mT @ matrices
+        methods: dict[str, Callable[[], Any]] = {
+            "GPU": lambda matrices=matrices: torch.linalg.eigvalsh(matrices),
+            "host": lambda matrices=matrices: torch.linalg.eigvalsh(matrices.cpu()).cuda(),
+        }
+        times = {label: _once(method, rounds) / 8 for label, method in methods.items()}
+        chosen = "host" if side in HOST_EIGENVALUES else "GPU"
+        for label in methods:
+            ratio = times[chosen] / min(times.values())
+            rows.append({"side": side, "method": label, "milliseconds": times[label], "chosen_to_best": ratio})
+    return rows
+
+
+def _once(method: Callable[[], Any], rounds: int) -> float:
+    """Median milliseconds of a call that waits for the host too, after one that is not counted."""
+    method()
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        method()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
 
 
 def stats(rounds: int) -> list[dict[str, Any]]:
@@ -210,7 +252,8 @@ def main() -> None:
     if not triton_gram.can_run(torch.device("cuda")) or not torch.cuda.is_available():
         print("benchmarks.kernels needs an NVIDIA GPU and Triton; nothing was measured.")
         return
-    results = {"gram": gram(chosen.rounds), "polar": polar(chosen.rounds), "gradient_stats": stats(chosen.rounds)}
+    measured = {"gram": gram, "polar": polar, "eigenvalues": eigenvalues, "gradient_stats": stats}
+    results = {name: measure(chosen.rounds) for name, measure in measured.items()}
     if chosen.sweep:
         results["sweep"] = sweep(1)
     for name, rows in results.items():

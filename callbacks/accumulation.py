@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.batches import likely_samples
-from dynamon.callbacks.base import callbacks_of, gradient_scale
+from dynamon.callbacks.base import callbacks_of, unscales_in_step
 from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.samples import batch_sizes
+from dynamon.scales import Scale, inverse_scale
 from dynamon.shards import any_sharded, local
 from dynamon.windows import Window
 
@@ -27,6 +28,7 @@ class _Passes:
     def __init__(self, optimizer: Optimizer) -> None:
         """None yet."""
         self._parameters = _parameters(optimizer)
+        self.held = len(self._parameters)
         self._writes = 2 if any_sharded(self._parameters) else 1  # of one pass at most; FSDP2 adds in two
         self._marks: _Marks = []  # after the last pass
         self._before: _Marks = []
@@ -47,10 +49,6 @@ class _Passes:
         """Samples of each pass, sorted; None where those of one are not known."""
         known = [samples for samples in self.samples if samples is not None]
         return tuple(sorted(known)) if len(known) == self.count else None
-
-    def is_of(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer still holds these parameters."""
-        return len(self._parameters) == sum(len(group["params"]) for group in optimizer.param_groups)
 
     def rest(self) -> None:
         """A batch has arrived: what the last step has used is past."""
@@ -99,6 +97,9 @@ class Windows:
         self._passes: dict[Optimizer, _Passes] = {}
         self._batch: Any = None
         self._samples: int | None = None
+        self._sizes: tuple[tuple[Any, int], tuple[int, ...]] | None = None  # the loaders, the epoch, what they say
+        self._form: Any = None
+        self._found: int | None = None  # samples of a batch of that form
         self._inside = False  # a backward pass
         self._is_watched = False  # in which others may have changed what was accumulated before
 
@@ -108,9 +109,19 @@ class Windows:
         if position == self._batch:
             return
         self._batch, self._inside = position, False
-        self._samples = likely_samples(batch, batch_sizes(trainer))
+        self._samples = self._samples_of(batch, trainer)
         for passes in self._passes.values():
             passes.rest()
+
+    def _samples_of(self, batch: Any, trainer: pl.Trainer) -> int | None:
+        """How many samples a batch has, looked at once for batches of one form."""
+        loader = trainer.train_dataloader, trainer.current_epoch
+        if self._sizes is None or loader[0] is not self._sizes[0][0] or loader[1] != self._sizes[0][1]:
+            self._sizes, self._form = (loader, batch_sizes(trainer)), None
+        form = _form(batch)
+        if form is None or form != self._form:
+            self._form, self._found = form, likely_samples(batch, self._sizes[1])
+        return self._found
 
     def before_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """A backward pass begins."""
@@ -156,14 +167,18 @@ class Windows:
         """The weight in the window of the part that was kept; None where the rest is not alike."""
         passes = self._of(optimizer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        unscaled = scaler is not None and gradient_scale(trainer, optimizer) == 1.0
+        given = getattr(optimizer, "grad_scale", None)
+        unscaled = scaler is not None and given is None and not unscales_in_step(optimizer)
         if passes.half is None or not passes.is_untouched(writes=_writes_of_unscaling() if unscaled else 0):
             return None
         return window.share(passes.half)
 
     def _of(self, optimizer: Optimizer) -> _Passes:
+        held = 0  # asked at each hook
+        for group in optimizer.param_groups:
+            held += len(group["params"])
         known = self._passes.get(optimizer)
-        if known is None or not known.is_of(optimizer):
+        if known is None or known.held != held:
             known = self._passes[optimizer] = _Passes(optimizer)
         return known
 
@@ -181,6 +196,19 @@ def windows_of(trainer: pl.Trainer) -> Windows:
 def begin_windows(trainer: pl.Trainer) -> None:
     """Training begins: forget what was seen of another fit."""
     _of_trainers.pop(trainer, None)
+
+
+def _form(batch: Any) -> Any:
+    """What tells how many samples a batch of plain tensors has; None for batches of other things."""
+    if type(batch) is dict:
+        return (*batch, *inner) if (inner := _form(list(batch.values()))) is not None else None
+    is_one = type(batch) is Tensor
+    if not is_one and type(batch) not in (list, tuple):
+        return None
+    held = (batch,) if is_one else batch
+    if [t for t in held if type(t) is not Tensor or t.is_nested or t.layout != torch.strided]:
+        return None
+    return (type(batch), *[(t.shape, t.dtype) for t in held])
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -252,7 +280,7 @@ def compares_ranks(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     return averages_gradients(trainer) and module.automatic_optimization
 
 
-def scale_before_step(trainer: pl.Trainer) -> float:
-    """What brings gradients to their true size before the precision plugin has unscaled them."""
+def scale_before_step(trainer: pl.Trainer) -> Scale:
+    """What brings gradients to their true size before the precision plugin has unscaled them; waits for no device."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else 1.0 / float(scaler.get_scale())
+    return 1.0 if scaler is None else inverse_scale(scaler)

@@ -7,12 +7,15 @@ from weakref import WeakSet, ref
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.callbacks.recorder import Row
 from dynamon.geometry import assumption
+from dynamon.optim import spread_reason
 from dynamon.panels import Layout, combined
+from dynamon.scales import Scale, inverse_scale
 
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
 _REFUSED = {
@@ -125,15 +128,21 @@ class DynamonCallback(pl.Callback):
                     rank_zero_warn(f"dynamon's panels could not be written: {error} Training goes on without them.")
 
 
-def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """What brings gradients to their true size: fused optimizers unscale fp16 ones only in their step."""
+def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> Scale:
+    """What brings gradients to their true size: fused optimizers unscale fp16 ones only in their step.
+
+    Waits for no device: what a scaler knows there stays there, as a tensor.
+    """
     given = getattr(optimizer, "grad_scale", None)  # while a scaler steps it, one used by hand too
     if given is not None:
-        return 1.0 / float(given)
+        return given.reciprocal() if isinstance(given, Tensor) else 1.0 / float(given)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return 1.0 / float(scaler.get_scale())
+    return inverse_scale(scaler) if scaler is not None and unscales_in_step(optimizer) else 1.0
+
+
+def unscales_in_step(optimizer: Optimizer) -> bool:
+    """Whether an optimizer unscales its gradients in its step, so that they are scaled until then."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def say_geometry(optimizer: Optimizer) -> None:
@@ -161,7 +170,8 @@ def is_tryout(trainer: pl.Trainer) -> bool:
 
 def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
     """Why dynamon cannot measure this run at all, in one sentence; None where it can."""
-    return nothing_there(module) or strategy_reason(trainer)
+    trained = (p for p in module.parameters() if p.requires_grad and not is_lazy(p))
+    return nothing_there(module) or strategy_reason(trainer) or spread_reason(trained)
 
 
 def nothing_there(module: pl.LightningModule) -> str | None:

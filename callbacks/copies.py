@@ -2,10 +2,22 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from dynamon.layers import Layer
 from dynamon.shards import is_sharded, part_of, saved
+
+
+def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors by name, in one call where all are plain tensors of one device."""
+    tensors = list(weights.values())
+    if any(type(tensor) is not Tensor or tensor.device != tensors[0].device for tensor in tensors):
+        return {name: tensor.clone() for name, tensor in weights.items()}
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, tensors)
+    return dict(zip(weights, copies, strict=True))
 
 
 def whole_copies(copies: Mapping[str, Tensor], layers: Iterable[Layer], everywhere: bool = False) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ class Decisions:
         waiting = [meter for meter in meters if meter.awaits_decision(run)]
         if not waiting:
             return  # for good: what is off stays off
-        with run.charge("decision"):
+        with run.charge("decision", waits=True):
             said = run.ranks.first_says(self._say(run, waiting))
         self.taken += 1
         self._seconds = min(self._seconds, run.budget.last["decision"])

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.curvature_tags import BLOCKS, COMMON, SUBSPACE, TAGS, TRACKED, readings_of
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
@@ -34,10 +33,14 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.lanczos import random_start
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.memory import free_memory
 from dynamon.optim import steering_of
-from dynamon.panels import SHARPNESS, shown
+from dynamon.panels import layout_of
 from dynamon.preconditioner import NoSecondMomentError, has_second_moment, preconditioned, preconditioner
+from dynamon.quantities import Scope, meanings, quantities_of
+from dynamon.quantities.sharpness import SUBSPACE
 from dynamon.ranks import ran_out_of_memory
+from dynamon.shards import is_sharded
 from dynamon.stability import (
     StabilityScaling,
     has_stability_condition,
@@ -46,6 +49,7 @@ from dynamon.stability import (
     stability_threshold,
 )
 
+_TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})  # with a warm start of their own
 _TRACE_SAMPLES = 16
 _DENSITY_STEPS, _DENSITY_PROBES = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
@@ -74,7 +78,7 @@ class EigenvalueMeter(Meter):
         cadence: When.
         probe: What the loss is evaluated on.
         steps: Takes over with critical sharpness where the vectors do not fit into memory.
-        quantities: Keys of :data:`dynamon.callbacks.curvature_tags.TAGS`.
+        quantities: Those that are chosen, of ``dynamon.quantities.choices("sharpness")``.
         tol: Relative tolerance of the solves.
         max_matvecs: Most products a solve.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
@@ -100,16 +104,18 @@ class EigenvalueMeter(Meter):
         self._gauss_newton = GaussNewton(probe, outputs)
         self._wanted = frozenset(quantities)
         self._tol, self._max_matvecs = tol, max_matvecs
-        self.tags = {tag: meaning for q in TAGS if q in self._wanted for tag, meaning in TAGS[q].items()}
-        self.tags |= COMMON if self._wanted else {}
-        self.panels = shown(SHARPNESS, self.tags)
-        self.quantities = {BLOCKS: "largest eigenvalue of the layer's own block"} if "blocks" in self._wanted else {}
+        declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
+        self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
+        self.quantities = meanings(one for one in declared if one.scope is Scope.PER_LAYER)
+        self.panels = layout_of(declared)
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None
         self.last_density: SpectralDensity | None = None
         self._product_seconds: deque[float] = deque(maxlen=5)
         self._too_large, self._never, self._certify = False, False, True
+        self._needed = 0.0  # bytes of the vectors of a solve
+        self._is_guess = self._is_solving = False
         self._told: set[str] = set()
         self._failures = Failures()
         self._last_loss = math.inf
@@ -132,6 +138,16 @@ class EigenvalueMeter(Meter):
             )
         with run.ranks.measurement():
             self._check_memory(run)
+        # On a device of its own memory is not what it will be: activations and states of optimizers come with training.
+        whole = not any(is_sharded(p) for p in trained_parameters(run).values())
+        self._is_guess = run.module.device.type != "cpu" and not self._memory_limit and whole
+
+    def _fits(self, run: Run) -> bool:
+        """Whether the vectors of a solve fit beside what training holds, asked once more before the first one."""
+        if self._is_guess:
+            self._is_guess = False
+            self._check_memory(run)
+        return not self._too_large
 
     def _check_memory(self, run: Run) -> None:
         trained = list(trained_parameters(run).values())
@@ -139,6 +155,7 @@ class EigenvalueMeter(Meter):
             return
         room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
         self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
+        self._needed = room.needed
         allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
         if room.differences:
             self._told.add("backend")
@@ -175,7 +192,7 @@ class EigenvalueMeter(Meter):
         A guess of two training steps for a product on a full batch counts as one experience, so that a single
         slow measurement does not keep the next one away for long.
         """
-        trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & TRACKED))
+        trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
         products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
         products += _TRACE_SAMPLES * ("trace" in self._wanted)
         products += 6 * len(run.layers) if "blocks" in self._wanted else 0
@@ -198,14 +215,21 @@ class EigenvalueMeter(Meter):
             self._steps.copy_weights(run)
 
     def make_room(self, run: Run) -> str | None:
-        """Halve the probe."""
-        return self._probe.halve(run)
+        """Halve the probe; give up solves where it is not to blame, of one process."""
+        alone, share = not run.ranks.several, self._probe.share
+        fits = free_memory(run.module.device) > self._needed
+        said = self._probe.halve(run) if fits or not self._is_solving or not alone else None
+        if not alone or not self._is_solving or self._probe.share < share:
+            return said
+        self._too_large = True
+        self._steps.also("critical")
+        return "Eigenvalues are left out: critical sharpness, which needs forward passes only, is shown instead."
 
     def batch_end(self, run: Run) -> None:
         """Measure when due."""
         if not self._is_due(run) or not run.steps.any_taken():
             return
-        with run.charge(self.name):
+        with run.charge(self.name, waits=True):
             is_there = self._probe.check(run)
         if not is_there:
             return
@@ -222,9 +246,13 @@ class EigenvalueMeter(Meter):
         self.done(run)
 
     def _measure(self, run: Run) -> int:
+        self._is_solving = False
+        if not self._fits(run):
+            return 0
         self._probe.agree(run)
         with self._probe.evaluation(run) as params:
             hessian = self._probe.hessian(run, params)
+            self._is_solving = True  # from here on the loss and its gradient fit
             if (never := why_never(hessian, hessian.gradient)) is not None:
                 self._leave_out(run, never)
                 return 0
@@ -330,7 +358,7 @@ class EigenvalueMeter(Meter):
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
             found = self._solve_hessian(point)
-            point.readings |= readings_of("stability_ratio", found.scaled(scaling.constant))
+            point.readings |= found.scaled(scaling.constant).readings("sharpness/stability_ratio")
         else:
             found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
         self._note_bracket(point, "stability_ratio", found, scaling)
@@ -369,7 +397,7 @@ class EigenvalueMeter(Meter):
         point.products += found.matvecs
         if (reason := why_not(operator, found.product_error)) is not None:
             raise ArithmeticError(reason)
-        point.readings |= readings_of(tag, found)
+        point.readings |= found.readings(f"sharpness/{tag}")
         return found
 
     def _tracker(self, k: int = 1) -> EigenTracker:
@@ -423,7 +451,7 @@ class EigenvalueMeter(Meter):
             raise ArithmeticError(reasons[0])
         pairs = zip(found.values(), reasons, strict=True)
         values = np.array([math.nan if reason else float(one.values[0]) for one, reason in pairs])
-        point.run.recorder.layers(BLOCKS, values, list(found))
+        point.run.recorder.layers("sharpness/block", values, list(found))
 
     def _ggn(self, point: _Point) -> None:
         self._solve(point, "ggn_max", self._gauss_newton.operator(point.run, point.params))

@@ -13,17 +13,19 @@ from torch.optim import LBFGS, Optimizer
 from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import begins_window, compares_ranks, has_windows, windows_of
 from dynamon.callbacks.base import gradient_scale
-from dynamon.callbacks.gradient_source import GradientSource, SourceReading
+from dynamon.callbacks.gradient_source import AwaitedReading, GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
-from dynamon.kernels import l2_norms, widest_dtype
+from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.pairs import as_real
-from dynamon.panels import GRADIENTS
+from dynamon.panels import layout_of
+from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
 from dynamon.ranks import Ranks
+from dynamon.scales import Scale, scaled
 from dynamon.sharded_norms import steps_and_lengths
 from dynamon.shards import local, local_as
 from dynamon.updates import local_smoothness
@@ -45,34 +47,17 @@ class GradientMeter(PairMeter):
     """
 
     name = "gradient"
-    panels = GRADIENTS
-    tags = {
-        "gradient/norm": "l2 norm of all gradients before clipping",
-        "gradient/norm_clipped": "the same after clipping (automatic optimisation)",
-        "gradient/clip_coefficient": "after over before; 1 where nothing was clipped",
-        "gradient/clip_share": "share of the steps measured so far at which clipping changed the norm",
-        "gradient/norm_dual": "sum of the layers' dual norms",
-        "gradient/norm_l1": "l1 norm of all gradients before clipping",
-        "gradient/cosine": "cosine between this gradient and the one a step before",
-        "gradient/nonfinite": "entries that are NaN or infinite",
-        "noise/scale": "gradient noise scale: the batch at which noise equals signal, in multiples of yours",
-    }
-    quantities = {
-        "gradient/l2": "l2 norm of the layer's gradient",
-        "gradient/dual": "its dual norm, in the norm that fits optimizer and role",
-        "gradient/local_smoothness": "dual norm of the gradient's change over the norm of the step in between",
-        "noise/dual": "noise sqrt(H) in that dual norm",
-        "noise/independent": "the same from the processes or the halves of accumulation windows, without curvature",
-        "noise/snr": "squared length of the mean gradient over its variance",
-    }
-    histograms = {"gradient/histogram": "the layer's gradient before clipping, every tenth reading"}
+    panels = layout_of(quantities_of("gradient"))
+    tags = meanings(quantities_of("gradient", scope=Scope.SCALAR))
+    quantities = meanings(quantities_of("gradient", scope=Scope.PER_LAYER))
+    histograms = meanings(quantities_of("gradient", scope=Scope.HISTOGRAMS))
 
     def __init__(self, cadence: Cadence, with_histograms: bool = False) -> None:
         """Nothing read yet."""
         super().__init__(cadence)
         self._with_histograms = with_histograms
         self._sources: dict[Optimizer, GradientSource] = {}
-        self._read: dict[Optimizer, SourceReading] = {}
+        self._read: dict[Optimizer, AwaitedReading] = {}  # on its way to the host until the batch ends
         self._reading = False  # this step is measured
         self._watching = False  # what its gradients are accumulated over is followed
         self._binned: dict[str, Tensor] = {}
@@ -81,6 +66,10 @@ class GradientMeter(PairMeter):
         self._clipped, self._clippable = 0, 0  # measured steps
         self._told: set[str] = set()
         self._saved: dict[str, Any] = {}
+
+    def start(self, run: Run) -> None:
+        """Have what a reading launches compiled before training."""
+        warm_up(run.module.device, [as_real(local(layer.parameter.detach())).dtype for layer in run.all_layers])
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
@@ -106,7 +95,7 @@ class GradientMeter(PairMeter):
         if watch.is_repeated:
             source.again()
         if reads:
-            with run.charge(self.name):
+            with run.charge(self.name, waits=run.is_sharded):
                 # An optimizer that steps twice in a batch is shown at its last step.
                 try:
                     self._used.pop(optimizer, None)
@@ -176,6 +165,7 @@ class GradientMeter(PairMeter):
         used, self._used = self._used, {}
         reads, self._reading = self._reading, False
         if (reads or self._keeping) and not run.steps.any_taken():
+            self._settle(run, read)
             for source in self._sources.values():
                 source.forget()  # what was read or kept is of no step
             return
@@ -184,12 +174,22 @@ class GradientMeter(PairMeter):
             self._moved = {}
             if reads and (shown or run.ranks.several):
                 with run.together(self.name):
-                    self._hand_on(run, list(shown.values()), [used.get(o) for o in shown])
+                    arrived = {optimizer: awaited.wait() for optimizer, awaited in read.items()}
+                    self._hand_on(run, [arrived[o] for o in shown], [used.get(o) for o in shown])
                 self.done(run)
+            else:
+                self._settle(run, read)
         finally:
             self.turn(run)
 
-    def _is_of_step(self, run: Run, optimizer: Optimizer, read: SourceReading) -> bool:
+    def _settle(self, run: Run, read: Mapping[Optimizer, AwaitedReading]) -> None:
+        """Have what is not shown counted all the same."""
+        if read:
+            with run.charge(self.name, waits=True):
+                for awaited in read.values():
+                    awaited.wait()
+
+    def _is_of_step(self, run: Run, optimizer: Optimizer, read: AwaitedReading) -> bool:
         """Whether a step has used the gradients that were read, and no others."""
         times = run.steps.of(optimizer).evaluations
         is_one_of_many = times > 2 or times > 1 and isinstance(optimizer, LBFGS)
@@ -247,7 +247,7 @@ class GradientMeter(PairMeter):
         dense = {la.name: _here(la, la.parameter.grad) for la in layers if la.parameter.grad is not None}
         if dense:
             scale = gradient_scale(run.trainer, optimizer)
-            table = histogram_table([g if scale == 1.0 else g * scale for g in dense.values()])
+            table = histogram_table([scaled(g, scale) for g in dense.values()])
             self._binned |= zip(dense, table, strict=True)
 
     def _hand_on(self, run: Run, read: list[SourceReading], used: Sequence["UsedGradients | None"]) -> None:
@@ -355,13 +355,13 @@ class UsedGradients:
         lengths: Euclidean norms ``[P]`` of those that are there, on the device: of the parts that are here.
     """
 
-    def __init__(self, read: SourceReading, scale: float) -> None:
+    def __init__(self, read: AwaitedReading, scale: Scale) -> None:
         """Measure them."""
         gradients = [la.parameter.grad for la in read.layers]
         self.present = np.array([g is not None for g in gradients])
         here = [_here(la, g) for la, g in zip(read.layers, gradients, strict=True) if g is not None]
         lengths = l2_norms([g if g.numel() else g.new_zeros(1) for g in here])
-        self.lengths = lengths if scale == 1.0 else lengths * scale
+        self.lengths = scaled(lengths, scale)
 
 
 def _to_host(read: Sequence[SourceReading], used: Sequence[UsedGradients | None]) -> tuple[list[Array], list[Array]]:
@@ -466,6 +466,7 @@ def _cosine(read: Sequence[GradientReadings]) -> float | None:
     return float(np.clip(inner / (now * before) ** 0.5, -1, 1)) if now > 0 and before > 0 else None
 
 
+@with_tag_table(quantities_of("gradient", "monitor"))
 class GradientMonitor(Monitor):
     """Gradient norms by layer and as a whole, gradient noise, what clipping does, and how quickly gradients turn.
 
@@ -477,32 +478,7 @@ class GradientMonitor(Monitor):
 
     Tags (headlines are also in ``trainer.callback_metrics``):
 
-    ================================  ====================================================
-    tag                               what it is
-    ================================  ====================================================
-    ``gradient/norm``                 l2 norm of all gradients before clipping
-    ``gradient/norm_clipped``         the same after clipping (automatic optimisation)
-    ``gradient/clip_coefficient``     after over before; 1 where nothing was clipped
-    ``gradient/clip_share``           share of the steps measured so far at which clipping changed the norm
-    ``gradient/norm_dual``            sum of the layers' dual norms
-    ``gradient/norm_l1``              l1 norm of all gradients before clipping
-    ``gradient/cosine``               cosine between this gradient and the one a step before
-    ``gradient/nonfinite``            entries that are NaN or infinite
-    ``gradient/l2``                   per layer: l2 norm
-    ``gradient/dual``                 per layer: dual norm
-    ``gradient/local_smoothness``     per layer: dual norm of the gradient's change over the norm of the step in between
-    ``noise/scale``                   gradient noise scale: the batch at which noise equals signal, in multiples of
-                                      yours; nothing while no signal stands out
-    ``noise/dual``                    per layer: noise sqrt(H) in the dual norm; NaN for a layer without gradients
-    ``noise/independent``             per layer: the same from the processes of a DDP run, or the two halves of
-                                      accumulation windows; what ``noise/dual`` has above it is curvature. NaN at steps
-                                      whose window has no halves that are alike
-    ``noise/snr``                     per layer: squared length of the mean gradient over its variance
-    ``gradient/histogram``            per layer: the gradient before clipping (``histograms=True``)
-    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
-    ``dynamon/overhead``              time of monitoring over training time without it
-    ``dynamon/failures``              measurements that failed so far
-    ================================  ====================================================
+    {tags}
 
     A per-layer quantity ``a/b`` is written as the quantiles ``a/b_p10``, ``a/b_median``, ``a/b_p90``, as
     ``a.b/<layer>`` for each layer while that makes at most 400 tags in all, and as one tensor summary

@@ -35,15 +35,19 @@ from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.history import History
 from dynamon.layers import select
-from dynamon.optim import LayerwiseRates, refusal, steerable_layers
-from dynamon.panels import RATES, Layout, band, combined
+from dynamon.optim import LayerwiseRates, refusal, spread_reason, steerable_layers
+from dynamon.panels import combined, layout_of
+from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
 from dynamon.rates import NoiseAdaptiveRates, Rule
+from dynamon.rates.merging import Merging
 from dynamon.shards import any_sharded
 from dynamon.stepping import GONE, has_gradients
 
-_NOISE: Layout = {"3 Rates": {"noise in the dual norm across layers": band("noise/dual")}}
+_NOISE = REGISTRY["noise/dual"]  # shown where the rule follows it and no monitor in the Trainer does
+_RATES = layout_of(quantities_of("steering"))
 
 
+@with_tag_table([*quantities_of("steering"), _NOISE])
 class LayerwiseLR(DynamonCallback):
     """Steers every optimizer of the Trainer with one learning-rate ratio a layer, as a rule gives it.
 
@@ -53,19 +57,9 @@ class LayerwiseLR(DynamonCallback):
 
     Tags, written every ``trainer.log_every_n_steps`` steps:
 
-    =================================  ====================================================
-    tag                                what it is
-    =================================  ====================================================
-    ``lr/base``                        largest learning rate of any layer, before the ratio
-    ``lr/base_min``                    the smallest, where groups or optimizers have different ones
-    ``lr/bounded``                     layers whose ratio sits at a bound of the rule
-    ``lr/ratio``                       per layer: factor on the learning rate
-    ``lr/effective``                   per layer: learning rate times ratio
-    ``noise/dual``                     per layer: noise sqrt(H) in the dual norm, where the rule
-                                       follows it and no monitor in the Trainer shows it
-    ``dynamon/steering_overhead``      time of reading gradients and of the rule over training
-                                       time without it
-    =================================  ====================================================
+    {tags}
+
+    ``noise/dual`` is there where the rule follows it and no monitor in the Trainer shows it.
 
     Per-layer quantities are written as described in :class:`dynamon.callbacks.GradientMonitor`.
 
@@ -81,24 +75,17 @@ class LayerwiseLR(DynamonCallback):
         scale_weight_decay: Decoupled weight decay (AdamW) scales with the rate. False keeps it at the base rate.
         read_every: Read gradients for the rule at every so many-th step only; its updates are then so many steps
             apart. At 10 reading costs about a fifth.
+        max_groups: Groups of parameters in a step at most: near ratios are brought together, see
+            :class:`dynamon.optim.LayerwiseRates`. None: every layer has the ratio of the rule to the bit.
 
     Raises:
         ValueError: On arguments out of range; when fit starts, if an optimizer cannot take layerwise rates,
             with the reason, and for a rule that compares independent gradients without accumulation or DDP.
     """
 
-    panels = RATES
-    tags = {
-        "lr/base": "largest learning rate of any layer, before the ratio",
-        "lr/base_min": "the smallest, where groups or optimizers have different ones",
-        "lr/bounded": "layers whose ratio sits at a bound of the rule",
-        "dynamon/steering_overhead": "time of reading gradients and of the rule over training time without it",
-    }
-    quantities = {
-        "lr/ratio": "factor on the learning rate",
-        "lr/effective": "learning rate times ratio",
-        "noise/dual": "noise sqrt(H) in the dual norm",
-    }
+    panels = _RATES
+    tags = meanings(quantities_of("steering", scope=Scope.SCALAR))
+    quantities = meanings([*quantities_of("steering", scope=Scope.PER_LAYER), _NOISE])
 
     def __init__(
         self,
@@ -111,6 +98,7 @@ class LayerwiseLR(DynamonCallback):
         apply: bool = True,
         scale_weight_decay: bool = True,
         read_every: int = 1,
+        max_groups: int | None = 16,
     ) -> None:
         """Check the arguments."""
         super().__init__()
@@ -121,7 +109,10 @@ class LayerwiseLR(DynamonCallback):
         self.rule, self.lag, self.save_gradient = rule, lag, save_gradient
         if type(read_every) is not int or read_every < 1:
             raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
+        if max_groups is not None:
+            Merging(max_groups)  # checks it
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
+        self.max_groups = max_groups
         self._patterns = layers
         self._loggers = loggers
         self._recorder = Recorder(loggers, len(self.quantities))
@@ -155,7 +146,7 @@ class LayerwiseLR(DynamonCallback):
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The ratio of each layer, by parameter name; in a dry run the one that would be in force."""
+        """The ratio of each layer, merged, by parameter name; in a dry run the one that would be in force."""
         if not self._steered:
             return dict(self._past[1])
         return {name: ratio for rates in self._steered.values() for name, ratio in rates.wanted.items()}
@@ -172,7 +163,7 @@ class LayerwiseLR(DynamonCallback):
         """Check the surroundings."""
         self._shows_noise = self.rule.needs_gradients and not _noise_is_shown(trainer)
         super().setup(trainer, pl_module, stage)
-        self.panels = combined([RATES, _NOISE]) if self._shows_noise else RATES
+        self.panels = combined([_RATES, layout_of([_NOISE], "3 Rates")]) if self._shows_noise else _RATES
         if stage == "fit" and not trainer.barebones:
             self._recorder.check(trainer)
 
@@ -197,7 +188,7 @@ class LayerwiseLR(DynamonCallback):
             reason = refusal(optimizer) if _holds_some_of(pl_module, optimizer) else None
             if reason is not None:
                 raise ValueError(f"{type(self).__name__}: {reason}")
-        reason = strategy_reason(trainer) or _no_parts(self.rule, trainer, pl_module)
+        reason = strategy_reason(trainer) or _no_parts(self.rule, trainer, pl_module) or _spread(self.rule, pl_module)
         if reason is not None:
             raise ValueError(f"{type(self).__name__} cannot steer this run: {reason}")
 
@@ -211,6 +202,9 @@ class LayerwiseLR(DynamonCallback):
             rank_zero_warn(f"{type(self).__name__} steers nothing: {nothing}")
             return
         self._attach(trainer, pl_module)
+        for rates in self._steered.values():
+            if self.rule.needs_gradients:
+                rates.reader.warm_up()
         self._is_steering = True
         self.write_layout(trainer)
 
@@ -233,7 +227,7 @@ class LayerwiseLR(DynamonCallback):
             return
         windows_of(trainer).batch_start(trainer, batch)
         if _wants_parts(self.rule) and compares_ranks(trainer, pl_module) and begins_window(trainer):
-            with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
+            with self._budget.charge("steering", pl_module.device):
                 for rates in self._steered.values():
                     rates.watch_ranks()
 
@@ -254,14 +248,14 @@ class LayerwiseLR(DynamonCallback):
         for optimizer, rates in self._steered.items():
             share = windows.half(trainer, optimizer)
             if share is not None:
-                with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
+                with self._budget.charge("steering", pl_module.device):
                     rates.observe_part(share, scale_before_step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Read the gradients before they are clipped."""
-        with self._budget.charge("steering", cuda=pl_module.device.type == "cuda"):
+        with self._budget.charge("steering", pl_module.device):
             if self._is_new(trainer, optimizer):
                 self._attach(trainer, pl_module)  # the strategy was given new optimizers
             rates = self._steered.get(optimizer)
@@ -273,7 +267,8 @@ class LayerwiseLR(DynamonCallback):
                 window = windows.before_step(trainer, pl_module, optimizer)
                 rates.reader.settle_part(windows.share(trainer, optimizer, window))
             step = step_of(trainer)
-            local = scale_before_step(trainer)
+            compares = _wants_parts(self.rule) and compares_ranks(trainer, pl_module)
+            local = scale_before_step(trainer) if compares else None
             rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local, window)
             if self._is_shown(trainer):
                 # Before the step: the scheduler has moved on by the time it is over.
@@ -282,6 +277,9 @@ class LayerwiseLR(DynamonCallback):
     def _has_gradients(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
         """Whether there is something to take a step with; steering ends where there never is."""
         passes, self._passes = self._passes, 0
+        if has_gradients(optimizer):
+            self._gone = None
+            return True
         if any(has_gradients(each) for each in trainer.optimizers):
             self._gone = None
         elif passes and self._gone is not None:
@@ -293,7 +291,7 @@ class LayerwiseLR(DynamonCallback):
                     f"{type(self).__name__} is off: gradients are gone before the optimizer's step, so that its rates "
                     "have no effect (an optimizer that works in backward, or zero_grad before the step)."
                 )
-        return has_gradients(optimizer)
+        return False
 
     @staticmethod
     def _is_shown(trainer: pl.Trainer) -> bool:
@@ -436,12 +434,14 @@ class LayerwiseLR(DynamonCallback):
                 apply=self.apply,
                 scale_weight_decay=self.scale_weight_decay,
                 read_every=self.read_every,
+                max_groups=self.max_groups,
             )
             rates.in_half_precision = "16" in str(trainer.precision)
             rates.agrees_with_others = averages_gradients(trainer)
             if index < len(state):
                 rates.load_state_dict(state[index])
-            rates.charge = partial(self._budget.charge, "steering", pl_module.device.type == "cuda")
+            rates.charge = partial(self._budget.charge, "steering", pl_module.device)
+            rates.idle = self._budget.waiting
             self._steered[optimizer] = rates
             if self.rule.needs_gradients:
                 say_geometry(optimizer)
@@ -488,6 +488,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
         apply: False for a dry run, which computes and logs and changes nothing.
         scale_weight_decay: Decoupled weight decay scales with the rate; False keeps it at the base rate.
         read_every: Read the noise at every so many-th step only.
+        max_groups: Groups of parameters in a step at most: near ratios are brought together. None as published.
         **rule: The rule's own arguments, those of :class:`dynamon.rates.NoiseAdaptiveRates`: ``alpha``, ``beta2``,
             ``group_by``, ``normalize_shape``, ``floor``, ``warmup`` and, where the paper leaves a choice open,
             ``exponent``, ``relative_to``, ``cap``, ``dead_band``, ``refresh``, ``source``, ``bias_correction``.
@@ -513,6 +514,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
         apply: bool = True,
         scale_weight_decay: bool = True,
         read_every: int = 1,
+        max_groups: int | None = 16,
         **rule: Any,
     ) -> None:
         """Make the rule."""
@@ -525,6 +527,7 @@ class NoiseAdaptiveLR(LayerwiseLR):
             apply=apply,
             scale_weight_decay=scale_weight_decay,
             read_every=read_every,
+            max_groups=max_groups,
         )
 
 
@@ -568,6 +571,13 @@ def _no_parts(rule: Rule, trainer: pl.Trainer, module: pl.LightningModule) -> st
             "set accumulate_grad_batches=2 or more."
         )
     return None
+
+
+def _spread(rule: Rule, module: pl.LightningModule) -> str | None:
+    """Why the gradients that a rule wants cannot be read together; None where they can, or it wants none."""
+    if not rule.needs_gradients:
+        return None
+    return spread_reason(p for p in module.parameters() if p.requires_grad and not is_lazy(p))
 
 
 def _noise_is_shown(trainer: pl.Trainer) -> bool:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dynamon.callbacks.base import is_tryout, step_of
 from dynamon.callbacks.budget import Budget
+from dynamon.callbacks.copies import copied
 from dynamon.callbacks.decisions import Decisions, ranks_of
 from dynamon.callbacks.layer_set import LayerSet
 from dynamon.callbacks.recorder import Recorder
@@ -52,7 +53,7 @@ class Run:
         self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
         self._set = LayerSet(module, patterns)
         self.ranks, self.decisions = ranks_of(trainer, module), Decisions()
-        self.steps = Steps(trainer, module, self.ranks)
+        self.steps = Steps(trainer, module, self.ranks, budget.waiting)
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
         self._copies: dict[str, Tensor] = {}
@@ -118,7 +119,7 @@ class Run:
         if step != self._copied_at:
             self._copies, self._copied_at = {}, step
         own = {layer.name: layer.parameter for layer in layers}
-        self._copies |= {name: p.detach().clone() for name, p in own.items() if name not in self._copies}
+        self._copies |= copied({name: p.detach() for name, p in own.items() if name not in self._copies})
         return {name: self._copies[name] for name in own}
 
     def forget_copies(self) -> None:
@@ -126,15 +127,15 @@ class Run:
         self._copies, self._copied_at = {}, (-1, -1)
 
     @contextmanager
-    def charge(self, name: str) -> Iterator[None]:
-        """Book the time inside to a measurement."""
-        with self.budget.charge(name, cuda=self.module.device.type == "cuda"):
+    def charge(self, name: str, waits: bool = False) -> Iterator[None]:
+        """Book the time inside to a measurement; ``waits`` where the host reads something of the device in it."""
+        with self.budget.charge(name, self.module.device, waits):
             yield
 
     @contextmanager
     def together(self, name: str) -> Iterator[None]:
         """Book the time of a measurement that succeeds on all processes, or on none."""
-        with self.charge(name), self.ranks.measurement():
+        with self.charge(name, waits=True), self.ranks.measurement():
             if name in self.unsettled:
                 raise self.unsettled.pop(name)
             yield
@@ -271,17 +272,24 @@ class Meter(ABC):
         self.cadence = cadence
         self.points = 0  # measurements, those before a resume included
         self._timed = 0  # those of this fit, whose time is known
+        self._first = 0.0  # seconds of the first of them
 
     def expected(self, run: Run) -> float:
-        """Seconds the next measurement will take: the mean so far, or a step's time for the first."""
+        """Seconds the next measurement will take: the mean so far, or a share of a step's time for the first.
+
+        The first loads modules, makes handles and compiles: once there are others it is not in the mean.
+        """
         if not self._timed:
             return run.seconds_per_step / 10
-        return run.budget.spent_on.get(self.name, 0.0) / self._timed
+        spent = run.budget.spent_on.get(self.name, 0.0)
+        return spent if self._timed == 1 else max(spent - self._first, 0.0) / (self._timed - 1)
 
     def done(self, run: Run) -> None:
         """A measurement is complete."""
         self.points += 1
         self._timed += 1
+        if self._timed == 1:
+            self._first = run.budget.spent_on.get(self.name, 0.0)
         self.cadence.last = run.step
 
     def awaits_decision(self, run: Run) -> bool:

@@ -4,19 +4,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from dynamon.callbacks.curvature_tags import TAGS
 from dynamon.callbacks.eigenvalues import EigenvalueMeter
 from dynamon.callbacks.gauss_newton import OutputsFn
 from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.callbacks.probe import ProbeMeter, check_probe
-from dynamon.callbacks.steps import STEP_TAGS, StepMeter
+from dynamon.callbacks.steps import StepMeter
 from dynamon.probe import LossFn
+from dynamon.quantities import choices, quantities_of, with_tag_table
 
-QUANTITIES = (*TAGS, *STEP_TAGS)
+_OF_SPECTRUM, _OF_STEPS = choices("sharpness"), choices("steps")
+QUANTITIES = (*_OF_SPECTRUM, *_OF_STEPS)
 _DEFAULT = ("stability_ratio", "hessian", "bracket")
 
 
+@with_tag_table(quantities_of("sharpness", "steps", "monitor"))
 class SharpnessMonitor(Monitor):
     """The loss's curvature during training, and how close the step size is to the edge of stability.
 
@@ -55,58 +57,7 @@ class SharpnessMonitor(Monitor):
 
     Tags (headlines are also in ``trainer.callback_metrics``):
 
-    ==============================================  ====================================================
-    tag                                             what it is
-    ==============================================  ====================================================
-    ``sharpness/stability_ratio``                   largest eigenvalue of the update's own Hessian; 1 is the largest
-                                                    stable step
-    ``sharpness/stability_ratio_upper``             99 % upper bound on it, now and then
-    ``sharpness/stability_ratio_residual``          residual of its eigenpair
-    ``sharpness/stability_ratio_unconverged``       the value where it did not converge: a lower bound only
-    ``sharpness/left_out``                          coordinates left out because the optimizer has never seen them
-                                                    move
-    ``sharpness/hessian_max``                       largest eigenvalue of the Hessian
-    ``sharpness/hessian_max_upper``                 99 % upper bound on it, now and then
-    ``sharpness/hessian_max_residual``              residual of its eigenpair
-    ``sharpness/hessian_max_unconverged``           the value where it did not converge: a lower bound only
-    ``sharpness/hessian_min``                       smallest Ritz value: an upper bound on the smallest eigenvalue
-    ``sharpness/threshold``                         the eigenvalue at which plain gradient descent becomes unstable
-                                                    (SGD)
-    ``sharpness/preconditioned_max``                largest eigenvalue of the Hessian between P^-1/2 (Adam's P)
-    ``sharpness/preconditioned_max_upper``          99 % upper bound on it, now and then
-    ``sharpness/preconditioned_max_residual``       residual of its eigenpair
-    ``sharpness/preconditioned_max_unconverged``    the value where it did not converge: a lower bound only
-    ``sharpness/ggn_max``                           largest eigenvalue of the Gauss-Newton matrix
-    ``sharpness/ggn_max_upper``                     99 % upper bound on it, now and then
-    ``sharpness/ggn_max_residual``                  residual of its eigenpair
-    ``sharpness/ggn_max_unconverged``               the value where it did not converge: a lower bound only
-    ``sharpness/hessian_max_bracket``               the probe's top direction on other samples: below the full
-                                                    loss's eigenvalue
-    ``sharpness/stability_ratio_bracket``           the same for the stability ratio
-    ``sharpness/gradient_share``                    share of the gradient in the top eigenspace of 5 vectors
-    ``sharpness/update_share``                      share of the last update in it
-    ``sharpness/eigenspace_overlap``                overlap with the eigenspace of the measurement before
-    ``sharpness/trace``                             trace of the Hessian
-    ``sharpness/trace_error``                       its standard error
-    ``sharpness/outliers``                          eigenvalues that stand apart above the bulk of the Hessian's
-                                                    spectrum
-    ``sharpness/bulk_edge``                         where that bulk ends
-    ``sharpness/directional``                       curvature along the last update, over its squared length
-    ``sharpness/directional_norm``                  the same over its squared norm in the optimizer's own geometry
-    ``sharpness/greedy_multiple``                   multiple of the last update that would have been best; the loss
-                                                    rises below 1/2
-    ``sharpness/critical_multiple``                 multiple of the last update at which the loss is back where it
-                                                    was
-    ``sharpness/critical``                          2 over the critical learning rate (one learning rate only)
-    ``sharpness/batch``                             curvature of a training batch's own loss along its own gradient
-    ``sharpness/block``                             largest eigenvalue of the layer's own block; per layer
-    ``sharpness/products``                          Hessian products this measurement took
-    ``sharpness/probe_loss``                        training loss on the probe
-    ``sharpness/probe_samples``                     samples in the probe
-    ``dynamon/loss``                                the loss that ``training_step`` returned for the step's last batch
-    ``dynamon/overhead``                            time of monitoring over training time without it
-    ``dynamon/failures``                            measurements that failed so far
-    ==============================================  ====================================================
+    {tags}
 
     The stability ratio needs one optimizer of class SGD, Adam, AdamW or RMSprop; for others there is the Hessian, and
     ``directional`` in the layers' own norms.
@@ -226,8 +177,8 @@ def sharpness_meters(
 ) -> list[Meter]:
     """A probe and the two meters that measure on it, in the order in which they must be called."""
     kept = probe(second="bracket" in quantities)
-    steps = StepMeter(steps_cadence(), kept, [q for q in quantities if q in STEP_TAGS])
-    wanted = [q for q in quantities if q in TAGS]
+    steps = StepMeter(steps_cadence(), kept, [q for q in quantities if q in _OF_STEPS])
+    wanted = [q for q in quantities if q in _OF_SPECTRUM]
     meter = EigenvalueMeter(eigenvalue_cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
     return [kept, steps, meter]
 

@@ -1,6 +1,7 @@
 """Which optimizers of a run really stepped, and whether gradients are there to be read."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
@@ -35,6 +36,7 @@ class Steps:
         trainer: The Trainer.
         module: The LightningModule.
         ranks: The processes that measure together.
+        waiting: A context in which the host waits for what training has queued on the device.
 
     Attributes:
         passes: Backward passes since the last step, as far as Lightning runs them.
@@ -42,9 +44,15 @@ class Steps:
         frees_gradients: Whether an optimizer works there, so that gradients are gone by the time they could be read.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, ranks: "Ranks") -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        ranks: "Ranks",
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Nothing seen."""
-        self._trainer, self._module, self._ranks = trainer, module, ranks
+        self._trainer, self._module, self._ranks, self._waiting = trainer, module, ranks, waiting
         self._watches: dict[Optimizer, StepWatch] = {}
         self._begins: _Told | None = None
         self._uses: _Told | None = None
@@ -160,13 +168,19 @@ class Steps:
         if self.frees_gradients:
             return [True] * len(begun)
         if not self._ranks.several:
-            return [watch.taken for watch in watches]
+            return self._taken_here(watches)
         # What is on one process is on all, but for what a scaler found in its part of the gradients.
         if _scaler(self._trainer) is None and not any(watch.was_told for watch in watches):
             return [True] * len(begun)
-        own = [float(watch.taken) for watch in watches]
+        own = [float(taken) for taken in self._taken_here(watches)]
         found = self._ranks.sum_or_nan(lambda: torch.tensor(own, dtype=torch.float64), len(own))
         return [count == self._ranks.size for count in found.tolist()]
+
+    def _taken_here(self, watches: Sequence[StepWatch]) -> list[bool]:
+        if not any(watch.was_told for watch in watches):
+            return [watch.taken for watch in watches]
+        with self._waiting():
+            return [watch.taken for watch in watches]
 
     def end(self) -> None:
         """A batch is over in which steps were begun."""

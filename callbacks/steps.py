@@ -27,22 +27,10 @@ from dynamon.kernels import widened
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.optim import steering_of
 from dynamon.pairs import as_real
-from dynamon.panels import STEPS, shown
+from dynamon.panels import layout_of
 from dynamon.probe import NoLossError
+from dynamon.quantities import meanings, quantities_of
 from dynamon.shards import local
-
-STEP_TAGS: dict[str, dict[str, str]] = {
-    "directional": {
-        "sharpness/directional": "curvature along the last update, over its squared length",
-        "sharpness/directional_norm": "the same over its squared norm in the optimizer's own geometry",
-        "sharpness/greedy_multiple": "multiple of the last update that would have been best; the loss rises below 1/2",
-    },
-    "critical": {
-        "sharpness/critical_multiple": "multiple of the last update at which the loss is back where it was",
-        "sharpness/critical": "2 over the critical learning rate (one learning rate only)",
-    },
-    "batch": {"sharpness/batch": "curvature of a training batch's own loss along its own gradient"},
-}
 
 
 class StepMeter(Meter):
@@ -51,7 +39,7 @@ class StepMeter(Meter):
     Args:
         cadence: When.
         probe: What the loss is evaluated on.
-        quantities: Keys of :data:`STEP_TAGS`.
+        quantities: Those that are chosen, of ``dynamon.quantities.choices("steps")``.
     """
 
     name = "steps"
@@ -74,8 +62,8 @@ class StepMeter(Meter):
     def also(self, quantity: str) -> None:
         """Measure one more."""
         self._wanted |= {quantity}
-        self.tags = {tag: text for name in STEP_TAGS if name in self._wanted for tag, text in STEP_TAGS[name].items()}
-        self.panels = shown(STEPS, self.tags)
+        declared = [one for one in quantities_of("steps") if one.choice in self._wanted]
+        self.tags, self.panels = meanings(declared), layout_of(declared)
 
     def is_off(self) -> bool:
         """Where nothing was asked for, or sharpness is off."""
@@ -111,7 +99,7 @@ class StepMeter(Meter):
             self.copy_weights(run)
         if "batch" not in self._wanted or not self._is_due(run):
             return
-        with run.charge(self.name):
+        with run.charge(self.name, waits=True):
             is_there = self._probe.check(run)
         if not is_there:
             return

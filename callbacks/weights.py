@@ -20,25 +20,16 @@ from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.layers import Layer
 from dynamon.optim import steering_of
 from dynamon.pairs import as_real
-from dynamon.panels import WEIGHTS
+from dynamon.panels import layout_of
+from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
+from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.sharded_weights import sharded_weight_readings
 from dynamon.shards import local
-from dynamon.updates import compare_updates, joint_cosine
-from dynamon.weights import FULL_SPECTRUM, spectra_of, weight_readings
+from dynamon.updates import joint_cosine
+from dynamon.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
 
-_FIELDS = {
-    "weight/operator": "operator",
-    "weight/frobenius": "frobenius",
-    "weight/rms": "rms",
-    "update/operator": "update",
-    "update/ratio": "ratio",
-    "update/rotation": "rotation",
-    "spectrum/sigma_max": "sigma_max",
-    "spectrum/sigma_lower": "sigma_lower",
-    "spectrum/sigma_upper": "sigma_upper",
-    "spectrum/stable_rank": "stable_rank",
-    "spectrum/deviation": "deviation",
-}  # of dynamon.weights.WeightReadings
+_TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
+_COMPARED = ("cosine", "last", "previous")  # of the last two steps
 _FULL = "full spectra"  # under which their time is booked
 _FULL_TO_PLAIN = 10
 
@@ -53,33 +44,10 @@ class WeightMeter(PairMeter):
     """
 
     name = "weight"
-    panels = WEIGHTS
-    tags = {"update/cosine": "cosine between the last update and the one before, over the layers measured"}
-    histograms = {"weight/histogram": "the layer's weights, every tenth reading"}
-    quantities = {
-        "weight/operator": "norm by role: RMS->RMS, 1->RMS, RMS->inf or RMS",
-        "weight/frobenius": "Euclidean norm",
-        "weight/rms": "Euclidean norm over the square root of the size",
-        "update/operator": "the step in the norm by role",
-        "update/ratio": "step over weight, both in that norm",
-        "update/rotation": "angle between the weight before and after the step, in radians",
-        "update/layer_cosine": "cosine between the layer's last update and the one before",
-        "spectrum/sigma_max": "largest singular value",
-        "spectrum/sigma_lower": "certified lower bound on it",
-        "spectrum/sigma_upper": "certified upper bound on it",
-        "spectrum/stable_rank": "squared Frobenius norm over squared sigma_max",
-        "spectrum/deviation": "log2 of the RMS->RMS norm: 0 where the spectral condition holds with a constant of one",
-        "weight/effective_rate": "learning rate over the squared Euclidean norm",
-        "weight/constraint_usage": "rate x decay x norm by role over the step in it: 1 where decay balances the step",
-        "weight/memory": "what decoupled decay has left of the initial weights: product of 1 - rate x decay",
-        "spectrum/effective_rank": "exp of the entropy of the singular values, every tenth reading",
-        "spectrum/participation_ratio": "singular values that carry the energy, every tenth reading",
-        "spectrum/nuclear": "sum of the singular values, every tenth reading",
-        "spectrum/condition": "largest over smallest singular value where that is resolved, every tenth reading",
-        "spectrum/tail_exponent": "power-law exponent of the Gram eigenvalues where there is one, every tenth reading",
-        "spectrum/convolution_lower": "lower bound on a convolution's norm as a map of inputs, every tenth reading",
-        "spectrum/convolution_upper": "upper bound on it, every tenth reading",
-    }
+    panels = layout_of(quantities_of("weight"))
+    tags = meanings(quantities_of("weight", scope=Scope.SCALAR))
+    histograms = meanings(quantities_of("weight", scope=Scope.HISTOGRAMS))
+    quantities = meanings(quantities_of("weight", scope=Scope.PER_LAYER))
 
     def __init__(self, cadence: Cadence, with_histograms: bool = False, with_convolutions: bool = False) -> None:
         """Nothing copied."""
@@ -101,6 +69,7 @@ class WeightMeter(PairMeter):
                 rank_zero_info(assumed)
         self._layers = run.layers
         self._earlier = matching(run.layers, self._earlier)
+        warm_up_spectra(run.layers)
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Copy the weights here where they change in backward."""
@@ -228,15 +197,19 @@ class WeightMeter(PairMeter):
     ) -> None:
         names = [layer.name for layer in run.layers]
         if run.is_sharded:
-            readings, compared = sharded_weight_readings(run.layers, before, earlier, run.ranks)
+            readings = sharded_weight_readings(run.layers, before, earlier, run.ranks)
         else:
-            readings, compared = weight_readings(run.layers, before), _compared(run.layers, before, earlier)
-        rows = torch.stack([getattr(readings, field) for field in _FIELDS.values()])
-        memory = self._memory.row(names, rows.device)
-        rows = torch.cat([rows, compared.to(rows), memory[None].to(rows)])
-        host = rows.cpu().numpy()  # the one copy
-        table = dict(zip(_FIELDS, host, strict=False))
-        updates, left = host[len(_FIELDS) : -1], host[-1]
+            readings = weight_readings(run.layers, before, earlier)
+        memory = self._memory.row(names)
+        columns = [getattr(readings, field) for field in FIELDS.values()]
+        columns += entrywise_readings(run.layers, ENTRYWISE, run.ranks if run.is_sharded else None)
+        columns += [getattr(readings, field) for field in _COMPARED]
+        if memory.device == columns[0].device:
+            host = torch.stack([*columns, memory]).cpu().numpy()  # the one copy
+        else:  # on the host already
+            host = np.concatenate([torch.stack(columns).cpu().numpy(), memory[None].numpy()])
+        table = dict(zip(_TAGS, host, strict=False))
+        updates, left = host[len(_TAGS) : -1], host[-1]
         cosine = joint_cosine(updates)
         if np.isfinite(cosine):
             run.recorder.scalars({"update/cosine": cosine}, headline=True)
@@ -281,21 +254,6 @@ class WeightMeter(PairMeter):
             self._earlier = matching(self._layers, self._earlier)
 
 
-def _compared(layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Tensor:
-    """How the last two updates compare, ``[3, L]``; NaN for layers of which one is not known."""
-    known = [
-        i
-        for i, la in enumerate(layers)
-        if la.name in before and la.name in earlier and earlier[la.name].shape == la.parameter.shape
-    ]
-    now = [as_real(layers[i].parameter.detach()) for i in known]
-    earlier_ones = [as_real(earlier[layers[i].name]).to(w.device) for i, w in zip(known, now, strict=True)]
-    found = compare_updates(now, [as_real(before[layers[i].name]) for i in known], earlier_ones)
-    rows = torch.full((3, len(layers)), torch.nan, dtype=found.dtype, device=layers[0].parameter.device)
-    rows[:, torch.tensor(known, dtype=torch.int64, device=rows.device)] = found.to(rows.device)
-    return rows
-
-
 def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[float, float]]:
     """Learning rate and decoupled decay by layer, before a scheduler moves on."""
     return {
@@ -320,6 +278,7 @@ def _rate_readings(
         }
 
 
+@with_tag_table(quantities_of("weight", "monitor"))
 class WeightMonitor(Monitor):
     """Weight and update sizes in the norm of each layer's role, and the extremes of the spectrum.
 
@@ -329,41 +288,7 @@ class WeightMonitor(Monitor):
     Tags, all but ``update/cosine`` (a headline) per layer, written as described in
     :class:`dynamon.callbacks.GradientMonitor`:
 
-    ================================  ====================================================
-    tag                               what it is
-    ================================  ====================================================
-    ``weight/operator``               norm by role: RMS->RMS, 1->RMS, RMS->inf or RMS
-    ``weight/frobenius``              Euclidean norm
-    ``weight/rms``                    Euclidean norm over the square root of the size
-    ``update/operator``               the step in the norm by role
-    ``update/ratio``                  step over weight, both in that norm
-    ``update/rotation``               angle between the weight before and after the step
-    ``update/cosine``                 cosine between the last update and the one before, over the layers measured
-    ``update/layer_cosine``           the same of each layer
-    ``weight/effective_rate``         learning rate over the squared Euclidean norm
-    ``weight/constraint_usage``       rate x decay x norm by role over the step in it: 1 where decay balances the
-                                      step (decoupled decay only)
-    ``weight/memory``                 what decoupled decay has left of the initial weights: product of 1 - rate x decay
-                                      over all steps
-    ``weight/histogram``              the weights (``histograms=True``), every tenth reading
-    ``spectrum/sigma_max``            largest singular value
-    ``spectrum/sigma_lower``          certified lower bound on it
-    ``spectrum/sigma_upper``          certified upper bound on it
-    ``spectrum/stable_rank``          squared Frobenius norm over squared sigma_max
-    ``spectrum/deviation``            log2 of the RMS->RMS norm: 0 where the spectral condition (arXiv 2310.17813)
-                                      holds with a constant of one
-    ``spectrum/effective_rank``       exp of the entropy of the singular values (*)
-    ``spectrum/participation_ratio``  singular values that carry the energy (*)
-    ``spectrum/nuclear``              sum of the singular values (*)
-    ``spectrum/condition``            largest over smallest singular value, where that is resolved (*)
-    ``spectrum/tail_exponent``        power-law exponent of the Gram eigenvalues, where there is a power law (*)
-    ``spectrum/convolution_lower``    lower bound on a convolution's norm as a map of inputs of any size
-                                      (``convolutions=True``), every tenth reading
-    ``spectrum/convolution_upper``    upper bound on it, likewise
-    ``dynamon/loss``                  the loss that ``training_step`` returned for the step's last batch
-    ``dynamon/overhead``              time of monitoring over training time without it
-    ``dynamon/failures``              measurements that failed so far
-    ================================  ====================================================
+    {tags}
 
     (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP and FSDP2
     each process takes a part of the layers.
@@ -383,9 +308,9 @@ class WeightMonitor(Monitor):
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
             fit starts.
 
-    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix. Memory: 9 copies
-    of the parameters at a peak, 2 in between, where matrices are square; matrices of one shape are measured together,
-    and other shapes take less. With
+    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix, that of the step
+    in bfloat16 where this pays (:mod:`dynamon.kernels.thresholds`). Memory: 7 copies of the parameters at a peak, 2 in
+    between, where matrices are square and have up to 2^27 entries together; larger and other ones take less. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
     microseconds. Under FSDP2 the copies are of this process's part; a reading sends one small all-reduce, and gathers
     each matrix, with its step where it is a hidden weight or a convolution, on the process that takes it.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.kernels import widened
+from dynamon.kernels import widened, widest_dtype
+from dynamon.kernels.constants import on_device
 from dynamon.names import word_runs
 
 _COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
@@ -133,8 +134,7 @@ class DecayMemory:
         for names, shrink in step:
             scales = [ratios.get(name, 1.0) for name in names]
             if skipped is not None:
-                wide = torch.float32 if skipped.device.type == "mps" else torch.float64
-                shrink = skipped.reshape(()).eq(0).to(wide) * shrink
+                shrink = skipped.reshape(()).eq(0).to(widest_dtype(skipped.device)) * shrink
             if isinstance(shrink, Tensor):
                 self._multiply(names, shrink.detach().reshape(()), scales)
             else:
@@ -160,24 +160,28 @@ class DecayMemory:
     def _on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(value, Tensor):
             return value.to(device, dtype)
-        return torch.full((), value, device=device, dtype=dtype)
+        return on_device((value,), device, dtype)[0]  # one tensor for the many that never decayed
 
     @property
     def is_waiting(self) -> bool:
         """Whether steps are noted that have not been taken up."""
         return any(self._pending.values())
 
-    def row(self, names: Iterable[str], device: torch.device) -> Tensor:
-        """What is left by layer ``[L]`` in float32 on a device, NaN for those that never decayed.
+    def row(self, names: Iterable[str]) -> Tensor:
+        """What is left by layer ``[L]`` in float32, NaN for those that never decayed.
 
         Args:
             names: L layer names.
-            device: Where to.
+
+        Returns:
+            On the host, or where rates are tensors on their device.
         """
         values = [self._left.get(name, math.nan) for name in names]
-        if not any(isinstance(value, Tensor) for value in values):
-            return torch.tensor(values, dtype=torch.float32, device=device)
-        return torch.stack([self._on_device(value, device, torch.float32) for value in values])
+        known = [value for value in values if isinstance(value, Tensor)]
+        if not known:
+            return torch.tensor(values, dtype=torch.float32, device="cpu")
+        device, wide = known[0].device, known[0].dtype
+        return torch.stack([self._on_device(value, device, wide) for value in values]).float()
 
     def state_dict(self) -> dict[str, float | Tensor]:
         """What is left by layer name."""

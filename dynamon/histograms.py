@@ -15,6 +15,7 @@ from dynamon.totals import Totals
 _SHIFT = 20  # of a float32's 23 bits of mantissa the first 3 tell the bin: 8 bins an octave
 _LEVELS = 128  # bins on each side of zero: 16 octaves below the largest magnitude
 _BINS = 2 * _LEVELS + 1
+_COPIES = 64  # of the bins on a GPU
 _CHUNK = 2**22  # entries at a time, so that temporaries stay small beside a large embedding
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -149,8 +150,18 @@ def _counts(x: Tensor, base: Tensor) -> Tensor:
     index = torch.where(torch.isfinite(x), index, _BINS).long()  # one place more for what is not finite
     if not x.is_cuda:
         return torch.bincount(index, minlength=_BINS + 1)[:_BINS]
-    counts = torch.zeros(_BINS + 1, dtype=torch.int64, device=x.device)  # bincount would wait for the device
-    return counts.scatter_add_(0, index, torch.ones_like(index))[:_BINS]
+    return _spread_counts(index)
+
+
+def _spread_counts(index: Tensor) -> Tensor:
+    """:func:`torch.bincount`, which on a GPU would wait for it; neighbours count in other copies of the bins.
+
+    Weights fall into few bins, and additions to one address stand in a queue.
+    """
+    lane = torch.arange(len(index), device=index.device) % _COPIES
+    counts = torch.zeros((_BINS + 1) * _COPIES, dtype=torch.int64, device=index.device)
+    counts.scatter_add_(0, index * _COPIES + lane, torch.ones_like(index))
+    return counts.view(_BINS + 1, _COPIES).sum(1)[:_BINS]
 
 
 def _read(row: Array) -> Histogram:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dynamon.kernels import widest_dtype
 from dynamon.layers import Layer
 from dynamon.pairs import as_real
+from dynamon.scales import Scale
 
 Norms = Callable[[list[Tensor | None]], Tensor]
 
@@ -75,7 +76,7 @@ class LocalGradients:
         self,
         means: Sequence[Tensor | None],
         norms: Norms,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         doubt: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """How far the processes' gradients are apart; every process that is open must call this, or :meth:`give_up`.
@@ -117,7 +118,7 @@ class LocalGradients:
         device = self._layers[0].parameter.device
         return torch.zeros(2 * len(self._layers) + 2, dtype=widest_dtype(device), device=device)
 
-    def _differences(self, means: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
+    def _differences(self, means: Sequence[Tensor | None], scale: Scale) -> list[Tensor | None]:
         found: list[Tensor | None] = []
         for index, mean in enumerate(means):
             own = self._kept.get(index)

@@ -15,8 +15,9 @@ from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
 from dynamon.probe import LossFn, training_loss, undisturbed
+from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
-from dynamon.weights import FULL_SPECTRUM, spectra_of, weight_readings
+from dynamon.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
 
 
 def measure(
@@ -115,17 +116,11 @@ def _gradients(layers: list[Layer], operator: HessianOperator, optimizer: Optimi
 def _weights(layers: list[Layer]) -> dict[str, Any]:
     found = weight_readings(layers)
     names = [layer.name for layer in layers]
-    tags = {
-        "weight/operator": found.operator,
-        "weight/frobenius": found.frobenius,
-        "weight/rms": found.rms,
-        "spectrum/sigma_max": found.sigma_max,
-        "spectrum/sigma_lower": found.sigma_lower,
-        "spectrum/sigma_upper": found.sigma_upper,
-        "spectrum/stable_rank": found.stable_rank,
-        "spectrum/deviation": found.deviation,
-    }
-    return {tag: _known(names, values) for tag, values in tags.items()} | _spectra(layers) | _convolutions(layers)
+    fields = {tag: field for tag, field in FIELDS.items() if not tag.startswith("update/")}  # no step was taken
+    known = {tag: _known(names, getattr(found, field)) for tag, field in fields.items()}
+    rows = entrywise_readings(layers, ENTRYWISE)
+    known |= {one.tag: _known(names, row) for one, row in zip(ENTRYWISE, rows, strict=True)}
+    return known | _spectra(layers) | _convolutions(layers)
 
 
 def _spectra(layers: list[Layer]) -> dict[str, Any]:

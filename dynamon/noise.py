@@ -42,8 +42,9 @@ class _Averages:
 
     def seen(self, readings: GradientReadings) -> Array:
         """Which layers have two gradients to compare in these readings; two that are all zero say nothing."""
-        if not readings.finite:
-            return np.zeros(len(self.names), bool)
+        return self._seen(readings) if readings.finite else np.zeros(len(self.names), bool)
+
+    def _seen(self, readings: GradientReadings) -> Array:
         dual, l2 = self._differences(readings)
         seen = ~np.isnan(dual) & ~((l2 == 0) & (readings.l2 == 0))
         return seen if readings.frozen is None else seen & ~readings.frozen
@@ -52,8 +53,8 @@ class _Averages:
         """Take in a row ``[rows, L]``; False where there was nothing to compare, or only over unusual windows."""
         if not readings.finite:
             return False
-        seen = self.seen(readings)
-        if readings.frozen is not None:
+        seen = self._seen(readings)
+        if readings.frozen is not None and readings.frozen.any():
             self._forget(readings.frozen)
         if not seen.any():
             return False
@@ -62,10 +63,13 @@ class _Averages:
             return False
         if anew:
             self._begin()
-        self._sums[:, seen] = self._decay * self._sums[:, seen] + (1 - self._decay) * fresh[:, seen]
-        self._weight[seen] = self._decay * self._weight[seen] + (1 - self._decay)
+        decay = self._decay
+        self._sums = np.where(seen, decay * self._sums + (1 - decay) * fresh, self._sums)
+        self._weight = np.where(seen, decay * self._weight + (1 - decay), self._weight)
         self._missed = np.where(seen, 0, self._missed + 1)
-        self._forget(self._missed > self._longest)
+        forgotten = self._missed > self._longest
+        if forgotten.any():
+            self._forget(forgotten)
         return True
 
     def _forget(self, layers: Array) -> None:
@@ -80,8 +84,8 @@ class _Averages:
     @property
     def means(self) -> Array:
         """The running means ``[rows, L]``, NaN before a layer's first reading."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(self._weight > 0, self._sums / self._weight, np.nan)
+        found = np.full(self._sums.shape, np.nan)
+        return np.divide(self._sums, self._weight, out=found, where=self._weight > 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Averages by layer name, and with each the length of the windows they are over."""
@@ -157,8 +161,8 @@ class NoiseEstimator(_Averages):
 
         Successive differences of noise have a cosine of -1/2, those that are further apart of 0.
         """
-        loud, trend = np.nan_to_num(self.means[1:])
-        return np.asarray((loud > _HALF) & (trend < _GOES_ON) & (trend > _SWINGS))
+        _, loud, trend = self.means
+        return np.asarray((loud > _HALF) & ~(trend >= _GOES_ON) & ~(trend <= _SWINGS))
 
     @property
     def squared(self) -> Array:

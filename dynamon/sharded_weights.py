@@ -8,25 +8,27 @@ from torch import Tensor
 
 from dynamon.dealing import measured_whole
 from dynamon.kernels import widened, widest_dtype
+from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
-from dynamon.sharded_norms import largest_here, needs_whole, primal, squares_here
+from dynamon.sharded_norms import largest_here, needs_whole, primal
 from dynamon.shards import local
-from dynamon.spectra import by_shape, per_stack, spectral_extremes
+from dynamon.spectra import extremes_of, largest_per_stack, per_stack
 from dynamon.totals import Found, Totals
+from dynamon.updates import angles, cosines, wide_lengths
 from dynamon.weights import WeightReadings, log2_or_nan
 
-_SUMS = 6  # squares of weight, weight before, step, step before; two products
+_SUMS = 5  # squares of weight, weight before, step, step before, and the difference of these two
 _FLAGS = 2  # where a step is known, where two are
 _DEALT = 6  # sigma_max with its bounds, stable rank; the norms by role of weight and step
 
 
 def sharded_weight_readings(
     layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor], ranks: Ranks
-) -> tuple[WeightReadings, Tensor]:
-    """What :func:`dynamon.weights.weight_readings` and :func:`dynamon.updates.compare_updates` find, from parts.
+) -> WeightReadings:
+    """What :func:`dynamon.weights.weight_readings` finds, from parts.
 
     Every process must call this, inside of :meth:`dynamon.ranks.Ranks.measurement`. Sums and maxima over entries and
     rows come from the parts. Matrices are dealt out, and each, with its step where that has a spectral norm, is
@@ -39,10 +41,9 @@ def sharded_weight_readings(
         ranks: The processes.
 
     Returns:
-        The readings in float32, and ``[3, L]`` how the last two updates compare (NaN where one is not known), the same
-        on every process.
+        The readings in float32, the same on every process.
 
-    Cost: one all-reduce of ``(15 + 2 R) L`` numbers for R processes; a gather of each matrix and of each step of a
+    Cost: one all-reduce of ``(14 + 2 R) L`` numbers for R processes; a gather of each matrix and of each step of a
     hidden weight or a convolution.
     """
     here = [_Here(layer, before.get(layer.name), earlier.get(layer.name)) for layer in layers]
@@ -53,7 +54,7 @@ def sharded_weight_readings(
     for row, parts in enumerate([[part.weight for part in here], [part.step for part in here]]):
         found.maxima[row] = largest_here(layers, norms, parts)
     flags = [[float(part.before is not None) for part in here], [float(part.has_two) for part in here]]
-    found.dealt[:_FLAGS] = torch.tensor(flags).to(found.dealt)
+    found.dealt[:_FLAGS] = on_device([*flags[0], *flags[1]], found.dealt.device, found.dealt.dtype).view(_FLAGS, -1)
     matrices = [i for i, layer in enumerate(layers) if layer.role != "vector"]
     found.dealt[_FLAGS:, matrices] = _of_matrices([here[i] for i in matrices], ranks)
     return _readings(layers, totals.of(found), ranks.size)
@@ -73,10 +74,9 @@ class _Here:
         self._step_before = self._start - earlier.to(self._start) if self.has_two and earlier is not None else None
 
     def sums(self) -> Tensor:
-        step, start = self.step.reshape(-1), self._start.reshape(-1)
-        last = torch.zeros_like(step) if self._step_before is None else self._step_before.reshape(-1)
-        squares, wide = squares_here([self.weight, start, step, last]), widened(step)
-        return torch.cat([squares, torch.stack([torch.dot(widened(start), wide), torch.dot(wide, widened(last))])])
+        previous = torch.zeros_like(self.step) if self._step_before is None else self._step_before
+        parts = [self.weight, self._start, self.step, previous, self.step - previous]
+        return wide_lengths(parts).square()
 
     def gathered(self) -> list[Tensor]:
         """What its norms take whole: the weight, and where its norm by role is one of the matrix, its step."""
@@ -89,7 +89,7 @@ def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
     def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
         layers = [replace(here[i].layer, parameter=tensors[0]) for i, tensors in zip(chosen, wholes, strict=True)]
         stacks = [layer.matrices().float() for layer in layers]
-        spectra = per_stack(by_shape(stacks, spectral_extremes), [len(stack) for stack in stacks])
+        spectra = per_stack(extremes_of(stacks), [len(stack) for stack in stacks])
         rows = [spectra.sigma_max, spectra.sigma_lower, spectra.sigma_upper, spectra.stable_rank]
         stepping = [position for position, tensors in enumerate(wholes) if len(tensors) > 1]
         norms = torch.zeros(2, len(chosen), dtype=widest_dtype(rows[0].device), device=rows[0].device)
@@ -106,8 +106,7 @@ def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
 
 
 def _largest_of(layers: Sequence[Layer], tensors: Sequence[Tensor]) -> Tensor:
-    stacks = [layer.matrices(tensor).float() for layer, tensor in zip(layers, tensors, strict=True)]
-    return per_stack(by_shape(stacks, spectral_extremes), [len(stack) for stack in stacks]).sigma_max
+    return largest_per_stack([la.matrices(tensor).float() for la, tensor in zip(layers, tensors, strict=True)])
 
 
 def _by_role(layers: Sequence[Layer], tensors: Sequence[Tensor], sigmas: Tensor) -> Tensor:
@@ -120,45 +119,33 @@ def _by_role(layers: Sequence[Layer], tensors: Sequence[Tensor], sigmas: Tensor)
     return torch.stack([widened(norm) for norm in norms])
 
 
-def _readings(layers: Sequence[Layer], found: Found, processes: int) -> tuple[WeightReadings, Tensor]:
-    weight, start, step, last, along, between = found.sums
+def _readings(layers: Sequence[Layer], found: Found, processes: int) -> WeightReadings:
+    weight, start, step, previous, apart = found.sums.sqrt()
     moved, compared = (flags == processes for flags in found.dealt[:_FLAGS])
     sigma, lower, upper, stable_rank, whole, whole_step = found.dealt[_FLAGS:]
     norms = [operator_norm(layer) for layer in layers]
-    operator = primal(layers, norms, weight, found.maxima[0], whole)
-    update = _where(moved, primal(layers, norms, step, found.maxima[1], whole_step))
-    is_matrix = torch.tensor([layer.role != "vector" for layer in layers], device=sigma.device)
-    sizes = torch.tensor([layer.size for layer in layers], dtype=widest_dtype(sigma.device), device=sigma.device)
+    operator = primal(layers, norms, found.sums[0], found.maxima[0], whole)
+    update = _where(moved, primal(layers, norms, found.sums[2], found.maxima[1], whole_step))
+    is_matrix = on_device([layer.role != "vector" for layer in layers], sigma.device, torch.bool)
+    sizes = on_device([layer.size for layer in layers], sigma.device, widest_dtype(sigma.device))
+    factors = on_device(rms_factors(layers), sigma.device, sigma.dtype)
     readings = WeightReadings(
         operator=operator,
-        frobenius=weight.sqrt(),
-        rms=(weight / sizes).sqrt(),
+        frobenius=weight,
+        rms=weight / sizes.sqrt(),
         update=update,
         ratio=torch.where(operator > 0, update / operator, torch.nan),
-        rotation=_where(moved, _angles(start, along, step, weight)),
+        rotation=_where(moved, angles(start, weight, step)),
+        cosine=_where(compared, cosines(step, previous, apart)),
+        last=_where(compared, step),
+        previous=_where(compared, previous),
         sigma_max=_where(is_matrix, sigma),
         sigma_lower=_where(is_matrix, lower),
         sigma_upper=_where(is_matrix, upper),
         stable_rank=_where(is_matrix, stable_rank),
-        deviation=log2_or_nan(sigma * rms_factors(layers).to(sigma)),
+        deviation=log2_or_nan(sigma * factors),
     )
-    lengths = torch.stack([step.sqrt(), last.sqrt()])
-    rows = torch.stack([between / lengths[0] / lengths[1], *lengths])
-    floats = {name: value.float() for name, value in vars(readings).items()}
-    return WeightReadings(**floats), _where(compared, rows).float()
-
-
-def _angles(start: Tensor, along: Tensor, step: Tensor, end: Tensor) -> Tensor:
-    r"""The angle between tensors before and after a step, from :math:`|a|^2, \langle a, d \rangle, |d|^2, |b|^2`.
-
-    The squared distance of the unit vectors is :math:`(|d|^2 - (|b| - |a|)^2) / (|a| |b|)`, and the difference of the
-    lengths follows from the step without a cancellation, so that small angles are exact too. Where the step is along
-    the weight, the root of the sums' rounding stays: up to 3e-4 of ``|d| / |a|`` in float32, 2e-8 of it in float64.
-    """
-    longer = (2 * along + step) / (start.sqrt() + end.sqrt())
-    squares = (step - longer.square()).clamp_min(0) / (start * end).sqrt()
-    angles = 2 * torch.asin((squares.sqrt() / 2).clamp_max(1.0))
-    return _where(start * end > 0, angles)
+    return WeightReadings(**{name: value.float() for name, value in vars(readings).items()})
 
 
 def _where(known: Tensor, values: Tensor) -> Tensor:

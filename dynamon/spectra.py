@@ -8,7 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dynamon.kernels import decomposable, gram_iteration, top_singular
+from dynamon.kernels import decomposable, top_singular
+from dynamon.kernels.constants import on_device
+from dynamon.kernels.gram import gram_extremes
+from dynamon.kernels.nuclear import gram_eigenvalues
+from dynamon.kernels.precision import product_allowance
+from dynamon.kernels.thresholds import half_pays
 from dynamon.tails import power_law
 
 _SMALL = 1e-6  # entries between this and its inverse have squares that neither vanish nor overflow
@@ -72,7 +77,8 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
     Args:
         weight: Matrices ``[..., m, n]``. For a convolution pass the flattening ``weight.flatten(1)``.
         exact: Compute in float64 whatever the dtype. Else singular values below about ``sqrt(n eps)`` of the largest
-            (7e-3 for n = 768 in float32) count as zero, and the condition number is NaN where the smallest is.
+            (7e-3 for n = 768 in float32; 6e-2 where its products are taken in TensorFloat-32) count as zero, and the
+            condition number is NaN where the smallest is.
 
     Returns:
         :class:`WeightSpectrum` in float32 (float64 for float64 weights or ``exact``), on the weight's device
@@ -97,11 +103,11 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
         work = torch.where(finite[..., None, None], work, torch.zeros_like(work))
         work = work / torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
     tall = work if work.shape[-2] >= work.shape[-1] else work.mT
-    energies = torch.linalg.eigvalsh(tall.mT @ tall).flip(-1).clamp_min(0)
-    size, eps = energies.shape[-1], torch.finfo(work.dtype).eps
-    lost = energies <= size * eps * energies[..., :1]
+    energies = gram_eigenvalues(tall).flip(-1).clamp_min(0)
+    size, eps, spare = energies.shape[-1], torch.finfo(work.dtype).eps, product_allowance(work)
+    lost = energies <= (size * eps + spare) * energies[..., :1]
     found = _statistics(torch.where(lost, torch.zeros_like(energies), energies), lost[..., -1])
-    allowance = eps * (8 + 2 * size**0.5)
+    allowance = eps * (8 + 2 * size**0.5) + spare
     sigma = found["sigma_max"]
     found |= {"sigma_lower": sigma * (1 - allowance), "sigma_upper": sigma * (1 + allowance)}
     for name in ("sigma_max", "sigma_lower", "sigma_upper", "nuclear"):
@@ -145,22 +151,63 @@ def spectral_extremes(weight: Tensor) -> SpectralExtremes:
     Cost: nine products of the smaller side (see ``dynamon.kernels.gram_iteration``). No host synchronisation.
     """
     _check(weight)
-    lower, upper = gram_iteration(weight, steps=_STEPS)
-    matrix = weight.to(lower.dtype)
-    scale = matrix.abs().amax((-2, -1), keepdim=True)
-    matrix = matrix / torch.where(scale > 0, scale, torch.ones_like(scale))  # squares of 1e-30 vanish otherwise
-    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
-    energy = matrix.square().sum((-2, -1))
-    fourth = (tall.mT @ tall).square().sum((-2, -1))
-    sigma = lower + (upper - lower) / 2  # the sum could overflow
-    relative = sigma / torch.where(scale > 0, scale, torch.ones_like(scale))[..., 0, 0]
+    found = extremes_of([weight])
+    return SpectralExtremes(*(value.reshape(weight.shape[:-2]) for value in vars(found).values()))
+
+
+def extremes_of(stacks: Sequence[Tensor]) -> SpectralExtremes:
+    """:func:`spectral_extremes` of many matrices in few calls.
+
+    Args:
+        stacks: Matrices ``[..., m, n]`` of any shapes on one device, at least one.
+
+    Returns:
+        Fields ``[T]``, T the number of matrices, in the order of ``stacks`` and of the members of each.
+
+    Raises:
+        ValueError: As :func:`spectral_extremes`.
+
+    Cost: one pass over the matrices and eight products of the smaller side; about 70 calls for each smaller side and 10
+    for each shape. Matrices of up to 2^27 entries are copied at a time. No host synchronisation.
+    """
+    for stack in stacks:
+        _check(stack)
+    found = gram_extremes([stack.reshape(-1, *stack.shape[-2:]) for stack in stacks], _STEPS)
+    sigma = (found.lower + found.upper) / 2  # relative to the largest entry, so that the sum cannot overflow
     return SpectralExtremes(
-        sigma_max=sigma,
-        sigma_lower=lower,
-        sigma_upper=upper,
-        stable_rank=energy / relative.square(),
-        participation_ratio=energy.square() / fourth,
+        sigma_max=sigma * found.scale,
+        sigma_lower=found.lower * found.scale,
+        sigma_upper=found.upper * found.scale,
+        stable_rank=found.energy / sigma.square(),
+        participation_ratio=(found.energy / found.fourth).square(),
     )
+
+
+def largest_singular_values(stacks: Sequence[Tensor]) -> Tensor:
+    """Estimates of the largest singular values of many matrices, of steps say, whose bounds nobody reads.
+
+    Args:
+        stacks: S stacks ``[t, m, n]`` of matrices on one device, at least one.
+
+    Returns:
+        ``[T]`` in float32 (float64 where a stack is): the middle of Gram iteration's bounds, within 0.7 % for ranks up
+        to 768. On GPUs with units for bfloat16 (:mod:`dynamon.kernels.thresholds`) products are taken in it, and the
+        estimate is within 1 %.
+
+    Cost: as :func:`extremes_of`; in bfloat16 about a tenth of the time.
+    """
+    half = half_pays(stacks[0].device) and all(stack.dtype != torch.float64 for stack in stacks)
+    found = gram_extremes(stacks, _STEPS, half)
+    return (found.lower + found.upper) / 2 * found.scale
+
+
+def largest_per_stack(stacks: Sequence[Tensor]) -> Tensor:
+    """The largest of :func:`largest_singular_values` in each of S stacks, ``[S]``."""
+    values, sizes = largest_singular_values(stacks), [len(stack) for stack in stacks]
+    if all(size == 1 for size in sizes):
+        return values
+    table, inside = _by_stack(values[None], sizes)
+    return torch.where(inside, table[0], -torch.inf).amax(-1)
 
 
 Statistics = TypeVar("Statistics", SpectralExtremes, WeightSpectrum)
@@ -189,14 +236,13 @@ def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics])
         groups.setdefault((stack.shape[1:], stack.dtype), []).append(index)
     parts = [measure(_joined([stacks[i] for i in group])) for group in groups.values()]
     order = [m for group in groups.values() for i in group for m in range(ends[i] - len(stacks[i]), ends[i])]
-    back = torch.tensor(order).argsort()
-
-    def gather(field: str) -> Tensor:
-        joined = torch.cat([getattr(part, field) for part in parts])
-        return joined[back.to(joined.device)]
-
     kind = type(parts[0])
-    return kind(*(gather(field.name) for field in fields(kind)))
+    if order == list(range(len(order))) and len(parts) == 1:
+        return parts[0]
+    names, back = [field.name for field in fields(kind)], sorted(range(len(order)), key=order.__getitem__)
+    wide = torch.float64 if any(part.sigma_max.dtype == torch.float64 for part in parts) else torch.float32
+    table = torch.cat([torch.stack([getattr(part, name) for name in names]).to(wide) for part in parts], 1)
+    return kind(*table.index_select(1, on_device(back, table.device, torch.int64)).unbind())
 
 
 def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:
@@ -214,21 +260,32 @@ def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:
     """
     if all(size == 1 for size in sizes):
         return found
-    owners = torch.repeat_interleave(torch.tensor(sizes)).to(found.sigma_max.device)
-
-    def combine(field: str) -> Tensor:
-        values: Tensor = getattr(found, field)
-        out = values.new_zeros(len(sizes))
-        how = _OF_A_STACK.get(field)
-        if how is not None:
-            return out.scatter_reduce(0, owners, values, how, include_self=False)
-        # What a zero matrix has none of is left out; a matrix that is not finite shows.
-        known = ~values.isnan() if field.startswith("tail") else ~values.isnan() | found.sigma_max.isnan()
-        total = out.scatter_add(0, owners, torch.where(known, values, torch.zeros_like(values)))
-        return total / out.scatter_add(0, owners, known.to(values))
-
     kind = type(found)
-    return kind(*(combine(field.name) for field in fields(kind)))
+    names = [field.name for field in fields(kind)]
+    table, inside = _by_stack(torch.stack([getattr(found, name) for name in names]), sizes)
+    lost = table[names.index("sigma_max")].isnan()
+    combined: dict[str, Tensor] = {}
+    for name, values in zip(names, table, strict=True):
+        how = _OF_A_STACK.get(name, "mean")
+        if how == "amax":
+            combined[name] = torch.where(inside, values, -torch.inf).amax(-1)
+        elif how == "sum":
+            combined[name] = torch.where(inside, values, 0.0).sum(-1)
+        else:  # what a zero matrix has none of is left out; a matrix that is not finite shows, but for its tail
+            known = ~values.isnan() if name.startswith("tail") else ~values.isnan() | lost
+            known &= inside
+            combined[name] = torch.where(known, values, 0.0).sum(-1) / known.sum(-1)
+    return kind(**combined)
+
+
+def _by_stack(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Readings ``[F, T]`` of members as ``[F, S, longest]``, whose sums have one order, and where there is a member."""
+    longest, device = max(sizes), values.device
+    ends = accumulate(sizes)
+    chosen = [end - size + min(j, size - 1) for end, size in zip(ends, sizes, strict=True) for j in range(longest)]
+    flags = [j < size for size in sizes for j in range(longest)]
+    table = values.index_select(1, on_device(chosen, device, torch.int64)).unflatten(1, (len(sizes), longest))
+    return table, on_device(flags, device, torch.bool).view(len(sizes), longest)
 
 
 _OF_A_STACK = {

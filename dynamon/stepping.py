@@ -177,20 +177,20 @@ class StepWatch:
 
 def closure_of(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
     """The closure among the arguments that a step hook is given."""
+    if "closure" in kwargs:
+        return kwargs["closure"]
     position = _position(optimizer, args)
-    return kwargs.get("closure", args[position] if len(args) > position else None)
+    return args[position] if len(args) > position else None
 
 
 def with_closure(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], wrap: Callable[[Closure], Closure]
 ) -> _Changed:
     """The arguments with the closure wrapped, for a step pre-hook to return."""
-    closure = closure_of(optimizer, args, kwargs)
-    assert closure is not None
     if "closure" in kwargs:
-        return args, {**kwargs, "closure": wrap(closure)}
+        return args, {**kwargs, "closure": wrap(kwargs["closure"])}
     position = _position(optimizer, args)
-    return (*args[:position], wrap(closure), *args[position + 1 :]), kwargs
+    return (*args[:position], wrap(args[position]), *args[position + 1 :]), kwargs
 
 
 def _position(optimizer: Optimizer, args: tuple[Any, ...]) -> int:
@@ -220,7 +220,11 @@ def runs_hooks(optimizer: Optimizer) -> bool:
 
 def has_gradients(optimizer: Optimizer) -> bool:
     """Whether any parameter of an optimizer has a gradient, so that there is something to take a step with."""
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    for group in optimizer.param_groups:  # asked several times a step: without a call for each parameter
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                return True
+    return False
 
 
 def uses_gradients_at_once(parameter: Tensor) -> bool:

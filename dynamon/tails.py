@@ -1,14 +1,19 @@
 """Power laws in the tail of a spectrum, and when there is none."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dynamon.kernels import in_double
+from dynamon.kernels.constants import on_device
 
 _SMALLEST_TAIL = 10  # eigenvalues in a tail that is worth a fit
 _CANDIDATES = 64  # places where the tail may begin
+_TOGETHER = 8  # candidates that share a table, which is as wide as the longest of their tails
+_AT_ONCE = 2**24  # numbers in the table of all candidates of some spectra
 _LILLIEFORS = 1.075  # 5 % critical value of the exponential Lilliefors test, times the square root of the count
 
 
@@ -45,39 +50,50 @@ def power_law(eigenvalues: Tensor) -> PowerLaw:
         :class:`PowerLaw` in float64, on the host where the device has none; NaN for spectra that hold NaN, and for too
         few positive eigenvalues.
 
-    Cost: ``64 n`` numbers a spectrum; no host synchronisation.
+    Cost: some tables of ``64 n`` numbers a spectrum, of as many spectra at once as make 2^24 numbers, in some forty
+    calls; no host synchronisation.
     """
     values = in_double(eigenvalues).sort(-1, descending=True).values
-    if values.shape[-1] < _SMALLEST_TAIL:
+    count = values.shape[-1]
+    if count < _SMALLEST_TAIL:
         nothing = torch.full(values.shape[:-1], torch.nan, dtype=torch.float64, device=values.device)
         return PowerLaw(nothing, nothing, torch.zeros_like(nothing), nothing)
-    return _best(values, _tail_sizes(values.shape[-1], values.device))
+    flat, at_once = values.reshape(-1, count), max(_AT_ONCE // (_CANDIDATES * count), 1)
+    parts = [_best(part) for part in flat.split(at_once)] if len(flat) > at_once else [_best(flat)]
+    joined = [torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)]
+    return PowerLaw(*(column.reshape(values.shape[:-1]) for column in joined))
 
 
-def _tail_sizes(count: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=64)
+def _tail_sizes(count: int) -> tuple[int, ...]:
     """Candidate numbers of eigenvalues in the tail, on a geometric grid."""
-    exponents = torch.linspace(0, 1, _CANDIDATES, dtype=torch.float64, device=device)
-    return (_SMALLEST_TAIL * (count / _SMALLEST_TAIL) ** exponents).round().long().clamp_max(count).unique()
+    sizes = _SMALLEST_TAIL * (count / _SMALLEST_TAIL) ** np.linspace(0, 1, _CANDIDATES)
+    return tuple(np.unique(np.minimum(np.round(sizes), count)).astype(int).tolist())
 
 
-def _best(values: Tensor, sizes: Tensor) -> PowerLaw:
-    """The candidate with the smallest distance, for each spectrum."""
+def _best(values: Tensor) -> PowerLaw:
+    """The candidate with the smallest distance, for each of the spectra ``[T, n]``."""
     tiny = torch.finfo(torch.float64).tiny
+    lengths = _tail_sizes(values.shape[-1])
+    sizes = on_device(lengths, values.device, torch.float64)
+    ends = on_device([k - 1 for k in lengths], values.device, torch.int64)
     logs = values.clamp_min(tiny).log()
-    starts = values[..., sizes - 1]
+    starts, log_starts = values.index_select(-1, ends), logs.index_select(-1, ends)
     usable = starts > 1e-12 * values[..., :1]  # what is smaller is rounding
-    counts = sizes.tolist()
-    excess = _sums(logs, counts) - sizes * logs[..., sizes - 1]  # sum of log(lambda / start) over the tail
+    tables = [_Tails(lengths[i : i + _TOGETHER], values.device) for i in range(0, len(lengths), _TOGETHER)]
+    totals = torch.cat([table.sums(logs) for table in tables], -1)
+    excess = totals - sizes * log_starts  # sum of log(lambda / start) over the tail
     exponents = 1 + sizes / excess.clamp_min(tiny)
-    distances = torch.stack([_distance(logs[..., :k], exponents[..., i]) for i, k in enumerate(counts)], dim=-1)
-    distances = torch.where(usable, distances, torch.inf)
+    parts = zip(tables, log_starts.split(_TOGETHER, -1), exponents.split(_TOGETHER, -1), strict=True)
+    found = torch.cat([table.distances(logs, start, exponent) for table, start, exponent in parts], -1)
+    distances = torch.where(usable, found, torch.inf)
     chosen = distances.argmin(-1, keepdim=True)
 
     def pick(table: Tensor) -> Tensor:
         return table.expand(distances.shape).gather(-1, chosen)[..., 0]
 
-    size, start, exponent, distance = (pick(t) for t in (sizes.double(), starts, exponents, distances))
-    mean_excess = pick(_sums(values, counts)) / size - start
+    size, start, exponent, distance = (pick(t) for t in (sizes, starts, exponents, distances))
+    mean_excess = pick(torch.cat([table.sums(values) for table in tables], -1)) / size - start
     accepted = (distance <= _LILLIEFORS / size.sqrt()) & _beats_exponential(pick(excess), mean_excess, start, size)
     known = torch.isfinite(distance)
     return PowerLaw(
@@ -88,17 +104,25 @@ def _best(values: Tensor, sizes: Tensor) -> PowerLaw:
     )
 
 
-def _sums(values: Tensor, counts: list[int]) -> Tensor:
-    """Sums of the first so many numbers, ``[..., candidates]``; a cumulative sum on a GPU is not deterministic."""
-    return torch.stack([values[..., :k].sum(-1) for k in counts], dim=-1)
+class _Tails:
+    """Some of the candidate tails of spectra ``[T, n]`` in descending order; those have similar lengths."""
 
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+        self.longest = lengths[-1]
+        self.sizes = on_device(lengths, device, torch.float64)[:, None]
+        self.ranks = torch.arange(1, self.longest + 1, dtype=torch.float64, device=device)
+        self.inside = self.ranks <= self.sizes  # [candidates, longest]: which belong to the tail
 
-def _distance(logs: Tensor, exponent: Tensor) -> Tensor:
-    """Kolmogorov-Smirnov distance between a tail (descending logarithms) and the power law that begins at its end."""
-    count = logs.shape[-1]
-    survival = torch.exp(-(exponent[..., None] - 1) * (logs - logs[..., -1:]))
-    ranks = torch.arange(1, count + 1, dtype=logs.dtype, device=logs.device) / count
-    return torch.maximum((survival - ranks).abs(), (survival - ranks + 1 / count).abs()).amax(-1)
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums over every tail ``[T, candidates]``; a cumulative sum on a GPU is not deterministic."""
+        return torch.where(self.inside, values[:, None, : self.longest], 0.0).sum(-1)
+
+    def distances(self, logs: Tensor, log_starts: Tensor, exponents: Tensor) -> Tensor:
+        """Kolmogorov-Smirnov distances between every tail and the power law from its end."""
+        beyond = logs[:, None, : self.longest] - log_starts[..., None]
+        below = torch.exp(beyond.mul_((1 - exponents)[..., None])).sub_(self.ranks / self.sizes)
+        above = below + 1 / self.sizes
+        return torch.where(self.inside, torch.maximum(below.abs_(), above.abs_()), 0.0).amax(-1)
 
 
 def _beats_exponential(excess: Tensor, mean_excess: Tensor, start: Tensor, size: Tensor) -> Tensor:

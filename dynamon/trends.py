@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dynamon.scales import Scale, scaled
+
 ENTRIES = 64  # of each gradient that are looked at, spread evenly
 
 
@@ -20,7 +22,7 @@ class Trends:
         count: L, the number of gradients.
         device: Where they are.
 
-    Memory: 64 numbers a gradient. Cost: some ten small operations on ``[L, 64]``.
+    Memory: 128 numbers a gradient. Cost: some ten small operations on ``[L, 64]``.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -30,22 +32,42 @@ class Trends:
         self._squares: Tensor | None = None  # [L], of whole changes; zero where none is known
         self._now: Tensor | None = None
         self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
+        self._seen: tuple[tuple[int, ...], Tensor] | None = None  # entries of the gradients of the last call
+        self._padding = torch.zeros(ENTRIES, device=device)
 
-    def products(self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
+    def products(
+        self,
+        indices: Sequence[int],
+        current: Sequence[Tensor],
+        previous: Sequence[Tensor] | None,
+        scale: Scale = 1.0,
+    ) -> Tensor:
         """Sums over entries of :math:`d_k^2` and :math:`d_k d_{k-1}`, ``[2, P]``, and keep :math:`d_k`.
 
         Args:
             indices: Which P gradients these are, in their order.
             current: They, or what is here of them.
-            previous: Those of the step before.
+            previous: Those of the step before; None where those are what the last call was given as ``current``, of the
+                same indices (:meth:`has_seen`).
+            scale: Factor on the current ones.
         """
         if tuple(indices) != self._places[0]:
             all_there = len(indices) == self._count
             rows = None if all_there else torch.tensor(list(indices), dtype=torch.int64, device=self._device)
             self._places = tuple(indices), rows
-        self._now = self._entries(indices, current) - self._entries(indices, previous)
+        entries = scaled(self._entries(indices, current), scale)
+        if previous is None:
+            assert self._seen is not None
+            self._now = entries - self._seen[1]
+        else:
+            self._now = entries - self._entries(indices, previous)
+        self._seen = tuple(indices), entries
         before = torch.zeros_like(self._now) if self._changes is None else self._rows(self._changes)
-        return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
+        return (torch.stack([self._now, before]) * self._now).sum(2)
+
+    def has_seen(self, indices: Sequence[int]) -> bool:
+        """Whether the last call was of these gradients."""
+        return self._seen is not None and self._seen[0] == tuple(indices)
 
     def cosines(self, products: Tensor, alike: Tensor | None = None) -> Tensor:
         """What :meth:`products` gave, of whole gradients by now, as c ``[P]``; 0 where it is not known.
@@ -62,7 +84,7 @@ class Trends:
             self._squares = squares.new_zeros(self._count)
         known = self._rows(self._squares)
         cosines = inner / (squares.sqrt() * known.sqrt()).clamp_min(1e-37)
-        tells = torch.isfinite(squares)  # a gradient that is not finite hides a change, and is none
+        tells = squares < torch.inf  # a gradient that is not finite hides a change, and is none
         if alike is not None:
             tells &= alike > 0
         cosines = torch.where(tells, cosines, 0.0)
@@ -82,14 +104,19 @@ class Trends:
 
     def _entries(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
         """Entries of some of the gradients, ``[P, 64]``, zeros behind those of small ones."""
+        self._padding = self._padding.to(tensors[0])  # of one dtype, as the device's fast path wants it
+        # At each step for every layer: no call that can be saved.
         pieces: list[Tensor] = []
         for tensor in tensors:
-            flat = tensor.reshape(-1)
-            taken = flat[:: stride(flat.numel())][:ENTRIES].float()
-            pieces.append(taken)
-            if taken.numel() < ENTRIES:
-                pieces.append(taken.new_zeros(ENTRIES - taken.numel()))
-        return torch.cat(pieces).view(len(tensors), ENTRIES)
+            size = tensor.numel()
+            if size < ENTRIES:
+                pieces += tensor.reshape(-1), self._padding[size:]
+            elif tensor.is_contiguous():
+                pieces.append(tensor.as_strided((ENTRIES,), (size // ENTRIES,)))
+            else:
+                step = size // ENTRIES
+                pieces.append(tensor.reshape(-1)[: step * ENTRIES : step])
+        return torch.cat(pieces).float().view(len(tensors), ENTRIES)
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The change that is kept, and its square, by layer name."""

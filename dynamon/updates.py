@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from dynamon.arrays import Array
-from dynamon.kernels import gram_iteration, l2_along
+from dynamon.kernels import l2_norms, widest_dtype
+from dynamon.kernels.constants import on_device
+from dynamon.kernels.devices import reads_are_free
 from dynamon.layers import Layer
 from dynamon.norms import Norm, sigma_factor
+from dynamon.spectra import largest_per_stack
 
-_GRAM_STEPS = 8  # the certificate is then narrower than 1 % for any rank up to 160
+_UNLIKE = 1e5  # lengths of two steps whose quotient is larger leave nothing of their inner product
 
 
 def primal_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
@@ -23,27 +26,89 @@ def primal_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequen
         tensors: One a layer, stored as its weight is, all on one device.
 
     Returns:
-        ``[L]``, in float32 (float64 where a tensor is). Spectral norms are the middle of Gram iteration's bounds, which
-        are batched by shape; a layer of several matrices counts as its largest.
+        ``[L]``, in float32 (float64 where a tensor is). Spectral norms are those of
+        :func:`dynamon.spectra.largest_singular_values`, within 1 %; a layer of several matrices counts as its largest.
 
-    Cost: one pass over the tensors, and eight products of the smaller side for spectral norms. No host
-    synchronisation.
+    Cost: one pass over the tensors, and eight products of the smaller side for spectral norms; some ten calls, and
+    those of the spectral norms. No host synchronisation.
     """
-    found: list[Tensor | None] = [None] * len(layers)
-    batches: dict[tuple[object, ...], list[int]] = {}
-    for i, (layer, norm, tensor) in enumerate(zip(layers, norms, tensors, strict=True)):
-        if norm.name == "rms_to_rms":
-            batches.setdefault((*layer.matrices(tensor).shape[-2:], tensor.dtype), []).append(i)
-        else:
-            found[i] = norm.primal(tensor).amax()
-    for members in batches.values():
-        stacks = [layers[i].matrices(tensors[i]) for i in members]
-        lower, upper = gram_iteration(torch.cat(stacks) if len(stacks) > 1 else stacks[0], _GRAM_STEPS)
-        for i, sigmas in zip(members, (lower / 2 + upper / 2).split([len(stack) for stack in stacks]), strict=True):
-            found[i] = sigmas.amax() * (sigma_factor(layers[i]) or 1.0)
-    values = [value for value in found if value is not None]
-    wide = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
-    return torch.stack([value.to(wide) for value in values]) if values else torch.zeros(0)
+    if not layers:
+        return torch.zeros(0)
+    by_kind: dict[str, list[int]] = {}
+    for i, norm in enumerate(norms):
+        by_kind.setdefault(_KINDS.get(norm.name, ""), []).append(i)
+    columns = [
+        _MEASURES[kind]([layers[i] for i in own], [norms[i] for i in own], [tensors[i] for i in own])
+        for kind, own in by_kind.items()
+    ]
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    joined = torch.cat([column.to(wide) for column in columns])
+    order = [i for own in by_kind.values() for i in own]
+    if order == sorted(order):
+        return joined
+    return joined.index_select(0, on_device(np.argsort(order).tolist(), joined.device, torch.int64))
+
+
+def _spectral(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
+    sigmas = largest_per_stack([layer.matrices(tensor) for layer, tensor in zip(layers, tensors, strict=True)])
+    return sigmas * on_device([sigma_factor(layer) or 1.0 for layer in layers], sigmas.device, sigmas.dtype)
+
+
+def _euclidean(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
+    lengths = l2_norms(tensors)
+    counts = [t.numel() ** -0.5 if norm.name == "rms" else 1.0 for norm, t in zip(norms, tensors, strict=True)]
+    return lengths * on_device(counts, lengths.device, lengths.dtype)
+
+
+def _largest(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
+    if reads_are_free(tensors[0].device):  # where calls cost nothing, norms of order infinity are slower than this
+        return torch.stack(
+            [tensor.abs().amax().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+        )
+    return torch.stack(torch._foreach_norm(list(tensors), float("inf"), dtype=torch.float32))
+
+
+def _each(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([norm.primal(tensor).amax() for norm, tensor in zip(norms, tensors, strict=True)])
+
+
+_KINDS = {"rms_to_rms": "spectral", "rms": "euclidean", "frobenius": "euclidean", "one_to_inf": "largest"}
+_MEASURES = {"spectral": _spectral, "euclidean": _euclidean, "largest": _largest, "": _each}
+
+
+def differences(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors less others, in float32 at least: in half precision differences would be rounded once more.
+
+    Args:
+        now: T tensors.
+        before: T tensors of the same shapes.
+
+    Cost: one call, three where a dtype differs.
+    """
+    if not now:
+        return []
+    wide = [torch.promote_types(t.dtype, torch.float32) for t in now]
+    current, others = in_dtypes(now, wide), in_dtypes(before, wide)
+    if any(a is b for a, b in zip(current, now, strict=True)):
+        return list(torch._foreach_sub(current, others))
+    torch._foreach_sub_(current, others)
+    return current
+
+
+def in_dtypes(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Give tensors in these dtypes: themselves where all have them already, else copies in one call."""
+    if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True)):
+        return list(tensors)
+    found = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(found, list(tensors))
+    return found
+
+
+def wide_lengths(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norms ``[T]`` that are exact to the rounding of the entries: in float64, where the device has it."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=widest_dtype(tensors[0].device)))
 
 
 def compare_updates(now: Sequence[Tensor], before: Sequence[Tensor], earlier: Sequence[Tensor]) -> Tensor:
@@ -56,33 +121,77 @@ def compare_updates(now: Sequence[Tensor], before: Sequence[Tensor], earlier: Se
 
     Returns:
         ``[3, T]`` in float32 (float64 where a tensor is): the cosine between the two updates, NaN where one of them is
-        zero, and the Euclidean norms of the last and of the one before.
+        zero or 1e5 times the other, and the Euclidean norms of the last and of the one before.
 
-    Cost: two differences of the tensors and a pass over each. No host synchronisation.
+    Cost: three differences of the tensors and a pass over each, in some ten calls. No host synchronisation.
     """
-    rows = [_compare(*tensors) for tensors in zip(now, before, earlier, strict=True)]
-    wide = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
-    return torch.stack([row.to(wide) for row in rows], 1) if rows else torch.zeros(3, 0)
+    return compare_steps(differences(now, before), differences(before, earlier))
 
 
-def _compare(now: Tensor, before: Tensor, earlier: Tensor) -> Tensor:
-    wide = torch.promote_types(now.dtype, torch.float32)
-    now, before, earlier = (t.detach().reshape(-1).to(wide) for t in (now, before, earlier))
-    last, previous = now - before, before - earlier
-    size, previous_size = l2_along(last, None), l2_along(previous, None)
-    return torch.stack([torch.dot(last / size, previous / previous_size), size, previous_size])
+def compare_steps(last: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
+    """:func:`compare_updates` from the two updates themselves."""
+    if not last:
+        return torch.zeros(3, 0)
+    lengths = [wide_lengths(tensors) for tensors in (last, previous, torch._foreach_sub(list(last), list(previous)))]
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in last) else torch.float32
+    return torch.stack([cosines(*lengths), *lengths[:2]]).to(wide)
+
+
+def cosines(last: Tensor, previous: Tensor, apart: Tensor) -> Tensor:
+    r"""Cosines between pairs of vectors from their lengths and that of their difference, all in float64.
+
+    :math:`1 - (|a - b|^2 - (|a| - |b|)^2) / (2 |a| |b|)`. The difference is of rounded entries: what is found is off by
+    up to 6e-8 times the quotient of the lengths, in practice less by the root of the number of entries.
+
+    Args:
+        last: Lengths ``[...]``.
+        previous: Those of the other vectors.
+        apart: Those of the differences.
+
+    Returns:
+        ``[...]``; NaN where a length is zero, or one is 1e5 times the other.
+    """
+    longer = last - previous
+    found = 1 - ((apart - longer) / last) * ((apart + longer) / previous) / 2
+    alike = (last > 0) & (previous > 0) & (last < _UNLIKE * previous) & (previous < _UNLIKE * last)
+    return torch.where(alike, found.clamp(-1, 1), torch.nan)
+
+
+def angles(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
+    r"""Angles between vectors before and after a step from the lengths of both and of the step, all in float64.
+
+    The squared distance of the unit vectors is :math:`(|d|^2 - (|b| - |a|)^2) / (|a| |b|)`: exact for small angles too,
+    since the length of the step is that of the step itself. Where the step is along the vector, the root of the sums'
+    rounding stays: up to 2e-8 times the root of ``|d| / |a|``, and where entries change by more than half of
+    themselves 3e-4 times that quotient.
+
+    Args:
+        start: Lengths before the step ``[...]``.
+        end: Lengths after it.
+        step: Lengths of the step.
+
+    Returns:
+        ``[...]`` in radians; NaN where a vector is zero.
+    """
+    middle = start.sqrt() * end.sqrt()
+    longer = (end - start) / middle
+    squares = (step / middle - longer) * (step / middle + longer)
+    found = 2 * torch.asin((squares.clamp_min(0).sqrt() / 2).clamp_max(1.0))
+    return torch.where(middle > 0, found, torch.nan)
 
 
 def joint_cosine(rows: Array) -> float:
     """The cosine between the last two updates of all tensors together.
 
     Args:
-        rows: ``[3, T]`` as :func:`compare_updates` returns them, on the host. Columns of NaN are left out.
+        rows: ``[3, T]`` as :func:`compare_updates` returns them, on the host. Columns of NaN are left out, and those of
+            two steps whose cosine is not known.
 
     Returns:
         The cosine; NaN where one of the two updates is zero or not finite, or nothing is known.
     """
-    cosine, last, previous = rows[:, ~np.isnan(rows[1:]).any(0)].astype(np.float64)
+    unknown = np.isnan(rows[1:]).any(0) | np.isnan(rows[0]) & (rows[1:] > 0).all(0)
+    cosine, last, previous = rows[:, ~unknown].astype(np.float64)
     lengths = np.sqrt(np.square(last).sum() * np.square(previous).sum())
     inner = np.nansum(np.where(last * previous > 0, cosine, 0.0) * last * previous)
     return float(np.clip(inner / lengths, -1, 1)) if 0 < lengths < np.inf else float("nan")

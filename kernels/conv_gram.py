@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynamon.kernels.constants import moved
 from dynamon.kernels.gram import gram_iteration
+from dynamon.kernels.precision import convolution_rounding, own_dtype, product_allowance
 
 _SUP_GRID = 32  # frequencies a dimension for the supremum over sizes; finer than 8 a degree anyway
 _POWER_STEPS = 12
@@ -53,9 +55,11 @@ def conv_gram_iteration(
         steps: Gram steps, see :func:`gram_iteration`.
 
     Returns:
-        ``(lower, upper)``, 0-d tensors in float32 (float64 for float64), with an allowance for rounding; NaN where the
-        kernel holds NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound takes the
-        direction that the power steps found as given.
+        ``(lower, upper)``, 0-d tensors in float32 (float64 for float64), with an allowance for rounding, also of
+        products and convolutions in TensorFloat-32 (0.4 to 0.8 %; a GPU takes it for convolutions unless
+        ``torch.backends.cudnn.conv.fp32_precision`` says ``"ieee"``, as it does for products if they are told to); NaN
+        where the kernel holds NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound
+        takes the direction that the power steps found as given.
 
     Raises:
         ValueError: On shapes and arguments that no convolution has, or another padding mode.
@@ -73,19 +77,24 @@ def conv_gram_iteration(
     scale = work.detach().abs().amax()
     scale = torch.where(finite & (scale > 0), scale, torch.ones_like(scale))
     work = torch.where(finite, work, torch.zeros_like(work)) / scale
+    with own_dtype(work):
+        return _bounds(kernel, work, plan, steps, torch.where(finite, 1.0, torch.nan).to(work) * scale)
+
+
+def _bounds(kernel: Tensor, work: Tensor, plan: "_Plan", steps: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds of a finite kernel whose largest entry is one, times a scale."""
     lower, upper = _over_frequencies(plan.polyphase(work), plan.grid, steps)
     if plan.size is None:
         if plan.circular and max(plan.stride) > 1:  # circles that the stride does not divide: drop no outputs
-            plan = _Plan(kernel, None, padding, padding_mode, 1, dilation, groups)
+            plan = plan.with_stride_one(kernel)
             upper = _over_frequencies(plan.polyphase(work), plan.grid, steps)[1]
         upper = upper * plan.between_frequencies * plan.repeats
     else:
         upper = upper * plan.repeats
         lower = _rayleigh(work, plan)
-        allowance = 1 - torch.finfo(work.dtype).eps * (8 + 2 * work[0].numel() ** 0.5)
-        lower = lower * allowance
-    unknown = torch.where(finite, 1.0, torch.nan).to(work) * scale
-    return torch.minimum(lower, upper) * unknown, upper * unknown
+        allowance = torch.finfo(work.dtype).eps * (8 + 2 * work[0].numel() ** 0.5) + 4 * convolution_rounding(work)
+        lower = lower * (1 - allowance)
+    return torch.minimum(lower, upper) * scale, upper * scale
 
 
 class _Plan:
@@ -127,6 +136,12 @@ class _Plan:
                 raise ValueError(f"circular padding {self.padding} is larger than the input {self.size}.")
         self.phase_stride = self._phase_stride()
         self.grid = self._grid()
+        self._rest = padding, padding_mode, dilation, groups
+
+    def with_stride_one(self, kernel: Tensor) -> "_Plan":
+        """The same convolution of inputs of any size, none of whose outputs is dropped."""
+        padding, padding_mode, dilation, groups = self._rest
+        return _Plan(kernel, None, padding, padding_mode, 1, dilation, groups)
 
     def _phase_stride(self) -> list[int]:
         """The stride that is taken apart; where it does not divide a circle, dropping outputs is enough of a bound."""
@@ -196,7 +211,8 @@ def _over_frequencies(phases: Tensor, grid: Sequence[int], steps: int) -> tuple[
     """Largest bounds over a grid of frequencies; conjugate frequencies are taken once."""
     bounds = [gram_iteration(part, steps=steps) for part in _transformed(phases, grid)]
     lower, upper = (torch.stack([part.amax() for part in side]).amax() for side in zip(*bounds, strict=True))
-    eps = torch.finfo(phases.dtype).eps * (4 + math.log2(math.prod(grid) + 1))  # rounding of the transform
+    # Rounding of the transform, which is a product where frequencies are taken some at a time.
+    eps = torch.finfo(phases.dtype).eps * (4 + math.log2(math.prod(grid) + 1)) + product_allowance(phases)
     return lower * (1 - eps), upper * (1 + eps)
 
 
@@ -221,13 +237,13 @@ def _waves(
     chosen: range, frequencies: Sequence[int], taps: Sequence[int], grid: Sequence[int], like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cosine and negative sine ``[taps, n]`` of some frequencies at all taps."""
-    turns = torch.zeros(math.prod(taps), len(chosen), dtype=torch.float64)
-    places = torch.unravel_index(torch.arange(len(turns)), list(taps))
-    points = torch.unravel_index(torch.arange(chosen.start, chosen.stop), list(frequencies))
+    turns = torch.zeros(math.prod(taps), len(chosen), dtype=torch.float64, device="cpu")
+    places = torch.unravel_index(torch.arange(len(turns), device="cpu"), list(taps))
+    points = torch.unravel_index(torch.arange(chosen.start, chosen.stop, device="cpu"), list(frequencies))
     for place, point, length in zip(places, points, grid, strict=True):
         turns += (place[:, None] * point % length) / length  # whole turns are nothing, and left out exactly
     angles = turns * (2 * math.pi)
-    return angles.cos().to(like), angles.sin().neg().to(like)
+    return moved(angles.cos().to(like.dtype), like.device), moved(angles.sin().neg().to(like.dtype), like.device)
 
 
 def _folded(phases: Tensor, grid: Sequence[int]) -> Tensor:

@@ -6,8 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamon.kernels.precision import own_dtype, product_rounding
+from dynamon.kernels.thresholds import half_pays
+
 _LOWER = 1e-3  # singular values above this share of the largest are taken to one
 _SAFETY = 1.01  # the interval is widened by this before each step but the last, so that rounding stays inside
+_WIDER = 1.05  # the same where entries are rounded to eight or ten bits: beyond its interval a polynomial plunges
 _TALL = 2  # from this aspect ratio on the iteration runs on the small Gram matrix
 
 
@@ -25,8 +29,10 @@ def polar_factor(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
             rounding in float32 leaves 0.2 % however many there are. Smaller ones are on their way there; zero stays
             zero.
         dtype: What to iterate in, after normalising in float32, always on the matrix itself. ``torch.bfloat16`` is
-            several times faster on processors with units for it; its rounding moves singular values by up to 5 % and
-            rotates those below some hundredths of the norm. float32 (float64 for float64) by default.
+            several times faster on processors with units for it. Singular values above a hundredth of the norm are then
+            within 25 % of one after 5 steps, 5 % after 6, 1 % after 7 (measured, on spectra made to fail); those
+            below some hundredths are rotated. float32 (float64 for float64) by default; where its products are taken
+            in TensorFloat-32 the iteration is on the matrix itself too, and as close.
 
     Returns:
         ``[..., m, n]`` in float32 (float64 for float64), zero for a zero matrix, NaN where the matrix holds NaN or
@@ -49,14 +55,32 @@ def polar_factor(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
     if work.numel() == 0:
         return work
     tall = work if work.shape[-2] >= work.shape[-1] else work.mT
-    tall = _normalised(tall)
-    if dtype is not None:  # products of Gram matrices would not survive rounding to eight bits
-        result = _on_matrix(tall.to(dtype), coefficients(steps)).to(work.dtype)
-    elif tall.shape[-2] >= _TALL * tall.shape[-1]:
-        result = _on_gram(tall, coefficients(steps))
-    else:
-        result = _on_matrix(tall, coefficients(steps))
+    with own_dtype(work):
+        tall = _normalised(tall)
+        # Products of Gram matrices would not survive rounding to eight or ten bits.
+        rounded = dtype is not None or product_rounding(tall) > 0
+        polynomials = coefficients(steps, _WIDER if rounded else _SAFETY)
+        if rounded or tall.shape[-2] < _TALL * tall.shape[-1]:
+            result = _on_matrix(tall if dtype is None else tall.to(dtype), polynomials).to(work.dtype)
+        else:
+            result = _on_gram(tall, polynomials)
     return result if work.shape[-2] >= work.shape[-1] else result.mT
+
+
+def step_polar_factor(matrix: Tensor) -> Tensor:
+    """The polar factor for an optimizer's step: five steps of :func:`polar_factor`, in bfloat16 where that pays.
+
+    Singular values above a hundredth of the matrix's Schatten-4 norm are then within 25 % of one instead of 13 %. That
+    is so on NVIDIA GPUs with units for bfloat16 (:mod:`dynamon.kernels.thresholds`); elsewhere it is float32.
+
+    Args:
+        matrix: Matrices ``[..., m, n]``.
+
+    Returns:
+        ``[..., m, n]`` in float32 (float64 for float64).
+    """
+    half = matrix.dtype != torch.float64 and half_pays(matrix.device)
+    return polar_factor(matrix, dtype=torch.bfloat16 if half else None)
 
 
 def polar_error(steps: int, ratio: float = _LOWER) -> float:
@@ -68,13 +92,13 @@ def polar_error(steps: int, ratio: float = _LOWER) -> float:
 
 
 @lru_cache
-def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
+def coefficients(steps: int, safety: float = _SAFETY) -> tuple[tuple[float, float, float], ...]:
     """The polynomials ``a x + b x^3 + c x^5`` of each step, found by exchange (Remez) on shrinking intervals."""
     low, high = _LOWER, 1.0
     found = []
     for step in range(steps):
         a, b, c, error = _closest_to_one(low, high)
-        widened = _SAFETY if step < steps - 1 else 1.0
+        widened = safety if step < steps - 1 else 1.0
         a, b, c = a / widened, b / widened**3, c / widened**5
         found.append((a, b, c))
         low, high = a * low + b * low**3 + c * low**5, 1 + error
@@ -100,10 +124,10 @@ def _closest_to_one(low: float, high: float) -> tuple[float, float, float, float
 
 def _normalised(matrix: Tensor) -> Tensor:
     """Divide by the Schatten-4 norm, which bounds the largest singular value closely and cannot overflow."""
-    largest = matrix.abs().amax((-2, -1), keepdim=True)
-    matrix = matrix / torch.where(largest == 0, torch.ones_like(largest), largest)
-    norm = torch.linalg.matrix_norm(matrix.mT @ matrix, keepdim=True).sqrt()
-    return matrix / torch.where(norm == 0, torch.ones_like(norm), norm)
+    tiny = torch.finfo(matrix.dtype).tiny  # instead of zero
+    matrix = matrix / torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1), keepdim=True).clamp_min(tiny)
+    norm = torch.linalg.vector_norm(matrix.mT @ matrix, dim=(-2, -1), keepdim=True).sqrt()
+    return matrix / norm.clamp_min(tiny)
 
 
 def _on_matrix(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ...]) -> Tensor:

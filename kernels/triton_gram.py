@@ -22,13 +22,13 @@ class Tiling:
 
 # Chosen from what the compiler says for Hopper: 96 KB of shared memory, so that two programs fit on a multiprocessor.
 # With 8 warps the assembler of Triton 3.6 runs the half-precision tensor-core instructions one after another (C7515).
-# No GPU has timed them yet: `python -m benchmarks.kernels --sweep` compares them with their neighbours.
+# `python -m benchmarks.kernels --sweep` compares them with their neighbours.
 HALF = Tiling(side=128, depth=64, warps=4, stages=3)
 FULL = Tiling(side=128, depth=32, warps=8, stages=3)
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
-SMALLEST_SIDE = 4096  # below it cuBLAS is not far behind, and half of the tiles do not fill a large GPU
 _BAND = 8  # rows of tiles that are walked together
+_LARGEST_STRIDES = 2**24  # of rows and columns together: offsets within a tile of at most 128 x 128 have 32 bits
 
 
 def symmetric_gram(matrix: Tensor, *, precision: str = "ieee", tiling: Tiling | None = None) -> Tensor:
@@ -69,8 +69,8 @@ def symmetric_gram(matrix: Tensor, *, precision: str = "ieee", tiling: Tiling | 
     if out.numel() == 0:
         return out
     tall = tall.reshape(-1, length, side)
-    if max(tall.stride()[1:]) >= 2**24:  # offsets within a tile have 32 bits
-        raise ValueError(f"symmetric_gram needs strides below 2^24, got {tuple(tall.stride()[1:])}.")
+    if sum(tall.stride()[1:]) >= _LARGEST_STRIDES:
+        raise ValueError(f"symmetric_gram needs strides below 2^24 together, got {tuple(tall.stride()[1:])}.")
     tiling = tiling or (FULL if matrix.dtype == torch.float32 else HALF)
     tiles = triton.cdiv(side, tiling.side)
     with torch.cuda.device_of(matrix):
@@ -93,14 +93,14 @@ def symmetric_gram(matrix: Tensor, *, precision: str = "ieee", tiling: Tiling | 
 
 
 def supported(matrix: Tensor) -> bool:
-    """Whether :func:`symmetric_gram` can take this matrix and is expected to be quicker than a full product."""
+    """Whether :func:`symmetric_gram` can take this matrix; where that pays, :mod:`dynamon.kernels.thresholds` says."""
     return (
         type(matrix) is Tensor  # no DTensor, whose memory is elsewhere
         and can_run(matrix.device)
         and matrix.is_cuda
         and matrix.ndim >= 2
         and matrix.dtype in SUPPORTED
-        and min(matrix.shape[-2:]) >= SMALLEST_SIDE
+        and sum(matrix.stride()[-2:]) < _LARGEST_STRIDES
         and not (matrix.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
     )

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 import dynamon
 from dynamon.callbacks import DynamicsMonitor
 from dynamon.cli import main
+from dynamon.quantities import REGISTRY
 from tests.helpers import Classifier, batches, mlp, trainer
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +27,8 @@ sys.path.insert(0, str(DOCS))
 import generated  # noqa: E402
 
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "generated" not in p.parts and p.parent.name != "gallery")
-GROUPS = "sharpness|gradient|noise|weight|update|spectrum|lr|dynamon"
-ENDINGS = ("", "_upper", "_residual", "_unconverged", "_bracket", "_p10", "_median", "_p90")
+GROUPS = "|".join({one.group for one in REGISTRY.values()})
+ENDINGS = ("", "_p10", "_median", "_p90")
 
 
 def blocks(page: Path, language: str = "python") -> list[str]:
@@ -48,12 +49,14 @@ def html(site: Path) -> Iterator[tuple[str, str]]:
         yield page.relative_to(site).as_posix(), page.read_text()
 
 
+@pytest.mark.slow
 def test_it_builds_with_warnings_as_errors(site) -> None:
     names = {name for name, _ in html(site)}
     assert {"index.html", "quantities.html", "comparison.html", "reference/tags.html"} <= names
     assert {f"gallery/{script.stem}.html" for script in generated.EXAMPLES.glob("*.py")} <= names
 
 
+@pytest.mark.slow
 def test_a_page_needs_no_network(site) -> None:
     for name, text in html(site):
         loaded = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"(?:https?:)?//[^>]*>", text)
@@ -62,29 +65,38 @@ def test_a_page_needs_no_network(site) -> None:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text()), style
 
 
+@pytest.mark.slow
 def test_formulas_and_tables_of_docstrings_are_drawn(site) -> None:
     text = (site / "reference" / "rates.html").read_text()
     assert "<mfrac>" in text and "\\frac" not in text and ":math:" not in text and "=====" not in text
 
 
+@pytest.mark.slow
 def test_every_monitor_and_its_tables_are_in_the_reference(site) -> None:
     text = (site / "reference" / "callbacks.html").read_text()
     for name in ("DynamicsMonitor", "SharpnessMonitor", "NoiseAdaptiveLR", "Meter"):
         assert f'id="dynamon.callbacks.{name}"' in text
     keys = (site / "reference" / "tags.html").read_text()
-    assert all(tag in keys for tag in generated.keys())
+    assert all(tag in keys for tag in REGISTRY)
 
 
 def test_every_key_has_a_meaning() -> None:
     text = (DOCS / "quantities.md").read_text()
-    families = {tag for tag in generated.keys() if tag.endswith(("_upper", "_residual", "_unconverged"))}
-    missing = [tag for tag in generated.keys() if f"`{tag}`" not in text and tag not in families]
+    families = {tag for tag in REGISTRY if tag.endswith(("_upper", "_residual", "_unconverged"))}
+    missing = [tag for tag in REGISTRY if f"`{tag}`" not in text and tag not in families]
     assert missing == []
+
+
+def test_units_are_those_of_the_registry() -> None:
+    text = (DOCS / "quantities.md").read_text().split("## The health list")[0]
+    rows = re.findall(r"^\| `([a-z]+/[a-z0-9_]+)` \| [^|]+ \| ([^|]*)\|$", text, re.M)
+    assert len(rows) > 60
+    assert {tag: unit.strip() for tag, unit in rows if REGISTRY[tag].unit != unit.strip()} == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_name_only_keys_that_exist(page) -> None:
-    known = {tag + ending for tag in generated.keys() for ending in ENDINGS}
+    known = {tag + ending for tag in REGISTRY for ending in ENDINGS}
     named = set(re.findall(rf"`((?:{GROUPS})/[a-z0-9_]+)`", page.read_text()))
     assert named - known - health_rules() == set()
 
@@ -197,3 +209,26 @@ def test_each_page_shows_pictures_that_are_there() -> None:
 def test_the_gallery_lists_every_example() -> None:
     text = (DOCS / "gallery" / "index.md").read_text()
     assert all(f"]({script.stem}.md)" in text for script in generated.EXAMPLES.glob("*.py"))
+
+
+def test_the_table_of_gpu_checks_says_what_was_found() -> None:
+    names = ("device", "torch", "triton", "cuda", "lightning", "python", "commit", "command", "date")
+    bars = [
+        {"what": "share of a step", "value": 0.03, "bar": "<= 0.02", "holds": False},
+        {"what": "bitwise equal", "holds": True},
+    ]
+    checks = [
+        {
+            "check": "steering",
+            "part": "timing",
+            "status": "failed",
+            "seconds": 1.0,
+            "bars": bars,
+            "figures": {"ms": [1, 2]},
+        },
+        {"check": "two GPUs", "part": "hazards", "status": "skipped", "seconds": 0.0, "reason": "one | GPU"},
+    ]
+    text = generated.gpu_tables({"environment": {name: f"a {name}" for name in names}, "checks": checks})
+    assert "on one a device, torch a torch, Triton a triton" in text and "1 failed, 1 skipped" in text
+    assert "| steering | share of a step | 0.03 | <= 0.02 | **no** |" in text and "| timing | 1 | 0 |" in text
+    assert "| two GPUs | skipped | one |" in text and "| steering | ms | 1, 2 |" in text

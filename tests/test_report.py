@@ -21,6 +21,7 @@ from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.cli import main
 from dynamon.cli.report import sparkline
 from dynamon.history import RunData, Series
+from dynamon.quantities import REGISTRY
 from dynamon.runs import read_run_data
 from tests.helpers import Classifier, fit, mlp
 
@@ -191,6 +192,15 @@ def test_names_are_never_more_than_names(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text("step,train/loss\x1b[31m</script>,gradient/norm\n0,1.0,1.0\n1,2.0,1.0\n")
     assert main(["report", str(tmp_path), "--text"]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_words_and_scales_are_those_of_the_registry():
+    table = Series(np.arange(2), np.ones((2, 1)), ("a",))
+    packed = payload(RunData({}, {"gradient/dual": table, "lr/ratio": table, "mine/own": table}), "x")
+    assert packed["shown"] == {
+        tag: {"words": REGISTRY[tag].words, "scale": REGISTRY[tag].scale} for tag in ("gradient/dual", "lr/ratio")
+    }
+    assert packed["shown"]["lr/ratio"] == {"words": "rate ratio", "scale": "linear"}
 
 
 def test_long_series_are_thinned_and_say_so():

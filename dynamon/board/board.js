@@ -1,8 +1,9 @@
 // The board: four views of a run or two, in the theme of the reader.
 //
-// A run is {label, lastStep, loss, findings, quantities, scalar, table}: the tag of the training loss or null, what health
-// found or null while it is looked for, `scalar(tag)` the series {steps, values} or null, `await table(quantity)` a
-// quantity of `quantities` as {steps, layers, values (row by row), total}.
+// A run is {label, lastStep, loss, findings, quantities, shown, scalar, table}: the tag of the training loss or null, what
+// health found or null while it is looked for, `shown` the {words, scale} of those of `quantities` that dynamon knows, a
+// Map, `scalar(tag)` the series {steps, values} or null, `await table(quantity)` a quantity of `quantities` as
+// {steps, layers, values (row by row), total}.
 
 import { el } from "./dom.js";
 import { layers } from "./layers.js";
@@ -29,6 +30,7 @@ export function packed(run) {
     loss: run.loss,
     findings: run.findings,
     quantities: [...tables.keys()].sort(),
+    shown: new Map(Object.entries(run.shown ?? {})),
     scalar: (tag) => (scalars.has(tag) ? once(`s ${tag}`, () => unpackedScalar(scalars.get(tag))) : null),
     table: async (quantity) => once(`t ${quantity}`, () => unpackedTable(tables.get(quantity))),
   };

@@ -8,38 +8,7 @@ import { median } from "./numbers.js";
 import { ADD, empty, remembered, stepsOf } from "./views.js";
 
 const FIRST = ["gradient/dual", "gradient/l2", "noise/dual", "update/ratio"]; // what the view opens with
-const LINEAR = ["lr/ratio", "weight/memory", "update/layer_cosine", "spectrum/deviation"];
 const MOST = 5; // curves at a time
-const WORDS = {
-  "gradient/dual": "gradient, dual norm",
-  "gradient/l2": "gradient, l2 norm",
-  "gradient/local_smoothness": "change of the gradient over the step",
-  "lr/effective": "effective rate",
-  "lr/ratio": "rate ratio",
-  "noise/dual": "gradient noise, dual norm",
-  "noise/snr": "signal to noise",
-  "sharpness/block": "sharpness of the layer's block",
-  "spectrum/condition": "condition number",
-  "spectrum/deviation": "deviation from the spectral condition, log2",
-  "spectrum/effective_rank": "effective rank",
-  "spectrum/nuclear": "nuclear norm",
-  "spectrum/participation_ratio": "participation ratio",
-  "spectrum/sigma_lower": "largest singular value, lower bound",
-  "spectrum/sigma_max": "largest singular value",
-  "spectrum/sigma_upper": "largest singular value, upper bound",
-  "spectrum/stable_rank": "stable rank",
-  "spectrum/tail_exponent": "exponent of the spectrum's tail",
-  "update/layer_cosine": "cosine of successive updates",
-  "update/operator": "update, operator norm",
-  "update/ratio": "update / weight",
-  "update/rotation": "rotation a step",
-  "weight/constraint_usage": "decay x norm / step",
-  "weight/effective_rate": "rate / squared norm",
-  "weight/frobenius": "weight, Frobenius norm",
-  "weight/memory": "what decay has left of the initial weights",
-  "weight/operator": "weight, operator norm",
-  "weight/rms": "weight, root mean square",
-};
 
 /** 2: the map of one run; curves of all runs. */
 export async function layers(runs, state, actions) {
@@ -59,13 +28,16 @@ export async function layers(runs, state, actions) {
   const quantity = run.quantities.includes(state.quantity)
     ? state.quantity
     : (FIRST.find((name) => run.quantities.includes(name)) ?? run.quantities[0]);
-  const isLog = (state.scale ?? (LINEAR.includes(quantity) ? "linear" : "log")) === "log";
+  const isLog = (state.scale ?? run.shown.get(quantity)?.scale ?? "log") === "log";
   const tables = await Promise.all(runs.map((one) => (one.quantities.includes(quantity) ? one.table(quantity) : null)));
   const table = tables[which];
   if (state.folded === "all") {
     state.folded = new Set(groupsOf(table.layers).filter((group) => group.members.length > 1).map((group) => group.key));
   }
-  const titles = run.quantities.map((name) => [name, WORDS[name] ? `${name}: ${WORDS[name]}` : name]);
+  const titles = run.quantities.map((name) => {
+    const words = run.shown.get(name)?.words;
+    return [name, words ? `${name}: ${words}` : name];
+  });
   const controls = el(
     "div",
     { class: "controls" },

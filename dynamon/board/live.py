@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, packed_scalar, packed_table
+from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, packed_scalar, packed_table, shown
 from dynamon.event_files import Curve, EventFile, EventLog, RowCurve, event_paths
 from dynamon.health import findings, loss_tag
 from dynamon.history import RunData, Series
@@ -114,7 +114,7 @@ class LiveRun:
             ``epoch`` and ``count``, for the next time; ``share`` of the files' bytes that is read; ``damage``, what of
             them could not be read; and where anything is new ``scalars`` as in
             :func:`dynamon.board.payload.payload`, those to be appended with the index ``from`` which they begin;
-            ``quantities``, ``last_step`` and ``loss``.
+            ``quantities``, ``shown``, ``last_step`` and ``loss``.
         """
         with self._lock:
             share = self._read(read_for)
@@ -133,9 +133,11 @@ class LiveRun:
                 for tag, series in data.scalars.items()
             }
             tables = self._log.tables
+            quantities = [tag for tag in data.tables if tag not in tables or tables[tag].has_values]
             return answer | {
                 "scalars": {tag: news for tag, news in scalars.items() if news},
-                "quantities": [tag for tag in data.tables if tag not in tables or tables[tag].has_values],
+                "quantities": quantities,
+                "shown": shown(quantities),
                 "last_step": data.last_step,
                 "loss": loss_tag(data.scalars),
             }

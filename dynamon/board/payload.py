@@ -1,6 +1,7 @@
 """A run as the front end takes it: plain JSON, arrays in base64."""
 
 import base64
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from dynamon.arrays import Array
 from dynamon.health import findings, loss_tag
 from dynamon.history import RunData, Series
+from dynamon.quantities import REGISTRY
 
 SCALAR_POINTS = 20_000
 TABLE_POINTS = 4_000
@@ -24,22 +26,27 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
     Returns:
         ``scalars`` by tag and ``tables`` by quantity with arrays as little-endian base64: ``steps`` of both and
         ``values`` of scalars in float64, ``values`` of tables, ``[T, L]`` row by row, in float32; the number of
-        readings there were as ``total``; ``findings``, taken from all of them.
+        readings there were as ``total``; ``shown`` of the tables; ``findings``, taken from all of them.
 
     Cost: about 5 bytes a value of a table. Beyond 4,000 readings every so many-th of a table is packed; of more than
     20,000 points of a scalar the lowest and the highest of each bucket. A table without a single value is left out.
     """
     tag = loss or loss_tag(run.scalars)
+    tables = {key: packed_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()}
     return {
         "name": name,
         "last_step": run.last_step,
         "loss": tag if tag in run.scalars else None,
         "scalars": {key: packed_scalar(series) for key, series in run.scalars.items()},
-        "tables": {
-            key: packed_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()
-        },
+        "tables": tables,
+        "shown": shown(tables),
         "findings": [finding.as_dict() for finding in findings(run, loss)],
     }
+
+
+def shown(quantities: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Give the words and the scale of those per-layer quantities that the registry has; the board does without."""
+    return {tag: {"words": REGISTRY[tag].words, "scale": REGISTRY[tag].scale} for tag in quantities if tag in REGISTRY}
 
 
 def packed_scalar(series: Series) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Live {
   }
 
   forget(epoch) {
-    Object.assign(this, { epoch, count: 0, lastStep: 0, loss: null, quantities: [], examined: -1 });
+    Object.assign(this, { epoch, count: 0, lastStep: 0, loss: null, quantities: [], shown: new Map(), examined: -1 });
     [this.scalars, this.tables] = [new Map(), new Map()];
   }
 
@@ -137,7 +137,8 @@ class Live {
     if (!news.scalars) return;
     if (news.epoch !== this.epoch) this.forget(news.epoch);
     for (const [tag, part] of Object.entries(news.scalars)) this.scalars.set(tag, appended(this.scalars.get(tag), unpackedScalar(part), part.from));
-    Object.assign(this, { count: news.count, lastStep: news.last_step, loss: news.loss, quantities: news.quantities.sort() });
+    const shown = new Map(Object.entries(news.shown ?? {}));
+    Object.assign(this, { count: news.count, lastStep: news.last_step, loss: news.loss, quantities: news.quantities.sort(), shown });
   }
 
   /** Look for what is wrong; true if that was done anew. */

@@ -15,23 +15,16 @@ from dynamon.board.payload import payload
 from dynamon.cli.reading import RUN_HELP, choice, read
 from dynamon.health import Finding, findings, judged_loss, loss_tag
 from dynamon.history import RunData, Series
+from dynamon.quantities import REGISTRY, Scope
 from dynamon.run_folders import readable
 from dynamon.runs import read_run_data
 
 _WIDTH = 48  # columns of a row of blocks
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-~+=*#"
-_ROWS = (
-    ("stability ratio", "sharpness/stability_ratio"),
-    ("top eigenvalue", "sharpness/hessian_max"),
-    ("gradient norm", "gradient/norm"),
-    ("base rate", "lr/base"),
-    ("smallest rate", "lr/base_min"),
-    ("median ratio", "lr/ratio_median"),
-    ("layers at bounds", "lr/bounded"),
-    ("noise scale", "noise/scale"),
-    ("overhead", "dynamon/overhead"),
-)
-_TABLES = ("gradient/dual", "noise/dual", "update/ratio", "weight/operator", "spectrum/stable_rank", "lr/ratio")
+_ROWS = [
+    (one.row, f"{one.tag}_median" if one.scope is Scope.PER_LAYER else one.tag) for one in REGISTRY.values() if one.row
+]
+_TABLES = [one.tag for one in REGISTRY.values() if one.extremes]
 
 
 def add_parser(commands: Any) -> None:

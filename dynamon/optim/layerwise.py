@@ -1,24 +1,30 @@
 """Layerwise learning rates on top of any optimizer, without touching its parameter groups."""
 
-import itertools
 import operator
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
+import numpy as np
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.decay import is_decoupled
+from dynamon.arrays import Array
 from dynamon.gradients import PendingReadings
+from dynamon.kernels import waiter
 from dynamon.layers import Layer, is_steerable, known_layers
-from dynamon.names import word_runs
 from dynamon.norms import optimizer_family
+from dynamon.optim.refusals import check_decay, refusal, refuse_step, spread_reason
+from dynamon.optim.views import GroupViews
+from dynamon.ranks import ran_out_of_memory
 from dynamon.rates import Rule
+from dynamon.rates.merging import Merging, error
+from dynamon.scales import Scale
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back
 from dynamon.stepping import (
@@ -27,54 +33,13 @@ from dynamon.stepping import (
     closure_of,
     has_gradients,
     runs_hooks,
-    steps_in_backward,
     with_closure,
     wrapped_optimizers,
 )
 from dynamon.windows import Window
 
-_REFUSED = {  # by whole words of the class's name
-    "prodigy": "it estimates one step size for all groups and raises when their rates differ",
-    "dadapt": "it estimates one step size for all groups and raises when their rates differ",
-    "schedulefree": "its weight averaging depends on the history of the rate",
-    "lbfgs": "it evaluates the closure many times a step and takes one group only",
-    "zeroredundancy": "it partitions its groups over the processes when it is built",
-    "deepspeed": "DeepSpeed owns the parameter groups",
-}
-_PACKAGES = {
-    "prodigyopt": "prodigy",
-    "dadaptation": "dadapt",
-    "schedulefree": "schedulefree",
-    "deepspeed": "deepspeed",
-}  # whose optimizers are all of that kind
 # Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
 _steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
-
-
-def refusal(optimizer: object) -> str | None:
-    """Why layerwise rates cannot be applied to an optimizer, in one sentence; None where they can."""
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        return f"{name} is not a torch.optim.Optimizer, so its learning rates cannot be scaled."
-    for cls in type(optimizer).__mro__:
-        found = word_runs(cls.__name__) | {_PACKAGES.get(cls.__module__.split(".")[0], "")}
-        reason = next((reason for word, reason in _REFUSED.items() if word in found), None)
-        if reason is not None:
-            return f"{name} cannot take layerwise rates: {reason}."
-    if any("lr" not in group for group in optimizer.param_groups):
-        return f"{name} cannot take layerwise rates: a parameter group has no 'lr'."
-    if any(inner.param_groups is not optimizer.param_groups for inner in wrapped_optimizers(optimizer)):
-        return f"{name} cannot take layerwise rates: it steps another optimizer, whose groups are not its own."
-    if not any(map(runs_hooks, (optimizer, *wrapped_optimizers(optimizer)))):
-        return (
-            f"{name} cannot take layerwise rates: its class never calls Optimizer.__init__, so its steps run no hooks."
-        )
-    if any(steps_in_backward(p) for group in optimizer.param_groups for p in group["params"]):
-        return (
-            f"{name} cannot take layerwise rates: another optimizer uses the gradients as they arrive, so that nothing "
-            "is left for its step."
-        )
-    return None
 
 
 def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
@@ -98,6 +63,10 @@ class LayerwiseRates:
     gradient clipping see only the groups the user made. The view goes in after the closure has returned. Entries that
     the optimizer writes into its groups are carried back. With all ratios 1 no view is made.
 
+    A step has at most ``max_groups`` groups: where ratios ask for more, near ones are brought together
+    (:class:`dynamon.rates.merging.Merging`; :attr:`merging_error` says how far from what the rule asked for). Ratios of
+    exactly 1 and at a bound of the rule stay.
+
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
 
@@ -117,6 +86,9 @@ class LayerwiseRates:
             rate. False divides ``weight_decay`` by the ratio, so that weights decay at the base rate.
         read_every: Read the gradients for the rule at every so many-th step only. What the rule counts as updates is
             then so many steps. At 10 reading costs about a fifth.
+        max_groups: Groups of parameters in a step, at most; an optimizer that has as many of its own gets one for each
+            of these, and one where ratios in it are 1. None: every layer has its own ratio to the bit, as in the
+            published rule. Rules that are :attr:`exact <dynamon.rates.Rule.exact>`, ratios by hand, are never merged.
 
     Attributes:
         layers: The steered layers.
@@ -124,14 +96,17 @@ class LayerwiseRates:
         rule: The rule.
         watch: Watches the optimizer's steps.
         charge: Books the time of the rule in a step; may be set.
+        idle: Is around a wait for what training has queued on a device without CUDA's events; may be set.
         in_half_precision: To be set where training runs under autocast to sixteen bits, whose rounding is no noise.
         agrees_with_others: To be set under DDP where windows are given to :meth:`observe`, on every process: batches
             may be of other sizes there, and all must take the same ratios.
 
     Raises:
         ValueError: If the optimizer cannot take layerwise rates (the reason is in the message), is steered already or
-            shares no parameter with the model; on a ``lag`` or ``read_every`` out of range; with
-            ``scale_weight_decay=False`` if its weight decay is not decoupled.
+            shares no parameter with the model, or the rule reads gradients and they are on several devices; on a
+            ``lag``, ``read_every`` or ``max_groups`` out of range; with ``scale_weight_decay=False`` if its weight
+            decay is not decoupled.
+        RuntimeError: In a step that is compiled or captured in a CUDA graph.
 
     Cost: what the rule reads (noise: one pass over gradients and one stored copy), and an optimizer call
     with as many groups as there are different ratios.
@@ -147,6 +122,7 @@ class LayerwiseRates:
         apply: bool = True,
         scale_weight_decay: bool = True,
         read_every: int = 1,
+        max_groups: int | None = 16,
     ) -> None:
         """Attach to the optimizer's step."""
         reason = refusal(optimizer)
@@ -159,12 +135,13 @@ class LayerwiseRates:
         if type(read_every) is not int or read_every < 1:
             raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
         if not scale_weight_decay:
-            _check_decay(optimizer)
+            check_decay(optimizer)
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.in_half_precision = self.agrees_with_others = False
+        self._merging = None if max_groups is None or rule.exact else Merging(max_groups, rule.bounds)
         self._phase = 0  # steps observed, modulo read_every
-        self._checked = False
+        self._checked = self._spared = False
         self._attach()
         if not self.layers and not self._lazy:
             raise ValueError("the optimizer holds no parameter of the model: there is nothing to steer.")
@@ -174,11 +151,9 @@ class LayerwiseRates:
         self._read_at = 0  # the evaluation of the closure that was read
         self._nesting = Nesting()
         self.charge: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._original: list[dict[str, Any]] | None = None
-        self._applied: dict[str, float] = {}
-        self._asked: dict[str, float] = {}
-        self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, float]]] = []
-        self._rate_buffers: dict[tuple[int, int], Tensor] = {}
+        self.idle: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._views = GroupViews(optimizer, scale_weight_decay)
+        self._taken: tuple[list[str], Array, Array] | None = None  # names, and in the last step: asked for, taken
         _steered[optimizer] = ref(self)
         self.watch = StepWatch(optimizer)
         hooked = list(filter(runs_hooks, (optimizer, *wrapped_optimizers(optimizer))))
@@ -199,22 +174,63 @@ class LayerwiseRates:
             self.rule.check(known)
             self._checked = True
         self.layers = steerable_layers(self.model, self.optimizer)
+        spread = spread_reason(layer.parameter for layer in self.layers) if self.rule.needs_gradients else None
+        if spread is not None:
+            raise ValueError(f"{type(self.optimizer).__name__} cannot take rates that follow gradients: {spread}")
         self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
         self._start_rule()
 
     def _start_rule(self) -> None:
+        self._names = [layer.name for layer in self.layers]
+        self._place(self._held)
+        if self._merging is not None:
+            self._merging.forget()
         self.rule.start(self.layers, self.reader.norms)
         if self.rule.noise is not None and self.rule.noise.source == "successive":
             self.reader.follow_trends()
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        found: list[Tensor] = []
+        for group in self.optimizer.param_groups:
+            found += group["params"]
+        return found
+
+    def _place(self, parameters: list[Tensor]) -> None:
+        """Find the layer of each parameter of the optimizer, L for those that are not steered, and its group."""
+        at = {id(layer.parameter): place for place, layer in enumerate(self.layers)}
+        self._placed = parameters
+        self._layer_at = np.array([at.get(id(p), len(at)) for p in parameters], np.int64)
+        self._group_at = self._groups_of(self.optimizer.param_groups)
+
+    @staticmethod
+    def _groups_of(groups: list[dict[str, Any]]) -> Array:
+        return np.repeat(np.arange(len(groups)), [len(group["params"]) for group in groups])
+
+    def _by_parameter(self, ratios: Array) -> Array:
+        """Ratios of layers ``[L]`` as those of the optimizer's parameters ``[P]``, in the order of its groups."""
+        return np.append(ratios, 1.0)[self._layer_at]
+
+    def _asked_for(self) -> Array:
+        """The rule's ratios ``[L]``."""
+        ratios = np.array(self.rule.ratios(), np.float64)
+        if ratios.shape != (len(self.layers),):
+            rule = type(self.rule).__name__
+            raise ValueError(f"{rule}.ratios() must be [L] for {len(self.layers)} layers, got {list(ratios.shape)}.")
+        return ratios
+
+    def _merged(self, ratios: Array, is_taken: bool = False) -> Array:
+        """Ratios ``[L]`` as a step takes them, which may be the one that is taken now."""
+        if self._merging is None:
+            return ratios
+        merge = self._merging.take if is_taken else self._merging.merged
+        found = np.append(ratios, 1.0)
+        found[self._layer_at] = merge(self._by_parameter(ratios), self._group_at)
+        return found[:-1]
 
     def _follow_optimizer(self) -> None:
         """Notice parameters that joined, left, were replaced or got their shape; what was learned of others stays."""
         now = self._parameters()
-        same = len(now) == len(self._held) and all(map(operator.is_, now, self._held))
-        if same and all(map(is_lazy, self._lazy)):
+        if _are_same(now, self._held) and all(map(is_lazy, self._lazy)):
             return
         self.settle()
         self.reader.forget_ranks()
@@ -227,17 +243,25 @@ class LayerwiseRates:
     @property
     def ratios(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name, that the next step takes unless readings change it."""
-        return self.wanted if self.apply else {layer.name: 1.0 for layer in self.layers}
+        return self.wanted if self.apply else dict.fromkeys(self._names, 1.0)
 
     @property
     def applied(self) -> dict[str, float]:
         """The ratio of each layer, by parameter name, in the step that was taken last; 1 before the first."""
-        return self._applied or {layer.name: 1.0 for layer in self.layers}
+        return self.asked if self.apply else dict.fromkeys(self._names, 1.0)
 
     @property
     def asked(self) -> dict[str, float]:
-        """The ratio that the rule asked for in the step that was taken last; :attr:`applied` unless in a dry run."""
-        return self._asked or {layer.name: 1.0 for layer in self.layers}
+        """The ratio of each layer in the step that was taken last, in a dry run the one it would have been."""
+        if self._taken is None:
+            return dict.fromkeys(self._names, 1.0)
+        names, _, taken = self._taken
+        return dict(zip(names, taken.tolist(), strict=True))
+
+    @property
+    def merging_error(self) -> float:
+        """How far a ratio of the step that was taken last is from what the rule asked for, relatively, at most."""
+        return 0.0 if self._taken is None else error(self._taken[2], self._taken[1])
 
     @property
     def is_observed(self) -> bool:
@@ -246,8 +270,8 @@ class LayerwiseRates:
 
     @property
     def wanted(self) -> dict[str, float]:
-        """The ratio that the rule asks for, by parameter name; :attr:`ratios` unless this is a dry run."""
-        return {layer.name: float(r) for layer, r in zip(self.layers, self.rule.ratios(), strict=True)}
+        """The ratio that the rule asks for, merged, by parameter name; :attr:`ratios` unless this is a dry run."""
+        return dict(zip(self._names, self._merged(self._asked_for()).tolist(), strict=True))
 
     def __repr__(self) -> str:
         """What steers what."""
@@ -256,21 +280,21 @@ class LayerwiseRates:
 
     def base_rates(self) -> dict[str, float]:
         """The learning rate of each layer's group, before the ratio."""
-        groups = self._original if self._original is not None else self.optimizer.param_groups
-        rate = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        rate = {id(p): float(group["lr"]) for group in self._views.groups for p in group["params"]}
         return {layer.name: rate[id(layer.parameter)] for layer in self.layers}
 
     def observe(
         self,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         key: Hashable = None,
-        local_scale: float | None = None,
+        local_scale: Scale | None = None,
         window: Window | None = None,
     ) -> None:
         """Read the gradients now, for the step that follows.
 
         Args:
-            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet; a number, or a tensor of no
+                dimensions on their device, which nobody then waits for.
             key: Names the step, so that several who observe the same one read it once. Without a key every
                 call is a new step.
             local_scale: The same factor for the gradients that :meth:`watch_ranks` kept; None for ``scale``.
@@ -295,18 +319,36 @@ class LayerwiseRates:
             self.reader.again()
             self._waiting = None
         self._read_at = self.watch.evaluation
-        if self._phase == 0:
-            self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale, window=window)
-            if self.lag == 0:
-                self.settle()
-        elif self._phase == self.read_every - 1:
-            self.reader.store(scale, window)
+        try:
+            if self._phase == 0:
+                self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale, window=window)
+                if self.lag == 0:
+                    self.settle()
+            elif self._phase == self.read_every - 1:
+                self.reader.store(scale, window)
+        except Exception as error:
+            self._go_without(error)
+
+    def _go_without(self, error: Exception) -> None:
+        """Where reading runs out of memory ratios stay, and training goes on; of several processes all must read."""
+        if _several_processes() or not ran_out_of_memory(error):
+            raise error
+        self._waiting = None
+        self.reader.again()
+        self.reader.settle_part(None)
+        if not self._spared:
+            self._spared = True
+            warnings.warn(
+                f"{type(self.rule).__name__}: the gradients of a step could not be read for want of memory; ratios "
+                "stay as they are at such steps. read_every=10 reads fewer.",
+                stacklevel=2,
+            )
 
     def give_up(self) -> None:
         """The step that was observed is not taken: the next one is observed anew."""
         self._observed = False
 
-    def observe_part(self, share: float, scale: float = 1.0) -> None:
+    def observe_part(self, share: float, scale: Scale = 1.0) -> None:
         """Between the backward passes of an accumulation window, keep what has been accumulated so far.
 
         For rules that compare two independent parts of a window (``NoiseAdaptiveRates(source="independent")``); does
@@ -318,7 +360,10 @@ class LayerwiseRates:
         """
         noise = self.rule.noise
         if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
-            self.reader.store_part(share, scale)
+            try:
+                self.reader.store_part(share, scale)
+            except Exception as error:
+                self._go_without(error)
 
     def watch_ranks(self, group: Any = None) -> None:
         """Under DDP, before the first backward pass of a step, have the gradients of the processes compared at it.
@@ -336,29 +381,19 @@ class LayerwiseRates:
     def settle(self) -> None:
         """Hand readings that are still waiting to the rule, so that its state is complete."""
         if self._waiting is not None:
+            wait = waiter(self.layers[0].parameter.device)
+            if wait is not None:  # the copy would wait for all that training has queued
+                with self.idle():
+                    wait()
             self.rule.update(self._waiting.wait())
             self._waiting = None
 
     def restore(self) -> None:
         """Put the original groups back after a step that raised; what changed since, the user did."""
         self._nesting.clear()
-        if self._original is None:
-            return
-        views = {id(view) for view, *_ in self._views}
-        joined = [group for group in self.optimizer.param_groups if id(group) not in views]
-        self._views = [(view, given, group, {}) for view, given, group, _ in self._views]
-        self._leave()
-        self.optimizer.param_groups.extend(joined)
-        self._observed = self._begun = False
-
-    def _leave(self) -> None:
-        """Put the original groups back, with what the optimizer wrote into the views."""
-        if self._original is None:
-            return
-        for view, given, group, factors in self._views:
-            _carry_back(view, given, group, factors)
-        self.optimizer.param_groups[:] = self._original
-        self._original, self._views = None, []
+        if self._views.are_shown:
+            self._views.recover()
+            self._observed = self._begun = False
 
     def remove(self) -> None:
         """Detach from the optimizer; it then steps with its own rates."""
@@ -384,8 +419,25 @@ class LayerwiseRates:
         self.settle()
         stored = self.reader.state_dict(everywhere) if save_gradient and self.rule.needs_gradients else {"previous": {}}
         rule = self.rule.state_dict()
-        state = {"kind": type(self.rule).__name__, "rule": rule, "gradients": stored}
+        state = {"kind": type(self.rule).__name__, "rule": rule, "gradients": stored, **self._saved_merging()}
         return state if self.read_every == 1 else {**state, "phase": self._phase}
+
+    def _saved_merging(self) -> dict[str, Any]:
+        """The ratios in force, where they are not those that the rule asks for."""
+        if self._merging is None or self._merging.kept is None:
+            return {}
+        ratios = np.ones(len(self.layers) + 1)
+        ratios[self._layer_at] = self._merging.kept
+        kept = dict(zip(self._names, ratios[:-1].tolist(), strict=True))
+        return {"merged": {"ratios": kept, "slack": self._merging.slack}}
+
+    def _load_merging(self, state: Mapping[str, Any] | None) -> None:
+        if self._merging is None:
+            return
+        self._merging.forget()
+        if state is not None and state["ratios"].keys() == set(self._names):
+            ratios = np.array([state["ratios"][name] for name in self._names])
+            self._merging.load(self._by_parameter(ratios), state["slack"], self._group_at)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that :meth:`state_dict` made; another rule than the one that was saved starts anew."""
@@ -395,15 +447,17 @@ class LayerwiseRates:
         self.rule.load_state_dict(state["rule"])
         self.reader.load_state_dict(state["gradients"])
         self._phase = int(state.get("phase", 0)) % self.read_every
+        self._load_merging(state.get("merged"))
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        refuse_step(optimizer, self.apply)
         if self._nesting.begins(sys._getframe(1)):
             self.restore()  # left over where the last step raised
             self._begun = False
         elif optimizer is self.optimizer:
-            self._leave()
+            self._views.leave()
         else:
             return None  # inside of a wrapper's step: it shares the groups
         if closure_of(optimizer, args, kwargs) is None:
@@ -413,7 +467,7 @@ class LayerwiseRates:
 
     def _then_enter(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_view() -> Any:
-            self._leave()  # some optimizers call their closure twice
+            self._views.leave()  # some optimizers call their closure twice
             result = closure()
             self._enter()
             return result
@@ -422,18 +476,16 @@ class LayerwiseRates:
 
     def _enter(self) -> None:
         """Show the optimizer its groups with the ratios in force."""
-        self._leave()
+        self._views.leave()
         if has_gradients(self.optimizer):  # else nothing moves
             self._tell_rule()
-        self._asked, self._applied = self.wanted, self.ratios
-        ratios = {id(layer.parameter): self._applied[layer.name] for layer in self.layers}
-        if all(ratio == 1.0 for ratio in ratios.values()):
-            return
-        original = list(self.optimizer.param_groups)
-        groups = [self._split(index, group, ratios) for index, group in enumerate(original)]
-        self._original = original
-        # In place: an optimizer that wraps another one shares the list with it.
-        self.optimizer.param_groups[:] = itertools.chain.from_iterable(groups)
+        parameters = self._parameters()
+        if not _are_same(parameters, self._placed):
+            self._place(parameters)
+        asked = self._asked_for()
+        self._taken = self._names, asked, self._merged(asked, is_taken=True)
+        if self.apply:
+            self._views.enter(self._by_parameter(self._taken[2]))
 
     def _tell_rule(self) -> None:
         """Have the gradients read, if nobody did, and the rule know of the step, once."""
@@ -444,51 +496,15 @@ class LayerwiseRates:
             with self.charge():
                 self.rule.begin_step()
 
-    def _split(self, index: int, group: dict[str, Any], ratios: Mapping[int, float]) -> list[dict[str, Any]]:
-        """The group by ratio; parameters that share one stay together, so that foreach and fused stay fast."""
-        by_ratio: dict[float, list[Tensor]] = {}
-        for parameter in group["params"]:
-            by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
-        views = []
-        for bucket, (ratio, parameters) in enumerate(by_ratio.items()):
-            given, factors = {**group, "lr": self._scaled(group["lr"], ratio, (index, bucket))}, {"lr": ratio}
-            if not self.scale_weight_decay and group.get("weight_decay"):
-                given["weight_decay"] = group["weight_decay"] / ratio
-                factors["weight_decay"] = 1 / ratio
-            view = {**given, "params": parameters}
-            self._views.append((view, given, group, factors))
-            views.append(view)
-        return views
-
-    def _scaled(self, rate: float | Tensor, ratio: float, key: tuple[int, int]) -> float | Tensor:
-        if not isinstance(rate, Tensor):
-            return rate * ratio
-        # A tensor rate (capturable, compiled) must stay the same object from step to step.
-        if key not in self._rate_buffers:
-            self._rate_buffers[key] = rate.clone()
-        with torch.no_grad():
-            return self._rate_buffers[key].copy_(rate).mul_(ratio)
-
     def _after_step(self, *_: Any) -> None:
         if self._nesting.ends(sys._getframe(1)):
-            self._leave()
+            self._views.leave()
             self._observed = self._begun = False
 
 
-def _carry_back(
-    view: dict[str, Any], given: dict[str, Any], group: dict[str, Any], factors: Mapping[str, float]
-) -> None:
-    """Write what the optimizer changed in a view into the group it stands for."""
-    for key, value in view.items():
-        if key == "params" or value is given.get(key):
-            continue
-        group[key] = value / factors[key] if key in factors else value
+def _are_same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
-def _check_decay(optimizer: Optimizer) -> None:
-    """Raise where weight decay is part of the gradient, so that dividing it by the ratio would not undo the rate's."""
-    if any(group.get("weight_decay") and not is_decoupled(optimizer, group) for group in optimizer.param_groups):
-        raise ValueError(
-            f"scale_weight_decay=False needs decoupled weight decay, as AdamW has; {type(optimizer).__name__} adds its "
-            "weight decay to the gradient. Leave scale_weight_decay at True, or set weight_decay to 0."
-        )
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

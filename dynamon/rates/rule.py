@@ -25,11 +25,16 @@ class Rule(ABC):
     Attributes:
         needs_gradients: Whether :meth:`update` wants readings; without, no gradient is read.
         noise: The estimator a panel can show, or None.
+        exact: Whether each layer gets its ratio to the bit, however many groups of parameters that takes in a step.
+            Otherwise :class:`dynamon.optim.LayerwiseRates` brings many different ratios down to few.
+        bounds: Ratios that a layer keeps to the bit in any case, beside 1.
         layers: The layers, with the weights as they are now in ``layers[i].parameter``.
     """
 
     needs_gradients = False
     noise: NoiseEstimator | None = None
+    exact = False
+    bounds: tuple[float, ...] = ()
 
     def check(self, layers: Sequence[Layer]) -> None:
         """Raise ValueError where the rule does not fit a model's layers, those of other optimizers included."""
@@ -61,7 +66,7 @@ class Rule(ABC):
 
 
 class FixedRates(Rule):
-    """Constant ratios by layer name, role or glob.
+    """Constant ratios by layer name, role or glob, applied as they are given.
 
     Args:
         ratios: Ratio by parameter name, glob on names (``"blocks.*.attn.*"``) or ``"role:embedding"``; the
@@ -70,6 +75,8 @@ class FixedRates(Rule):
     Raises:
         ValueError: If a ratio is not a positive finite number, or, when steering begins, if a key matches no layer.
     """
+
+    exact = True
 
     def __init__(self, ratios: Mapping[str, float]) -> None:
         """Check the ratios."""

@@ -62,6 +62,7 @@ class SpectralTailRates(Rule):
         if not 0 <= ramp <= refresh:
             raise ValueError(f"ramp must lie between 0 and refresh = {refresh} steps, got {ramp}.")
         self.low, self.high, self.group_by, self.refresh, self.ramp = low, high, group_by, refresh, ramp
+        self.bounds = (low, high)
         self.steps = 0
         self.exponents: dict[str, float] = {}
 

@@ -7,8 +7,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+from dynamon.quantities import REGISTRY
 from tests.browser.board import VIEWS, number, rounded
 
+pytestmark = pytest.mark.slow
 CHARTS = {
     "stability": {"Stability ratio", "Training loss", "Top eigenvalue of the Hessian", "Sharpness along the step"},
     "layers": {"gradient/dual"},
@@ -92,6 +94,16 @@ def test_values_of_the_map(open_board, tables):
                 assert layer == name
                 assert abs(step - 59 * share) <= min(abs(other - 59 * share) for other in rows) + 0.1
                 np.testing.assert_equal(value, rounded(float(rows[step][names.index(name)])))
+
+
+def test_words_and_colours_are_those_of_the_registry(open_board, tables):
+    board = open_board()
+    board.show("layers")
+    options = board.frame.locator(".controls").get_by_label("quantity").locator("option").all_text_contents()
+    assert options == [f"{tag}: {REGISTRY[tag].words}" for tag in sorted(tables)]
+    for quantity in ("update/layer_cosine", "gradient/dual", "lr/ratio", "weight/operator"):
+        board.choose("quantity", quantity)
+        assert board.frame.locator(".controls").get_by_label("colours").input_value() == REGISTRY[quantity].scale
 
 
 def test_layers_are_chosen_by_pointer_and_keyboard(open_board, tables):

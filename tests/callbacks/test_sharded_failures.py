@@ -23,7 +23,7 @@ from tests.ranks import Breaks, loader
 from tests.shards import ShardedClassifier, fit_shards
 
 # A collective without its partner waits for half an hour.
-pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
 
 def orthogonal(parameters: Any) -> torch.optim.Optimizer:
@@ -44,7 +44,7 @@ BREAKS = {
     "making room for a gradient": (orthogonalised, GradientMonitor, dealing, "Gathering", 1),
     "a nuclear norm": (orthogonalised, GradientMonitor, sharded_gradients, "dual_norms", 0),
     "making room for a weight": (classifier, WeightMonitor, dealing, "Gathering", 0),
-    "a spectrum": (classifier, WeightMonitor, sharded_weights, "spectral_extremes", 1),
+    "a spectrum": (classifier, WeightMonitor, sharded_weights, "extremes_of", 1),
 }
 
 

@@ -510,7 +510,7 @@ def test_events_of_steering_do_not_pile_up(monkeypatch: Any) -> None:
         def __init__(self, **_: Any) -> None:
             pass
 
-        def record(self) -> None:
+        def record(self, _: Any) -> None:
             pass
 
         def query(self) -> bool:
@@ -520,9 +520,10 @@ def test_events_of_steering_do_not_pile_up(monkeypatch: Any) -> None:
             return 2000.0
 
     monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: None)
     budget = Budget(None)
     for _ in range(100):
-        with budget.charge("steering", cuda=True):
+        with budget.charge("steering", torch.device("cuda", 0)):
             pass
-    assert len(budget._events) <= 1 and budget.overhead > 0 and budget.spent == pytest.approx(200, rel=0.01)
+    assert len(budget._events) <= 64 and budget.overhead > 0 and budget.spent == pytest.approx(200, rel=0.01)
     assert pickle.loads(pickle.dumps(budget)).spent == budget.spent

@@ -6,7 +6,8 @@ import io
 import random
 import re
 from collections import deque
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dynamon.callbacks
 from dynamon.callbacks.base import DynamonCallback
 from dynamon.callbacks.monitor import Monitor
+from dynamon.quantities import ALWAYS, REGISTRY, Condition, quantities_of
 from tests.conformance.subjects import MODELS, Data, MemoryLogger, Subject, Witness, is_users, loss_fn, metric_states
 from tests.conformance.tables import CALLBACKS, SETUPS, STEPS, Cell
 from tests.helpers import documented
 
-# Written where there is something to write: a signal above the noise, a loss that bends upwards, a power law.
-CONDITIONAL = (
-    "noise/scale",
-    "noise/snr",
-    "sharpness/critical",
-    "sharpness/critical_multiple",
-    "sharpness/greedy_multiple",
-    "spectrum/tail_exponent",
-    "spectrum/condition",
-    "lr/bounded",
-)
-# Every tenth reading has these, so the first of seven.
-EVERY_TENTH = re.compile(r"sharpness/.*_upper|spectrum/(effective_rank|participation_ratio|nuclear|convolution_.*)")
 READINGS = 5
-SHARED = {"dynamon/loss", "dynamon/overhead", "dynamon/failures"}
+SHARED = {one.tag for one in quantities_of("monitor")}
 
 
 def callbacks_of(cell: Cell) -> list[DynamonCallback]:
@@ -268,7 +257,7 @@ def check_readings(cell: Cell, callbacks: list[DynamonCallback]) -> None:
     for callback in callbacks:
         wanted = {tag for tag in _declared(callback) & documented_by(callback) if _applies(tag, cell, callback)}
         few = {tag: finite(callbacks, tag) for tag in wanted}
-        few = {t: n for t, n in few.items() if n < (1 if EVERY_TENTH.fullmatch(t) else READINGS)}
+        few = {t: n for t, n in few.items() if n < (READINGS if REGISTRY[t].every == 1 else 1)}
         assert few == {}
         assert getattr(callback, "failures", 0) == 0
 
@@ -280,39 +269,35 @@ def _declared(callback: DynamonCallback) -> set[str]:
 
 
 def _applies(tag: str, cell: Cell, callback: DynamonCallback) -> bool:
-    """Whether a tag can be expected of a cell; each line is a sentence of the docstrings."""
+    """Whether a tag can be expected of a cell.
+
+    Chance decides about signals, power laws and how the loss bends; :func:`check_solved` about eigenvalues, which have
+    a twin for values that did not converge.
+    """
+    if tag == "noise/dual" and not isinstance(callback, Monitor) and not _follows_noise(cell):
+        return False
+    return REGISTRY[tag].condition in _conditions(cell)
+
+
+def _conditions(cell: Cell) -> Condition:
+    """What holds in a cell, as far as its row says."""
     setup, model, one = SETUPS[cell.setup], MODELS[cell.model], optimizers_of(cell) == 1
     name = model.optimizer[0]
     by_hand = not one or setup.subject.get("manual", False)
     wrapped = setup.subject.get("sam", False)  # nothing is known of the steps of a class that stands around another
     alone = one and not wrapped and name in ("SGD", "Adam", "AdamW", "RMSprop")
-    sgd = alone and name == "SGD"
-    sparse_adam = model.sparse and not one
-    cases = {
-        "noise/independent": cell.setup == "accumulation",
-        "noise/dual": isinstance(callback, Monitor) or _follows_noise(cell),
-        "gradient/norm_clipped": not by_hand,
-        "gradient/clip": not by_hand,
-        "dynamon/loss": not by_hand,  # which returns none
-        "lr/base_min": False,  # all groups of a subject have one rate
-        "weight/memory": name == "AdamW" and not sparse_adam,
-        "weight/constraint_usage": name == "AdamW" and not sparse_adam,
-        "spectrum/convolution": cell.model.startswith("CNN") and cell.callback == "WeightMonitor",
-        "sharpness/stability_ratio": alone,
-        "sharpness/left_out": alone,
-        "sharpness/preconditioned": one and name in ("Adam", "AdamW", "RMSprop"),
-        "sharpness/threshold": sgd,
+    holds = {
+        Condition.AUTOMATIC: not by_hand,
+        Condition.RETURNED_LOSS: not by_hand,
+        Condition.KNOWN_SAMPLES: True,
+        Condition.INDEPENDENT_GRADIENTS: cell.setup == "accumulation",
+        Condition.DECOUPLED_DECAY: name == "AdamW" and (one or not model.sparse),
+        Condition.CONVOLUTIONS: cell.model.startswith("CNN") and cell.callback == "WeightMonitor",
+        Condition.STABILITY_FORMULA: alone,
+        Condition.SECOND_MOMENT: one and name in ("Adam", "AdamW", "RMSprop"),
+        Condition.ONE_THRESHOLD: alone and name == "SGD",
     }
-    if tag in CONDITIONAL or tag.endswith(("_unconverged", "_bracket")):
-        return False
-    if tag in (
-        "sharpness/stability_ratio",
-        "sharpness/hessian_max",
-        "sharpness/ggn_max",
-        "sharpness/preconditioned_max",
-    ):
-        return False  # with its twin for values that did not converge, by check_solved
-    return next((holds for start, holds in cases.items() if tag.startswith(start)), True)
+    return reduce(or_, (condition for condition, is_true in holds.items() if is_true), ALWAYS)
 
 
 def _follows_noise(cell: Cell) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from dynamon.quantities import REGISTRY
 from tests.helpers import cnn, mlp
 from tests.models import GPT
 
@@ -360,7 +361,7 @@ class Witness(pl.Callback):
         self.seen.append({**streams, "batch": contents(batch)[0].clone(), "metrics": metrics})
 
 
-OURS = ("sharpness", "gradient", "noise", "weight", "update", "spectrum", "lr", "dynamon")
+OURS = {one.group for one in REGISTRY.values()}
 
 
 def is_users(key: str) -> bool:

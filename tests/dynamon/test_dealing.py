@@ -57,7 +57,7 @@ def fail_on_first(items: list[int]) -> torch.Tensor:
     return torch.zeros(1, len(items))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes(tmp_path) -> None:
     with socket.socket() as free:

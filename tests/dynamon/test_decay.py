@@ -63,7 +63,7 @@ def test_memory_is_what_is_left_of_the_weights(as_tensor: bool) -> None:
         if step == 5:  # as a checkpoint does
             state, memory = memory.state_dict(), DecayMemory()
             memory.load_state_dict(state)
-    row = memory.row(list(start), torch.device("cpu"))
+    row = memory.row(list(start))
     assert row.dtype == torch.float32
     for (name, p), left in zip(model.named_parameters(), row.tolist(), strict=True):
         if name.startswith("1"):
@@ -83,7 +83,7 @@ def test_ratios_scale_the_decay() -> None:
         for _ in range(2):  # one step, said twice, as where a closure is evaluated twice
             memory.before_step(optimizer, {id(layer.weight): "weight", id(layer.bias): "bias"}, key=7)
         memory.after_steps({"weight": 0.5})
-        assert memory.row(["weight", "bias"], torch.device("cpu")).tolist() == pytest.approx([0.975, 0.95], rel=1e-6)
+        assert memory.row(["weight", "bias"]).tolist() == pytest.approx([0.975, 0.95], rel=1e-6)
 
 
 class Waits(TorchDispatchMode):
@@ -105,5 +105,5 @@ def test_a_rate_on_a_device_is_never_read() -> None:
             memory.before_step(optimizer, {id(layer.weight): "weight", id(layer.bias): "bias"})
             rate.mul_(0.5)  # as schedulers change tensor rates: in place
             memory.after_steps({"weight": 0.5})
-        row = memory.row(["weight"], torch.device("cpu"))
+        row = memory.row(["weight"])
     assert row.tolist() == pytest.approx([0.975 * 0.9875 * 0.99375], rel=1e-6)

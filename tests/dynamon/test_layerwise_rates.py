@@ -662,3 +662,128 @@ def test_the_ratios_of_the_step_taken_last():
         assert rates.applied == before
         rates.state_dict()  # settles: the ratios of the next step are known now
         assert rates.applied == before and (step < 1 or rates.ratios != before)
+
+
+def bitsandbytes(**overrides):
+    """An optimizer as bitsandbytes makes them: overrides are kept by the numbers of group and parameter."""
+    optimizer = fake("AdamW8bit", "bitsandbytes.optim.adamw")
+    optimizer.mng = type("GlobalOptimManager", (), {"index2config": {}, "pid2config": {}, **overrides})()
+    return optimizer
+
+
+def test_overrides_by_place_are_refused():
+    assert refusal(bitsandbytes()) is None
+    assert "AdamW8bit cannot take layerwise rates: it has overrides" in refusal(bitsandbytes(index2config={(0, 1): {}}))
+    assert "overrides" in refusal(bitsandbytes(module_weight_config_triple=[(None, "weight", {})]))
+
+
+def test_a_compiled_step_is_refused():
+    model = mlp(5, 7, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    rates = LayerwiseRates(optimizer, FixedRates(RATIOS), model)
+    backward(model, optimizer, 0)
+    before, groups = copy.deepcopy(model), optimizer.param_groups
+    with pytest.raises(RuntimeError, match="SGD cannot take layerwise rates in a step that is compiled"):
+        torch.compile(optimizer.step, backend="eager")()
+    assert same(model, before) and optimizer.param_groups is groups
+    optimizer.step()  # by itself it goes on
+    assert not same(model, before) and rates.applied["2.weight"] == 0.77
+
+
+def test_a_step_that_is_captured_is_refused(monkeypatch):
+    model = mlp(5, 7, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    LayerwiseRates(optimizer, FixedRates(RATIOS), model)
+    backward(model, optimizer, 0)
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda: True)
+    with pytest.raises(RuntimeError, match="SGD cannot take layerwise rates in a step that is captured"):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step()
+
+
+def test_a_model_on_two_devices():
+    """By hand, as pipelines are; ``meta`` stands for the second. Ratios that follow no gradients act on both."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="SGD cannot take rates that follow gradients: .* on cpu and meta, and grad"):
+        LayerwiseRates(optimizer, NoiseAdaptiveRates(), model)
+    assert optimizer.param_groups and not optimizer._optimizer_step_pre_hooks
+    LayerwiseRates(optimizer, FixedRates({"*.weight": 0.5}), model)
+    weight = model[0].weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(model[0].weight, weight - 0.1 * 0.5)
+
+
+class NoMemory:
+    """Makes the statistics of gradients run out of memory at some calls."""
+
+    def __init__(self, monkeypatch, at):
+        import dynamon.gradients
+
+        self.calls, self.at, inner = 0, at, dynamon.gradients.gradient_stats
+
+        def gradient_stats(*arguments, **keywords):
+            self.calls += 1
+            if self.calls in self.at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return inner(*arguments, **keywords)
+
+        monkeypatch.setattr("dynamon.gradients.gradient_stats", gradient_stats)
+
+
+def steered_by_noise(**arguments):
+    model = mlp(5, 7, 6, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    return model, optimizer, LayerwiseRates(optimizer, NoiseAdaptiveRates(warmup=0), model, **arguments)
+
+
+def test_a_reading_that_runs_out_of_memory_leaves_the_ratios_and_training_goes_on(monkeypatch):
+    model, optimizer, rates = steered_by_noise()
+    train(model, optimizer, range(6))
+    before = rates.ratios
+    failing = NoMemory(monkeypatch, {1, 2})
+    with pytest.warns(UserWarning, match="could not be read for want of memory; ratios stay") as said:
+        train(model, optimizer, range(6, 7))
+        kept = rates.ratios  # with the reading of the step before
+        train(model, optimizer, range(7, 9))
+    assert len(said) == 1 and failing.calls == 3 and rates.ratios == kept != before
+    train(model, optimizer, range(9, 11))  # the first has nothing to compare with
+    assert rates.ratios != kept
+
+
+def test_of_several_processes_all_must_read(monkeypatch):
+    model, optimizer, _ = steered_by_noise()
+    NoMemory(monkeypatch, {1})
+    monkeypatch.setattr("dynamon.optim.layerwise._several_processes", lambda: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(model, optimizer, range(1))
+
+
+def test_other_errors_are_raised(monkeypatch):
+    model, optimizer, _ = steered_by_noise()
+
+    def gradient_stats(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("dynamon.gradients.gradient_stats", gradient_stats)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(model, optimizer, range(1))
+
+
+def test_gradients_that_are_only_kept_may_run_out_of_memory_too(monkeypatch):
+    model, optimizer, rates = steered_by_noise(read_every=2)
+    store = rates.reader.store
+    train(model, optimizer, range(4))
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    rates.reader.store = fail
+    with pytest.warns(UserWarning, match="for want of memory"):
+        train(model, optimizer, range(4, 8))
+    rates.reader.store = store
+    train(model, optimizer, range(8, 10))

@@ -15,6 +15,7 @@ from werkzeug.test import Client
 
 from dynamon.board import live
 from dynamon.board.live import LiveFolder, LiveRun
+from dynamon.board.payload import shown
 from dynamon.board.plugin import DynamonPlugin
 from dynamon.runs import read_run_data
 from tests.dynamon.test_runs import add_row
@@ -53,6 +54,7 @@ class Reader:
             self.sent += len(array(part["steps"]))
             self.scalars[tag] = self.joined(self.scalars.get(tag), part, array(part["values"]))
         self.quantities = news.get("quantities", getattr(self, "quantities", []))
+        self.shown = news.get("shown", getattr(self, "shown", {}))
         return news
 
     def table(self, quantity):
@@ -74,6 +76,7 @@ class Reader:
         """What came in pieces is what the whole file holds."""
         expected = read_run_data(folder)
         assert set(self.scalars) == set(expected.scalars) and set(self.quantities) == set(expected.tables)
+        assert self.shown == shown(self.quantities)
         for tag, series in expected.scalars.items():
             np.testing.assert_array_equal(self.scalars[tag], (series.steps, series.values))
         for quantity, table in expected.tables.items():
@@ -310,6 +313,7 @@ def test_several_threads(tmp_path):
     np.testing.assert_array_equal(array(loss["steps"]), np.arange(400))
 
 
+@pytest.mark.processes
 def test_tensorboard_starts_without_torch():
     """The plugin is imported at every start of TensorBoard: it must be light, and so must what it reads with."""
     code = (
@@ -321,6 +325,7 @@ def test_tensorboard_starts_without_torch():
     assert json.loads(printed.replace("'", '"').replace("False", "false")) == [[], [], False]
 
 
+@pytest.mark.processes
 def test_the_package_has_what_it_had_with_torch_in_it():
     """Functions and modules come when they are asked for, in whatever order."""
     code = (

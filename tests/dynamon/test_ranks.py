@@ -77,7 +77,7 @@ def failures(rank: int) -> dict:
     return found
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 def test_a_failure_anywhere_ends_it_everywhere(tmp_path: Path) -> None:
     found = run(failures, 3, tmp_path)
@@ -139,7 +139,7 @@ def mean_square(own: torch.Tensor, mean: torch.Tensor) -> float:
     return float(square) / 3
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 def test_noise_between_processes_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     found = run(steer, 3, tmp_path)
@@ -162,7 +162,7 @@ def give_up(rank: int) -> dict:
     return {"found": local.compare([p.grad for p in model.parameters()], lambda d: torch.ones(2, len(d)))[0]}
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 def test_one_that_gives_up_leaves_no_reading(tmp_path: Path) -> None:
     found = run(give_up, 2, tmp_path)

@@ -21,7 +21,7 @@ from dynamon.weights import WeightReadings, spectra_of, weight_readings
 from tests.models import gpt
 from tests.shards import in_group
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 ITERATIVE = ("operator", "update", "ratio", "sigma_max", "sigma_lower", "sigma_upper", "stable_rank", "deviation")
 SUMS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6}
 
@@ -99,11 +99,9 @@ def check_gradients(twins: Twins, family: str, dtype: torch.dtype) -> None:
 def check_weights(twins: Twins, dtype: torch.dtype) -> None:
     before, earlier = twins.near(0.01), twins.near(0.03)
     del before[twins.whole[2].name], earlier[twins.whole[4].name]
-    alone = weight_readings(twins.whole, before)
+    alone = weight_readings(twins.whole, before, earlier)
     with twins.ranks.measurement():
-        readings, compared = sharded_weight_readings(
-            twins.parted, twins.parts(before), twins.parts(earlier), twins.ranks
-        )
+        readings = sharded_weight_readings(twins.parted, twins.parts(before), twins.parts(earlier), twins.ranks)
     for field in fields(WeightReadings):
         within = 1e-4 if field.name in ITERATIVE or dtype == torch.float32 and field.name == "rotation" else 1e-6
         torch.testing.assert_close(
@@ -115,6 +113,7 @@ def check_weights(twins: Twins, dtype: torch.dtype) -> None:
     names = [la.name for la in layers]
     now = [la.parameter for la in layers]
     expected = compare_updates(now, [before[n] for n in names], [earlier[n] for n in names])
+    compared = torch.stack([readings.cosine, readings.last, readings.previous])
     torch.testing.assert_close(compared[:, known], expected.float(), rtol=1e-5, atol=1e-6)
     assert compared.isnan().all(0).tolist() == [i not in known for i in range(len(twins.whole))]
     names, spectra = spectra_of(twins.whole)
@@ -152,10 +151,12 @@ def check(rank: int, size: int) -> None:
         check_weights(twins, dtype)
 
 
+@pytest.mark.processes
 def test_two_processes() -> None:
     in_group(lambda rank: check(rank, 2), 2)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_four_processes() -> None:
     in_group(lambda rank: check(rank, 4), 4)

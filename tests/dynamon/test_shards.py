@@ -15,7 +15,7 @@ from dynamon.shards import Gathering, batches, has_whole_rows, local, part_of, s
 from dynamon.totals import Totals
 from tests.shards import in_group
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 LAYOUTS: dict[str, tuple[Callable[[int], tuple[int, ...]], tuple[Any, ...]]] = {
     "rows": (lambda n: (n,), (Shard(0),)),
@@ -143,10 +143,12 @@ def check_all(rank: int, size: int) -> None:
     check_histograms(ranks)
 
 
+@pytest.mark.processes
 def test_two_processes() -> None:
     in_group(lambda rank: check_all(rank, 2), 2)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_four_processes() -> None:
     in_group(lambda rank: check_all(rank, 4), 4)

@@ -7,7 +7,8 @@ from torch import nn
 
 from dynamon.layers import describe_layers
 from dynamon.norms import update_norm
-from dynamon.updates import compare_updates, joint_cosine, local_smoothness, primal_norms
+from dynamon.updates import compare_steps, compare_updates, joint_cosine, local_smoothness, primal_norms
+from tests.launches import Launches, gpt2
 from tests.models import cnn, gpt
 
 
@@ -57,6 +58,37 @@ def test_zero_and_unknown_updates() -> None:
     assert joint_cosine(rows) == pytest.approx(2**-0.5)  # (u, 0) against (u, u)
     assert np.isnan(joint_cosine(rows[:, :0])) and np.isnan(joint_cosine(rows[:, 1:]))
     assert compare_updates([], [], []).shape == (3, 0)
+
+
+@pytest.mark.parametrize("quotient", [1e-4, 1e-2, 1.0, 1e3])
+@pytest.mark.parametrize("cosine", [-1.0, 0.0, 0.3, 0.999, 1.0])
+def test_cosines_of_steps_of_unlike_sizes(quotient: float, cosine: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(500, 2, generator=generator, dtype=torch.float64))[0].T
+    w, size = cosine * u + (1 - cosine**2) ** 0.5 * v, 1e-3 * quotient
+    last, previous = (size * w).float(), (1e-3 * u).float()
+    exact = float((last.double() * previous.double()).sum() / last.double().norm() / previous.double().norm())
+    found = compare_steps([last], [previous])
+    spread = max(quotient, 1 / quotient)
+    assert float(found[0, 0]) == pytest.approx(exact, abs=6e-8 * spread + 2e-7)
+
+
+def test_what_is_lost_beside_a_step_a_million_times_as_long_is_not_made_up() -> None:
+    u, v = torch.tensor([1.0, 0.0]), torch.tensor([1e-6, 1e-6])
+    rows = compare_steps([u, u], [v, u]).numpy()
+    assert np.isnan(rows[0]).tolist() == [True, False] and (rows[1:] > 0).all()
+    assert joint_cosine(rows) == 1.0 and np.isnan(joint_cosine(rows[:, :1]))
+
+
+def test_few_calls_for_many_layers() -> None:
+    layers = describe_layers(gpt2("meta"))
+    for family in ("sign", "euclidean", "spectral"):
+        norms = [update_norm(layer, family) for layer in layers]
+        tensors = [layer.parameter.detach() for layer in layers]
+        primal_norms(layers, norms, tensors)
+        with Launches("meta") as launches:
+            primal_norms(layers, norms, tensors)
+        assert launches.total <= (150 if family == "spectral" else 10), launches
 
 
 def test_half_precision_is_compared_in_single() -> None:

@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from dynamon.callbacks.copies import copied
+from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer, describe_layers
+from dynamon.updates import compare_updates
 from dynamon.weights import weight_readings
+from tests.launches import Launches, gpt2
 from tests.models import cnn, gpt, mlp
 
 SPECTRAL = ("sigma_max", "sigma_lower", "sigma_upper", "stable_rank")
@@ -132,3 +136,67 @@ def test_another_default_dtype():
         assert found.sigma_max.isfinite().tolist() == [True, False] and found.deviation.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_reading_of_gpt2_takes_few_device_calls(dtype):
+    """Copies before both steps, norms, steps, angles, bounds: 5,900 calls when each tensor was taken by itself."""
+    layers = describe_layers(gpt2("meta", dtype=dtype))
+    assert len(layers) == 148
+    weights = {layer.name: layer.parameter.detach() for layer in layers}
+    weight_readings(layers, copied(weights), copied(weights))  # puts constants on the device
+    with Launches("meta") as launches:
+        weight_readings(layers, copied(weights), copied(weights))
+    assert launches.total <= 400 and launches.waits == 0, launches
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("along", [0.0, 0.999999, 1.0])
+def test_small_angles_and_steps_along_the_weight(size, along):
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(400, generator=generator)
+    across = torch.randn(400, generator=generator)
+    step = size * (along * before + (1 - along) * across)
+    now = before + step
+    found = weight_readings([Layer("w", "vector", now)], {"w": before})
+    a, b = before.double(), now.double()
+    exact = 2 * math.asin(min(float((a / a.norm() - b / b.norm()).norm()) / 2, 1.0))
+    quotient = float((b - a).norm() / a.norm())
+    assert float(found.rotation[0]) == pytest.approx(exact, rel=1e-5, abs=2e-8 * quotient**0.5 + 4e-4 * quotient**2)
+
+
+def test_two_steps_of_some_layers_are_compared():
+    layers = describe_layers(mlp(4, 5, 3))
+    before, earlier = moved(layers), moved(layers, 0.2)
+    del before["0.bias"], earlier["2.weight"]
+    found = weight_readings(layers, before, earlier)
+    known = [i for i, la in enumerate(layers) if la.name in before and la.name in earlier]
+    names = [layers[i].name for i in known]
+    now = [layers[i].parameter.detach() for i in known]
+    expected = compare_updates(now, [before[n] for n in names], [earlier[n] for n in names])
+    compared = torch.stack([found.cosine, found.last, found.previous])
+    torch.testing.assert_close(compared[:, known], expected)
+    assert compared.isnan().all(0).tolist() == [i not in known for i in range(len(layers))]
+
+
+def test_another_default_device():
+    """As after torch.set_default_device("cuda"): what is made for the CPU must say so."""
+    layers = describe_layers(mlp(4, 5, 3))
+    before = moved(layers)
+    expected = weight_readings(layers, before, before)
+    torch.set_default_device("meta")
+    try:
+        found = weight_readings(layers, before, before)
+    finally:
+        torch.set_default_device(None)
+    for name, value in vars(found).items():
+        assert torch.equal(value.nan_to_num(-1.0), getattr(expected, name).nan_to_num(-1.0)), name
+
+
+def test_constants_are_put_on_a_device_once():
+    device = torch.device("cpu")
+    first = on_device([1.0, 2.0, math.nan], device, torch.float32)
+    assert on_device((1.0, 2.0, math.nan), device, torch.float32) is first
+    assert on_device([1.0, 2.0], device, torch.float32) is not first
+    with torch.inference_mode():
+        assert not on_device([3.0, 5.0], device, torch.float32).is_inference()

@@ -63,7 +63,7 @@ def measure(model, rank: int) -> dict:
     return {"value": float(found.values[0]), "weights": weights, "converged": found.converged}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_hessian_of_both_processes(tmp_path, sharded) -> None:

@@ -162,7 +162,7 @@ def hessian_at(weights: list[torch.Tensor]) -> tuple[torch.nn.Module, torch.Tens
     return model, dense_hessian(model, loss_of)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shards_give_what_the_dense_hessian_gives(tmp_path, processes: int) -> None:

@@ -1,0 +1,131 @@
+"""An optimizer's groups regrouped by ratio, for the time of one step."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynamon.arrays import Array
+
+_Bucket = tuple[float, list[Tensor]]
+
+
+class GroupViews:
+    """Puts groups with scaled rates in the place of an optimizer's own, and its own back.
+
+    Args:
+        optimizer: Whose ``param_groups``.
+        scale_weight_decay: Whether decoupled weight decay scales with the rate; else it is divided by the ratio.
+
+    Cost: a few dictionaries a group, and where the rate is a tensor two calls of its device a step.
+    """
+
+    def __init__(self, optimizer: Optimizer, scale_weight_decay: bool) -> None:
+        """The groups are the optimizer's own."""
+        self._optimizer, self._scale_weight_decay = optimizer, scale_weight_decay
+        self._original: list[dict[str, Any]] | None = None
+        # What stands in for which group: the view, what was in it, the group, and factors on its entries.
+        self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, float]]] = []
+        self._ratios: list[float] | None = None  # what the buckets were made for
+        self._members: list[list[Tensor]] = []
+        self._buckets: list[list[_Bucket]] = []
+        self._rates: dict[tuple[int, int], Tensor] = {}  # tensor rates must stay the same objects
+
+    @property
+    def are_shown(self) -> bool:
+        """Whether the optimizer sees views now."""
+        return self._original is not None
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's own groups."""
+        return self._original if self._original is not None else self._optimizer.param_groups
+
+    def enter(self, ratios: Array) -> None:
+        """Show the optimizer its groups with scaled rates; with ratios of 1 only there is no view.
+
+        Args:
+            ratios: The factor on the rate of each parameter ``[P]``, in the order of the groups.
+        """
+        if self._original is not None:
+            self.leave()
+        if (ratios == 1.0).all():
+            return
+        original = list(self._optimizer.param_groups)
+        self._sort(original, ratios.tolist())
+        self._scale_tensor_rates(original)
+        views: list[dict[str, Any]] = []
+        for place, (group, buckets) in enumerate(zip(original, self._buckets, strict=True)):
+            rate, is_tensor = group["lr"], isinstance(group["lr"], Tensor)
+            decay = 0.0 if self._scale_weight_decay else group.get("weight_decay")
+            for at, (ratio, parameters) in enumerate(buckets):
+                given, factors = {**group, "lr": self._rates[place, at] if is_tensor else rate * ratio}, {"lr": ratio}
+                if decay:
+                    given["weight_decay"], factors["weight_decay"] = decay / ratio, 1 / ratio
+                views.append({**given, "params": list(parameters)})
+                self._views.append((views[-1], given, group, factors))
+        self._original = original
+        # In place: an optimizer that wraps another one shares the list with it.
+        self._optimizer.param_groups[:] = views
+
+    def leave(self) -> None:
+        """Put the original groups back, with what the optimizer wrote into the views."""
+        if self._original is None:
+            return
+        for view, given, group, factors in self._views:
+            for key, value in view.items():
+                if value is not given.get(key) and key != "params":
+                    group[key] = value / factors[key] if key in factors else value
+        self._optimizer.param_groups[:] = self._original
+        self._original, self._views = None, []
+
+    def recover(self) -> None:
+        """The same after a step that raised: what changed since, the user did, to groups and to their number."""
+        if self._original is None:
+            return
+        views = {id(view) for view, *_ in self._views}
+        joined = [group for group in self._optimizer.param_groups if id(group) not in views]
+        self._views = [(view, given, group, {}) for view, given, group, _ in self._views]
+        self.leave()
+        self._optimizer.param_groups.extend(joined)
+
+    def _sort(self, groups: Sequence[Mapping[str, Any]], ratios: list[float]) -> None:
+        """The parameters of each group by ratio: those that share one stay together, so that foreach stays fast."""
+        members = [group["params"] for group in groups]
+        known = self._members
+        if ratios == self._ratios and len(members) == len(known) and all(map(_are_same, members, known)):
+            return
+        at = iter(ratios)
+        self._buckets = []
+        for own in members:
+            by_ratio: dict[float, list[Tensor]] = {}
+            for parameter in own:
+                by_ratio.setdefault(next(at), []).append(parameter)
+            self._buckets.append(list(by_ratio.items()))
+        self._ratios, self._members = ratios, [list(own) for own in members]
+
+    @torch.no_grad()
+    def _scale_tensor_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Rates that are tensors (capturable, compiled), times the ratios, in the objects of the steps before."""
+        keys = [
+            (place, at)
+            for place, (group, buckets) in enumerate(zip(groups, self._buckets, strict=True))
+            if isinstance(group["lr"], Tensor)
+            for at in range(len(buckets))
+        ]
+        if not keys:
+            return
+        given = [groups[place]["lr"] for place, _ in keys]
+        for key, rate in zip(keys, given, strict=True):
+            if key not in self._rates:
+                self._rates[key] = rate.clone()
+        scaled = [self._rates[key] for key in keys]
+        torch._foreach_copy_(scaled, given)
+        torch._foreach_mul_(scaled, [self._buckets[place][at][0] for place, at in keys])
+
+
+def _are_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))

@@ -1,0 +1,53 @@
+"""The registry: one entry per quantity, one file per group, which is the first segment of the tag.
+
+What a monitor declares, the tables of tags in docstrings and docs, the charts among TensorBoard's Custom Scalars, the
+words and scales of the tab, the rows of ``dynamon report --text`` and what tests expect of a run are derived from it.
+"""
+
+from dynamon.quantities.gradient import GRADIENT
+from dynamon.quantities.lr import LR
+from dynamon.quantities.noise import NOISE
+from dynamon.quantities.own import DYNAMON
+from dynamon.quantities.registry import ALWAYS, Condition, Quantity, Scope, by_tag, meanings
+from dynamon.quantities.sharpness import SHARPNESS
+from dynamon.quantities.spectrum import SPECTRUM
+from dynamon.quantities.tables import tag_table, with_tag_table
+from dynamon.quantities.update import UPDATE
+from dynamon.quantities.weight import WEIGHT
+
+__all__ = [
+    "ALWAYS",
+    "REGISTRY",
+    "Condition",
+    "Quantity",
+    "Scope",
+    "choices",
+    "meanings",
+    "quantities_of",
+    "tag_table",
+    "with_tag_table",
+]
+
+REGISTRY: dict[str, Quantity] = by_tag(SHARPNESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, DYNAMON)
+
+
+def quantities_of(*cadences: str, scope: Scope | None = None, choice: str | None = None) -> list[Quantity]:
+    """Select entries, in the order of the registry.
+
+    Args:
+        cadences: Meters that take them; none for all.
+        scope: What a reading is of; None for any.
+        choice: The entry of ``SharpnessMonitor(quantities=...)`` that asks for them; None for any.
+    """
+    return [
+        one
+        for one in REGISTRY.values()
+        if (not cadences or one.cadence in cadences)
+        and (scope is None or one.scope is scope)
+        and (choice is None or one.choice == choice)
+    ]
+
+
+def choices(cadence: str) -> list[str]:
+    """What can be asked for of the quantities that a meter takes."""
+    return list(dict.fromkeys(one.choice for one in quantities_of(cadence) if one.choice))

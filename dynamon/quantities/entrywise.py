@@ -1,0 +1,66 @@
+"""Quantities of a weight that follow from sums over its entries, of whole weights and of those in shards alike."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamon.kernels import widened
+from dynamon.kernels.constants import on_device
+from dynamon.kernels.devices import reads_are_free
+from dynamon.layers import Layer
+from dynamon.pairs import as_real
+from dynamon.quantities.registry import Entrywise, Quantity
+from dynamon.ranks import Ranks
+from dynamon.shards import local
+from dynamon.totals import Totals
+from dynamon.updates import in_dtypes
+
+_PIECE = 2**16  # entries that a CPU takes at a time: in float64 they stay in its cache
+
+
+def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], ranks: Ranks | None = None) -> Tensor:
+    """Measure the quantities that have :attr:`dynamon.quantities.Quantity.entrywise`: sum here, reduce, finish.
+
+    Args:
+        layers: L layers, on one device. Of a complex weight real and imaginary parts are entries.
+        quantities: Q quantities.
+        ranks: The processes that hold the weights in parts and call this together, inside of
+            :meth:`dynamon.ranks.Ranks.measurement`; None where weights are whole.
+
+    Returns:
+        ``[Q, L]`` in float32 on the weights' device; NaN where a quantity has no meaning.
+
+    Cost: one pass over the weights, in float64 on a CPU, a piece at a time; elsewhere a copy where weights are in half
+    precision, and what the quantity's own calls take. No host synchronisation. In shards one all-reduce of
+    ``(S + 1) L`` numbers for S sums.
+    """
+    device = layers[0].parameter.device
+    rules = [one.entrywise for one in quantities if one.entrywise is not None]
+    if not rules:
+        return torch.zeros(0, len(layers), device=device)
+    weights = [as_real(local(layer.parameter.detach())) for layer in layers]
+    sums = torch.stack([_in_pieces(w, rules) for w in weights], 1) if reads_are_free(device) else _sums(weights, rules)
+    if ranks is not None:
+        totals = Totals([layer.parameter for layer in layers], ranks, sums=len(sums))
+        found = totals.empty()
+        found.sums[:] = sums
+        sums = totals.of(found).sums
+    counts = [la.parameter.numel() * (2 if la.parameter.is_complex() else 1) for la in layers]
+    sizes = on_device(counts, device, sums.dtype)
+    own = iter(sums)
+    return torch.stack([rule.finish(sizes, *(next(own) for _ in range(rule.count))) for rule in rules]).float()
+
+
+def _sums(weights: Sequence[Tensor], rules: Sequence[Entrywise]) -> Tensor:
+    """All sums over the entries of each weight, ``[S, L]``."""
+    wide = in_dtypes(weights, [torch.promote_types(weight.dtype, torch.float32) for weight in weights])
+    return widened(torch.stack([row for rule in rules for row in rule.sums(wide)]))
+
+
+def _in_pieces(weight: Tensor, rules: Sequence[Entrywise]) -> Tensor:
+    """The same of one weight on a CPU, ``[S]``, in float64."""
+    total = torch.zeros(sum(rule.count for rule in rules), dtype=torch.float64, device=weight.device)
+    for piece in weight.reshape(-1).split(_PIECE):
+        total += torch.cat([row for rule in rules for row in rule.sums([piece.double()])])
+    return total

@@ -1,0 +1,140 @@
+"""Many ratios brought down to few, so that a step takes few groups of parameters."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+from dynamon.arrays import Array
+
+_HOLD = 2.0  # times the error of a clustering up to which it stays in force
+_LEAST = 0.005  # at least; below that groups would follow jitter
+_HALVINGS = 30  # of the widest cluster
+
+
+class Merging:
+    r"""Clusters ratios on their logarithm, so that an optimizer's step has at most ``most`` groups.
+
+    An optimizer takes its parameters group by group: with a ratio for each of 148 tensors, a step that was two calls of
+    the device becomes three hundred. Where ratios and the optimizer's own groups make more than ``most``, ratios within
+    one of its groups are brought together so that the largest relative error is the smallest possible: clusters of
+    equal width in the logarithm, as narrow as their number allows, each at its geometric middle,
+    :math:`\sqrt{r_{min} r_{max}}`. A cluster of one keeps its ratio to the bit. So does a ratio of exactly 1, or of one
+    of ``exact``, which makes a cluster of its own, and no ratio leaves the range of those that were merged.
+
+    A clustering stays in force, to the bit, until a layer's ratio is further from its own than twice the largest error
+    that it began with (half a percent at least): groups do not follow the jitter of the ratios. An optimizer with one
+    group of its own, ratios from 0.1 to 1 and 16 groups: at most 9 % when it begins and 19 % ever, where ratios are
+    spread evenly over the whole range; :func:`error` of a step says what it is.
+
+    The result depends on the ratios so far and on nothing else, and is the same on all processes that have the same.
+
+    Args:
+        most: Groups at most; where the optimizer has as many of its own, one for each of these, and one for each ratio
+            in it that must stay exact.
+        exact: Ratios that are never changed, beside 1.
+
+    Raises:
+        ValueError: If ``most`` is not a whole number of 1 or more.
+
+    Cost: a comparison of arrays ``[P]`` a step; about half a millisecond of the host where clusters are made.
+    """
+
+    def __init__(self, most: int, exact: Sequence[float] = ()) -> None:
+        """Nothing merged."""
+        if type(most) is not int or most < 1:
+            raise ValueError(f"max_groups must be a whole number of 1 or more, or None, got {most!r}.")
+        self.most, self._exact = most, np.array(sorted({1.0, *exact}))
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.kept: Array | None = None  # the ratios in force; None where all are as they were asked for
+        self.slack = 0.0  # the logarithm of the quotient of two ratios up to which they stay
+
+    def merged(self, ratios: Array, places: Array) -> Array:
+        """The ratios of the next step.
+
+        Args:
+            ratios: What is asked for, ``[P]``, positive.
+            places: Which of the optimizer's groups each belongs to, ``[P]``.
+
+        Returns:
+            ``[P]``, not to be written to.
+        """
+        return self._found(ratios, places)[0]
+
+    def take(self, ratios: Array, places: Array) -> Array:
+        """The same, for a step that is taken now."""
+        found, self.slack = self._found(ratios, places)
+        self.kept = found if self.slack else None
+        return found
+
+    def _found(self, ratios: Array, places: Array) -> tuple[Array, float]:
+        if count(ratios, places) <= self.most:
+            return ratios, 0.0
+        if self.kept is not None and self._holds(ratios):
+            return self.kept, self.slack
+        found = clustered(ratios, places, self.most, self._exact)
+        return found, max(_HOLD * math.log1p(error(found, ratios)), _LEAST)
+
+    def _holds(self, ratios: Array) -> bool:
+        """Whether what is in force is still near enough to what is asked for."""
+        assert self.kept is not None
+        moved = self.kept != ratios
+        fixed = np.isin(ratios, self._exact)
+        return not (moved & fixed).any() and bool(np.abs(np.log(self.kept / ratios)).max() <= self.slack)
+
+    def load(self, kept: Array, slack: float, places: Array) -> None:
+        """Take up what was in force, as long as its groups are not too many now."""
+        self.forget()
+        if count(kept, places) <= self.most:
+            self.kept, self.slack = kept, slack
+
+
+def count(ratios: Array, places: Array) -> int:
+    """How many groups a step takes: different ratios in each of the optimizer's own."""
+    return len(set(zip(places.tolist(), ratios.tolist(), strict=True)))
+
+
+def error(merged: Array, ratios: Array) -> float:
+    """The largest relative error of ratios that were merged, up or down."""
+    quotient = merged / ratios
+    return float(np.maximum(quotient, 1 / quotient).max(initial=1.0)) - 1
+
+
+def clustered(ratios: Array, places: Array, most: int, exact: Array) -> Array:
+    """Ratios in at most ``most`` groups with the smallest largest relative error; see :class:`Merging`."""
+    free = ~np.isin(ratios, exact)
+    lines = []  # of each place: where its ratios are, their logarithms and these sorted
+    for place in np.unique(places[free]):
+        where = np.flatnonzero(free & (places == place))
+        logs = np.log(ratios[where])
+        lines.append((where, logs, np.sort(logs).tolist()))
+    room = max(most - count(ratios[~free], places[~free]), len(lines))
+    low, high = 0.0, (1 + 1e-9) * max((line[-1] - line[0] for _, _, line in lines), default=0.0)  # rounding
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if sum([len(_begins(line, middle, room)) for _, _, line in lines]) <= room:
+            high = middle
+        else:
+            low = middle
+    found = ratios.copy()
+    for where, logs, line in lines:
+        begins = _begins(line, high, room)
+        cluster = np.searchsorted(np.array(begins), logs, side="right")
+        for number in range(1, len(begins) + 1):
+            members = where[cluster == number]
+            least, largest = float(ratios[members].min()), float(ratios[members].max())
+            found[members] = least if least == largest else min(max(math.sqrt(least * largest), least), largest)
+    return found
+
+
+def _begins(line: list[float], width: float, most: int) -> list[float]:
+    """Where clusters of at most a width begin on a sorted line; one more than ``most`` says that it takes more."""
+    begins, at = [], 0
+    while at < len(line) and len(begins) <= most:
+        begins.append(line[at])
+        at = bisect_right(line, line[at] + width, at)
+    return begins

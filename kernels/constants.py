@@ -1,0 +1,41 @@
+"""Small constant tensors that stay on their device: making them anew would wait for it at each call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A vector of numbers known to the host, on a device; the same tensor for the same numbers, not to be written.
+
+    A copy from ordinary host memory waits for everything the device has been given to do. It happens once for the same
+    numbers, and from pinned memory does not wait.
+
+    Args:
+        values: The numbers.
+        device: Where to.
+        dtype: Of the result.
+    """
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = tuple(values), device, dtype
+    kept = _KEPT.get(key)
+    if kept is not None:
+        return kept
+    with torch.inference_mode(False):
+        made = moved(torch.tensor(key[0], dtype=dtype, device="cpu"), device)
+    if type(made) is Tensor:  # what a tracing mode makes must not outlive it
+        if len(_KEPT) >= _MOST:
+            _KEPT.clear()
+        _KEPT[key] = made
+    return made
+
+
+_KEPT: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
+_MOST = 512
+
+
+def moved(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for a GPU."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

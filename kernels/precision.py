@@ -1,0 +1,67 @@
+"""How exactly a device multiplies float32, which settings of the user decide: what a bound must allow for."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROUNDINGS = {
+    "tf32": 2.0**-10,
+    "bf16": 2.0**-8,
+}  # the last bit of 10 and of 7 bits of mantissa; tensor cores may truncate
+_OF_FLOAT32 = (torch.float32, torch.complex64)
+_SPARE = 4  # the errors of Gram iteration's steps add up to twice the first one's, and not all are along the maximum
+
+
+def product_rounding(matrix: Tensor) -> float:
+    """Relative rounding of the entries that a product of matrices like this one multiplies: 0 for their own dtype.
+
+    TensorFloat-32 keeps 10 bits of mantissa (``torch.set_float32_matmul_precision("high")`` on a GPU); on a CPU the
+    same setting permits units for bfloat16 or TensorFloat-32 where there are any, and is taken at its word.
+
+    Args:
+        matrix: A tensor, whose dtype and device count.
+    """
+    return _rounding(matrix, "matmul")
+
+
+def convolution_rounding(kernel: Tensor) -> float:
+    """The same for convolutions, which a GPU computes in TensorFloat-32 unless it is told otherwise."""
+    return _rounding(kernel, "conv")
+
+
+def product_allowance(matrix: Tensor) -> float:
+    """What products like that can have moved a largest singular value by, relative: four of their roundings.
+
+    Entries rounded towards zero make it smaller by one rounding a product, and by half of that at each further step of
+    Gram iteration; the rest is for roundings of either sign.
+    """
+    return _SPARE * product_rounding(matrix)
+
+
+def _rounding(tensor: Tensor, kind: str) -> float:
+    if tensor.dtype not in _OF_FLOAT32 or tensor.device.type not in ("cpu", "cuda"):
+        return 0.0
+    return _of_setting(tensor.device.type, kind)
+
+
+def _of_setting(device: str, kind: str) -> float:
+    backends = torch.backends
+    if device == "cuda":
+        chosen = backends.cuda.matmul.fp32_precision if kind == "matmul" else backends.cudnn.conv.fp32_precision
+    else:
+        chosen = backends.mkldnn.matmul.fp32_precision if kind == "matmul" else backends.mkldnn.conv.fp32_precision
+    return _ROUNDINGS.get(chosen, 0.0)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: settings are read when it compiles.
+_of_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def own_dtype(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context inside of which autocast does not turn products of float32 into half precision."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)

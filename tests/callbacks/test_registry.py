@@ -1,0 +1,87 @@
+"""Every tag that a callback writes has an entry in the registry, and every entry is written by some run."""
+
+import re
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dynamon.callbacks import GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.quantities import REGISTRY, Condition
+from dynamon.rates import FixedRates
+from tests.helpers import Classifier, batches, cnn, fit, mlp
+
+EVERY = {"every_n_steps": 1, "strict": True}
+# No run is sure to fulfil these: they are a matter of the data.
+CHANCE = (
+    Condition.SIGNAL
+    | Condition.RESOLVED
+    | Condition.POWER_LAW
+    | Condition.CONVERGED
+    | Condition.UNCONVERGED
+    | Condition.POSITIVE_CURVATURE
+    | Condition.DESCENDS
+)
+
+
+def adam() -> tuple:
+    """Everything, of windows of two batches under AdamW with steering."""
+    monitors = [
+        GradientMonitor(**EVERY, histograms=True),
+        WeightMonitor(**EVERY, histograms=True),
+        SharpnessMonitor(every_n_steps=2, strict=True, probe_fraction=0.5, quantities=QUANTITIES),
+        NoiseAdaptiveLR(warmup=2, floor=1.0),
+    ]
+    return Classifier(mlp()), monitors, batches(128), {"accumulate_grad_batches": 2, "steps": 24}
+
+
+def sgd() -> tuple:
+    """Convolutions under SGD with a rate for each half, and a solver that has too little time."""
+    halves = lambda p: (lambda p: [{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}])(list(p))  # noqa: E731
+    module = Classifier(cnn(), optimizer=lambda p: torch.optim.SGD(halves(p), lr=0.01))
+    monitors = [WeightMonitor(**EVERY, convolutions=True), LayerwiseLR(FixedRates({"*": 1.0}))]
+    return module, monitors, batches(count=64, features=(2, 8, 8)), {"steps": 4}
+
+
+def short_solves() -> tuple:
+    """One rate for all layers under SGD, and solves that end before they converge."""
+    module = Classifier(mlp(), optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
+    quantities = ["stability_ratio", "hessian", "ggn", "critical"]
+    monitors = [SharpnessMonitor(**EVERY, tol=1e-9, max_matvecs=8, quantities=quantities)]
+    return module, monitors, batches(), {"steps": 4}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> set[str]:
+    found = set()
+    for make in (adam, sgd, short_solves):
+        module, callbacks, data, settings = make()
+        folder = tmp_path_factory.mktemp(make.__name__)
+        logger = TensorBoardLogger(folder, name=None, version="tb")
+        fit(module, callbacks, data, logger=logger, max_epochs=-1, **settings)
+        events = EventAccumulator(str(folder / "tb"), size_guidance={"histograms": 1}).Reload().Tags()
+        scalars = {tag for tag in events["scalars"] if tag not in ("train/loss", "epoch", "hp_metric")}
+        found |= {_quantity(tag) for tag in scalars}
+        found |= {"/".join(tag.split("/")[:2]) for tag in events["histograms"]}
+        found |= {
+            tag for callback in callbacks for tag in callback.history if not re.search(r"_(p10|median|p90)$", tag)
+        }
+    return found
+
+
+def _quantity(tag: str) -> str:
+    """The quantity of a scalar, of a quantile across layers (``a/b_p10``) or of a layer (``a.b/<layer>``)."""
+    first = tag.split("/")[0]
+    return first.replace(".", "/") if "." in first else re.sub(r"_(p10|median|p90)$", "", tag)
+
+
+def test_every_tag_that_is_written_has_an_entry(written) -> None:
+    assert len(written) > 60
+    assert written - set(REGISTRY) == set()
+
+
+def test_every_entry_is_written_where_its_condition_holds(written) -> None:
+    missing = {tag for tag in REGISTRY.keys() - written if not REGISTRY[tag].condition & CHANCE}
+    assert missing == set()
