@@ -152,6 +152,8 @@ MAKERS = {
     "adamw foreach": (small_gpt2, lambda p: AdamW(p, lr=0.01, foreach=True)),
     "adamw fused": (small_gpt2, lambda p: AdamW(p, lr=0.01, fused=True)),
     "adamw tensor rate": (small_gpt2, lambda p: AdamW(p, lr=torch.tensor(0.01), foreach=False)),
+    "adamw fused tensor rate": (small_gpt2, lambda p: AdamW(p, lr=torch.tensor(0.01), fused=True)),
+    "sgd fused": (small_gpt2, lambda p: SGD(p, lr=0.1, momentum=0.9, fused=True)),
     "sgd": (small_gpt2, lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01)),
     "muon": (matrices, lambda p: Muon(p, lr=0.02, weight_decay=0.1)),
 }
