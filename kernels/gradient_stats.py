@@ -101,9 +101,10 @@ def warm_up(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32
     from dynamon.kernels import triton_gradient_stats as twin
 
     for dtype in dict.fromkeys(dtypes):
-        if twin.supported([torch.empty(1, dtype=dtype, device=device)]):
+        probe = torch.empty(1, dtype=dtype, device=device)
+        if twin.supported([probe]):
             for compare in (True, False):
-                twin.runs(device, dtype, dtype, widest_dtype(device), compare)
+                twin.runs(probe.device, dtype, dtype, widest_dtype(device), compare)  # a device with its number
 
 
 def _may_have_triton(device: torch.device) -> bool:
