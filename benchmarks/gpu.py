@@ -4,6 +4,7 @@
 and holds it to its bars. On a CPU everything runs at tiny sizes; its times then say nothing.
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ def train(
     exact: bool = False,
 ) -> Clock:
     """Train GPT-2 in bf16-mixed on random tokens, under a clock."""
+    gc.collect()  # what the run before has left
     clock = Clock(device, warm, exact)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(size.tokens, (steps * size.batch, size.context + 1), generator=generator)

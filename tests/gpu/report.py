@@ -1,7 +1,9 @@
 """What a check is, and what it says: figures as they come, what must hold, bars that only a GPU is held to."""
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,16 +113,30 @@ def _short(value: float) -> float:
 
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """Warnings inside, in place of the screen."""
-    import warnings
-
+    """Warnings inside, and what dynamon logs, in place of the screen."""
     said: list[str] = []
+    handler = _Logged()
+    logger = logging.getLogger("dynamon")
+    logger.addHandler(handler)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         try:
             yield said
         finally:
-            said += sorted({str(w.message)[:200] for w in seen if _is_ours(str(w.message))})[:4]
+            logger.removeHandler(handler)
+            found = {*handler.messages, *(str(w.message) for w in seen if _is_ours(str(w.message)))}
+            said += sorted(message[:200] for message in found)[:5]
+
+
+class _Logged(logging.Handler):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.add(record.getMessage())
 
 
 _OURS = ("Monitor", "sharpness", "deterministic", "contiguous chunk", "CUDAGraph", "NoiseAdaptive", "Triton")

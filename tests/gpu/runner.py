@@ -193,7 +193,7 @@ class Runner:
     def get_ready(self, apart: bool) -> None:
         """Start the processes, among them one for the checks that run alone if it is to stand ``apart``."""
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // self._count) if apart else 1)
-        environment = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+        environment = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         self._workers = [Worker(self._modules, environment) for _ in range(self._count)]
         self._alone = self._workers[0]
         if apart:

@@ -192,6 +192,7 @@ def test_the_file_is_whole_at_any_time(tmp_path) -> None:
     assert not results.failed and "2 passed" in results.table()
 
 
+@pytest.mark.timeout(1200)  # on a machine with much else to do
 def test_make_gpu_runs_to_its_end_without_a_gpu(tmp_path) -> None:
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--out", str(out)]

@@ -40,9 +40,20 @@ def gradient_statistics(report: Report) -> None:
         gradients = [torch.randn(shape, device=DEVICE).to(dtype) for shape in spectra.gpt2_shapes(1 if ON_GPU else 32)]
         previous = [torch.randn_like(g) for g in gradients]
         call = partial(gradient_stats, gradients, previous)
-        report.note(f"gradient_stats, {str(dtype).removeprefix('torch.')}", measure(call, DEVICE))
-    del gradients, previous, call
+        name = str(dtype).removeprefix("torch.")
+        own = measure(call, DEVICE)
+        report.note(f"gradient_stats, {name}", own)
+        source = torch.empty(3 * sum(g.nbytes for g in gradients) // 2, dtype=torch.uint8, device=DEVICE)
+        copy = measure(partial(torch.empty_like(source).copy_, source), DEVICE)  # moves as many bytes
+        if own["device ms"]:
+            share = copy["device ms"] / own["device ms"]
+            report.note(f"{name}: share of a copy's bandwidth, kernels alone", round(share, 3))
+    del gradients, previous, call, source
     _needs_triton()
+    # Where it does not, the composition of PyTorch's kernels is taken without an error.
+    twin = partial(kernels.triton_gradient_stats.runs, torch.device(DEVICE, torch.cuda.current_device()))
+    for dtype in (torch.float32, torch.bfloat16):
+        report.hold(f"the Triton twin runs, {dtype}", twin(dtype, dtype, torch.float64, True))
     for row in kernels.stats(1):
         kind = f"{row['method']}, {row['gradients']} and {row['previous']}"
         report.note(f"{kind}: ms", float(f"{row['milliseconds']:.4g}"))
@@ -111,6 +122,19 @@ def the_budget(report: Report) -> None:
     report.bar("second half: share of training", clock.mean / step - 1, most=BUDGET * (1 + STATED) + NOISE / 2)
     measured = extra / training
     report.bar("stated less measured", abs(monitor.overhead - measured), most=max(STATED * measured, NOISE))
+
+
+@check("timing", 12.0, alone=True, rank=6.5)
+def stated_overhead_without_a_budget(report: Report) -> None:
+    """Where monitoring costs much, what it says of itself against what is measured."""
+    steps, warm = (80, 10) if ON_GPU else (6, 1)
+    plain = train([], steps // 2, warm=warm, **HERE)
+    monitor = DynamicsMonitor(budget=None)
+    clock = train([monitor], steps, warm=warm, **HERE)
+    training = steps * plain.mean
+    measured = (clock.total - plain.start - training) / training
+    report.note("measured and stated", [round(measured, 4), round(monitor.overhead, 4)])
+    report.bar("stated over measured, less one", abs(monitor.overhead / max(measured, 1e-9) - 1), most=STATED)
 
 
 READ = ("gradient/norm", "noise/dual", "weight/operator", "spectrum/sigma_max", "spectrum/effective_rank")
