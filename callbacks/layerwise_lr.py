@@ -441,6 +441,7 @@ class LayerwiseLR(DynamonCallback):
             if index < len(state):
                 rates.load_state_dict(state[index])
             rates.charge = partial(self._budget.charge, "steering", pl_module.device)
+            rates.idle = self._budget.waiting
             self._steered[optimizer] = rates
             if self.rule.needs_gradients:
                 say_geometry(optimizer)

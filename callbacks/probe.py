@@ -22,6 +22,7 @@ from dynamon.kernels import widest_dtype
 from dynamon.probe import LossError, LossFn, NoLossError, training_loss
 from dynamon.ranks import ran_out_of_memory
 from dynamon.saved_batches import UnknownClassError, on_host
+from dynamon.streams import are_kept
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 NOISY = 0.1  # relative error of a product from which on nothing is shown
@@ -108,6 +109,11 @@ class ProbeMeter(Meter):
             rank_zero_warn(
                 "sharpness is off: Transformer Engine keeps the scales of its FP8 numbers outside of the module, where "
                 "they cannot be put back after an evaluation."
+            )
+        elif not are_kept(run.module.device):
+            rank_zero_warn(
+                f"sharpness is off: torch cannot put back the random numbers of {run.module.device.type}, so that "
+                "training would go on with others."
             )
         elif self.loss_fn is None and not run.module.automatic_optimization:
             rank_zero_warn(

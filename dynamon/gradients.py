@@ -187,6 +187,7 @@ class GradientReader:
         self._key: Hashable = None
         self._pending: PendingReadings | None = None
         self._previous: dict[int, Tensor] = {}
+        self._followed_at = -1  # the step whose gradients the trends have seen and are stored
         self._room: dict[int, Tensor] = {}  # where gradients are kept, whatever is in it
         self._stored_at = -1  # the step whose gradients are stored
         self._stored_window: Window | None = None
@@ -216,7 +217,7 @@ class GradientReader:
 
     def forget(self) -> None:
         """Compare this step's gradients with no others."""
-        self._previous, self._stored_at = {}, -1
+        self._previous, self._stored_at, self._followed_at = {}, -1, -1
 
     def follow_trends(self) -> None:
         """From here on tell changes that go on from noise."""
@@ -234,6 +235,7 @@ class GradientReader:
         frozen = self._frozen()
         gradients = {i: g for i, g in enumerate(self._gradients()) if g is not None and not frozen[i]}
         self._keep(copied(gradients, self._room, scale), window)
+        self._followed_at = -1
 
     def _keep(self, gradients: dict[int, Tensor], window: Window | None) -> None:
         self._previous, self._room = gradients, self._room | gradients
@@ -433,6 +435,11 @@ class GradientReader:
         if self.trends is None or not followed:
             return None
         current = [g for g in [gradients[i] for i in followed] if g is not None]
+        known = self._followed_at == self.step - 1 and self.trends.has_seen(followed)
+        if known and all([i in stored for i in followed]):
+            self._followed_at = self.step  # what is stored is what the last call looked at
+            return self.trends.products(followed, current, None, scale)
+        self._followed_at = self.step
         missing = [(i, g) for i, g in zip(followed, current, strict=True) if i not in stored]
         filled = dict(zip([i for i, _ in missing], all_scaled([g for _, g in missing], scale), strict=True))
         previous = [filled[i] if i in filled else stored[i] for i in followed]
@@ -522,9 +529,10 @@ class GradientReader:
             found = found + differences(chosen, [previous[place] for place in places])
         times = len(found) // len(places)
         row = torch.stack(dual_norms(layers * times, norms * times, found)) if found else None
-        unknown = torch.full((len(places),), torch.nan, dtype=torch.float32, device=current[0].device) if times < 2 else None
-        own = unknown if row is None or not dual else row[: len(places)]
-        return own, unknown if row is None or previous is None else row[-len(places) :]
+        if row is not None and times == 2:
+            return row[: len(places)], row[len(places) :]
+        unknown = torch.full((len(places),), torch.nan, dtype=torch.float32, device=current[0].device)
+        return (unknown, unknown) if row is None else (row, unknown) if dual else (unknown, row)
 
     def _special_places(self, indices: list[int]) -> list[int]:
         """Positions among ``indices`` of layers whose dual norm needs the matrix."""
@@ -583,7 +591,7 @@ class GradientReader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a stored gradient in place of what is here; names and shapes that no longer exist are left out."""
-        self._key, self._pending, self._part = None, None, None
+        self._key, self._pending, self._part, self._followed_at = None, None, None, -1
         index = {layer.name: i for i, layer in enumerate(self.layers)}
         self._previous = {
             index[name]: g.to(self.layers[index[name]].parameter.device)

@@ -131,10 +131,9 @@ def rms_factor(layer: Layer) -> float:
     return math.sqrt(inputs / outputs) * _window(layer)
 
 
-def rms_factors(layers: Sequence[Layer]) -> Tensor:
-    """:func:`rms_factor` of L layers ``[L]`` in float32, NaN for vectors."""
-    factors = [math.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
-    return torch.tensor(factors, dtype=torch.float32, device="cpu")
+def rms_factors(layers: Sequence[Layer]) -> list[float]:
+    """:func:`rms_factor` of L layers, NaN for vectors."""
+    return [math.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
 
 
 def update_norm(layer: Layer, family: str) -> Norm:
@@ -166,7 +165,9 @@ def update_norm(layer: Layer, family: str) -> Norm:
 
 
 def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The dual norm of one tensor a layer, for readings; nuclear norms of matrices of one shape, or its transpose, are one batch.
+    """The dual norm of one tensor per layer, for readings.
+
+    Nuclear norms of matrices of one shape, or of its transpose, are one batch.
 
     Nuclear norms are :func:`dynamon.kernels.nuclear_norm` with ``"estimate"``: within 0.5 % on GPUs with units for
     bfloat16 (:mod:`dynamon.kernels.thresholds`), exact on a CPU, 1e-5 elsewhere.

@@ -1,5 +1,6 @@
 """One pass over a list of gradients, and over their difference to the previous ones."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dynamon.kernels.devices import reads_are_free, widest_dtype
-from dynamon.kernels.lengths import l2_norms
+from dynamon.kernels.lengths import L2_SAFE, l2_norms, l2_on_host
 
 _SMALL = 2.0**-40  # from here downwards products of entries lose digits in float32
 _BYTES = 2**28  # of temporaries that are made at a time, where a single tensor is not larger
@@ -68,7 +69,8 @@ def gradient_stats(
 
     Cost: with Triton two reads and one write an entry. Else some passes over the tensors, in about 70 calls for those
     of GPT-2 124M, with temporaries of 256 MiB or of the size of the largest tensor (of all of them where a dtype
-    differs). No host synchronisation on a GPU. A CPU takes tensors again whose squares leave float32.
+    differs). No host synchronisation on a GPU. A CPU takes tensors one by one, while they are in its cache, and again
+    where their squares leave float32.
     """
     check_lists(gradients, previous)
     work = torch.float64 if torch.float64 in [g.dtype for g in gradients] else torch.float32
@@ -81,7 +83,8 @@ def gradient_stats(
         found = attempt(gradients, previous, dtype, scale)
         if found is not None:
             return found
-    return _composed(gradients, previous, work, dtype, scale)
+    compute = _one_by_one if reads_are_free(gradients[0].device) else _composed
+    return compute(gradients, previous, work, dtype, scale)
 
 
 def warm_up(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
@@ -98,9 +101,10 @@ def warm_up(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32
     from dynamon.kernels import triton_gradient_stats as twin
 
     for dtype in dict.fromkeys(dtypes):
-        if twin.supported([torch.empty(1, dtype=dtype, device=device)]):
+        probe = torch.empty(1, dtype=dtype, device=device)
+        if twin.supported([probe]):
             for compare in (True, False):
-                twin.runs(device, dtype, dtype, widest_dtype(device), compare)
+                twin.runs(probe.device, dtype, dtype, widest_dtype(device), compare)  # a device with its number
 
 
 def _may_have_triton(device: torch.device) -> bool:
@@ -139,7 +143,7 @@ def _composed(
     own = _own(gradients, dtype)
     current = _in_dtype(gradients, work)
     change = _in_dtype(stored, work)  # the storage itself where the dtypes agree: it is refilled below
-    inner = _times(_inner(current, change, own[1], dtype), factor)
+    inner = _times(_inner(current, change, dtype), factor)
     if isinstance(factor, Tensor):  # g' / s - g, times s: no copy of the gradients, and exact for powers of two
         torch._foreach_mul_(change, 1 / factor)
         torch._foreach_sub_(change, current)
@@ -191,26 +195,13 @@ def _norms(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _l1(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    # On a CPU foreach's norm of order one is several times slower than what it stands for.
-    if not reads_are_free(tensors[0].device):
-        return torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
-    work = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
-    found = torch.stack([t.abs().sum(dtype=work) for t in tensors]).to(dtype)
-    if work != dtype:
-        for i in torch.nonzero(found.isinf()).flatten().tolist():
-            found[i] = tensors[i].abs().sum(dtype=dtype)
-    return found
+    return torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
 
 
 def _nonfinite(tensors: list[Tensor], l1: Tensor) -> Tensor:
     """How many entries of each tensor are NaN or infinite."""
-    if not reads_are_free(l1.device):
-        groups = _groups(tensors, max(t.itemsize for t in tensors))
-        return torch.stack([count for group in groups for count in _nonfinite_norms(tensors[group], l1.dtype)])
-    # A finite l1 norm has no such entry; on a CPU, where asking costs nothing, that saves a pass.
-    if bool(torch.isfinite(l1).all()):
-        return torch.zeros_like(l1)
-    return torch.stack([t.numel() - torch.isfinite(t).sum() for t in tensors]).to(l1.dtype)
+    groups = _groups(tensors, max([t.itemsize for t in tensors]))
+    return torch.stack([count for group in groups for count in _nonfinite_norms(tensors[group], l1.dtype)])
 
 
 def _nonfinite_norms(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -221,27 +212,22 @@ def _nonfinite_norms(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return list(torch._foreach_norm(marks, 1, dtype=dtype))
 
 
-def _inner(current: list[Tensor], previous: list[Tensor], squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inner products of pairs of tensors; ``squares`` are the squared lengths of ``current``."""
-    if not reads_are_free(squares.device):
-        groups = _groups(current, dtype.itemsize)
-        return torch.stack([x for group in groups for x in _inner_norms(current[group], previous[group], dtype)])
-    flat = [(a.flatten(), b.flatten()) for a, b in zip(current, previous, strict=True)]
-    found = torch.stack([torch.dot(a, b) for a, b in flat]).to(dtype)
-    if dtype == torch.float64:
-        sizes = torch.tensor([a.numel() for a, _ in flat], dtype=dtype, device=found.device)
-        unsafe = ~torch.isfinite(found) & torch.isfinite(squares) | (squares > 0) & (squares < _SMALL**2 * sizes)
-        for i in torch.nonzero(unsafe).flatten().tolist():
-            found[i] = torch.dot(flat[i][0].double(), flat[i][1].double())
-    return found
+def _inner(current: list[Tensor], previous: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Inner products of pairs of tensors, in a few calls: what positive products add up to, less what negative do."""
+    groups = _groups(current, dtype.itemsize)
+    parts = [_inner_norms(current[group], previous[group], dtype) for group in groups]
+    above, below = (torch.stack([norm for part in parts for norm in part[side]]) for side in (0, 1))
+    return above - below
 
 
-def _inner_norms(current: list[Tensor], previous: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The same in a few calls: the l1 norm of the positive products less that of the negative ones."""
+def _inner_norms(
+    current: list[Tensor], previous: list[Tensor], dtype: torch.dtype
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The l1 norms of the positive products of pairs of tensors, and of the negative ones."""
     products = torch._foreach_mul(_in_dtype(current, dtype), _in_dtype(previous, dtype))
     above = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
     torch._foreach_clamp_max_(products, 0.0)
-    return list(torch._foreach_sub(above, torch._foreach_norm(products, 1)))
+    return above, torch._foreach_norm(products, 1)
 
 
 def _groups(tensors: Sequence[Tensor], itemsize: int) -> Iterator[slice]:
@@ -254,3 +240,63 @@ def _groups(tensors: Sequence[Tensor], itemsize: int) -> Iterator[slice]:
             begin, size = i, 0
         size += more
     yield slice(begin, len(tensors))
+
+
+def _one_by_one(
+    given: Sequence[Tensor], previous: Sequence[Tensor] | None, work: torch.dtype, dtype: torch.dtype, scale: Scale
+) -> GradientStats:
+    """The statistics on a CPU, of one tensor after the other: there memory is slow, and to read a number is free."""
+    gradients, factor = [g.detach() for g in given], float(scale)
+    if previous is None:
+        return GradientStats(*_scaled(_columns([_on_host(g, work, dtype) for g in gradients], dtype), factor))
+    stored = [p.detach() for p in previous]
+    if factor != 1.0 and any([p.dtype != g.dtype for p, g in zip(stored, gradients, strict=True)]):
+        gradients, factor = [g.to(work) * factor for g in gradients], 1.0
+    own, changes, inner = [], [], []
+    norm, infinite = torch.linalg.vector_norm, math.inf
+    for g, p in zip(gradients, stored, strict=True):  # at each step for every layer: helpers where something is unusual
+        current, change = g.to(work), p.to(work)  # the storage itself where the dtypes agree: it is refilled below
+        least = L2_SAFE[0] * math.sqrt(g.numel())
+        l1, l2 = g.abs().sum(dtype=work).item(), norm(g, dtype=work).item()
+        is_usual = l1 < infinite and least < l2 < L2_SAFE[1]
+        own.append((l1, l2, 0) if is_usual else _on_host(g, work, dtype))
+        product = torch.dot(current.flatten(), change.flatten()).item()
+        is_usual = is_usual and -infinite < product < infinite and l2 > _SMALL * math.sqrt(g.numel())
+        inner.append(product if is_usual else _host_inner(current, change, own[-1][1], dtype))
+        change.sub_(current, alpha=factor)
+        l1, l2 = change.abs().sum(dtype=work).item(), norm(change, dtype=work).item()
+        is_usual = l1 < infinite and least < l2 < L2_SAFE[1]
+        changes.append((l1, l2, 0) if is_usual else _on_host(change, work, dtype))
+        p.copy_(g)
+        if factor != 1.0:
+            p.mul_(factor)
+    l1, squares, _ = _columns(changes, dtype)
+    products = _times(torch.tensor(inner, dtype=dtype, device="cpu"), factor)
+    return GradientStats(*_scaled(_columns(own, dtype), factor), l1, squares, products)
+
+
+def _columns(rows: list[tuple[float, float, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """l1 norms, sums of squares and non-finite counts ``[T]`` from what :func:`_on_host` found."""
+    l1, l2, nonfinite = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
+    return l1.to(dtype), l2.to(dtype).square(), nonfinite.to(dtype)
+
+
+def _on_host(tensor: Tensor, work: torch.dtype, dtype: torch.dtype) -> tuple[float, float, float]:
+    """The l1 and l2 norm of a tensor, and how many entries are not finite."""
+    l1 = tensor.abs().sum(dtype=work).item()  # the norm of order one is several times slower
+    if l1 == math.inf and work != dtype:
+        l1 = tensor.abs().sum(dtype=dtype).item()
+    # A finite l1 norm has no entry that is not: that saves a pass.
+    nonfinite = 0 if math.isfinite(l1) else tensor.numel() - int(torch.isfinite(tensor).sum())
+    return l1, l2_on_host(tensor, work), nonfinite
+
+
+def _host_inner(current: Tensor, previous: Tensor, length: float, dtype: torch.dtype) -> float:
+    """The inner product of two tensors, of which the first has that length."""
+    a, b = current.flatten(), previous.flatten()
+    found = torch.dot(a, b).item()
+    squares = length * length
+    is_small = 0 < squares < _SMALL**2 * a.numel()
+    if dtype == torch.float64 and (is_small or not math.isfinite(found) and math.isfinite(squares)):
+        found = torch.dot(a.double(), b.double()).item()
+    return float(found)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from dynamon.arrays import Array
 from dynamon.gradients import PendingReadings
+from dynamon.kernels import waiter
 from dynamon.layers import Layer, is_steerable, known_layers
 from dynamon.norms import optimizer_family
 from dynamon.optim.refusals import check_decay, refusal, refuse_step, spread_reason
@@ -95,6 +96,7 @@ class LayerwiseRates:
         rule: The rule.
         watch: Watches the optimizer's steps.
         charge: Books the time of the rule in a step; may be set.
+        idle: Is around a wait for what training has queued on a device without CUDA's events; may be set.
         in_half_precision: To be set where training runs under autocast to sixteen bits, whose rounding is no noise.
         agrees_with_others: To be set under DDP where windows are given to :meth:`observe`, on every process: batches
             may be of other sizes there, and all must take the same ratios.
@@ -149,6 +151,7 @@ class LayerwiseRates:
         self._read_at = 0  # the evaluation of the closure that was read
         self._nesting = Nesting()
         self.charge: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.idle: Callable[[], AbstractContextManager[None]] = nullcontext
         self._views = GroupViews(optimizer, scale_weight_decay)
         self._taken: tuple[list[str], Array, Array] | None = None  # names, and in the last step: asked for, taken
         _steered[optimizer] = ref(self)
@@ -378,6 +381,10 @@ class LayerwiseRates:
     def settle(self) -> None:
         """Hand readings that are still waiting to the rule, so that its state is complete."""
         if self._waiting is not None:
+            wait = waiter(self.layers[0].parameter.device)
+            if wait is not None:  # the copy would wait for all that training has queued
+                with self.idle():
+                    wait()
             self.rule.update(self._waiting.wait())
             self._waiting = None
 
