@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow conformance docs gallery lint format clean
+.PHONY: help demo test quick slow conformance gpu docs gallery lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -33,6 +33,9 @@ slow: $(READY) ## Run the tests that take minutes, the browser, the wheel and th
 
 conformance: $(READY) ## Run every callback in every set-up on every model, and write docs/conformance.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+
+gpu: $(READY) ## Check everything that a GPU must show, in at most eight minutes; ARGS="--help" lists choices
+	@$(BIN)/python -m tests.gpu $(ARGS)
 
 docs: $(READY) ## Build the documentation into site/, warnings are errors
 	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs site

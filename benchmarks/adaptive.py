@@ -144,7 +144,9 @@ def train(job: Job) -> dict[str, Any]:
     task, arm = _task(job.task), EVERY_ARM[job.arm]
     model = task.model(job.seed)
     optimizer = arm.optimizer(model, job.rate)
-    rates = LayerwiseRates(optimizer, arm.rule(), model) if arm.rule else getattr(optimizer, "rates", None)
+    rates = getattr(optimizer, "rates", None)
+    if arm.rule:  # as published: every layer has its own ratio to the bit
+        rates = LayerwiseRates(optimizer, arm.rule(), model, max_groups=None)
     schedule = LambdaLR(optimizer, partial(_factor, steps=job.steps, decay=job.decay))
     seconds, losses, means = 0.0, [[0, task.validation(model)]], []
     for step, batch in enumerate(task.batches(job.seed, job.steps, job.batch)):

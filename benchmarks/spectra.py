@@ -3,8 +3,9 @@
 Run ``python -m benchmarks.spectra``; the table is printed and goes to ``benchmarks/results/spectra.json``. All methods
 take turns on the same matrices, so that the ratios mean something on a busy machine. With ``--device cuda`` the same
 on a GPU, where ``svdvals`` takes seconds a matrix: it is timed on one matrix of each shape, once, and counted as often
-as there are such matrices (a GPU takes them one after the other). That is half a minute at most. WeightWatcher, which computes all singular values and fits power laws to them, is measured where it is
-installed; in float64, from NumPy arrays.
+as there are such matrices (a GPU takes them one after the other). That is half a minute at most. WeightWatcher, which
+computes all singular values and fits power laws to them, is measured where it is installed; in float64, from NumPy
+arrays.
 """
 
 import argparse
@@ -155,7 +156,12 @@ def compare(name: str, shapes: list[tuple[int, int]], device: torch.device, roun
         largest = torch.stack([torch.as_tensor(v).detach().reshape(-1)[0].double().cpu() for v in found])
         errors[label] = float((largest / exact - 1).abs().max())
     rows = [
-        {"method": label, "seconds": _median(taken), "times_faster": base / _median(taken), "worst_error": errors[label]}
+        {
+            "method": label,
+            "seconds": _median(taken),
+            "times_faster": base / _median(taken),
+            "worst_error": errors[label],
+        }
         for label, taken in times.items()
     ]
     return {"name": name, "matrices": len(weights), "rows": rows}

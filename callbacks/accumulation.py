@@ -28,6 +28,7 @@ class _Passes:
     def __init__(self, optimizer: Optimizer) -> None:
         """None yet."""
         self._parameters = _parameters(optimizer)
+        self.held = len(self._parameters)
         self._writes = 2 if any_sharded(self._parameters) else 1  # of one pass at most; FSDP2 adds in two
         self._marks: _Marks = []  # after the last pass
         self._before: _Marks = []
@@ -48,10 +49,6 @@ class _Passes:
         """Samples of each pass, sorted; None where those of one are not known."""
         known = [samples for samples in self.samples if samples is not None]
         return tuple(sorted(known)) if len(known) == self.count else None
-
-    def is_of(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer still holds these parameters."""
-        return len(self._parameters) == sum([len(group["params"]) for group in optimizer.param_groups])
 
     def rest(self) -> None:
         """A batch has arrived: what the last step has used is past."""
@@ -177,8 +174,11 @@ class Windows:
         return window.share(passes.half)
 
     def _of(self, optimizer: Optimizer) -> _Passes:
+        held = 0  # asked at each hook
+        for group in optimizer.param_groups:
+            held += len(group["params"])
         known = self._passes.get(optimizer)
-        if known is None or not known.is_of(optimizer):
+        if known is None or known.held != held:
             known = self._passes[optimizer] = _Passes(optimizer)
         return known
 

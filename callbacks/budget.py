@@ -2,16 +2,21 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+
+from dynamon.kernels import waiter
 
 _MARGIN = 1.5  # by how much a measurement may take longer than expected without breaking the budget
 _PATIENCE = 300  # steps that a measurement waits before others leave it what it costs
 _ASKED = 2  # steps after which one that asks no more is forgotten
 _EVENTS = 64  # measurements whose device time nobody has asked for yet
+_SAMPLED = (
+    16  # of what is charged at every step without a host read, one in so many is waited for where there are no events
+)
 
 
 class Budget:
@@ -24,7 +29,8 @@ class Budget:
     On a GPU a measurement is timed by CUDA events as well, since its work is only queued when the host
     moves on; the larger of the two times counts, and events are read when they have passed. A measurement that waits
     for the device would also wait for what training has queued before it, which costs nothing extra: the clock begins
-    when that is done.
+    when that is done. On other accelerators, Apple's say, the clock goes on until the device is done, in every
+    measurement that reads something, and in one in 16 of the others, which speaks for those after it.
     """
 
     def __init__(self, fraction: float | None) -> None:
@@ -37,6 +43,7 @@ class Budget:
         self._since: float | None = None
         self._claims: dict[str, tuple[float, int]] = {}  # seconds, and the step of the last claim
         self._waited = 0.0  # for what training had queued
+        self._charged: dict[str, tuple[int, float]] = {}  # how often, and by how much the device took longer
         self._events: deque[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self) -> None:
@@ -84,25 +91,65 @@ class Budget:
             waits: Whether the host reads something of it inside, so that it waits for the device. What training has
                 queued there is then waited for first, and not booked.
         """
-        stream, events = None, None
-        if device is not None and device.type == "cuda":
-            if len(self._events) >= _EVENTS:
-                self._collect()
-            stream = torch.cuda.current_stream(device)
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record(stream)
-            if waits:
-                with self.waiting():
-                    events[0].synchronize()
+        with self._clock(name, torch.device("cpu") if device is None else device, waits):
+            yield
+
+    def _clock(self, name: str, device: torch.device, waits: bool) -> AbstractContextManager[None]:
+        """What tells how long a measurement takes on a device."""
+        if device.type == "cuda":
+            return self._by_events(name, device, waits)
+        wait = waiter(device)
+        return self._by_host(name) if wait is None else self._by_waiting(name, wait, waits)
+
+    @contextmanager
+    def _by_host(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter() - self._waited
+        try:
+            yield
+        finally:
+            self.book(name, time.perf_counter() - self._waited - begin)
+
+    @contextmanager
+    def _by_events(self, name: str, device: torch.device, waits: bool) -> Iterator[None]:
+        if len(self._events) >= _EVENTS:
+            self._collect()
+        stream = torch.cuda.current_stream(device)
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record(stream)
+        if waits:
+            with self.waiting():
+                events[0].synchronize()
         begin = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - begin
             self.book(name, seconds)
-            if events is not None:
-                events[1].record(stream)
-                self._events.append((name, seconds, *events))
+            events[1].record(stream)
+            self._events.append((name, seconds, *events))
+
+    @contextmanager
+    def _by_waiting(self, name: str, wait: Callable[[], Any], waits: bool) -> Iterator[None]:
+        count, excess = self._charged.get(name, (0, 0.0))
+        is_sampled = waits or count % _SAMPLED == 0
+        if is_sampled:
+            with self.waiting():
+                wait()
+        begin = time.perf_counter() - self._waited
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - self._waited - begin
+            if is_sampled:
+                wait()
+                whole = time.perf_counter() - self._waited - begin
+                seconds, own = whole, whole - seconds
+                excess = excess if waits else own
+            else:
+                seconds += excess
+            if not waits:
+                self._charged[name] = count + 1, excess
+            self.book(name, seconds)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

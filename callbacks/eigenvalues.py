@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
-from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_not
+from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
 from dynamon.callbacks.room import room_for
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
@@ -33,12 +33,14 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.lanczos import random_start
 from dynamon.curvature.parameters import FlatParameters
+from dynamon.memory import free_memory
 from dynamon.optim import steering_of
 from dynamon.panels import layout_of
 from dynamon.preconditioner import NoSecondMomentError, has_second_moment, preconditioned, preconditioner
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.sharpness import SUBSPACE
 from dynamon.ranks import ran_out_of_memory
+from dynamon.shards import is_sharded
 from dynamon.stability import (
     StabilityScaling,
     has_stability_condition,
@@ -111,7 +113,9 @@ class EigenvalueMeter(Meter):
         self._space: Tensor | None = None
         self.last_density: SpectralDensity | None = None
         self._product_seconds: deque[float] = deque(maxlen=5)
-        self._too_large, self._certify = False, True
+        self._too_large, self._never, self._certify = False, False, True
+        self._needed = 0.0  # bytes of the vectors of a solve
+        self._is_guess = self._is_solving = False
         self._told: set[str] = set()
         self._failures = Failures()
         self._last_loss = math.inf
@@ -134,6 +138,16 @@ class EigenvalueMeter(Meter):
             )
         with run.ranks.measurement():
             self._check_memory(run)
+        # On a device of its own memory is not what it will be: activations and states of optimizers come with training.
+        whole = not any(is_sharded(p) for p in trained_parameters(run).values())
+        self._is_guess = run.module.device.type != "cpu" and not self._memory_limit and whole
+
+    def _fits(self, run: Run) -> bool:
+        """Whether the vectors of a solve fit beside what training holds, asked once more before the first one."""
+        if self._is_guess:
+            self._is_guess = False
+            self._check_memory(run)
+        return not self._too_large
 
     def _check_memory(self, run: Run) -> None:
         trained = list(trained_parameters(run).values())
@@ -141,6 +155,7 @@ class EigenvalueMeter(Meter):
             return
         room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
         self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
+        self._needed = room.needed
         allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
         if room.differences:
             self._told.add("backend")
@@ -165,11 +180,11 @@ class EigenvalueMeter(Meter):
 
     def is_off(self) -> bool:
         """Where nothing was asked for or its vectors do not fit, or sharpness is off."""
-        return not self._wanted or self._too_large or self._probe.off
+        return not self._wanted or self._too_large or self._never or self._probe.off
 
     def is_missed(self) -> bool:
         """Not where it is off for another reason."""
-        return super().is_missed() and not self._probe.off and not self._too_large
+        return super().is_missed() and not self.is_off()
 
     def expected(self, run: Run) -> float:
         """Products of the coming measurement at what they took lately.
@@ -188,8 +203,11 @@ class EigenvalueMeter(Meter):
         return products * median([guess, *self._product_seconds])
 
     def _is_due(self, run: Run) -> bool:
-        possible = self._wanted and self._probe.is_expected(run) and not self._too_large
-        return bool(possible) and self.cadence.due(run, self.name, self.expected, run.step)
+        return (
+            not self.is_off()
+            and self._probe.is_expected(run)
+            and self.cadence.due(run, self.name, self.expected, run.step)
+        )
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
@@ -197,8 +215,15 @@ class EigenvalueMeter(Meter):
             self._steps.copy_weights(run)
 
     def make_room(self, run: Run) -> str | None:
-        """Halve the probe."""
-        return self._probe.halve(run)
+        """Halve the probe; give up solves where it is not to blame, of one process."""
+        alone, share = not run.ranks.several, self._probe.share
+        fits = free_memory(run.module.device) > self._needed
+        said = self._probe.halve(run) if fits or not self._is_solving or not alone else None
+        if not alone or not self._is_solving or self._probe.share < share:
+            return said
+        self._too_large = True
+        self._steps.also("critical")
+        return "Eigenvalues are left out: critical sharpness, which needs forward passes only, is shown instead."
 
     def batch_end(self, run: Run) -> None:
         """Measure when due."""
@@ -215,16 +240,22 @@ class EigenvalueMeter(Meter):
         except Exception:
             self._start_anew(run)
             raise
+        if self.is_off():
+            return
         self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
         self.done(run)
 
     def _measure(self, run: Run) -> int:
+        self._is_solving = False
+        if not self._fits(run):
+            return 0
         self._probe.agree(run)
         with self._probe.evaluation(run) as params:
             hessian = self._probe.hessian(run, params)
-            if hessian.doubt is not None:
-                self._steps.also("critical")
-                raise ArithmeticError(f"{hessian.doubt} Critical sharpness is shown instead.")
+            self._is_solving = True  # from here on the loss and its gradient fit
+            if (never := why_never(hessian, hessian.gradient)) is not None:
+                self._leave_out(run, never)
+                return 0
             owned = list(trained_parameters(run).values())
             point = _Point(run, params, owned, hessian, _only(run.trainer.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
@@ -243,6 +274,19 @@ class EigenvalueMeter(Meter):
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
         return point.products
+
+    def _leave_out(self, run: Run, reason: str) -> None:
+        """Measure nothing any more: what is in the way stays there.
+
+        Raises:
+            ArithmeticError: Under ``strict=True``.
+        """
+        sentence = f"sharpness is left out: {reason} Critical sharpness, which takes no derivative, is shown instead."
+        if run.strict:
+            raise ArithmeticError(sentence)
+        self._never = True
+        self._steps.also("critical")
+        rank_zero_warn(sentence)
 
     def _measure_hessian(self, point: _Point) -> None:
         """Everything that shares the graph of the probe's gradient."""

@@ -14,6 +14,7 @@ from dynamon.curvature import ShardedParameters, unsharded
 from dynamon.curvature.fsdp import at_rest, is_rounded, whole_parameters
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.curvature.spaces import GatheredSpace, Shards
+from dynamon.equality import differing
 from dynamon.probe import undisturbed
 from dynamon.shards import is_sharded
 from dynamon.trackers import is_muted, trackers_muted
@@ -96,8 +97,8 @@ def _optimizers_untouched(trainer: pl.Trainer) -> Iterator[None]:
         for held_list, items in saved[1]:
             held_list[:] = items
         with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(tensor, value):
+            for (tensor, value), differs in zip(values, differing(values), strict=True):
+                if differs:
                     tensor.copy_(value)
 
 

@@ -15,7 +15,7 @@ from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import is_read_by_callback
 from dynamon.callbacks.meter import Run
-from dynamon.gradients import GradientReader, GradientReadings
+from dynamon.gradients import GradientReader, GradientReadings, PendingReadings
 from dynamon.layers import Layer, is_steerable
 from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
@@ -24,7 +24,7 @@ from dynamon.pairs import as_real
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.sharded_norms import StepParts
 from dynamon.shards import local
-from dynamon.updates import primal_norms
+from dynamon.updates import differences, primal_norms
 from dynamon.windows import Window
 
 
@@ -65,6 +65,34 @@ class SourceReading:
         return row
 
 
+class AwaitedReading:
+    """A reading on its way to the host, which a step need not wait for.
+
+    Args:
+        source: Where it comes from.
+        pending: The gradients.
+        steps: What :class:`SourceReading` says of steps: ``moved``, ``steps`` and ``parts``.
+
+    Attributes:
+        layers: The L layers.
+    """
+
+    def __init__(
+        self, source: "GradientSource", pending: PendingReadings, steps: tuple[Array, Tensor, StepParts | None]
+    ) -> None:
+        """Nothing has arrived."""
+        self._source, self._pending, self._steps = source, pending, steps
+        self._found: SourceReading | None = None
+        self.layers = source.shown_layers
+
+    def wait(self) -> SourceReading:
+        """The reading, once it has arrived; noise and signal know of it from then on."""
+        if self._found is None:
+            moved, steps, parts = self._steps
+            self._found = self._source.arrived(self._pending.wait(), self.layers, moved, steps, parts)
+        return self._found
+
+
 class GradientSource:
     """An optimizer's gradients: from a reader of our own, or from the steering's, so that nothing is read twice."""
 
@@ -89,6 +117,7 @@ class GradientSource:
         self._step = 0
         self._weights: dict[str, Tensor] = {}
         self._kept_at = -1  # the step before which these were the weights
+        self._awaited: AwaitedReading | None = None
 
     @property
     def reader(self) -> GradientReader:
@@ -170,8 +199,15 @@ class GradientSource:
             copies = run.copies(self.reader.layers)
         self._weights, self._kept_at = {name: local(weight) for name, weight in copies.items()}, self._step
 
-    def read(self, run: Run, optimizer: Optimizer) -> SourceReading:
-        """Read the gradients, and how far the weights have moved since those before."""
+    @property
+    def shown_layers(self) -> list[Layer]:
+        """Those that are read. The steering knows layers by the names that they had when it met them."""
+        named = {id(layer.parameter): layer for layer in self._reader.layers}
+        return [named.get(id(layer.parameter), layer) for layer in self.reader.layers]
+
+    def read(self, run: Run, optimizer: Optimizer) -> AwaitedReading:
+        """Read the gradients, and how far the weights have moved since those before; waits for no device."""
+        self.settle()
         windows = windows_of(run.trainer)
         window = windows.before_step(run.trainer, run.module, optimizer)
         self.reader.settle_part(windows.share(run.trainer, optimizer, window))
@@ -179,18 +215,27 @@ class GradientSource:
         if self._rates is not None:
             self._observe(run, self._rates, scale, local, window)
         pending = self.reader.read(scale, local_scale=local, window=window)
-        moved, steps, parts = self._measure_steps(run)
-        readings = pending.wait()
+        self._awaited = AwaitedReading(self, pending, self._measure_steps(run))
+        return self._awaited
+
+    def settle(self) -> None:
+        """Wait for what was read, so that noise and signal are complete."""
+        if self._awaited is not None:
+            self._awaited.wait()
+            self._awaited = None
+
+    def arrived(
+        self, readings: GradientReadings, layers: list[Layer], moved: Array, steps: Tensor, parts: StepParts | None
+    ) -> SourceReading:
+        """Count a reading that is on the host; see :class:`SourceReading`."""
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
         if self._rates is None:
             self._noise.update(readings)
         self._independent.update(readings)
         taken = {source: signal.update(readings) for source, signal in self._signals.items()}
         signal, known = self._signals[self._shown], taken[self._shown]
-        # The steering knows layers by the names that they had when it met them.
-        named = {id(layer.parameter): layer for layer in self._reader.layers}
         return SourceReading(
-            [named.get(id(layer.parameter), layer) for layer in self.reader.layers],
+            layers,
             readings,
             noise=noise.shown(readings, noise.values),
             independent=self._independent.shown(readings, self._independent.values),
@@ -216,7 +261,8 @@ class GradientSource:
         before, self._weights = self._weights, {}
         layers, norms = self.reader.layers, self.reader.norms
         moved = [i for i, la in enumerate(layers) if la.name in before and self._kept_at == self._step - 1]
-        steps = {i: _difference(local(layers[i].parameter), before[layers[i].name]) for i in moved}
+        now = [local(layers[i].parameter.detach()) for i in moved]
+        steps = dict(zip(moved, map(as_real, differences(now, [before[layers[i].name] for i in moved])), strict=True))
         if run.is_sharded:
             everything = range(len(layers))
             parts = StepParts(layers, norms, [steps.get(i) for i in everything])
@@ -230,6 +276,7 @@ class GradientSource:
         Args:
             everywhere: False for a checkpoint: of what is sharded, only the first process needs the whole.
         """
+        self.settle()
         state: dict[str, Any] = {"noise": {}, "gradients": {"previous": {}}}
         if not self._steered:
             state = {"noise": self._noise.state_dict(), "gradients": self.reader.state_dict(everywhere)}
@@ -247,8 +294,3 @@ class GradientSource:
         for source, signal in self._signals.items():
             signal.load_state_dict(state.get("signals", {}).get(source, {}))
         self._weights, self._kept_at = matching(self.reader.layers, state.get("weights", {})), self._step
-
-
-def _difference(now: Tensor, before: Tensor) -> Tensor:
-    wide = torch.promote_types(now.dtype, torch.float32)
-    return as_real(now.detach().to(wide) - before.to(wide))

@@ -13,12 +13,12 @@ from torch.optim import LBFGS, Optimizer
 from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import begins_window, compares_ranks, has_windows, windows_of
 from dynamon.callbacks.base import gradient_scale
-from dynamon.callbacks.gradient_source import GradientSource, SourceReading
+from dynamon.callbacks.gradient_source import AwaitedReading, GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
-from dynamon.kernels import l2_norms, widest_dtype
+from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, noise_scale
 from dynamon.pairs import as_real
@@ -57,7 +57,7 @@ class GradientMeter(PairMeter):
         super().__init__(cadence)
         self._with_histograms = with_histograms
         self._sources: dict[Optimizer, GradientSource] = {}
-        self._read: dict[Optimizer, SourceReading] = {}
+        self._read: dict[Optimizer, AwaitedReading] = {}  # on its way to the host until the batch ends
         self._reading = False  # this step is measured
         self._watching = False  # what its gradients are accumulated over is followed
         self._binned: dict[str, Tensor] = {}
@@ -66,6 +66,10 @@ class GradientMeter(PairMeter):
         self._clipped, self._clippable = 0, 0  # measured steps
         self._told: set[str] = set()
         self._saved: dict[str, Any] = {}
+
+    def start(self, run: Run) -> None:
+        """Have what a reading launches compiled before training."""
+        warm_up(run.module.device, [as_real(local(layer.parameter.detach())).dtype for layer in run.all_layers])
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
@@ -91,7 +95,7 @@ class GradientMeter(PairMeter):
         if watch.is_repeated:
             source.again()
         if reads:
-            with run.charge(self.name, waits=True):
+            with run.charge(self.name, waits=run.is_sharded):
                 # An optimizer that steps twice in a batch is shown at its last step.
                 try:
                     self._used.pop(optimizer, None)
@@ -161,6 +165,7 @@ class GradientMeter(PairMeter):
         used, self._used = self._used, {}
         reads, self._reading = self._reading, False
         if (reads or self._keeping) and not run.steps.any_taken():
+            self._settle(run, read)
             for source in self._sources.values():
                 source.forget()  # what was read or kept is of no step
             return
@@ -169,12 +174,22 @@ class GradientMeter(PairMeter):
             self._moved = {}
             if reads and (shown or run.ranks.several):
                 with run.together(self.name):
-                    self._hand_on(run, list(shown.values()), [used.get(o) for o in shown])
+                    arrived = {optimizer: awaited.wait() for optimizer, awaited in read.items()}
+                    self._hand_on(run, [arrived[o] for o in shown], [used.get(o) for o in shown])
                 self.done(run)
+            else:
+                self._settle(run, read)
         finally:
             self.turn(run)
 
-    def _is_of_step(self, run: Run, optimizer: Optimizer, read: SourceReading) -> bool:
+    def _settle(self, run: Run, read: Mapping[Optimizer, AwaitedReading]) -> None:
+        """Have what is not shown counted all the same."""
+        if read:
+            with run.charge(self.name, waits=True):
+                for awaited in read.values():
+                    awaited.wait()
+
+    def _is_of_step(self, run: Run, optimizer: Optimizer, read: AwaitedReading) -> bool:
         """Whether a step has used the gradients that were read, and no others."""
         times = run.steps.of(optimizer).evaluations
         is_one_of_many = times > 2 or times > 1 and isinstance(optimizer, LBFGS)
@@ -340,7 +355,7 @@ class UsedGradients:
         lengths: Euclidean norms ``[P]`` of those that are there, on the device: of the parts that are here.
     """
 
-    def __init__(self, read: SourceReading, scale: Scale) -> None:
+    def __init__(self, read: AwaitedReading, scale: Scale) -> None:
         """Measure them."""
         gradients = [la.parameter.grad for la in read.layers]
         self.present = np.array([g is not None for g in gradients])

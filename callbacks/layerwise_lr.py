@@ -202,6 +202,9 @@ class LayerwiseLR(DynamonCallback):
             rank_zero_warn(f"{type(self).__name__} steers nothing: {nothing}")
             return
         self._attach(trainer, pl_module)
+        for rates in self._steered.values():
+            if self.rule.needs_gradients:
+                rates.reader.warm_up()
         self._is_steering = True
         self.write_layout(trainer)
 
@@ -274,6 +277,9 @@ class LayerwiseLR(DynamonCallback):
     def _has_gradients(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
         """Whether there is something to take a step with; steering ends where there never is."""
         passes, self._passes = self._passes, 0
+        if has_gradients(optimizer):
+            self._gone = None
+            return True
         if any(has_gradients(each) for each in trainer.optimizers):
             self._gone = None
         elif passes and self._gone is not None:
@@ -285,7 +291,7 @@ class LayerwiseLR(DynamonCallback):
                     f"{type(self).__name__} is off: gradients are gone before the optimizer's step, so that its rates "
                     "have no effect (an optimizer that works in backward, or zero_grad before the step)."
                 )
-        return has_gradients(optimizer)
+        return False
 
     @staticmethod
     def _is_shown(trainer: pl.Trainer) -> bool:
@@ -435,6 +441,7 @@ class LayerwiseLR(DynamonCallback):
             if index < len(state):
                 rates.load_state_dict(state[index])
             rates.charge = partial(self._budget.charge, "steering", pl_module.device)
+            rates.idle = self._budget.waiting
             self._steered[optimizer] = rates
             if self.rule.needs_gradients:
                 say_geometry(optimizer)

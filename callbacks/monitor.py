@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -26,6 +25,7 @@ from dynamon.callbacks.watchers import warnings_of
 from dynamon.health import LOSS_TAG, Finding
 from dynamon.history import History
 from dynamon.layers import Layer, is_measurable, known_layers, select
+from dynamon.memory import empty_cache
 from dynamon.names import plain_name
 from dynamon.panels import Layout, combined, layout_of
 from dynamon.quantities import quantities_of
@@ -478,7 +478,7 @@ class Monitor(DynamonCallback):
         room = None
         if ran_out_of_memory(error):
             forget_frames(error)
-            torch.cuda.empty_cache()
+            empty_cache(self._run.module.device)
             room = meter.make_room(self._run)
         self._recorder.forget()
         self._failures += 1

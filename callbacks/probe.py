@@ -22,6 +22,7 @@ from dynamon.kernels import widest_dtype
 from dynamon.probe import LossError, LossFn, NoLossError, training_loss
 from dynamon.ranks import ran_out_of_memory
 from dynamon.saved_batches import UnknownClassError, on_host
+from dynamon.streams import are_kept
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 NOISY = 0.1  # relative error of a product from which on nothing is shown
@@ -104,6 +105,16 @@ class ProbeMeter(Meter):
             rank_zero_warn(f"sharpness is off: {split}.")
         elif run.ranks.several and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
             rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")
+        elif _has_transformer_engine(run):
+            rank_zero_warn(
+                "sharpness is off: Transformer Engine keeps the scales of its FP8 numbers outside of the module, where "
+                "they cannot be put back after an evaluation."
+            )
+        elif not are_kept(run.module.device):
+            rank_zero_warn(
+                f"sharpness is off: torch cannot put back the random numbers of {run.module.device.type}, so that "
+                "training would go on with others."
+            )
         elif self.loss_fn is None and not run.module.automatic_optimization:
             rank_zero_warn(
                 "sharpness is off: with manual optimisation training_step would train; "
@@ -484,8 +495,20 @@ def why_not(operator: LinearOperator, error: float) -> str | None:
     """Why nothing is shown of products with an error that the operator gave; None where they can be trusted."""
     if error <= NOISY:
         return None
-    reason = getattr(operator, "doubt", None)
-    return reason or f"finite differences at two step sizes differ by {error:.0%}, so nothing is read off them."
+    doubt, reason = getattr(operator, "doubt", None), getattr(operator, "reason", None)
+    after = "" if reason is None else f", and {reason.removesuffix('.')}"
+    return doubt or f"finite differences at two step sizes differ by {error:.0%}, so nothing is read off them{after}."
+
+
+def why_never(operator: LinearOperator, vector: Tensor) -> str | None:
+    """Why nothing can be shown of products, now and later; None where they can be trusted, or may be another time.
+
+    That is so where a function of unknown curvature takes part in half precision, or differences of gradients have to
+    be taken there.
+    """
+    if getattr(operator, "doubt", None) is None and not getattr(operator, "is_coarse", False):
+        return None
+    return why_not(operator, operator.product_error(vector))
 
 
 def check_probe(
@@ -506,6 +529,11 @@ def check_probe(
         raise ValueError(f"probe_weight must be the name of an entry of the batch, or None, got {probe_weight!r}.")
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")
+
+
+def _has_transformer_engine(run: Run) -> bool:
+    own = any(type(m).__module__.split(".")[0] == "transformer_engine" for m in run.module.modules())
+    return own or str(run.trainer.precision).startswith("transformer-engine")
 
 
 def _where(run: Run) -> torch.device:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from dynamon.callbacks.base import say_geometry
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.callbacks.probe import ProbeMeter, why_not
+from dynamon.callbacks.probe import ProbeMeter, why_never, why_not
 from dynamon.curvature import (
     DirectionalSharpness,
     HessianOperator,
@@ -200,10 +200,13 @@ class StepMeter(Meter):
 
     def _is_trusted(self, hessian: HessianOperator | MeanOverRanks, vector: Tensor, quantity: str) -> bool:
         """Whether a product means something; the first time that it does not, say why."""
-        reason = why_not(hessian, hessian.product_error(vector))
+        never = why_never(hessian, vector)
+        reason = never or why_not(hessian, hessian.product_error(vector))
         if reason is not None and quantity not in self._told:
             self._told.add(quantity)
             rank_zero_warn(f"sharpness/{quantity} is left out: {reason}")
+        if never is not None:
+            self._wanted -= {quantity}
         return reason is None
 
     def _in_own_norm(self, run: Run, params: FlatParameters, update: Tensor, found: DirectionalSharpness) -> float:

@@ -309,9 +309,8 @@ class WeightMonitor(Monitor):
             fit starts.
 
     Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix, that of the step
-    in bfloat16 where this pays (:mod:`dynamon.kernels.thresholds`). Memory: 9 copies
-    of the parameters at a peak, 2 in between, where matrices are square; matrices of one shape are measured together,
-    and other shapes take less. With
+    in bfloat16 where this pays (:mod:`dynamon.kernels.thresholds`). Memory: 7 copies of the parameters at a peak, 2 in
+    between, where matrices are square and have up to 2^27 entries together; larger and other ones take less. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
     microseconds. Under FSDP2 the copies are of this process's part; a reading sends one small all-reduce, and gathers
     each matrix, with its step where it is a hidden weight or a convolution, on the process that takes it.

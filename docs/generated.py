@@ -7,6 +7,7 @@ import argparse
 import ast
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,64 @@ def tracking_table() -> str:
     return f"{table(head, rows)}\n{note} {provenance(found['environment'])}"
 
 
+def gpu_tables(found: Mapping[str, Any] | None = None) -> str:
+    """What ``make gpu`` found when it was last run on a GPU, or that it was not."""
+    if found is None:
+        if not (RESULTS / "gpu.json").exists():
+            return "`make gpu` has not been run on a GPU with this version.\n"
+        found = _result("gpu")
+    checks, place = found["checks"], found["environment"]
+    counts = Counter(check["status"] for check in checks)
+    versions = ", ".join(f"{name} {place[name.lower()]}" for name in ("torch", "Triton", "CUDA", "lightning", "Python"))
+    text = f"Run on {place['date']} on one {place['device']}, {versions}, commit {place['commit']} "
+    text += f"(`{place['command']}`): "
+    text += ", ".join(f"{counts[s]} {s}" for s in ("passed", "failed", "skipped", "not judged") if counts[s]) + ".\n"
+    bars = [
+        (check["check"], bar["what"], f"{bar['value']:g}", bar["bar"], _HOLDS[bar["holds"]])
+        for check in checks
+        for bar in check.get("bars", ())
+        if "bar" in bar
+    ]
+    text += f"\n### Bars\n\n{table(('check', 'what', 'found', 'bar', 'holds'), bars)}" if bars else ""
+    held = [
+        (part, sum(bar["holds"] is True for bar in own), sum(bar["holds"] is False for bar in own))
+        for part in dict.fromkeys(check["part"] for check in checks)
+        if (own := [b for c in checks if c["part"] == part for b in c.get("bars", ()) if "bar" not in b])
+    ]
+    text += f"\n### What must hold on any device\n\n{table(('part', 'holds', 'does not'), held)}" if held else ""
+    text += _gpu_exceptions(checks)
+    figures = [
+        (check["check"], name, _cell(value))
+        for check in checks
+        if check["part"] in ("timing", "kernels", "launches")
+        for name, value in check.get("figures", {}).items()
+    ]
+    return text + (f"\n### Figures\n\n{table(('check', 'what', 'found'), figures)}" if figures else "")
+
+
+_HOLDS = {True: "yes", False: "**no**", None: "not judged"}
+
+
+def _gpu_exceptions(checks: list[dict[str, Any]]) -> str:
+    """The checks that failed, with what did not hold, and those that were not made, with the reason."""
+    rows = []
+    for check in checks:
+        if check["status"] in ("failed", "skipped"):
+            missed = [bar["what"] for bar in check.get("bars", ()) if bar["holds"] is False]
+            why = "; ".join([*missed, _cell(check.get("reason", "").partition(" | ")[0])])
+            rows.append((check["check"], check["status"], why.strip("; ")))
+    return f"\n### Failed and skipped\n\n{table(('check', 'result', 'why'), rows)}" if rows else ""
+
+
+def _cell(value: object) -> str:
+    """A value in a cell of a table."""
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{name} {_cell(v)}" for name, v in value.items())
+    elif isinstance(value, list):
+        value = ", ".join(map(_cell, value))
+    return " ".join(str(value).replace("|", "/").replace("<", "(").replace(">", ")").split())[:300]
+
+
 # Commands
 
 
@@ -260,5 +319,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "spectra": spectra_table,
     "tracking": tracking_table,
     "distributed": distributed_table,
+    "gpu": gpu_tables,
     "commands": command_help,
 }

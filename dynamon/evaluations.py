@@ -24,6 +24,7 @@ _KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices that autocast knows
 _ACTIVE: ContextVar[tuple[Rewindable, ...]] = ContextVar("dynamon_rewindable", default=())
 _IS_PLAIN: ContextVar[bool] = ContextVar("dynamon_plain", default=False)
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # torch's own functions that may go to cuDNN
+_BACKWARD = (torch.autograd.grad, torch.Tensor.backward)
 
 
 class Evaluations:
@@ -114,11 +115,19 @@ def eager() -> Iterator[None]:
 
 
 class _WithoutCudnn(TorchFunctionMode):
-    """Recurrent layers inside do not use cuDNN; convolutions, which have their derivatives there, do."""
+    """Recurrent layers inside do not use cuDNN; convolutions, which have their derivatives there, do.
+
+    Attributes:
+        seen: Whether there was any in this process.
+    """
+
+    seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call; with cuDNN off where it would be of no use."""
-        if getattr(func, "__name__", "") not in _RECURRENT:
+        if getattr(func, "__name__", "") in _RECURRENT:
+            _WithoutCudnn.seen = True
+        elif not (self.seen and func in _BACKWARD):  # a checkpoint computes its part again, and this mode is off there
             return func(*args, **(kwargs or {}))
         enabled = torch.backends.cudnn.enabled
         torch.backends.cudnn.enabled = False  # alone: flags() sets the others too

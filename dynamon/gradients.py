@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from dynamon.arrays import Array
-from dynamon.kernels import gradient_stats, widest_dtype
+from dynamon.kernels import GradientStats, gradient_stats, warm_up, widest_dtype
 from dynamon.layers import Layer
 from dynamon.local_gradients import LocalGradients, agreed
 from dynamon.norms import Norm, dual_norms, update_norm
 from dynamon.pairs import as_real
-from dynamon.scales import Scale, scaled
+from dynamon.scales import Scale, all_scaled, without_dimensions
+from dynamon.tensor_lists import copied
 from dynamon.trends import Trends
+from dynamon.updates import differences
 from dynamon.windows import Window, loaded_window, saved_window
 
 _FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
-_UNKNOWN = torch.tensor(torch.nan)
 _ROWS = 10  # of what is read
+_MOST_MIXTURES = 16  # sets of layers that have gradients, in turns
 _ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in half; measured: 1e-5 and 3e-3
 
 
@@ -115,10 +117,10 @@ class PendingReadings:
         self._event: torch.cuda.Event | None = None
         self._host = rows
         if rows.is_cuda:
-            self._host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            self._host = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True)
             self._host.copy_(rows, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(rows.device))  # not that of the current device
 
     def wait(self) -> GradientReadings:
         """The readings, once they have arrived."""
@@ -185,13 +187,16 @@ class GradientReader:
         self._key: Hashable = None
         self._pending: PendingReadings | None = None
         self._previous: dict[int, Tensor] = {}
+        self._followed_at = -1  # the step whose gradients the trends have seen and are stored
+        self._room: dict[int, Tensor] = {}  # where gradients are kept, whatever is in it
         self._stored_at = -1  # the step whose gradients are stored
         self._stored_window: Window | None = None
         self._part: tuple[int, float, dict[int, Tensor]] | None = None  # step, share of its samples, their gradients
         self.trends: Trends | None = None
         self.in_half_precision = self.agrees_with_others = False
         self._local: LocalGradients | None = None
-        self._mixed: tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._mixed: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._sent: dict[tuple[int, ...], Tensor] = {}
 
     def begin(self, key: Hashable) -> bool:
         """Say that an optimizer step is being taken.
@@ -212,7 +217,7 @@ class GradientReader:
 
     def forget(self) -> None:
         """Compare this step's gradients with no others."""
-        self._previous, self._stored_at = {}, -1
+        self._previous, self._stored_at, self._followed_at = {}, -1, -1
 
     def follow_trends(self) -> None:
         """From here on tell changes that go on from noise."""
@@ -228,8 +233,12 @@ class GradientReader:
         if self._stored_at == self.step:
             return
         frozen = self._frozen()
-        gradients = enumerate(self._gradients(scale))
-        self._previous = {index: g.clone() for index, g in gradients if g is not None and not frozen[index]}
+        gradients = {i: g for i, g in enumerate(self._gradients()) if g is not None and not frozen[i]}
+        self._keep(copied(gradients, self._room, scale), window)
+        self._followed_at = -1
+
+    def _keep(self, gradients: dict[int, Tensor], window: Window | None) -> None:
+        self._previous, self._room = gradients, self._room | gradients
         self._stored_at, self._stored_window = self.step, window
 
     def store_part(self, share: float, scale: Scale = 1.0) -> None:
@@ -256,8 +265,8 @@ class GradientReader:
             raise ValueError(f"share must lie in (0, 1), got {share}.")
         if self._part is not None and self._part[:2] == (self.step + 1, share):
             return  # somebody else has asked for it
-        parts = {index: g.clone() for index, g in enumerate(self._gradients(scale)) if g is not None}
-        self._part = (self.step + 1, share, parts)
+        gradients = {i: g for i, g in enumerate(self._gradients()) if g is not None}
+        self._part = (self.step + 1, share, copied(gradients, {}, scale))
 
     def settle_part(self, share: float | None) -> None:
         """Say which share of the window the part that was kept has turned out to be.
@@ -301,7 +310,8 @@ class GradientReader:
         """Measure this step's gradients and their change, and keep them for the next step.
 
         Args:
-            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet: a number, or a tensor of one
+                entry on their device, which spares the host a wait.
             dual: Whether the dual norm of the gradients themselves is wanted. Without, it is NaN where it takes a
                 nuclear norm, which is half of the cost there; who asks for it later in the same step gets it.
             local_scale: ``scale`` for what :meth:`watch_ranks` kept, which an AMP scaler never unscales; None for the
@@ -319,15 +329,23 @@ class GradientReader:
             self._pending = self._with_dual(self._pending, scale)
         return self._pending
 
-    def _gradients(self, scale: Scale) -> list[Tensor | None]:
-        gradients: list[Tensor | None] = []
-        for layer in self.layers:
-            g = layer.parameter.grad
-            if g is not None:
-                g = as_real(g.detach().to_dense() if g.is_sparse else g.detach())
-                g = scaled(g, scale)
-            gradients.append(g)
-        return gradients
+    def warm_up(self) -> None:
+        """Before training, compile what readings launch, so that no step pays for it; nothing where there is nothing.
+
+        Cost: some seconds where it has never been compiled.
+        """
+        if self.layers:
+            dtypes = [as_real(layer.parameter.detach()).dtype for layer in self.layers]
+            warm_up(self.layers[0].parameter.device, dtypes)
+
+    def _gradients(self) -> list[Tensor | None]:
+        """As they are in ``.grad``, dense and real."""
+        gradients = [layer.parameter.grad for layer in self.layers]
+        # At each step for every layer: a call only for those that are not plain already.
+        return [
+            g if g is None or g.layout == torch.strided and not g.requires_grad and not g.is_complex() else plain(g)
+            for g in gradients
+        ]
 
     def _comparable(self, window: Window | None) -> dict[int, Tensor]:
         """The gradients of one step before, if they were accumulated over a window like this one.
@@ -343,40 +361,67 @@ class GradientReader:
         return np.array([not layer.parameter.requires_grad for layer in self.layers], bool)
 
     def _measure(self, scale: Scale, dual: bool, local_scale: Scale, window: Window | None) -> PendingReadings:
-        gradients = self._gradients(scale)
+        gradients, frozen = self._gradients(), self._frozen()
         stored = self._comparable(window)
         present = np.array([g is not None for g in gradients], bool)
         compared = present & np.array([i in stored for i in range(len(gradients))], bool)
         indices = np.flatnonzero(present).tolist()
         current = [g for g in gradients if g is not None]
-        previous = [stored[i] if i in stored else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
+        previous = self._previous_of(indices, current, stored)
         doubt = self._stored_at == self.step - 1 and self._stored_window != window
         followed = self._followed(compared, present)
-        products = self._products(followed, gradients, stored)
-        special_change = self._special_duals(indices, changes(current, previous))
-        special = self._special_duals(indices, current) if dual else [_UNKNOWN.to(c) for c in special_change]
-        stats = gradient_stats(current, previous, self._wide)
-        frozen = self._frozen()
-        self._previous = {i: p for i, p in zip(indices, previous, strict=True) if not frozen[i]}
-        self._stored_at, self._stored_window = self.step, window
-        assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
-        l2, change_l2 = stats.sum_squares.sqrt(), stats.difference_sum_squares.sqrt()
-        own_dual = self._duals(indices, stats.l1, l2, special)
-        change_dual = self._duals(indices, stats.difference_l1, change_l2, special_change)
-        own = [stats.l1, l2, own_dual, stats.nonfinite, change_dual, change_l2, stats.inner]
+        products = self._products(followed, gradients, stored, scale)
+        special, special_change = self._special_duals(indices, current, previous, scale, dual)
+        stats = gradient_stats(current, previous, self._wide, scale=scale)
+        kept = {i: g for i, g in zip(indices, current, strict=True) if not frozen[i]}
+        if previous is None:
+            self._keep(copied(kept, self._room, scale), window)
+        else:
+            self._keep({i: p for i, p in zip(indices, previous, strict=True) if i in kept}, window)
+        own = self._rows_of(indices, stats, special, special_change)
         alike: Tensor | None = None  # what all processes have agreed on
         if self._local is not None and self._local.is_open:
-            rows, alike = self._local.compare(gradients, self._both_norms, local_scale, doubt)
-            independent, parted = list(rows[:, indices].to(own[0])), present
+            means = dict(zip(indices, all_scaled(current, scale), strict=True))
+            true = [means.get(i) for i in range(len(gradients))]
+            rows, alike = self._local.compare(true, self._both_norms, without_dimensions(local_scale), doubt)
+            places = self._positions(tuple(indices), rows)
+            independent, parted = list(rows.index_select(1, places).to(own[0])), present
         else:
-            independent, parted = self._independent(indices, current, own[0])
+            independent, parted = self._independent(indices, current, own[0], scale)
             alike = agreed(doubt, own[0].device) if self.agrees_with_others and window is not None else None
-        has_dual = dual or not special
         shared = [] if alike is None else [alike.to(own[0]).expand_as(own[0]), torch.ones_like(own[0])]
         trend = self._trend(followed, products, indices, shared[0][:1] if shared else None)
         rows = torch.stack([*own, *independent, trend.to(own[0]), *shared])
         known = Known(present, compared, parted, self._rounding(), frozen, window)
-        return PendingReadings(rows, known, has_dual)
+        return PendingReadings(rows, known, dual or not self._special_places(indices))
+
+    def _previous_of(
+        self, indices: list[int], current: list[Tensor], stored: Mapping[int, Tensor]
+    ) -> list[Tensor] | None:
+        """The gradients of one step before, zeros in place of those that are missing; None where all are."""
+        if not stored:
+            return None
+        missing = {i: torch.empty_like(g) for i, g in zip(indices, current, strict=True) if i not in stored}
+        if missing:
+            torch._foreach_zero_(list(missing.values()))
+        return [missing[i] if i in missing else stored[i] for i in indices]
+
+    def _rows_of(
+        self, indices: list[int], stats: GradientStats, special: Tensor | None, special_change: Tensor | None
+    ) -> list[Tensor]:
+        """The first seven rows of what is read ``[P]``, each."""
+        l1, squares, change_l1, change_squares, inner = (
+            *(stats.l1, stats.sum_squares),
+            *(stats.difference_l1, stats.difference_sum_squares, stats.inner),
+        )
+        if change_l1 is None or change_squares is None or inner is None:
+            change_l1 = change_squares = inner = torch.zeros_like(l1)
+        lengths = torch.stack([squares, change_squares]).sqrt()
+        both = None
+        if special is not None and special_change is not None:
+            both = torch.stack([special, special_change])
+        dual, change_dual = self._duals(indices, torch.stack([l1, change_l1]), lengths, both)
+        return [l1, lengths[0], dual, stats.nonfinite, change_dual, lengths[1], inner]
 
     def _followed(self, compared: Array, present: Array) -> list[int]:
         """Layers whose trend is followed at this reading; with others who must agree all that are present are."""
@@ -385,13 +430,20 @@ class GradientReader:
         return np.flatnonzero(present if self.agrees_with_others else compared).tolist()
 
     def _products(
-        self, followed: list[int], gradients: Sequence[Tensor | None], stored: Mapping[int, Tensor]
+        self, followed: list[int], gradients: Sequence[Tensor | None], stored: Mapping[int, Tensor], scale: Scale
     ) -> Tensor | None:
         if self.trends is None or not followed:
             return None
-        current = [g for g in (gradients[i] for i in followed) if g is not None]
-        previous = [stored.get(i, g) for i, g in zip(followed, current, strict=True)]
-        return self.trends.products(followed, current, previous)
+        current = [g for g in [gradients[i] for i in followed] if g is not None]
+        known = self._followed_at == self.step - 1 and self.trends.has_seen(followed)
+        if known and all([i in stored for i in followed]):
+            self._followed_at = self.step  # what is stored is what the last call looked at
+            return self.trends.products(followed, current, None, scale)
+        self._followed_at = self.step
+        missing = [(i, g) for i, g in zip(followed, current, strict=True) if i not in stored]
+        filled = dict(zip([i for i, _ in missing], all_scaled([g for _, g in missing], scale), strict=True))
+        previous = [filled[i] if i in filled else stored[i] for i in followed]
+        return self.trends.products(followed, current, previous, scale)
 
     def _trend(self, followed: list[int], products: Tensor | None, indices: list[int], alike: Tensor | None) -> Tensor:
         """How far changes go on, ``[P]`` for the P layers that are present, 0 where it is not known."""
@@ -400,9 +452,9 @@ class GradientReader:
         found = self.trends.cosines(products, alike)
         if len(followed) == len(indices):
             return found
-        row = found.new_zeros(len(indices))
-        row[[indices.index(i) for i in followed]] = found
-        return row
+        position = {i: place for place, i in enumerate(indices)}
+        places = self._positions(tuple(position[i] for i in followed), found)
+        return found.new_zeros(len(indices)).index_copy(0, places, found)
 
     def _rounding(self) -> Array:
         halves = [la.parameter.dtype.itemsize < 4 or self.in_half_precision for la in self.layers]
@@ -410,14 +462,16 @@ class GradientReader:
 
     def _with_dual(self, pending: PendingReadings, scale: Scale) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
-        gradients = self._gradients(scale)
+        gradients = self._gradients()
         indices = np.flatnonzero(pending.known.present).tolist()
-        special = self._special_duals(indices, [g for g in gradients if g is not None])
+        special, _ = self._special_duals(indices, [g for g in gradients if g is not None], None, scale)
         rows = pending.rows.clone()
         rows[2] = self._duals(indices, rows[0], rows[1], special)
         return PendingReadings(rows, pending.known)
 
-    def _independent(self, indices: list[int], current: list[Tensor], like: Tensor) -> tuple[list[Tensor], Array]:
+    def _independent(
+        self, indices: list[int], current: list[Tensor], like: Tensor, scale: Scale
+    ) -> tuple[list[Tensor], Array]:
         """Dual and Euclidean norm of the difference of two parts of the window, and who has one."""
         step, share, parts = self._part or (-1, 0.5, {})
         self._part = None
@@ -425,14 +479,14 @@ class GradientReader:
         if step != self.step:
             return [torch.zeros_like(like)] * 2, parted
         parted[[i for i in indices if i in parts]] = True
-        whole = [share * g for g in current]
-        halves = [parts[i] if i in parts else torch.zeros_like(g) for i, g in zip(indices, current, strict=True)]
-        special = self._special_duals(indices, changes(whole, halves))
-        stats = gradient_stats(whole, halves, self._wide)
+        halves = self._previous_of(indices, current, parts) or [torch.zeros_like(g) for g in current]
+        share_of_it = without_dimensions(scale) * share
+        _, special = self._special_duals(indices, current, halves, share_of_it, dual=False)
+        stats = gradient_stats(current, halves, self._wide, scale=share_of_it)
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
         l2 = stats.difference_sum_squares.sqrt()
-        factor = (2 / (share * (1 - share))) ** 0.5
-        return [factor * self._duals(indices, stats.difference_l1, l2, special), factor * l2], parted
+        unit = (2 / (share * (1 - share))) ** 0.5
+        return [unit * self._duals(indices, stats.difference_l1, l2, special), unit * l2], parted
 
     def _both_norms(self, tensors: list[Tensor | None]) -> Tensor:
         """Dual and Euclidean norms ``[2, L]`` in float64, zero where there is no tensor."""
@@ -442,8 +496,9 @@ class GradientReader:
         if given:
             stats = gradient_stats(given, None, self._wide)
             l2 = stats.sum_squares.sqrt()
-            duals = self._duals(indices, stats.l1, l2, self._special_duals(indices, given))
-            found[:, indices] = torch.stack([duals, l2]).to(found)
+            special, _ = self._special_duals(indices, given, None, 1.0)
+            duals = self._duals(indices, stats.l1, l2, special)
+            found.index_copy_(1, self._positions(tuple(indices), found), torch.stack([duals, l2]).to(found))
         return found
 
     @property
@@ -451,35 +506,69 @@ class GradientReader:
         """What holds squares of gradients out of float32's range."""
         return widest_dtype(self.layers[0].parameter.device)
 
-    def _special_duals(self, indices: list[int], tensors: list[Tensor]) -> list[Tensor]:
-        """Dual norms that need the matrix itself."""
-        chosen = [(i, t) for i, t in zip(indices, tensors, strict=True) if self._is_special(i)]
-        layers, norms = [self.layers[i] for i, _ in chosen], [self.norms[i] for i, _ in chosen]
-        return dual_norms(layers, norms, [t for _, t in chosen])
+    def _special_duals(
+        self,
+        indices: list[int],
+        current: list[Tensor],
+        previous: list[Tensor] | None,
+        scale: Scale,
+        dual: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Dual norms that need the matrix itself, ``[S]`` each: of gradients, and of their changes where there are any.
+
+        NaN in place of those that are not wanted; None where no layer needs any.
+        """
+        places = self._special_places(indices)
+        if not places:
+            return None, None
+        layers = [self.layers[indices[place]] for place in places]
+        norms = [self.norms[indices[place]] for place in places]
+        chosen = all_scaled([current[place] for place in places], scale)
+        found = chosen if dual else []
+        if previous is not None:
+            found = found + differences(chosen, [previous[place] for place in places])
+        times = len(found) // len(places)
+        row = torch.stack(dual_norms(layers * times, norms * times, found)) if found else None
+        if row is not None and times == 2:
+            return row[: len(places)], row[len(places) :]
+        unknown = torch.full((len(places),), torch.nan, dtype=torch.float32, device=current[0].device)
+        return (unknown, unknown) if row is None else (row, unknown) if dual else (unknown, row)
+
+    def _special_places(self, indices: list[int]) -> list[int]:
+        """Positions among ``indices`` of layers whose dual norm needs the matrix."""
+        return [place for place, i in enumerate(indices) if self.norms[i].name not in _FROM_STATS]
 
     def _is_special(self, index: int) -> bool:
         return self.norms[index].name not in _FROM_STATS
 
-    def _duals(self, indices: list[int], l1: Tensor, l2: Tensor, special: list[Tensor]) -> Tensor:
-        """The dual norms: multiples of l1 or l2 where the norm allows, else the special ones."""
+    def _duals(self, indices: list[int], l1: Tensor, l2: Tensor, special: Tensor | None) -> Tensor:
+        """The dual norms ``[..., P]``: multiples of l1 or l2 where the norm allows, else the special ones."""
         of_l1, of_l2, where = self._mixture(tuple(indices), l1)
         duals = of_l1 * l1 + of_l2 * l2
-        return duals.index_copy(0, where, torch.stack(special).to(duals.dtype)) if special else duals
+        return duals if special is None else duals.index_copy(-1, where, special.to(duals.dtype))
 
     def _mixture(self, indices: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Factors on l1 and on l2, and the positions of the special norms; kept on the device."""
-        if self._mixed is None or self._mixed[0] != indices:
+        if indices not in self._mixed:
             names = [self.norms[i].name for i in indices]
             sizes = [self.layers[i].size for i in indices]
             of_l2 = [(n == "frobenius") + (n == "rms") * size**0.5 for n, size in zip(names, sizes, strict=True)]
-            special = [position for position, i in enumerate(indices) if self._is_special(i)]
-            mixture = (
+            if len(self._mixed) >= _MOST_MIXTURES:
+                self._mixed.clear()
+            self._mixed[indices] = (
                 like.new_tensor([float(name == "one_to_inf") for name in names]),
                 like.new_tensor(of_l2),
-                torch.tensor(special, dtype=torch.int64, device=like.device),
+                self._positions(tuple(self._special_places(list(indices))), like),
             )
-            self._mixed = (indices, mixture)
-        return self._mixed[1]
+        return self._mixed[indices]
+
+    def _positions(self, chosen: tuple[int, ...], like: Tensor) -> Tensor:
+        """Positions on the device, sent there once: a copy to the device waits for what is queued."""
+        if chosen not in self._sent:
+            if len(self._sent) >= _MOST_MIXTURES:
+                self._sent.clear()
+            self._sent[chosen] = torch.tensor(chosen, dtype=torch.int64, device=like.device)
+        return self._sent[chosen]
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
         """The stored gradient by parameter name, if it is this step's.
@@ -502,7 +591,7 @@ class GradientReader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a stored gradient in place of what is here; names and shapes that no longer exist are left out."""
-        self._key, self._pending, self._part = None, None, None
+        self._key, self._pending, self._part, self._followed_at = None, None, None, -1
         index = {layer.name: i for i, layer in enumerate(self.layers)}
         self._previous = {
             index[name]: g.to(self.layers[index[name]].parameter.device)
@@ -517,6 +606,8 @@ class GradientReader:
         self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 
 
-def changes(current: Sequence[Tensor], previous: Sequence[Tensor]) -> list[Tensor]:
-    """Differences of tensors to earlier ones, in float32 at least."""
-    return [c.to(torch.promote_types(c.dtype, torch.float32)) - p for c, p in zip(current, previous, strict=True)]
+def plain(gradient: Tensor) -> Tensor:
+    """A gradient without a graph, dense and real, as it is where it is that already."""
+    if gradient.layout == torch.strided and not gradient.requires_grad and not gradient.is_complex():
+        return gradient
+    return as_real(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())

@@ -31,12 +31,29 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on a device.
 
     On the host that is the least of what the system has free and what the limits of the control groups that this
-    process is in (a container's, a batch system's) leave. Where nothing says, it is 8 GiB.
+    process is in (a container's, a batch system's) leave. Where nothing says, it is 8 GiB. An Apple GPU shares the
+    memory of the host and takes as much of it as its driver recommends. What the allocator of a device holds and nobody
+    uses is free.
     """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return max(int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()), 0)
+    module: Any = getattr(torch, device.type, None)
+    if hasattr(module, "mem_get_info"):
+        return int(module.mem_get_info(device)[0]) + _held(module, device)
     found = [left for left in (_of_system(), *_of_control_groups()) if left is not None]
     return min(found, default=_UNKNOWN)
+
+
+def _held(module: Any, device: torch.device) -> int:
+    """Bytes that the allocator of a kind of device holds and nobody uses, where it says so."""
+    if not hasattr(module, "memory_reserved") or not hasattr(module, "memory_allocated"):
+        return 0
+    return max(int(module.memory_reserved(device) - module.memory_allocated(device)), 0)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what the allocator of a device holds and nobody uses, if it does such a thing."""
+    getattr(getattr(torch, device.type, None), "empty_cache", lambda: None)()
 
 
 _UNKNOWN = 2**33

@@ -131,10 +131,9 @@ def rms_factor(layer: Layer) -> float:
     return math.sqrt(inputs / outputs) * _window(layer)
 
 
-def rms_factors(layers: Sequence[Layer]) -> Tensor:
-    """:func:`rms_factor` of L layers ``[L]`` in float32, NaN for vectors."""
-    factors = [math.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
-    return torch.tensor(factors, dtype=torch.float32, device="cpu")
+def rms_factors(layers: Sequence[Layer]) -> list[float]:
+    """:func:`rms_factor` of L layers, NaN for vectors."""
+    return [math.nan if layer.role == "vector" else rms_factor(layer) for layer in layers]
 
 
 def update_norm(layer: Layer, family: str) -> Norm:
@@ -166,7 +165,7 @@ def update_norm(layer: Layer, family: str) -> Norm:
 
 
 def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The dual norm of one tensor a layer, for readings; nuclear norms of matrices of one shape are one batch.
+    """The dual norm of one tensor a layer, for readings; nuclear norms of matrices of one shape, or its transpose, are one batch.
 
     Nuclear norms are :func:`dynamon.kernels.nuclear_norm` with ``"estimate"``: within 0.5 % on GPUs with units for
     bfloat16 (:mod:`dynamon.kernels.thresholds`), exact on a CPU, 1e-5 elsewhere.
@@ -181,15 +180,18 @@ def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
     """
     found: list[Tensor | None] = [None] * len(layers)
     batches: dict[tuple[object, ...], list[int]] = {}
+    matrices: dict[int, Tensor] = {}
     for i, (layer, norm, tensor) in enumerate(zip(layers, norms, tensors, strict=True)):
         if norm.name in _NUCLEAR:
-            shape = layer.matrices(tensor).shape[-2:]
+            matrices[i] = layer.matrices(tensor)
+            shape = sorted(matrices[i].shape[-2:])  # a matrix and its transpose have the same singular values
             batches.setdefault((*shape, tensor.dtype, tensor.device), []).append(i)
         else:
             found[i] = norm.dual(tensor)
-    for members in batches.values():
-        stacks = [layers[i].matrices(tensors[i]) for i in members]
-        sums = nuclear_norm(torch.cat(stacks) if len(stacks) > 1 else stacks[0], "estimate")
+    for members in [part for batch in batches.values() for part in _parts(batch, tensors)]:
+        stacks = [matrices[i] for i in members]
+        tall = [stack if stack.shape[-2] >= stack.shape[-1] else stack.mT for stack in stacks]
+        sums = nuclear_norm(torch.cat(tall) if len(tall) > 1 else tall[0], "estimate")
         scales = [
             _aspect(stack) / _window(layers[i]) if norms[i].name == "rms_to_rms" else 1.0
             for i, stack in zip(members, stacks, strict=True)
@@ -199,6 +201,12 @@ def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
         for i, values in zip(members, parts, strict=True):
             found[i] = values[0] if len(values) == 1 else values.sum()
     return [value for value in found if value is not None]
+
+
+def _parts(batch: list[int], tensors: Sequence[Tensor]) -> list[list[int]]:
+    """A batch in parts whose copies a device has room for."""
+    most = max(_MOST_ENTRIES // max(tensors[batch[0]].numel(), 1), 1)
+    return [batch[begin : begin + most] for begin in range(0, len(batch), most)]
 
 
 def iid_dual_norm(norm: Norm, layer: Layer) -> float:
@@ -326,4 +334,5 @@ _NORMS = {
     )
 }
 _ON_MATRICES = {"rms_to_rms", "spectral", "one_to_rms", "rms_to_inf"}
+_MOST_ENTRIES = 2**26  # of matrices that are iterated together, where a single one is not larger
 _NUCLEAR = {"rms_to_rms", "spectral"}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dynamon.batches import clone
+from dynamon.equality import differing
 from dynamon.evaluations import casts_anew, eager, rewinding
 from dynamon.shards import is_sharded, local
 from dynamon.streams import RandomState, seed_all, stream_of
@@ -75,8 +76,8 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
         for p, grad in gradients:
             p.grad = grad
         outside.restore()
-        for m, cls, snapshot in zip(modules, classes, saved, strict=True):
-            _put_back(m, *snapshot)
+        _put_all_back([(m, *snapshot) for m, snapshot in zip(modules, saved, strict=True)], keeps=False)
+        for m, cls in zip(modules, classes, strict=True):
             if type(m) is not cls:
                 m.__class__ = cls
 
@@ -92,13 +93,12 @@ class _State:
 
     def rewind(self) -> Callable[[], None] | None:
         """Have it again, and return what has it as it is now, but for random numbers."""
-        now = [(m, *_put_back(m, then, held, self._trained, marks=False)) for m, then, held in self._saved]
+        now = _put_all_back(self._saved, self._trained, marks=False)
         self._random.restore()
         now = [(m, attributes, contents) for m, attributes, contents in now if attributes or contents]
 
         def undo() -> None:
-            for m, attributes, contents in now:
-                _put_back(m, attributes, contents, marks=False)
+            _put_all_back(now, marks=False, keeps=False)
 
         return undo if now else None
 
@@ -211,24 +211,46 @@ def _here(tensor: Tensor) -> Tensor:
     return local(tensor) if is_sharded(tensor) else tensor  # comparing shards would be a message
 
 
+def _put_all_back(
+    saved: Sequence[tuple[nn.Module, dict[str, Any], _Contents]],
+    left_out: Collection[int] = (),
+    marks: bool = True,
+    keeps: bool = True,
+) -> list[tuple[nn.Module, dict[str, Any], _Contents]]:
+    """Undo changes; ``marks=False`` hides that from the graphs that look at these tensors.
+
+    Returns:
+        A snapshot of what was there where anything of it had changed, of changed contents only, and not of tensors
+        where these need not be kept.
+    """
+    held = {place: entry for *_, contents in saved for place, entry in contents.items() if place not in left_out}
+    tensors = [(place, value, content) for place, (value, content) in held.items() if isinstance(value, Tensor)]
+    with torch.no_grad():
+        differs = differing([(_here(value), content) for _, value, content in tensors])
+        changed = [entry for entry, is_other in zip(tensors, differs, strict=True) if is_other]
+        # All are copied before the first is written to: some may share their memory.
+        moved = {place: (value, _content(value) if keeps else None) for place, value, _ in changed}
+        return [(m, *_put_back(m, attributes, held, left_out, moved, marks)) for m, attributes, held in saved]
+
+
 def _put_back(
     module: nn.Module,
     attributes: dict[str, Any],
     contents: _Contents,
-    left_out: Collection[int] = (),
-    marks: bool = True,
+    left_out: Collection[int],
+    moved: _Contents,
+    marks: bool,
 ) -> tuple[dict[str, Any], _Contents]:
-    """Undo changes; ``marks=False`` hides that from the graphs that look at these tensors.
-
-    Returns:
-        A snapshot of what was there where anything of it had changed, of changed contents only.
-    """
+    """The same of one module, of whose tensors it is known which are ``moved``, and what they hold now."""
     current, changed = module.__dict__, {}
-    with torch.no_grad():
-        for place, (value, content) in contents.items():
-            if place not in left_out and not _holds(value, content):
-                changed[place] = value, _content(value)
+    for place, (value, content) in contents.items():
+        if isinstance(value, Tensor):
+            if place in moved:
+                changed[place] = moved[place]
                 _refill(value, content, marks)
+        elif place not in left_out and not _holds(value, content):
+            changed[place] = value, _content(value)
+            _refill(value, content, marks)
     if current.keys() == attributes.keys() and all(map(operator.is_, current.values(), attributes.values())):
         return dict(current) if changed else {}, changed
     now = dict(current)
@@ -239,10 +261,7 @@ def _put_back(
 
 
 def _holds(value: Any, content: Any) -> bool:
-    """Whether something still holds what it held."""
-    if isinstance(value, Tensor):
-        here = _here(value)
-        return here.shape == content.shape and torch.equal(here, content)
+    """Whether something other than a tensor still holds what it held."""
     if isinstance(value, _CONTAINERS):
         return not value and not content or _same(_entries(value), content)
     return False  # writing these again costs less than comparing them

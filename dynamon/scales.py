@@ -1,15 +1,29 @@
 """Factors on gradients that a gradient scaler has multiplied, without asking the device for them."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-Scale = float | Tensor  # a tensor of no dimensions, on the gradients' device
+from dynamon.kernels.gradient_stats import Scale as Scale
 
 
 def scaled(tensor: Tensor, scale: Scale) -> Tensor:
     """The tensor times a factor; itself where that is the number 1."""
     return tensor if not isinstance(scale, Tensor) and scale == 1.0 else tensor * scale
+
+
+def all_scaled(tensors: Sequence[Tensor], scale: Scale) -> list[Tensor]:
+    """Tensors times a factor, in one call; themselves where that is the number 1."""
+    if not tensors or not isinstance(scale, Tensor) and scale == 1.0:
+        return list(tensors)
+    return list(torch._foreach_mul(list(tensors), without_dimensions(scale)))
+
+
+def without_dimensions(scale: Scale) -> Scale:
+    """A factor as operators on lists take it."""
+    return scale.detach().reshape(()) if isinstance(scale, Tensor) else scale
 
 
 def inverse_scale(scaler: Any) -> Scale:

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from dynamon.arrays import Array
 from dynamon.dealing import measured_whole
-from dynamon.gradients import GradientReader, Known, PendingReadings, changes
+from dynamon.gradients import GradientReader, Known, PendingReadings, plain
 from dynamon.kernels import gradient_stats, widest_dtype
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
-from dynamon.scales import Scale, scaled
+from dynamon.scales import Scale, all_scaled
 from dynamon.sharded_trends import ShardedTrends
 from dynamon.shards import any_sharded, local, local_as, part_of, saved
 from dynamon.totals import Found, Totals
+from dynamon.updates import differences
 from dynamon.windows import Window
 
 # l1, squares, nonfinite; l1, squares, inner product of the change; l1, squares between parts of a window; products of
@@ -87,12 +88,12 @@ class _Parts:
         """The gradient, its change, or the difference of two parts of the window."""
         if row == 0:
             return self.own(i)
-        return self.between(i) if row == 2 else changes([self.own(i)], [self.before(i)])[0]
+        return self.between(i) if row == 2 else differences([self.own(i)], [self.before(i)])[0]
 
     def between(self, i: int) -> Tensor:
         """The first part of the window less its share of the whole, to the scale of two full batches."""
         half = self.halves[i] if i in self.halves else torch.zeros_like(self.own(i))
-        return self.factor * changes([half], [self.share * self.own(i)])[0]
+        return self.factor * differences([half], [self.share * self.own(i)])[0]
 
 
 class ShardedGradientReader(GradientReader):
@@ -136,16 +137,20 @@ class ShardedGradientReader(GradientReader):
             "own: compare successive gradients, or parts of an accumulation window."
         )
 
-    def _gradients(self, scale: Scale) -> list[Tensor | None]:
+    def _gradients(self) -> list[Tensor | None]:
         """The parts of this process."""
         found: list[Tensor | None] = []
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
-                g = as_real(local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter))
-                g = scaled(g, scale)
+                g = plain(local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter))
             found.append(g)
         return found
+
+    def _true_gradients(self, scale: Scale) -> list[Tensor | None]:
+        found = self._gradients()
+        there = iter(all_scaled([g for g in found if g is not None], scale))
+        return [None if g is None else next(there) for g in found]
 
     def _measure(self, scale: Scale, dual: bool, local_scale: Scale, window: Window | None) -> PendingReadings:
         seen: list[_Parts] = []
@@ -168,14 +173,15 @@ class ShardedGradientReader(GradientReader):
         stored = self._comparable(window)
         step, share, halves = self._part or (-1, 0.5, {})
         self._part = None
-        return _Parts(self.layers, self._gradients(scale), stored, halves if step == self.step else {}, share)
+        return _Parts(self.layers, self._true_gradients(scale), stored, halves if step == self.step else {}, share)
 
     def _found(self, here: _Parts, dual: bool, window: Window | None) -> Found:
         """What is in the parts here; they take the place of those of one step before."""
         found = self._totals.empty()
         if self._special:
             wanted = [0] * dual + [1] + [2] * bool(here.halves)
-            found.dealt[_FLAGS:, self._special] = self._dealt_duals(here, wanted)
+            where = self._positions(tuple(self._special), found.dealt)
+            found.dealt[_FLAGS:].index_copy_(1, where, self._dealt_duals(here, wanted).to(found.dealt))
         flags = np.concatenate([here.compared, here.parted]).astype(float)
         found.dealt[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
         indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
@@ -186,8 +192,7 @@ class ShardedGradientReader(GradientReader):
         stats = gradient_stats(current, previous, dtype=widest_dtype(self._totals.device))
         kept = [p if here.own(i).numel() else here.own(i) for i, p in zip(indices, previous, strict=True)]
         frozen = self._frozen()
-        self._previous = {i: p for i, p in zip(indices, kept, strict=True) if not frozen[i]}
-        self._stored_at, self._stored_window = self.step, window
+        self._keep({i: p for i, p in zip(indices, kept, strict=True) if not frozen[i]}, window)
         assert stats.difference_l1 is not None and stats.difference_sum_squares is not None and stats.inner is not None
         own = [stats.l1, stats.sum_squares, stats.nonfinite]
         change = [stats.difference_l1, stats.difference_sum_squares, stats.inner]
@@ -233,12 +238,15 @@ class ShardedGradientReader(GradientReader):
         """What :class:`PendingReadings` takes, of all layers."""
         l1, squares, nonfinite, change_l1, change_squares, inner, between_l1, between_squares = found.sums[:8]
         l2, change_l2, between_l2 = squares.sqrt(), change_squares.sqrt(), between_squares.sqrt()
-        duals = [[row[i] for i in self._special] for row in found.dealt[_FLAGS:]] or [[]] * _DUALS
-        if not dual:
-            duals[0] = [torch.full_like(value, torch.nan) for value in duals[0]]
+        duals: Sequence[Tensor | None] = [None] * _DUALS
+        if self._special:
+            special = found.dealt[_FLAGS:].index_select(1, self._positions(tuple(self._special), l1))
+            if not dual:
+                special[0] = torch.nan
+            duals = special.unbind()
         own, change, between = (
-            self._duals(self._everything, sums, lengths, special)
-            for sums, lengths, special in zip(
+            self._duals(self._everything, sums, lengths, special_duals)
+            for sums, lengths, special_duals in zip(
                 (l1, change_l1, between_l1), (l2, change_l2, between_l2), duals, strict=True
             )
         )
@@ -248,13 +256,14 @@ class ShardedGradientReader(GradientReader):
 
     def _with_dual(self, pending: PendingReadings, scale: Scale) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
-        here = _Parts(self.layers, self._gradients(scale), {}, {}, 0.5)
+        here = _Parts(self.layers, self._true_gradients(scale), {}, {}, 0.5)
         with self._ranks.measurement():
             table = self._ranks.sum(self._dealt_duals(here, [0]))
         places = {i: position for position, i in enumerate(self._special)}
         indices = np.flatnonzero(pending.known.present).tolist()
         rows = pending.rows.clone()
-        rows[2] = self._duals(indices, rows[0], rows[1], [table[0, places[i]] for i in indices if i in places])
+        special = [table[0, places[i]] for i in indices if i in places]
+        rows[2] = self._duals(indices, rows[0], rows[1], torch.stack(special) if special else None)
         return PendingReadings(rows, pending.known)
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynamon.dealing import measured_whole
 from dynamon.kernels import widened, widest_dtype
+from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.pairs import as_real
@@ -53,7 +54,7 @@ def sharded_weight_readings(
     for row, parts in enumerate([[part.weight for part in here], [part.step for part in here]]):
         found.maxima[row] = largest_here(layers, norms, parts)
     flags = [[float(part.before is not None) for part in here], [float(part.has_two) for part in here]]
-    found.dealt[:_FLAGS] = torch.tensor(flags).to(found.dealt)
+    found.dealt[:_FLAGS] = on_device([*flags[0], *flags[1]], found.dealt.device, found.dealt.dtype).view(_FLAGS, -1)
     matrices = [i for i, layer in enumerate(layers) if layer.role != "vector"]
     found.dealt[_FLAGS:, matrices] = _of_matrices([here[i] for i in matrices], ranks)
     return _readings(layers, totals.of(found), ranks.size)
@@ -125,8 +126,9 @@ def _readings(layers: Sequence[Layer], found: Found, processes: int) -> WeightRe
     norms = [operator_norm(layer) for layer in layers]
     operator = primal(layers, norms, found.sums[0], found.maxima[0], whole)
     update = _where(moved, primal(layers, norms, found.sums[2], found.maxima[1], whole_step))
-    is_matrix = torch.tensor([layer.role != "vector" for layer in layers], device=sigma.device)
-    sizes = torch.tensor([layer.size for layer in layers], dtype=widest_dtype(sigma.device), device=sigma.device)
+    is_matrix = on_device([layer.role != "vector" for layer in layers], sigma.device, torch.bool)
+    sizes = on_device([layer.size for layer in layers], sigma.device, widest_dtype(sigma.device))
+    factors = on_device(rms_factors(layers), sigma.device, sigma.dtype)
     readings = WeightReadings(
         operator=operator,
         frobenius=weight,
@@ -141,7 +143,7 @@ def _readings(layers: Sequence[Layer], found: Found, processes: int) -> WeightRe
         sigma_lower=_where(is_matrix, lower),
         sigma_upper=_where(is_matrix, upper),
         stable_rank=_where(is_matrix, stable_rank),
-        deviation=log2_or_nan(sigma * rms_factors(layers).to(sigma)),
+        deviation=log2_or_nan(sigma * factors),
     )
     return WeightReadings(**{name: value.float() for name, value in vars(readings).items()})
 

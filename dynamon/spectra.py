@@ -279,7 +279,7 @@ def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:
 
 
 def _by_stack(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Readings ``[F, T]`` of members as ``[F, S, longest]``, and where there is a member; sums of that have one order."""
+    """Readings ``[F, T]`` of members as ``[F, S, longest]``, whose sums have one order, and where there is a member."""
     longest, device = max(sizes), values.device
     ends = accumulate(sizes)
     chosen = [end - size + min(j, size - 1) for end, size in zip(ends, sizes, strict=True) for j in range(longest)]

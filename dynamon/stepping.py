@@ -177,20 +177,20 @@ class StepWatch:
 
 def closure_of(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
     """The closure among the arguments that a step hook is given."""
+    if "closure" in kwargs:
+        return kwargs["closure"]
     position = _position(optimizer, args)
-    return kwargs.get("closure", args[position] if len(args) > position else None)
+    return args[position] if len(args) > position else None
 
 
 def with_closure(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], wrap: Callable[[Closure], Closure]
 ) -> _Changed:
     """The arguments with the closure wrapped, for a step pre-hook to return."""
-    closure = closure_of(optimizer, args, kwargs)
-    assert closure is not None
     if "closure" in kwargs:
-        return args, {**kwargs, "closure": wrap(closure)}
+        return args, {**kwargs, "closure": wrap(kwargs["closure"])}
     position = _position(optimizer, args)
-    return (*args[:position], wrap(closure), *args[position + 1 :]), kwargs
+    return (*args[:position], wrap(args[position]), *args[position + 1 :]), kwargs
 
 
 def _position(optimizer: Optimizer, args: tuple[Any, ...]) -> int:

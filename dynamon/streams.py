@@ -56,6 +56,11 @@ def stream_of(generator: torch.Generator) -> Stream:
     return _Twin(generator) if generator.device.type == "cuda" else generator
 
 
+def are_kept(device: torch.device) -> bool:
+    """Whether torch can say where the random stream of a kind of device is, and put it back there."""
+    return device.type in ("cpu", "meta") or hasattr(getattr(torch, device.type, None), "get_rng_state")
+
+
 def _of_torch() -> list[Stream]:
     """The default streams: of the host, and of all devices of the accelerator in use."""
     found: list[Stream] = [torch.default_generator]

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dynamon.scales import Scale, scaled
+
 ENTRIES = 64  # of each gradient that are looked at, spread evenly
 
 
@@ -20,7 +22,7 @@ class Trends:
         count: L, the number of gradients.
         device: Where they are.
 
-    Memory: 64 numbers a gradient. Cost: some ten small operations on ``[L, 64]``.
+    Memory: 128 numbers a gradient. Cost: some ten small operations on ``[L, 64]``.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -30,23 +32,42 @@ class Trends:
         self._squares: Tensor | None = None  # [L], of whole changes; zero where none is known
         self._now: Tensor | None = None
         self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
+        self._seen: tuple[tuple[int, ...], Tensor] | None = None  # entries of the gradients of the last call
         self._padding = torch.zeros(ENTRIES, device=device)
 
-    def products(self, indices: Sequence[int], current: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
+    def products(
+        self,
+        indices: Sequence[int],
+        current: Sequence[Tensor],
+        previous: Sequence[Tensor] | None,
+        scale: Scale = 1.0,
+    ) -> Tensor:
         """Sums over entries of :math:`d_k^2` and :math:`d_k d_{k-1}`, ``[2, P]``, and keep :math:`d_k`.
 
         Args:
             indices: Which P gradients these are, in their order.
             current: They, or what is here of them.
-            previous: Those of the step before.
+            previous: Those of the step before; None where those are what the last call was given as ``current``, of the
+                same indices (:meth:`has_seen`).
+            scale: Factor on the current ones.
         """
         if tuple(indices) != self._places[0]:
             all_there = len(indices) == self._count
             rows = None if all_there else torch.tensor(list(indices), dtype=torch.int64, device=self._device)
             self._places = tuple(indices), rows
-        self._now = self._entries(indices, current) - self._entries(indices, previous)
+        entries = scaled(self._entries(indices, current), scale)
+        if previous is None:
+            assert self._seen is not None
+            self._now = entries - self._seen[1]
+        else:
+            self._now = entries - self._entries(indices, previous)
+        self._seen = tuple(indices), entries
         before = torch.zeros_like(self._now) if self._changes is None else self._rows(self._changes)
-        return torch.stack([self._now.square().sum(1), (self._now * before).sum(1)])
+        return (torch.stack([self._now, before]) * self._now).sum(2)
+
+    def has_seen(self, indices: Sequence[int]) -> bool:
+        """Whether the last call was of these gradients."""
+        return self._seen is not None and self._seen[0] == tuple(indices)
 
     def cosines(self, products: Tensor, alike: Tensor | None = None) -> Tensor:
         """What :meth:`products` gave, of whole gradients by now, as c ``[P]``; 0 where it is not known.
@@ -90,6 +111,8 @@ class Trends:
             size = tensor.numel()
             if size < ENTRIES:
                 pieces += tensor.reshape(-1), self._padding[size:]
+            elif tensor.is_contiguous():
+                pieces.append(tensor.as_strided((ENTRIES,), (size // ENTRIES,)))
             else:
                 step = size // ENTRIES
                 pieces.append(tensor.reshape(-1)[: step * ENTRIES : step])

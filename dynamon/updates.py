@@ -62,7 +62,9 @@ def _euclidean(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
 
 def _largest(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
     if reads_are_free(tensors[0].device):  # where calls cost nothing, norms of order infinity are slower than this
-        return torch.stack([tensor.abs().amax().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors])
+        return torch.stack(
+            [tensor.abs().amax().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+        )
     return torch.stack(torch._foreach_norm(list(tensors), float("inf"), dtype=torch.float32))
 
 

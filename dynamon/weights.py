@@ -1,6 +1,5 @@
 """Sizes of weights and of the steps they take, in the norm of each layer's role."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from dynamon.kernels import l2_along
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.gram import warm_up
 from dynamon.layers import Layer
-from dynamon.norms import operator_norm, rms_factor, sigma_factor
+from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.pairs import as_real
 from dynamon.quantities import quantities_of
 from dynamon.ranks import Ranks
@@ -86,7 +85,7 @@ def weight_readings(
 
     Cost: some passes over the weights, and for matrices two Gram iterations batched by shape, of which that of the
     steps is in bfloat16 where this pays. For the 148 tensors of GPT-2 124M fewer than 400 device calls. Memory: besides
-    the copies given, 4 of the parameters where ``earlier`` is given. No host synchronisation.
+    the copies given, 5 of the parameters. No host synchronisation.
     """
     weights = [as_real(layer.parameter.detach()) for layer in layers]
     plan = _plan(layers)
@@ -144,7 +143,7 @@ def _plan(layers: Sequence[Layer]) -> _Plan:
             spectral=spectral,
             factors=tuple(factor for factor in factors if factor is not None),
             others=tuple(i for i in matrices if i not in set(spectral)),
-            rms_factors=tuple(math.nan if la.role == "vector" else rms_factor(la) for la in layers),
+            rms_factors=tuple(rms_factors(layers)),
         )
     return _PLANS[key]
 
@@ -230,9 +229,7 @@ def _by_role(
     return norms
 
 
-def _rotations(
-    weights: Sequence[Tensor], starts: Sequence[Tensor], lengths: Tensor, step_lengths: Tensor
-) -> Tensor:
+def _rotations(weights: Sequence[Tensor], starts: Sequence[Tensor], lengths: Tensor, step_lengths: Tensor) -> Tensor:
     """Angles between weights and what they were."""
     if lengths.dtype == torch.float64:
         return angles(wide_lengths(starts), lengths, step_lengths)

@@ -4,8 +4,8 @@ Nothing here knows ``nn.Module``, an optimizer or Lightning.
 """
 
 from dynamon.kernels.conv_gram import conv_gram_iteration
-from dynamon.kernels.devices import decomposable, in_double, widened, widest_dtype
-from dynamon.kernels.gradient_stats import GradientStats, gradient_stats
+from dynamon.kernels.devices import decomposable, in_double, waiter, widened, widest_dtype
+from dynamon.kernels.gradient_stats import GradientStats, gradient_stats, warm_up
 from dynamon.kernels.gram import gram_iteration
 from dynamon.kernels.lengths import l2_along, l2_norms
 from dynamon.kernels.nuclear import nuclear_norm
@@ -26,6 +26,8 @@ __all__ = [
     "polar_factor",
     "step_polar_factor",
     "top_singular",
+    "waiter",
+    "warm_up",
     "widened",
     "widest_dtype",
 ]

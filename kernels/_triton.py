@@ -14,9 +14,11 @@ except ImportError:  # no wheel for this platform: the modules still import, and
 __all__ = ["can_run", "interpreted", "jit", "require", "tl", "triton"]
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit``, or the plain function where Triton is not installed."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """``triton.jit`` with its options, or the plain function where Triton is not installed."""
+    if triton is None:
+        return (lambda plain: plain) if function is None else function
+    return triton.jit(function, **options)
 
 
 def interpreted() -> bool:

@@ -58,8 +58,8 @@ def conv_gram_iteration(
         ``(lower, upper)``, 0-d tensors in float32 (float64 for float64), with an allowance for rounding, also of
         products and convolutions in TensorFloat-32 (0.4 to 0.8 %; a GPU takes it for convolutions unless
         ``torch.backends.cudnn.conv.fp32_precision`` says ``"ieee"``, as it does for products if they are told to); NaN
-        where the kernel holds NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound takes the
-        direction that the power steps found as given.
+        where the kernel holds NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound
+        takes the direction that the power steps found as given.
 
     Raises:
         ValueError: On shapes and arguments that no convolution has, or another padding mode.

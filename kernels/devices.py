@@ -1,9 +1,13 @@
 """What a device lacks: some have no float64, and most have no eigenvalues."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _DECOMPOSE = ("cpu", "cuda")  # kinds of devices with LAPACK, or what stands for it
+_TIMED = ("cpu", "meta", "cuda")  # kinds that queue nothing, or have events that tell times
 
 
 def reads_are_free(device: torch.device) -> bool:
@@ -11,11 +15,18 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def waiter(device: torch.device) -> Callable[[], Any] | None:
+    """What waits for all that is queued on a device; None where nothing is, and for CUDA, whose events are cheaper."""
+    if device.type in _TIMED:
+        return None
+    return getattr(getattr(torch, device.type, None), "synchronize", None)
+
+
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on devices that have no float64: Apple's, and some of Intel's."""
+    """float64, or float32 on devices that have no float64: Apple's, Gaudi's, and some GPUs of Intel's."""
     if device.type == "xpu":
         return torch.float64 if torch.xpu.get_device_capability(device).get("has_fp64", True) else torch.float32
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if device.type in ("mps", "hpu") else torch.float64
 
 
 def widened(tensor: Tensor) -> Tensor:

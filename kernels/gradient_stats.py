@@ -1,56 +1,42 @@
 """One pass over a list of gradients, and over their difference to the previous ones."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dynamon.kernels.devices import reads_are_free
-from dynamon.kernels.lengths import l2_norms
+from dynamon.kernels.devices import reads_are_free, widest_dtype
+from dynamon.kernels.lengths import L2_SAFE, l2_norms, l2_on_host
 
 _SMALL = 2.0**-40  # from here downwards products of entries lose digits in float32
+_BYTES = 2**28  # of temporaries that are made at a time, where a single tensor is not larger
 
-Lines = tuple[Tensor | None, ...]
+Scale = float | Tensor
 
 
 @dataclass(frozen=True)
 class GradientStats:
     r"""Sums over each of T gradients :math:`g`, and over its difference :math:`d = g - g'` to the previous one.
 
-    Fields have shape ``[T]``. Those over single rows and columns are tuples of T tensors, of shapes ``[..., m]`` and
-    ``[..., n]`` for a gradient ``[..., m, n]``, with None in place of a gradient of fewer than two dimensions.
+    Fields have shape ``[T]``.
 
     Attributes:
         l1: :math:`\sum_i |g_i|`.
         sum_squares: :math:`\sum_i g_i^2`.
-        max_abs: :math:`\max_i |g_i|`.
         nonfinite: Number of entries that are NaN or infinite.
         difference_l1: :math:`\sum_i |d_i|`, or None.
         difference_sum_squares: :math:`\sum_i d_i^2`, or None.
-        difference_max_abs: :math:`\max_i |d_i|`, or None.
-        difference_nonfinite: Number of entries of the difference that are NaN or infinite, because one of either
-            gradient is or because they are too far apart; or None.
         inner: :math:`\langle g, g' \rangle`, or None.
-        row_squares: :math:`\sum_j g_{ij}^2`, over the last dimension, or None.
-        column_squares: :math:`\sum_i g_{ij}^2`, over the last dimension but one, or None.
-        difference_row_squares: :math:`\sum_j d_{ij}^2`, or None.
-        difference_column_squares: :math:`\sum_i d_{ij}^2`, or None.
     """
 
     l1: Tensor
     sum_squares: Tensor
-    max_abs: Tensor
     nonfinite: Tensor
     difference_l1: Tensor | None = None
     difference_sum_squares: Tensor | None = None
-    difference_max_abs: Tensor | None = None
-    difference_nonfinite: Tensor | None = None
     inner: Tensor | None = None
-    row_squares: Lines | None = None
-    column_squares: Lines | None = None
-    difference_row_squares: Lines | None = None
-    difference_column_squares: Lines | None = None
 
 
 def gradient_stats(
@@ -58,9 +44,12 @@ def gradient_stats(
     previous: Sequence[Tensor] | None = None,
     dtype: torch.dtype | None = None,
     *,
-    axes: bool = False,
+    scale: Scale = 1.0,
 ) -> GradientStats:
     """Norms of every gradient and of its change, in one pass, refreshing the stored gradient.
+
+    On CUDA it is two launches of a Triton kernel (``dynamon.kernels.triton_gradient_stats``) where that takes the
+    lists, else PyTorch's operators on lists.
 
     Args:
         gradients: T dense tensors on one device, in float64, float32, bfloat16 or float16; none may be empty.
@@ -68,106 +57,246 @@ def gradient_stats(
             (float64 where a gradient is float64), after which ``previous`` holds ``gradients``, rounded to its dtype.
         dtype: Of the sums. float32 by default (float64 where a gradient is float64), which cannot hold the squares of
             entries above 1.8e19 or below 1e-22; float64 holds those of any.
-        axes: Whether to add the sums of squares of every row and column.
+        scale: Factor on the gradients, which are left as they are: a number, or a tensor of one entry on their device,
+            which no host has to know. Statistics and ``previous`` are of the product.
 
     Returns:
         A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity reach the sums of their
-        tensor, their row and their column.
+        tensor.
 
     Raises:
         ValueError: If the two lists differ in length or shape, or a tensor is empty or not floating point.
 
-    Cost: a few passes over the tensors, three more with ``axes``; one temporary of the size of the largest (of all of
-    them where a dtype differs); on a GPU no host synchronisation. With ``dtype=torch.float64`` temporaries of a GPU are
-    twice as large, and a CPU takes tensors again whose squares leave float32.
+    Cost: with Triton two reads and one write an entry. Else some passes over the tensors, in about 70 calls for those
+    of GPT-2 124M, with temporaries of 256 MiB or of the size of the largest tensor (of all of them where a dtype
+    differs). No host synchronisation on a GPU. A CPU takes tensors one by one, while they are in its cache, and again
+    where their squares leave float32.
     """
-    gradients = [g.detach() for g in gradients]
-    stored = None if previous is None else [p.detach() for p in previous]
-    check_lists(gradients, stored)
-    work = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+    check_lists(gradients, previous)
+    work = torch.float64 if torch.float64 in [g.dtype for g in gradients] else torch.float32
     dtype = work if dtype is None else dtype
     if not gradients:
-        return no_stats(dtype, stored is not None, axes)
-    own, lines = _sums(gradients, dtype), _lines(gradients, dtype, axes)
-    if stored is None:
-        return GradientStats(*own, row_squares=lines[0], column_squares=lines[1])
-    current = [g.to(work) for g in gradients]
-    change = [p.to(work) for p in stored]  # the storage itself where the dtypes agree: it is refilled below
-    inner = _inner(current, change, own[2], dtype)
-    torch._foreach_sub_(change, current)
-    difference, difference_lines = _sums(change, dtype), _lines(change, dtype, axes)
-    torch._foreach_copy_(stored, gradients)
-    return GradientStats(*own, *difference, inner, *lines, *difference_lines)
+        return no_stats(dtype, previous is not None)
+    if _may_have_triton(gradients[0].device):
+        from dynamon.kernels.triton_gradient_stats import attempt  # Triton itself takes a while to import
+
+        found = attempt(gradients, previous, dtype, scale)
+        if found is not None:
+            return found
+    compute = _one_by_one if reads_are_free(gradients[0].device) else _composed
+    return compute(gradients, previous, work, dtype, scale)
 
 
-def check_lists(gradients: list[Tensor], previous: list[Tensor] | None) -> None:
+def warm_up(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
+    """Compile what :func:`gradient_stats` launches, so that no step and no budget pays for it.
+
+    Args:
+        device: Where gradients will be; nothing happens where there is no Triton for it.
+        dtypes: Of gradients and, alike, of stored ones.
+
+    Cost: some seconds on a machine that has never compiled it, else below a second. Two launches on three entries.
+    """
+    if not _may_have_triton(device):
+        return
+    from dynamon.kernels import triton_gradient_stats as twin
+
+    for dtype in dict.fromkeys(dtypes):
+        probe = torch.empty(1, dtype=dtype, device=device)
+        if twin.supported([probe]):
+            for compare in (True, False):
+                twin.runs(probe.device, dtype, dtype, widest_dtype(device), compare)  # a device with its number
+
+
+def _may_have_triton(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def check_lists(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None) -> None:
     """Raise where the two lists are not what the statistics are taken of."""
-    if any(g.numel() == 0 for g in gradients):
+    if 0 in [g.numel() for g in gradients]:
         raise ValueError("gradient_stats cannot take an empty tensor; leave it out.")
     if previous is not None and [g.shape for g in gradients] != [p.shape for p in previous]:
         raise ValueError("gradients and previous must hold the same shapes in the same order.")
-    for tensor in (*gradients, *(previous or ())):
-        if not tensor.is_floating_point():
-            raise ValueError(f"gradient_stats needs floating point tensors, got {tensor.dtype}.")
+    for dtype in {t.dtype for t in gradients} | {t.dtype for t in previous or ()}:
+        if not dtype.is_floating_point:
+            raise ValueError(f"gradient_stats needs floating point tensors, got {dtype}.")
 
 
-def no_stats(dtype: torch.dtype, compare: bool, axes: bool = False) -> GradientStats:
+def no_stats(dtype: torch.dtype, compare: bool) -> GradientStats:
     """The statistics of an empty list."""
     nothing = torch.zeros(0, dtype=dtype)
-    change, lines = (nothing if compare else None), (() if axes else None)
-    return GradientStats(
-        *(nothing, nothing, nothing, nothing),
-        *(change, change, change, change, change),
-        *(lines, lines),
-        *((lines, lines) if compare else (None, None)),
-    )
+    change = nothing if compare else None
+    return GradientStats(nothing, nothing, nothing, change, change, change)
 
 
-def _inner(current: list[Tensor], previous: list[Tensor], largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inner products of pairs of tensors; ``largest`` are the largest magnitudes in ``current``."""
-    pairs = [(a.flatten(), b.flatten()) for a, b in zip(current, previous, strict=True)]
-    if not reads_are_free(largest.device) and dtype == torch.float64:
-        return torch.stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs])
-    found = torch.stack([torch.dot(a, b) for a, b in pairs]).to(dtype)
-    if dtype == torch.float64:
-        unsafe = ~torch.isfinite(found) & torch.isfinite(largest) | (largest > 0) & (largest < _SMALL)
-        for i in torch.nonzero(unsafe).flatten().tolist():
-            found[i] = torch.dot(pairs[i][0].double(), pairs[i][1].double())
-    return found
+def _composed(
+    given: Sequence[Tensor], previous: Sequence[Tensor] | None, work: torch.dtype, dtype: torch.dtype, scale: Scale
+) -> GradientStats:
+    """The statistics by PyTorch's operators on lists."""
+    gradients = [g.detach() for g in given]
+    factor = scale.detach().reshape(()) if isinstance(scale, Tensor) else scale
+    if previous is None:
+        return GradientStats(*_scaled(_own(gradients, dtype), factor))
+    stored = [p.detach() for p in previous]
+    if _is_scaled(factor) and any([p.dtype != g.dtype for p, g in zip(stored, gradients, strict=True)]):
+        gradients, factor = list(torch._foreach_mul(_in_dtype(gradients, work), factor)), 1.0
+    own = _own(gradients, dtype)
+    current = _in_dtype(gradients, work)
+    change = _in_dtype(stored, work)  # the storage itself where the dtypes agree: it is refilled below
+    inner = _times(_inner(current, change, dtype), factor)
+    if isinstance(factor, Tensor):  # g' / s - g, times s: no copy of the gradients, and exact for powers of two
+        torch._foreach_mul_(change, 1 / factor)
+        torch._foreach_sub_(change, current)
+        l1, squares = (_times(sums, factor) for sums in _norms(change, dtype))
+        squares = _times(squares, factor)
+    else:
+        torch._foreach_sub_(change, current, alpha=factor)
+        l1, squares = _norms(change, dtype)
+    torch._foreach_copy_(stored, gradients)
+    if _is_scaled(factor):
+        torch._foreach_mul_(stored, factor)
+    return GradientStats(*_scaled(own, factor), l1, squares, inner)
 
 
-def _sums(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The l1 norm, sum of squares, largest magnitude and non-finite count of every tensor, each stacked to ``[T]``."""
-    extremes = [torch.stack(torch.aminmax(t)).abs().amax() for t in tensors]
-    l1, largest = _l1(tensors, dtype), torch.stack(extremes).to(dtype)
-    return l1, l2_norms(tensors).to(dtype).square(), largest, _nonfinite(tensors, l1)
+def _is_scaled(scale: Scale) -> bool:
+    return isinstance(scale, Tensor) or scale != 1.0
+
+
+def _times(sums: Tensor, scale: Scale) -> Tensor:
+    return sums * scale if _is_scaled(scale) else sums
+
+
+def _scaled(own: tuple[Tensor, Tensor, Tensor], scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums over gradients as those over their multiples."""
+    l1, squares, nonfinite = own
+    return _times(l1, scale), _times(_times(squares, scale), scale), nonfinite
+
+
+def _in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors in another dtype, copied in one call; those that have it as they are."""
+    others = [t for t in tensors if t.dtype != dtype]
+    if not others:
+        return tensors
+    made = [torch.empty_like(t, dtype=dtype) for t in others]
+    torch._foreach_copy_(made, others)
+    copies = iter(made)
+    return [t if t.dtype == dtype else next(copies) for t in tensors]
+
+
+def _own(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The l1 norm, sum of squares and non-finite count of every tensor, each stacked to ``[T]``."""
+    l1, squares = _norms(tensors, dtype)
+    return l1, squares, _nonfinite(tensors, l1)
+
+
+def _norms(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The l1 norm and the sum of squares of every tensor, each stacked to ``[T]``."""
+    return _l1(tensors, dtype), l2_norms(tensors).to(dtype).square()
 
 
 def _l1(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    # On a CPU the norms of order one and infinity are several times slower than what they stand for.
-    if not reads_are_free(tensors[0].device):
-        return torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
-    work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    found = torch.stack([t.abs().sum(dtype=work) for t in tensors]).to(dtype)
-    if work != dtype:
-        for i in torch.nonzero(found.isinf()).flatten().tolist():
-            found[i] = tensors[i].abs().sum(dtype=dtype)
-    return found
+    return torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
 
 
 def _nonfinite(tensors: list[Tensor], l1: Tensor) -> Tensor:
     """How many entries of each tensor are NaN or infinite."""
-    # A finite l1 norm has no such entry; on a CPU, where asking costs nothing, that saves a pass.
-    if reads_are_free(l1.device) and bool(torch.isfinite(l1).all()):
-        return torch.zeros_like(l1)
-    return torch.stack([t.numel() - torch.isfinite(t).sum() for t in tensors]).to(l1.dtype)
+    groups = _groups(tensors, max([t.itemsize for t in tensors]))
+    return torch.stack([count for group in groups for count in _nonfinite_norms(tensors[group], l1.dtype)])
 
 
-def _lines(tensors: list[Tensor], dtype: torch.dtype, axes: bool) -> tuple[Lines | None, Lines | None]:
-    """The sums of squares of every row, and of every column."""
-    if not axes:
-        return None, None
-    squares = (t.to(dtype).square() if t.ndim >= 2 else None for t in tensors)  # one tensor's at a time
-    pairs = [(None, None) if s is None else (s.sum(-1), s.sum(-2)) for s in squares]
-    rows, columns = zip(*pairs, strict=True)
-    return rows, columns
+def _nonfinite_norms(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    marks = torch._foreach_mul(tensors, 0.0)  # 0, or NaN
+    torch._foreach_add_(marks, 1.0)
+    torch._foreach_sign_(marks)  # of NaN it is 0
+    torch._foreach_sub_(marks, 1.0)
+    return list(torch._foreach_norm(marks, 1, dtype=dtype))
+
+
+def _inner(current: list[Tensor], previous: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Inner products of pairs of tensors, in a few calls: what positive products add up to, less what negative do."""
+    groups = _groups(current, dtype.itemsize)
+    parts = [_inner_norms(current[group], previous[group], dtype) for group in groups]
+    above, below = (torch.stack([norm for part in parts for norm in part[side]]) for side in (0, 1))
+    return above - below
+
+
+def _inner_norms(
+    current: list[Tensor], previous: list[Tensor], dtype: torch.dtype
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The l1 norms of the positive products of pairs of tensors, and of the negative ones."""
+    products = torch._foreach_mul(_in_dtype(current, dtype), _in_dtype(previous, dtype))
+    above = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
+    torch._foreach_clamp_max_(products, 0.0)
+    return above, torch._foreach_norm(products, 1)
+
+
+def _groups(tensors: Sequence[Tensor], itemsize: int) -> Iterator[slice]:
+    """Neighbours whose copies together take so many bytes an entry and are not larger than allowed."""
+    begin, size = 0, 0
+    for i, tensor in enumerate(tensors):
+        more = tensor.numel() * itemsize
+        if i > begin and size + more > _BYTES:
+            yield slice(begin, i)
+            begin, size = i, 0
+        size += more
+    yield slice(begin, len(tensors))
+
+
+def _one_by_one(
+    given: Sequence[Tensor], previous: Sequence[Tensor] | None, work: torch.dtype, dtype: torch.dtype, scale: Scale
+) -> GradientStats:
+    """The statistics on a CPU, of one tensor after the other: there memory is slow, and to read a number is free."""
+    gradients, factor = [g.detach() for g in given], float(scale)
+    if previous is None:
+        return GradientStats(*_scaled(_columns([_on_host(g, work, dtype) for g in gradients], dtype), factor))
+    stored = [p.detach() for p in previous]
+    if factor != 1.0 and any([p.dtype != g.dtype for p, g in zip(stored, gradients, strict=True)]):
+        gradients, factor = [g.to(work) * factor for g in gradients], 1.0
+    own, changes, inner = [], [], []
+    norm, infinite = torch.linalg.vector_norm, math.inf
+    for g, p in zip(gradients, stored, strict=True):  # at each step for every layer: helpers where something is unusual
+        current, change = g.to(work), p.to(work)  # the storage itself where the dtypes agree: it is refilled below
+        least = L2_SAFE[0] * math.sqrt(g.numel())
+        l1, l2 = g.abs().sum(dtype=work).item(), norm(g, dtype=work).item()
+        is_usual = l1 < infinite and least < l2 < L2_SAFE[1]
+        own.append((l1, l2, 0) if is_usual else _on_host(g, work, dtype))
+        product = torch.dot(current.flatten(), change.flatten()).item()
+        is_usual = is_usual and -infinite < product < infinite and l2 > _SMALL * math.sqrt(g.numel())
+        inner.append(product if is_usual else _host_inner(current, change, own[-1][1], dtype))
+        change.sub_(current, alpha=factor)
+        l1, l2 = change.abs().sum(dtype=work).item(), norm(change, dtype=work).item()
+        is_usual = l1 < infinite and least < l2 < L2_SAFE[1]
+        changes.append((l1, l2, 0) if is_usual else _on_host(change, work, dtype))
+        p.copy_(g)
+        if factor != 1.0:
+            p.mul_(factor)
+    l1, squares, _ = _columns(changes, dtype)
+    products = _times(torch.tensor(inner, dtype=dtype, device="cpu"), factor)
+    return GradientStats(*_scaled(_columns(own, dtype), factor), l1, squares, products)
+
+
+def _columns(rows: list[tuple[float, float, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """l1 norms, sums of squares and non-finite counts ``[T]`` from what :func:`_on_host` found."""
+    l1, l2, nonfinite = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
+    return l1.to(dtype), l2.to(dtype).square(), nonfinite.to(dtype)
+
+
+def _on_host(tensor: Tensor, work: torch.dtype, dtype: torch.dtype) -> tuple[float, float, float]:
+    """The l1 and l2 norm of a tensor, and how many entries are not finite."""
+    l1 = tensor.abs().sum(dtype=work).item()  # the norm of order one is several times slower
+    if l1 == math.inf and work != dtype:
+        l1 = tensor.abs().sum(dtype=dtype).item()
+    # A finite l1 norm has no entry that is not: that saves a pass.
+    nonfinite = 0 if math.isfinite(l1) else tensor.numel() - int(torch.isfinite(tensor).sum())
+    return l1, l2_on_host(tensor, work), nonfinite
+
+
+def _host_inner(current: Tensor, previous: Tensor, length: float, dtype: torch.dtype) -> float:
+    """The inner product of two tensors, of which the first has that length."""
+    a, b = current.flatten(), previous.flatten()
+    found = torch.dot(a, b).item()
+    squares = length * length
+    is_small = 0 < squares < _SMALL**2 * a.numel()
+    if dtype == torch.float64 and (is_small or not math.isfinite(found) and math.isfinite(squares)):
+        found = torch.dot(a.double(), b.double()).item()
+    return float(found)

@@ -68,7 +68,7 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
     Iteration", arXiv 2305.16173; the lower bounds are dynamon's own.
     """
     _check(weight, steps)
-    found = _of_one_side([weight.reshape(-1, *weight.shape[-2:])], steps)
+    found = _of_one_side([[weight.reshape(-1, *weight.shape[-2:])]], steps)
     lower, upper = ((bound * found.scale).reshape(weight.shape[:-2]) for bound in (found.lower, found.upper))
     return lower, upper
 
@@ -93,7 +93,7 @@ def gram_extremes(stacks: Sequence[Tensor], steps: int, half: bool = False) -> E
     for stack in stacks:
         _check(stack, steps)
     calls = _calls(stacks)
-    found = [_of_one_side([_joined([stacks[i] for i in shape]) for shape in call], steps, half) for call in calls]
+    found = [_of_one_side([[stacks[i] for i in shape] for shape in call], steps, half) for call in calls]
     if len(calls) == 1 and len(calls[0]) == 1:
         return found[0]
     starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks) + 1)]
@@ -142,10 +142,10 @@ def _work_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype in _OWN_DTYPE else torch.float32
 
 
-def _of_one_side(batches: Sequence[Tensor], steps: int, half: bool = False) -> Extremes:
-    """The iteration for batches ``[t, m, n]`` whose smaller sides are the same."""
-    with own_dtype(batches[0]):
-        matrices, scales = zip(*(_scaled(batch, half) for batch in batches), strict=True)
+def _of_one_side(shapes: Sequence[Sequence[Tensor]], steps: int, half: bool = False) -> Extremes:
+    """The iteration for stacks ``[t, m, n]`` whose smaller sides are the same, those of one shape together."""
+    with own_dtype(shapes[0][0]):
+        matrices, scales = zip(*(_scaled(_joined(shape), half) for shape in shapes), strict=True)
         gram = _joined([_gram(matrix) for matrix in matrices])
         energy, fourth = _trace(gram), _length(gram)[..., 0, 0]
         gram, log_scale = _squared(gram, steps - 1)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dynamon.kernels.devices import reads_are_free, widest_dtype
 
-_SMALL, _LARGE = 2.0**-48, 2.0**60  # a root mean square above the one, a norm below the other: float32 is enough
+# A root mean square above the one, a norm below the other: float32 is enough.
+L2_SAFE = _SMALL, _LARGE = 2.0**-48, 2.0**60
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -28,7 +29,7 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
     wide = widest_dtype(tensors[0].device)
-    if not reads_are_free(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors):
+    if not reads_are_free(tensors[0].device) or torch.float64 in [t.dtype for t in tensors]:
         return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide))
     found = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).to(wide)
     sizes = torch.tensor([float(max(t.numel(), 1)) for t in tensors], dtype=wide, device="cpu")
@@ -36,6 +37,14 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     for i in torch.nonzero(~safe).flatten().tolist():  # zeros and NaN too
         found[i] = torch.linalg.vector_norm(tensors[i], dtype=wide)
     return found
+
+
+def l2_on_host(tensor: Tensor, least: torch.dtype = torch.float32) -> float:
+    """The same of one tensor on a CPU, as a number: in ``least``, and where that is not enough in float64."""
+    found = torch.linalg.vector_norm(tensor, dtype=least).item()
+    if least == torch.float64 or _SMALL * max(tensor.numel(), 1) ** 0.5 < found < _LARGE:
+        return float(found)
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64).item())  # zeros and NaN too
 
 
 def l2_along(tensor: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dynamon.kernels.constants import moved as put
 from dynamon.kernels.precision import own_dtype, product_allowance
 
 
@@ -52,8 +53,8 @@ def top_singular(matrix: Tensor, start: Tensor | None = None, steps: int = 2) ->
 def _noise(matrix: Tensor) -> Tensor:
     """The same vectors ``[..., n]`` whatever the device, also where another one is torch's default."""
     generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(matrix.shape[-1], generator=generator, dtype=torch.float64, device="cpu").to(matrix.dtype)
-    return noise.to(matrix.device).expand(*matrix.shape[:-2], -1)
+    noise = torch.randn(matrix.shape[-1], generator=generator, dtype=torch.float64, device="cpu")
+    return put(noise.to(matrix.dtype), matrix.device).expand(*matrix.shape[:-2], -1)
 
 
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROUNDINGS = {"tf32": 2.0**-10, "bf16": 2.0**-8}  # the last bit of 10 and of 7 bits of mantissa; tensor cores may truncate
+_ROUNDINGS = {
+    "tf32": 2.0**-10,
+    "bf16": 2.0**-8,
+}  # the last bit of 10 and of 7 bits of mantissa; tensor cores may truncate
 _OF_FLOAT32 = (torch.float32, torch.complex64)
 _SPARE = 4  # the errors of Gram iteration's steps add up to twice the first one's, and not all are along the maximum
 
@@ -52,7 +55,7 @@ def _of_setting(device: str, kind: str) -> float:
     return _ROUNDINGS.get(chosen, 0.0)
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler: settings are read when a graph is made.
+# What torch.compiler.assume_constant_result does, without importing the compiler: settings are read when it compiles.
 _of_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,264 +1,497 @@
-"""Statistics of a list of gradients in one launch: the Triton twin of :func:`dynamon.kernels.gradient_stats`."""
+"""Statistics of a list of gradients in two launches: the Triton twin of :func:`dynamon.kernels.gradient_stats`."""
 
 from __future__ import annotations  # `tl` is None where Triton is missing
 
+import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynamon.kernels._triton import can_run, jit, require, tl
-from dynamon.kernels.gradient_stats import GradientStats, check_lists, no_stats
+from dynamon.kernels.gradient_stats import GradientStats, Scale, check_lists, no_stats
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK = 16384  # entries a program walks through; a multiple of 16 bytes in every dtype
-_BLOCK = 1024  # entries it takes at a time: eight a thread
-_WARPS = 4
-# Rows of partial results, which the kernel lists: counts, largest magnitudes, two sums of magnitudes as they are and
-# scaled down, three sums of squares and products as they are, scaled up, and scaled down.
-_ROWS = (2, 2, 2 * 2, 3 * 3)
-_UP, _DOWN = 90, 75  # powers of two on entries whose squares leave float32; 2^14 of the largest still add up
-_FEW, _MANY = 2.0**-45, 2.0**45  # largest magnitudes of a chunk between which its squares are fine as they are
+_BYTES = 16384  # of one list that a program takes: four times 16 a thread
+_WARPS = 8
+_LANES = 1024  # entries at a time where they cannot be taken 16 bytes at a time
+_WIDTH = 1024  # partial results that the second kernel takes at a time
+_ROWS = 6  # of partial results, in the order of GradientStats
+_UP, _DOWN = 90, 75  # powers of two on entries whose squares leave float32; 2^13 of the largest still add up
+_FEW = 2.0**-90  # a sum of squares above this has lost nothing to entries whose squares vanish
+_MOST_PLANS = 8  # of lists that are read in turns
+
+_Kind = tuple[torch.dtype, torch.dtype]  # of gradients and of stored ones
+_log = logging.getLogger("dynamon")
+_runs: dict[tuple[object, ...], bool] = {}  # whether the kernels compile and run, by what is compiled
+_plans: dict[tuple[object, ...], _Plan] = {}
+_told: set[str] = set()
 
 
 def triton_gradient_stats(
-    gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = None, dtype: torch.dtype = torch.float32
+    gradients: Sequence[Tensor],
+    previous: Sequence[Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    scale: Scale = 1.0,
 ) -> GradientStats:
     """Norms of every gradient and of its change, refreshing the stored gradient, in one pass over memory.
 
-    Takes and gives what :func:`dynamon.kernels.gradient_stats` does, except for float64 and for ``axes``: a chunk knows
-    no rows. Each entry is read once from either list and written once. Sums are float32 within a chunk of 16,384
-    entries and float64 across chunks; squares and products are summed at three scales at once, of which each chunk
-    takes the one that holds them.
+    Takes and gives what :func:`dynamon.kernels.gradient_stats` does, except for float64. Each entry is read once from
+    either list and written once. Sums are float32 within a chunk of 16 KiB and float64 across chunks, always in the
+    same order. A chunk stays in registers, where it is summed up once more, scaled, if its squares leave float32.
 
     Args:
         gradients: T dense tensors on one GPU in float32, bfloat16 or float16; none may be empty.
         previous: Storage of the same shapes in one of these dtypes, or None.
         dtype: Of the sums: float32, or float64, which holds the squares of entries of any size.
+        scale: Factor on the gradients: a number, or a tensor of one entry on their device.
 
     Returns:
-        A :class:`GradientStats` in ``dtype`` on the gradients' device, without sums of rows and columns.
+        A :class:`GradientStats` in ``dtype`` on the gradients' device.
 
     Raises:
         ImportError: If Triton is not installed.
         ValueError: If the lists differ in length or shape, a tensor is empty, or dtype or device do not fit.
 
-    Cost: two reads and one write an entry (one read without ``previous``), a table of 32 bytes a chunk that is sent
-    ahead, one launch for each combination of dtypes and alignment, some small ones to add up the chunks, and a copy
-    of each tensor whose entries lie in another order than its partner's. No host synchronisation.
+    Cost: two reads and one write an entry (one read without ``previous``), one launch for each pair of dtypes and one
+    that adds up the chunks, on the host a look at each tensor, and a copy of each tensor whose entries lie in another
+    order than its partner's. Addresses, 16 bytes a tensor, are sent ahead where they are not those of the call before.
+    No host synchronisation.
     """
-    gradients = [g.detach() for g in gradients]
-    stored = None if previous is None else list(previous)
-    check_lists(gradients, stored)
+    check_lists(gradients, previous)
     if not gradients:
-        return no_stats(dtype, stored is not None)
+        return no_stats(dtype, previous is not None)
     device = gradients[0].device
     require(device, "triton_gradient_stats")
-    for tensor in (*gradients, *(stored or ())):
-        if tensor.dtype not in SUPPORTED or tensor.device != device:
+    for tensor_dtype, place in {(t.dtype, t.device) for t in (*gradients, *(previous or ()))}:
+        if tensor_dtype not in SUPPORTED or place != device:
             raise ValueError(
                 f"triton_gradient_stats needs {', '.join(map(str, SUPPORTED))} on one device, "
-                f"got {tensor.dtype} on {tensor.device} beside {device}."
+                f"got {tensor_dtype} on {place} beside {device}."
             )
+    return _stats(gradients, previous, dtype, scale)
 
-    # Both tensors of a pair must lie in memory in the same order without gaps; those that do not are copied.
-    work, work_stored = gradients, stored
-    if stored is None:
-        work = [g if _dense(g) else g.contiguous() for g in gradients]
-    else:
-        fits = [g.stride() == p.stride() and _dense(g) for g, p in zip(gradients, stored, strict=True)]
-        work = [g if fit else g.contiguous() for g, fit in zip(gradients, fits, strict=True)]
-        work_stored = [p if fit else p.contiguous() for p, fit in zip(stored, fits, strict=True)]
-    partials, owner = _launch(work, work_stored, device)
-    if stored is not None and work_stored is not None:
-        for kept, filled in zip(stored, work_stored, strict=True):
-            if kept.data_ptr() != filled.data_ptr():
-                kept.copy_(filled)
-    return _collect(partials, owner, len(gradients), stored is not None, dtype)
+
+def attempt(
+    gradients: Sequence[Tensor], previous: Sequence[Tensor] | None, dtype: torch.dtype, scale: Scale
+) -> GradientStats | None:
+    """:func:`triton_gradient_stats` of lists that were checked, or None where it cannot be."""
+    if not supported(gradients, previous):
+        return None
+    device = gradients[0].device
+    if not all([runs(device, *kind, dtype, previous is not None) for kind in set(_kinds(gradients, previous))]):
+        return None
+    return _stats(gradients, previous, dtype, scale)
 
 
 def supported(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = None) -> bool:
-    """Whether :func:`triton_gradient_stats` can take these lists, and they lie on a GPU."""
-    tensors = (*gradients, *(previous or ()))
+    """Whether :func:`triton_gradient_stats` can take these lists, and they lie on a device that runs it."""
+    if not gradients or not can_run(gradients[0].device):
+        return False
+    device = gradients[0].device
+    tensors = gradients if previous is None else [*gradients, *previous]
     return (
-        bool(tensors)
-        and can_run(tensors[0].device)
-        and all(type(t) is Tensor for t in tensors)  # no DTensor, whose memory is elsewhere
-        and all(t.is_cuda and t.dtype in SUPPORTED and t.device == tensors[0].device for t in tensors)
+        {type(t) for t in tensors} == {Tensor}  # no DTensor, whose memory is elsewhere
+        and {t.dtype for t in tensors} <= set(SUPPORTED)
+        and {t.device for t in tensors} == {device}
         and not torch.compiler.is_compiling()
+        and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )
 
 
-def _dense(tensor: Tensor) -> bool:
+def runs(device: torch.device, gradient: torch.dtype, previous: torch.dtype, dtype: torch.dtype, compare: bool) -> bool:
+    """Whether the kernels compile and run there, tried once on a few entries; where not, one sentence is logged.
+
+    Args:
+        device: A device for which there is Triton.
+        gradient: The gradients' dtype.
+        previous: That of stored ones.
+        dtype: Of the sums.
+        compare: Whether there are stored ones.
+
+    Cost: at the first call for these dtypes a compilation of a second or two, or a look into Triton's own cache.
+    """
+    key = device, gradient, previous, dtype, compare
+    if key not in _runs:
+        try:
+            stored = [torch.zeros(3, dtype=previous, device=device)] if compare else None
+            _stats([torch.ones(3, dtype=gradient, device=device)], stored, dtype, 1.0)
+            _runs[key] = True
+        except Exception as error:  # no compiler, a driver that is too old: whatever it is, there is another way
+            _runs[key] = False
+            _say(error)
+    return _runs[key]
+
+
+def _say(error: Exception) -> None:
+    """Say once why the twin is not used."""
+    if "compile" not in _told:
+        _told.add("compile")
+        lines = str(error).strip().splitlines() or [""]
+        _log.warning(
+            "Triton cannot run dynamon's gradient kernel here (%s: %s): gradients are read by PyTorch's own kernels, "
+            "which changes no number and takes about ten times as long.",
+            type(error).__name__,
+            lines[0],
+        )
+
+
+def _stats(
+    gradients: Sequence[Tensor], previous: Sequence[Tensor] | None, dtype: torch.dtype, scale: Scale
+) -> GradientStats:
+    """The statistics of lists that were looked at."""
+    stored, device = previous, gradients[0].device
+    both = gradients if previous is None else [*gradients, *previous]
+    if not all([t.is_contiguous() for t in both]):
+        gradients, previous = _in_one_order(gradients, previous)
+        both = gradients if previous is None else [*gradients, *previous]
+    addresses = [t.data_ptr() for t in both]
+    with torch.cuda.device(device) if _is_elsewhere(device) else nullcontext():
+        plan = _plan(gradients, previous, device)
+        out = plan.launch(addresses if previous is not None else addresses * 2, previous is not None, dtype, scale)
+    for kept, filled in zip(stored or (), previous or (), strict=True):
+        if kept is not filled:
+            kept.detach().copy_(filled)
+    return GradientStats(*out.unbind())
+
+
+def _in_one_order(
+    gradients: Sequence[Tensor], previous: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Both tensors of a pair must lie in memory in the same order without gaps; those that do not are copied."""
+    if previous is None:
+        return [g if _is_dense(g.shape, g.stride()) else g.detach().contiguous() for g in gradients], None
+    pairs = list(zip(gradients, previous, strict=True))
+    fits = [g.stride() == p.stride() and _is_dense(g.shape, g.stride()) for g, p in pairs]
+    chosen = [(g, p) if fit else (_contiguous(g), _contiguous(p)) for (g, p), fit in zip(pairs, fits, strict=True)]
+    return [g for g, _ in chosen], [p for _, p in chosen]
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the entries fill their stretch of memory once, in whatever order of the dimensions."""
     expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
         if stride != expected:
             return False
         expected *= size
     return True
 
 
-def _launch(gradients: list[Tensor], previous: list[Tensor] | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Partial results ``[17, chunks]`` and the tensor that each chunk belongs to."""
-    # One launch for each kind; a model mostly has a single one.
-    stored = gradients if previous is None else previous
-    kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
-    for t, (g, p) in enumerate(zip(gradients, stored, strict=True)):
-        aligned = g.data_ptr() % 16 == 0 and p.data_ptr() % 16 == 0
-        kinds.setdefault((g.dtype, p.dtype, aligned), []).append(t)
+def _is_elsewhere(device: torch.device) -> bool:
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
 
-    order = np.array([t for members in kinds.values() for t in members])
-    entries = np.array([g.numel() for g in gradients])
-    chunks = -(-entries // _CHUNK)
-    owner = np.repeat(order, chunks[order])
-    first = np.repeat(np.cumsum(chunks[order]) - chunks[order], chunks[order])
-    offset = (np.arange(len(owner)) - first) * _CHUNK
-    addresses = [
-        np.array([x.data_ptr() for x in tensors])[owner] + offset * np.array([x.itemsize for x in tensors])[owner]
-        for tensors in (gradients, stored)
-    ]
-    table = torch.from_numpy(np.stack([*addresses, np.minimum(entries[owner] - offset, _CHUNK), owner]))
-    if device.type == "cuda":  # from pinned memory the copy does not hold up the host
-        table = table.pin_memory().to(device, non_blocking=True)
 
-    partials = torch.zeros(sum(_ROWS), len(owner), device=device)
-    begin = 0
-    with torch.cuda.device_of(table):
-        for (gradient_dtype, previous_dtype, aligned), members in kinds.items():
-            count = int(chunks[members].sum())
+def _kinds(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tuple[_Kind, ...]:
+    """The dtypes of each pair, or of all where they are alike."""
+    own = [t.dtype for t in gradients]
+    other = own if previous is None else [t.dtype for t in previous]
+    alike = len(set(own)) == len(set(other)) == 1
+    return ((own[0], other[0]),) if alike else tuple(zip(own, other, strict=True))
+
+
+class _Plan:
+    """Which chunk is of which tensor, kept on the device for all lists of these sizes.
+
+    A table has a row a tensor, and a chunk only says which one it is of: from call to call nothing is made or sent
+    that has not changed.
+
+    Args:
+        sizes: Entries of each tensor.
+        kinds: Their dtypes, or those of all.
+        device: Where they are. What the plan holds belongs to the stream that is the current one there.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], kinds: tuple[_Kind, ...], device: torch.device) -> None:
+        """Send the tables that stay."""
+        self.device, self.count = device, len(sizes)
+        entries = np.array(sizes, dtype=np.int64)
+        first, chunks = np.zeros_like(entries), np.zeros_like(entries)
+        members: dict[_Kind, list[int]] = {}
+        for t in range(len(sizes)):
+            members.setdefault(kinds[t if len(kinds) > 1 else 0], []).append(t)
+        self.launches, owners, begin = [], [], 0  # a launch for each kind; a model mostly has a single one
+        for kind, chosen in members.items():
+            block = _BYTES // max(dtype.itemsize for dtype in kind)
+            chunks[chosen] = -(-entries[chosen] // block)
+            first[chosen] = begin + np.cumsum(chunks[chosen]) - chunks[chosen]
+            owners.append(np.repeat(np.array(chosen, dtype=np.int32), chunks[chosen]))
+            self.launches.append((kind, block, begin, len(owners[-1])))
+            begin += len(owners[-1])
+        self.chunks = begin
+        self.owner = _sent(np.concatenate(owners), device)
+        self.layout = _sent(np.stack([entries, first, chunks]), device)
+        self.one = torch.ones(1, dtype=torch.float32, device=device)
+        self._table: tuple[list[int], Tensor] = ([], self.layout)
+
+    def launch(self, addresses: list[int], compare: bool, dtype: torch.dtype, scale: Scale) -> Tensor:
+        """The sums of each tensor, ``[6, T]``, or ``[3, T]`` where nothing is compared."""
+        if addresses != self._table[0]:
+            self._table = addresses, _sent(np.array(addresses, dtype=np.int64), self.device)
+        if isinstance(scale, Tensor):
+            factor = scale.detach().to(self.device, torch.float32)
+        else:
+            factor = self.one if scale == 1.0 else torch.full_like(self.one, scale)
+        rows = _ROWS if compare else _ROWS // 2
+        partials = torch.empty((rows, self.chunks), dtype=torch.float64, device=self.device)
+        out = torch.empty((rows, self.count), dtype=dtype, device=self.device)
+        for (gradient, previous), block, begin, count in self.launches:
             _chunk_stats[(count,)](
-                table,
+                self._table[1],
+                self.owner,
+                self.layout,
+                factor,
                 partials,
-                len(owner),
+                self.count,
+                self.chunks,
                 begin,
-                GRADIENT=_triton_dtype(gradient_dtype),
-                PREVIOUS=_triton_dtype(previous_dtype),
-                COMPARE=previous is not None,
-                ALIGNED=aligned,
-                BLOCK=_BLOCK,
+                GRADIENT=_triton_dtype(gradient),
+                PREVIOUS=_triton_dtype(previous),
+                COMPARE=compare,
+                THREADS=32 * _WARPS,
+                EACH=block // (4 * 32 * _WARPS),
+                LANES=_LANES,
                 UP=2.0**_UP,
                 DOWN=2.0**-_DOWN,
+                FEW=_FEW,
                 num_warps=_WARPS,
             )
-            begin += count
-    return partials, table[3]
+        _tensor_stats[(self.count, rows)](partials, self.layout, out, self.count, self.chunks, WIDTH=_WIDTH)
+        return out
 
 
-def _collect(partials: Tensor, owner: Tensor, count: int, compare: bool, dtype: torch.dtype) -> GradientStats:
-    """Add up the chunks of each tensor. In float64 the order in which they arrive does not show in float32."""
-    counts, maxima, magnitudes, squares = partials.split(_ROWS)
-    rows = torch.cat([counts.double(), *_unscaled(magnitudes.view(2, 2, -1), squares.view(3, 3, -1), maxima)])
-    sums = rows.new_zeros(len(rows), count).index_add_(1, owner, rows)
-    nonfinite, change_nonfinite, l1, change_l1, squares, change_squares, inner = sums.to(dtype)
-    largest = partials.new_zeros(len(maxima), count).scatter_reduce_(1, owner.expand(len(maxima), -1), maxima, "amax")
-    # A maximum on a GPU passes over NaN, a sum does not.
-    largest = torch.where(torch.stack([l1, change_l1]).isnan(), torch.nan, largest.to(dtype))
-    if not compare:
-        return GradientStats(l1, squares, largest[0], nonfinite)
-    difference = (change_l1, change_squares, largest[1], change_nonfinite)
-    return GradientStats(l1, squares, largest[0], nonfinite, *difference, inner)
+def _plan(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None, device: torch.device) -> _Plan:
+    sizes, kinds = tuple([t.numel() for t in gradients]), _kinds(gradients, previous)
+    # What a plan holds was filled on one stream, and is given back to the memory of that one.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = device, stream, kinds, sizes
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _Plan(sizes, kinds, device)
+    return plan
 
 
-def _unscaled(magnitudes: Tensor, squares: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of magnitudes ``[2, chunks]``, of squares and products ``[3, chunks]``, each from a scale that holds it."""
-    peaks = torch.cat([maxima, maxima.sum(0, keepdim=True)])  # no entry before is larger than both together
-    plain, down = magnitudes.double()
-    l1 = torch.where(maxima > _MANY, down * 2.0**_DOWN, plain)
-    plain, up, down = squares.double()
-    found = torch.where(peaks < _FEW, up * 2.0 ** (-2 * _UP), plain)
-    return l1, torch.where(peaks > _MANY, down * 2.0 ** (2 * _DOWN), found)
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers on the device; from pinned memory the copy does not hold up the host."""
+    here = torch.from_numpy(array)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 def _triton_dtype(dtype: torch.dtype) -> object:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-@jit
+@jit(do_not_specialize=["tensors", "chunks", "begin"])
 def _chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
     table,
+    owner,
+    layout,
+    scale,
     partials,
+    tensors,
     chunks,
     begin,
     GRADIENT: tl.constexpr,
     PREVIOUS: tl.constexpr,
     COMPARE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    EACH: tl.constexpr,
+    LANES: tl.constexpr,
     UP: tl.constexpr,
     DOWN: tl.constexpr,
+    FEW: tl.constexpr,
 ):
-    """One chunk of one tensor a program. Table: addresses in either list, number of entries, tensor."""
+    """One chunk of one tensor a program: four times ``EACH`` entries a thread, 16 bytes at a time.
+
+    Tables: addresses in both lists, ``[2, T]``; entries and first chunk of each tensor, ``[3, T]``; the tensor of each
+    chunk, ``[C]``. Partial results ``[6, C]``.
+    """
     chunk = begin + tl.program_id(0)
-    gradient = tl.load(table + chunk).to(tl.pointer_type(GRADIENT))
-    previous = tl.load(table + chunks + chunk).to(tl.pointer_type(PREVIOUS))
-    count = tl.load(table + 2 * chunks + chunk).to(tl.int32)
-    if ALIGNED:  # an address out of a table tells the compiler nothing, and it would load entry by entry
-        gradient = tl.multiple_of(gradient, 16)
-        previous = tl.multiple_of(previous, 16)
-
-    lanes = tl.arange(0, BLOCK)
-    zeros = tl.zeros((BLOCK,), dtype=tl.float32)
-    nonfinite, largest, change_nonfinite, change_largest = zeros, zeros, zeros, zeros
-    l1, change_l1, l1_down, change_l1_down = zeros, zeros, zeros, zeros
-    squares, change_squares, inner = zeros, zeros, zeros
-    squares_up, change_squares_up, inner_up = zeros, zeros, zeros
-    squares_down, change_squares_down, inner_down = zeros, zeros, zeros
-    # Whole blocks without a mask, which would split the loads into single entries; then the rest under one.
-    whole = count // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        g = tl.load(gradient + start + lanes)
-        x = g.to(tl.float32)
-        size = tl.abs(x)
-        l1 += size
-        l1_down += size * DOWN
-        squares += x * x
-        squares_up += (x * UP) * (x * UP)
-        squares_down += (x * DOWN) * (x * DOWN)
-        nonfinite += tl.where(size < float("inf"), 0.0, 1.0)  # NaN compares as false
-        largest = tl.maximum(largest, size)
+    tensor = tl.load(owner + chunk)
+    address, stored = tl.load(table + tensor), tl.load(table + tensors + tensor)
+    offset = (chunk - tl.load(layout + tensors + tensor)) * (4 * THREADS * EACH)
+    count = tl.minimum(tl.load(layout + tensor) - offset, 4 * THREADS * EACH).to(tl.int32)
+    factor, row = tl.load(scale), partials + chunk
+    gradient, previous = address.to(tl.pointer_type(GRADIENT)), stored.to(tl.pointer_type(PREVIOUS))
+    # An address out of a table tells the compiler nothing, and it would load entry by entry; so would a mask.
+    if (count == 4 * THREADS * EACH) & ((address | stored) % 16 == 0):
+        offset = tl.multiple_of(offset, 4 * THREADS * EACH)
+        gradient, previous = tl.multiple_of(gradient, 16) + offset, tl.multiple_of(previous, 16) + offset
+        # All loads are under way before anything waits for one; then each thread adds up by itself, part by part.
+        places = tl.arange(0, THREADS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        g0, g1 = tl.load(gradient + places), tl.load(gradient + THREADS * EACH + places)
+        g2, g3 = tl.load(gradient + 2 * THREADS * EACH + places), tl.load(gradient + 3 * THREADS * EACH + places)
         if COMPARE:
-            y = tl.load(previous + start + lanes).to(tl.float32)
-            tl.store(previous + start + lanes, g.to(PREVIOUS))
-            change = x - y
-            distance = tl.abs(change)
-            change_l1 += distance
-            change_l1_down += distance * DOWN
-            change_squares += change * change
-            change_squares_up += (change * UP) * (change * UP)
-            change_squares_down += (change * DOWN) * (change * DOWN)
-            change_nonfinite += tl.where(distance < float("inf"), 0.0, 1.0)
-            inner += x * y
-            inner_up += (x * UP) * (y * UP)
-            inner_down += (x * DOWN) * (y * DOWN)
-            change_largest = tl.maximum(change_largest, distance)
+            p0, p1 = tl.load(previous + places), tl.load(previous + THREADS * EACH + places)
+            p2, p3 = tl.load(previous + 2 * THREADS * EACH + places), tl.load(previous + 3 * THREADS * EACH + places)
+        else:
+            p0, p1, p2, p3 = g0, g1, g2, g3
+        none = tl.zeros((THREADS,), dtype=tl.float32)
+        part = _added(none, none, none, none, none, none, g0, p0, factor, COMPARE)
+        part = _added(part[0], part[1], part[2], part[3], part[4], part[5], g1, p1, factor, COMPARE)
+        part = _added(part[0], part[1], part[2], part[3], part[4], part[5], g2, p2, factor, COMPARE)
+        part = _added(part[0], part[1], part[2], part[3], part[4], part[5], g3, p3, factor, COMPARE)
+        _settle(
+            *(row, chunks, gradient, previous, factor, count),
+            *(part[0], part[1], part[2], part[3], part[4], part[5]),
+            *(COMPARE, LANES, UP, DOWN, FEW),
+        )
+        if COMPARE:
+            for k in tl.static_range(4):  # once more out of a cache: registers are what limits how much is under way
+                entries = tl.load(gradient + k * THREADS * EACH + places).to(tl.float32) * factor
+                tl.store(previous + k * THREADS * EACH + places, entries.to(PREVIOUS))
+    else:
+        gradient, previous = gradient + offset, previous + offset
+        sums = _sums(gradient, previous, factor, count, 1.0, 1.0, 1.0, 1.0, 1.0, COMPARE, LANES)
+        _settle(
+            *(row, chunks, gradient, previous, factor, count),
+            *(sums[0], sums[1], sums[3], sums[4], sums[5], sums[6]),
+            *(COMPARE, LANES, UP, DOWN, FEW),
+        )
+        if COMPARE:
+            lanes = tl.arange(0, LANES)
+            for start in range(0, count, LANES):
+                inside = start + lanes < count
+                some = tl.load(gradient + start + lanes, mask=inside, other=0.0).to(tl.float32) * factor
+                tl.store(previous + start + lanes, some.to(PREVIOUS), mask=inside)
 
-    inside = whole + lanes < count
-    g = tl.load(gradient + whole + lanes, mask=inside, other=0.0)
-    x = g.to(tl.float32)
-    size = tl.abs(x)
-    nonfinite += tl.where(size < float("inf"), 0.0, 1.0)
-    tl.store(partials + chunk, tl.sum(nonfinite))
-    tl.store(partials + 2 * chunks + chunk, tl.max(tl.maximum(largest, size)))
-    tl.store(partials + 4 * chunks + chunk, tl.sum(l1 + size))
-    tl.store(partials + 6 * chunks + chunk, tl.sum(l1_down + size * DOWN))
-    tl.store(partials + 8 * chunks + chunk, tl.sum(squares + x * x))
-    tl.store(partials + 11 * chunks + chunk, tl.sum(squares_up + (x * UP) * (x * UP)))
-    tl.store(partials + 14 * chunks + chunk, tl.sum(squares_down + (x * DOWN) * (x * DOWN)))
+
+@jit
+def _added(l1, squares, change_l1, change_squares, inner, before, g, p, factor, COMPARE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums ``[THREADS]`` with those of a part ``[THREADS, EACH]``, of which a thread holds a row."""
+    x = g.to(tl.float32) * factor
+    l1 += tl.sum(tl.abs(x), 1)
+    squares += tl.sum(x * x, 1)
     if COMPARE:
-        y = tl.load(previous + whole + lanes, mask=inside, other=0.0).to(tl.float32)
-        tl.store(previous + whole + lanes, g.to(PREVIOUS), mask=inside)
-        change = x - y
-        distance = tl.abs(change)
-        change_nonfinite += tl.where(distance < float("inf"), 0.0, 1.0)
-        tl.store(partials + chunks + chunk, tl.sum(change_nonfinite))
-        tl.store(partials + 3 * chunks + chunk, tl.max(tl.maximum(change_largest, distance)))
-        tl.store(partials + 5 * chunks + chunk, tl.sum(change_l1 + distance))
-        tl.store(partials + 7 * chunks + chunk, tl.sum(change_l1_down + distance * DOWN))
-        tl.store(partials + 9 * chunks + chunk, tl.sum(change_squares + change * change))
-        tl.store(partials + 12 * chunks + chunk, tl.sum(change_squares_up + (change * UP) * (change * UP)))
-        tl.store(partials + 15 * chunks + chunk, tl.sum(change_squares_down + (change * DOWN) * (change * DOWN)))
-        tl.store(partials + 10 * chunks + chunk, tl.sum(inner + x * y))
-        tl.store(partials + 13 * chunks + chunk, tl.sum(inner_up + (x * UP) * (y * UP)))
-        tl.store(partials + 16 * chunks + chunk, tl.sum(inner_down + (x * DOWN) * (y * DOWN)))
+        y = p.to(tl.float32)
+        change_l1 += tl.sum(tl.abs(x - y), 1)
+        change_squares += tl.sum((x - y) * (x - y), 1)
+        inner += tl.sum(x * y, 1)
+        before += tl.sum(y * y, 1)
+    return l1, squares, change_l1, change_squares, inner, before
+
+
+@jit
+def _settle(  # type: ignore[no-untyped-def]
+    row,
+    chunks,
+    gradient,
+    previous,
+    factor,
+    count,
+    l1,
+    squares,
+    change_l1,
+    change_squares,
+    inner,
+    before,
+    COMPARE: tl.constexpr,
+    LANES: tl.constexpr,
+    UP: tl.constexpr,
+    DOWN: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """Store a chunk's sums, given by thread; where they have left float32, sum up once more with scaled entries."""
+    l1, squares = tl.sum(l1), tl.sum(squares)
+    is_sound = _holds(squares, l1, FEW)
+    if COMPARE:
+        change_l1, change_squares = tl.sum(change_l1), tl.sum(change_squares)
+        inner, before = tl.sum(inner), tl.sum(before)
+        # Where neither gradient nor change has an entry, neither has the gradient before.
+        is_sound = is_sound & _holds(change_squares, change_l1, FEW) & _holds(before, l1 + change_l1, FEW)
+    if is_sound:
+        tl.store(row, l1.to(tl.float64))
+        tl.store(row + chunks, squares.to(tl.float64))
+        tl.store(row + 2 * chunks, 0.0)
+        if COMPARE:
+            tl.store(row + 3 * chunks, change_l1.to(tl.float64))
+            tl.store(row + 4 * chunks, change_squares.to(tl.float64))
+            tl.store(row + 5 * chunks, inner.to(tl.float64))
+    else:
+        own, of_l1 = _scale_for(squares, FEW, UP, DOWN), tl.where(l1 < float("inf"), 1.0, DOWN)
+        if COMPARE:
+            apart, of_change = _scale_for(change_squares, FEW, UP, DOWN), tl.where(change_l1 < float("inf"), 1.0, DOWN)
+            other = _scale_for(before, FEW, UP, DOWN)
+        else:
+            apart, of_change, other = own, of_l1, own
+        again = _sums(gradient, previous, factor, count, own, other, apart, of_l1, of_change, COMPARE, LANES)
+        tl.store(row, _over(tl.sum(again[0]), of_l1))
+        tl.store(row + chunks, _over(_over(tl.sum(again[1]), own), own))
+        tl.store(row + 2 * chunks, tl.sum(again[2]).to(tl.float64))
+        if COMPARE:
+            tl.store(row + 3 * chunks, _over(tl.sum(again[3]), of_change))
+            tl.store(row + 4 * chunks, _over(_over(tl.sum(again[4]), apart), apart))
+            tl.store(row + 5 * chunks, _over(_over(tl.sum(again[5]), own), other))
+
+
+@jit
+def _sums(  # type: ignore[no-untyped-def]
+    gradient,
+    previous,
+    factor,
+    count,
+    own,
+    other,
+    apart,
+    of_l1,
+    of_change,
+    COMPARE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Sums ``[LANES]`` over any number of entries at any address, after scaling by powers of two."""
+    lanes = tl.arange(0, LANES)
+    zeros = tl.zeros((LANES,), dtype=tl.float32)
+    l1, squares, nonfinite, change_l1, change_squares, inner, before = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    for start in range(0, count, LANES):
+        inside = start + lanes < count
+        x = tl.load(gradient + start + lanes, mask=inside, other=0.0).to(tl.float32) * factor
+        l1 += tl.abs(x) * of_l1
+        squares += (x * own) * (x * own)
+        nonfinite += tl.where(tl.abs(x) < float("inf"), 0.0, 1.0)  # NaN compares as false
+        if COMPARE:
+            y = tl.load(previous + start + lanes, mask=inside, other=0.0).to(tl.float32)
+            change_l1 += tl.abs(x - y) * of_change
+            change_squares += ((x - y) * apart) * ((x - y) * apart)
+            inner += (x * own) * (y * other)
+            before += y * y
+    return l1, squares, nonfinite, change_l1, change_squares, inner, before
+
+
+@jit
+def _holds(squares, l1, FEW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether no square has overflowed, and none that counts has vanished."""
+    return (squares < float("inf")) & ((squares > FEW) | (l1 == 0))
+
+
+@jit
+def _scale_for(squares, FEW: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A power of two that brings entries to where their squares are sound."""
+    return tl.where(squares > FEW, tl.where(squares < float("inf"), 1.0, DOWN), UP)
+
+
+@jit
+def _over(total, scale):  # type: ignore[no-untyped-def]
+    return total.to(tl.float64) / scale.to(tl.float64)
+
+
+@jit(do_not_specialize=["tensors", "chunks"])
+def _tensor_stats(partials, layout, out, tensors, chunks, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One sum of one tensor a program: its chunks added up in float64, always in the same order."""
+    tensor, row = tl.program_id(0), tl.program_id(1)
+    count = tl.load(layout + 2 * tensors + tensor).to(tl.int32)
+    here = partials + row * chunks + tl.load(layout + tensors + tensor)
+    lanes = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), dtype=tl.float64)
+    for start in range(0, count, WIDTH):
+        total += tl.load(here + start + lanes, mask=start + lanes < count, other=0.0)
+    tl.store(out + row * tensors + tensor, tl.sum(total))

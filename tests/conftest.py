@@ -1,5 +1,10 @@
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("dynamon", deadline=None)
+hypothesis.settings.load_profile("dynamon")
 
 
 @pytest.fixture(autouse=True, scope="module")

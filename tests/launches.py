@@ -13,18 +13,23 @@ tested anywhere::
 
     with Launches(device="meta") as launches:  # leaves out what the host computes for itself on its own tensors
         ...
-    launches.calls                             # Counter: "_foreach_mul_.Scalar" -> 2
+    launches.calls                             # Counter: "_foreach_mul_.Scalar" -> 2, "triton _chunk_stats" -> 1
     launches.waits                             # how often the host asked for a number; on meta tensors asking raises
     launches.reset()                           # between two steps
 
-What counts: every operator that reaches the device, a foreach operator as one. What does not: views and other
-operators on metadata, and allocations. A list of tensors that
-foreach kernels do not take at once (of several dtypes, say) counts as one and is several.
+What counts: every operator that reaches the device, a foreach operator as one, and every launch of a Triton kernel,
+whether it is compiled, interpreted or :func:`pretended`. What does not: views and other operators on metadata, and
+allocations. A list of tensors that foreach kernels do not take at once (of several dtypes, say) counts as one and is
+several.
 Optimizers loop on a CPU and on ``meta`` unless they are told otherwise: ``foreach=True``.
 """
 
+import importlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +42,14 @@ _FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "is_pinned"),
     *("lift_fresh", "alias", "detach", "detach_", "_unsafe_view", "_reshape_alias", "squeeze_", "unsqueeze_"),
     *("t_", "transpose_", "as_strided_", "is_same_size", "stride", "size", "numel", "dim", "storage_offset"),
-    *("record_stream", "_local_scalar_dense", "unsafe_split", "unsafe_chunk", "_has_compatible_shallow_copy_type"),
+    *(
+        "record_stream",
+        "_local_scalar_dense",
+        "unsafe_split",
+        "unsafe_chunk",
+        "_has_compatible_shallow_copy_type",
+        "promote_types",
+    ),
 }
 _WAITS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero"}
 
@@ -59,6 +71,44 @@ class Launches(TorchDispatchMode):
         self.device = device
         self.calls: Counter[str] = Counter()
         self.waits = 0
+        self._inside = False  # of a Triton kernel, whose interpreter calls operators
+        self._patches: list[Any] = []
+
+    def __enter__(self) -> "Launches":
+        """Count from here on."""
+        for module, name in (
+            ("triton.runtime.jit", "JITFunction"),
+            ("triton.runtime.interpreter", "InterpretedFunction"),
+        ):
+            try:
+                kind = getattr(importlib.import_module(module), name)
+            except ImportError:
+                continue
+            patch = mock.patch.object(kind, "run", self._counted(kind.run))
+            patch.start()
+            self._patches.append(patch)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting."""
+        super().__exit__(*error)
+        while self._patches:
+            self._patches.pop().stop()
+
+    def _counted(self, run: Any) -> Any:
+        def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            self.add(f"triton {kernel.__name__}")
+            self._inside = True
+            try:
+                return run(kernel, *args, **kwargs)
+            finally:
+                self._inside = False
+
+        return counted
+
+    def add(self, name: str) -> None:
+        """Count one call more."""
+        self.calls[name] += 1
 
     @property
     def total(self) -> int:
@@ -74,6 +124,8 @@ class Launches(TorchDispatchMode):
         """Count, and compute."""
         found = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if self._inside:
+            return found
         counts = not func.is_view and name not in _FREE and not name.startswith("sym_")
         if (counts or name in _WAITS) and self._is_there((args, kwargs, found)):
             self.waits += name in _WAITS
@@ -88,6 +140,43 @@ class Launches(TorchDispatchMode):
         """The calls, most frequent first."""
         lines = [f"{count:6d} {name}" for name, count in self.calls.most_common() if count]
         return "\n".join([f"{self.total} calls, {self.waits} waits", *lines])
+
+
+@contextmanager
+def pretended(launches: Launches) -> Iterator[None]:
+    """Inside, a CPU is taken for a GPU with Triton, whose kernels for gradients are counted and find ones."""
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            return self.launch
+
+        def launch(self, *args: Any, **kwargs: Any) -> None:
+            launches.add(f"triton {self.name}")
+            if self.name == "_tensor_stats":
+                launches._inside = True
+                args[2].fill_(1.0)[2].zero_()  # nothing that is not finite
+                launches._inside = False
+
+    stats, lengths, twin = (
+        importlib.import_module(f"dynamon.kernels.{name}")
+        for name in ("gradient_stats", "lengths", "triton_gradient_stats")
+    )
+    with (
+        mock.patch.object(stats, "_may_have_triton", lambda device: True),
+        mock.patch.object(stats, "reads_are_free", lambda device: False),
+        mock.patch.object(lengths, "reads_are_free", lambda device: False),
+        mock.patch("dynamon.updates.reads_are_free", lambda device: False),
+        mock.patch.object(twin, "can_run", lambda device: True),
+        mock.patch.object(twin, "_triton_dtype", lambda dtype: dtype),
+        mock.patch.object(twin, "_chunk_stats", Kernel("_chunk_stats")),
+        mock.patch.object(twin, "_tensor_stats", Kernel("_tensor_stats")),
+        mock.patch.object(twin, "_runs", {}),
+        mock.patch.object(twin, "_plans", {}),
+    ):
+        yield
 
 
 class _Block(nn.Module):

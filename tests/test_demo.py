@@ -32,6 +32,7 @@ def test_a_short_run_ends_with_summary_picture_and_event_files(tmp_path: Path) -
     assert {"sharpness/stability_ratio", "noise/dual_median", "lr/ratio_median", "validation/loss"} <= set(tags)
 
 
+@pytest.mark.slow
 def test_without_adaptive_rates(tmp_path: Path) -> None:
     done = run("--steps", 40, "--budget", 1.0, "--logdir", tmp_path, "--no-adaptive", "--seed", 3)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -44,6 +45,7 @@ def test_a_run_that_falls_short_says_why(tmp_path: Path) -> None:
     assert "dynamon demo fell short: 0 sharpness points, 1 were expected." in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "--steps", "5000", "--logdir", str(tmp_path)],

@@ -49,12 +49,14 @@ def html(site: Path) -> Iterator[tuple[str, str]]:
         yield page.relative_to(site).as_posix(), page.read_text()
 
 
+@pytest.mark.slow
 def test_it_builds_with_warnings_as_errors(site) -> None:
     names = {name for name, _ in html(site)}
     assert {"index.html", "quantities.html", "comparison.html", "reference/tags.html"} <= names
     assert {f"gallery/{script.stem}.html" for script in generated.EXAMPLES.glob("*.py")} <= names
 
 
+@pytest.mark.slow
 def test_a_page_needs_no_network(site) -> None:
     for name, text in html(site):
         loaded = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"(?:https?:)?//[^>]*>", text)
@@ -63,11 +65,13 @@ def test_a_page_needs_no_network(site) -> None:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text()), style
 
 
+@pytest.mark.slow
 def test_formulas_and_tables_of_docstrings_are_drawn(site) -> None:
     text = (site / "reference" / "rates.html").read_text()
     assert "<mfrac>" in text and "\\frac" not in text and ":math:" not in text and "=====" not in text
 
 
+@pytest.mark.slow
 def test_every_monitor_and_its_tables_are_in_the_reference(site) -> None:
     text = (site / "reference" / "callbacks.html").read_text()
     for name in ("DynamicsMonitor", "SharpnessMonitor", "NoiseAdaptiveLR", "Meter"):
@@ -205,3 +209,26 @@ def test_each_page_shows_pictures_that_are_there() -> None:
 def test_the_gallery_lists_every_example() -> None:
     text = (DOCS / "gallery" / "index.md").read_text()
     assert all(f"]({script.stem}.md)" in text for script in generated.EXAMPLES.glob("*.py"))
+
+
+def test_the_table_of_gpu_checks_says_what_was_found() -> None:
+    names = ("device", "torch", "triton", "cuda", "lightning", "python", "commit", "command", "date")
+    bars = [
+        {"what": "share of a step", "value": 0.03, "bar": "<= 0.02", "holds": False},
+        {"what": "bitwise equal", "holds": True},
+    ]
+    checks = [
+        {
+            "check": "steering",
+            "part": "timing",
+            "status": "failed",
+            "seconds": 1.0,
+            "bars": bars,
+            "figures": {"ms": [1, 2]},
+        },
+        {"check": "two GPUs", "part": "hazards", "status": "skipped", "seconds": 0.0, "reason": "one | GPU"},
+    ]
+    text = generated.gpu_tables({"environment": {name: f"a {name}" for name in names}, "checks": checks})
+    assert "on one a device, torch a torch, Triton a triton" in text and "1 failed, 1 skipped" in text
+    assert "| steering | share of a step | 0.03 | <= 0.02 | **no** |" in text and "| timing | 1 | 0 |" in text
+    assert "| two GPUs | skipped | one |" in text and "| steering | ms | 1, 2 |" in text

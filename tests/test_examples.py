@@ -58,7 +58,10 @@ def test_a_run_that_does_not_diverge_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[] if p.stem == "spectral_density" else pytest.mark.slow) for p in EXAMPLES],
+)
 def test_without_matplotlib(path: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     example(path)(**SMALLER[path.stem], out=tmp_path / "picture.png")

@@ -116,6 +116,7 @@ def wheel(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_wheel_imports_far_from_the_checkout(wheel):
     modules = [
         f"{package}.{file.stem}".removesuffix(".__init__")
@@ -129,6 +130,7 @@ def test_wheel_imports_far_from_the_checkout(wheel):
     assert [file for file in files if not file.startswith(f"{wheel.purelib}/dynamon/")] == []
 
 
+@pytest.mark.slow
 def test_wheel_holds_nothing_else(wheel):
     files = metadata.Distribution.at(next(Path(wheel.purelib).glob("lightning_dynamon-*.dist-info"))).files
     assert {file.parts[0] for file in files if file.parts[0] != ".."} == {
@@ -144,6 +146,7 @@ def test_wheel_holds_nothing_else(wheel):
     assert wheel.run("-c", code, "callbacks", "kernels") == "[None, None]"
 
 
+@pytest.mark.slow
 def test_wheel_brings_the_tab_to_tensorboard(wheel):
     code = (
         "import sys; from tensorboard import default; "
@@ -154,10 +157,12 @@ def test_wheel_brings_the_tab_to_tensorboard(wheel):
     assert file.startswith(f"{wheel.purelib}/dynamon/board/") and has_torch == "False"
 
 
+@pytest.mark.slow
 def test_wheel_has_its_command(wheel):
     assert "usage" in run(wheel.python.with_name("dynamon"), "--help", cwd=wheel.cwd).lower()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # minutes on a busy machine the first time; .mypy_cache makes the next ones short
 def test_wheel_is_typed(wheel):
     options = ("--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"))

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynamon.curvature.custom import CustomFunctions
 from dynamon.curvature.graphs import nodes_behind, rounding_behind
+from dynamon.curvature.layer_norm import FewerCalls
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.curvature.scaling import LOWER, is_whole, length_scale, loss_scale, relative
 from dynamon.evaluations import Evaluations, eager, full_precision
@@ -26,8 +27,8 @@ class NoSecondDerivativeError(RuntimeError):
 
 @contextmanager
 def twice_differentiable(params: FlatParameters) -> Iterator[None]:
-    """Attention by the math kernel, compiled code run eagerly, parameter hooks off, gradients on."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eager(), params.hooks_off():
+    """Attention by the math kernel, compiled code run eagerly, parameter hooks off, gradients on, few calls."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eager(), FewerCalls(), params.hooks_off():
         yield
 
 
@@ -297,6 +298,7 @@ def second_derivatives() -> Iterator[None]:
 
 _DECORATORS = torch.autograd.function.__file__
 _REFUSED = {
+    "FlexAttentionAutogradOpBackward": "the loss uses flex_attention, which has no second derivative.",
     "torch::autograd::Error": "the loss uses an operation marked once_differentiable, which has no second derivative.",
     "CheckpointFunctionBackward": "the loss uses reentrant activation checkpointing, which has no second derivative; "
     "use checkpoint(..., use_reentrant=False).",

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dynamon.curvature.graphs import nodes_behind
 
-_SHARDING = "torch.distributed.fsdp."  # these pass gradients through
+_KNOWN = ("torch.distributed.fsdp.", "dynamon.")  # the former pass gradients through
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
 
 
 class CustomFunctions:
-    """The ``torch.autograd.Function`` of Python that took part in some tensors, FSDP2's own left out.
+    """The ``torch.autograd.Function`` of Python that took part in some tensors, FSDP2's and ours left out.
 
     Their backward passes may compute with numbers that were kept without a graph, or in kernels of which autograd
     knows nothing. A backward pass that keeps nothing (identities, sign changes, straight-through estimators) and
@@ -33,7 +33,7 @@ class CustomFunctions:
         """Find them."""
         nodes = nodes_behind(tensors, beyond)
         own = (node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction))
-        self._nodes: list[Any] = [node for node in own if not _class_of(node).__module__.startswith(_SHARDING)]
+        self._nodes: list[Any] = [node for node in own if not _class_of(node).__module__.startswith(_KNOWN)]
         self.silent: list[str] = []
         self.suspects = list(dict.fromkeys(_name(node) for node in self._nodes if _keeps_numbers(node)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamon.curvature.distributed import MeanOverRanks
 from dynamon.curvature.hessian import HessianOperator
-from dynamon.curvature.spaces import VectorSpace, space_of
+from dynamon.curvature.spaces import VectorSpace, space_of, wide_inner
 from dynamon.evaluations import full_precision
 from dynamon.kernels import widened
 
@@ -69,7 +69,7 @@ def directional_sharpness(hessian: Any, direction: Tensor, gradient: Tensor | No
     unit = direction if size == 1 else direction / size
     product = hessian @ unit
     pairs = [(unit, unit), (gradient, unit), (unit, product)]
-    squared, slope, curvature = space.total(torch.stack([widened(a) @ widened(b) for a, b in pairs])).tolist()
+    squared, slope, curvature = space.total(torch.stack([wide_inner(a, b) for a, b in pairs])).tolist()
     if squared == 0:
         raise ValueError("the direction is zero, so there is no curvature along it.")
     product = product if size == 1 else product * size
@@ -128,7 +128,7 @@ def norm_sharpness(
     whole = direction if space is None else [space.piece(d, place) for place, d in enumerate(direction)]
     lengths = torch.stack([widened(norm(d)) for norm, d in zip(norms.values(), whole, strict=True)])
     pieces = zip(direction, product.split(sizes), strict=True)
-    curvatures = torch.stack([widened(d.reshape(-1)) @ widened(part) for d, part in pieces])
+    curvatures = torch.stack([wide_inner(d.reshape(-1), part) for d, part in pieces])
     curvatures = curvatures if space is None else space.total(curvatures)
     table = torch.stack([lengths, curvatures]).cpu().double()
     lengths, curvatures = table[0], table[1]

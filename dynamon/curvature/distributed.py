@@ -27,6 +27,7 @@ class MeanOverRanks(LinearOperator):
 
     Attributes:
         doubt: Why products may miss a part, on any of the processes; else None.
+        is_coarse: Whether products are differences in half precision on any of them.
         loss: The weighted mean of the losses, where the operator has one.
         gradient: The weighted mean of the gradients, likewise.
 
@@ -47,6 +48,7 @@ class MeanOverRanks(LinearOperator):
         self.backend, self.reason = operator.backend, getattr(operator, "reason", None)
         self.rounding = operator.rounding
         self.doubt = self._doubt(getattr(operator, "doubt", None))
+        self.is_coarse = self._any(getattr(operator, "is_coarse", False))
         if hasattr(operator, "parameters"):
             self.parameters = own.parameters
         if isinstance(getattr(operator, "gradient", None), Tensor):
@@ -55,8 +57,12 @@ class MeanOverRanks(LinearOperator):
 
     def _doubt(self, own: str | None) -> str | None:
         """Why products may miss a part, here or on another process."""
-        doubts = self._sum(torch.tensor(float(own is not None), dtype=widest_dtype(self.device), device=self.device))
-        return own or ("products may miss a part on another process." if float(doubts) else None)
+        doubts = self._any(own is not None)
+        return own or ("products may miss a part on another process." if doubts else None)
+
+    def _any(self, own: bool) -> bool:
+        """Whether that is so on any of the processes."""
+        return bool(self._sum(torch.tensor(float(own), dtype=widest_dtype(self.device), device=self.device)))
 
     def _sum(self, tensor: Tensor) -> Tensor:
         if isinstance(self._group, Ranks):

@@ -36,7 +36,8 @@ class HessianOperator(LinearOperator):
     compares two step sizes.
 
     ``"auto"`` takes the first, and the second where the first is refused: by the graph, in the first product, or
-    because a custom autograd function in the graph makes the two disagree. ``.backend`` and ``.reason`` say what
+    because a custom autograd function in the graph makes the two disagree. Differences are then those of the loss in
+    full precision, without autocast, where it can be computed so. ``.backend`` and ``.reason`` say what
     was taken and why. Where differences are too noisy to tell whether such a function drops out, ``.doubt`` says so,
     and nothing that is solved with the operator converges.
 
@@ -99,19 +100,19 @@ class HessianOperator(LinearOperator):
             exact = DoubleBackward(self._loss_fn, self.parameters, self._evaluations)
             return self._checked(exact) if self._may_change and exact.suspects else exact
         except NoSecondDerivativeError as error:
-            return self._fall_back(error)
+            reason = self._reason_of(error)
+        return self._fall_back(reason)
 
     def _checked(self, exact: DoubleBackward) -> DoubleBackward | FiniteDifference:
         """Compare products on the graph with differences, under autocast in full precision too."""
         names = ", ".join(exact.suspects)
         found = self._compared(exact)
-        if not any(found[1:]) and self._evaluations.autocast:  # rounding hides what differences would show
+        if not any(found) and self._evaluations.autocast:  # rounding hides what differences would show
             found = self._compared(None)
-        differences, agrees, drops_out = found
+        agrees, drops_out = found
         if drops_out:
-            assert differences is not None
             self.reason = f"a custom autograd function ({names}) drops out of the second derivative."
-            return differences
+            return self._differences()
         if not agrees:
             self.doubt = (
                 f"a custom autograd function ({names}) may drop out of the second derivative, and differences of "
@@ -119,13 +120,13 @@ class HessianOperator(LinearOperator):
             )
         return exact
 
-    def _compared(self, exact: DoubleBackward | None) -> tuple[FiniteDifference | None, bool, bool]:
-        """Differences; whether products on the graph agree with them; whether they surely do not.
+    def _compared(self, exact: DoubleBackward | None) -> tuple[bool, bool]:
+        """Whether products on the graph agree with differences; whether they surely do not.
 
         Without a graph both are made in full precision.
         """
         if real_dtype(self.parameters.tensors[0]) not in DIFFERENCE_STEP:
-            return None, False, False
+            return False, False
         evaluations = self._evaluations if exact is not None else self._evaluations.in_full_precision()
         try:
             one = exact or DoubleBackward(self._loss_fn, self.parameters, evaluations, again=True)
@@ -134,14 +135,37 @@ class HessianOperator(LinearOperator):
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             if exact is not None or ran_out_of_memory(error):
                 raise
-            return None, False, False  # a function that knows half precision only
-        return differences, found.agrees, found.drops_out
+            return False, False  # a function that knows half precision only
+        return found.agrees, found.drops_out
 
-    def _fall_back(self, error: NoSecondDerivativeError) -> FiniteDifference:
+    def _reason_of(self, error: NoSecondDerivativeError) -> str:
+        """Its words, without the frames that keep a graph alive."""
         if not self._may_change:
             raise error
-        self.reason, self._may_change = str(error), False
+        return str(error)
+
+    def _fall_back(self, reason: str) -> FiniteDifference:
+        self.reason, self._may_change = reason, False
+        return self._differences()
+
+    def _differences(self) -> FiniteDifference:
+        """Without autocast where the loss allows that: in half precision differences are lost in rounding."""
+        if self._evaluations.autocast:
+            whole = self._evaluations.in_full_precision()
+            try:
+                found = FiniteDifference(self._loss_fn, self.parameters, whole)
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                if ran_out_of_memory(error):
+                    raise
+            else:
+                self._evaluations = whole
+                return found
         return FiniteDifference(self._loss_fn, self.parameters, self._evaluations)
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether products are differences of gradients that are computed in half precision."""
+        return self._engine.name == "finite_difference" and bool(self._evaluations.autocast)
 
     def _product(self, vector: Tensor) -> Tensor:
         return self.block_product(vector)
@@ -152,11 +176,15 @@ class HessianOperator(LinearOperator):
         try:
             return self._engine.product(vector, block)
         except NoSecondDerivativeError as error:
-            self._engine = self._fall_back(error)
+            reason, overflows = self._reason_of(error), False
         except OverflowError as error:
-            self.reason = f"{error} Products are computed in full precision."
-            self._evaluations = self._evaluations.in_full_precision()
+            reason, overflows = f"{error} Products are computed in full precision.", True
+        del self._engine  # its graph makes room for the next
+        if overflows:
+            self.reason, self._evaluations = reason, self._evaluations.in_full_precision()
             self._engine = DoubleBackward(self._loss_fn, self.parameters, self._evaluations, again=True)
+        else:
+            self._engine = self._fall_back(reason)
         self.parameters.mark_unchanged()
         self.backend, self.rounding = self._engine.name, self._engine.rounding
         return self._engine.product(vector, block)

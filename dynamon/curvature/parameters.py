@@ -230,7 +230,7 @@ def names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
 
 @contextmanager
 def checked_once() -> Iterator[None]:
-    """Inside, whether weights are still those of an operator is found out once: nobody else writes to them meanwhile."""
+    """Inside, whether weights are still an operator's is found out once: nobody else writes to them meanwhile."""
     token = _CHECKED.set(set())
     try:
         yield

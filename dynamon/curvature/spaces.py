@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from dynamon.evaluations import full_precision
-from dynamon.kernels import l2_along, l2_norms
+from dynamon.kernels import l2_along, l2_norms, widened
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
 from dynamon.shards import local, whole
+
+_AT_A_TIME = 2**24  # numbers of a vector that are copied in a wider dtype
 
 
 class VectorSpace:
@@ -54,6 +56,15 @@ class VectorSpace:
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
         """Random numbers for the part of a vector that is here."""
         return torch.Generator(device).manual_seed(seed)
+
+
+def wide_inner(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product of the numbers here of two vectors, in the widest dtype of their device; some at a time.
+
+    Memory: two copies of 2^24 numbers, not of the vectors, which may be most of what a device has.
+    """
+    parts = zip(one.split(_AT_A_TIME), other.split(_AT_A_TIME), strict=True)
+    return torch.stack([widened(a) @ widened(b) for a, b in parts]).sum()
 
 
 class Shards:

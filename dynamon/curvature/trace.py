@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from dynamon.curvature.parameters import checked_once
-from dynamon.curvature.spaces import space_of
+from dynamon.curvature.spaces import space_of, wide_inner
 from dynamon.evaluations import full_precision
-from dynamon.kernels import widened
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def trace(operator: Any, *, samples: int = 16, seed: int = 0) -> TraceEstimate:
     generator = space.generator(seed, device)
     found = []
     for _ in range(samples):
-        signs = torch.randint(2, (space.length,), generator=generator, device=device).mul(2).sub(1).to(dtype)
-        found.append(space.inner(widened(signs), widened(operator @ signs)))
+        signs = torch.randint(2, (space.length,), generator=generator, device=device).to(dtype).mul_(2).sub_(1)
+        found.append(space.total(wide_inner(signs, operator @ signs)))
     values = torch.stack(found).cpu().double()
     error = float(values.std() / math.sqrt(samples)) if samples > 1 else math.nan
     return TraceEstimate(float(values.mean()), error, samples)

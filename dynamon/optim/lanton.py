@@ -120,8 +120,8 @@ class Lanton(Optimizer):
 
     Cost of a step: the average by one foreach call; one batched call of ``polar`` for all matrices of a shape
     (:func:`dynamon.kernels.polar_factor`: 5 steps of 3 products), of which up to 2^26 entries are copied at a time;
-    for GPT-2 124M fewer than 130 device calls; no host synchronisation on a GPU. Memory: one buffer a parameter. The noise costs what
-    :class:`dynamon.gradients.GradientReader` does: two nuclear norms a matrix and one stored gradient.
+    for GPT-2 124M fewer than 130 device calls; no host synchronisation on a GPU. Memory: one buffer a parameter. The
+    noise costs what :class:`dynamon.gradients.GradientReader` does: two nuclear norms a matrix and one stored gradient.
 
     Sharded parameters (FSDP2, DTensor) work: a step gathers the average of every matrix and vector, one all-gather
     each, and each process repeats the same polar factors. The noise deals gradients out, each gathered on one process,

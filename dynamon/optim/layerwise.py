@@ -3,8 +3,8 @@
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from dynamon.arrays import Array
 from dynamon.gradients import PendingReadings
+from dynamon.kernels import waiter
 from dynamon.layers import Layer, is_steerable, known_layers
 from dynamon.norms import optimizer_family
 from dynamon.optim.refusals import check_decay, refusal, refuse_step, spread_reason
@@ -95,6 +96,7 @@ class LayerwiseRates:
         rule: The rule.
         watch: Watches the optimizer's steps.
         charge: Books the time of the rule in a step; may be set.
+        idle: Is around a wait for what training has queued on a device without CUDA's events; may be set.
         in_half_precision: To be set where training runs under autocast to sixteen bits, whose rounding is no noise.
         agrees_with_others: To be set under DDP where windows are given to :meth:`observe`, on every process: batches
             may be of other sizes there, and all must take the same ratios.
@@ -149,6 +151,7 @@ class LayerwiseRates:
         self._read_at = 0  # the evaluation of the closure that was read
         self._nesting = Nesting()
         self.charge: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.idle: Callable[[], AbstractContextManager[None]] = nullcontext
         self._views = GroupViews(optimizer, scale_weight_decay)
         self._taken: tuple[list[str], Array, Array] | None = None  # names, and in the last step: asked for, taken
         _steered[optimizer] = ref(self)
@@ -187,7 +190,10 @@ class LayerwiseRates:
             self.reader.follow_trends()
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        found: list[Tensor] = []
+        for group in self.optimizer.param_groups:
+            found += group["params"]
+        return found
 
     def _place(self, parameters: list[Tensor]) -> None:
         """Find the layer of each parameter of the optimizer, L for those that are not steered, and its group."""
@@ -313,32 +319,30 @@ class LayerwiseRates:
             self.reader.again()
             self._waiting = None
         self._read_at = self.watch.evaluation
-        with self._spared_memory():
+        try:
             if self._phase == 0:
                 self._waiting = self.reader.read(scale, dual=False, local_scale=local_scale, window=window)
                 if self.lag == 0:
                     self.settle()
             elif self._phase == self.read_every - 1:
                 self.reader.store(scale, window)
-
-    @contextmanager
-    def _spared_memory(self) -> Iterator[None]:
-        """Where reading runs out of memory ratios stay, and training goes on; of several processes all must read."""
-        try:
-            yield
         except Exception as error:
-            if _several_processes() or not ran_out_of_memory(error):
-                raise
-            self._waiting = None
-            self.reader.again()
-            self.reader.settle_part(None)
-            if not self._spared:
-                self._spared = True
-                warnings.warn(
-                    f"{type(self.rule).__name__}: the gradients of a step could not be read for want of memory; ratios "
-                    "stay as they are at such steps. read_every=10 reads fewer.",
-                    stacklevel=2,
-                )
+            self._go_without(error)
+
+    def _go_without(self, error: Exception) -> None:
+        """Where reading runs out of memory ratios stay, and training goes on; of several processes all must read."""
+        if _several_processes() or not ran_out_of_memory(error):
+            raise error
+        self._waiting = None
+        self.reader.again()
+        self.reader.settle_part(None)
+        if not self._spared:
+            self._spared = True
+            warnings.warn(
+                f"{type(self.rule).__name__}: the gradients of a step could not be read for want of memory; ratios "
+                "stay as they are at such steps. read_every=10 reads fewer.",
+                stacklevel=2,
+            )
 
     def give_up(self) -> None:
         """The step that was observed is not taken: the next one is observed anew."""
@@ -356,8 +360,10 @@ class LayerwiseRates:
         """
         noise = self.rule.noise
         if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
-            with self._spared_memory():
+            try:
                 self.reader.store_part(share, scale)
+            except Exception as error:
+                self._go_without(error)
 
     def watch_ranks(self, group: Any = None) -> None:
         """Under DDP, before the first backward pass of a step, have the gradients of the processes compared at it.
@@ -375,6 +381,10 @@ class LayerwiseRates:
     def settle(self) -> None:
         """Hand readings that are still waiting to the rule, so that its state is complete."""
         if self._waiting is not None:
+            wait = waiter(self.layers[0].parameter.device)
+            if wait is not None:  # the copy would wait for all that training has queued
+                with self.idle():
+                    wait()
             self.rule.update(self._waiting.wait())
             self._waiting = None
 

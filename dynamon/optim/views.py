@@ -50,7 +50,8 @@ class GroupViews:
         Args:
             ratios: The factor on the rate of each parameter ``[P]``, in the order of the groups.
         """
-        self.leave()
+        if self._original is not None:
+            self.leave()
         if (ratios == 1.0).all():
             return
         original = list(self._optimizer.param_groups)

@@ -116,7 +116,7 @@ def clustered(ratios: Array, places: Array, most: int, exact: Array) -> Array:
     low, high = 0.0, (1 + 1e-9) * max((line[-1] - line[0] for _, _, line in lines), default=0.0)  # rounding
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if sum(len(_begins(line, middle, room)) for _, _, line in lines) <= room:
+        if sum([len(_begins(line, middle, room)) for _, _, line in lines]) <= room:
             high = middle
         else:
             low = middle

@@ -10,6 +10,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from dynamon.quantities import REGISTRY
 from tests.browser.board import VIEWS, number, rounded
 
+pytestmark = pytest.mark.slow
 CHARTS = {
     "stability": {"Stability ratio", "Training loss", "Top eigenvalue of the Hessian", "Sharpness along the step"},
     "layers": {"gradient/dual"},

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tests.browser import big
 from tests.browser.board import rounded, serving
 
+pytestmark = pytest.mark.slow
 NASTY = "<img src=x onerror=window.attacked=1>"
 
 

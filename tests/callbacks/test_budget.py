@@ -11,6 +11,8 @@ from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import Decisions
 from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.stepping import Steps
+from dynamon.optim import LayerwiseRates
+from dynamon.rates import NoiseAdaptiveRates
 from tests.helpers import Classifier, fit, mlp
 
 STEP = 0.1
@@ -304,3 +306,61 @@ def test_asking_a_scaler_whether_it_skipped_the_step_is_a_wait(monkeypatch) -> N
         steps.begin(optimizer)
         optimizer.step()
         assert steps.any_taken() and len(waits) == expected
+
+
+class Queue:
+    """A device that works while the host goes on, without events: Apple's, say."""
+
+    def __init__(self, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock, self.done, self.waits = clock, 0.0, 0
+        monkeypatch.setattr(torch.mps, "synchronize", self.wait)
+
+    def add(self, seconds: float) -> None:
+        self.done = max(self.done, self.clock.now) + seconds
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.clock.now = max(self.clock.now, self.done)
+
+
+def test_a_device_without_events_is_waited_for(clock, monkeypatch) -> None:
+    """A reading is charged what the device takes for it, and not for what training has queued before it."""
+    budget, queue, mps = Budget(None), Queue(clock, monkeypatch), torch.device("mps")
+    for reads in (False, True):
+        budget.start()
+        queue.add(STEP)
+        with budget.watch(), budget.charge("it", mps, waits=True):
+            queue.add(0.03)
+            if reads:
+                queue.wait()
+    assert budget.spent_on == {"it": pytest.approx(0.06), "hooks": pytest.approx(0.0)}
+
+
+def test_what_is_charged_at_every_step_is_waited_for_now_and_then(clock, monkeypatch) -> None:
+    """A host that waited at every step would leave the device idle while the next step is queued."""
+    budget, queue, mps = Budget(None), Queue(clock, monkeypatch), torch.device("mps")
+    for _ in range(32):
+        queue.add(STEP)
+        with budget.charge("steering", mps):
+            queue.add(0.002)
+            clock.now += 0.001
+        clock.now += 0.01
+    assert queue.waits == 4
+    assert budget.spent_on["steering"] == pytest.approx(32 * 0.002)
+
+
+def test_waiting_for_training_before_a_late_reading_is_nobodys_cost(clock, monkeypatch) -> None:
+    """Steering takes up readings of the step before when the device is in the middle of this one."""
+    queue, network = Queue(clock, monkeypatch), mlp()
+    rates = LayerwiseRates(torch.optim.AdamW(network.parameters()), NoiseAdaptiveRates(), network)
+    budget = Budget(None)
+    rates.idle = budget.waiting
+    monkeypatch.setattr("dynamon.optim.layerwise.waiter", lambda device: queue.wait)
+    for _ in range(3):
+        network(torch.ones(2, 8)).sum().backward()
+        queue.add(STEP)
+        with budget.charge("steering"):
+            rates.observe()
+        rates.optimizer.step()
+    assert queue.waits == 2 and budget.spent_on["steering"] == pytest.approx(0.0)
+    assert clock.now == pytest.approx(3 * STEP)

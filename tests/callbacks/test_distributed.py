@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from tests.helpers import Classifier, fit, mlp, same_weights
 
+pytestmark = pytest.mark.processes
+
 
 class Report(Callback):
     """Writes what a rank ends with, since the processes are gone afterwards."""
@@ -38,7 +40,6 @@ def run(folder: Path, monitor: DynamicsMonitor | None, steering: NoiseAdaptiveLR
     return module, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.timeout(120)
 def test_monitors_are_invisible_under_ddp(tmp_path: Path) -> None:
     plain, _ = run(tmp_path / "plain", None, None)
     seen, ranks = run(tmp_path / "seen", DynamicsMonitor(every_n_steps=2, strict=True), None)
@@ -47,7 +48,6 @@ def test_monitors_are_invisible_under_ddp(tmp_path: Path) -> None:
     assert ranks[0]["sharpness"] and ranks[1]["sharpness"]
 
 
-@pytest.mark.timeout(120)
 def test_steering_keeps_the_ranks_together(tmp_path: Path) -> None:
     monitor = DynamicsMonitor(every_n_steps=2, strict=True)
     _, ranks = run(tmp_path / "steered", monitor, NoiseAdaptiveLR(warmup=2, group_by="all"))

@@ -29,7 +29,7 @@ from dynamon.curvature import HessianOperator, lanczos
 from tests.helpers import Classifier, mlp
 from tests.ranks import Breaks, fit_ranks, loader, rank
 
-SOON = pytest.mark.timeout(90)  # a collective without its partner waits for half an hour
+pytestmark = pytest.mark.processes
 
 
 def classifier() -> Classifier:
@@ -108,7 +108,6 @@ FAILING = {
 }
 
 
-@SOON
 @pytest.mark.parametrize("name", FAILING)
 def test_a_loss_that_fails_on_one_process(tmp_path: Path, monkeypatch, name: str) -> None:
     loss_fn, message = FAILING[name]
@@ -122,7 +121,6 @@ def test_a_loss_that_fails_on_one_process(tmp_path: Path, monkeypatch, name: str
     assert same_weights(plain[0], ranks[0]) and same_weights(plain[0], ranks[1])
 
 
-@SOON
 def test_one_quantity_that_fails_leaves_the_others(tmp_path: Path) -> None:
     callback = SharpnessMonitor(
         every_n_steps=2, quantities=["hessian", "critical", "directional"], loss_fn=fails_later, probe_fraction=1.0
@@ -133,7 +131,6 @@ def test_one_quantity_that_fails_leaves_the_others(tmp_path: Path) -> None:
         assert len(found["tables"]["sharpness/hessian_max"]["steps"]) == 6  # the eigenvalue meter went on
 
 
-@SOON
 def test_a_process_without_a_probe(tmp_path: Path, monkeypatch) -> None:
     said = Warnings(monkeypatch)
     monkeypatch.setattr("dynamon.callbacks.probe.take_samples", taken_on_rank_zero)
@@ -157,7 +154,6 @@ BREAKS = {
 }
 
 
-@SOON
 @pytest.mark.parametrize("name", BREAKS)
 @pytest.mark.parametrize("on", [0, 1])
 def test_gradients_that_one_process_cannot_read(tmp_path: Path, name: str, on: int) -> None:
@@ -170,7 +166,6 @@ def test_gradients_that_one_process_cannot_read(tmp_path: Path, name: str, on: i
     assert torch.equal(*(found["tables"]["noise/independent"]["values"] for found in ranks))
 
 
-@SOON
 def test_spectra_that_one_process_cannot_take(tmp_path: Path, monkeypatch) -> None:
     said = Warnings(monkeypatch)
     broken = Breaks(dealing, "shares", begin=0, end=3)
@@ -197,7 +192,6 @@ class PartlyUsed(nn.Module):
         return self.network(x) + (self.side(x) if rank() == 0 and self.calls % 2 else 0)
 
 
-@SOON
 def test_parameters_that_some_processes_do_not_use(tmp_path: Path) -> None:
     def make() -> Classifier:
         torch.manual_seed(5)
@@ -241,7 +235,6 @@ def counted_fit(tmp_path: Path, callback, counts: Counts, steps: int) -> list[di
     )
 
 
-@SOON
 def test_steps_that_measure_nothing_have_no_collective(tmp_path: Path, monkeypatch) -> None:
     counts = Counts(monkeypatch)
     callback = DynamicsMonitor(every_n_steps=4, strict=True)
@@ -249,7 +242,6 @@ def test_steps_that_measure_nothing_have_no_collective(tmp_path: Path, monkeypat
     assert [step for step, count in enumerate(ranks[0]["more"]) if count] == [0, 4, 8]
 
 
-@SOON
 def test_under_a_budget_the_first_process_decides(tmp_path: Path, monkeypatch) -> None:
     counts = Counts(monkeypatch)
     plain = fit_ranks(tmp_path / "plain", classifier, [], data=loader(), steps=150)
@@ -283,7 +275,6 @@ class Once(PartlyUsed):
         return Hidden.apply(self.network(x) + (self.side(x) if rank() == 0 else 0))
 
 
-@SOON
 @pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
 def test_differences_of_gradients_leave_the_reducer_alone(tmp_path: Path, option: str) -> None:
     def make() -> Classifier:
@@ -312,7 +303,6 @@ LATE = {
 }
 
 
-@SOON
 @pytest.mark.parametrize("name", LATE)
 def test_a_solve_that_one_process_cannot_end(tmp_path: Path, name: str) -> None:
     """What it had tracked until then is forgotten by all, or they would go on from different vectors."""
@@ -328,7 +318,6 @@ def test_a_solve_that_one_process_cannot_end(tmp_path: Path, name: str) -> None:
         assert torch.equal(*(table[tag]["values"].nan_to_num() for table in tables)), tag
 
 
-@SOON
 def test_steering_that_fails_on_one_process_stops_the_run(tmp_path: Path) -> None:
     """Weights that part without a word would be worse."""
     callbacks = [GradientMonitor(every_n_steps=1), NoiseAdaptiveLR(warmup=1)]

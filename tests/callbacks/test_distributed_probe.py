@@ -18,6 +18,8 @@ from tests.models import dense_hessian
 from tests.processes import dist_rank, fit_here, in_processes, same, small, values
 from tests.ranks import loader, regression
 
+pytestmark = pytest.mark.processes
+
 NOTES = SimpleNamespace(count=0)
 
 
@@ -152,7 +154,6 @@ def truth(places: list[int]) -> float:
     return float(torch.linalg.eigvalsh(dense_hessian(small(), lambda f: cross_entropy(f(x), y)))[-1])
 
 
-@pytest.mark.timeout(120)
 def test_effects_on_one_process_switch_sharpness_off_on_both(both) -> None:
     for found in both:
         assert same(found["plain"], found["effects"]) and found["effects"]["failures"] == 0

@@ -14,6 +14,8 @@ from tests.helpers import Classifier, mlp
 from tests.models import dense_hessian
 from tests.ranks import fit_ranks, loader, regression
 
+pytestmark = pytest.mark.processes
+
 OWN_CLOCK = {"dynamon/overhead", "dynamon/steering_overhead"}
 OTHER_SOURCE = re.compile("noise/(independent|scale|snr)")  # by processes where there are several
 ITERATIVE = re.compile("sharpness/.*(_max|_min|ratio|block|share|overlap|critical|edge)")
@@ -36,8 +38,7 @@ def values(report: dict, tag: str) -> torch.Tensor:
     return report["tables"][tag]["values"]
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_tag_is_that_of_one_process(tmp_path: Path, ranks: int) -> None:
     (one,) = fit_ranks(tmp_path / "one", classifier, monitors(), 1, data=loader())
     several = fit_ranks(tmp_path / "several", classifier, monitors(), ranks, data=loader())
@@ -58,7 +59,6 @@ def test_every_tag_is_that_of_one_process(tmp_path: Path, ranks: int) -> None:
         )
 
 
-@pytest.mark.timeout(120)
 def test_parts_of_different_sizes_count_by_their_samples(tmp_path: Path) -> None:
     callback = SharpnessMonitor(every_n_steps=1, quantities=["hessian"], probe_fraction=1.0, tol=1e-7, strict=True)
     data = loader(bounds=(11,))
@@ -103,7 +103,6 @@ SETTINGS = {
 }
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_noise_between_processes_is_its_definition(tmp_path: Path, name: str) -> None:
     settings = {**SETTINGS[name], "steps": 3}
@@ -121,7 +120,6 @@ def test_noise_between_processes_is_its_definition(tmp_path: Path, name: str) ->
         assert all(torch.equal(rank["weights"][key], plain[0]["weights"][key]) for key in rank["weights"])
 
 
-@pytest.mark.timeout(120)
 def test_noise_of_four_processes_and_what_follows_from_it(tmp_path: Path) -> None:
     callback = GradientMonitor(every_n_steps=1, strict=True)
     ranks = fit_ranks(tmp_path / "four", classifier, [callback], 4, data=loader(), steps=4)
@@ -138,7 +136,6 @@ def test_noise_of_four_processes_and_what_follows_from_it(tmp_path: Path) -> Non
         assert float(values(ranks[0], "noise/scale")[0]) == pytest.approx(scale, rel=1e-5)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("ranks,read_every", [(2, 1), (2, 3), (4, 1)])
 def test_steering_by_the_noise_between_processes(tmp_path: Path, ranks: int, read_every: int) -> None:
     steering = NoiseAdaptiveLR(warmup=1, group_by="all", source="independent", read_every=read_every)
@@ -168,7 +165,6 @@ def still() -> Classifier:
     return Classifier(mlp().double(), lambda p: torch.optim.SGD(p, lr=0.0))
 
 
-@pytest.mark.timeout(120)
 def test_uneven_batches_and_an_uneven_last_one(tmp_path: Path) -> None:
     """At weights that stay, so that only what is measured differs: DDP itself does not weigh by samples."""
     quantities = [q for q in QUANTITIES if q not in ("directional", "critical", "stability_ratio", "subspace")]
@@ -188,7 +184,6 @@ def test_uneven_batches_and_an_uneven_last_one(tmp_path: Path) -> None:
     assert {"sharpness/batch", "sharpness/ggn_max", "sharpness/trace", "sharpness/hessian_max_bracket"} <= set(one)
 
 
-@pytest.mark.timeout(120)
 def test_a_resumed_run_measures_what_the_whole_one_did(tmp_path: Path) -> None:
     def callbacks() -> list:
         return [*monitors(every=2), NoiseAdaptiveLR(warmup=1, group_by="all", source="independent")]

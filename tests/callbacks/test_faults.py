@@ -27,6 +27,7 @@ from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor
 from dynamon.effects import changes, outside_state
 from dynamon.probe import undisturbed
+from tests.apple import Strategy, apple
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
 
@@ -91,6 +92,35 @@ def test_memory_that_never_suffices_pauses_the_probe_and_nothing_else() -> None:
     assert monitor.failures == 6 and len(monitor.history["gradient/norm"]) == 10
 
 
+@pytest.mark.parametrize("free", [0, 2**40], ids=["no room for vectors", "the smallest probe"])
+def test_solves_that_find_no_memory_give_way_to_forward_passes(free, monkeypatch) -> None:
+    """At once where the vectors cannot fit, else when there are no samples left to leave out."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    module, monitor = Classifier(mlp(0.2)), SharpnessMonitor(every_n_steps=2, quantities=["hessian"], probe_size=4)
+    monkeypatch.setattr("dynamon.curvature.tracker.top_eigenvalues", full)
+    monkeypatch.setattr("dynamon.callbacks.eigenvalues.free_memory", lambda device: free)
+    with pytest.warns(UserWarning, match="out of memory") as caught:
+        fit(module, [monitor], steps=24, max_epochs=-1)
+    assert same_weights(undisturbed_run(steps=24, max_epochs=-1), module)
+    assert len(said(caught, "critical sharpness, which needs forward passes only, is shown instead")) == 1
+    assert len(said(caught, "The probe is halved to 2 samples")) == (free > 0)
+    assert monitor.failures == 1 + (free > 0) and len(monitor.history["sharpness/critical"]) >= 5
+
+
+def test_what_fits_is_found_out_again_beside_what_training_holds(monkeypatch) -> None:
+    """On a device of its own memory is free when a fit starts that training then takes."""
+    free = [2**33, 2**33]  # solves, and a density, when the fit starts
+    monkeypatch.setattr("dynamon.callbacks.room.free_memory", lambda device: free.pop() if len(free) > 1 else 0)
+    with apple(monkeypatch), pytest.warns(UserWarning, match="critical sharpness, which needs forward") as caught:
+        monitor = SharpnessMonitor(every_n_steps=2, quantities=["hessian"], strict=True)
+        fit(Classifier(mlp()), [monitor], steps=6, strategy=Strategy())
+    assert len(said(caught, "the vectors of an eigenvalue solve take")) == 1
+    assert "sharpness/hessian_max" not in monitor.history and len(monitor.history["sharpness/critical"]) >= 1
+
+
 def test_memory_that_ran_out_once_is_let_go(monkeypatch) -> None:
     """When the cache is emptied nothing of the failed measurement is alive any more."""
     alive = []
@@ -103,10 +133,10 @@ def test_memory_that_ran_out_once_is_let_go(monkeypatch) -> None:
         alive.append(weakref.ref(held))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    found = []
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: found.extend(held() for held in alive))
-    with pytest.warns(UserWarning, match="out of memory"):
-        fit(Classifier(mlp()), [SharpnessMonitor(every_n_steps=4, loss_fn=failing)], steps=8)
+    found, monitor = [], SharpnessMonitor(every_n_steps=4, loss_fn=failing)
+    with pytest.warns(UserWarning, match="out of memory"), apple(monkeypatch):
+        monkeypatch.setattr(torch.mps, "empty_cache", lambda: found.extend(held() for held in alive))
+        fit(Classifier(mlp()), [monitor], steps=8, strategy=Strategy())
     assert found and all(held is None for held in found)
 
 

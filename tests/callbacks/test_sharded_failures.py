@@ -23,7 +23,7 @@ from tests.ranks import Breaks, loader
 from tests.shards import ShardedClassifier, fit_shards
 
 # A collective without its partner waits for half an hour.
-pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
 
 def orthogonal(parameters: Any) -> torch.optim.Optimizer:

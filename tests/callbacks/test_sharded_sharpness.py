@@ -21,6 +21,8 @@ from tests.models import dense_hessian
 from tests.processes import Sharded, dist_rank, fit_here, in_processes, same, small, values
 from tests.ranks import regression
 
+pytestmark = pytest.mark.processes
+
 NUMBERS = sum(p.numel() for p in small().parameters())
 IN_SHARDS = ("hessian", "stability_ratio", "preconditioned", "directional", "critical", "batch", "subspace")
 BOUNDS = ("hessian", "stability_ratio", "bracket")  # in the sixth measurement
@@ -161,7 +163,6 @@ TAGS = {
 }
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", ["gathered", "shards", "gathered bounds", "shards bounds"])
 def test_every_tag_is_that_of_one_process(both, one, name: str) -> None:
     expected, found = one[name.replace("shards b", "gathered b")]["tables"], both[0][name]["tables"]

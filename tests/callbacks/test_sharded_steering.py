@@ -15,7 +15,7 @@ from dynamon.rates import FixedRates, SpectralTailRates
 from tests.ranks import fit_ranks, loader
 from tests.shards import ShardedClassifier, fit_shards
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
 
 def network() -> nn.Module:

@@ -17,7 +17,7 @@ from dynamon.optim import Lanton
 from tests.ranks import fit_ranks, loader, regression
 from tests.shards import ShardedClassifier, fit_shards
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 OWN_CLOCK = re.compile("dynamon/.*overhead")
 SUMS = re.compile("(gradient|noise)/.*")  # in float64; weights are reported in float32
 ITERATIVE = re.compile("spectrum/.*|weight/operator.*|update/(operator|ratio).*|weight/constraint_usage.*")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_attention
 from torch.utils.data import DataLoader, Dataset
 
-from dynamon.callbacks import SharpnessMonitor
+from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
 from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import GGNOperator, HessianOperator, top_eigenvalues
 from tests.helpers import Classifier, batches, cnn, fit, mlp, same_weights
@@ -391,3 +391,15 @@ def test_several_optimizers_have_no_stability_ratio_and_are_told(caplog) -> None
         fit(Two(), [monitor])
     assert "no stability ratio: it is defined for one optimizer" in caplog.text
     assert len(monitor.history["sharpness/hessian_max"]) >= 2
+
+
+def test_transformer_engine_is_refused_by_one_sentence(recwarn) -> None:
+    class Linear(nn.Linear):
+        __module__ = "transformer_engine.pytorch.module.linear"
+
+    module = Classifier(nn.Sequential(nn.Linear(8, 4), Linear(4, 3)))
+    monitor = DynamicsMonitor(every_n_steps=2)
+    fit(module, [monitor], steps=4)
+    said = [str(w.message) for w in recwarn if "Transformer Engine" in str(w.message)]
+    assert len(said) == 1 and monitor.failures == 0
+    assert "gradient/norm" in monitor.history and not any(tag.startswith("sharpness/") for tag in monitor.history)

@@ -232,7 +232,7 @@ class Counts(dict):
             self[key] = self.get(key, 0) + value
 
 
-@pytest.mark.parametrize("kind", [Counter, Counts, OrderedDict, lambda of: defaultdict(int, of)], ids=str)
+@pytest.mark.parametrize("kind", [Counter, Counts, OrderedDict, lambda of: defaultdict(int, of)], ids=["Counter", "Counts", "OrderedDict", "defaultdict"])
 def test_dictionaries_of_every_class_are_put_back(kind):
     """Each evaluation of the loss counts once, and weighs by the counts."""
     module = nn.Linear(8, 3).double()
@@ -1270,3 +1270,67 @@ def test_what_measures_tells_what_it_has_found():
     found = spectral_density(hessian, steps=20, probes=1)
     assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
     assert len(repr(found)) < 200
+
+
+class FlexAttentionAutogradOp(torch.autograd.Function):
+    """Named like what ``flex_attention`` puts into the graph: a backward pass without a derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.no_grad():
+            return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class HalfFlexAttention(FlexAttentionAutogradOp):
+    """The same in half precision only, as fused kernels are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        assert x.dtype is torch.bfloat16
+        return FlexAttentionAutogradOp.forward(ctx, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
+def test_differences_of_what_has_no_second_derivative_are_taken_in_full_precision(dtype):
+    operator, found = top(with_tanh(FlexAttentionAutogradOp), dtype or torch.bfloat16, dtype is not None)
+    assert operator.backend == "finite_difference" and "flex_attention" in operator.reason and not operator.is_coarse
+    assert found.converged and float(found.values[0]) == pytest.approx(float(TRUE_TOP.values[0]), rel=0.02)
+
+
+class Flexible(Classifier):
+    """Attention of that kind between two layers."""
+
+    def __init__(self, function):
+        super().__init__(mlp(), lambda p: torch.optim.SGD(p, lr=0.1))
+        self.function = function
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.function.apply(self.network[0](batch[0]))
+        return F.cross_entropy(self.network[3](hidden), batch[1])
+
+
+def test_a_model_with_flex_attention_has_its_eigenvalue_in_bf16_mixed(caplog):
+    monitor = SharpnessMonitor(every_n_steps=1, quantities=["hessian", "directional"], probe_fraction=1.0)
+    fit(Flexible(FlexAttentionAutogradOp), [monitor], steps=4, precision="bf16-mixed")
+    assert monitor.failures == 0 and len(monitor.history["sharpness/hessian_max"].values) == 4
+    assert "flex_attention, which has no second derivative" in caplog.text
+
+
+def test_what_exists_in_half_precision_only_is_left_out_by_one_sentence():
+    class FlexAttentionAutogradOp(HalfFlexAttention):
+        pass
+
+    quantities = ["hessian", "trace", "directional", "batch", "stability_ratio"]
+    monitor = SharpnessMonitor(every_n_steps=1, quantities=quantities, probe_fraction=1.0)
+    with pytest.warns(UserWarning, match="left out") as caught:
+        fit(Flexible(FlexAttentionAutogradOp), [monitor], steps=6, precision="bf16-mixed")
+    said = [str(one.message) for one in caught if "sharpness" in str(one.message)]
+    assert len(said) == 3 and all("flex_attention, which has no second derivative" in one for one in said)
+    assert sum(one.startswith("sharpness is left out") for one in said) == 1 and monitor.failures == 0
+    assert len(monitor.history["sharpness/critical_multiple"].values) >= 3
+    assert "sharpness/hessian_max" not in monitor.history

@@ -1,20 +1,24 @@
 """Apple GPUs and other devices without float64 and eigenvalues: every reading is there, to the accuracy of float32."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks.dynamics import PRESETS
 from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
@@ -29,18 +33,20 @@ from dynamon.curvature import (
     top_eigenvalues,
     trace,
 )
-from dynamon.kernels import nuclear_norm
+from dynamon.kernels import nuclear_norm, widest_dtype
 from dynamon.norms import get_norm
-from dynamon.optim import Lanton
+from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.probe import undisturbed
 from dynamon.ranks import Ranks
-from dynamon.rates import SpectralTailRates
-from tests.apple import DEVICE, Strategy, apple
+from dynamon.rates import FixedRates, NoiseAdaptiveRates, SpectralTailRates
+from tests.apple import DEVICE, STREAM, Strategy, apple, has_kernel
+from tests.conformance.subjects import Data, Subject
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
 TOLERANCE = 5e-3
 SOLVED = "_share", "_overlap"  # of eigenvectors that are known to the tolerance of the solver
-UNLIKE = ("dynamon/", "spectrum/tail", "sharpness/products")  # time, and what jumps by a whole candidate or burst
+# Time, what jumps by a whole candidate or burst, second moments that round to zero.
+UNLIKE = ("dynamon/", "spectrum/tail", "sharpness/products", "sharpness/left_out")
 
 
 def small() -> nn.Module:
@@ -116,13 +122,124 @@ def test_a_run_on_a_device_without_float64(name: str, monkeypatch: pytest.Monkey
         assert_alike(found, wanted)
 
 
-def test_monitors_leave_training_there_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+NEUTRAL = {
+    **{preset: lambda preset=preset: [DynamicsMonitor(preset, every_n_steps=1, strict=True)] for preset in PRESETS},
+    "sharpness": lambda: [SharpnessMonitor(every_n_steps=2, quantities=QUANTITIES, strict=True)],
+    "weights": lambda: [WeightMonitor(every_n_steps=1, histograms=True, convolutions=True, strict=True)],
+    "steering by ones": lambda: [LayerwiseLR(FixedRates({"*": 1.0}))],
+    "steering, dry": lambda: [NoiseAdaptiveLR(warmup=1, apply=False)],
+}
+
+
+def trained(callbacks: Sequence[Any], **arguments: Any) -> tuple[Classifier, Tensor, Tensor]:
+    """A module after four steps there, and both random streams."""
+    module = Classifier(with_dropout())
+    fit(module, list(callbacks), steps=4, **{"strategy": Strategy(), **arguments})
+    return module.cpu(), torch.get_rng_state(), STREAM.get_state()
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_callbacks_leave_training_there_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with apple(monkeypatch):
-        plain = Classifier(with_dropout())
-        fit(plain, [], steps=4, strategy=Strategy())
-        monitored = Classifier(with_dropout())
-        fit(monitored, [DynamicsMonitor("full", every_n_steps=3, strict=True)], steps=4, strategy=Strategy())
-        assert same_weights(plain.cpu(), monitored.cpu())
+        (plain, *streams), (monitored, *after) = trained([]), trained(NEUTRAL[name]())
+        assert same_weights(plain, monitored)
+        assert all(map(torch.equal, streams, after))
+        torch.manual_seed(3)
+        assert not torch.equal(STREAM.get_state(), streams[1])  # dropout draws from it
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_that_is_taken_up_there_repeats_the_one_that_never_stopped(
+    lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe's samples, tracked vectors and blocks, updates and gradients come back from the host."""
+    quantities = ["hessian", "blocks", "subspace"]
+
+    def callbacks() -> list[Any]:
+        monitor = DynamicsMonitor(every_n_steps=2, quantities=quantities, strict=True)
+        return [monitor, NoiseAdaptiveLR(warmup=1, lag=lag)]
+
+    data, save = batches(32), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    with apple(monkeypatch):
+        whole, kept = Classifier(small()), callbacks()
+        shared = {"steps": 8, "max_epochs": -1}
+        fit(whole, [*kept, save], data, strategy=Strategy(), enable_checkpointing=True, **shared)
+        second, again = Classifier(small()), callbacks()
+        fit(second, again, data, strategy=Strategy(), ckpt_path=tmp_path / "step=4.ckpt", **shared)
+        assert same_weights(whole.cpu(), second.cpu())
+    for tag in ("sharpness/hessian_max", "sharpness/block", "update/operator", "gradient/dual"):
+        one, other = kept[0].history[tag], again[0].history[tag]
+        np.testing.assert_allclose(one.values[one.steps >= 4], other.values, 1e-5, err_msg=tag)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("model", ["transformer with SDPA", "LSTM"])
+def test_models_with_other_layers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained_there(there: bool) -> list[Any]:
+        callbacks = [DynamicsMonitor("standard", every_n_steps=3, strict=True), NoiseAdaptiveLR(warmup=1)]
+        data = Data(model, shuffle=False).train_dataloader()
+        options = {"strategy": Strategy()} if there else {}
+        fit(Subject(model), callbacks, data, steps=3, **options)
+        return callbacks
+
+    wanted = trained_there(False)
+    with apple(monkeypatch):
+        for one, other in zip(trained_there(True), wanted, strict=True):
+            assert_alike(one, other)
+
+
+@pytest.mark.parametrize("source", ["successive", "independent"])
+@pytest.mark.parametrize("arguments", [{}, {"lag": 0}, {"read_every": 2}], ids=str)
+def test_steering_in_a_loop_of_ones_own(source: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained_there(device: Any) -> list[float]:
+        network = mlp().to(device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(source=source, warmup=1), network, **arguments)
+        loader = list(batches())
+        for x, y in [*loader[:6]]:
+            optimizer.zero_grad()
+            for half in (slice(0, 4), slice(4, 8)):
+                (cross_entropy(network(x[half].to(device)), y[half].to(device)) / 2).backward()
+                if half.start == 0:
+                    rates.observe_part(0.5)
+            optimizer.step()
+        return list(rates.ratios.values())
+
+    wanted = trained_there("cpu")
+    with apple(monkeypatch):
+        found = trained_there(DEVICE)
+    assert found == pytest.approx(wanted, rel=1e-4) and min(found) < 1
+
+
+def test_accumulated_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained_there(there: bool) -> list[Any]:
+        steering = NoiseAdaptiveLR(warmup=1, source="independent")
+        callbacks = [DynamicsMonitor(every_n_steps=2, quantities=["critical"], strict=True), steering]
+        options = {"strategy": Strategy()} if there else {}
+        fit(Classifier(mlp()), callbacks, steps=4, accumulate_grad_batches=2, **options)
+        return callbacks
+
+    wanted = trained_there(False)
+    with apple(monkeypatch):
+        for one, other in zip(trained_there(True), wanted, strict=True):
+            assert_alike(one, other)
+
+
+def test_where_tensors_are_made_there_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers in float64 are the host's own."""
+    wanted = curvature("cpu")
+    with apple(monkeypatch), DEVICE:
+        found = curvature(DEVICE)
+        monitor = DynamicsMonitor("full", every_n_steps=3, strict=True)
+        fit(Classifier(small()), [monitor, NoiseAdaptiveLR()], on_host(batches()), steps=3, strategy=Strategy())
+    assert found["lanczos 0"] == pytest.approx(wanted["lanczos 0"], rel=1e-3)
+    assert "sharpness/block" in monitor.history
+
+
+def on_host(loader: Any) -> DataLoader[Any]:
+    """Its batches, since the loader's own generator would be asked for on the device."""
+    return DataLoader(list(loader), batch_size=None)
 
 
 def test_measure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +311,24 @@ def test_norms_with_singular_values(name: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(norm.lmo(there).cpu(), norm.lmo(matrix))
 
 
+def test_where_random_numbers_cannot_be_put_back_nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    with apple(monkeypatch):
+        plain, *streams = trained([])
+        monkeypatch.delattr(torch.mps, "get_rng_state")
+        monitor = DynamicsMonitor(every_n_steps=1, strict=True)
+        with pytest.warns(UserWarning, match="torch cannot put back the random numbers"):
+            monitored, *after = trained([monitor])
+        assert same_weights(plain, monitored)
+        assert all(map(torch.equal, streams, after))
+    assert "gradient/dual" in monitor.history and "weight/operator" in monitor.history
+    assert not any(tag.startswith("sharpness/") for tag in monitor.history)
+
+
+@pytest.mark.parametrize(("kind", "is_wide"), [("cpu", True), ("cuda", True), ("mps", False), ("hpu", False)])
+def test_the_widest_dtype_of_a_device(kind: str, is_wide: bool) -> None:
+    assert (widest_dtype(torch.device(kind)) == torch.float64) is is_wide
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["mps", "xpu"])
 def test_random_streams_of_any_accelerator_are_put_back(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     held, kind, module = [1, 2], "xpu" if several else "mps", mlp()
@@ -257,3 +392,38 @@ def test_what_a_checkpoint_brings_lies_on_the_host(monkeypatch: pytest.MonkeyPat
         second.load_state_dict(tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, first.state_dict()))
         fit(Classifier(mlp().to(DEVICE)), [second], steps=2, strategy=Strategy())
     assert second.failures == 0 and len(second.history["sharpness/block"].values) > 0
+
+
+REFUSED = {
+    "float64": lambda x: x.double(),
+    "numbers in float64": lambda x: torch.zeros(2, dtype=torch.float64, device=DEVICE),
+    "a tensor in float64": lambda x: torch.zeros(2, dtype=torch.float64).to(DEVICE),
+    "sums in float64": lambda x: x.sum(dtype=torch.float64),
+    "complex128": lambda x: torch.complex(x, x).to(torch.complex128),
+    "numpy": lambda x: x.numpy(),
+    "as an array": lambda x: np.asarray(x),
+    "pinned memory": lambda x: torch.empty_like(x, pin_memory=True),
+    "two devices": lambda x: x + torch.ones(3, 3),
+    "eigvalsh": torch.linalg.eigvalsh,
+    "eigh": torch.linalg.eigh,
+    "eigvals": torch.linalg.eigvals,
+    "svdvals": torch.linalg.svdvals,
+    "qr": torch.linalg.qr,
+    "histc": torch.histc,
+    "geqrf": torch.geqrf,
+    "a mode of values": lambda x: torch.mode(x),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_stand_in_refuses_what_the_device_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with apple(monkeypatch):
+        there = torch.ones(3, 3).to(DEVICE)
+        with pytest.raises((TypeError, RuntimeError)):
+            REFUSED[name](there)
+
+
+def test_kernels_by_the_table_of_torch() -> None:
+    names = ("mm", "add.Tensor", "aminmax", "linalg_vector_norm", "index_copy", "bincount", "_foreach_norm.Scalar")
+    assert all(map(has_kernel, names))
+    assert not any(map(has_kernel, ("mode", "_linalg_eigh", "geqrf", "mkldnn_rnn_layer")))

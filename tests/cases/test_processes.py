@@ -25,7 +25,7 @@ from tests.ranks import Breaks, fit_ranks, loader, rank
 from tests.shards import in_group
 
 # A collective without its partner waits for half an hour.
-pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
 
 class Learner(Classifier):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+from torch.utils.checkpoint import checkpoint
 
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
@@ -78,9 +79,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [played.generator.get_state()])
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: [played.generator.set_state(s) for s in states])
-    monkeypatch.setattr(
-        torch.accelerator, "current_accelerator", lambda **asked: None if asked else torch.device("cuda")
-    )
+    kind = torch.device("cuda")  # only where nobody asks whether it is really there
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a, **k: None if a or k else kind)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", played.generator.manual_seed)
     return played
 
@@ -88,14 +88,18 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 class Recurrent(nn.Module):
     """A recurrent layer between two linear ones, with dropout by the card."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, checkpoints: bool | None = None) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.masks = card.masks
+        self.masks, self.checkpoints = card.masks, checkpoints
         self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(lstm(self.first(x).tanh(), self.masks))
+        hidden = self.first(x).tanh()
+        if self.checkpoints is None:
+            return self.last(lstm(hidden, self.masks))
+        again = {"use_reentrant": self.checkpoints, "preserve_rng_state": False}
+        return self.last(checkpoint(lstm, hidden, self.masks, **again))
 
 
 def lstm(x: Tensor, masks: Callable[[Tensor], Tensor]) -> Tensor:
@@ -158,8 +162,9 @@ WAYS = ("measure", "undisturbed", "critical", "ggn", "double_backward", "finite_
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_no_evaluation_goes_to_cudnn_or_sets_a_generator_of_cuda(card, how):
-    module, x = Recurrent(card), torch.randn(5, 8)
+@pytest.mark.parametrize("checkpoints", [None, False])
+def test_no_evaluation_goes_to_cudnn_or_sets_a_generator_of_cuda(card, how, checkpoints):
+    module, x = Recurrent(card, checkpoints), torch.randn(5, 8)
     y = torch.randint(3, (5,))
     card.generator.calls.clear()  # that was this test
     evaluated(how, module, x, y)

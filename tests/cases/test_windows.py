@@ -549,7 +549,7 @@ def _noise_of(callback: Any) -> Any:
     return lambda module: [rates.rule.state_dict()["noise"] for rates in callback._steered.values()]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.processes
 @pytest.mark.parametrize("monitored", [0, 1, 3])
 @pytest.mark.parametrize("length", [1, 2])
 def test_processes_with_batches_of_different_sizes_decide_alike(tmp_path: Path, monitored: int, length: int) -> None:

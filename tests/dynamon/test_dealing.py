@@ -58,7 +58,6 @@ def fail_on_first(items: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes(tmp_path) -> None:
     with socket.socket() as free:

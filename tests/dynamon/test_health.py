@@ -410,7 +410,9 @@ HEALTHY = {
 }
 
 
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("cnn, momentum", "gpt, AdamW") else []) for n in HEALTHY]
+)
 def test_healthy_runs(name, tmp_path):
     torch.manual_seed(0)
     run, monitor = run_of(tmp_path, *HEALTHY[name]())

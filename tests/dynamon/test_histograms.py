@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynamon.histograms import Histogram, histogram_table, histograms
+from dynamon.histograms import _BINS, Histogram, _spread_counts, histogram_table, histograms
 
 
 def gaussian(*shape: int, scale: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -82,3 +82,10 @@ def test_buckets_merge_gaps_and_drop_the_ends() -> None:
 
 def test_all_layers_are_one_table() -> None:
     assert histogram_table(list(TENSORS.values())).shape == (len(TENSORS), 264)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 5000])
+def test_counting_as_on_a_gpu(size: int) -> None:
+    """In copies of the bins, so that additions to one address do not stand in a queue."""
+    index = torch.randint(0, _BINS + 1, (size,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(_spread_counts(index), torch.bincount(index, minlength=_BINS + 1)[:_BINS])

@@ -22,6 +22,7 @@ from dynamon.optim import Lanton, LayerwiseRates, steering_of
 from dynamon.optim.lanton import RADII
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
 from tests.helpers import Classifier, batches
+from tests.launches import Launches, fill_gradients, gpt2
 from tests.models import cnn, gpt, mlp, samples
 
 
@@ -612,3 +613,16 @@ def test_other_memory_formats():
     play(other, Lanton(other, 0.1, rule=steep()), given)
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_of_gpt2_takes_few_device_calls(monkeypatch):
+    """And its products are in bfloat16 where that pays."""
+    monkeypatch.setattr("dynamon.kernels.polar.half_pays", lambda device: True)
+    model = gpt2("meta")
+    fill_gradients(model)
+    optimizer = Lanton(model, 0.01, noise_adaptive=False)
+    optimizer.step()
+    with Launches("meta") as launches:
+        optimizer.step()
+    assert launches.total <= 130 and launches.waits == 0, launches
+    assert launches.calls["bmm.default"] + launches.calls["baddbmm.default"] == 3 * (1 + 5 * 3)  # three shapes

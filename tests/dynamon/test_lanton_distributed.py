@@ -62,7 +62,6 @@ def work(rank: int, port: int, adaptive: bool, lag: int, folder: str) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("adaptive", "lag"), [(False, 1), (True, 1), (True, 0)])
 def test_shards_take_the_steps_of_the_whole(tmp_path, adaptive, lag) -> None:

@@ -1,13 +1,15 @@
 """What the solver's vectors take, against the vectors it really holds."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dynamon import memory
-from dynamon.curvature import Diagonal, LinearOperator, top_eigenvalues
-from dynamon.memory import basis_memory, free_memory
+from dynamon.curvature import Diagonal, LinearOperator, directional_sharpness, norm_sharpness, top_eigenvalues, trace
+from dynamon.curvature.spaces import wide_inner
+from dynamon.memory import basis_memory, empty_cache, free_memory
 from tests.peak import Peak
 
 N = 20_000
@@ -121,4 +123,54 @@ def test_free_memory_of_a_container_is_that_of_its_limit(monkeypatch, tmp_path, 
 def test_free_memory_of_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (123, 456))
-    assert free_memory(torch.device("cuda:1")) == 123 and asked == [torch.device("cuda:1")]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda:1")) == 173 and asked == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("kind", ["xpu", "npu", "mps"])
+def test_free_memory_of_other_accelerators(kind, monkeypatch):
+    numbers = {"recommended_max_memory": lambda: 200, "current_allocated_memory": lambda: 77}
+    asks = numbers if kind == "mps" else {"mem_get_info": lambda device: (123, 456)}
+    monkeypatch.setattr(torch, kind, SimpleNamespace(**asks), raising=False)
+    assert free_memory(SimpleNamespace(type=kind)) == 123
+
+
+def test_caches_of_any_device(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append("mps"))
+    for kind in ("cpu", "mps", "meta"):
+        empty_cache(torch.device(kind))
+    assert emptied == ["mps"]
+
+
+N_WIDE = 2**18
+ALONG = {
+    "directional": (lambda op, v: directional_sharpness(op, v, v), 1),  # the product
+    "norms": (
+        lambda op, v: norm_sharpness(v, [v[: N_WIDE // 2], v[N_WIDE // 2 :]], {"a": torch.norm, "b": torch.norm}),
+        0,
+    ),
+    "trace": (lambda op, v: trace(op, samples=2), 4),  # signs, drawn in 8 bytes, and the product
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_sums_in_float64_take_no_copies_of_whole_vectors(name, monkeypatch):
+    monkeypatch.setattr("dynamon.curvature.spaces._AT_A_TIME", 2**10)
+    measure, vectors = ALONG[name]
+    vector = torch.ones(N_WIDE)
+    operator = Diagonal(vector)
+    with Peak([vector]) as peak:
+        measure(operator, vector)
+    assert peak.most <= (vectors + 0.1) * vector.nbytes
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_inner_products_in_pieces(size, monkeypatch):
+    monkeypatch.setattr("dynamon.curvature.spaces._AT_A_TIME", 7)
+    one, other = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
+    found = wide_inner(one, other)
+    assert found.dtype == torch.float64 and found.item() == pytest.approx(
+        (one.double() @ other.double()).item(), rel=1e-12
+    )

@@ -78,7 +78,6 @@ def failures(rank: int) -> dict:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(90)
 @pytest.mark.filterwarnings("ignore")
 def test_a_failure_anywhere_ends_it_everywhere(tmp_path: Path) -> None:
     found = run(failures, 3, tmp_path)
@@ -141,7 +140,6 @@ def mean_square(own: torch.Tensor, mean: torch.Tensor) -> float:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(90)
 @pytest.mark.filterwarnings("ignore")
 def test_noise_between_processes_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     found = run(steer, 3, tmp_path)
@@ -165,7 +163,6 @@ def give_up(rank: int) -> dict:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(90)
 @pytest.mark.filterwarnings("ignore")
 def test_one_that_gives_up_leaves_no_reading(tmp_path: Path) -> None:
     found = run(give_up, 2, tmp_path)

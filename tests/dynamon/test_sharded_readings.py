@@ -21,7 +21,7 @@ from dynamon.weights import WeightReadings, spectra_of, weight_readings
 from tests.models import gpt
 from tests.shards import in_group
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 ITERATIVE = ("operator", "update", "ratio", "sigma_max", "sigma_lower", "sigma_upper", "stable_rank", "deviation")
 SUMS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6}
 

@@ -15,7 +15,7 @@ from dynamon.shards import Gathering, batches, has_whole_rows, local, part_of, s
 from dynamon.totals import Totals
 from tests.shards import in_group
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 LAYOUTS: dict[str, tuple[Callable[[int], tuple[int, ...]], tuple[Any, ...]]] = {
     "rows": (lambda n: (n,), (Shard(0),)),

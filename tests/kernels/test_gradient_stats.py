@@ -1,5 +1,6 @@
 """The one-pass statistics against a plain loop in float64."""
 
+import importlib
 import math
 
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from dynamon.kernels import gradient_stats
 
 SHAPES = [(4, 3), (7,), (), (1, 1), (2, 3, 5), (300, 40)]
-OWN = ("l1", "sum_squares", "max_abs", "nonfinite")
-FIELDS = (*OWN, *(f"difference_{name}" for name in OWN), "inner")
+OWN = ("l1", "sum_squares", "nonfinite")
+FIELDS = (*OWN, "difference_l1", "difference_sum_squares", "inner")
 
 
 def tensors(seed, dtype=torch.float32, shapes=SHAPES):
@@ -25,48 +26,14 @@ def nonfinite(values):
 
 
 def plain_loop(gradients, previous):
-    """The nine statistics of every tensor, entry by entry, in float64."""
+    """The statistics of every tensor, entry by entry, in float64."""
     rows = []
     for g, p in zip(gradients, previous, strict=True):
         g, p = g.double().numpy().ravel(), p.double().numpy().ravel()
-        own = [math.fsum(abs(g)), math.fsum(g * g), max(abs(g)), nonfinite(g)]
-        change = [math.fsum(abs(g - p)), math.fsum((g - p) ** 2), max(abs(g - p)), nonfinite(g - p)]
+        own = [math.fsum(abs(g)), math.fsum(g * g), nonfinite(g)]
+        change = [math.fsum(abs(g - p)), math.fsum((g - p) ** 2)]
         rows.append([*own, *change, math.fsum(g * p)])
     return np.array(rows).T
-
-
-def assert_lines(found, tensors, rel):
-    """Sums of squares over the last dimension and over the last but one, in float64 with NumPy."""
-    for line, tensor in zip(found, tensors, strict=True):
-        for axis, sums in zip((-1, -2), line, strict=True):
-            if tensor.ndim < 2:
-                assert sums is None
-            else:
-                with np.errstate(all="ignore"):
-                    expected = np.square(tensor.numpy()).sum(axis)
-                assert sums.shape == expected.shape
-                np.testing.assert_allclose(sums.double().numpy(), expected, rtol=rel, atol=1e-30)
-
-
-def assert_axes(gradients, previous, rel):
-    """With rows and columns: those against NumPy, everything else as without them."""
-    stored, kept = [p.clone() for p in previous], [p.clone() for p in previous]
-    found, without = gradient_stats(gradients, stored, axes=True), gradient_stats(gradients, kept)
-    exact = [g.double() for g in gradients]
-    assert_lines(zip(found.row_squares, found.column_squares, strict=True), exact, rel)
-    change = [g - p.double() for g, p in zip(exact, previous, strict=True)]
-    assert_lines(zip(found.difference_row_squares, found.difference_column_squares, strict=True), change, rel)
-    for name in FIELDS:
-        torch.testing.assert_close(getattr(found, name), getattr(without, name), rtol=0, atol=0, equal_nan=True)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(stored, kept, strict=True))
-    alone = gradient_stats(gradients, axes=True)
-    assert_lines(zip(alone.row_squares, alone.column_squares, strict=True), exact, rel)
-    for stats in (alone, without):
-        assert stats.difference_row_squares is stats.difference_column_squares is None
-    assert without.row_squares is without.column_squares is None
-    expected = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
-    lines = (*found.row_squares, *found.column_squares, *found.difference_row_squares)
-    assert all(sums is None or sums.dtype == expected for sums in lines)
 
 
 def assert_matches(gradients, previous, rel):
@@ -86,8 +53,7 @@ def assert_matches(gradients, previous, rel):
     alone = gradient_stats(gradients)
     for name in OWN:
         assert torch.equal(getattr(alone, name), getattr(found, name))
-    assert all(getattr(alone, name) is None for name in FIELDS[4:])
-    assert_axes(gradients, previous, rel)
+    assert all(getattr(alone, name) is None for name in FIELDS[3:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -141,7 +107,7 @@ def test_strided_gradients():
     storage = [way(t).clone(memory_format=torch.preserve_format) for way, t in zip(ways, second, strict=True)]
     assert_matches([g.contiguous() for g in gradients], storage, 2e-5)
     room = torch.full((60, 80), 7.0)
-    gradient_stats([first[2]], [room[::2, ::2]], axes=True)
+    gradient_stats([first[2]], [room[::2, ::2]])
     assert torch.equal(room[::2, ::2], first[2]) and (room == 7).sum() == 3 * 30 * 40
 
 
@@ -155,50 +121,88 @@ def test_nonfinite_entries_are_counted_and_carried():
     gradients[1][2], gradients[1][4], gradients[4][0, 0, 0] = math.nan, math.inf, -math.inf
     previous = [torch.zeros_like(g) for g in gradients]
     found = gradient_stats(gradients, previous)
-    assert found.nonfinite.tolist() == found.difference_nonfinite.tolist() == [0, 2, 0, 0, 1, 0]
-    for name in ("l1", "sum_squares", "max_abs", "difference_l1", "difference_sum_squares", "difference_max_abs"):
+    assert found.nonfinite.tolist() == [0, 2, 0, 0, 1, 0]
+    for name in ("l1", "sum_squares", "difference_l1", "difference_sum_squares"):
         finite = getattr(found, name).isfinite().tolist()
         assert finite == [True, False, True, True, False, True], name
     assert previous[1].isnan().tolist() == [False, False, True, False, False, False, False]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_nonfinite_entries_reach_their_own_row_and_column_only(dtype):
-    gradients, previous = tensors(0, dtype), tensors(1, dtype)
-    gradients[0][1, 2], gradients[4][0, 0, 0], previous[5][200, 17] = math.nan, -math.inf, math.inf
-    assert_axes(gradients, previous, 1e-12 if dtype == torch.float64 else 2e-5)
-    found = gradient_stats(gradients, previous, axes=True)
-    assert found.row_squares[0].isfinite().tolist() == [True, False, True, True]
-    assert found.column_squares[0].isfinite().tolist() == [True, True, False]
-    assert found.column_squares[4][0, 0].isinf() and found.row_squares[5].isfinite().all()
-    assert found.difference_row_squares[5].isinf().nonzero().tolist() == [[200]]
-
-
 def test_the_difference_lacks_what_either_gradient_lacks():
-    gradient, stored = (torch.zeros(10) for _ in range(2))
-    gradient[:3] = torch.tensor([math.nan, math.inf, -math.inf])
-    stored[1:5] = torch.tensor([math.inf, math.inf, math.nan, math.inf])  # one infinity twice, one of either sign
-    gradient[7], stored[7] = 3e38, -3e38  # too far apart for float32
-    found = gradient_stats([gradient, torch.ones(2)], [stored, torch.zeros(2)])
-    assert found.nonfinite.tolist() == [3, 0] and found.difference_nonfinite.tolist() == [6, 0]
+    gradients, stored = torch.zeros(6, 3), torch.zeros(6, 3)
+    gradients[:3, 0] = torch.tensor([math.nan, math.inf, -math.inf])
+    stored[1:4, 0] = torch.tensor([math.inf, math.inf, math.nan])  # one infinity twice, one of either sign
+    gradients[4, 1], stored[4, 1] = 3e38, -3e38  # too far apart for float32
+    found = gradient_stats(list(gradients), list(stored))
+    assert found.nonfinite.tolist() == [1, 1, 1, 0, 0, 0]
+    assert found.difference_l1.isfinite().tolist() == [False] * 5 + [True]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What is done where the host must not ask for a number."""
+    for module in (importlib.import_module(f"dynamon.kernels.{name}") for name in ("gradient_stats", "lengths")):
+        monkeypatch.setattr(module, "reads_are_free", lambda device: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_in_few_calls_as_on_a_gpu(dtype, as_on_a_gpu):
+    rel = 1e-12 if dtype == torch.float64 else 2e-5
+    assert_matches(tensors(0, dtype), tensors(1, dtype), rel)
+    for stored in (torch.bfloat16, torch.float64):
+        assert_matches(tensors(0, dtype), tensors(1, stored), rel)
+    test_nonfinite_entries_are_counted_and_carried()
+    test_the_difference_lacks_what_either_gradient_lacks()
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-22, 1e-12, 1.0, 1e15, 1e22, 1e37])
+def test_the_whole_range_of_float32_as_on_a_gpu(scale, as_on_a_gpu):
+    gradients, previous = ([t * scale for t in tensors(seed)] for seed in (0, 1))
+    expected = gradient_stats([g.double() for g in gradients], [p.double() for p in previous])
+    found = gradient_stats(gradients, previous, torch.float64)
+    for name in FIELDS[:-1]:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=0)
+    lengths = (expected.sum_squares * gradient_stats([t.double() for t in tensors(1)]).sum_squares).sqrt() * scale
+    assert ((found.inner - expected.inner).abs() <= 1e-6 * lengths).all()
+
+
+def test_large_lists_are_taken_in_groups(as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("dynamon.kernels.gradient_stats"), "_BYTES", 100)
+    assert_matches(tensors(0), tensors(1), 2e-5)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("make", [float, torch.tensor], ids=["number", "tensor"])
+@pytest.mark.parametrize("scale", [2.0**-16, 0.375])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_is_that_of_the_gradients(scale, make, stored, gpu, request):
+    if gpu:
+        request.getfixturevalue("as_on_a_gpu")
+    gradients, previous = tensors(0), [p.to(stored) * scale for p in tensors(1)]
+    copies, kept = [g.clone() for g in gradients], [p.clone() for p in previous]
+    expected = gradient_stats([g * scale for g in gradients], previous, torch.float64)
+    found = gradient_stats(gradients, kept, torch.float64, scale=make(scale))
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=2e-5, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip((*gradients, *kept), (*copies, *previous), strict=True))
+    alone = gradient_stats(gradients, None, torch.float64, scale=make(scale))
+    for name in OWN:
+        torch.testing.assert_close(getattr(alone, name), getattr(expected, name), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_off_the_cpu_no_value_is_asked_for(stored):
     """Tensors without values raise where the host would wait for one."""
     gradients = [g.to("meta") for g in tensors(0)]
-    found = gradient_stats(gradients, [g.to(stored) for g in gradients], axes=True)
+    scale = torch.ones(1, device="meta")
+    found = gradient_stats(gradients, [g.to(stored) for g in gradients], scale=scale)
     assert all(getattr(found, name).is_meta for name in FIELDS)
 
 
 def test_an_empty_list():
     found = gradient_stats([])
-    assert found.l1.shape == (0,) and found.inner is found.row_squares is None
-    found = gradient_stats([], [])
-    assert found.inner.shape == found.difference_nonfinite.shape == (0,) and found.row_squares is None
-    found = gradient_stats([], axes=True)
-    assert found.row_squares == found.column_squares == () and found.difference_row_squares is None
-    assert gradient_stats([], [], axes=True).difference_column_squares == ()
+    assert found.l1.shape == (0,) and found.inner is None
+    assert gradient_stats([], []).inner.shape == (0,)
 
 
 @pytest.mark.parametrize(

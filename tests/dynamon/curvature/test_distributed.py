@@ -64,7 +64,6 @@ def measure(model, rank: int) -> dict:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_hessian_of_both_processes(tmp_path, sharded) -> None:

@@ -163,7 +163,6 @@ def hessian_at(weights: list[torch.Tensor]) -> tuple[torch.nn.Module, torch.Tens
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(200)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shards_give_what_the_dense_hessian_gives(tmp_path, processes: int) -> None:
