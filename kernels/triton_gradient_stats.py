@@ -291,7 +291,7 @@ def _triton_dtype(dtype: torch.dtype) -> object:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-@jit(do_not_specialize=["tensors", "chunks", "begin"])
+@jit(do_not_specialize=["tensors", "chunks", "begin"])  # type: ignore[untyped-decorator]
 def _chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
     table,
     owner,
@@ -488,7 +488,7 @@ def _over(total, scale):  # type: ignore[no-untyped-def]
     return total.to(tl.float64) / scale.to(tl.float64)
 
 
-@jit(do_not_specialize=["tensors", "chunks"])
+@jit(do_not_specialize=["tensors", "chunks"])  # type: ignore[untyped-decorator]
 def _tensor_stats(partials, layout, out, tensors, chunks, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """One sum of one tensor a program: its chunks added up in float64, always in the same order."""
     tensor, row = tl.program_id(0), tl.program_id(1)
