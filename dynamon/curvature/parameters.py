@@ -191,7 +191,7 @@ class FlatParameters:
     def _move(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """In few calls to a device, where the dtype and the class of all parameters allow that."""
         if all(type(p) in (Tensor, nn.Parameter) and p.dtype == piece.dtype for p, piece in pairs) and pairs:
-            moved = torch._foreach_add([p.data for p, _ in pairs], [piece for _, piece in pairs])
+            moved: Sequence[Tensor] = torch._foreach_add([p.data for p, _ in pairs], [piece for _, piece in pairs])
         else:
             moved = [(p.data + piece).to(p.dtype) for p, piece in pairs]
         for (p, _), data in zip(pairs, moved, strict=True):
