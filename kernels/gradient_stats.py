@@ -270,9 +270,9 @@ def _one_by_one(
         p.copy_(g)
         if factor != 1.0:
             p.mul_(factor)
-    change_l1, squares, _ = _columns(changes, dtype)
+    change_l1, change_squares, _ = _columns(changes, dtype)
     products = _times(torch.tensor(inner, dtype=dtype, device="cpu"), factor)
-    return GradientStats(*_scaled(_columns(own, dtype), factor), change_l1, squares, products)
+    return GradientStats(*_scaled(_columns(own, dtype), factor), change_l1, change_squares, products)
 
 
 def _columns(rows: list[tuple[float, float, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

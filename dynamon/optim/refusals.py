@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from dynamon.decay import is_decoupled
@@ -89,7 +90,7 @@ def refuse_step(optimizer: Optimizer, applies: bool) -> None:
         _refuse(optimizer, "is captured in a CUDA graph: replays would keep the rates of this one")
 
 
-@torch._disable_dynamo  # raised for real, not looked at by the compiler
+@_disable_dynamo  # raised for real, not looked at by the compiler
 def _refuse(optimizer: Optimizer, reason: str) -> None:
     raise RuntimeError(f"{type(optimizer).__name__} cannot take layerwise rates in a step that {reason}.")
 
