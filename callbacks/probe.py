@@ -256,11 +256,6 @@ class ProbeMeter(Meter):
         """Whether the probe is the whole training set."""
         return is_whole_training_set(run.trainer, self._sets[0])
 
-    @property
-    def second_ready(self) -> bool:
-        """Whether the second set is there too."""
-        return len(self._sets) > 1 and bool(self._sets[1]) and self._is_full(self._sets[1])
-
     def evaluation(
         self, run: Run, names: Collection[str] | None = None, moves: bool = False
     ) -> AbstractContextManager[FlatParameters]:

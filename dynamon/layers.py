@@ -27,7 +27,6 @@ _GAIN_NAMES = re.compile(
 _NORM_CLASSES = re.compile(r"Norm(\d?d|\d*|Gated)$", re.IGNORECASE)
 _ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, _NormBase)
 _LORA_NAMES = re.compile(r"((?:^|[._])lora_(?:embedding_)?)([AaBb])(?=\.|$)")
-_OTHER_FACTOR = {"A": "B", "B": "A", "a": "b", "b": "a"}
 _PACKED_QKV = re.compile(
     r"(^|[._])(qkv|to_qkv|qkv_proj|Wqkv|c_attn|in_proj)"
     r"([._](base_layer|parametrizations|weight|weight_v|weight_orig|original|original1))*$"
@@ -61,7 +60,6 @@ class Layer:
         rows_are_tokens: True for embeddings stored ``[tokens, d]``, whose linear map is the transpose.
         blocks: How many matrices the tensor holds: packed along the outputs (queries, keys and values in one, the
             gates of an LSTM), stacked along the first dimension (experts), or the groups of a convolution.
-        partner: Name of the other factor of a LoRA pair.
         conv: The geometry where the tensor is the weight of a convolution.
         inputs_first: True for matrices stored ``[in, out]``, as ``Conv1D`` of Hugging Face does.
     """
@@ -72,7 +70,6 @@ class Layer:
     aliases: tuple[str, ...] = ()
     rows_are_tokens: bool = False
     blocks: int = 1
-    partner: str | None = None
     conv: ConvGeometry | None = None
     inputs_first: bool = False
 
@@ -224,7 +221,6 @@ def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -
                 f"the override {glob!r} matches nothing that can be {role!r}, only {names[matched[0]][0]}."
             )
         roles.update(dict.fromkeys(fitting, role))
-    first = {name: own[0] for own in names.values() for name in own}
     layers = []
     for key, parameter in parameters.items():
         own, role, held, geometry = names[key], roles[key], uses.get(key, []), geometries[key]
@@ -237,7 +233,6 @@ def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -
                 tuple(own[1:]),
                 rows_are_tokens=role == "embedding" and _has_rows_of_tokens(held),
                 blocks=_blocks(own, parameter, held, role, geometry, inputs_first),
-                partner=_partner(own, first),
                 conv=geometry,
                 inputs_first=inputs_first,
             )
@@ -429,13 +424,4 @@ def _geometry(parameter: Tensor, uses: Sequence[_Use]) -> ConvGeometry | None:
                 module.transposed,
                 module.padding_mode,
             )
-    return None
-
-
-def _partner(names: Sequence[str], first: Mapping[str, str]) -> str | None:
-    """The first name of the other LoRA factor."""
-    for name in names:
-        other = _LORA_NAMES.sub(lambda match: match[1] + _OTHER_FACTOR[match[2]], name)
-        if other != name and other in first:
-            return first[other]
     return None

@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     picture.draw(path, title, losses.training, losses.validation, *histories, strip="network.")
     seconds = time.perf_counter() - begin
     print()
-    for line in summary(module, monitor, steering, losses, seconds, steps, options.budget):
+    for line in summary(module, monitor, steering, losses, seconds, steps):
         print(line)
     print(f"\npicture       {path}\npanels        tensorboard --logdir {options.logdir}")
     if interrupted:
@@ -128,7 +128,6 @@ def summary(
     losses: "_Losses",
     seconds: float,
     steps: int,
-    budget: float,
 ) -> list[str]:
     """What the run showed, in plain sentences.
 
@@ -139,7 +138,6 @@ def summary(
         losses: The recorded losses.
         seconds: Wall time.
         steps: Optimizer steps taken.
-        budget: The share of training time that monitoring was allowed.
     """
     lines = [f"{steps} steps in {seconds:.0f} s"]
     if len(losses.training[1]):

@@ -510,8 +510,6 @@ def test_lora_pairs(stem, suffix):
     layers = by_name(named(names))
     a, b = f"{base}.{stem}{suffix}", f"{base}.{other}{suffix}"
     assert layers[a].role == layers[b].role == "hidden"
-    assert (layers[a].partner, layers[b].partner) == (b, a)
-    assert layers[f"{base}.base_layer.weight"].partner is None
     assert layers[a].matrices().shape == (1, 1, 4) and layers[b].matrices().shape == (1, 6, 1)
 
 
@@ -530,14 +528,7 @@ def test_lora_on_head_embedding_and_convolution():
     assert matrices_of(model)["head"] == {"lm_head.base_layer.weight"}
     assert matrices_of(model)["embedding"] == {"embed.base_layer.weight"}
     assert matrices_of(model)["conv"] == {"conv.lora_A.default.weight", "conv.lora_B.default.weight"}
-    assert layers["embed.lora_embedding_A.default"].partner == "embed.lora_embedding_B.default"
-    assert layers["conv.lora_A.default.weight"].partner == "conv.lora_B.default.weight"
     assert (layers["qkv.base_layer.weight"].blocks, layers["qkv.lora_B.default.weight"].blocks) == (3, 1)
-
-
-def test_half_a_lora_pair_and_names_that_only_look_alike():
-    model = named({"a.lora_A": nn.Linear(4, 2), "flora_A": nn.Linear(4, 2), "flora_B": nn.Linear(4, 2)})
-    assert all(layer.partner is None for layer in describe_layers(model))
 
 
 # Overrides
