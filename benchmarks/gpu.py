@@ -162,7 +162,8 @@ def train(
     exact: bool = False,
 ) -> Clock:
     """Train GPT-2 in bf16-mixed on random tokens, under a clock."""
-    gc.collect()  # what the run before has left
+    if device == "cuda":
+        gc.collect()  # what the run before has left
     clock = Clock(device, warm, exact)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(size.tokens, (steps * size.batch, size.context + 1), generator=generator)

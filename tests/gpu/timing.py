@@ -1,5 +1,6 @@
 """What takes how long on GPT-2 124M: kernels, steering, the budget, every reading. Nothing else may run meanwhile."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from benchmarks.gpu import FULL, TINY, loss_of, measure, train, wait
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.curvature import HessianOperator, top_eigenvalues
 from dynamon.kernels import gradient_stats, polar_factor, step_polar_factor
+from dynamon.kernels.thresholds import GRAM_TWIN
 from dynamon.layers import describe_layers
 from dynamon.optim import Lanton
 from dynamon.weights import spectra_of, weight_readings
@@ -272,6 +274,7 @@ def eigenvalues_on_the_host_or_the_device(report: Report) -> None:
 def gram_products(report: Report) -> None:
     """The Triton twin against cuBLAS."""
     _needs_triton()
+    used = {str(dtype).removeprefix("torch."): least for dtype, least in GRAM_TWIN.items()}
     best: dict[tuple[str, int], float] = {}
     for row in kernels.gram(1):
         kind = (row["dtype"], row["side"])
@@ -279,7 +282,7 @@ def gram_products(report: Report) -> None:
         if row["method"] != "cuBLAS":
             best[kind] = max(best.get(kind, 0.0), row["times_faster"])
     for (dtype, side), times in best.items():
-        if side >= kernels.GRAM_SIDE:
+        if side >= used.get(dtype, math.inf):
             report.bar(f"{dtype}, side {side}: times cuBLAS", times, least=kernels.GRAM_BAR)
 
 
