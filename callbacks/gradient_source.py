@@ -21,6 +21,7 @@ from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.pairs import as_real
+from dynamon.scales import Scale
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.sharded_norms import StepParts
 from dynamon.shards import local
@@ -246,7 +247,7 @@ class GradientSource:
             parts=parts,
         )
 
-    def _observe(self, run: Run, rates: LayerwiseRates, scale: float, local: float, window: Window) -> None:
+    def _observe(self, run: Run, rates: LayerwiseRates, scale: Scale, local: Scale, window: Window) -> None:
         try:
             if not rates.is_observed:
                 # By the steering callback's key, but for steps it does not hear of.

@@ -163,7 +163,9 @@ class StepMeter(Meter):
 
     def _along_update(self, run: Run, before: Mapping[str, Tensor]) -> dict[str, float]:
         weights = {name: local(p) for name, p in trained_parameters(run).items() if name in before}
-        self._update = {name: w - local(before[name]) for name, w in weights.items()}
+        with torch.no_grad():
+            pairs = list(weights.values()), [local(before[name]) for name in weights]
+            self._update = dict(zip(weights, torch._foreach_sub(*pairs), strict=True)) if weights else {}
         readings: dict[str, float] = {}
         if not self._wanted or not self._probe.is_expected(run) or not self._has_moved(run):
             return readings
@@ -181,8 +183,13 @@ class StepMeter(Meter):
     def _has_moved(self, run: Run) -> bool:
         """Whether the last step changed anything, on any process."""
         device = run.module.device
-        moved = [step.any().to(device) for step in self._update.values()]
-        return bool(run.ranks.maximum(widened(torch.stack(moved).any() if moved else torch.tensor(0.0, device=device))))
+        steps = [step for step in self._update.values() if step.numel()]
+        if len({(step.device, step.dtype) for step in steps}) == 1:
+            moved = torch.stack(torch._foreach_norm(steps, math.inf)).any().to(device)
+        else:
+            each = [step.any().to(device) for step in steps]
+            moved = torch.stack(each).any() if each else torch.tensor(0.0, device=device)
+        return bool(run.ranks.maximum(widened(moved)))
 
     def _directional(self, run: Run, params: FlatParameters) -> dict[str, float]:
         update = self._known_update(params)

@@ -170,7 +170,10 @@ class GradientReader:
             chooses the norm whose dual is taken.
 
     The gradient of one step before is stored (one copy, in the gradient's dtype) while differences are
-    asked for.
+    asked for; the memory is kept for the next one.
+
+    Cost: :func:`dynamon.kernels.gradient_stats` and some ten small calls, some twenty-five with trends; nuclear norms
+    of gradients and changes on top where the family needs them. Nothing waits for the device.
 
     Attributes:
         trends: Tells changes that go on from noise, for who asks; None for nobody.

@@ -147,8 +147,8 @@ def _composed(
     if isinstance(factor, Tensor):  # g' / s - g, times s: no copy of the gradients, and exact for powers of two
         torch._foreach_mul_(change, 1 / factor)
         torch._foreach_sub_(change, current)
-        l1, squares = (_times(sums, factor) for sums in _norms(change, dtype))
-        squares = _times(squares, factor)
+        l1, squares = _norms(change, dtype)
+        l1, squares = _times(l1, factor), _times(_times(squares, factor), factor)
     else:
         torch._foreach_sub_(change, current, alpha=factor)
         l1, squares = _norms(change, dtype)
@@ -270,9 +270,9 @@ def _one_by_one(
         p.copy_(g)
         if factor != 1.0:
             p.mul_(factor)
-    l1, squares, _ = _columns(changes, dtype)
+    change_l1, squares, _ = _columns(changes, dtype)
     products = _times(torch.tensor(inner, dtype=dtype, device="cpu"), factor)
-    return GradientStats(*_scaled(_columns(own, dtype), factor), l1, squares, products)
+    return GradientStats(*_scaled(_columns(own, dtype), factor), change_l1, squares, products)
 
 
 def _columns(rows: list[tuple[float, float, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -291,7 +291,7 @@ def _triton_dtype(dtype: torch.dtype) -> object:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-@jit(do_not_specialize=["tensors", "chunks", "begin"])
+@jit(do_not_specialize=["tensors", "chunks", "begin"])  # type: ignore[untyped-decorator]
 def _chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
     table,
     owner,
@@ -347,9 +347,13 @@ def _chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
             *(COMPARE, LANES, UP, DOWN, FEW),
         )
         if COMPARE:
-            for k in tl.static_range(4):  # once more out of a cache: registers are what limits how much is under way
-                entries = tl.load(gradient + k * THREADS * EACH + places).to(tl.float32) * factor
-                tl.store(previous + k * THREADS * EACH + places, entries.to(PREVIOUS))
+            # Once more out of a cache: registers are what limits how much is under way.
+            g0, g1 = tl.load(gradient + places), tl.load(gradient + THREADS * EACH + places)
+            g2, g3 = tl.load(gradient + 2 * THREADS * EACH + places), tl.load(gradient + 3 * THREADS * EACH + places)
+            tl.store(previous + places, (g0.to(tl.float32) * factor).to(PREVIOUS))
+            tl.store(previous + THREADS * EACH + places, (g1.to(tl.float32) * factor).to(PREVIOUS))
+            tl.store(previous + 2 * THREADS * EACH + places, (g2.to(tl.float32) * factor).to(PREVIOUS))
+            tl.store(previous + 3 * THREADS * EACH + places, (g3.to(tl.float32) * factor).to(PREVIOUS))
     else:
         gradient, previous = gradient + offset, previous + offset
         sums = _sums(gradient, previous, factor, count, 1.0, 1.0, 1.0, 1.0, 1.0, COMPARE, LANES)
@@ -484,7 +488,7 @@ def _over(total, scale):  # type: ignore[no-untyped-def]
     return total.to(tl.float64) / scale.to(tl.float64)
 
 
-@jit(do_not_specialize=["tensors", "chunks"])
+@jit(do_not_specialize=["tensors", "chunks"])  # type: ignore[untyped-decorator]
 def _tensor_stats(partials, layout, out, tensors, chunks, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """One sum of one tensor a program: its chunks added up in float64, always in the same order."""
     tensor, row = tl.program_id(0), tl.program_id(1)

@@ -181,14 +181,21 @@ class FlatParameters:
         """
         kept = [p.data for p in self.tensors]
         try:
-            for p, piece in zip(self.tensors, self.split(step), strict=True):
-                if p.requires_grad:
-                    p.data = (p.data + piece).to(p.dtype)
+            self._move([(p, piece) for p, piece in zip(self.tensors, self.split(step), strict=True) if p.requires_grad])
             with casts_anew():
                 yield
         finally:
             for p, data in zip(self.tensors, kept, strict=True):
                 p.data = data
+
+    def _move(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """In few calls to a device, where the dtype and the class of all parameters allow that."""
+        if all(type(p) in (Tensor, nn.Parameter) and p.dtype == piece.dtype for p, piece in pairs) and pairs:
+            moved: Sequence[Tensor] = torch._foreach_add([p.data for p, _ in pairs], [piece for _, piece in pairs])
+        else:
+            moved = [(p.data + piece).to(p.dtype) for p, piece in pairs]
+        for (p, _), data in zip(pairs, moved, strict=True):
+            p.data = data
 
     def _hooked(self) -> list[Tensor]:
         """The tensors that people hang hooks on."""

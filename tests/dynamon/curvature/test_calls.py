@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dynamon import equality
-from dynamon.curvature import HessianOperator, directional_sharpness, top_eigenvalues
+from dynamon.curvature import HessianOperator, critical_sharpness, directional_sharpness, top_eigenvalues
 from dynamon.curvature import parameters as curvature_parameters
 from dynamon.kernels import lengths
 from dynamon.probe import undisturbed
@@ -43,3 +43,14 @@ def test_of_a_reading():
             assert launches.waits <= 3, launches
             launches.reset()
         assert before + launches.total <= PUTTING_BACK, launches
+
+
+def test_of_a_line_search():
+    """Beside the forward passes: weights that are moved together."""
+    torch.manual_seed(0)
+    model = gpt2("cpu", scale=48)
+    params = dict(model.named_parameters())
+    update = torch.full((sum(p.numel() for p in params.values()),), -1e-4)
+    with Launches() as launches:
+        critical_sharpness(lambda: params["norm.weight"].square().sum(), params, update)
+    assert launches.calls["add.Tensor"] <= 5 and launches.total <= 200, launches
