@@ -16,6 +16,11 @@ SMALLER = {
 }
 
 
+def marked(*slow: str) -> list:
+    """Every example, some of them among the slow tests."""
+    return [pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem in slow else []) for p in EXAMPLES]
+
+
 def example(path: Path):
     return runpy.run_path(str(path))["main"]
 
@@ -24,7 +29,7 @@ def named(stem: str):
     return example(next(path for path in EXAMPLES if path.stem == stem))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", marked("diverging_run", "noisy_layers"))
 @pytest.mark.filterwarnings("ignore")
 def test_example(path: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
@@ -58,10 +63,7 @@ def test_a_run_that_does_not_diverge_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[] if p.stem == "spectral_density" else pytest.mark.slow) for p in EXAMPLES],
-)
+@pytest.mark.parametrize("path", marked(*SMALLER.keys() - {"spectral_density"}))
 def test_without_matplotlib(path: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     example(path)(**SMALLER[path.stem], out=tmp_path / "picture.png")

@@ -55,6 +55,7 @@ def test_a_callback_is_found_by_its_short_name(name: str) -> None:
     assert argument not in own or own[argument](callback) == value
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path) -> None:
     """As a configuration file written by --print_config, read again and run."""
     program = (
