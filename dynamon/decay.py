@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.kernels import widened, widest_dtype
-from dynamon.kernels.constants import on_device
+from dynamon.kernels import widest_dtype
+from dynamon.kernels.constants import moved, on_device
 from dynamon.names import word_runs
 
 _COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
@@ -77,11 +77,16 @@ def _known(optimizer: Optimizer) -> bool | None:
     return next((decoupled for word, decoupled in _WORDS.items() if word in runs), None)
 
 
+_MOST_DEFERRED = 64  # steps
+_Group = tuple[tuple[str, ...], tuple[float, ...], tuple[bool, bool]]
+
+
 class DecayMemory:
     """The product of ``1 - rate x ratio x decay`` over all steps, by layer: what decay leaves of the initial weights.
 
     Call :meth:`before_step` before each step and :meth:`after_steps` when the ratios in force are known. Rates may be
-    tensors on a device: the product is then kept there, and nothing waits. Layers that never decayed are not in it.
+    tensors on a device: the product is then kept there, nothing waits, and what tensors there are is kept for up to 64
+    steps until somebody asks, so that a step costs at most a call a group. Layers that never decayed are not in it.
     A parameter without a gradient does not decay, as in torch's optimizers. A step that was not taken does not count.
     Where the product of a weight in half precision and ``1 - rate x decay`` rounds to the weight,
     whatever it is, nothing decays: torch's optimizers multiply in place.
@@ -92,6 +97,8 @@ class DecayMemory:
         self._left: dict[str, float | Tensor] = {}
         self._pending: dict[int, dict[Hashable, list[tuple[list[str], Any]]]] = {}
         self._least: dict[str, float] = {}  # rate x decay below which a layer's weights do not change
+        # What only the device knows, by layers and their ratios: rate x decay, and whether the step was skipped.
+        self._deferred: dict[_Group, list[tuple[Any, Tensor | None]]] = {}
 
     def before_step(self, optimizer: Optimizer, names: Mapping[int, str], key: Hashable = None) -> None:
         """Note rates and decays as they are, before a scheduler moves on.
@@ -133,28 +140,41 @@ class DecayMemory:
     def _take(self, step: list[tuple[list[str], Any]], ratios: Mapping[str, float], skipped: Tensor | None) -> None:
         for names, shrink in step:
             scales = [ratios.get(name, 1.0) for name in names]
-            if skipped is not None:
-                shrink = skipped.reshape(()).eq(0).to(widest_dtype(skipped.device)) * shrink
-            if isinstance(shrink, Tensor):
-                self._multiply(names, shrink.detach().reshape(()), scales)
-            else:
-                for name, scale in zip(names, scales, strict=True):
-                    lost = shrink * scale if abs(shrink * scale) >= self._least.get(name, 0.0) else 0.0
-                    self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
+            if skipped is not None or isinstance(shrink, Tensor):
+                group = tuple(names), tuple(scales), (skipped is not None, isinstance(shrink, Tensor))
+                self._deferred.setdefault(group, []).append((shrink, skipped))
+                continue
+            for name, scale in zip(names, scales, strict=True):
+                lost = shrink * scale if abs(shrink * scale) >= self._least.get(name, 0.0) else 0.0
+                self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
+        if sum(map(len, self._deferred.values())) >= _MOST_DEFERRED:
+            self._settle()
 
-    def _multiply(self, names: list[str], shrink: Tensor, scales: list[float]) -> None:
-        """A few launches for all layers of a group; in float64 if possible: half of it loses a factor of 1 - 1e-6."""
-        if not names:
-            return
-        shrink = widened(shrink)
-        factors = list(torch._foreach_mul([shrink] * len(names), scales))
-        for i, name in enumerate(names):
-            if name in self._least:
-                factors[i] = factors[i] * (factors[i].abs() >= self._least[name])
-        torch._foreach_neg_(factors)
-        torch._foreach_add_(factors, 1.0)
-        left = [self._on_device(self._left.get(name, 1.0), shrink.device, shrink.dtype) for name in names]
-        self._left |= zip(names, torch._foreach_mul(left, factors), strict=True)
+    def _settle(self) -> None:
+        """Multiply what was put off: some ten calls for all steps of a group, instead of as many at each step."""
+        deferred, self._deferred = self._deferred, {}
+        for (names, scales, _), steps in deferred.items():
+            if names:
+                self._multiply(names, scales, *zip(*steps, strict=True))
+
+    def _multiply(
+        self, names: Sequence[str], scales: Sequence[float], shrinks: Sequence[Any], skipped: Sequence[Tensor | None]
+    ) -> None:
+        """In float64 if possible: half of it loses a factor of 1 - 1e-6."""
+        flags = [flag.detach().reshape(()) for flag in skipped if flag is not None]
+        device = next(t.device for t in (*flags, *shrinks) if isinstance(t, Tensor))
+        wide = widest_dtype(device)
+        if isinstance(shrinks[0], Tensor):
+            lost = torch.stack([shrink.detach().reshape(()) for shrink in shrinks]).to(device, wide)
+        else:
+            lost = moved(torch.tensor(shrinks, dtype=wide, device="cpu"), device)
+        if flags:
+            lost = lost * torch.stack(flags).eq(0)
+        table = lost[:, None] * on_device(scales, device, wide)
+        if any(name in self._least for name in names):
+            table = table * (table.abs() >= on_device([self._least.get(name, 0.0) for name in names], device, wide))
+        left = torch.stack([self._on_device(self._left.get(name, 1.0), device, wide) for name in names])
+        self._left |= zip(names, (left * (1 - table).prod(0)).unbind(), strict=True)
 
     @staticmethod
     def _on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -176,6 +196,7 @@ class DecayMemory:
         Returns:
             On the host, or where rates are tensors on their device.
         """
+        self._settle()
         values = [self._left.get(name, math.nan) for name in names]
         known = [value for value in values if isinstance(value, Tensor)]
         if not known:
@@ -183,10 +204,15 @@ class DecayMemory:
         device, wide = known[0].device, known[0].dtype
         return torch.stack([self._on_device(value, device, wide) for value in values]).float()
 
-    def state_dict(self) -> dict[str, float | Tensor]:
+    def state_dict(self) -> dict[str, float]:
         """What is left by layer name."""
-        return dict(self._left)
+        self._settle()
+        known = {name: left for name, left in self._left.items() if isinstance(left, Tensor)}
+        like = next(iter(known.values()), torch.empty(0))
+        same = [left.to(like.device, like.dtype) for left in known.values()]
+        numbers = torch.stack(same).tolist() if same else []  # parts of a vector would be saved whole
+        return {**self._left, **dict(zip(known, numbers, strict=True))}
 
     def load_state_dict(self, state: Mapping[str, float | Tensor]) -> None:
         """Go on from it."""
-        self._left, self._pending = dict(state), {}
+        self._left, self._pending, self._deferred = dict(state), {}, {}

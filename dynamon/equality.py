@@ -1,4 +1,4 @@
-"""Which of many tensors still hold what they held, at one wait for a device."""
+"""Copies of many tensors in a few calls, and which of the tensors still hold that, at one wait for a device."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -36,6 +36,28 @@ def differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
     for places, flags in waiting.values():
         for place, differs in zip(places, torch.cat(flags).tolist(), strict=True):
             found[place] = differs
+    return found
+
+
+@torch.no_grad()
+def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies without graph, as ``tensor.detach().clone()``.
+
+    Args:
+        tensors: Of any devices, dtypes and shapes.
+
+    Cost: of a device a few calls for each dtype, but for sparse and nested tensors and subclasses.
+    """
+    found: list[Tensor] = []
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        if reads_are_free(tensor.device) or not _is_plain(tensor):
+            found.append(tensor.detach().clone())
+        else:
+            found.append(torch.empty_like(tensor.detach(), requires_grad=False))
+            groups[tensor.device, tensor.dtype].append(place)
+    for places in groups.values():
+        torch._foreach_copy_([found[place] for place in places], [tensors[place].detach() for place in places])
     return found
 
 

@@ -183,6 +183,7 @@ class GradientReader:
         """Choose a norm for each layer."""
         self.layers = list(layers)
         self.norms: list[Norm] = [update_norm(layer, family) for layer in self.layers]
+        self._need_matrix = {i for i, norm in enumerate(self.norms) if norm.name not in _FROM_STATS}
         self.step = 0
         self._key: Hashable = None
         self._pending: PendingReadings | None = None
@@ -537,9 +538,6 @@ class GradientReader:
     def _special_places(self, indices: list[int]) -> list[int]:
         """Positions among ``indices`` of layers whose dual norm needs the matrix."""
         return [place for place, i in enumerate(indices) if self.norms[i].name not in _FROM_STATS]
-
-    def _is_special(self, index: int) -> bool:
-        return self.norms[index].name not in _FROM_STATS
 
     def _duals(self, indices: list[int], l1: Tensor, l2: Tensor, special: Tensor | None) -> Tensor:
         """The dual norms ``[..., P]``: multiples of l1 or l2 where the norm allows, else the special ones."""

@@ -165,10 +165,11 @@ def update_norm(layer: Layer, family: str) -> Norm:
 
 
 def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The dual norm of one tensor a layer, for readings; nuclear norms of matrices of one shape, or its transpose, are one batch.
+    """The dual norm of one tensor a layer, for readings.
 
-    Nuclear norms are :func:`dynamon.kernels.nuclear_norm` with ``"estimate"``: within 0.5 % on GPUs with units for
-    bfloat16 (:mod:`dynamon.kernels.thresholds`), exact on a CPU, 1e-5 elsewhere.
+    Nuclear norms of matrices of one shape, or its transpose, are one batch. They are those of
+    :func:`dynamon.kernels.nuclear_norm` with ``"estimate"``: within 0.5 % on GPUs with units for bfloat16
+    (:mod:`dynamon.kernels.thresholds`), exact on a CPU, 1e-5 elsewhere.
 
     Args:
         layers: L layers.

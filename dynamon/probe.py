@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dynamon.batches import clone
-from dynamon.equality import differing
+from dynamon.equality import copied, differing
 from dynamon.evaluations import casts_anew, eager, rewinding
 from dynamon.shards import is_sharded, local
 from dynamon.streams import RandomState, seed_all, stream_of
@@ -57,7 +57,7 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """
     modules = list(module.modules())
     classes = [type(m) for m in modules]  # parametrizations exchange them
-    saved = [_snapshot(m) for m in modules]
+    saved = _snapshots(modules)
     gradients = [(p, p.grad) for p in module.parameters()]
     outside = RandomState()
     try:
@@ -166,8 +166,18 @@ _STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "trainin
 _REGISTRIES = "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
 
 
-def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
+def _snapshots(modules: Sequence[nn.Module]) -> list[tuple[dict[str, Any], _Contents]]:
     """Attributes by reference, and the contents of those that are tensors or containers."""
+    found = [_snapshot(m) for m in modules]
+    every = {place: value for _, held in found for place, (value, _) in held.items() if isinstance(value, Tensor)}
+    copies = dict(zip(every, copied([_here(value) for value in every.values()]), strict=True))
+    for _, held in found:
+        held.update({place: (every[place], copies[place]) for place in held if place in every})
+    return found
+
+
+def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
+    """The same of one module, without copies of its tensors so far."""
     attributes = dict(module.__dict__)
     contents: _Contents = {}
     for name, value in attributes.items():
@@ -184,7 +194,7 @@ def _remember(value: Any, contents: _Contents) -> None:
     """Add a tensor, an array, a generator, or a container and what is in it."""
     if id(value) in contents:
         return
-    content = _content(value)
+    content = value if isinstance(value, Tensor) and not is_lazy(value) else _content(value)
     if content is not None:
         contents[id(value)] = value, content
     if isinstance(value, (*_CONTAINERS, tuple)) and len(value) <= _SEARCHED:

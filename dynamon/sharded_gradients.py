@@ -117,7 +117,7 @@ class ShardedGradientReader(GradientReader):
         parameters = [layer.parameter for layer in self.layers]
         self._ranks = Ranks(local(parameters[0].detach()).device)
         self._everything = list(range(len(parameters)))
-        self._special = [i for i in self._everything if self._is_special(i)]
+        self._special = sorted(self._need_matrix)
         dealt = _FLAGS + (_DUALS if self._special else 0)
         self._totals = Totals(parameters, self._ranks, sums=_SUMS, dealt=dealt)
         self._constants: dict[tuple[float, ...], Tensor] = {}

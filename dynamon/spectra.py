@@ -17,6 +17,7 @@ from dynamon.kernels.thresholds import half_pays
 from dynamon.tails import power_law
 
 _SMALL = 1e-6  # entries between this and its inverse have squares that neither vanish nor overflow
+_AT_ONCE = 2**27  # entries of matrices that are copied together
 _STEPS = 8  # the gap between the bounds is then below 1 % for any rank up to 160
 
 
@@ -234,8 +235,9 @@ def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics])
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for index, stack in enumerate(stacks):
         groups.setdefault((stack.shape[1:], stack.dtype), []).append(index)
-    parts = [measure(_joined([stacks[i] for i in group])) for group in groups.values()]
-    order = [m for group in groups.values() for i in group for m in range(ends[i] - len(stacks[i]), ends[i])]
+    calls = [call for group in groups.values() for call in _calls(group, stacks)]
+    parts = [measure(_joined([stacks[i] for i in call])) for call in calls]
+    order = [m for call in calls for i in call for m in range(ends[i] - len(stacks[i]), ends[i])]
     kind = type(parts[0])
     if order == list(range(len(order))) and len(parts) == 1:
         return parts[0]
@@ -243,6 +245,16 @@ def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics])
     wide = torch.float64 if any(part.sigma_max.dtype == torch.float64 for part in parts) else torch.float32
     table = torch.cat([torch.stack([getattr(part, name) for name in names]).to(wide) for part in parts], 1)
     return kind(*table.index_select(1, on_device(back, table.device, torch.int64)).unbind())
+
+
+def _calls(group: Sequence[int], stacks: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of stacks in portions whose copies a device has room for."""
+    found: list[list[int]] = [[]]
+    for i in group:
+        if found[-1] and sum(stacks[j].numel() for j in found[-1]) + stacks[i].numel() > _AT_ONCE:
+            found.append([])
+        found[-1].append(i)
+    return found
 
 
 def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:

@@ -1,10 +1,13 @@
-import hypothesis
 import pytest
 import torch
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("dynamon", deadline=None)
-hypothesis.settings.load_profile("dynamon")
+try:
+    from hypothesis import settings
+except ImportError:  # tests that need it say so themselves
+    pass
+else:
+    settings.register_profile("dynamon", deadline=None)  # how long an example takes says how busy the machine is
+    settings.load_profile("dynamon")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,7 +22,7 @@ class FewerCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call what was meant, or what stands in for it."""
-        if func in _OWN and not _is_watched():
+        if func in _OWN and not _is_watched() and not _is_transformed():
             found = _normalised(*args, **(kwargs or {}))
             if found is not None:
                 return found
@@ -33,6 +33,12 @@ def _is_watched() -> bool:
     """Whether somebody handles what is kept for the backward pass: a checkpoint, which this mode is off in later."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
+
+
+def _is_transformed() -> bool:
+    """Whether this is inside of ``torch.func`` or of forward differentiation, which want more of a function."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _normalised(
@@ -63,13 +69,13 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         value, mean, scale = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, scale)
-        ctx.shape, ctx.needs = shape, [x.requires_grad, weight is not None, bias is not None]
+        ctx.rest = shape, eps, bias is not None
         return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, mean, scale = ctx.saved_tensors
-        found = _Backward.apply(gradient, x, weight, mean, scale, ctx.shape, ctx.needs[2])  # type: ignore[no-untyped-call]
+        found = _Backward.apply(gradient, x, weight, mean, scale, *ctx.rest)  # type: ignore[no-untyped-call]
         return *found, None, None
 
 
@@ -85,12 +91,13 @@ class _Backward(torch.autograd.Function):
         mean: Tensor,
         scale: Tensor,
         shape: list[int],
+        eps: float,
         biased: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, x, weight, mean, scale)
-        ctx.shape = shape
-        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        ctx.rest = shape, eps
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
             g.contiguous(), x, shape, mean, scale, weight, None, [True, weight is not None, False]
         )
         return dx, dw, _over_rows(g, len(shape)) if biased else None
@@ -98,36 +105,41 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Any:
         g, x, weight, mean, scale = ctx.saved_tensors
-        shape, count = ctx.shape, len(ctx.shape)
+        shape, eps = ctx.rest
+        dims = list(range(-len(shape), 0))
+        if torch.is_grad_enabled():  # a third derivative is wanted, which is not to take these for constants
+            mean = x.mean(dims, keepdim=True)
+            scale = ((x - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
 
         def projected(u: Tensor) -> Tensor:
             return torch.ops.aten.native_layer_norm_backward(
-                u.contiguous(), x, shape, mean, scale, None, None, [True, False, False]
+                u.contiguous(), x, shape, mean.detach(), scale.detach(), None, None, [True, False, False]
             )[0]
 
         unit = (x - mean) * scale
         of_g: Tensor | None = None
-        of_x = of_weight = None
+        of_x: Tensor | None = None
+        of_weight: Tensor | None = None
         if v is not None:
             u = g if weight is None else g * weight
             pu, pv = projected(u), projected(v)
             of_g = pv if weight is None else pv * weight
-            of_weight = None if weight is None else _over_rows(g * pv, count)
-            of_x = unit * _along(v * pu, count)
-            of_x.addcmul_(pu, _along(v * unit, count)).addcmul_(pv, _along(u * unit, count))
-            of_x.mul_(scale * (-1 / unit.shape[-count:].numel()))
+            of_weight = None if weight is None else _over_rows(g * pv, len(shape))
+            of_x = unit * _along(v * pu, dims)
+            of_x = of_x.addcmul_(pu, _along(v * unit, dims)).addcmul_(pv, _along(u * unit, dims))
+            of_x = of_x.mul_(scale * (-1 / unit.shape[-len(shape) :].numel()))
         if vw is not None:
             of_g = unit * vw if of_g is None else of_g.addcmul(unit, vw)
             more = projected(g * vw)
             of_x = more if of_x is None else of_x.add_(more)
         if vb is not None:
             of_g = vb.expand_as(g) if of_g is None else of_g + vb
-        return of_g, of_x, of_weight, None, None, None, None
+        return of_g, of_x, of_weight, None, None, None, None, None
 
 
-def _along(tensor: Tensor, count: int) -> Tensor:
+def _along(tensor: Tensor, dims: list[int]) -> Tensor:
     """Sums over the last dimensions, kept."""
-    return tensor.sum(list(range(-count, 0)), keepdim=True)
+    return tensor.sum(dims, keepdim=True)
 
 
 def _over_rows(tensor: Tensor, count: int) -> Tensor:

@@ -9,8 +9,8 @@ import numpy as np
 from dynamon.arrays import Array
 
 _HOLD = 2.0  # times the error of a clustering up to which it stays in force
-_LEAST = 0.005  # at least; below that groups would follow jitter
-_HALVINGS = 30  # of the widest cluster
+_LEAST = 0.01  # at least; below that groups would follow jitter
+_HALVINGS = 20  # of the width of clusters: to a millionth
 
 
 class Merging:
@@ -24,7 +24,7 @@ class Merging:
     of ``exact``, which makes a cluster of its own, and no ratio leaves the range of those that were merged.
 
     A clustering stays in force, to the bit, until a layer's ratio is further from its own than twice the largest error
-    that it began with (half a percent at least): groups do not follow the jitter of the ratios. An optimizer with one
+    that it began with (one percent at least): groups do not follow the jitter of the ratios. An optimizer with one
     group of its own, ratios from 0.1 to 1 and 16 groups: at most 9 % when it begins and 19 % ever, where ratios are
     spread evenly over the whole range; :func:`error` of a step says what it is.
 
@@ -82,9 +82,11 @@ class Merging:
     def _holds(self, ratios: Array) -> bool:
         """Whether what is in force is still near enough to what is asked for."""
         assert self.kept is not None
-        moved = self.kept != ratios
-        fixed = np.isin(ratios, self._exact)
-        return not (moved & fixed).any() and bool(np.abs(np.log(self.kept / ratios)).max() <= self.slack)
+        fixed = _are_fixed(ratios, self._exact)
+        if (self.kept[fixed] != ratios[fixed]).any():
+            return False
+        quotient = self.kept[~fixed] / ratios[~fixed]
+        return bool(np.abs(np.log(quotient)).max(initial=0.0) <= self.slack) if (quotient > 0).all() else False
 
     def load(self, kept: Array, slack: float, places: Array) -> None:
         """Take up what was in force, as long as its groups are not too many now."""
@@ -98,31 +100,39 @@ def count(ratios: Array, places: Array) -> int:
     return len(set(zip(places.tolist(), ratios.tolist(), strict=True)))
 
 
+def _are_fixed(ratios: Array, exact: Array) -> Array:
+    """Which ratios are never merged: exact ones, and those that have no logarithm."""
+    return np.isin(ratios, exact) | ~((ratios > 0) & (ratios < np.inf))
+
+
 def error(merged: Array, ratios: Array) -> float:
     """The largest relative error of ratios that were merged, up or down."""
-    quotient = merged / ratios
+    moved = merged != ratios
+    quotient = merged[moved] / ratios[moved]
     return float(np.maximum(quotient, 1 / quotient).max(initial=1.0)) - 1
 
 
 def clustered(ratios: Array, places: Array, most: int, exact: Array) -> Array:
     """Ratios in at most ``most`` groups with the smallest largest relative error; see :class:`Merging`."""
-    free = ~np.isin(ratios, exact)
+    free = ~_are_fixed(ratios, exact)
     lines = []  # of each place: where its ratios are, their logarithms and these sorted
     for place in np.unique(places[free]):
         where = np.flatnonzero(free & (places == place))
         logs = np.log(ratios[where])
         lines.append((where, logs, np.sort(logs).tolist()))
+    if not lines:
+        return ratios
     room = max(most - count(ratios[~free], places[~free]), len(lines))
-    low, high = 0.0, (1 + 1e-9) * max((line[-1] - line[0] for _, _, line in lines), default=0.0)  # rounding
+    sorted_logs = [line for _, _, line in lines]
+    low, high = 0.0, (1 + 1e-9) * sum([line[-1] - line[0] for line in sorted_logs]) / room  # the factor is for rounding
+    while not _fit(sorted_logs, high, room):
+        low, high = high, 2 * high
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if sum([len(_begins(line, middle, room)) for _, _, line in lines]) <= room:
-            high = middle
-        else:
-            low = middle
+        low, high = (low, middle) if _fit(sorted_logs, middle, room) else (middle, high)
     found = ratios.copy()
     for where, logs, line in lines:
-        begins = _begins(line, high, room)
+        begins = _begins(line, high)
         cluster = np.searchsorted(np.array(begins), logs, side="right")
         for number in range(1, len(begins) + 1):
             members = where[cluster == number]
@@ -131,10 +141,21 @@ def clustered(ratios: Array, places: Array, most: int, exact: Array) -> Array:
     return found
 
 
-def _begins(line: list[float], width: float, most: int) -> list[float]:
-    """Where clusters of at most a width begin on a sorted line; one more than ``most`` says that it takes more."""
+def _begins(line: list[float], width: float) -> list[float]:
+    """Where clusters of at most a width begin on a sorted line."""
     begins, at = [], 0
-    while at < len(line) and len(begins) <= most:
+    while at < len(line):
         begins.append(line[at])
         at = bisect_right(line, line[at] + width, at)
     return begins
+
+
+def _fit(lines: list[list[float]], width: float, most: int) -> bool:
+    """Whether so many clusters of at most a width cover sorted lines."""
+    clusters = 0
+    for line in lines:
+        at, end = 0, len(line)
+        while at < end and clusters <= most:
+            clusters += 1
+            at = bisect_right(line, line[at] + width, at)
+    return clusters <= most

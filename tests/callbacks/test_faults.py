@@ -107,7 +107,7 @@ def test_solves_that_find_no_memory_give_way_to_forward_passes(free, monkeypatch
     assert same_weights(undisturbed_run(steps=24, max_epochs=-1), module)
     assert len(said(caught, "critical sharpness, which needs forward passes only, is shown instead")) == 1
     assert len(said(caught, "The probe is halved to 2 samples")) == (free > 0)
-    assert monitor.failures == 1 + (free > 0) and len(monitor.history["sharpness/critical"]) >= 5
+    assert monitor.failures == 1 + (free > 0) and len(monitor.history["sharpness/critical"]) >= 2
 
 
 def test_what_fits_is_found_out_again_beside_what_training_holds(monkeypatch) -> None:

@@ -232,7 +232,11 @@ class Counts(dict):
             self[key] = self.get(key, 0) + value
 
 
-@pytest.mark.parametrize("kind", [Counter, Counts, OrderedDict, lambda of: defaultdict(int, of)], ids=["Counter", "Counts", "OrderedDict", "defaultdict"])
+@pytest.mark.parametrize(
+    "kind",
+    [Counter, Counts, OrderedDict, lambda of: defaultdict(int, of)],
+    ids=["Counter", "Counts", "OrderedDict", "defaultdict"],
+)
 def test_dictionaries_of_every_class_are_put_back(kind):
     """Each evaluation of the loss counts once, and weighs by the counts."""
     module = nn.Linear(8, 3).double()

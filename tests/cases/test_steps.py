@@ -594,7 +594,7 @@ def test_rests_grow(monkeypatch) -> None:
 
     tried: list[int] = []
 
-    def fail(layers, before):
+    def fail(layers, before, earlier):
         tried.append(monitor._run.step)
         raise RuntimeError("no such kernel")
 

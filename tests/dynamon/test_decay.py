@@ -1,5 +1,7 @@
 """What decoupled decay leaves, against the weights of optimizers whose gradients are zero."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamon.decay import DecayMemory, decoupled_decay
 from dynamon.layers import describe_layers
+from tests.launches import Launches
 
 
 class Descent(torch.optim.SGD):
@@ -107,3 +110,27 @@ def test_a_rate_on_a_device_is_never_read() -> None:
             memory.after_steps({"weight": 0.5})
         row = memory.row(["weight"])
     assert row.tolist() == pytest.approx([0.975 * 0.9875 * 0.99375], rel=1e-6)
+
+
+@pytest.mark.parametrize("many", [1, 3, 70])
+def test_steps_that_a_device_skips_cost_no_calls_until_somebody_asks(many: int) -> None:
+    """As fused optimizers under 16-mixed do it: only the device knows whether a step was taken."""
+    layer = nn.Linear(2, 2)
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    flags = [torch.tensor(float(step % 3 == 1)) for step in range(many)]
+    memory, names = DecayMemory(), {id(layer.weight): "weight", id(layer.bias): "bias"}
+    with Launches() as launches:
+        for flag in flags:
+            optimizer.param_groups[0]["lr"] *= 0.99
+            memory.before_step(optimizer, names)
+            memory.after_steps({"weight": 0.5}, {optimizer: [flag]})
+    assert launches.total <= 15 * (many // 64), launches
+    rates = [0.1 * 0.99 ** (step + 1) for step in range(many)]
+    taken = [rate for rate, flag in zip(rates, flags, strict=True) if not flag]
+    expected = [math.prod(1 - 0.5 * scale * rate for rate in taken) for scale in (0.5, 1.0)]
+    assert memory.row(["weight", "bias"]).tolist() == pytest.approx(expected, rel=1e-6)
+    resumed = DecayMemory()
+    resumed.load_state_dict(memory.state_dict())
+    assert torch.equal(resumed.row(["weight", "bias"]), memory.row(["weight", "bias"]))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dynamon import equality
-from dynamon.equality import differing
+from dynamon.equality import copied, differing
 from dynamon.probe import undisturbed
 from tests.helpers import cnn
 from tests.launches import Launches
@@ -78,6 +78,7 @@ def test_putting_a_network_back_waits_once(monkeypatch):
     network, x = cnn(), torch.randn(4, 2, 8, 8)
     with Launches() as launches:
         with undisturbed(network, seed=1):
+            assert launches.calls["clone.default"] == 0 and launches.calls["_foreach_copy_.default"] == 2  # by dtype
             network(x)
             launches.reset()
         assert launches.waits == 0 and launches.calls["_foreach_norm.Scalar"] == 1
@@ -90,3 +91,14 @@ def test_a_sparse_buffer_is_put_back():
     with undisturbed(module):
         module.graph.mul_(2)
     assert torch.equal(module.graph.to_dense(), torch.eye(3))
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_copies_share_nothing_and_have_no_graph():
+    found = dict(zip(TENSORS, copied(list(TENSORS.values())), strict=True))
+    for name, tensor in TENSORS.items():
+        other = found[name]
+        assert other.dtype is tensor.dtype and not other.requires_grad and type(other) is torch.Tensor
+        if tensor.layout is torch.strided:
+            assert torch.equal(other, tensor) and (not tensor.numel() or other.data_ptr() != tensor.data_ptr())
+    assert copied([]) == []

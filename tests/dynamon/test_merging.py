@@ -86,6 +86,17 @@ def test_groups_of_the_optimizer_count():
     assert count(merged, places) <= 20 + len(set(places[ratios == 1.0]))
 
 
+def test_ratios_that_have_no_logarithm_stay():
+    ratios = np.append(np.exp(-np.random.default_rng(0).uniform(0, 2, 60)), [0.0, 0.0, np.nan])
+    merging, places = Merging(16), np.zeros(63, int)
+    for _ in range(2):
+        taken = merging.take(ratios, places)
+        assert (taken[60:62] == 0).all() and np.isnan(taken[62]) and count(taken[:62], places[:62]) <= 16
+    assert error(taken[:62], ratios[:62]) < 0.1
+    nothing = np.zeros(20)
+    assert clustered(nothing, np.arange(20), 16, np.ones(1)) is nothing
+
+
 def test_few_ratios_are_left_alone():
     ratios = np.tile(np.linspace(0.3, 0.9, 16), 10)
     assert (Merging(16).take(ratios, np.zeros(160, int)) == ratios).all()
@@ -141,6 +152,8 @@ MAKERS = {
     "adamw foreach": (small_gpt2, lambda p: AdamW(p, lr=0.01, foreach=True)),
     "adamw fused": (small_gpt2, lambda p: AdamW(p, lr=0.01, fused=True)),
     "adamw tensor rate": (small_gpt2, lambda p: AdamW(p, lr=torch.tensor(0.01), foreach=False)),
+    "adamw fused tensor rate": (small_gpt2, lambda p: AdamW(p, lr=torch.tensor(0.01), fused=True)),
+    "sgd fused": (small_gpt2, lambda p: SGD(p, lr=0.1, momentum=0.9, fused=True)),
     "sgd": (small_gpt2, lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01)),
     "muon": (matrices, lambda p: Muon(p, lr=0.02, weight_decay=0.1)),
 }

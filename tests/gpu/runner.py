@@ -17,7 +17,7 @@ from typing import IO, Any
 from tests.gpu.report import Check, Record
 
 ROOT = Path(__file__).parents[2]
-START = 120.0  # most seconds that the start of a process may take
+START = 60.0  # most seconds that the start of a process may take
 
 
 class Worker:
@@ -35,13 +35,15 @@ class Worker:
         self._rest = b""
         self._starts = threading.Lock()
         self.is_over = False
+        self.failed_to_start = ""
 
     def start(self) -> str:
         """Start where none runs; why not, or an empty text."""
         with self._starts:
             if self.is_over:
                 return "the checks are over"
-            return "" if self._process is not None else self._start()
+            self.failed_to_start = "" if self._process is not None else self._start()
+            return self.failed_to_start
 
     def _start(self) -> str:
         self._rest = b""
@@ -204,23 +206,31 @@ class Runner:
 
     def side_by_side(self, checks: Iterable[Check], until: float) -> None:
         """Make checks in several processes; what has not begun in time is skipped."""
-        queue = list(checks)
-        threads = [
-            threading.Thread(target=self._work, args=(worker, queue, until), daemon=True)
-            for worker in self._workers[: self._count]
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for worker in self._workers[: self._count]:
+        queue, workers = list(checks), self._workers[: self._count]
+        while queue and (able := [worker for worker in workers if not worker.failed_to_start]):
+            threads = [threading.Thread(target=self._work, args=(w, queue, until), daemon=True) for w in able]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            if any(worker.is_over for worker in workers):
+                return
+        self._give_up(queue, workers[0])
+        for worker in workers:
             if worker is not self._alone:
                 worker.stop()
 
     def alone(self, checks: Iterable[Check], until: float) -> None:
         """Make checks one after the other, with nothing beside them."""
         assert self._alone is not None
-        self._work(self._alone, list(checks), until)
+        queue = list(checks)
+        self._work(self._alone, queue, until)
+        self._give_up(queue, self._alone)
+
+    def _give_up(self, queue: list[Check], worker: Worker) -> None:
+        """Checks that no process could be started for."""
+        for check in [] if worker.is_over else queue:
+            self._tell(Record(check.name, check.part, "failed", reason=worker.failed_to_start))
 
     def stop(self) -> None:
         """End all processes, for good."""
@@ -234,8 +244,13 @@ class Runner:
                     return
                 check = queue.pop(0)
             record = self._one(worker, check, until)
-            if not worker.is_over:
-                self._tell(record)
+            if worker.is_over:
+                return
+            if worker.failed_to_start:  # it must not use up what others can make
+                with self._lock:
+                    queue.insert(0, check)
+                return
+            self._tell(record)
 
     def _one(self, worker: Worker, check: Check, until: float) -> Record:
         left = until - time.monotonic()

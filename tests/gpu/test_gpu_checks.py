@@ -106,6 +106,23 @@ def test_a_worker_that_cannot_start_is_no_end(fakes, monkeypatch) -> None:
     assert record.status == "failed" and record.reason.startswith("the process did not start")
 
 
+def test_a_process_that_cannot_start_leaves_its_checks_to_others(fakes, monkeypatch) -> None:
+    results, runner = Results({}, None), Runner(["tests.gpu.fakes"], 2)
+    runner.over = results.over
+    runner.get_ready(apart=True)
+    monkeypatch.setattr(runner._workers[0], "_start", lambda: "the process did not start: no room")
+    runner._workers[0].stop()
+    try:
+        runner.side_by_side([fakes["is well"], fakes["skips"]], time.monotonic() + 60)
+        assert {record.check: record.status for record in results.records} == {"is well": "passed", "skips": "skipped"}
+        monkeypatch.setattr(runner._workers[1], "_start", lambda: "the process did not start: no room")
+        runner._workers[1].stop()
+        runner.side_by_side([fakes["is well"], fakes["skips"]], time.monotonic() + 60)
+    finally:
+        runner.stop()
+    assert [record.status for record in results.records[2:]] == ["failed", "failed"]
+
+
 def test_what_time_cuts_off_has_not_failed(fakes) -> None:
     worker = Worker(["tests.gpu.fakes"], {})
     try:

@@ -144,3 +144,47 @@ def test_checkpoints_compute_the_same_again(reentrant):
     vector = torch.linspace(-1, 1, plain.shape[0], dtype=torch.float64)
     assert again.backend == backend
     torch.testing.assert_close(plain @ vector, again @ vector, rtol=1e-5, atol=1e-6)
+
+
+def written_out(x, shape, weight, bias, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias
+
+
+def test_third_derivatives_of_a_gradient_penalty(monkeypatch):
+    model, x = Net().double(), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    params = list(model.parameters())
+
+    def loss():
+        slope = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)[0]
+        return (slope.square().sum(1) - 1).square().mean() + model(x).cos().mean()
+
+    found = HessianOperator(loss, params)
+    # torch's own takes mean and scale for constants in its third derivative.
+    monkeypatch.setattr(F, "layer_norm", written_out)
+    gradients = torch.autograd.grad(loss(), params, create_graph=True)
+    vector = torch.linspace(-1, 1, found.shape[0], dtype=torch.float64)
+    pieces = [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in params]), params, strict=True)]
+    wanted = torch.autograd.grad(gradients, params, pieces, allow_unused=True)
+    wanted = [torch.zeros_like(p) if w is None else w for w, p in zip(wanted, params, strict=True)]
+    assert found.backend == "double_backward"
+    torch.testing.assert_close(found @ vector, torch.cat([w.flatten() for w in wanted]), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
+def test_losses_with_transforms_of_their_own(transform):
+    model, x = Net().double(), torch.randn(5, 4, dtype=torch.float64)
+
+    def loss():
+        if transform == "vmap":
+            return torch.func.vmap(lambda row: model(row).cos().sum())(x).mean()
+        if transform == "grad":
+            return torch.func.vmap(torch.func.grad(lambda row: model(row).cos().sum()))(x).square().mean()
+        if transform == "jvp":
+            return torch.func.jvp(lambda given: model(given).cos().sum(), (x,), (torch.ones_like(x),))[1].square()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            return torch.autograd.forward_ad.unpack_dual(model(dual).cos().sum()).tangent.square()
+
+    operator = HessianOperator(loss, list(model.parameters()))
+    assert operator.backend == "double_backward" and (operator @ operator.gradient).isfinite().all()
