@@ -47,7 +47,7 @@ def _rounding(tensor: Tensor, kind: str) -> float:
 
 
 def _of_setting(device: str, kind: str) -> float:
-    backends = torch.backends
+    backends: Any = torch.backends  # torch's own types lack the parts below
     if device == "cuda":
         chosen = backends.cuda.matmul.fp32_precision if kind == "matmul" else backends.cudnn.conv.fp32_precision
     else:
