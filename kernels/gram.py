@@ -98,7 +98,8 @@ def gram_extremes(stacks: Sequence[Tensor], steps: int, half: bool = False) -> E
         return found[0]
     starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks) + 1)]
     order = [m for call in calls for shape in call for i in shape for m in range(starts[i], starts[i + 1])]
-    back = on_device(sorted(range(len(order)), key=lambda place: order[place]), stacks[0].device, torch.int64)
+    places = sorted(range(len(order)), key=order.__getitem__)
+    back = on_device(places, stacks[0].device, torch.int64)
     wide = torch.float64 if any(part.lower.dtype == torch.float64 for part in found) else torch.float32
     table = torch.cat([torch.stack(list(vars(part).values())).to(wide) for part in found], 1)
     return Extremes(*table.index_select(1, back).unbind())
