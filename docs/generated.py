@@ -244,6 +244,31 @@ def gpu_tables(found: Mapping[str, Any] | None = None) -> str:
     return text + (f"\n### Figures\n\n{table(('check', 'what', 'found'), figures)}" if figures else "")
 
 
+def gpu_draft_tables() -> str:
+    """What the first checks on a GPU found, before the faults they showed were mended; and the kernels' times there."""
+    found, kernels = _result("gpu_draft"), _result("kernels")
+    checks, place = found["checks"], found["environment"]
+    failed = [check["check"] for check in checks if not check["ok"]]
+    versions = ", ".join(f"{name} {place[name.lower()]}" for name in ("torch", "Triton", "CUDA", "lightning", "Python"))
+    text = f"{len(checks)} checks on {place['date']} on one {place['device']}, {versions}, commit {place['commit']}: "
+    text += (
+        f"{len(checks) - len(failed)} passed, {len(failed)} failed ({', '.join(f'`{name}`' for name in failed)}).\n\n"
+    )
+    rows = [
+        (f"gradient statistics, {row['gradients']} and {row['previous']}", row["method"], f"{row['milliseconds']:.3g}")
+        for row in kernels["results"]["gradient_stats"]
+    ]
+    rows += [
+        (f"Gram product, {row['dtype']}, side {row['side']}", row["method"], f"{row['milliseconds']:.3g}")
+        for row in kernels["results"]["gram"]
+    ]
+    rows += [
+        (f"polar factor, {' x '.join(map(str, row['shape']))}", row["method"], f"{row['milliseconds']:.3g}")
+        for row in kernels["results"]["polar"]
+    ]
+    return f"{text}{table(('what', 'method', 'ms'), rows)}"
+
+
 _HOLDS = {True: "yes", False: "**no**", None: "not judged"}
 
 
@@ -320,5 +345,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "tracking": tracking_table,
     "distributed": distributed_table,
     "gpu": gpu_tables,
+    "gpu_draft": gpu_draft_tables,
     "commands": command_help,
 }
