@@ -20,7 +20,6 @@ from dynamon.trends import Trends
 from dynamon.updates import differences
 from dynamon.windows import Window, loaded_window, saved_window
 
-_FROM_STATS = ("one_to_inf", "frobenius", "rms")  # dual norms that follow from l1 or l2
 _ROWS = 10  # of what is read
 _MOST_MIXTURES = 16  # sets of layers that have gradients, in turns
 _ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in half; measured: 1e-5 and 3e-3
@@ -186,7 +185,7 @@ class GradientReader:
         """Choose a norm for each layer."""
         self.layers = list(layers)
         self.norms: list[Norm] = [update_norm(layer, family) for layer in self.layers]
-        self._need_matrix = {i for i, norm in enumerate(self.norms) if norm.name not in _FROM_STATS}
+        self._need_matrix = {i for i, norm in enumerate(self.norms) if norm.needs_matrix}
         self.step = 0
         self._key: Hashable = None
         self._pending: PendingReadings | None = None
@@ -540,7 +539,7 @@ class GradientReader:
 
     def _special_places(self, indices: list[int]) -> list[int]:
         """Positions among ``indices`` of layers whose dual norm needs the matrix."""
-        return [place for place, i in enumerate(indices) if self.norms[i].name not in _FROM_STATS]
+        return [place for place, i in enumerate(indices) if self.norms[i].needs_matrix]
 
     def _duals(self, indices: list[int], l1: Tensor, l2: Tensor, special: Tensor | None) -> Tensor:
         """The dual norms ``[..., P]``: multiples of l1 or l2 where the norm allows, else the special ones."""
@@ -551,14 +550,12 @@ class GradientReader:
     def _mixture(self, indices: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Factors on l1 and on l2, and the positions of the special norms; kept on the device."""
         if indices not in self._mixed:
-            names = [self.norms[i].name for i in indices]
-            sizes = [self.layers[i].size for i in indices]
-            of_l2 = [(n == "frobenius") + (n == "rms") * size**0.5 for n, size in zip(names, sizes, strict=True)]
+            multiples = [self.norms[i].dual_multiples(self.layers[i].size) for i in indices]
             if len(self._mixed) >= _MOST_MIXTURES:
                 self._mixed.clear()
             self._mixed[indices] = (
-                like.new_tensor([float(name == "one_to_inf") for name in names]),
-                like.new_tensor(of_l2),
+                like.new_tensor([of_l1 for of_l1, _ in multiples]),
+                like.new_tensor([of_l2 for _, of_l2 in multiples]),
                 self._positions(tuple(self._special_places(list(indices))), like),
             )
         return self._mixed[indices]

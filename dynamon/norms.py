@@ -17,42 +17,136 @@ name                      primal                                      dual
 ========================  ==========================================  ========================================
 
 All act on the last two dimensions (on all, where there are fewer) and are batched over the others.
-:func:`fitted` gives them for a tensor as a layer stores it. References: Bernstein and Newhouse, arXiv 2409.20325;
-Pethick et al. (Scion), arXiv 2502.07529.
+:func:`fitted` gives them for a tensor as a layer stores it. All that is known of a norm is its record, :class:`Norm`;
+a new one is an entry of ``NORMS``, and a role takes it by its line in ``OPERATOR_NORMS`` or ``UPDATE_NORMS``.
+References: Bernstein and Newhouse, arXiv 2409.20325; Pethick et al. (Scion), arXiv 2502.07529.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dynamon.geometry import FAMILIES
 from dynamon.geometry import optimizer_family as optimizer_family
-from dynamon.kernels import decomposable, l2_along, nuclear_norm
-from dynamon.kernels.constants import on_device
-from dynamon.layers import Layer
+from dynamon.kernels import l2_along, nuclear_norm
+from dynamon.layers import ROLES, Layer
+from dynamon.norm_forms import (
+    aspect,
+    by_function,
+    dims_of,
+    each_dual,
+    each_primal,
+    entries,
+    euclidean_norms,
+    l2,
+    largest_entries,
+    nuclear_norms,
+    polar,
+    sigma_max,
+    size_of,
+    spectral_norms,
+    unit,
+)
+
+STATISTICS = ("l1", "l2", "matrix")
+REDUCTIONS = ("sum", "max over entries", "max over rows", "max over columns", "whole")
+ORACLES = ("polar", "sign", "own")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Norm:
-    """A norm on weight tensors with its dual and its linear minimisation oracle.
+    """The record of a norm on weight tensors: all that is known of it, so that nothing else asks for its name.
 
     Norms are in float32 (float64 for float64), the oracle in the dtype of its argument, all computed in at
     least float32, on its device, without waiting for it. ``primal(lmo(g)) == 1`` for ``g != 0``; ``lmo(0) == 0``.
+
+    No piece has a default. Below a norm of matrices sees one ``[m, n]``; any other sees all entries as ``[1, size]``.
 
     Attributes:
         name: The norm's name, as :func:`get_norm` takes it.
         primal: Norm of a weight.
         dual: Dual norm of a gradient.
         lmo: The unit-ball minimiser of ``<g, .>``.
+        on_matrices: Whether it is one of matrices, of which a layer may hold several; it does not fit vectors.
+        per_window: Whether a convolution's is multiplied by ``sqrt(prod(k))``, see :func:`fitted`.
+        primal_factor: From m and n to what multiplies the statistic that ``batched_primal`` rests on, if any.
+        dual_factor: The same for the statistic named by ``dual_of``.
+        dual_of: The statistic that the dual is a multiple of: ``"l1"`` or ``"l2"`` of all entries; ``"matrix"`` where
+            it takes the tensor itself.
+        reduces: How the primal norm of a tensor follows from parts on several processes: ``"sum"`` of squares, of which
+            it is the root over ``dual_factor``; the largest of those of the parts, however they are cut (``"max over
+            entries"``), or where rows or columns of the map are not cut (``"max over rows"``, ``"max over columns"``);
+            ``"whole"`` where the tensor is gathered.
+        iid_dual: From blocks, m and n to the dual norm of noise with i.i.d. entries of mean square one, to leading
+            order.
+        oracle: The batched form of ``lmo``: minus a multiple of the ``"polar"`` factor, minus the ``"sign"``, or its
+            ``"own"`` function of stacked matrices.
+        batched_primal: From layers, their norms and tensors to primal norms ``[L]``: norms with the same function share
+            its calls. :func:`each_primal` where there is none.
+        batched_dual: The same for dual norms, 0-d tensors. :func:`each_dual` where there is none.
+
+    Raises:
+        TypeError: Where a piece is missing.
+        ValueError: Where one is not what it should be, or two contradict each other.
     """
 
     name: str
     primal: Callable[[Tensor], Tensor]
     dual: Callable[[Tensor], Tensor]
     lmo: Callable[[Tensor], Tensor]
+    on_matrices: bool
+    per_window: bool
+    primal_factor: Callable[[int, int], float]
+    dual_factor: Callable[[int, int], float]
+    dual_of: str
+    reduces: str
+    iid_dual: Callable[[int, int, int], float]
+    oracle: str
+    batched_primal: Callable[[Sequence[Layer], Sequence["Norm"], Sequence[Tensor]], Tensor]
+    batched_dual: Callable[[Sequence[Layer], Sequence["Norm"], Sequence[Tensor]], list[Tensor]]
+
+    def __post_init__(self) -> None:
+        """Refuse a record that lacks a piece."""
+        for name in _FUNCTIONS:
+            if not callable(getattr(self, name)):
+                raise ValueError(f"the norm {self.name!r} lacks a piece: {name} must be a function.")
+        for name, allowed in (("dual_of", STATISTICS), ("reduces", REDUCTIONS), ("oracle", ORACLES)):
+            given = getattr(self, name)
+            if given not in allowed:
+                raise ValueError(
+                    f"{name} of the norm {self.name!r} must be one of {', '.join(allowed)}, got {given!r}."
+                )
+        if (self.reduces == "sum") != (self.batched_primal is euclidean_norms):
+            raise ValueError(f"the norm {self.name!r} must reduce by 'sum' if, and only if, it is a multiple of l2.")
+        if self.reduces == "sum" and self.dual_of != "l2":
+            raise ValueError(f"the norm {self.name!r} is a multiple of l2, so its dual must be one.")
+        if not self.on_matrices and self.reduces not in ("sum", "max over entries"):
+            raise ValueError(f"the norm {self.name!r} sees all entries: it must reduce by 'sum' or 'max over entries'.")
+        if self.on_matrices and not self.needs_matrix:
+            raise ValueError(f"the norm {self.name!r} is one of matrices: dual_of must be 'matrix'.")
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether the dual norm takes the tensor itself, and not only sums over its entries."""
+        return self.dual_of == "matrix"
+
+    def dual_multiples(self, size: int) -> tuple[float, float]:
+        """What multiplies l1 and l2 of so many entries to give the dual norm; zeros where that takes the tensor."""
+        factor = 0.0 if self.needs_matrix else self.dual_factor(1, size)
+        return (factor, 0.0) if self.dual_of == "l1" else (0.0, factor)
+
+    def window(self, layer: Layer) -> float:
+        """What a convolution's window multiplies the norm by: ``sqrt(prod(k))`` where it counts, else 1."""
+        return math.sqrt(math.prod(layer.parameter.shape[2:])) if self.per_window and layer.role == "conv" else 1.0
+
+
+_FUNCTIONS = (
+    *("primal", "dual", "lmo", "primal_factor", "dual_factor"),
+    *("iid_dual", "batched_primal", "batched_dual"),
+)
 
 
 def get_norm(name: str) -> Norm:
@@ -64,9 +158,9 @@ def get_norm(name: str) -> Norm:
     Raises:
         ValueError: On any other name; the message lists them.
     """
-    if name not in _NORMS:
-        raise ValueError(f"unknown norm {name!r}; choose one of {', '.join(sorted(_NORMS))}.")
-    return _NORMS[name]
+    if name not in NORMS:
+        raise ValueError(f"unknown norm {name!r}; choose one of {', '.join(sorted(NORMS))}.")
+    return NORMS[name]
 
 
 def fitted(name: str, layer: Layer) -> Norm:
@@ -90,23 +184,23 @@ def fitted(name: str, layer: Layer) -> Norm:
         ValueError: On an unknown name, and on a norm of matrices for a vector.
     """
     norm = get_norm(name)
-    if name in _ON_MATRICES and layer.role == "vector":
-        raise ValueError(
-            f"{name} is a norm of matrices and {layer.name} is a vector: choose one_to_inf, rms or frobenius."
+    if not norm.on_matrices:
+        return replace(
+            norm,
+            primal=lambda w: norm.primal(w.reshape(-1)),
+            dual=lambda g: norm.dual(g.reshape(-1)),
+            lmo=lambda g: norm.lmo(g.reshape(-1)).view_as(g),
         )
-    if name not in _ON_MATRICES:
-        return Norm(
-            name,
-            lambda w: norm.primal(w.reshape(-1)),
-            lambda g: norm.dual(g.reshape(-1)),
-            lambda g: norm.lmo(g.reshape(-1)).view_as(g),
-        )
-    factor = _window(layer) if name == "rms_to_rms" else 1.0
-    return Norm(
-        name,
-        lambda w: norm.primal(layer.matrices(w)).amax() * factor,
-        lambda g: norm.dual(layer.matrices(g)).sum() / factor,
-        lambda g: layer.from_matrices(norm.lmo(layer.matrices(g))) / factor,
+    if layer.role == "vector":
+        *others, last = [known.name for known in NORMS.values() if not known.on_matrices]
+        fitting = f"{', '.join(others)} or {last}"
+        raise ValueError(f"{name} is a norm of matrices and {layer.name} is a vector: choose {fitting}.")
+    factor = norm.window(layer)
+    return replace(
+        norm,
+        primal=lambda w: norm.primal(layer.matrices(w)).amax() * factor,
+        dual=lambda g: norm.dual(layer.matrices(g)).sum() / factor,
+        lmo=lambda g: layer.from_matrices(norm.lmo(layer.matrices(g))) / factor,
     )
 
 
@@ -116,19 +210,22 @@ def operator_norm(layer: Layer) -> Norm:
     Hidden weights act between RMS-normalised activations (``rms_to_rms``), an embedding picks a column
     (``one_to_rms``), the head's outputs count one by one (``rms_to_inf``), vectors have an RMS size.
     """
-    by_role = {"embedding": "one_to_rms", "head": "rms_to_inf", "vector": "rms"}
-    return fitted(by_role.get(layer.role, "rms_to_rms"), layer)
+    return fitted(OPERATOR_NORMS[layer.role], layer)
 
 
 def sigma_factor(layer: Layer) -> float | None:
     """What multiplies sigma_max to give :func:`operator_norm`, or None where that is not a spectral norm."""
-    return rms_factor(layer) if layer.role in ("hidden", "conv") else None
+    norm = get_norm(OPERATOR_NORMS[layer.role])
+    return _primal_factor(norm, layer) if norm.batched_primal is spectral_norms else None
 
 
 def rms_factor(layer: Layer) -> float:
     """What multiplies the sigma_max of any layer that is a matrix to give its RMS-to-RMS norm."""
-    outputs, inputs = layer.matrix_shape[-2:]
-    return math.sqrt(inputs / outputs) * _window(layer)
+    return _primal_factor(get_norm("rms_to_rms"), layer)
+
+
+def _primal_factor(norm: Norm, layer: Layer) -> float:
+    return norm.primal_factor(*layer.matrix_shape[-2:]) * norm.window(layer)
 
 
 def rms_factors(layers: Sequence[Layer]) -> list[float]:
@@ -158,10 +255,7 @@ def update_norm(layer: Layer, family: str) -> Norm:
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be 'sign', 'euclidean' or 'spectral', got {family!r}.")
-    if family == "euclidean":
-        return fitted("frobenius", layer)
-    by_role = {"hidden": "rms_to_rms", "conv": "rms_to_rms", "vector": "rms"}
-    return fitted(by_role.get(layer.role, "one_to_inf") if family == "spectral" else "one_to_inf", layer)
+    return fitted(UPDATE_NORMS[family][layer.role], layer)
 
 
 def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -179,35 +273,11 @@ def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
     Returns:
         L numbers, 0-d.
     """
-    found: list[Tensor | None] = [None] * len(layers)
-    batches: dict[tuple[object, ...], list[int]] = {}
-    matrices: dict[int, Tensor] = {}
-    for i, (layer, norm, tensor) in enumerate(zip(layers, norms, tensors, strict=True)):
-        if norm.name in _NUCLEAR:
-            matrices[i] = layer.matrices(tensor)
-            shape = sorted(matrices[i].shape[-2:])  # a matrix and its transpose have the same singular values
-            batches.setdefault((*shape, tensor.dtype, tensor.device), []).append(i)
-        else:
-            found[i] = norm.dual(tensor)
-    for members in [part for batch in batches.values() for part in _parts(batch, tensors)]:
-        stacks = [matrices[i] for i in members]
-        tall = [stack if stack.shape[-2] >= stack.shape[-1] else stack.mT for stack in stacks]
-        sums = nuclear_norm(torch.cat(tall) if len(tall) > 1 else tall[0], "estimate")
-        scales = [
-            _aspect(stack) / _window(layers[i]) if norms[i].name == "rms_to_rms" else 1.0
-            for i, stack in zip(members, stacks, strict=True)
-            for _ in range(len(stack))
-        ]
-        parts = (sums * on_device(scales, sums.device, sums.dtype)).split([len(stack) for stack in stacks])
-        for i, values in zip(members, parts, strict=True):
-            found[i] = values[0] if len(values) == 1 else values.sum()
-    return [value for value in found if value is not None]
-
-
-def _parts(batch: list[int], tensors: Sequence[Tensor]) -> list[list[int]]:
-    """A batch in parts whose copies a device has room for."""
-    most = max(_MOST_ENTRIES // max(tensors[batch[0]].numel(), 1), 1)
-    return [batch[begin : begin + most] for begin in range(0, len(batch), most)]
+    found: dict[int, Tensor] = {}
+    for measure, own in by_function([norm.batched_dual for norm in norms]):
+        values = measure([layers[i] for i in own], [norms[i] for i in own], [tensors[i] for i in own])
+        found.update(zip(own, values, strict=True))
+    return [found[i] for i in range(len(layers))]
 
 
 def iid_dual_norm(norm: Norm, layer: Layer) -> float:
@@ -220,120 +290,152 @@ def iid_dual_norm(norm: Norm, layer: Layer) -> float:
         norm: The norm, fitted to the layer.
         layer: The layer; the duals of its blocks add up.
     """
-    size = layer.size
-    if norm.name in ("one_to_inf", "rms"):
-        return float(size)
-    if norm.name == "frobenius":
-        return math.sqrt(size)
-    blocks, rows, columns = (1, 1, size) if layer.role == "vector" else layer.matrix_shape
-    if norm.name == "one_to_rms":
-        return float(size)
-    if norm.name == "rms_to_inf":
-        return float(blocks * rows)
-    nuclear = blocks * min(rows, columns) * math.sqrt(max(rows, columns))
-    return nuclear * math.sqrt(rows / columns) / _window(layer) if norm.name == "rms_to_rms" else nuclear
+    if not norm.on_matrices:
+        return norm.iid_dual(1, 1, layer.size)
+    return norm.iid_dual(*layer.matrix_shape) / norm.window(layer)
 
 
-def _window(layer: Layer) -> float:
-    """sqrt(prod(k)) for a convolution, else 1."""
-    return math.sqrt(math.prod(layer.parameter.shape[2:])) if layer.role == "conv" else 1.0
+def _one(m: int, n: int) -> float:
+    return 1.0
 
 
-def _sigma_max(w: Tensor) -> Tensor:
-    clean, finite = _without_nonfinite(_wide(w))
-    sigma = torch.linalg.matrix_norm(decomposable(clean), ord=2).to(w.device)
-    return torch.where(finite, sigma, torch.full_like(sigma, torch.nan))
+def _nuclear_of_noise(blocks: int, m: int, n: int) -> float:
+    return blocks * min(m, n) * math.sqrt(max(m, n))
 
 
-def _polar(g: Tensor) -> Tensor:
-    clean, finite = _without_nonfinite(_wide(g))
-    u, s, vh = torch.linalg.svd(decomposable(clean), full_matrices=False)
-    keep = s > s[..., :1] * torch.finfo(s.dtype).eps * max(g.shape[-2:])
-    factor = ((u * keep.to(u.dtype)[..., None, :]) @ vh).to(g.device)
-    return torch.where(finite[..., None, None], factor, torch.full_like(factor, torch.nan))
-
-
-def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor]:
-    """LAPACK raises on NaN; a diverging run must get NaN back, not an exception."""
-    finite = torch.isfinite(x).all(-1).all(-1)
-    return torch.where(finite[..., None, None], x, torch.zeros_like(x)), finite
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _aspect(x: Tensor) -> float:
-    """sqrt(out / in)."""
-    return math.sqrt(x.shape[-2] / x.shape[-1])
-
-
-def _size(x: Tensor) -> int:
-    """Entries of one member."""
-    return math.prod(x.shape[-2:])
-
-
-def _dims(x: Tensor) -> tuple[int, ...] | None:
-    """The dimensions a norm acts on: the last two."""
-    return (-2, -1) if x.ndim > 2 else None
-
-
-def _l2(x: Tensor) -> Tensor:
-    return l2_along(x, _dims(x))
-
-
-def _unit(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
-    """Divide by the length along the dimensions, by the largest entry first, lest squares vanish; zero for zero."""
-    wide = _wide(x)
-    largest = wide.abs().amax(() if dim is None else dim, keepdim=True)
-    scaled = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
-    length = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
-    return scaled / torch.where(length == 0, torch.ones_like(length), length)
-
-
-def _entries(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    """A reduction of the magnitudes over the dimensions a norm acts on."""
-    dims = _dims(x)
-    return _wide(reduce(_wide(x).abs()) if dims is None else reduce(_wide(x).abs(), dims))
-
-
-_NORMS = {
+NORMS = {
     norm.name: norm
     for norm in (
         Norm(
-            "rms_to_rms",
-            lambda w: _sigma_max(w) / _aspect(w),
-            lambda g: nuclear_norm(g) * _aspect(g),
-            lambda g: (-_aspect(g) * _polar(g)).to(g.dtype),
-        ),
-        Norm("spectral", _sigma_max, nuclear_norm, lambda g: (-_polar(g)).to(g.dtype)),
-        Norm(
-            "one_to_rms",
-            lambda w: l2_along(w, -2).amax(-1) / math.sqrt(w.shape[-2]),
-            lambda g: l2_along(g, -2).sum(-1) * math.sqrt(g.shape[-2]),
-            lambda g: (-math.sqrt(g.shape[-2]) * _unit(g, -2)).to(g.dtype),
-        ),
-        Norm(
-            "rms_to_inf",
-            lambda w: l2_along(w, -1).amax(-1) * math.sqrt(w.shape[-1]),
-            lambda g: l2_along(g, -1).sum(-1) / math.sqrt(g.shape[-1]),
-            lambda g: (-_unit(g, -1) / math.sqrt(g.shape[-1])).to(g.dtype),
+            name="rms_to_rms",
+            primal=lambda w: sigma_max(w) / aspect(w),
+            dual=lambda g: nuclear_norm(g) * aspect(g),
+            lmo=lambda g: (-aspect(g) * polar(g)).to(g.dtype),
+            on_matrices=True,
+            per_window=True,
+            primal_factor=lambda m, n: math.sqrt(n / m),
+            dual_factor=lambda m, n: math.sqrt(m / n),
+            dual_of="matrix",
+            reduces="whole",
+            iid_dual=lambda blocks, m, n: _nuclear_of_noise(blocks, m, n) * math.sqrt(m / n),
+            oracle="polar",
+            batched_primal=spectral_norms,
+            batched_dual=nuclear_norms,
         ),
         Norm(
-            "one_to_inf",
-            lambda w: _entries(w, torch.amax),
-            lambda g: _entries(g, torch.sum),
-            lambda g: torch.where(g.isnan(), g, -g.sign()),
+            name="spectral",
+            primal=sigma_max,
+            dual=nuclear_norm,
+            lmo=lambda g: (-polar(g)).to(g.dtype),
+            on_matrices=True,
+            per_window=False,
+            primal_factor=_one,
+            dual_factor=_one,
+            dual_of="matrix",
+            reduces="whole",
+            iid_dual=_nuclear_of_noise,
+            oracle="polar",
+            batched_primal=spectral_norms,
+            batched_dual=nuclear_norms,
         ),
         Norm(
-            "rms",
-            lambda w: _l2(w) / math.sqrt(_size(w)),
-            lambda g: _l2(g) * math.sqrt(_size(g)),
-            lambda g: (-math.sqrt(_size(g)) * _unit(g, _dims(g))).to(g.dtype),
+            name="one_to_rms",
+            primal=lambda w: l2_along(w, -2).amax(-1) / math.sqrt(w.shape[-2]),
+            dual=lambda g: l2_along(g, -2).sum(-1) * math.sqrt(g.shape[-2]),
+            lmo=lambda g: (-math.sqrt(g.shape[-2]) * unit(g, -2)).to(g.dtype),
+            on_matrices=True,
+            per_window=False,
+            primal_factor=_one,
+            dual_factor=_one,
+            dual_of="matrix",
+            reduces="max over columns",
+            iid_dual=lambda blocks, m, n: float(blocks * m * n),
+            oracle="own",
+            batched_primal=each_primal,
+            batched_dual=each_dual,
         ),
-        Norm("frobenius", _l2, _l2, lambda g: (-_unit(g, _dims(g))).to(g.dtype)),
+        Norm(
+            name="rms_to_inf",
+            primal=lambda w: l2_along(w, -1).amax(-1) * math.sqrt(w.shape[-1]),
+            dual=lambda g: l2_along(g, -1).sum(-1) / math.sqrt(g.shape[-1]),
+            lmo=lambda g: (-unit(g, -1) / math.sqrt(g.shape[-1])).to(g.dtype),
+            on_matrices=True,
+            per_window=False,
+            primal_factor=_one,
+            dual_factor=_one,
+            dual_of="matrix",
+            reduces="max over rows",
+            iid_dual=lambda blocks, m, n: float(blocks * m),
+            oracle="own",
+            batched_primal=each_primal,
+            batched_dual=each_dual,
+        ),
+        Norm(
+            name="one_to_inf",
+            primal=lambda w: entries(w, torch.amax),
+            dual=lambda g: entries(g, torch.sum),
+            lmo=lambda g: torch.where(g.isnan(), g, -g.sign()),
+            on_matrices=False,
+            per_window=False,
+            primal_factor=_one,
+            dual_factor=_one,
+            dual_of="l1",
+            reduces="max over entries",
+            iid_dual=lambda blocks, m, n: float(blocks * m * n),
+            oracle="sign",
+            batched_primal=largest_entries,
+            batched_dual=each_dual,
+        ),
+        Norm(
+            name="rms",
+            primal=lambda w: l2(w) / math.sqrt(size_of(w)),
+            dual=lambda g: l2(g) * math.sqrt(size_of(g)),
+            lmo=lambda g: (-math.sqrt(size_of(g)) * unit(g, dims_of(g))).to(g.dtype),
+            on_matrices=False,
+            per_window=False,
+            primal_factor=lambda m, n: float((m * n) ** -0.5),
+            dual_factor=lambda m, n: float((m * n) ** 0.5),
+            dual_of="l2",
+            reduces="sum",
+            iid_dual=lambda blocks, m, n: float(blocks * m * n),
+            oracle="own",
+            batched_primal=euclidean_norms,
+            batched_dual=each_dual,
+        ),
+        Norm(
+            name="frobenius",
+            primal=l2,
+            dual=l2,
+            lmo=lambda g: (-unit(g, dims_of(g))).to(g.dtype),
+            on_matrices=False,
+            per_window=False,
+            primal_factor=_one,
+            dual_factor=_one,
+            dual_of="l2",
+            reduces="sum",
+            iid_dual=lambda blocks, m, n: math.sqrt(blocks * m * n),
+            oracle="own",
+            batched_primal=euclidean_norms,
+            batched_dual=each_dual,
+        ),
     )
 }
-_ON_MATRICES = {"rms_to_rms", "spectral", "one_to_rms", "rms_to_inf"}
-_MOST_ENTRIES = 2**26  # of matrices that are iterated together, where a single one is not larger
-_NUCLEAR = {"rms_to_rms", "spectral"}
+
+OPERATOR_NORMS = {
+    "hidden": "rms_to_rms",
+    "conv": "rms_to_rms",
+    "embedding": "one_to_rms",
+    "head": "rms_to_inf",
+    "vector": "rms",
+}
+UPDATE_NORMS = {
+    "sign": dict.fromkeys(ROLES, "one_to_inf"),
+    "euclidean": dict.fromkeys(ROLES, "frobenius"),
+    "spectral": {
+        "hidden": "rms_to_rms",
+        "conv": "rms_to_rms",
+        "embedding": "one_to_inf",
+        "head": "one_to_inf",
+        "vector": "rms",
+    },
+}

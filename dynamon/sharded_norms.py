@@ -19,16 +19,16 @@ from dynamon.updates import primal_norms
 
 def follows_from_squares(norm: Norm) -> bool:
     """Whether a primal norm is a multiple of the Euclidean one."""
-    return norm.name in ("frobenius", "rms")
+    return norm.reduces == "sum"
 
 
 def is_maximum(layer: Layer, norm: Norm) -> bool:
     """Whether a primal norm is the largest of those of the parts: over entries, or over rows that are not cut."""
-    if norm.name == "one_to_inf":
+    if norm.reduces == "max over entries":
         return True
-    by_rows = {"one_to_rms": layer.rows_are_tokens, "rms_to_inf": not (layer.rows_are_tokens or layer.inputs_first)}
+    stored_as_rows = "max over columns" if layer.rows_are_tokens or layer.inputs_first else "max over rows"
     plain = layer.parameter.ndim == 2 and layer.blocks == 1
-    return by_rows.get(norm.name, False) and plain and has_whole_rows(layer.parameter)
+    return norm.reduces == stored_as_rows and plain and has_whole_rows(layer.parameter)
 
 
 def needs_whole(layer: Layer, norm: Norm) -> bool:
@@ -67,8 +67,12 @@ def primal(layers: Sequence[Layer], norms: Sequence[Norm], squares: Tensor, larg
         largest: Largest norms of the parts, where that is what counts.
         whole: Norms of the whole tensors, where those are needed.
     """
-    sizes = [layer.size if norm.name == "rms" else 1 for layer, norm in zip(layers, norms, strict=True)]
-    by_squares = squares.sqrt() / torch.tensor(sizes, dtype=squares.dtype, device=squares.device).sqrt()
+    # The dual of a multiple of l2 is l2 over that multiple.
+    over = [
+        norm.dual_factor(1, la.size) if follows_from_squares(norm) else 1.0
+        for la, norm in zip(layers, norms, strict=True)
+    ]
+    by_squares = squares.sqrt() / torch.tensor(over, dtype=squares.dtype, device=squares.device)
     kinds = [
         0 if follows_from_squares(norm) else 1 if is_maximum(layer, norm) else 2
         for layer, norm in zip(layers, norms, strict=True)

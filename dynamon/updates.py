@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from dynamon.arrays import Array
-from dynamon.kernels import l2_norms, widest_dtype
+from dynamon.kernels import widest_dtype
 from dynamon.kernels.constants import on_device
-from dynamon.kernels.devices import reads_are_free
 from dynamon.layers import Layer
-from dynamon.norms import Norm, sigma_factor
-from dynamon.spectra import largest_per_stack
+from dynamon.norm_forms import by_function
+from dynamon.norms import Norm
 
 _UNLIKE = 1e5  # lengths of two steps whose quotient is larger leave nothing of their inner product
 
@@ -34,46 +33,16 @@ def primal_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequen
     """
     if not layers:
         return torch.zeros(0)
-    by_kind: dict[str, list[int]] = {}
-    for i, norm in enumerate(norms):
-        by_kind.setdefault(_KINDS.get(norm.name, ""), []).append(i)
+    groups = by_function([norm.batched_primal for norm in norms])
     columns = [
-        _MEASURES[kind]([layers[i] for i in own], [norms[i] for i in own], [tensors[i] for i in own])
-        for kind, own in by_kind.items()
+        measure([layers[i] for i in own], [norms[i] for i in own], [tensors[i] for i in own]) for measure, own in groups
     ]
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     joined = torch.cat([column.to(wide) for column in columns])
-    order = [i for own in by_kind.values() for i in own]
+    order = [i for _, own in groups for i in own]
     if order == sorted(order):
         return joined
     return joined.index_select(0, on_device(np.argsort(order).tolist(), joined.device, torch.int64))
-
-
-def _spectral(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    sigmas = largest_per_stack([layer.matrices(tensor) for layer, tensor in zip(layers, tensors, strict=True)])
-    return sigmas * on_device([sigma_factor(layer) or 1.0 for layer in layers], sigmas.device, sigmas.dtype)
-
-
-def _euclidean(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    lengths = l2_norms(tensors)
-    counts = [t.numel() ** -0.5 if norm.name == "rms" else 1.0 for norm, t in zip(norms, tensors, strict=True)]
-    return lengths * on_device(counts, lengths.device, lengths.dtype)
-
-
-def _largest(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    if reads_are_free(tensors[0].device):  # where calls cost nothing, norms of order infinity are slower than this
-        return torch.stack(
-            [tensor.abs().amax().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-        )
-    return torch.stack(torch._foreach_norm(list(tensors), float("inf"), dtype=torch.float32))
-
-
-def _each(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([norm.primal(tensor).amax() for norm, tensor in zip(norms, tensors, strict=True)])
-
-
-_KINDS = {"rms_to_rms": "spectral", "rms": "euclidean", "frobenius": "euclidean", "one_to_inf": "largest"}
-_MEASURES = {"spectral": _spectral, "euclidean": _euclidean, "largest": _largest, "": _each}
 
 
 def differences(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:

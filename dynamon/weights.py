@@ -125,7 +125,8 @@ class _Plan:
     matrices: tuple[int, ...]  # positions of those that are not vectors
     spectral: tuple[int, ...]  # of those whose norm by role is a multiple of sigma_max
     factors: tuple[float, ...]  # of these
-    others: tuple[int, ...]  # of the matrices with another norm
+    others: tuple[int, ...]  # of those that are not multiples of l2 either
+    length_factors: tuple[float, ...]  # what multiplies l2 of all, 1 where that is not the norm by role
     rms_factors: tuple[float, ...]  # of all, NaN for vectors
 
 
@@ -136,13 +137,19 @@ def _plan(layers: Sequence[Layer]) -> _Plan:
         if len(_PLANS) >= _PLANS_KEPT:
             _PLANS.clear()
         factors = [sigma_factor(layer) for layer in layers]
+        norms = [operator_norm(layer) for layer in layers]
+        from_lengths = [norm.reduces == "sum" for norm in norms]
         spectral = tuple(i for i, factor in enumerate(factors) if factor is not None)
         matrices = tuple(i for i, layer in enumerate(layers) if layer.role != "vector")
         _PLANS[key] = _Plan(
             matrices=matrices,
             spectral=spectral,
             factors=tuple(factor for factor in factors if factor is not None),
-            others=tuple(i for i in matrices if i not in set(spectral)),
+            others=tuple(i for i, from_length in enumerate(from_lengths) if not from_length and factors[i] is None),
+            length_factors=tuple(
+                norm.primal_factor(1, layer.size) if from_length else 1.0
+                for layer, norm, from_length in zip(layers, norms, from_lengths, strict=True)
+            ),
             rms_factors=tuple(rms_factors(layers)),
         )
     return _PLANS[key]
@@ -218,8 +225,7 @@ def _by_role(
     plan: _Plan, layers: Sequence[Layer], tensors: Sequence[Tensor], lengths: Tensor, sigma: Tensor | None
 ) -> Tensor:
     """Norms by role ``[L]`` in float32, from Euclidean and spectral norms where they are multiples of these."""
-    roots = on_device([layer.size**-0.5 for layer in layers], lengths.device, lengths.dtype)
-    norms = (lengths * roots).float()
+    norms = (lengths * on_device(plan.length_factors, lengths.device, lengths.dtype)).float()
     if plan.spectral and sigma is not None:
         factors = on_device(plan.factors, sigma.device, sigma.dtype)
         norms = _put(norms[None], 0, (_chosen(sigma, plan.spectral, len(layers)) * factors)[None], plan.spectral)[0]

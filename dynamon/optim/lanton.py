@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dynamon.kernels import step_polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
-from dynamon.norms import get_norm, optimizer_family
+from dynamon.norms import NORMS, UPDATE_NORMS, Norm, get_norm, optimizer_family
 from dynamon.optim.layerwise import LayerwiseRates
 from dynamon.rates import NoiseAdaptiveRates, Rule
 from dynamon.scales import Scale
@@ -22,7 +22,7 @@ from dynamon.windows import Window
 
 RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
 _SCALINGS: dict[str, Callable[[int, int], float]] = {
-    "rms_to_rms": lambda outputs, inputs: math.sqrt(outputs / inputs),
+    "rms_to_rms": get_norm("rms_to_rms").dual_factor,
     "original": lambda outputs, inputs: math.sqrt(max(1.0, outputs / inputs)),
     "match_rms_adamw": lambda outputs, inputs: 0.2 * math.sqrt(max(outputs, inputs)),
 }
@@ -346,25 +346,31 @@ class Lanton(Optimizer):
     def _directions(self, items: Sequence[_Item], averages: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
         """The direction of each item, new memory, and what is still to be multiplied to it."""
         found: dict[int, tuple[Tensor, float]] = {}
-        by_kind: dict[str, list[int]] = {"sign": [], "polar": [], "rms": []}
+        by_norm: dict[str, list[int]] = {}
         for i, item in enumerate(items):
-            by_kind[_KINDS[item.layer.role]].append(i)
-        signs = [averages[i] for i in by_kind["sign"]]
-        for i, sign in zip(by_kind["sign"], _signs(signs), strict=True):
-            found[i] = sign, -1.0 / (_inputs(items[i].layer) if items[i].layer.role == "head" else 1)
-        for kind, function in (("polar", self.polar), ("rms", get_norm("rms").lmo)):
-            layers = [items[i].layer for i in by_kind[kind]]
-            wholes = [whole(averages[i], items[i].layer.parameter) for i in by_kind[kind]]
-            stacks = [_stack(layer, tensor) for layer, tensor in zip(layers, wholes, strict=True)]
-            for i, layer, stack in zip(by_kind[kind], layers, _batched(function, stacks), strict=True):
-                factor = -self._scale(layer, stack) if kind == "polar" else 1.0
-                found[i] = part_of(_unstack(layer, stack), layer.parameter), factor
+            by_norm.setdefault(UPDATE_NORMS[Lanton.dynamon_geometry][item.layer.role], []).append(i)
+        for name, members in by_norm.items():
+            norm = get_norm(name)
+            if norm.oracle == "sign":
+                signs = _signs([averages[i] for i in members])
+                for i, sign in zip(members, signs, strict=True):
+                    found[i] = sign, -1.0 / (_inputs(items[i].layer) if items[i].layer.role == "head" else 1)
+                continue
+            is_polar = norm.oracle == "polar"
+            layers = [items[i].layer for i in members]
+            wholes = [whole(averages[i], items[i].layer.parameter) for i in members]
+            stacks = [_stack(norm, layer, tensor) for layer, tensor in zip(layers, wholes, strict=True)]
+            steps = _batched(self.polar if is_polar else norm.lmo, stacks)
+            for i, layer, stack in zip(members, layers, steps, strict=True):
+                factor = -self._scale(layer, stack) if is_polar else 1.0
+                found[i] = part_of(_unstack(norm, layer, stack), layer.parameter), factor
         return [found[i] for i in range(len(items))]
 
     def _scale(self, layer: Layer, stack: Tensor) -> float:
-        function = _SCALINGS[self.scaling] if isinstance(self.scaling, str) else self.scaling
-        window = math.prod(layer.parameter.shape[2:]) if layer.role == "conv" and self.scaling == "rms_to_rms" else 1
-        return function(stack.shape[-2], stack.shape[-1]) / math.sqrt(window)
+        if not isinstance(self.scaling, str):
+            return self.scaling(stack.shape[-2], stack.shape[-1])
+        window = get_norm(self.scaling).window(layer) if self.scaling in NORMS else 1.0
+        return _SCALINGS[self.scaling](stack.shape[-2], stack.shape[-1]) / window
 
 
 class _OwnRates(LayerwiseRates):
@@ -398,9 +404,6 @@ class _Listed(nn.Module):
         return iter(self._named)
 
 
-_KINDS = {"hidden": "polar", "conv": "polar", "embedding": "sign", "head": "sign", "vector": "rms"}
-
-
 def _averages(items: Sequence[_Item]) -> list[Tensor]:
     """Update the averages, and return what the directions are taken of."""
     found: dict[int, Tensor] = {}
@@ -426,13 +429,13 @@ def _signs(tensors: list[Tensor]) -> Sequence[Tensor]:
     return signs
 
 
-def _stack(layer: Layer, tensor: Tensor) -> Tensor:
-    """A tensor as the matrices ``[n, out, in]`` it holds; a vector as ``[1, 1, d]``."""
-    return tensor.reshape(1, 1, -1) if layer.role == "vector" else layer.matrices(tensor)
+def _stack(norm: Norm, layer: Layer, tensor: Tensor) -> Tensor:
+    """A tensor as the matrices ``[n, out, in]`` it holds; as ``[1, 1, size]`` for a norm that sees all entries."""
+    return layer.matrices(tensor) if norm.on_matrices else tensor.reshape(1, 1, -1)
 
 
-def _unstack(layer: Layer, stack: Tensor) -> Tensor:
-    return stack.reshape(layer.parameter.shape) if layer.role == "vector" else layer.from_matrices(stack)
+def _unstack(norm: Norm, layer: Layer, stack: Tensor) -> Tensor:
+    return layer.from_matrices(stack) if norm.on_matrices else stack.reshape(layer.parameter.shape)
 
 
 def _batched(function: Callable[[Tensor], Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
