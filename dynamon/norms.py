@@ -121,10 +121,14 @@ class Norm:
                 )
         if (self.reduces == "sum") != (self.batched_primal is euclidean_norms):
             raise ValueError(f"the norm {self.name!r} must reduce by 'sum' if, and only if, it is a multiple of l2.")
-        if self.reduces == "sum" and self.dual_of != "l2":
-            raise ValueError(f"the norm {self.name!r} is a multiple of l2, so its dual must be one.")
+        if self.reduces == "sum" and (
+            self.dual_of != "l2" or not math.isclose(self.primal_factor(1, 6) * self.dual_factor(1, 6), 1)
+        ):
+            raise ValueError(f"the norm {self.name!r} is a multiple of l2, so its dual must be l2 over that multiple.")
         if not self.on_matrices and self.reduces not in ("sum", "max over entries"):
             raise ValueError(f"the norm {self.name!r} sees all entries: it must reduce by 'sum' or 'max over entries'.")
+        if not self.on_matrices and self.per_window:
+            raise ValueError(f"the norm {self.name!r} sees all entries: per_window must be False.")
         if self.on_matrices and not self.needs_matrix:
             raise ValueError(f"the norm {self.name!r} is one of matrices: dual_of must be 'matrix'.")
 

@@ -202,8 +202,19 @@ def test_a_record_that_lacks_a_piece_is_refused(piece: str) -> None:
 def test_a_record_that_contradicts_itself_is_refused(changed, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(COLUMNS, **changed)
-    with pytest.raises(ValueError, match="so its dual must be one"):
-        replace(get_norm("frobenius"), dual_of="l1")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dual_of": "l1"}, "so its dual must be l2 over that multiple"),
+        ({"dual_factor": lambda m, n: 2.0}, "so its dual must be l2 over that multiple"),
+        ({"per_window": True}, "sees all entries: per_window must be False"),
+    ],
+)
+def test_a_multiple_of_l2_that_contradicts_itself_is_refused(changed, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(get_norm("frobenius"), **changed)
 
 
 def test_rms_to_rms_of_an_embedding_has_its_factor_for_many_layers_too() -> None:
