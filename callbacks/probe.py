@@ -19,6 +19,7 @@ from dynamon.curvature.fsdp import why_not_whole
 from dynamon.curvature.parameters import FlatParameters
 from dynamon.effects import changes, outside_state
 from dynamon.kernels import widest_dtype
+from dynamon.kernels.devices import reads_are_free
 from dynamon.probe import LossError, LossFn, NoLossError, training_loss
 from dynamon.ranks import ran_out_of_memory
 from dynamon.saved_batches import UnknownClassError, on_host
@@ -26,7 +27,7 @@ from dynamon.streams import are_kept
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 NOISY = 0.1  # relative error of a product from which on nothing is shown
-_SAME = 1e-3  # two evaluations of a loss differ by less where a GPU adds up in another order
+_SAME, _SAME_ON_HOST = 1e-3, 1e-6  # two evaluations of a loss differ by less where a GPU adds up in another order
 _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
@@ -431,7 +432,7 @@ class ProbeMeter(Meter):
         marks = [*self._marks, outside_state(run.module, run.module.training_step)]
         # What changed the first time only is a cache that has been filled.
         changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
-        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*self._losses)
+        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*self._losses, run.module.device)
 
     def halve(self, run: Run) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
@@ -551,8 +552,9 @@ def _numbers(kept: Sequence[Kept]) -> int | None:
     return None if None in counts else sum(n for n in counts if n is not None)
 
 
-def _difference(first: float, second: float) -> str | None:
-    """What to say of two evaluations of one loss; None where they agree."""
-    if math.isclose(first, second, rel_tol=_SAME) or not math.isfinite(first + second):
+def _difference(first: float, second: float, device: torch.device) -> str | None:
+    """What to say of two evaluations of one loss on a device; None where they agree."""
+    tolerance = _SAME_ON_HOST if reads_are_free(device) else _SAME
+    if math.isclose(first, second, rel_tol=tolerance) or not math.isfinite(first + second):
         return None
     return f"on the same samples with the same random numbers its loss was {first:.6g}, then {second:.6g}"

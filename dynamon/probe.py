@@ -4,6 +4,7 @@ import inspect
 import operator
 import random
 from argparse import Namespace
+from array import array
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -212,9 +213,18 @@ def _content(value: Any) -> Any:
         return value.copy()
     if isinstance(value, torch.Generator | random.Random):
         return stream_of(value).get_state() if isinstance(value, torch.Generator) else value.getstate()
-    if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
+    if isinstance(value, np.random.Generator | np.random.RandomState | np.random.BitGenerator):
+        return _of_numpy(value).state
+    if isinstance(value, bytearray | array):
+        return value[:]
     return _entries(value) if isinstance(value, _CONTAINERS) else None
+
+
+def _of_numpy(stream: np.random.Generator | np.random.RandomState | np.random.BitGenerator) -> np.random.BitGenerator:
+    """What holds the state of one of numpy's random streams."""
+    if isinstance(stream, np.random.RandomState):
+        return stream._bit_generator
+    return stream.bit_generator if isinstance(stream, np.random.Generator) else stream
 
 
 def _here(tensor: Tensor) -> Tensor:
@@ -291,8 +301,10 @@ def _refill(value: Any, content: Any, marks: bool) -> None:
         stream_of(value).set_state(content)
     elif isinstance(value, random.Random):
         value.setstate(content)
-    elif isinstance(value, np.random.Generator):
-        value.bit_generator.state = content
+    elif isinstance(value, np.random.Generator | np.random.RandomState | np.random.BitGenerator):
+        _of_numpy(value).state = content
+    elif isinstance(value, bytearray | array):
+        value[:] = content
     else:
         value.clear()
         if isinstance(value, dict):  # one by one: the update of a Counter adds

@@ -195,7 +195,7 @@ def largest_singular_values(stacks: Sequence[Tensor]) -> Tensor:
         to 768. On GPUs with units for bfloat16 (:mod:`dynamon.kernels.thresholds`) products are taken in it, and the
         estimate is within 1 %.
 
-    Cost: as :func:`extremes_of`; in bfloat16 about a tenth of the time.
+    Cost: as :func:`extremes_of`; products in bfloat16 where that pays.
     """
     half = half_pays(stacks[0].device) and all(stack.dtype != torch.float64 for stack in stacks)
     found = gram_extremes(stacks, _STEPS, half)

@@ -8,7 +8,8 @@ Gram matrices by the Triton twin  float32 products of sides of 4,096 and more,  
                                                                                 2,048
 polar factors, sizes of steps     on NVIDIA GPUs with units for bfloat16        measured: polar factors of 4,096 x
 and noise in bfloat16                                                           4,096 in float32 take 13 times as long
-                                                                                as a bfloat16 iteration (43 to 3.3 ms)
+                                                                                as Muon's iteration in bfloat16 (43 to
+                                                                                3.3 ms); ours was not timed
 eigenvalues on the host           sides of 33 to 512, of matrices on a GPU      estimated: LAPACK takes 0.1 to 15 ms
                                                                                 a matrix there, cuSOLVER's Jacobi
                                                                                 iteration more

@@ -18,7 +18,10 @@ _OWN = (F.layer_norm, torch.layer_norm)
 
 
 class FewerCalls(TorchFunctionMode):
-    """Inside, layer normalisation has a second derivative of its own; its value and its gradient are torch's."""
+    """Inside, layer normalisation has a second derivative of its own; its value and its gradient are torch's.
+
+    Weight normalisation is written out, since torch's second derivative of it takes the norms for constants.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call what was meant, or what stands in for it."""
@@ -26,6 +29,8 @@ class FewerCalls(TorchFunctionMode):
             found = _normalised(*args, **(kwargs or {}))
             if found is not None:
                 return found
+        if func is torch._weight_norm:
+            return _weight_normed(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -39,6 +44,18 @@ def _is_transformed() -> bool:
     """Whether this is inside of ``torch.func`` or of forward differentiation, which want more of a function."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is None or active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _weight_normed(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / |v|``, norms over all dimensions but one (over all where ``dim`` is -1)."""
+    others = [d for d in range(v.ndim) if d != dim]  # none is left out for -1
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether this gradient stands for many, in ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    asked = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+    return asked is not None and bool(asked(gradient))
 
 
 def _normalised(
@@ -75,6 +92,12 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, mean, scale = ctx.saved_tensors
+        if _is_batched(gradient):  # many at once, as is_grads_batched has it, where a function of ours loses its graph
+            shape, _, biased = ctx.rest
+            dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
+                gradient, x, shape, mean, scale, weight, None, [True, weight is not None, False]
+            )
+            return dx, dw, _over_rows(gradient, len(shape)) if biased else None, None, None
         found = _Backward.apply(gradient, x, weight, mean, scale, *ctx.rest)  # type: ignore[no-untyped-call]
         return *found, None, None
 

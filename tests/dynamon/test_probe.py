@@ -5,6 +5,7 @@ import copy
 import pickle
 import random
 import warnings
+from array import array
 
 import numpy as np
 import pytest
@@ -114,6 +115,27 @@ def test_everything_is_put_back():
     assert after == before
     assert module.calls is buffer and module.outputs is outputs and metrics["cat"].value is metric_list
     assert module.logged == [("loss", 1.0), {"loss": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (lambda: np.random.RandomState(0), lambda stream: stream.rand(3)),
+        (lambda: np.random.default_rng(0), lambda stream: stream.random(3)),
+        (lambda: np.random.MT19937(0), lambda stream: stream.random_raw(3)),
+        (lambda: random.Random(0), lambda stream: stream.random()),
+        (lambda: bytearray(b"abc"), lambda seen: seen.append(1) or bytes(seen)),
+        (lambda: array("d", [1.0]), lambda seen: seen.append(2.0) or seen.tolist()),
+    ],
+    ids=["RandomState", "Generator", "BitGenerator", "Random", "bytearray", "array"],
+)
+def test_what_a_module_counts_and_draws_with_is_put_back(make, draw):
+    module = nn.Linear(2, 2)
+    module.own = own = make()
+    with undisturbed(module):
+        first = draw(own)
+    with undisturbed(module):
+        assert np.array_equal(first, draw(own)) and module.own is own
 
 
 def test_a_module_that_was_never_called_stays_that_way():

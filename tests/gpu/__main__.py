@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,44 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="leave the others out")
     parser.add_argument("--only", default="", help="checks whose name holds this")
-    parser.add_argument("--seconds", type=float, help=f"end after so many; {SECONDS:g} on a GPU, no limit without")
-    parser.add_argument("--workers", type=int, help="processes side by side; by default 10, or 5 for 8 cores")
+    parser.add_argument(
+        "--seconds", type=_more_than_nothing, help=f"end after so many; {SECONDS:g} on a GPU, no limit without"
+    )
+    parser.add_argument("--workers", type=_at_least_one, help="processes side by side; by default 10, or 5 for 8 cores")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu hides the GPU")
     parser.add_argument("--out", type=Path, help="where the records go; on a GPU benchmarks/results/gpu.json")
     parser.add_argument("--list", action="store_true", help="name the checks, and make none")
-    return parser.parse_args(given)
+    chosen = parser.parse_args(given)
+    if chosen.out is not None and not chosen.list:
+        _try_to_write(parser, chosen.out)
+    return chosen
+
+
+def _more_than_nothing(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"give a number of seconds above 0, not {text!r}")
+
+
+def _at_least_one(text: str) -> int:
+    with suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"give a whole number of processes from 1, not {text!r}")
+
+
+def _try_to_write(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Ends where the records could not be written, before any is made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(f"{out} is a folder")
+        part = out.with_suffix(".part")
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        parser.error(f"--out cannot be written: {error}.")
 
 
 class Results:
@@ -151,6 +184,9 @@ def check_all(chosen: argparse.Namespace, runner: Runner, begin: float) -> int:
 
     checks = sorted(CHECKS.values(), key=lambda check: check.rank)
     checks = [c for c in checks if c.part in chosen.parts and chosen.only in c.name]
+    if not checks:
+        log(f"No check of {', '.join(chosen.parts)} has {chosen.only!r} in its name; --list names them.")
+        return 2
     if chosen.list:
         for check in checks:
             log(f"{check.part:<10}{check.seconds:>6.0f} s  {'alone' if check.alone else '':<6}{check.name}")

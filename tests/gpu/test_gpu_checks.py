@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import GPT2, counted
-from tests.gpu.__main__ import Results
+from tests.gpu.__main__ import Results, arguments
 from tests.gpu.report import CHECKS, Record, Report, status
 from tests.gpu.runner import Runner, Worker
 from tests.gpu.worker import load
@@ -225,3 +225,12 @@ def test_make_gpu_runs_to_its_end_without_a_gpu(tmp_path) -> None:
     assert len(listed.stderr.splitlines()) == len(found["checks"])
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["check"] for line in lines if "status" in line] == [check["check"] for check in found["checks"]]
+
+
+@pytest.mark.parametrize(
+    "given", [["--seconds", "0"], ["--seconds", "nan"], ["--workers", "-2"], ["--out", "/"], ["--parts", "nothing"]]
+)
+def test_arguments_that_mean_nothing_are_refused(given, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        arguments(given)
+    assert ended.value.code == 2 and given[0] in capsys.readouterr().err

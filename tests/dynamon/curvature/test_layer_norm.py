@@ -188,3 +188,43 @@ def test_losses_with_transforms_of_their_own(transform):
 
     operator = HessianOperator(loss, list(model.parameters()))
     assert operator.backend == "double_backward" and (operator @ operator.gradient).isfinite().all()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_many_backward_passes_at_once_are_those_one_by_one(affine):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.LayerNorm(4, elementwise_affine=affine), nn.Tanh(), nn.Linear(4, 2)
+    ).double()
+    x, params = torch.randn(5, 3, dtype=torch.float64), dict(net.named_parameters())
+
+    def loss(at_once):
+        at = x.clone().requires_grad_()
+        out = net(at).sum(0)
+        if at_once:
+            unit = torch.eye(2, dtype=torch.float64)
+            slopes = torch.autograd.grad(out, at, unit, is_grads_batched=True, create_graph=True)[0]
+        else:
+            slopes = torch.stack([torch.autograd.grad(o, at, create_graph=True)[0] for o in out])
+        return slopes.pow(2).mean()
+
+    gradient = HessianOperator(lambda: loss(True), params).gradient
+    expected = HessianOperator(lambda: loss(False), params).gradient
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weight_norm_has_its_second_derivative(dim, old):
+    torch.manual_seed(1)
+    normed = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    net, x = normed(nn.Linear(3, 2).double(), dim=dim), torch.randn(8, 3, dtype=torch.float64)
+    params = dict(net.named_parameters())
+    found = HessianOperator(lambda: net(x).pow(3).mean(), params)
+    moved = HessianOperator(lambda: net(x).pow(3).mean(), params, backend="finite_difference")
+    unit = torch.eye(found.shape[0], dtype=torch.float64)
+    matrix = found @ unit
+    assert found.backend == "double_backward"
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(matrix, moved @ unit, rtol=1e-5, atol=1e-6)
