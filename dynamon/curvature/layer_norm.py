@@ -120,10 +120,11 @@ class _Backward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, x, weight, mean, scale)
         ctx.rest = shape, eps
-        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
-            g.contiguous(), x, shape, mean, scale, weight, None, [True, weight is not None, False]
+        both = biased and weight is not None  # the weight stands in for the bias, of which only the form is looked at
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            g.contiguous(), x, shape, mean, scale, weight, weight if both else None, [True, weight is not None, both]
         )
-        return dx, dw, _over_rows(g, len(shape)) if biased else None
+        return dx, dw, db if both else _over_rows(g, len(shape)) if biased else None
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Any:

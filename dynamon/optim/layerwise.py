@@ -139,7 +139,8 @@ class LayerwiseRates:
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.in_half_precision = self.agrees_with_others = False
-        self._merging = None if max_groups is None or rule.exact else Merging(max_groups, rule.bounds)
+        merging = None if max_groups is None else Merging(max_groups, rule.bounds)
+        self._merging = None if rule.exact else merging
         self._phase = 0  # steps observed, modulo read_every
         self._checked = self._spared = False
         self._attach()
@@ -183,8 +184,6 @@ class LayerwiseRates:
     def _start_rule(self) -> None:
         self._names = [layer.name for layer in self.layers]
         self._place(self._held)
-        if self._merging is not None:
-            self._merging.forget()
         self.rule.start(self.layers, self.reader.norms)
         if self.rule.noise is not None and self.rule.noise.source == "successive":
             self.reader.follow_trends()
@@ -196,15 +195,21 @@ class LayerwiseRates:
         return found
 
     def _place(self, parameters: list[Tensor]) -> None:
-        """Find the layer of each parameter of the optimizer, L for those that are not steered, and its group."""
+        """Find the layer of each parameter of the optimizer, L for those that are not steered, and its group.
+
+        What was merged is forgotten, since it belonged to other parameters or groups.
+        """
+        if self._merging is not None:
+            self._merging.forget()
         at = {id(layer.parameter): place for place, layer in enumerate(self.layers)}
         self._placed = parameters
         self._layer_at = np.array([at.get(id(p), len(at)) for p in parameters], np.int64)
-        self._group_at = self._groups_of(self.optimizer.param_groups)
+        self._sizes = self._sizes_now()
+        self._group_at = np.repeat(np.arange(len(self._sizes)), self._sizes)
 
-    @staticmethod
-    def _groups_of(groups: list[dict[str, Any]]) -> Array:
-        return np.repeat(np.arange(len(groups)), [len(group["params"]) for group in groups])
+    def _sizes_now(self) -> list[int]:
+        """How many parameters each of the optimizer's groups has."""
+        return [len(group["params"]) for group in self.optimizer.param_groups]
 
     def _by_parameter(self, ratios: Array) -> Array:
         """Ratios of layers ``[L]`` as those of the optimizer's parameters ``[P]``, in the order of its groups."""
@@ -429,7 +434,7 @@ class LayerwiseRates:
         ratios = np.ones(len(self.layers) + 1)
         ratios[self._layer_at] = self._merging.kept
         kept = dict(zip(self._names, ratios[:-1].tolist(), strict=True))
-        return {"merged": {"ratios": kept, "slack": self._merging.slack}}
+        return {"merged": {"ratios": kept, **self._merging.saved(self._group_at)}}
 
     def _load_merging(self, state: Mapping[str, Any] | None) -> None:
         if self._merging is None:
@@ -437,7 +442,7 @@ class LayerwiseRates:
         self._merging.forget()
         if state is not None and state["ratios"].keys() == set(self._names):
             ratios = np.array([state["ratios"][name] for name in self._names])
-            self._merging.load(self._by_parameter(ratios), state["slack"], self._group_at)
+            self._merging.load(self._by_parameter(ratios), state, self._group_at)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that :meth:`state_dict` made; another rule than the one that was saved starts anew."""
@@ -480,7 +485,7 @@ class LayerwiseRates:
         if has_gradients(self.optimizer):  # else nothing moves
             self._tell_rule()
         parameters = self._parameters()
-        if not _are_same(parameters, self._placed):
+        if not _are_same(parameters, self._placed) or self._sizes_now() != self._sizes:
             self._place(parameters)
         asked = self._asked_for()
         self._taken = self._names, asked, self._merged(asked, is_taken=True)

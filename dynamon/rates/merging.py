@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -88,11 +88,16 @@ class Merging:
         quotient = self.kept[~fixed] / ratios[~fixed]
         return bool(np.abs(np.log(quotient)).max(initial=0.0) <= self.slack) if (quotient > 0).all() else False
 
-    def load(self, kept: Array, slack: float, places: Array) -> None:
-        """Take up what was in force, as long as its groups are not too many now."""
+    def saved(self, places: Array) -> dict[str, float]:
+        """What :meth:`load` asks for beside the ratios in force."""
+        assert self.kept is not None
+        return {"slack": self.slack, "most": self.most, "groups": count(self.kept, places)}
+
+    def load(self, kept: Array, saved: Mapping[str, float], places: Array) -> None:
+        """Take up what was in force, where it was made for as many groups and still makes as many as it did."""
         self.forget()
-        if count(kept, places) <= self.most:
-            self.kept, self.slack = kept, slack
+        if saved["most"] == self.most and saved["groups"] == count(kept, places):
+            self.kept, self.slack = kept, saved["slack"]
 
 
 def count(ratios: Array, places: Array) -> int:

@@ -232,12 +232,17 @@ def test_lanton_is_as_published():
     assert Lanton(matrices(), lr=0.01).rates._merging is None
 
 
-def test_a_run_that_is_resumed_goes_on_bitwise():
+@pytest.mark.parametrize("own", [1, 20])
+def test_a_run_that_is_resumed_goes_on_bitwise(own):
     """With ratios that drift, so that what is in force depends on when they were clustered last."""
+
+    def sgd(model):
+        parameters = list(model.parameters())
+        return SGD([{"params": parameters[i::own], "lr": 0.1 / (i + 1)} for i in range(own)], lr=0.1, momentum=0.9)
 
     def run(steps, stop=None):
         model = matrices()
-        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = sgd(model)
         rates, taken = LayerwiseRates(optimizer, Spread(0.05), model), []
         for step in range(steps):
             if step == stop:
@@ -247,7 +252,7 @@ def test_a_run_that_is_resumed_goes_on_bitwise():
                 state = torch.load(file, weights_only=True)
                 model = matrices()
                 model.load_state_dict(state[2])
-                optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+                optimizer = sgd(model)
                 optimizer.load_state_dict(state[1])
                 rates = LayerwiseRates(optimizer, Spread(0.05), model)
                 rates.load_state_dict(state[0])
@@ -299,3 +304,50 @@ def test_a_rule_of_another_length_is_named():
     LayerwiseRates(optimizer, Short(), model)
     with pytest.raises(ValueError, match=r"Short.ratios\(\) must be \[L\] for 60 layers, got \[2\]"):
         train(model, optimizer, [0])
+
+
+def test_groups_that_join_before_a_step_without_gradients_begin_anew():
+    model, other = matrices(), nn.Linear(6, 6, bias=False)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    rates = LayerwiseRates(optimizer, Spread(), nn.Sequential(*model, other), max_groups=4)
+    train(model, optimizer, range(3))
+    optimizer.add_param_group({"params": list(other.parameters())})
+    optimizer.zero_grad()
+    optimizer.step()
+    train(model, optimizer, range(3, 5))
+    assert len(rates.applied) == 61 and len(set(rates.applied.values())) <= 4
+
+
+def test_a_group_that_is_split_counts_as_two():
+    model = matrices()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    seen = []
+    LayerwiseRates(optimizer, Spread(), model, max_groups=4)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(len(optimizer.param_groups)))
+    train(model, optimizer, range(2))
+    (group,) = optimizer.param_groups
+    parameters = group["params"]
+    optimizer.param_groups[:] = [{**group, "params": parameters[:30]}, {**group, "params": parameters[30:]}]
+    train(model, optimizer, range(2, 5))
+    assert seen == [4] * 5
+
+
+def test_more_groups_are_taken_at_once_by_a_resumed_run():
+    model = matrices()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    rates = LayerwiseRates(optimizer, Spread(), model, max_groups=2)
+    train(model, optimizer, range(2))
+    state = rates.state_dict()
+    rates.remove()
+    rates = LayerwiseRates(optimizer, Spread(), model, max_groups=16)
+    rates.load_state_dict(state)
+    train(model, optimizer, range(2, 3))
+    assert len(set(rates.applied.values())) == 16
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5, True, "16"])
+@pytest.mark.parametrize("rule", [FixedRates({"*": 0.5}), Spread()])
+def test_numbers_of_groups_that_mean_nothing_are_refused(rule, most):
+    model = matrices()
+    with pytest.raises(ValueError, match="max_groups must be a whole number"):
+        LayerwiseRates(SGD(model.parameters(), lr=0.1), rule, model, max_groups=most)

@@ -228,3 +228,16 @@ def test_weight_norm_has_its_second_derivative(dim, old):
     assert found.backend == "double_backward"
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(matrix, moved @ unit, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_training_to_the_bit(dtype, bias):
+    torch.manual_seed(0)
+    net = nn.LayerNorm(16, bias=bias).to(dtype)
+    x = torch.randn(40, 16, dtype=dtype, requires_grad=True)
+    inputs_ = [x, *net.parameters()]
+    expected = torch.autograd.grad(net(x).square().mean(), inputs_)
+    with FewerCalls():
+        found = torch.autograd.grad(net(x).square().mean(), inputs_, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
