@@ -432,7 +432,10 @@ class ProbeMeter(Meter):
         marks = [*self._marks, outside_state(run.module, run.module.training_step)]
         # What changed the first time only is a cache that has been filled.
         changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
-        return f"it changes {', '.join(changed[:3])}" if changed else _difference(*self._losses, run.module.device)
+        if changed:
+            return f"it changes {', '.join(changed[:3])}"
+        first, second = self._losses
+        return _difference(first, second, run.module.device)
 
     def halve(self, run: Run) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
