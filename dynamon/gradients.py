@@ -539,7 +539,7 @@ class GradientReader:
 
     def _special_places(self, indices: list[int]) -> list[int]:
         """Positions among ``indices`` of layers whose dual norm needs the matrix."""
-        return [place for place, i in enumerate(indices) if self.norms[i].needs_matrix]
+        return [place for place, i in enumerate(indices) if i in self._need_matrix]
 
     def _duals(self, indices: list[int], l1: Tensor, l2: Tensor, special: Tensor | None) -> Tensor:
         """The dual norms ``[..., P]``: multiples of l1 or l2 where the norm allows, else the special ones."""
