@@ -109,6 +109,8 @@ def _records(path: Path) -> Iterator[bytes]:
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack("<IHB", raw[at : at + 7])
+        if at + 7 + length > len(raw):  # the rest of it is being written
+            return
         piece, at = raw[at + 7 : at + 7 + length], at + 7 + length
         out = piece if kind in (1, 2) else out + piece
         if kind in (1, 4):
