@@ -85,8 +85,8 @@ class Norm:
         oracle: The batched form of ``lmo``: minus a multiple of the ``"polar"`` factor, minus the ``"sign"``, or its
             ``"own"`` function of stacked matrices.
         batched_primal: From layers, their norms and tensors to primal norms ``[L]``: norms with the same function share
-            its calls. :func:`each_primal` where there is none.
-        batched_dual: The same for dual norms, 0-d tensors. :func:`each_dual` where there is none.
+            its calls. ``each_primal`` where there is none.
+        batched_dual: The same for dual norms, 0-d tensors. ``each_dual`` where there is none.
 
     Raises:
         TypeError: Where a piece is missing.
