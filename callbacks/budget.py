@@ -14,9 +14,7 @@ _MARGIN = 1.5  # by how much a measurement may take longer than expected without
 _PATIENCE = 300  # steps that a measurement waits before others leave it what it costs
 _ASKED = 2  # steps after which one that asks no more is forgotten
 _EVENTS = 64  # measurements whose device time nobody has asked for yet
-_SAMPLED = (
-    16  # of what is charged at every step without a host read, one in so many is waited for where there are no events
-)
+_SAMPLED = 16  # without events, of what is charged at every step and reads nothing, one in so many is waited for
 
 
 class Budget:

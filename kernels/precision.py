@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROUNDINGS = {
-    "tf32": 2.0**-10,
-    "bf16": 2.0**-8,
-}  # the last bit of 10 and of 7 bits of mantissa; tensor cores may truncate
+# The last bit of 10 and of 7 bits of mantissa; tensor cores may truncate.
+_ROUNDINGS = {"tf32": 2.0**-10, "bf16": 2.0**-8}
 _OF_FLOAT32 = (torch.float32, torch.complex64)
 _SPARE = 4  # the errors of Gram iteration's steps add up to twice the first one's, and not all are along the maximum
 
