@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dynamon.arrays import Array
-from dynamon.gradients import GradientReadings
 from dynamon.layers import Layer
 from dynamon.noise import SignalToNoise
 from dynamon.norms import Norm, iid_dual_norm
 from dynamon.rates import NoiseAdaptiveRates, Rule
+from dynamon.readings import GradientReadings
 
 
 class Transformed(Rule):

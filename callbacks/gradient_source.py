@@ -15,12 +15,13 @@ from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import is_read_by_callback
 from dynamon.callbacks.meter import Run
-from dynamon.gradients import GradientReader, GradientReadings, PendingReadings
+from dynamon.gradients import GradientReader
 from dynamon.layers import Layer, is_steerable
 from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.pairs import as_real
+from dynamon.readings import GradientReadings, PendingReadings
 from dynamon.scales import Scale
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.sharded_norms import StepParts

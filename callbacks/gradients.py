@@ -16,7 +16,6 @@ from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import AwaitedReading, GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.gradients import GradientReadings
 from dynamon.histograms import histogram_table, histograms, joined_tables
 from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
@@ -25,6 +24,7 @@ from dynamon.pairs import as_real
 from dynamon.panels import layout_of
 from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
 from dynamon.ranks import Ranks
+from dynamon.readings import GradientReadings
 from dynamon.scales import Scale, scaled
 from dynamon.sharded_norms import steps_and_lengths
 from dynamon.shards import local, local_as

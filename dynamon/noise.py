@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dynamon.arrays import Array
-from dynamon.gradients import GradientReadings
+from dynamon.readings import GradientReadings
 from dynamon.windows import UsualLength
 
 SOURCES = ("successive", "independent")

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dynamon.arrays import Array
 from dynamon.dealing import measured_whole
-from dynamon.gradients import GradientReader, Known, PendingReadings, plain
+from dynamon.gradients import GradientReader, plain
 from dynamon.kernels import gradient_stats, widest_dtype
 from dynamon.layers import Layer
 from dynamon.norms import dual_norms
 from dynamon.pairs import as_real
 from dynamon.ranks import Ranks
+from dynamon.readings import Known, PendingReadings
 from dynamon.scales import Scale, all_scaled
 from dynamon.sharded_trends import ShardedTrends
 from dynamon.shards import any_sharded, local, local_as, part_of, saved

@@ -15,7 +15,6 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.arrays import Array
-from dynamon.gradients import PendingReadings
 from dynamon.kernels import waiter
 from dynamon.layers import Layer, is_steerable, known_layers
 from dynamon.norms import optimizer_family
@@ -24,6 +23,7 @@ from dynamon.optim.views import GroupViews
 from dynamon.ranks import ran_out_of_memory
 from dynamon.rates import Rule
 from dynamon.rates.merging import Merging, error
+from dynamon.readings import PendingReadings
 from dynamon.scales import Scale
 from dynamon.sharded_gradients import gradient_reader
 from dynamon.shards import put_back

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from dynamon.arrays import Array
-from dynamon.gradients import GradientReadings
 from dynamon.layers import Layer
 from dynamon.noise import SOURCES, NoiseEstimator
 from dynamon.norms import Norm, iid_dual_norm
 from dynamon.rates.ramp import Ramp
 from dynamon.rates.rule import Rule, check_grouping, grouped
+from dynamon.readings import GradientReadings
 
 _SILENT = 1e-6  # of the group's median H: a thousandth of its noise
 _REFERENCES = ("quietest", "mean")

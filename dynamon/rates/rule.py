@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from dynamon.arrays import Array
-from dynamon.gradients import GradientReadings
 from dynamon.layers import Layer
 from dynamon.noise import NoiseEstimator
 from dynamon.norms import Norm
+from dynamon.readings import GradientReadings
 
 GROUPINGS = ("role", "role_and_shape", "all")
 

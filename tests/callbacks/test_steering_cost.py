@@ -15,10 +15,10 @@ from torch import nn
 import dynamon
 from dynamon.callbacks import LayerwiseLR, NoiseAdaptiveLR
 from dynamon.callbacks.base import off_reason
-from dynamon.gradients import GradientReadings, PendingReadings
 from dynamon.kernels import GradientStats
 from dynamon.optim import LayerwiseRates
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
+from dynamon.readings import GradientReadings, PendingReadings
 from tests.helpers import Classifier, fit
 from tests.launches import Launches, fill_gradients, gpt2
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dynamon.gradients import GradientReader, PendingReadings
+from dynamon.gradients import GradientReader
 from dynamon.layers import measurable_layers
+from dynamon.readings import PendingReadings
 from tests.launches import Launches, fill_gradients, gpt2, pretended
 
 STEPS = 4

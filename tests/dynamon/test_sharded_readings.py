@@ -8,10 +8,11 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dynamon.gradients import GradientReader, GradientReadings
+from dynamon.gradients import GradientReader
 from dynamon.layers import Layer, describe_layers
 from dynamon.norms import update_norm
 from dynamon.ranks import Ranks
+from dynamon.readings import GradientReadings
 from dynamon.sharded_gradients import ShardedGradientReader, gradient_reader
 from dynamon.sharded_norms import StepParts, steps_and_lengths
 from dynamon.sharded_weights import sharded_weight_readings
