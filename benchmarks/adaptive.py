@@ -44,8 +44,8 @@ from benchmarks.study_tasks import TASKS, Task
 from dynamon.curvature import HessianOperator, top_eigenvalues
 from dynamon.layers import describe_layers
 from dynamon.optim import Lanton, LayerwiseRates
+from dynamon.quantities.weights import weight_readings
 from dynamon.rates import NoiseAdaptiveRates, Rule, SpectralTailRates
-from dynamon.weights import weight_readings
 
 TUNING, REPORTED = (100, 101), (0, 1, 2, 3, 4)
 _FEW = REPORTED[:3]

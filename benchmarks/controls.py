@@ -5,15 +5,16 @@ a group between layers. Each control keeps some of them.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.layers import Layer
-from dynamon.noise import SignalToNoise
 from dynamon.norms import Norm, iid_dual_norm
+from dynamon.quantities.noise import SignalToNoise
+from dynamon.quantities.readings import GradientReadings
 from dynamon.rates import NoiseAdaptiveRates, Rule
-from dynamon.readings import GradientReadings
 
 
 class Transformed(Rule):
@@ -26,7 +27,9 @@ class Transformed(Rule):
 
     needs_gradients = True
 
-    def __init__(self, inner: NoiseAdaptiveRates, transform: Callable[[Array, list[Array]], Array]) -> None:
+    def __init__(
+        self, inner: NoiseAdaptiveRates, transform: Callable[[NDArray[Any], list[NDArray[Any]]], NDArray[Any]]
+    ) -> None:
         """Wrap the rule."""
         self._inner, self._transform = inner, transform
 
@@ -41,17 +44,17 @@ class Transformed(Rule):
         """Hand the readings on."""
         self._inner.update(readings)
 
-    def ratios(self) -> Array:
+    def ratios(self) -> NDArray[Any]:
         """The transformed ratios."""
         return self._transform(self._inner.ratios(), self._groups)
 
 
-def time_only(ratios: Array, groups: list[Array]) -> Array:
+def time_only(ratios: NDArray[Any], groups: list[NDArray[Any]]) -> NDArray[Any]:
     """Every layer takes the mean ratio of all: what is left is how it moves in time."""
     return np.full_like(ratios, np.exp(np.log(ratios).mean()))
 
 
-def time_and_group(ratios: Array, groups: list[Array]) -> Array:
+def time_and_group(ratios: NDArray[Any], groups: list[NDArray[Any]]) -> NDArray[Any]:
     """Every layer takes the mean ratio of its group."""
     out = ratios.copy()
     for group in groups:
@@ -59,12 +62,12 @@ def time_and_group(ratios: Array, groups: list[Array]) -> Array:
     return out
 
 
-def layer_only(ratios: Array, groups: list[Array]) -> Array:
+def layer_only(ratios: NDArray[Any], groups: list[NDArray[Any]]) -> NDArray[Any]:
     """Ratios over their group's mean: the groups keep the base rate, layers differ."""
     return ratios / time_and_group(ratios, groups)
 
 
-def permuted(ratios: Array, groups: list[Array]) -> Array:
+def permuted(ratios: NDArray[Any], groups: list[NDArray[Any]]) -> NDArray[Any]:
     """The right ratios on the wrong layers: turned round within each group."""
     out = ratios.copy()
     for group in groups:
@@ -72,7 +75,7 @@ def permuted(ratios: Array, groups: list[Array]) -> Array:
     return out
 
 
-def inverted(ratios: Array, groups: list[Array]) -> Array:
+def inverted(ratios: NDArray[Any], groups: list[NDArray[Any]]) -> NDArray[Any]:
     """The noisiest layer of a group keeps the base rate and the quietest takes the smallest."""
     out = ratios.copy()
     for group in groups:
@@ -93,7 +96,7 @@ class ShapeOnly(Rule):
             group = np.flatnonzero([r == role for r in roles])
             self._ratios[group] = np.sqrt(sizes[group].min() / sizes[group])
 
-    def ratios(self) -> Array:
+    def ratios(self) -> NDArray[Any]:
         """They stay."""
         return self._ratios
 
@@ -118,7 +121,7 @@ class SignalRates(Rule):
         """Take in the readings of one step."""
         self._updates += self._signal.update(readings)
 
-    def ratios(self) -> Array:
+    def ratios(self) -> NDArray[Any]:
         """Ones during the warm-up."""
         out = np.ones(len(self.layers))
         if self._updates <= self._warmup:

@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from benchmarks.environment import environment
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.distributed.ranks import Ranks
 from dynamon.optim import Lanton
-from dynamon.ranks import Ranks
 
 GLOBAL_BATCH, BATCHES = 32, 6
 WITH_SHARPNESS = ("DDP", "FSDP2")

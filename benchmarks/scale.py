@@ -23,7 +23,7 @@ from dynamon.callbacks import SharpnessMonitor
 from dynamon.cli.language_model import GPT, LanguageModel
 from dynamon.curvature import HessianOperator
 from dynamon.layers import describe_layers
-from dynamon.weights import spectra_of, weight_readings
+from dynamon.quantities.weights import spectra_of, weight_readings
 
 SHAPES = {"width 64": (64, 2), "width 128": (128, 2), "width 256": (256, 2), "width 256, depth 6": (256, 6)}
 _SAMPLES, _CONTEXT = 4, 64

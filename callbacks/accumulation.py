@@ -11,13 +11,13 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.batches import likely_samples
 from dynamon.callbacks.base import callbacks_of, unscales_in_step
 from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.samples import batch_sizes
-from dynamon.scales import Scale, inverse_scale
-from dynamon.shards import any_sharded, local
-from dynamon.windows import Window
+from dynamon.distributed.dtensor import any_sharded, local
+from dynamon.isolation.batches import likely_samples
+from dynamon.quantities.scales import Scale, inverse_scale
+from dynamon.quantities.windows import Window
 
 _Marks = list[tuple[int, int] | None]  # of each gradient: which tensor it is, and how often it was written to
 

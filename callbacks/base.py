@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from dynamon.board.custom_scalars import Layout, combined
 from dynamon.callbacks.recorder import Row
-from dynamon.geometry import assumption
+from dynamon.norms.geometry import assumption
 from dynamon.optim import spread_reason
-from dynamon.panels import Layout, combined
-from dynamon.scales import Scale, inverse_scale
+from dynamon.quantities.scales import Scale, inverse_scale
 
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
 _REFUSED = {

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dynamon.distributed.dtensor import is_sharded, part_of, saved
 from dynamon.layers import Layer
-from dynamon.shards import is_sharded, part_of, saved
 
 
 def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

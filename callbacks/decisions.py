@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from dynamon.ranks import Ranks
+from dynamon.distributed.ranks import Ranks
 
 if TYPE_CHECKING:
     from dynamon.callbacks.meter import Meter, Run

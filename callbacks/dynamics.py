@@ -12,7 +12,7 @@ from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.callbacks.probe import ProbeMeter, check_probe
 from dynamon.callbacks.sharpness import QUANTITIES, SharpnessMonitor, check_solver, sharpness_meters
 from dynamon.callbacks.weights import WeightMeter, WeightMonitor
-from dynamon.probe import LossFn
+from dynamon.isolation.preserve import LossFn
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.board.custom_scalars import layout_of
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
 from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
@@ -31,16 +32,20 @@ from dynamon.curvature import (
     spectral_density,
     trace,
 )
-from dynamon.curvature.lanczos import random_start
-from dynamon.curvature.parameters import FlatParameters
-from dynamon.memory import free_memory
+from dynamon.curvature.memory import free_memory
+from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.curvature.operators.preconditioner import (
+    NoSecondMomentError,
+    has_second_moment,
+    preconditioned,
+    preconditioner,
+)
+from dynamon.curvature.solvers.lanczos import random_start
+from dynamon.distributed.dtensor import is_sharded
+from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.optim import steering_of
-from dynamon.panels import layout_of
-from dynamon.preconditioner import NoSecondMomentError, has_second_moment, preconditioned, preconditioner
 from dynamon.quantities import Scope, meanings, quantities_of
-from dynamon.quantities.sharpness import SUBSPACE
-from dynamon.ranks import ran_out_of_memory
-from dynamon.shards import is_sharded
+from dynamon.quantities.entries.sharpness import SUBSPACE
 from dynamon.stability import (
     StabilityScaling,
     has_stability_condition,

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dynamon.callbacks.meter import Run
 from dynamon.curvature import ShardedParameters, unsharded
-from dynamon.curvature.fsdp import at_rest, is_rounded, whole_parameters
-from dynamon.curvature.parameters import FlatParameters
-from dynamon.curvature.spaces import GatheredSpace, Shards
-from dynamon.equality import differing
-from dynamon.probe import undisturbed
-from dynamon.shards import is_sharded
-from dynamon.trackers import is_muted, trackers_muted
+from dynamon.curvature.distributed.fsdp import at_rest, is_rounded, whole_parameters
+from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.curvature.operators.vector_space import GatheredSpace, Shards
+from dynamon.distributed.dtensor import is_sharded
+from dynamon.isolation.equality import differing
+from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.trackers import is_muted, trackers_muted
 
 _SEED = 20_240_801
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dynamon.callbacks.meter import Run
 from dynamon.callbacks.probe import ProbeMeter
 from dynamon.curvature import GGNOperator, LinearOperator, MeanOverRanks, OutputsOfLoss
-from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.operators.parameters import FlatParameters
 
 OutputsFn = Callable[[Any, Any], tuple[Any, Tensor]]
 _BESIDE = 1e-3  # share of the gradient beside the outputs that is not rounding

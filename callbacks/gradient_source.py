@@ -6,28 +6,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.arrays import Array
 from dynamon.callbacks.accumulation import compares_independent, scale_before_step, windows_of
 from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
 from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.layerwise_lr import is_read_by_callback
 from dynamon.callbacks.meter import Run
-from dynamon.gradients import GradientReader
+from dynamon.distributed.dtensor import local
 from dynamon.layers import Layer, is_steerable
-from dynamon.noise import SOURCES, NoiseEstimator, SignalToNoise
+from dynamon.layers.complex_pairs import as_real
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates, steering_of
-from dynamon.pairs import as_real
-from dynamon.readings import GradientReadings, PendingReadings
-from dynamon.scales import Scale
-from dynamon.sharded_gradients import gradient_reader
-from dynamon.sharded_norms import StepParts
-from dynamon.shards import local
-from dynamon.updates import differences, primal_norms
-from dynamon.windows import Window
+from dynamon.quantities.gradient_reader import GradientReader
+from dynamon.quantities.noise import SOURCES, NoiseEstimator, SignalToNoise
+from dynamon.quantities.readings import GradientReadings, PendingReadings
+from dynamon.quantities.scales import Scale
+from dynamon.quantities.sharded_gradients import gradient_reader
+from dynamon.quantities.sharded_norms import StepParts
+from dynamon.quantities.updates import differences, primal_norms
+from dynamon.quantities.windows import Window
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class SourceReading:
 
     layers: list[Layer]
     readings: GradientReadings
-    noise: Array
-    independent: Array
-    snr: Array
+    noise: NDArray[Any]
+    independent: NDArray[Any]
+    snr: NDArray[Any]
     signal: SignalToNoise | None
-    moved: Array
+    moved: NDArray[Any]
     steps: Tensor
     parts: StepParts | None = None
 
-    def row(self, values: Array) -> dict[str, float]:
+    def row(self, values: NDArray[Any]) -> dict[str, float]:
         """Numbers ``[L]`` by layer name."""
         return dict(zip([layer.name for layer in self.layers], values.tolist(), strict=True))
 
-    def step_row(self, steps: Array) -> Array:
+    def step_row(self, steps: NDArray[Any]) -> NDArray[Any]:
         """Norms ``[M]`` in their places among L, NaN for layers whose step is not known."""
         row = np.full(len(self.layers), np.nan)
         row[self.moved] = steps
@@ -80,7 +80,7 @@ class AwaitedReading:
     """
 
     def __init__(
-        self, source: "GradientSource", pending: PendingReadings, steps: tuple[Array, Tensor, StepParts | None]
+        self, source: "GradientSource", pending: PendingReadings, steps: tuple[NDArray[Any], Tensor, StepParts | None]
     ) -> None:
         """Nothing has arrived."""
         self._source, self._pending, self._steps = source, pending, steps
@@ -227,7 +227,12 @@ class GradientSource:
             self._awaited = None
 
     def arrived(
-        self, readings: GradientReadings, layers: list[Layer], moved: Array, steps: Tensor, parts: StepParts | None
+        self,
+        readings: GradientReadings,
+        layers: list[Layer],
+        moved: NDArray[Any],
+        steps: Tensor,
+        parts: StepParts | None,
     ) -> SourceReading:
         """Count a reading that is on the host; see :class:`SourceReading`."""
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
@@ -258,7 +263,7 @@ class GradientSource:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
             raise
 
-    def _measure_steps(self, run: Run) -> tuple[Array, Tensor, StepParts | None]:
+    def _measure_steps(self, run: Run) -> tuple[NDArray[Any], Tensor, StepParts | None]:
         """Positions of the layers whose weights one step before are known, and the norms of the steps between."""
         before, self._weights = self._weights, {}
         layers, norms = self.reader.layers, self.reader.norms

@@ -7,28 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from dynamon.arrays import Array
+from dynamon.board.custom_scalars import layout_of
 from dynamon.callbacks.accumulation import begins_window, compares_ranks, has_windows, windows_of
 from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import AwaitedReading, GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.histograms import histogram_table, histograms, joined_tables
+from dynamon.distributed.dtensor import local, local_as
+from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
-from dynamon.noise import SOURCES, noise_scale
-from dynamon.pairs import as_real
-from dynamon.panels import layout_of
+from dynamon.layers.complex_pairs import as_real
 from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
-from dynamon.ranks import Ranks
-from dynamon.readings import GradientReadings
-from dynamon.scales import Scale, scaled
-from dynamon.sharded_norms import steps_and_lengths
-from dynamon.shards import local, local_as
-from dynamon.updates import local_smoothness
+from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.quantities.noise import SOURCES, noise_scale
+from dynamon.quantities.readings import GradientReadings
+from dynamon.quantities.scales import Scale, scaled
+from dynamon.quantities.sharded_norms import steps_and_lengths
+from dynamon.quantities.updates import local_smoothness
 
 _GROWN = 1e-2  # a gradient that is longer by so much than it was read was not clipped but changed
 _ROUNDING = 1e-4  # the two norms are summed up differently; clipping by less than this is no clipping
@@ -281,7 +281,7 @@ class GradientMeter(PairMeter):
         cosine = _cosine(readings)
         return scalars if cosine is None else {**scalars, "gradient/cosine": cosine}
 
-    def _per_layer(self, run: Run, read: list[SourceReading], steps: list[Array]) -> None:
+    def _per_layer(self, run: Run, read: list[SourceReading], steps: list[NDArray[Any]]) -> None:
         tables: dict[str, dict[str, float]] = {quantity: {} for quantity in self.quantities}
         for r, norms in zip(read, steps, strict=True):
             found = r.readings
@@ -364,7 +364,9 @@ class UsedGradients:
         self.lengths = scaled(lengths, scale)
 
 
-def _to_host(read: Sequence[SourceReading], used: Sequence[UsedGradients | None]) -> tuple[list[Array], list[Array]]:
+def _to_host(
+    read: Sequence[SourceReading], used: Sequence[UsedGradients | None]
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
     """Lengths of the gradients that steps used, and the steps that were measured before them: in one copy."""
     parts = [*(u.lengths for u in used if u is not None), *(r.steps for r in read)]
     if not parts:
@@ -376,7 +378,7 @@ def _to_host(read: Sequence[SourceReading], used: Sequence[UsedGradients | None]
     return lengths, list(rows)
 
 
-def _spread(read: SourceReading, used: UsedGradients | None, rows: Iterator[Array]) -> Array:
+def _spread(read: SourceReading, used: UsedGradients | None, rows: Iterator[NDArray[Any]]) -> NDArray[Any]:
     """Lengths ``[L]``, zero where there is no gradient."""
     lengths = np.zeros(len(read.layers))
     if used is not None:
@@ -385,7 +387,7 @@ def _spread(read: SourceReading, used: UsedGradients | None, rows: Iterator[Arra
 
 
 def _clipped_norm(
-    read: Sequence[SourceReading], used: Sequence[UsedGradients | None], lengths: Sequence[Array]
+    read: Sequence[SourceReading], used: Sequence[UsedGradients | None], lengths: Sequence[NDArray[Any]]
 ) -> float | None:
     """The norm of the gradients that steps used; None where they are not those that were read, made smaller."""
     for r, u, row in zip(read, used, lengths, strict=True):
@@ -409,7 +411,7 @@ def _has_parts(read: Sequence[SourceReading]) -> bool:
 
 def _together(
     read: Sequence[SourceReading], used: Sequence[UsedGradients | None], ranks: Ranks
-) -> tuple[list[Array], list[Array]]:
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
     """The same where each process holds a part of them: one reduction, one copy."""
     squares = torch.cat([_squares(r, u) for r, u in zip(read, used, strict=True)])
     lengths, steps = steps_and_lengths([r.parts for r in read if r.parts is not None], squares, ranks)
@@ -493,9 +495,10 @@ class GradientMonitor(Monitor):
     with their mean (both with automatic optimisation; under FSDP2 gradients arrive summed, and only windows have
     halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that at every step, or are left out.
 
-    Gradients are compared only where they are accumulated over alike windows (:class:`dynamon.windows.Window`): not
-    across the short window at the end of an epoch, a skipped batch, a smaller last batch, or a change of ``.grad``
-    between two backward passes. What cannot be compared at a step is NaN or left out there, and averages stay.
+    Gradients are compared only where they are accumulated over alike windows
+    (:class:`dynamon.quantities.windows.Window`): not across the short window at the end of an epoch, a skipped batch, a
+    smaller last batch, or a change of ``.grad`` between two backward passes. What cannot be compared at a step is NaN
+    or left out there, and averages stay.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one

@@ -11,7 +11,7 @@ from torch import Tensor
 from dynamon.callbacks.base import callbacks_of
 from dynamon.callbacks.meter import Run
 from dynamon.health import SEVERITIES, Finding, findings
-from dynamon.history import History, RunData
+from dynamon.runs.history import History, RunData
 
 _SHARE = 0.01  # of the run's time, where measurements have no budget
 _OF_BUDGET = 0.1  # where they have one

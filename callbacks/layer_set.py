@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from dynamon.distributed.dtensor import put_back
 from dynamon.layers import Layer, measurable_layers, select
-from dynamon.shards import put_back
 
 
 class LayerSet:

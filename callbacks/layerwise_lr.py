@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from dynamon.board.custom_scalars import combined, layout_of
 from dynamon.callbacks.accumulation import (
     begin_windows,
     begins_window,
@@ -33,15 +34,14 @@ from dynamon.callbacks.base import (
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.recorder import Recorder, Row
-from dynamon.history import History
+from dynamon.distributed.dtensor import any_sharded
 from dynamon.layers import select
 from dynamon.optim import LayerwiseRates, refusal, spread_reason, steerable_layers
-from dynamon.panels import combined, layout_of
+from dynamon.optim.stepping import GONE, has_gradients
 from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
 from dynamon.rates import NoiseAdaptiveRates, Rule
 from dynamon.rates.merging import Merging
-from dynamon.shards import any_sharded
-from dynamon.stepping import GONE, has_gradients
+from dynamon.runs.history import History
 
 _NOISE = REGISTRY["noise/dual"]  # shown where the rule follows it and no monitor in the Trainer does
 _RATES = layout_of(quantities_of("steering"))

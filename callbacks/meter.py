@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.board.custom_scalars import Layout
 from dynamon.callbacks.base import is_tryout, step_of
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.copies import copied
@@ -17,9 +18,8 @@ from dynamon.callbacks.decisions import Decisions, ranks_of
 from dynamon.callbacks.layer_set import LayerSet
 from dynamon.callbacks.recorder import Recorder
 from dynamon.callbacks.stepping import Steps
+from dynamon.distributed.dtensor import any_sharded
 from dynamon.layers import Layer
-from dynamon.panels import Layout
-from dynamon.shards import any_sharded
 
 PAUSE_AFTER = 3  # failures in a row
 _FIRST_REST = 10  # readings that a paused measurement leaves out before it is tried again; then twice as many

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from dynamon.board.custom_scalars import Layout, combined, layout_of
 from dynamon.callbacks.accumulation import begin_windows
 from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
 from dynamon.callbacks.budget import Budget, overhead_of
@@ -22,14 +23,13 @@ from dynamon.callbacks.meter import PAUSE_AFTER, Failures, Meter, Run, forget_fr
 from dynamon.callbacks.recorder import Recorder, Row
 from dynamon.callbacks.stepping import SkippedSteps
 from dynamon.callbacks.watchers import warnings_of
+from dynamon.curvature.memory import empty_cache
+from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.health import LOSS_TAG, Finding
-from dynamon.history import History
 from dynamon.layers import Layer, is_measurable, known_layers, select
-from dynamon.memory import empty_cache
-from dynamon.names import plain_name
-from dynamon.panels import Layout, combined, layout_of
+from dynamon.layers.names import plain_name
 from dynamon.quantities import quantities_of
-from dynamon.ranks import ran_out_of_memory
+from dynamon.runs.history import History
 
 _MEASURED = "Weights are measured in floating point of sixteen bits or more, and in complex64 and complex128."
 

@@ -10,20 +10,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from dynamon.batches import NoWeightError, batch_weight, count_samples, take_samples
 from dynamon.callbacks.evaluation import evaluation, trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run, forget_frames
 from dynamon.callbacks.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
-from dynamon.curvature.fsdp import why_not_whole
-from dynamon.curvature.parameters import FlatParameters
-from dynamon.effects import changes, outside_state
+from dynamon.curvature.distributed.fsdp import why_not_whole
+from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.distributed.ranks import ran_out_of_memory
+from dynamon.isolation.batches import NoWeightError, batch_weight, count_samples, take_samples
+from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
+from dynamon.isolation.random_streams import are_kept
+from dynamon.isolation.saved_batches import UnknownClassError, on_host
+from dynamon.isolation.side_effects import changes, outside_state
 from dynamon.kernels import widest_dtype
 from dynamon.kernels.devices import reads_are_free
-from dynamon.probe import LossError, LossFn, NoLossError, training_loss
-from dynamon.ranks import ran_out_of_memory
-from dynamon.saved_batches import UnknownClassError, on_host
-from dynamon.streams import are_kept
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 NOISY = 0.1  # relative error of a product from which on nothing is shown

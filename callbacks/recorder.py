@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from dynamon.arrays import Array
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.writers import Writer, writer_for
-from dynamon.histograms import Histogram
-from dynamon.history import History
+from dynamon.quantities.histograms import Histogram
+from dynamon.runs.history import History
 
 MAX_LAYER_TAGS = 400  # per-layer scalars a callback writes; TensorBoard slows down beyond a few hundred
 _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
@@ -71,7 +71,7 @@ class Recorder:
         if headline:
             self._collected.headlines.update(values)
 
-    def layers(self, quantity: str, values: Array, names: Sequence[str]) -> None:
+    def layers(self, quantity: str, values: NDArray[Any], names: Sequence[str]) -> None:
         """Add one number a layer of a quantity like ``"gradient/dual"``; NaN where a layer has none."""
         self._collected.tables[quantity] = (np.asarray(values, dtype=np.float64), tuple(names))
 
@@ -148,7 +148,7 @@ class _Readings:
 
     scalars: dict[str, float] = field(default_factory=dict)
     headlines: dict[str, float] = field(default_factory=dict)
-    tables: dict[str, tuple[Array, tuple[str, ...]]] = field(default_factory=dict)
+    tables: dict[str, tuple[NDArray[Any], tuple[str, ...]]] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)
 
     def add(self, other: "_Readings") -> None:
@@ -260,7 +260,7 @@ def _add_to_tensorboard(logger: TensorBoardLogger, readings: _Readings, step: in
         _add_histogram(logger, tag, histogram, step)
 
 
-def _add_table(logger: TensorBoardLogger, quantity: str, values: Array, names: Sequence[str], step: int) -> None:
+def _add_table(logger: TensorBoardLogger, quantity: str, values: NDArray[Any], names: Sequence[str], step: int) -> None:
     """All layers of a quantity as one tensor summary, their names in its metadata."""
     metadata = SummaryMetadata(
         plugin_data=SummaryMetadata.PluginData(

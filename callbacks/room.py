@@ -8,11 +8,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dynamon.callbacks.meter import Run
-from dynamon.curvature.fsdp import is_rounded
+from dynamon.curvature.distributed.fsdp import is_rounded
+from dynamon.curvature.memory import basis_memory, free_memory
+from dynamon.distributed.dtensor import is_sharded, local
 from dynamon.kernels import widest_dtype
-from dynamon.memory import basis_memory, free_memory
-from dynamon.pairs import real_dtype, real_size
-from dynamon.shards import is_sharded, local
+from dynamon.layers.complex_pairs import real_dtype, real_size
 
 _WHOLE = 4  # copies beside the solver's vectors: gathered parameters, their gradient with its graph, a product
 _PRECISE = ("32-true", "64-true")  # precisions in which neighbouring weights are close enough for differences

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 
-from dynamon.saved_batches import restored, saved
+from dynamon.isolation.saved_batches import restored, saved
 
 
 @dataclass(frozen=True)

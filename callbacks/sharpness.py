@@ -10,7 +10,7 @@ from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor, check_arguments
 from dynamon.callbacks.probe import ProbeMeter, check_probe
 from dynamon.callbacks.steps import StepMeter
-from dynamon.probe import LossFn
+from dynamon.isolation.preserve import LossFn
 from dynamon.quantities import choices, quantities_of, with_tag_table
 
 _OF_SPECTRUM, _OF_STEPS = choices("sharpness"), choices("steps")

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.optim import steering_of
-from dynamon.stepping import GONE, StepWatch, has_gradients, steps_in_backward, uses_gradients_at_once
+from dynamon.optim.stepping import GONE, StepWatch, has_gradients, steps_in_backward, uses_gradients_at_once
 
 if TYPE_CHECKING:
     from dynamon.callbacks.meter import Run
-    from dynamon.ranks import Ranks
+    from dynamon.distributed.ranks import Ranks
 
 _MANY = 50  # steps in a row: a scaler that begins at 2^16 has halved its scale to nothing by then
 _Told = Callable[[Optimizer], None]

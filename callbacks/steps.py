@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.board.custom_scalars import layout_of
 from dynamon.callbacks.base import say_geometry
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
@@ -22,15 +23,14 @@ from dynamon.curvature import (
     directional_sharpness,
     norm_sharpness,
 )
-from dynamon.curvature.parameters import FlatParameters
+from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.distributed.dtensor import local
+from dynamon.isolation.preserve import NoLossError
 from dynamon.kernels import widened
+from dynamon.layers.complex_pairs import as_real
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.optim import steering_of
-from dynamon.pairs import as_real
-from dynamon.panels import layout_of
-from dynamon.probe import NoLossError
 from dynamon.quantities import meanings, quantities_of
-from dynamon.shards import local
 
 
 class StepMeter(Meter):

@@ -7,26 +7,26 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.arrays import Array
+from dynamon.board.custom_scalars import layout_of
 from dynamon.callbacks.copies import matching, whole_copies
 from dynamon.callbacks.meter import FULL_EVERY, PAUSE_AFTER, Cadence, Meter, PairMeter, Run, forget_frames
 from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.convolution import bounds_of
-from dynamon.decay import DecayMemory, decay_assumption, decoupled_decay
-from dynamon.histograms import histogram_table, histograms, joined_tables
+from dynamon.distributed.dtensor import local
 from dynamon.layers import Layer
+from dynamon.layers.complex_pairs import as_real
 from dynamon.optim import steering_of
-from dynamon.pairs import as_real
-from dynamon.panels import layout_of
 from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
 from dynamon.quantities.entrywise import entrywise_readings
-from dynamon.sharded_weights import sharded_weight_readings
-from dynamon.shards import local
-from dynamon.updates import joint_cosine
-from dynamon.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
+from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.quantities.sharded_weights import sharded_weight_readings
+from dynamon.quantities.updates import joint_cosine
+from dynamon.quantities.weight_decay import DecayMemory, decay_assumption, decoupled_decay
+from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
+from dynamon.spectra.convolution import bounds_of
 
 _TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
 _COMPARED = ("cosine", "last", "previous")  # of the last two steps
@@ -265,8 +265,8 @@ def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[fl
 
 
 def _rate_readings(
-    names: Sequence[str], rates: Mapping[str, tuple[float, float]], table: Mapping[str, Array]
-) -> dict[str, Array]:
+    names: Sequence[str], rates: Mapping[str, tuple[float, float]], table: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
     """Learning rate and rate x decay of each layer, as in force, against its norms."""
     rate, shrink = np.array([rates.get(name, (np.nan, np.nan)) for name in names]).T
     size, step = table["weight/frobenius"].astype(np.float64), table["update/operator"].astype(np.float64)

@@ -18,7 +18,7 @@ from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor
 from dynamon.cli.language_model import GPT, LanguageModel
 from dynamon.cli.text import standard_library_text, training_batches
 from dynamon.health import findings
-from dynamon.history import RunData, Series
+from dynamon.runs.history import RunData, Series
 
 FOLDER = Path(__file__).parent / "pictures"
 STEPS, BATCH, CONTEXT = 600, 16, 64

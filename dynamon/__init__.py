@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynamon.layers import describe_layers
-    from dynamon.measuring import measure
+    from dynamon.monitoring.snapshot import measure
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "describe_layers", "measure"]
 
-_HOMES = {"describe_layers": "dynamon.layers", "measure": "dynamon.measuring"}
+_HOMES = {"describe_layers": "dynamon.layers", "measure": "dynamon.monitoring.snapshot"}
 
 
 def __getattr__(name: str) -> Any:

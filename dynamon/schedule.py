@@ -11,11 +11,11 @@ norms at the start become a warm-up.
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.ndimage import median_filter
-
-from dynamon.arrays import Array
 
 FEWEST_READINGS = 10  # a median over a tenth of the run then rests on one at least
 POWERS = {"l2": 2.0, "l1": 1.0}
@@ -23,13 +23,13 @@ _FARTHEST = 1e70  # times the smallest norm; beyond it the product of two weight
 
 
 def refined_schedule(
-    gradient_norms: Sequence[float] | Array,
+    gradient_norms: Sequence[float] | NDArray[Any],
     *,
     norm: str = "l2",
-    steps: Sequence[int] | Array | None = None,
+    steps: Sequence[int] | NDArray[Any] | None = None,
     total: int | None = None,
     smoothing: float = 0.1,
-) -> Array:
+) -> NDArray[Any]:
     """Give the refined schedule of a run from the norms of its gradients.
 
     Readings that are NaN, infinite or zero say nothing and are left out. The others are joined by straight lines to one
@@ -72,7 +72,7 @@ def refined_schedule(
     return _refine(smoothed_norms(norms[usable], at[usable], length, smoothing), POWERS[norm])
 
 
-def smoothed_norms(norms: Array, steps: Array, total: int, smoothing: float = 0.1) -> Array:
+def smoothed_norms(norms: NDArray[Any], steps: NDArray[Any], total: int, smoothing: float = 0.1) -> NDArray[Any]:
     """What :func:`refined_schedule` puts into its formula: one norm a step, without the outliers.
 
     Args:
@@ -88,12 +88,12 @@ def smoothed_norms(norms: Array, steps: Array, total: int, smoothing: float = 0.
     return np.asarray(median_filter(every, size=2 * int(smoothing * total / 2) + 1, mode="reflect"))
 
 
-def usable_readings(norms: Array) -> Array:
+def usable_readings(norms: NDArray[Any]) -> NDArray[Any]:
     """Which readings the schedule can rest on, as booleans ``[K]``: those that are finite and not zero."""
     return np.isfinite(norms) & (norms > 0)
 
 
-def linear_decay(steps: int) -> Array:
+def linear_decay(steps: int) -> NDArray[Any]:
     """Give linear decay from 1 at the first step to 0 at the last: the refined schedule of constant norms.
 
     Args:
@@ -110,12 +110,12 @@ def linear_decay(steps: int) -> Array:
     return np.arange(steps - 1, -1, -1) / (steps - 1) if steps > 1 else np.ones(1)
 
 
-def warmup_end(schedule: Sequence[float] | Array) -> int:
+def warmup_end(schedule: Sequence[float] | NDArray[Any]) -> int:
     """Give the step at which a schedule first has its largest factor: 0 where there is no warm-up."""
     return int(np.argmax(schedule))
 
 
-def schedule_factor(schedule: Sequence[float] | Array, steps: int | None = None) -> Callable[[int], float]:
+def schedule_factor(schedule: Sequence[float] | NDArray[Any], steps: int | None = None) -> Callable[[int], float]:
     """Make the function that ``torch.optim.lr_scheduler.LambdaLR`` takes, for a run of any length.
 
     >>> scheduler = LambdaLR(optimizer, schedule_factor(schedule, steps=10_000))  # and scheduler.step() each step
@@ -146,7 +146,7 @@ def schedule_factor(schedule: Sequence[float] | Array, steps: int | None = None)
     return factor
 
 
-def _refine(norms: Array, power: float) -> Array:
+def _refine(norms: NDArray[Any], power: float) -> NDArray[Any]:
     """The formula, for positive finite norms ``[T]``."""
     with np.errstate(over="ignore"):
         weights = np.minimum(norms / norms.min(), _FARTHEST) ** -power
@@ -154,7 +154,7 @@ def _refine(norms: Array, power: float) -> Array:
     return np.asarray(rates / rates.max())
 
 
-def _check(norms: Array, steps: Array, norm: str, smoothing: float) -> None:
+def _check(norms: NDArray[Any], steps: NDArray[Any], norm: str, smoothing: float) -> None:
     if norms.ndim != 1 or not len(norms):
         raise ValueError(f"gradient_norms must be a row of at least one number, got shape {norms.shape}.")
     if (norms < 0).any():
@@ -169,7 +169,7 @@ def _check(norms: Array, steps: Array, norm: str, smoothing: float) -> None:
         raise ValueError(f"smoothing must be a share of the run in [0, 1], got {smoothing}.")
 
 
-def _run_length(steps: Array, total: int | None) -> int:
+def _run_length(steps: NDArray[Any], total: int | None) -> int:
     last = int(steps[-1])
     if total is not None and total <= last:
         raise ValueError(f"total must be more than the last step {last}, got {total}.")

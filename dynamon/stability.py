@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOperator, top_eigenvalues
-from dynamon.curvature.parameters import FlatParameters, Parameters, names_and_tensors
-from dynamon.curvature.spaces import VectorSpace
-from dynamon.geometry import optimizer_family
-from dynamon.pairs import real_dtype, real_size
-from dynamon.preconditioner import NoSecondMomentError, second_moment_scale
-from dynamon.shards import local
+from dynamon.curvature.operators.parameters import FlatParameters, Parameters, names_and_tensors
+from dynamon.curvature.operators.preconditioner import NoSecondMomentError, second_moment_scale
+from dynamon.curvature.operators.vector_space import VectorSpace
+from dynamon.distributed.dtensor import local
+from dynamon.layers.complex_pairs import real_dtype, real_size
+from dynamon.norms.geometry import optimizer_family
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.history import Series
+from dynamon.runs.history import Series
 
 Batch = tuple[Tensor, Tensor]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#666666")  # told apart by colour-blind readers

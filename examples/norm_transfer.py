@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dynamon.callbacks import WeightMonitor
-from dynamon.history import History
+from dynamon.runs.history import History
 
 Batch = tuple[Tensor, Tensor]
 Grid = dict[tuple[bool, int], History]  # by whether rates scale, and width

@@ -48,7 +48,7 @@ def gradient_stats(
 ) -> GradientStats:
     """Norms of every gradient and of its change, in one pass, refreshing the stored gradient.
 
-    On CUDA it is two launches of a Triton kernel (``dynamon.kernels.triton_gradient_stats``) where that takes the
+    On CUDA it is two launches of a Triton kernel (``dynamon.kernels.gradient_stats_triton``) where that takes the
     lists, else PyTorch's operators on lists.
 
     Args:
@@ -78,7 +78,7 @@ def gradient_stats(
     if not gradients:
         return no_stats(dtype, previous is not None)
     if _may_have_triton(gradients[0].device):
-        from dynamon.kernels.triton_gradient_stats import attempt  # Triton itself takes a while to import
+        from dynamon.kernels.gradient_stats_triton import attempt  # Triton itself takes a while to import
 
         found = attempt(gradients, previous, dtype, scale)
         if found is not None:
@@ -98,7 +98,7 @@ def warm_up(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32
     """
     if not _may_have_triton(device):
         return
-    from dynamon.kernels import triton_gradient_stats as twin
+    from dynamon.kernels import gradient_stats_triton as twin
 
     for dtype in dict.fromkeys(dtypes):
         probe = torch.empty(1, dtype=dtype, device=device)

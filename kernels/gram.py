@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dynamon.kernels.constants import on_device
+from dynamon.kernels.gram_triton import supported, symmetric_gram
 from dynamon.kernels.precision import own_dtype, product_allowance
 from dynamon.kernels.thresholds import takes_gram_twin
-from dynamon.kernels.triton_gram import supported, symmetric_gram
 
 _OWN_DTYPE = (torch.float64, torch.complex64, torch.complex128)  # everything else is computed in float32
 _AT_ONCE = 2**27  # entries of matrices that share their products; beyond, a device is busy anyway and memory counts

@@ -168,7 +168,7 @@ def pretended(launches: Launches) -> Iterator[None]:
         mock.patch.object(stats, "_may_have_triton", lambda device: True),
         mock.patch.object(stats, "reads_are_free", lambda device: False),
         mock.patch.object(lengths, "reads_are_free", lambda device: False),
-        mock.patch("dynamon.norm_forms.reads_are_free", lambda device: False),
+        mock.patch("dynamon.norms.forms.reads_are_free", lambda device: False),
         mock.patch.object(twin, "can_run", lambda device: True),
         mock.patch.object(twin, "_triton_dtype", lambda dtype: dtype),
         mock.patch.object(twin, "_chunk_stats", Kernel("_chunk_stats")),

@@ -20,9 +20,9 @@ from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, payload
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.cli import main
 from dynamon.cli.report import sparkline
-from dynamon.history import RunData, Series
 from dynamon.quantities import REGISTRY
 from dynamon.runs import read_run_data
+from dynamon.runs.history import RunData, Series
 from tests.helpers import Classifier, fit, mlp
 
 NASTY = "</script><script>alert(1)</script><!--<script>\u2028\"'&\x1b[31m"

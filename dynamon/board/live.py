@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, packed_scalar, packed_table, shown
-from dynamon.event_files import Curve, EventFile, EventLog, RowCurve, event_paths
 from dynamon.health import findings, loss_tag
-from dynamon.history import RunData, Series
-from dynamon.run_folders import Contents, readable, runs_below, with_readings
 from dynamon.runs import assembled
+from dynamon.runs.event_files import Curve, EventFile, EventLog, RowCurve, event_paths
+from dynamon.runs.folders import Contents, readable, runs_below, with_readings
+from dynamon.runs.history import RunData, Series
 
 _KEPT = 8  # runs held in memory: those asked for last
 _SEARCH_EVERY = 4.0  # seconds between searches for runs
@@ -79,7 +79,7 @@ class LiveFolder:
 
 
 class LiveRun:
-    """One run, read piece by piece by the rule of :mod:`dynamon.event_files`.
+    """One run, read piece by piece by the rule of :mod:`dynamon.runs.event_files`.
 
     Answers hold what came after ``since``, a count of values read, where it can be appended; and all of a series where
     it cannot, because steps were written anew or the series is thinned. ``epoch`` changes when a file was replaced or

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.health import findings, loss_tag
-from dynamon.history import RunData, Series
 from dynamon.quantities import REGISTRY
+from dynamon.runs.history import RunData, Series
 
 SCALAR_POINTS = 20_000
 TABLE_POINTS = 4_000
@@ -70,7 +70,7 @@ def packed_table(series: Series) -> dict[str, Any]:
     }
 
 
-def _extremes(values: Array, limit: int) -> Array:
+def _extremes(values: NDArray[Any], limit: int) -> NDArray[Any]:
     """Indices of at most ``limit`` values: the lowest and the highest of each bucket, NaN where one is in it."""
     if len(values) <= limit:
         return np.arange(len(values))
@@ -83,6 +83,6 @@ def _extremes(values: Array, limit: int) -> Array:
     return np.unique(np.array(kept))
 
 
-def _packed(values: Array, kind: str) -> str:
+def _packed(values: NDArray[Any], kind: str) -> str:
     with np.errstate(over="ignore"):  # beyond float32 is infinite there
         return base64.b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode()

@@ -17,8 +17,8 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.callbacks.dynamics import PRESETS
 from dynamon.cli import picture
@@ -197,7 +197,7 @@ def _noise_lines(module: pl.LightningModule, monitor: DynamicsMonitor, steering:
     names = _short(series.layers or ())
     ratios = {} if steering is None else steering.ratios
 
-    def shown(indices: Array) -> str:
+    def shown(indices: NDArray[Any]) -> str:
         rate = {i: f" (rate x {ratios[layers[i].name]:.2f})" if ratios else "" for i in indices}
         return ", ".join(f"{names[i]}{rate[i]}" for i in indices)
 
@@ -257,11 +257,11 @@ class _Losses(Callback):
         self._validation: list[tuple[int, float]] = []
 
     @property
-    def training(self) -> tuple[Array, Array]:
+    def training(self) -> tuple[NDArray[Any], NDArray[Any]]:
         return _columns(self._training)
 
     @property
-    def validation(self) -> tuple[Array, Array]:
+    def validation(self) -> tuple[NDArray[Any], NDArray[Any]]:
         return _columns(self._validation)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -272,7 +272,7 @@ class _Losses(Callback):
         self._validation.append((trainer.global_step, value))
 
 
-def _columns(rows: list[tuple[int, float]]) -> tuple[Array, Array]:
+def _columns(rows: list[tuple[int, float]]) -> tuple[NDArray[Any], NDArray[Any]]:
     return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
-from dynamon.history import Series
+from dynamon.runs.history import Series
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers
 
@@ -15,8 +15,8 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-
 def draw(
     path: Path,
     title: str,
-    loss: tuple[Array, Array],
-    validation: tuple[Array, Array],
+    loss: tuple[NDArray[Any], NDArray[Any]],
+    validation: tuple[NDArray[Any], NDArray[Any]],
     monitor: Mapping[str, Series],
     steering: Mapping[str, Series] | None,
     strip: str = "",
@@ -57,7 +57,9 @@ def draw(
     figure.savefig(path, dpi=110)
 
 
-def _draw_loss(axes: Any, loss: tuple[Array, Array], validation: tuple[Array, Array]) -> None:
+def _draw_loss(
+    axes: Any, loss: tuple[NDArray[Any], NDArray[Any]], validation: tuple[NDArray[Any], NDArray[Any]]
+) -> None:
     axes.plot(*loss, color=_BLUE, lw=0.8, label="training")
     if len(validation[0]):
         axes.plot(*validation, "o-", color=_ORANGE, ms=4, lw=1.2, label="validation")

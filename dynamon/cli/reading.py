@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dynamon.run_folders import newest_run, readable
+from dynamon.runs.folders import newest_run, readable
 
 _Read = TypeVar("_Read")
 RUN_HELP = (

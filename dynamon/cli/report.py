@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.board.page import page
 from dynamon.board.payload import payload
 from dynamon.cli.reading import RUN_HELP, choice, read
 from dynamon.health import Finding, findings, judged_loss, loss_tag
-from dynamon.history import RunData, Series
 from dynamon.quantities import REGISTRY, Scope
-from dynamon.run_folders import readable
 from dynamon.runs import read_run_data
+from dynamon.runs.folders import readable
+from dynamon.runs.history import RunData, Series
 
 _WIDTH = 48  # columns of a row of blocks
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-~+=*#"
@@ -150,7 +150,7 @@ def _outstanding(table: Series) -> str:
     names = np.array(table.layers, dtype=object)[known]
     level = np.array([np.median(column[np.isfinite(column)]) for column in recent[:, known].T])
     top, low = int(np.argmax(level)), int(np.argmin(level))
-    middle: Array = np.median(level)
+    middle: NDArray[Any] = np.median(level)
     return f"median {middle:.3g}, highest {level[top]:.3g} in {names[top]}, lowest {level[low]:.3g} in {names[low]}"
 
 

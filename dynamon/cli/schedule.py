@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.cli.reading import RUN_HELP, choice, read
-from dynamon.history import Series
-from dynamon.run_folders import readable
 from dynamon.runs import last_step, read_run
+from dynamon.runs.folders import readable
+from dynamon.runs.history import Series
 from dynamon.schedule import (
     FEWEST_READINGS,
     linear_decay,
@@ -88,7 +88,7 @@ class _Found:
     readings: Series  # those that can be used
     left_out: int
     total: int
-    schedule: Array
+    schedule: NDArray[Any]
 
 
 def _find(folder: Path, asked: str) -> _Found:
@@ -181,7 +181,7 @@ def _usage(output: Path | None, total: int) -> list[str]:
     ]
 
 
-def _write(path: Path | None, schedule: Array) -> None:
+def _write(path: Path | None, schedule: NDArray[Any]) -> None:
     if path is None:
         return
     if path.suffix == ".npy":

@@ -1,28 +1,28 @@
 """Curvature of a loss: products with its Hessian or Gauss-Newton matrix, and what they tell."""
 
-from dynamon.curvature.backends import NoSecondDerivativeError
-from dynamon.curvature.blocks import BlockOperator, blockwise_sharpness
-from dynamon.curvature.critical import CriticalSharpness, critical_sharpness
-from dynamon.curvature.density import SpectralDensity, spectral_density
-from dynamon.curvature.directional import (
+from dynamon.curvature.along.critical import CriticalSharpness, critical_sharpness
+from dynamon.curvature.along.directional import (
     DirectionalSharpness,
     NormSharpness,
     batch_sharpness,
     directional_sharpness,
     norm_sharpness,
 )
-from dynamon.curvature.distributed import MeanOverRanks
-from dynamon.curvature.eigenpairs import Eigenpairs
-from dynamon.curvature.eigenvalues import top_eigenvalues
-from dynamon.curvature.fsdp import unsharded
-from dynamon.curvature.ggn import GGNOperator
-from dynamon.curvature.hessian import HessianOperator
-from dynamon.curvature.operators import Diagonal, LinearOperator
-from dynamon.curvature.outputs import OutputsOfLoss
-from dynamon.curvature.sharded import ShardedHessian, ShardedParameters
-from dynamon.curvature.subspace import eigenspace_overlap, eigenspace_share
-from dynamon.curvature.trace import TraceEstimate, trace
-from dynamon.curvature.tracker import EigenTracker
+from dynamon.curvature.along.subspace import eigenspace_overlap, eigenspace_share
+from dynamon.curvature.distributed.fsdp import unsharded
+from dynamon.curvature.distributed.mean_over_ranks import MeanOverRanks
+from dynamon.curvature.distributed.sharded import ShardedHessian, ShardedParameters
+from dynamon.curvature.operators.backends import NoSecondDerivativeError
+from dynamon.curvature.operators.base import Diagonal, LinearOperator
+from dynamon.curvature.operators.blocks import BlockOperator, blockwise_sharpness
+from dynamon.curvature.operators.ggn import GGNOperator
+from dynamon.curvature.operators.hessian import HessianOperator
+from dynamon.curvature.operators.outputs import OutputsOfLoss
+from dynamon.curvature.solvers.density import SpectralDensity, spectral_density
+from dynamon.curvature.solvers.eigenpairs import Eigenpairs
+from dynamon.curvature.solvers.top import top_eigenvalues
+from dynamon.curvature.solvers.trace import TraceEstimate, trace
+from dynamon.curvature.solvers.tracker import EigenTracker
 
 __all__ = [
     "BlockOperator",

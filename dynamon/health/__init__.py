@@ -34,7 +34,7 @@ from dynamon.health.loss import (
 )
 from dynamon.health.measuring import failed_measurements, missing_readings, steering_at_bounds
 from dynamon.health.weights import collapsed_ranks, exploding_weights, large_updates, no_updates, stopped_layers
-from dynamon.history import RunData, Series
+from dynamon.runs.history import RunData, Series
 
 __all__ = ["LOSS_TAG", "SEVERITIES", "Finding", "JudgedLoss", "findings", "judged_loss", "loss_tag"]
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.health.finding import Finding, several
 from dynamon.health.limits import (
     FEW,
@@ -30,7 +31,7 @@ from dynamon.health.series import (
     stretches,
     to_the_end,
 )
-from dynamon.history import RunData
+from dynamon.runs.history import RunData
 
 
 def nonfinite_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
@@ -222,7 +223,7 @@ def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     )
 
 
-def _jump(logs: Array) -> tuple[int, float] | None:
+def _jump(logs: NDArray[Any]) -> tuple[int, float] | None:
     """Where a series of logarithms first leaves its past upwards for good, and by which factor."""
     if len(logs) < PAST + IN_A_ROW:
         return None

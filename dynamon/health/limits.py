@@ -1,10 +1,10 @@
 """The numbers that rules compare with, all in one place.
 
 They are round numbers of ours, none from a paper, and none fitted. Each was set so that the healthy runs of
-``tests/dynamon/test_health.py`` and ``tests/cases/test_rules.py`` give no finding: synthetic ones with noise of up to
-60 % and a correlation of up to 0.9 between readings, Cauchy noise, random walks, six real networks, gradient descent at
-the edge of stability; and that the faults injected there are found. What an entry says beyond that is why it has its
-size.
+``tests/dynamon/health/test_findings.py`` and ``tests/cases/test_rules.py`` give no finding: synthetic ones with noise
+of up to 60 % and a correlation of up to 0.9 between readings, Cauchy noise, random walks, six real networks, gradient
+descent at the edge of stability; and that the faults injected there are found. What an entry says beyond that is why it
+has its size.
 """
 
 # Readings.

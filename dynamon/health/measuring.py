@@ -8,7 +8,7 @@ from dynamon.health.finding import Finding
 from dynamon.health.limits import LONG
 from dynamon.health.loss import Loss
 from dynamon.health.series import to_the_end
-from dynamon.history import RunData
+from dynamon.runs.history import RunData
 
 _RAISE = "raise budget, set every_n_steps, or measure fewer quantities; a run of some hundred steps needs more."
 _EIGENVALUES = ("stability_ratio", "hessian_max", "preconditioned_max", "ggn_max")

@@ -1,24 +1,26 @@
 """What learning rates explain: a rate of zero is a choice, and not a fault of the layer."""
 
-import numpy as np
+from typing import Any
 
-from dynamon.arrays import Array
+import numpy as np
+from numpy.typing import NDArray
+
 from dynamon.health.limits import NO_RATIO
 from dynamon.health.series import column_at
-from dynamon.history import RunData
+from dynamon.runs.history import RunData
 
 # Each with steering in it, but for what Lightning's LearningRateMonitor writes.
 _BY_LAYER = ("weight/effective_rate", "lr/effective")
 _MONITORED = "lr-"
 
 
-def rate_is_zero(data: RunData, steps: Array) -> bool:
+def rate_is_zero(data: RunData, steps: NDArray[Any]) -> bool:
     """Whether every learning rate that is known at some steps is 0, and one is known."""
     known = [values for values in _rates(data, steps) if not np.isnan(values).all()]
     return bool(known) and all(bool((values[~np.isnan(values)] == 0).all()) for values in known)
 
 
-def _rates(data: RunData, steps: Array) -> list[Array]:
+def _rates(data: RunData, steps: NDArray[Any]) -> list[NDArray[Any]]:
     """What is known of the rates at steps: of all layers or groups, one array a source."""
     found = []
     for quantity in _BY_LAYER:
@@ -33,7 +35,7 @@ def _rates(data: RunData, steps: Array) -> list[Array]:
     return found
 
 
-def is_turned_off(data: RunData, layer: str, steps: Array) -> Array:
+def is_turned_off(data: RunData, layer: str, steps: NDArray[Any]) -> NDArray[Any]:
     """Whether the rate of a layer is 0 at each of some steps, or the ratio that steering gives it next to nothing."""
     off = column_at(data, "lr/ratio", layer, steps) < NO_RATIO
     for quantity in _BY_LAYER:

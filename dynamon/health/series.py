@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.health.limits import IN_A_ROW
-from dynamon.history import RunData, Series
+from dynamon.runs.history import RunData, Series
 
 _ENOUGH = 4000  # readings of a layer
 _HALF_BITS = (8, 11)  # significant bits of bfloat16 and float16
 
 
-def columns(data: RunData, quantity: str) -> Iterator[tuple[str, Array, Array]]:
+def columns(data: RunData, quantity: str) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
     """Name, steps and finite values of each layer that has any; every so many-th of a very long run, and the last."""
     table = data.tables.get(quantity)
     if table is not None:
@@ -25,7 +26,7 @@ def columns(data: RunData, quantity: str) -> Iterator[tuple[str, Array, Array]]:
                 yield name, table.steps[kept], column[kept]
 
 
-def column_at(data: RunData, quantity: str, layer: str, steps: Array) -> Array:
+def column_at(data: RunData, quantity: str, layer: str, steps: NDArray[Any]) -> NDArray[Any]:
     """A layer's values at some steps, each from the last reading up to there, or the first; NaN where it has none."""
     table = data.tables.get(quantity)
     if table is None or layer not in (table.layers or ()) or not len(table):
@@ -34,7 +35,7 @@ def column_at(data: RunData, quantity: str, layer: str, steps: Array) -> Array:
     return np.asarray(table.values[rows, (table.layers or ()).index(layer)])
 
 
-def median_at(data: RunData, quantity: str, steps: Array) -> Array:
+def median_at(data: RunData, quantity: str, steps: NDArray[Any]) -> NDArray[Any]:
     """The median over layers at some steps, taken as by :func:`column_at`."""
     table = data.tables.get(quantity)
     if table is None or not len(table):
@@ -42,7 +43,7 @@ def median_at(data: RunData, quantity: str, steps: Array) -> Array:
     return row_median(table.values[np.maximum(np.searchsorted(table.steps, steps, side="right") - 1, 0)])
 
 
-def scalar_at(data: RunData, tag: str, steps: Array) -> Array:
+def scalar_at(data: RunData, tag: str, steps: NDArray[Any]) -> NDArray[Any]:
     """The same of a scalar."""
     series = data.scalars.get(tag)
     if series is None or not len(series):
@@ -55,7 +56,7 @@ def first_step(data: RunData, quantity: str) -> int:
     return int(data.tables[quantity].steps[0])
 
 
-def merged(scalars: Mapping[str, Series], *tags: str) -> tuple[Array, Array]:
+def merged(scalars: Mapping[str, Series], *tags: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Steps and values of several tags as one series."""
     series = [scalars[tag] for tag in tags if tag in scalars]
     if not series:
@@ -65,20 +66,20 @@ def merged(scalars: Mapping[str, Series], *tags: str) -> tuple[Array, Array]:
     return steps[order], values[order]
 
 
-def stretches(mask: Array, least: int) -> list[tuple[int, int]]:
+def stretches(mask: NDArray[Any], least: int) -> list[tuple[int, int]]:
     """Where a condition holds at least so many times in a row: ``(start, stop)``."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     pairs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
     return [(start, stop) for start, stop in pairs if stop - start >= least]
 
 
-def to_the_end(mask: Array) -> int:
+def to_the_end(mask: NDArray[Any]) -> int:
     """Where the stretch begins that lasts to the end; the length where the last reading is not in one."""
     broken = np.flatnonzero(~mask)
     return int(broken[-1]) + 1 if len(broken) else 0
 
 
-def running_median(values: Array, width: int) -> Array:
+def running_median(values: NDArray[Any], width: int) -> NDArray[Any]:
     """The median of the last ``width`` values at each, of as many as there are at the beginning."""
     if not len(values):
         return values
@@ -90,7 +91,7 @@ def running_median(values: Array, width: int) -> Array:
     return full
 
 
-def noise_of(values: Array) -> float:
+def noise_of(values: NDArray[Any]) -> float:
     """Standard deviation of one reading, from what bends within a few: a trend does not enter, nor do a few jumps.
 
     The largest of neighbours and of readings a few apart: the first are alike where noise is slow, the others where
@@ -104,14 +105,14 @@ def noise_of(values: Array) -> float:
         return max((_spread(bend) / math.sqrt(6) for bend in bends), default=0.0)
 
 
-def _spread(changes: Array) -> float:
+def _spread(changes: NDArray[Any]) -> float:
     """Standard deviation by the median, or by the mean where more than half of the changes are alike."""
     sizes = np.abs(changes - np.median(changes))
     found = float(1.4826 * np.median(sizes)) or float(1.2533 * np.mean(sizes))
     return math.inf if math.isnan(found) else found
 
 
-def resolution_of(values: Array) -> float:
+def resolution_of(values: NDArray[Any]) -> float:
     """The distance between two values that can be told apart, where they were rounded coarsely; else 0.
 
     Known by the significant bits that all of them get by with (half precision), or by how often the same ones come
@@ -127,17 +128,17 @@ def resolution_of(values: Array) -> float:
     return max(by_bits, float(np.diff(distinct).min()) if repeats else 0.0)
 
 
-def row_median(values: Array) -> Array:
+def row_median(values: NDArray[Any]) -> NDArray[Any]:
     """The median of each row's finite values; NaN where it has none."""
     return np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in values])
 
 
-def finite_or_zero(values: Array) -> Array:
+def finite_or_zero(values: NDArray[Any]) -> NDArray[Any]:
     """Zero in the place of what is not finite."""
     return np.where(np.isfinite(values), values, 0.0)
 
 
-def all_zero(table: Series) -> tuple[Array, Array]:
+def all_zero(table: Series) -> tuple[NDArray[Any], NDArray[Any]]:
     """Steps at which any layer has a finite value, and whether all of those are zero there."""
     finite = np.isfinite(table.values)
     known = finite.any(1)

@@ -31,7 +31,7 @@ from dynamon.health.series import (
     scalar_at,
     to_the_end,
 )
-from dynamon.history import RunData
+from dynamon.runs.history import RunData
 
 
 def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynamon.distributed.dtensor import local, local_as, part_of, whole
 from dynamon.kernels import step_polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.norms import NORMS, UPDATE_NORMS, Norm, get_norm, optimizer_family
 from dynamon.optim.layerwise import LayerwiseRates
+from dynamon.quantities.scales import Scale
+from dynamon.quantities.sharded_gradients import gradient_reader
+from dynamon.quantities.windows import Window
 from dynamon.rates import NoiseAdaptiveRates, Rule
-from dynamon.scales import Scale
-from dynamon.sharded_gradients import gradient_reader
-from dynamon.shards import local, local_as, part_of, whole
-from dynamon.windows import Window
 
 RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
 _SCALINGS: dict[str, Callable[[int, int], float]] = {
@@ -121,7 +121,8 @@ class Lanton(Optimizer):
     Cost of a step: the average by one foreach call; one batched call of ``polar`` for all matrices of a shape
     (:func:`dynamon.kernels.polar_factor`: 5 steps of 3 products), of which up to 2^26 entries are copied at a time;
     for GPT-2 124M fewer than 130 device calls; no host synchronisation on a GPU. Memory: one buffer a parameter. The
-    noise costs what :class:`dynamon.gradients.GradientReader` does: two nuclear norms a matrix and one stored gradient.
+    noise costs what :class:`dynamon.quantities.gradient_reader.GradientReader` does: two nuclear norms a matrix and one
+    stored gradient.
 
     Sharded parameters (FSDP2, DTensor) work: a step gathers the average of every matrix and vector, one all-gather
     each, and each process repeats the same polar factors. The noise deals gradients out, each gathered on one process,

@@ -10,24 +10,18 @@ from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.arrays import Array
+from dynamon.distributed.dtensor import put_back
+from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.kernels import waiter
 from dynamon.layers import Layer, is_steerable, known_layers
 from dynamon.norms import optimizer_family
 from dynamon.optim.refusals import check_decay, refusal, refuse_step, spread_reason
-from dynamon.optim.views import GroupViews
-from dynamon.ranks import ran_out_of_memory
-from dynamon.rates import Rule
-from dynamon.rates.merging import Merging, error
-from dynamon.readings import PendingReadings
-from dynamon.scales import Scale
-from dynamon.sharded_gradients import gradient_reader
-from dynamon.shards import put_back
-from dynamon.stepping import (
+from dynamon.optim.stepping import (
     Nesting,
     StepWatch,
     closure_of,
@@ -36,7 +30,13 @@ from dynamon.stepping import (
     with_closure,
     wrapped_optimizers,
 )
-from dynamon.windows import Window
+from dynamon.optim.views import GroupViews
+from dynamon.quantities.readings import PendingReadings
+from dynamon.quantities.scales import Scale
+from dynamon.quantities.sharded_gradients import gradient_reader
+from dynamon.quantities.windows import Window
+from dynamon.rates import Rule
+from dynamon.rates.merging import Merging, error
 
 # Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
 _steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
@@ -154,7 +154,9 @@ class LayerwiseRates:
         self.charge: Callable[[], AbstractContextManager[None]] = nullcontext
         self.idle: Callable[[], AbstractContextManager[None]] = nullcontext
         self._views = GroupViews(optimizer, scale_weight_decay)
-        self._taken: tuple[list[str], Array, Array] | None = None  # names, and in the last step: asked for, taken
+        self._taken: tuple[list[str], NDArray[Any], NDArray[Any]] | None = (
+            None  # names, and in the last step: asked for, taken
+        )
         _steered[optimizer] = ref(self)
         self.watch = StepWatch(optimizer)
         hooked = list(filter(runs_hooks, (optimizer, *wrapped_optimizers(optimizer))))
@@ -211,11 +213,11 @@ class LayerwiseRates:
         """How many parameters each of the optimizer's groups has."""
         return [len(group["params"]) for group in self.optimizer.param_groups]
 
-    def _by_parameter(self, ratios: Array) -> Array:
+    def _by_parameter(self, ratios: NDArray[Any]) -> NDArray[Any]:
         """Ratios of layers ``[L]`` as those of the optimizer's parameters ``[P]``, in the order of its groups."""
         return np.append(ratios, 1.0)[self._layer_at]
 
-    def _asked_for(self) -> Array:
+    def _asked_for(self) -> NDArray[Any]:
         """The rule's ratios ``[L]``."""
         ratios = np.array(self.rule.ratios(), np.float64)
         if ratios.shape != (len(self.layers),):
@@ -223,7 +225,7 @@ class LayerwiseRates:
             raise ValueError(f"{rule}.ratios() must be [L] for {len(self.layers)} layers, got {list(ratios.shape)}.")
         return ratios
 
-    def _merged(self, ratios: Array, is_taken: bool = False) -> Array:
+    def _merged(self, ratios: NDArray[Any], is_taken: bool = False) -> NDArray[Any]:
         """Ratios ``[L]`` as a step takes them, which may be the one that is taken now."""
         if self._merging is None:
             return ratios

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
-
-from dynamon.arrays import Array
 
 _Bucket = tuple[float, list[Tensor]]
 
@@ -44,7 +43,7 @@ class GroupViews:
         """The optimizer's own groups."""
         return self._original if self._original is not None else self._optimizer.param_groups
 
-    def enter(self, ratios: Array) -> None:
+    def enter(self, ratios: NDArray[Any]) -> None:
         """Show the optimizer its groups with scaled rates; with ratios of 1 only there is no view.
 
         Args:

@@ -4,16 +4,16 @@ What a monitor declares, the tables of tags in docstrings and docs, the charts a
 words and scales of the tab, the rows of ``dynamon report --text`` and what tests expect of a run are derived from it.
 """
 
-from dynamon.quantities.gradient import GRADIENT
-from dynamon.quantities.lr import LR
-from dynamon.quantities.noise import NOISE
-from dynamon.quantities.own import DYNAMON
+from dynamon.quantities.entries.gradient import GRADIENT
+from dynamon.quantities.entries.lr import LR
+from dynamon.quantities.entries.noise import NOISE
+from dynamon.quantities.entries.own import DYNAMON
+from dynamon.quantities.entries.sharpness import SHARPNESS
+from dynamon.quantities.entries.spectrum import SPECTRUM
+from dynamon.quantities.entries.update import UPDATE
+from dynamon.quantities.entries.weight import WEIGHT
 from dynamon.quantities.registry import ALWAYS, Condition, Quantity, Scope, by_tag, meanings
-from dynamon.quantities.sharpness import SHARPNESS
-from dynamon.quantities.spectrum import SPECTRUM
 from dynamon.quantities.tables import tag_table, with_tag_table
-from dynamon.quantities.update import UPDATE
-from dynamon.quantities.weight import WEIGHT
 
 __all__ = [
     "ALWAYS",

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamon.distributed.dtensor import local
+from dynamon.distributed.ranks import Ranks
+from dynamon.distributed.reduction import Totals
 from dynamon.kernels import widened
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.devices import reads_are_free
 from dynamon.layers import Layer
-from dynamon.pairs import as_real
+from dynamon.layers.complex_pairs import as_real
 from dynamon.quantities.registry import Entrywise, Quantity
-from dynamon.ranks import Ranks
-from dynamon.shards import local
-from dynamon.totals import Totals
-from dynamon.updates import in_dtypes
+from dynamon.quantities.updates import in_dtypes
 
 _PIECE = 2**16  # entries that a CPU takes at a time: in float64 they stay in its cache
 
@@ -26,7 +26,7 @@ def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], 
         layers: L layers, on one device. Of a complex weight real and imaginary parts are entries.
         quantities: Q quantities.
         ranks: The processes that hold the weights in parts and call this together, inside of
-            :meth:`dynamon.ranks.Ranks.measurement`; None where weights are whole.
+            :meth:`dynamon.distributed.ranks.Ranks.measurement`; None where weights are whole.
 
     Returns:
         ``[Q, L]`` in float32 on the weights' device; NaN where a quantity has no meaning.

@@ -2,6 +2,6 @@
 
 from dynamon.rates.noise import NoiseAdaptiveRates
 from dynamon.rates.rule import FixedRates, Rule
-from dynamon.rates.tails import SpectralTailRates
+from dynamon.rates.spectral_tail import SpectralTailRates
 
 __all__ = ["FixedRates", "NoiseAdaptiveRates", "Rule", "SpectralTailRates"]

@@ -3,10 +3,10 @@
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-
-from dynamon.arrays import Array
+from numpy.typing import NDArray
 
 _HOLD = 2.0  # times the error of a clustering up to which it stays in force
 _LEAST = 0.01  # at least; below that groups would follow jitter
@@ -50,10 +50,10 @@ class Merging:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.kept: Array | None = None  # the ratios in force; None where all are as they were asked for
+        self.kept: NDArray[Any] | None = None  # the ratios in force; None where all are as they were asked for
         self.slack = 0.0  # the logarithm of the quotient of two ratios up to which they stay
 
-    def merged(self, ratios: Array, places: Array) -> Array:
+    def merged(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
         """The ratios of the next step.
 
         Args:
@@ -65,13 +65,13 @@ class Merging:
         """
         return self._found(ratios, places)[0]
 
-    def take(self, ratios: Array, places: Array) -> Array:
+    def take(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
         """The same, for a step that is taken now."""
         found, self.slack = self._found(ratios, places)
         self.kept = found if self.slack else None
         return found
 
-    def _found(self, ratios: Array, places: Array) -> tuple[Array, float]:
+    def _found(self, ratios: NDArray[Any], places: NDArray[Any]) -> tuple[NDArray[Any], float]:
         if count(ratios, places) <= self.most:
             return ratios, 0.0
         if self.kept is not None and self._holds(ratios):
@@ -79,7 +79,7 @@ class Merging:
         found = clustered(ratios, places, self.most, self._exact)
         return found, max(_HOLD * math.log1p(error(found, ratios)), _LEAST)
 
-    def _holds(self, ratios: Array) -> bool:
+    def _holds(self, ratios: NDArray[Any]) -> bool:
         """Whether what is in force is still near enough to what is asked for."""
         assert self.kept is not None
         fixed = _are_fixed(ratios, self._exact)
@@ -88,36 +88,36 @@ class Merging:
         quotient = self.kept[~fixed] / ratios[~fixed]
         return bool(np.abs(np.log(quotient)).max(initial=0.0) <= self.slack) if (quotient > 0).all() else False
 
-    def saved(self, places: Array) -> dict[str, float]:
+    def saved(self, places: NDArray[Any]) -> dict[str, float]:
         """What :meth:`load` asks for beside the ratios in force."""
         assert self.kept is not None
         return {"slack": self.slack, "most": self.most, "groups": count(self.kept, places)}
 
-    def load(self, kept: Array, saved: Mapping[str, float], places: Array) -> None:
+    def load(self, kept: NDArray[Any], saved: Mapping[str, float], places: NDArray[Any]) -> None:
         """Take up what was in force, where it was made for as many groups and still makes as many as it did."""
         self.forget()
         if saved["most"] == self.most and saved["groups"] == count(kept, places):
             self.kept, self.slack = kept, saved["slack"]
 
 
-def count(ratios: Array, places: Array) -> int:
+def count(ratios: NDArray[Any], places: NDArray[Any]) -> int:
     """How many groups a step takes: different ratios in each of the optimizer's own."""
     return len(set(zip(places.tolist(), ratios.tolist(), strict=True)))
 
 
-def _are_fixed(ratios: Array, exact: Array) -> Array:
+def _are_fixed(ratios: NDArray[Any], exact: NDArray[Any]) -> NDArray[Any]:
     """Which ratios are never merged: exact ones, and those that have no logarithm."""
     return np.isin(ratios, exact) | ~((ratios > 0) & (ratios < np.inf))
 
 
-def error(merged: Array, ratios: Array) -> float:
+def error(merged: NDArray[Any], ratios: NDArray[Any]) -> float:
     """The largest relative error of ratios that were merged, up or down."""
     moved = merged != ratios
     quotient = merged[moved] / ratios[moved]
     return float(np.maximum(quotient, 1 / quotient).max(initial=1.0)) - 1
 
 
-def clustered(ratios: Array, places: Array, most: int, exact: Array) -> Array:
+def clustered(ratios: NDArray[Any], places: NDArray[Any], most: int, exact: NDArray[Any]) -> NDArray[Any]:
     """Ratios in at most ``most`` groups with the smallest largest relative error; see :class:`Merging`."""
     free = ~_are_fixed(ratios, exact)
     lines = []  # of each place: where its ratios are, their logarithms and these sorted

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.layers import Layer
-from dynamon.noise import SOURCES, NoiseEstimator
 from dynamon.norms import Norm, iid_dual_norm
+from dynamon.quantities.noise import SOURCES, NoiseEstimator
+from dynamon.quantities.readings import GradientReadings
 from dynamon.rates.ramp import Ramp
 from dynamon.rates.rule import Rule, check_grouping, grouped
-from dynamon.readings import GradientReadings
 
 _SILENT = 1e-6  # of the group's median H: a thousandth of its noise
 _REFERENCES = ("quietest", "mean")
@@ -20,8 +20,8 @@ _REFERENCES = ("quietest", "mean")
 class NoiseAdaptiveRates(Rule):
     r"""LANTON-style rates: layers with noisier gradients take smaller steps.
 
-    With H the noise of a layer (:class:`dynamon.noise.NoiseEstimator`), divided by what its shape alone would
-    give, within each group of layers
+    With H the noise of a layer (:class:`dynamon.quantities.noise.NoiseEstimator`), divided by what its shape alone
+    would give, within each group of layers
 
     .. math:: r_l = \left(\frac{a^2 + H_{min}}{a^2 + H_l}\right)^{1/4}, \qquad
               a^2 = \alpha^2\, \mathrm{median}(H), \qquad r_l \ge \mathrm{floor}.
@@ -30,9 +30,9 @@ class NoiseAdaptiveRates(Rule):
     :math:`\sqrt{\sigma_{min} / \sigma_l}` in the noise :math:`\sigma = \sqrt H`, 0.32 at ten times the noise and 0.1 at
     a hundred times. A layer with less than a thousandth of the group's median noise (a bias before BatchNorm) keeps the
     base rate and is no yardstick for the others; so does one without a reading, and one that is alone in its group, and
-    one whose differences are no noise (:attr:`dynamon.noise.NoiseEstimator.is_noise`): rounding, or, of successive
-    gradients, a change that goes on or swings because the weights move, as in full-batch training. At the first update
-    the latter cannot be told.
+    one whose differences are no noise (:attr:`dynamon.quantities.noise.NoiseEstimator.is_noise`): rounding, or, of
+    successive gradients, a change that goes on or swings because the weights move, as in full-batch training. At the
+    first update the latter cannot be told.
 
     Args:
         alpha: Noise floor relative to the group's median noise. The paper's is absolute; relative, ratios do
@@ -164,21 +164,21 @@ class NoiseAdaptiveRates(Rule):
                 ratio = (self._reference(floor, own) / (floor + own)) ** self.exponent
                 self._target[known] = ratio.clip(self.floor, self.cap)
 
-    def _squared(self) -> Array:
+    def _squared(self) -> NDArray[Any]:
         """The noise average of each layer, not positive where there is none."""
         assert self.noise is not None
         if self.bias_correction:
             return self.noise.squared
         return self.noise.mean
 
-    def _reference(self, floor: float, noise: Array) -> float:
+    def _reference(self, floor: float, noise: NDArray[Any]) -> float:
         """What a layer's noise is compared with."""
         if self.relative_to == "quietest":
             return floor + float(noise.min())
         middle = _median(floor + noise)  # equal layers, or a single one, then get exactly 1
         return middle * float(np.exp(np.log((floor + noise) / middle).mean()))
 
-    def ratios(self) -> Array:
+    def ratios(self) -> NDArray[Any]:
         """The ratios in force: ones during warm-up, then a geometric transition to the rule's."""
         share = (self.updates - self.warmup) / max(self.warmup, 1)
         return np.asarray(self._ramp.ratios() ** float(np.clip(share if self.warmup else 1.0, 0.0, 1.0)))
@@ -205,7 +205,7 @@ class NoiseAdaptiveRates(Rule):
             self._ramp.aim(self._target)
 
 
-def _median(values: Array) -> float:
+def _median(values: NDArray[Any]) -> float:
     """The median of a few finite numbers, without what makes numpy's slow: arrays here are short, and many."""
     line = np.sort(values)
     middle = len(line) // 2

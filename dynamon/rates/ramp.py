@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from dynamon.arrays import Array
+from numpy.typing import NDArray
 
 
 class Ramp:
@@ -27,7 +26,7 @@ class Ramp:
         self._to = np.ones(len(self._names))
         self._taken = steps
 
-    def aim(self, goals: Array) -> None:
+    def aim(self, goals: NDArray[Any]) -> None:
         """Set out for new ratios ``[L]``, from those in force."""
         kept = np.abs(goals - self._to) <= self._dead_band * self._to
         self._from, self._to, self._taken = self.ratios(), np.where(kept, self._to, goals), 0
@@ -36,7 +35,7 @@ class Ramp:
         """Take one step of the way."""
         self._taken = min(self._taken + 1, self._steps)
 
-    def ratios(self) -> Array:
+    def ratios(self) -> NDArray[Any]:
         """The ratios in force, ``[L]``."""
         if self._taken >= self._steps:
             return self._to

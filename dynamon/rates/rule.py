@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamon.arrays import Array
 from dynamon.layers import Layer
-from dynamon.noise import NoiseEstimator
 from dynamon.norms import Norm
-from dynamon.readings import GradientReadings
+from dynamon.quantities.noise import NoiseEstimator
+from dynamon.quantities.readings import GradientReadings
 
 GROUPINGS = ("role", "role_and_shape", "all")
 
@@ -50,7 +50,7 @@ class Rule(ABC):
         """Take in the readings of one step."""
 
     @abstractmethod
-    def ratios(self) -> Array:
+    def ratios(self) -> NDArray[Any]:
         """The factor on the learning rate of each layer, ``[L]``."""
 
     def bounded(self) -> int:
@@ -98,12 +98,12 @@ class FixedRates(Rule):
             [next((r for key, r in self._by_key.items() if _matches(layer, key)), 1.0) for layer in layers]
         )
 
-    def ratios(self) -> Array:
+    def ratios(self) -> NDArray[Any]:
         """The matched ratios."""
         return self._ratios
 
 
-def grouped(layers: Sequence[Layer], norms: Sequence[Norm], group_by: str) -> list[Array]:
+def grouped(layers: Sequence[Layer], norms: Sequence[Norm], group_by: str) -> list[NDArray[Any]]:
     """Which layers are compared with each other: the indices of each group.
 
     Args:

@@ -11,8 +11,6 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn.functional import cross_entropy
 
-from dynamon import dealing, gradients
-from dynamon.batches import Part
 from dynamon.callbacks import (
     DynamicsMonitor,
     GradientMonitor,
@@ -25,7 +23,11 @@ from dynamon.callbacks import (
 )
 from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.sharpness import QUANTITIES
-from dynamon.curvature import HessianOperator, lanczos
+from dynamon.curvature import HessianOperator
+from dynamon.curvature.solvers import lanczos
+from dynamon.distributed import work_sharing as dealing
+from dynamon.isolation.batches import Part
+from dynamon.quantities import gradient_reader as gradients
 from tests.helpers import Classifier, mlp
 from tests.ranks import Breaks, fit_ranks, loader, rank
 

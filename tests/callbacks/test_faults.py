@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR, SharpnessMonitor
 from dynamon.callbacks.meter import Cadence, Meter
 from dynamon.callbacks.monitor import Monitor
-from dynamon.effects import changes, outside_state
-from dynamon.probe import undisturbed
+from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.side_effects import changes, outside_state
 from tests.apple import Strategy, apple
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
@@ -100,7 +100,7 @@ def test_solves_that_find_no_memory_give_way_to_forward_passes(free, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     module, monitor = Classifier(mlp(0.2)), SharpnessMonitor(every_n_steps=2, quantities=["hessian"], probe_size=4)
-    monkeypatch.setattr("dynamon.curvature.tracker.top_eigenvalues", full)
+    monkeypatch.setattr("dynamon.curvature.solvers.tracker.top_eigenvalues", full)
     monkeypatch.setattr("dynamon.callbacks.eigenvalues.free_memory", lambda device: free)
     with pytest.warns(UserWarning, match="out of memory") as caught:
         fit(module, [monitor], steps=24, max_epochs=-1)

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, gradients
-from dynamon.gradients import GradientReader
-from dynamon.readings import PendingReadings
+from dynamon.quantities.gradient_reader import GradientReader
+from dynamon.quantities.readings import PendingReadings
 from tests.helpers import Classifier, batches, fit, mlp
 from tests.launches import Launches, gpt2, pretended
 

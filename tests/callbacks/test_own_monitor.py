@@ -5,8 +5,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from dynamon.board.custom_scalars import band
 from dynamon.callbacks import Cadence, DynamicsMonitor, GradientMonitor, Meter, Monitor, Run
-from dynamon.panels import band
 from tests.helpers import Classifier, fit, mlp, same_weights
 
 

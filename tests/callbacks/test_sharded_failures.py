@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from dynamon import dealing, sharded_gradients, sharded_weights
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, WeightMonitor
 from dynamon.callbacks.base import off_reason
-from dynamon.gradients import GradientReader
+from dynamon.distributed import work_sharing as dealing
 from dynamon.optim import Lanton
+from dynamon.quantities import sharded_gradients, sharded_weights
+from dynamon.quantities.gradient_reader import GradientReader
 from tests.helpers import mlp
 from tests.ranks import Breaks, loader
 from tests.shards import ShardedClassifier, fit_shards

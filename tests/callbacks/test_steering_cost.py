@@ -17,8 +17,8 @@ from dynamon.callbacks import LayerwiseLR, NoiseAdaptiveLR
 from dynamon.callbacks.base import off_reason
 from dynamon.kernels import GradientStats
 from dynamon.optim import LayerwiseRates
+from dynamon.quantities.readings import GradientReadings, PendingReadings
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
-from dynamon.readings import GradientReadings, PendingReadings
 from tests.helpers import Classifier, fit
 from tests.launches import Launches, fill_gradients, gpt2
 
@@ -100,7 +100,7 @@ def test_device_calls_a_step_of_gpt2(monkeypatch, is_tensor) -> None:
     model, seen = gpt2("meta"), []
     optimizer = AdamW(model.parameters(), lr=torch.tensor(1e-3) if is_tensor else 1e-3, foreach=not is_tensor)
     monkeypatch.setattr(PendingReadings, "wait", canned)
-    monkeypatch.setattr("dynamon.gradients.gradient_stats", two_calls)
+    monkeypatch.setattr("dynamon.quantities.gradient_reader.gradient_stats", two_calls)
     with Launches() as launches:
         optimizer.register_step_pre_hook(lambda *_: launches.reset())
         rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(warmup=0), model)

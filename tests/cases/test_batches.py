@@ -23,17 +23,17 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from dynamon import measure
-from dynamon.batches import (
+from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
+from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.curvature import EigenTracker, top_eigenvalues
+from dynamon.isolation.batches import (
     batch_weight,
     clone,
     count_samples,
     entries,
     take_samples,
 )
-from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
-from dynamon.curvature import EigenTracker, top_eigenvalues
-from dynamon.saved_batches import UnknownClassError, restored, saved
+from dynamon.isolation.saved_batches import UnknownClassError, restored, saved
 from tests.helpers import Classifier, batches, cnn, fit
 from tests.models import dense_hessian
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dynamon.batches import batch_weight, clone, take_samples
 from dynamon.curvature import (
     EigenTracker,
     GGNOperator,
@@ -27,11 +26,12 @@ from dynamon.curvature import (
     top_eigenvalues,
     trace,
 )
-from dynamon.effects import outside_state
-from dynamon.preconditioner import preconditioned, preconditioner
-from dynamon.probe import undisturbed
-from dynamon.ranks import Ranks
-from dynamon.saved_batches import restored, saved
+from dynamon.curvature.operators.preconditioner import preconditioned, preconditioner
+from dynamon.distributed.ranks import Ranks
+from dynamon.isolation.batches import batch_weight, clone, take_samples
+from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.saved_batches import restored, saved
+from dynamon.isolation.side_effects import outside_state
 from dynamon.stability import stability_ratio
 from tests.helpers import batches, mlp
 

@@ -30,11 +30,11 @@ from dynamon.curvature import (
     spectral_density,
     top_eigenvalues,
 )
+from dynamon.curvature.operators.preconditioner import preconditioner
+from dynamon.isolation.preserve import undisturbed
 from dynamon.optim import Lanton
-from dynamon.preconditioner import preconditioner
-from dynamon.probe import undisturbed
+from dynamon.spectra.power_law import power_law
 from dynamon.stability import stability_ratio
-from dynamon.tails import power_law
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
 # ---- state that moves with every evaluation ----------------------------------------------------------------

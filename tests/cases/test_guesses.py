@@ -12,13 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, WeightMonitor
 from dynamon.cli import main
-from dynamon.decay import decay_assumption, is_decoupled
-from dynamon.geometry import assumption, geometry, optimizer_family
 from dynamon.health import findings, judged_loss
-from dynamon.history import RunData, Series
+from dynamon.norms.geometry import assumption, geometry, optimizer_family
 from dynamon.optim import refusal
+from dynamon.quantities.weight_decay import decay_assumption, is_decoupled
 from dynamon.rates import FixedRates
 from dynamon.runs import read_run_data
+from dynamon.runs.history import RunData, Series
 from dynamon.stability import has_stability_condition
 from tests.helpers import Classifier, fit, mlp
 

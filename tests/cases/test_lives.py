@@ -438,7 +438,7 @@ def test_the_failure_to_settle_does_not_hide_what_went_wrong(monkeypatch: Any) -
 
     class Break(pl.Callback):
         def on_train_epoch_end(self, *_: Any) -> None:
-            monkeypatch.setattr("dynamon.readings.PendingReadings.wait", broken)
+            monkeypatch.setattr("dynamon.quantities.readings.PendingReadings.wait", broken)
 
     with pytest.raises(Stopped):
         train([steering, Break(), stop])

@@ -33,11 +33,11 @@ from dynamon.curvature import (
     top_eigenvalues,
     trace,
 )
+from dynamon.distributed.ranks import Ranks
+from dynamon.isolation.preserve import undisturbed
 from dynamon.kernels import nuclear_norm, widest_dtype
 from dynamon.norms import get_norm
 from dynamon.optim import Lanton, LayerwiseRates
-from dynamon.probe import undisturbed
-from dynamon.ranks import Ranks
 from dynamon.rates import FixedRates, NoiseAdaptiveRates, SpectralTailRates
 from tests.apple import DEVICE, STREAM, Strategy, apple, has_kernel
 from tests.conformance.subjects import Data, Subject

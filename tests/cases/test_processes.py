@@ -17,9 +17,9 @@ from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR,
 from dynamon.callbacks import gradients as gradients_module
 from dynamon.callbacks import weights as weights_module
 from dynamon.callbacks.layer_set import LayerSet
-from dynamon.ranks import Ranks
-from dynamon.sharded_trends import ShardedTrends
-from dynamon.trends import Trends
+from dynamon.distributed.ranks import Ranks
+from dynamon.quantities.sharded_trends import ShardedTrends
+from dynamon.quantities.trends import Trends
 from tests.helpers import Classifier, mlp
 from tests.ranks import Breaks, fit_ranks, loader, rank
 from tests.shards import in_group

@@ -11,14 +11,14 @@ from torch.nn.functional import cross_entropy
 from dynamon import describe_layers, measure
 from dynamon.callbacks import GradientMonitor, SharpnessMonitor, WeightMonitor
 from dynamon.curvature import HessianOperator, batch_sharpness, top_eigenvalues
-from dynamon.gradients import GradientReader
 from dynamon.kernels import gradient_stats, l2_along, l2_norms
 from dynamon.layers import Layer
 from dynamon.norms import get_norm
-from dynamon.sharded_norms import squares_here
+from dynamon.quantities.gradient_reader import GradientReader
+from dynamon.quantities.sharded_norms import squares_here
+from dynamon.quantities.updates import compare_updates
+from dynamon.quantities.weights import weight_readings
 from dynamon.spectra import by_shape, per_stack, spectral_extremes, weight_spectrum
-from dynamon.updates import compare_updates
-from dynamon.weights import weight_readings
 from tests.helpers import Classifier, batches, fit, mlp
 
 SCALES = [1e37, 1e22, 1e20, 3e-22, 1e-22, 1e-30, 1e-37]

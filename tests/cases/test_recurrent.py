@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
 from dynamon.curvature import GGNOperator, HessianOperator, critical_sharpness
-from dynamon.probe import undisturbed
+from dynamon.isolation.preserve import undisturbed
 from tests.helpers import Classifier, batches, fit, same_weights
 
 

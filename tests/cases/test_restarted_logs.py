@@ -27,11 +27,11 @@ from torch.utils.tensorboard import SummaryWriter
 from dynamon.board.live import LiveFolder, LiveRun
 from dynamon.callbacks import GradientMonitor
 from dynamon.cli import main
-from dynamon.event_files import EventFile
 from dynamon.health import findings
 from dynamon.runs import read_run, read_run_data
-from tests.dynamon.test_live import Reader, client
-from tests.dynamon.test_runs import add_row, series
+from dynamon.runs.event_files import EventFile
+from tests.dynamon.board.test_live import Reader, client
+from tests.dynamon.runs.test_reading import add_row, series
 from tests.helpers import Classifier, fit, mlp
 
 LOSS = {step: 1 - 0.004 * step + 0.01 * (-1) ** step for step in range(151)}

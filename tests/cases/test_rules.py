@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import GradientMonitor, LayerwiseLR, WeightMonitor
-from dynamon.decay import DecayMemory
 from dynamon.health import findings
 from dynamon.health.series import noise_of, resolution_of
-from dynamon.history import RunData, Series
+from dynamon.quantities.weight_decay import DecayMemory
 from dynamon.rates import FixedRates
+from dynamon.runs.history import RunData, Series
 from tests.helpers import Classifier, fit, mlp
 
 T = 120

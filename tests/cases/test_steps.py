@@ -22,11 +22,11 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
+from dynamon.curvature.operators.preconditioner import NoSecondMomentError
 from dynamon.optim import Lanton, LayerwiseRates
-from dynamon.preconditioner import NoSecondMomentError
+from dynamon.optim.stepping import StepWatch
 from dynamon.rates import FixedRates, NoiseAdaptiveRates, SpectralTailRates
 from dynamon.stability import stability_ratio
-from dynamon.stepping import StepWatch
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
 with warnings.catch_warnings():

@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor
 from dynamon.callbacks.writers import mlflow_name
+from dynamon.isolation.trackers import trackers_muted
 from dynamon.rates import FixedRates
 from dynamon.runs import read_run
-from dynamon.trackers import trackers_muted
 from tests.helpers import Classifier, batches, fit, mlp
 
 STEPS = 12
@@ -363,7 +363,7 @@ def test_the_loggers_of_other_threads_are_not_muted(monkeypatch) -> None:
 
 def test_a_tracker_that_cannot_be_muted_is_named_once(monkeypatch) -> None:
     _tracker(monkeypatch, "comet_ml", "comet_ml.experiment")
-    monkeypatch.setattr("dynamon.trackers._told", set())
+    monkeypatch.setattr("dynamon.isolation.trackers._told", set())
     with pytest.warns(UserWarning, match="comet_ml cannot be muted.*loss_fn") as seen:
         for _ in range(3):
             with trackers_muted():

@@ -18,9 +18,10 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
-from dynamon.curvature import HessianOperator, critical_sharpness, top_eigenvalues, trace
+from dynamon.curvature import HessianOperator, critical_sharpness, top_eigenvalues
+from dynamon.curvature.operators.preconditioner import preconditioner
+from dynamon.curvature.solvers import trace
 from dynamon.optim import LayerwiseRates
-from dynamon.preconditioner import preconditioner
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
 from dynamon.stability import stability_ratio
 from tests.helpers import Classifier, batches, fit, mlp, same_weights

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR
 from dynamon.optim import LayerwiseRates
+from dynamon.quantities.windows import Window
 from dynamon.rates import NoiseAdaptiveRates
-from dynamon.windows import Window
 from tests.helpers import Classifier, fit, mlp
 from tests.ranks import fit_ranks, loader
 

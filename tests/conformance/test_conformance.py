@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR
-from dynamon.history import History
 from dynamon.rates import FixedRates
+from dynamon.runs.history import History
 from tests.conformance.checks import (
     OWN_FILES,
     callbacks_of,

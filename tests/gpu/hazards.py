@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor, WeightMonitor
 from dynamon.curvature import HessianOperator, critical_sharpness, top_eigenvalues
-from dynamon.gradients import GradientReader
 from dynamon.kernels import gram_iteration
 from dynamon.layers import describe_layers
 from dynamon.optim import LayerwiseRates
+from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.rates import NoiseAdaptiveRates
 from tests.gpu.report import Report, Skip, check
 from tests.gpu.subjects import DEVICE, ON_GPU, SERIES, STEPS, TEXT, Recurrent, differing, fit, gpt, loss_of, state

@@ -18,7 +18,7 @@ from dynamon.kernels import gradient_stats, polar_factor, step_polar_factor
 from dynamon.kernels.thresholds import GRAM_TWIN
 from dynamon.layers import describe_layers
 from dynamon.optim import Lanton
-from dynamon.weights import spectra_of, weight_readings
+from dynamon.quantities.weights import spectra_of, weight_readings
 from tests.gpu.report import Check, Report, Skip, add, check
 from tests.gpu.subjects import DEVICE, ON_GPU
 

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamon.kernels import gradient_stats
-from dynamon.kernels.triton_gradient_stats import triton_gradient_stats
-from dynamon.kernels.triton_gram import Tiling, symmetric_gram
+from dynamon.kernels.gradient_stats_triton import triton_gradient_stats
+from dynamon.kernels.gram_triton import Tiling, symmetric_gram
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,7 +67,8 @@ def test_without_triton_the_modules_import_and_say_what_is_missing():
 import sys
 sys.modules["triton"] = None
 import torch
-from dynamon.kernels import triton_gradient_stats, triton_gram
+from dynamon.kernels import gradient_stats_triton as triton_gradient_stats
+from dynamon.kernels import gram_triton as triton_gram
 assert not triton_gram.supported(torch.ones(2, 2)) and not triton_gradient_stats.supported([torch.ones(2)])
 for call in (lambda: triton_gram.symmetric_gram(torch.ones(2, 2)),
              lambda: triton_gradient_stats.triton_gradient_stats([torch.ones(2)])):
@@ -380,7 +381,7 @@ def test_the_dispatch_takes_the_twin(monkeypatch):
 @kernel
 def test_where_it_does_not_compile_one_sentence_is_logged_and_nothing_is_lost(monkeypatch, caplog):
     module = importlib.import_module("dynamon.kernels.gradient_stats")
-    twin = importlib.import_module("dynamon.kernels.triton_gradient_stats")
+    twin = importlib.import_module("dynamon.kernels.gradient_stats_triton")
 
     class Broken:
         def __getitem__(self, grid):
@@ -431,8 +432,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dynamon.kernels.triton_gradient_stats import _BYTES, _DOWN, _FEW, _LANES, _UP, _WARPS, _chunk_stats, _tensor_stats
-from dynamon.kernels.triton_gram import _BAND, FULL, HALF, _lower_tiles
+from dynamon.kernels.gradient_stats_triton import _BYTES, _DOWN, _FEW, _LANES, _UP, _WARPS, _chunk_stats, _tensor_stats
+from dynamon.kernels.gram_triton import _BAND, FULL, HALF, _lower_tiles
 
 def ptx(function, constants, aligned, types, warps, stages=3):
     names = function.arg_names

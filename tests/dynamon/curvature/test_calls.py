@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynamon import equality
 from dynamon.curvature import HessianOperator, critical_sharpness, directional_sharpness, top_eigenvalues
-from dynamon.curvature import parameters as curvature_parameters
+from dynamon.curvature.operators import parameters as curvature_parameters
+from dynamon.isolation import equality
+from dynamon.isolation.preserve import undisturbed
 from dynamon.kernels import lengths
-from dynamon.probe import undisturbed
 from tests.launches import Launches, gpt2
 
 GRAPH, PRODUCT, BESIDE, PUTTING_BACK = 800, 1960, 40, 30  # BESIDE: of a solver, and whether weights have changed

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynamon.curvature import GGNOperator, HessianOperator, blockwise_sharpness, top_eigenvalues
-from dynamon.preconditioner import preconditioned, preconditioner
+from dynamon.curvature.operators.preconditioner import preconditioned, preconditioner
 from tests.models import cnn, gpt, mlp, samples
 
 TOL, WITHIN, MAX_MATVECS, SEEDS = 1e-4, 1e-3, 200, (0, 1)

@@ -1,0 +1,1 @@
+"""Curvature along directions and in subspaces."""

@@ -1,0 +1,1 @@
+"""Curvature where samples or parameters are spread over processes."""

@@ -1,0 +1,96 @@
+"""Curvature of a loss whose samples are spread over processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dynamon.curvature.operators.base import LinearOperator
+from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.distributed.ranks import Ranks
+from dynamon.kernels import widened, widest_dtype
+
+
+class MeanOverRanks(LinearOperator):
+    """The weighted mean of one operator a process: the Hessian on the samples of all processes.
+
+    Every process must take the same products in the same order; :func:`top_eigenvalues` does, since all see the same
+    numbers and the same seed. It stands wherever a :class:`HessianOperator` or :class:`GGNOperator` does.
+
+    Args:
+        operator: This process's operator, on its own samples.
+        weight: Its weight, the number of its samples say.
+        group: The processes; all if None. Given as :class:`dynamon.distributed.ranks.Ranks`, a process whose product
+            fails does not leave the others waiting.
+
+    Attributes:
+        doubt: Why products may miss a part, on any of the processes; else None.
+        is_coarse: Whether products are differences in half precision on any of them.
+        loss: The weighted mean of the losses, where the operator has one.
+        gradient: The weighted mean of the gradients, likewise.
+
+    Cost: one all-reduce of n numbers a product, and one for the gradient at construction.
+    """
+
+    parameters: FlatParameters
+    gradient: Tensor
+    loss: Tensor
+
+    def __init__(self, operator: LinearOperator, weight: float = 1.0, group: Any = None) -> None:
+        """Sum the weights over the processes, and take the mean of what is there already."""
+        super().__init__(operator.shape[0], operator.dtype, operator.device, operator.space)
+        own: Any = operator
+        self._operator, self._group = own, group
+        total = self._sum(torch.tensor(weight, dtype=widest_dtype(operator.device), device=operator.device))
+        self._share = weight / float(total)
+        self.backend, self.reason = operator.backend, getattr(operator, "reason", None)
+        self.rounding = operator.rounding
+        self.doubt = self._doubt(getattr(operator, "doubt", None))
+        self.is_coarse = self._any(getattr(operator, "is_coarse", False))
+        if hasattr(operator, "parameters"):
+            self.parameters = own.parameters
+        if isinstance(getattr(operator, "gradient", None), Tensor):
+            self.gradient = self._mean(own.gradient)
+            self.loss = self._mean(widened(own.loss)).to(own.loss.dtype)
+
+    def _doubt(self, own: str | None) -> str | None:
+        """Why products may miss a part, here or on another process."""
+        doubts = self._any(own is not None)
+        return own or ("products may miss a part on another process." if doubts else None)
+
+    def _any(self, own: bool) -> bool:
+        """Whether that is so on any of the processes."""
+        return bool(self._sum(torch.tensor(float(own), dtype=widest_dtype(self.device), device=self.device)))
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if isinstance(self._group, Ranks):
+            return self._group.sum(tensor)
+        dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def _mean(self, own: Tensor) -> Tensor:
+        return self._sum(self._share * own)
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self._mean(self._operator._product(vector))
+
+    def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
+        """``H_bb v`` for the parameters in some places, where the operators have blocks."""
+        return self._mean(self._operator.block_product(vector, block))
+
+    def likely_direction(self) -> Tensor | None:
+        """The weighted mean of those of all processes."""
+        if hasattr(self, "gradient"):
+            return self.gradient
+        known = self._operator.likely_direction()
+        return None if known is None else self._mean(known)
+
+    def product_error(self, vector: Tensor) -> float:
+        """The largest among the processes."""
+        error = torch.tensor(self._operator.product_error(vector), dtype=widest_dtype(self.device), device=self.device)
+        if isinstance(self._group, Ranks):
+            return float(self._group.maximum(error))
+        dist.all_reduce(error, dist.ReduceOp.MAX, group=self._group)
+        return float(error)

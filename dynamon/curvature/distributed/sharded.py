@@ -1,0 +1,138 @@
+"""Curvature through a module that stays sharded: each process holds its part of every vector."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dynamon.curvature.distributed.fsdp import at_rest, compute_dtypes, full_gradients
+from dynamon.curvature.operators.backends import FiniteDifference, check_scalar_loss
+from dynamon.curvature.operators.hessian import HessianOperator
+from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.curvature.operators.scaling import LARGEST, LOWER, is_whole
+from dynamon.curvature.operators.vector_space import ShardedSpace, Shards
+from dynamon.distributed.dtensor import local
+from dynamon.distributed.ranks import Ranks
+from dynamon.isolation.evaluations import Evaluations, full_precision
+from dynamon.kernels import widest_dtype
+
+
+class ShardedParameters(FlatParameters):
+    """The shards of some parameters that lie on this process, seen as one flat vector; the others hold the rest.
+
+    Args:
+        module: The module that ``fully_shard`` was applied to.
+        params: Its parameters, or some of them, by name. All must be sharded over all processes.
+        ranks: The processes.
+
+    Attributes:
+        module: The module.
+        ranks: The processes.
+    """
+
+    def __init__(self, module: nn.Module, params: Mapping[str, Tensor], ranks: Ranks) -> None:
+        """Find the parts that are here."""
+        self.module, self.ranks = module, ranks
+        self._owners = dict(params)
+        space = ShardedSpace(Shards(list(params.values()), ranks), ranks)
+        super().__init__({name: local(p) for name, p in params.items()}, space)
+
+    def subset(self, places: Sequence[int]) -> "ShardedParameters":
+        """Some of the parameters, by place."""
+        names = list(self._owners)
+        return ShardedParameters(self.module, {names[i]: self._owners[names[i]] for i in places}, self.ranks)
+
+    @contextmanager
+    def moved(self, step: Tensor) -> Iterator[None]:
+        """The shards at ``theta + step`` for a while, written in place; bitwise what they were at exit."""
+        kept = [p.clone() for p in self.tensors]
+        try:
+            with at_rest(self.module):
+                self._write([p + piece for p, piece in zip(self.tensors, self.split(step), strict=True)])
+                yield
+        finally:
+            self._write(kept)
+            torch.clear_autocast_cache()
+
+    def _write(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for p, value in zip(self.tensors, values, strict=True):
+                p.data.copy_(value)  # past the version counter: graphs built before stay valid
+
+    def _hooked(self) -> list[Tensor]:
+        return list(self._owners.values())
+
+    def loss_and_gradient(self, loss_fn: Callable[[], Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """This process's loss, and its part of the gradient of the processes' mean, by an ordinary backward pass.
+
+        ``.grad`` of the module's parameters, and gradients that wait to be reduced, are what they were afterwards.
+        The gradient is that of the loss times ``scale``.
+        """
+        kept = [(p, p.grad) for p in self.module.parameters()]
+        try:
+            for p, _ in kept:
+                p.grad = None
+            with at_rest(self.module), full_gradients(self.module), torch.enable_grad(), self.hooks_off():
+                loss = loss_fn()
+                check_scalar_loss(loss)
+                with full_precision():
+                    loss.backward(None if scale == 1 else torch.full_like(loss, scale))
+            gradients = [None if p.grad is None else local(p.grad) for p in self._owners.values()]
+            flat = self.flatten(gradients).clone()
+        finally:
+            for p, gradient in kept:
+                p.grad = gradient
+        return loss.detach(), flat
+
+
+class ShardedHessian(HessianOperator):
+    r"""The Hessian of the mean of the processes' losses, by differences of gradients, with nothing made whole.
+
+    Each product moves the shards a little to either side of the weights and takes two ordinary gradients, so it costs
+    and sends what two training steps do. Vectors are parts of length n / R; solvers ask ``space`` for inner
+    products. A loss that fails on one process alone leaves the others waiting, as in training: it fails between
+    messages of FSDP2's own.
+
+    Args:
+        loss_fn: This process's loss, called without arguments.
+        params: The parameters.
+
+    Attributes:
+        loss: The mean of the losses.
+        gradient: This process's part ``[length]`` of its gradient.
+        backend: ``"finite_difference"``.
+        reason: Why.
+
+    Raises:
+        ValueError: For parameters in half precision, whose neighbours are too far apart.
+
+    Memory: two parts of vectors, one copy of the shards, and what a training step takes.
+    """
+
+    def __init__(self, loss_fn: Callable[[], Tensor], params: ShardedParameters) -> None:
+        """Take the gradient."""
+        super().__init__(loss_fn, params, backend="finite_difference")
+        self.loss = params.ranks.mean(self.loss, 1.0)
+        self.reason = "the parameters stay sharded."
+
+    def _choose(self, backend: str) -> FiniteDifference:
+        self._evaluations = Evaluations()
+        return _ShardedDifference(self._loss_fn, self.parameters, self._evaluations)
+
+
+class _ShardedDifference(FiniteDifference):
+    def _evaluate(self) -> tuple[Tensor, Tensor]:
+        params = self._params
+        assert isinstance(params, ShardedParameters)
+        half = torch.float16 in {*self._evaluations.autocast.values(), *compute_dtypes(params.module)}
+        scale = LARGEST if half else 1.0
+        while True:
+            with self._evaluations.another():
+                loss, flat = params.loss_and_gradient(self._loss_fn, scale)
+            if scale == 1:
+                return loss, flat
+            overflow = float(not is_whole(flat) and is_whole(loss))
+            if not params.ranks.maximum(torch.tensor(overflow, dtype=widest_dtype(flat.device), device=flat.device)):
+                return loss, flat / scale
+            scale /= LOWER

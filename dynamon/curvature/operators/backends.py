@@ -1,0 +1,328 @@
+"""How gradients of a loss are differentiated once more: on a retained graph, or by differences."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dynamon.curvature.operators.custom import CustomFunctions
+from dynamon.curvature.operators.graphs import nodes_behind, rounding_behind
+from dynamon.curvature.operators.layer_norm import FewerCalls
+from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.curvature.operators.scaling import LOWER, is_whole, length_scale, loss_scale, relative
+from dynamon.distributed.ranks import ran_out_of_memory
+from dynamon.isolation.evaluations import Evaluations, eager, full_precision
+from dynamon.layers.complex_pairs import real_dtype
+
+DIFFERENCE_STEP = {torch.float32: 1e-3, torch.float64: 1e-6}  # of a unit vector: truncation and rounding about equal
+_SUSPICION = 0.05  # relative disagreement with differences above which a graph with custom functions is not believed
+
+
+class NoSecondDerivativeError(RuntimeError):
+    """Something in the loss cannot be differentiated twice."""
+
+
+@contextmanager
+def twice_differentiable(params: FlatParameters) -> Iterator[None]:
+    """Attention by the math kernel, compiled code run eagerly, parameter hooks off, gradients on, few calls."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eager(), FewerCalls(), params.hooks_off():
+        yield
+
+
+def check_scalar_loss(loss: object) -> None:
+    """Say in one sentence what is wrong with a loss that cannot be differentiated.
+
+    Raises:
+        ValueError: If ``loss`` is not a tensor, not a scalar, or carries no graph.
+    """
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"the loss must be a scalar tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(f"the loss must be a scalar tensor, got shape {tuple(loss.shape)}; reduce it first.")
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on any parameter (it carries no graph).")
+
+
+class DoubleBackward:
+    r"""Products :math:`\nabla \langle \nabla L, v \rangle` on one retained graph.
+
+    Where the graph computes in float16, loss and vector are multiplied by powers of two and products divided by them,
+    as gradient scalers do: slopes of a mean over many numbers are too small for that dtype.
+
+    Attributes:
+        name: ``"double_backward"``.
+        loss: The value of the loss, without graph.
+        gradient: The flat gradient ``[n]``, without graph.
+        rounding: See :class:`dynamon.curvature.LinearOperator`.
+        suspects: Names of custom autograd functions whose part of a product may be missing.
+        has_gradient: Which parameters take part in the loss; the others have zeros in the flat gradient.
+
+    Raises:
+        NoSecondDerivativeError: Where an operation in the graph has none, at construction or in a product.
+        OverflowError: Where a product does not fit into float16 at any scale.
+    """
+
+    name = "double_backward"
+
+    def __init__(
+        self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations, again: bool = False
+    ) -> None:
+        """Evaluate the loss, for the first time or ``again``, and keep the graph of its gradient."""
+        self._params = params
+        with evaluations.another() if again else evaluations.first(), twice_differentiable(params):
+            loss = loss_fn()
+            self._as_after_loss = evaluations.mark()
+            check_scalar_loss(loss)
+            refuse_nodes([loss])
+            custom = CustomFunctions([loss])
+            self._loss, self._scale, self.rounding = loss, loss_scale([loss]), rounding_behind([loss])
+            self._in_float16 = self._scale > 1
+            with custom.watched():
+                self._differentiate()
+        self.suspects = custom.suspects
+        self.loss = loss.detach()
+
+    def _differentiate(self) -> None:
+        """The gradient and its graph, at the largest scale that the dtype can hold."""
+        while True:
+            with second_derivatives():
+                gradients = self._params.differentiate(self._loss, self._weight(), create_graph=True)
+            if all(g is None for g in gradients):
+                raise ValueError("the loss does not depend on any of the parameters.")
+            refuse_nodes([g for g in gradients if g is not None])
+            self._gradients, self.has_gradient = gradients, [g is not None for g in gradients]
+            flat = self._params.flatten([None if g is None else g.detach() for g in gradients])
+            if self._scale == 1 or is_whole(flat) or not is_whole(self._loss):
+                break
+            self._scale /= LOWER
+        self.gradient = flat if self._scale == 1 else flat / self._scale
+
+    def _weight(self) -> Tensor | None:
+        return None if self._scale == 1 else torch.full_like(self._loss, self._scale)
+
+    def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
+        """``H v``; for a block, ``vector`` and the result are those of the block alone."""
+        if not self._in_float16:
+            return self._product(vector, block)
+        length = length_scale(vector)
+        while True:
+            product = self._product(vector * length, block)
+            if is_whole(product) or not is_whole(vector) or not is_whole(self.gradient):
+                return product / (self._scale * length)
+            if self._scale == 1:
+                raise OverflowError("a second derivative overflows in float16.")
+            self._scale, length = self._scale / LOWER, length / LOWER
+            self._as_after_loss()
+            with twice_differentiable(self._params):
+                self._differentiate()
+
+    def _product(self, vector: Tensor, block: Sequence[int] | None) -> Tensor:
+        part = self._params if block is None else self._params.subset(block)
+        gradients = self._gradients if block is None else [self._gradients[i] for i in block]
+        # A gradient that is constant in the parameters (a linear layer's last bias, say) has no graph.
+        pairs = zip(gradients, part.split(vector), strict=True)
+        curved = [(g, v.to(g.dtype)) for g, v in pairs if g is not None and g.requires_grad]
+        if not curved:
+            return torch.zeros_like(vector)
+        self._as_after_loss()
+        with twice_differentiable(self._params), second_derivatives():
+            products = part.differentiate(*zip(*curved, strict=True))
+        return part.flatten(products)
+
+    def error(self, vector: Tensor) -> float:
+        """Exact up to rounding."""
+        return 0.0
+
+
+class FiniteDifference:
+    r"""Products :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2 \epsilon`, v of unit length.
+
+    Two gradients a product, at the same random numbers each time. Works where second derivatives do not exist. Under
+    reentrant checkpointing, ``backward`` reaches every parameter inside: ``.grad`` of those left out adds up, unless
+    :func:`dynamon.isolation.preserve.undisturbed` is around it.
+
+    Attributes:
+        name: ``"finite_difference"``.
+        loss: The value of the loss, without graph.
+        gradient: The flat gradient ``[n]``.
+        has_gradient: As above.
+
+    Raises:
+        ValueError: For parameters in half precision, whose neighbours are too far apart.
+    """
+
+    name = "finite_difference"
+    rounding = 0.0  # it shows in the error
+
+    def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations) -> None:
+        """Take the gradient, from where every evaluation will begin."""
+        dtype = real_dtype(params.tensors[0])
+        if dtype not in DIFFERENCE_STEP:
+            raise ValueError(
+                f"finite differences need float32 or float64 parameters, these are {dtype}; "
+                "measure a float32 copy of the model."
+            )
+        self._loss_fn, self._params, self._step = loss_fn, params, DIFFERENCE_STEP[dtype]
+        self._evaluations = evaluations
+        self.loss, self.gradient = self._evaluate()
+
+    def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
+        """``H v``; for a block, ``vector`` and the result are those of the block alone."""
+        if block is None:
+            return self._difference(vector, self._step)
+        product = self._difference(self._params.embed(vector, block), self._step)
+        return self._params.extract(product, block)
+
+    def error(self, vector: Tensor) -> float:
+        """Relative difference between two step sizes, the second one half of the first.
+
+        A loss that gives another gradient at the same weights, because it keeps a state of its own, counts too.
+        """
+        one, other = (self._difference(vector, step) for step in (self._step, self._step / 2))
+        norm = self._params.space.norm
+        again = self._evaluate()[1]
+        drift = norm(again - self.gradient) * norm(vector) / (2 * self._step)
+        return relative(torch.maximum(norm(one - other), drift), norm(other))
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """Length of a flat vector, right also where its square leaves the dtype."""
+        return self._params.space.norm(vector)
+
+    def usual_direction(self) -> Tensor:
+        """A unit vector to look at products along: the gradient, or a random one where that is zero.
+
+        Unlike the gradient's own length, a unit length keeps products within the dtype at any scale of the loss.
+        """
+        length = self.norm(self.gradient)
+        if length > 0:
+            return self.gradient / length
+        generator = self._params.space.generator(0, length.device)
+        noise = torch.randn(self.gradient.shape, generator=generator, device=length.device, dtype=length.dtype)
+        return noise / self.norm(noise)
+
+    def _difference(self, vector: Tensor, step: float) -> Tensor:
+        norm = self._params.space.norm(vector)
+        if not norm > 0:
+            return torch.zeros_like(vector)
+        ahead, behind = (self._gradient_at(sign * step / norm * vector) for sign in (1, -1))
+        return (ahead - behind) * (norm / (2 * step))
+
+    def _gradient_at(self, step: Tensor) -> Tensor:
+        with self._params.moved(step):
+            return self._evaluate()[1]
+
+    def _evaluate(self) -> tuple[Tensor, Tensor]:
+        """Loss and gradient."""
+        with self._evaluations.another(), torch.enable_grad(), self._params.hooks_off():
+            return self._loss_and_gradient()
+
+    def _loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """By ``backward`` where reentrant checkpointing insists on it, with ``.grad`` borrowed.
+
+        Elsewhere nothing is accumulated, which would call the hooks that DDP reduces gradients in.
+        """
+        loss = self._loss_fn()
+        check_scalar_loss(loss)
+        scale = loss_scale([loss])
+        while True:
+            gradients = self._gradients(loss, scale)
+            if all(g is None for g in gradients):
+                raise ValueError("the loss does not depend on any of the parameters.")
+            self.has_gradient = [g is not None for g in gradients]
+            flat = self._params.flatten(gradients)
+            if scale == 1:
+                return loss.detach(), flat.clone()
+            if is_whole(flat) or not is_whole(loss):
+                return loss.detach(), flat / scale
+            scale /= LOWER
+
+    def _gradients(self, loss: Tensor, scale: float) -> Sequence[Tensor | None]:
+        weight, keep = (None, False) if scale == 1 else (torch.full_like(loss, scale), True)
+        if not _has_reentrant_checkpoint(loss):
+            return self._params.differentiate(loss, weight, keep_graph=keep)
+        tensors = self._params.tensors
+        kept = [p.grad for p in tensors]
+        try:
+            for p in tensors:
+                p.grad = None
+            with full_precision():
+                loss.backward(weight, retain_graph=keep)
+            return [p.grad for p in tensors]
+        finally:
+            for p, grad in zip(tensors, kept, strict=True):
+                p.grad = grad
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differences of gradients say of products on a graph, along the gradient.
+
+    A custom autograd function whose backward builds no graph drops out of the Hessian without a word; this is where it
+    shows.
+
+    Attributes:
+        distance: Relative difference of the two products.
+        agrees: Whether that is small.
+        drops_out: Whether it is not, while differences are themselves steady. With neither, they cannot tell.
+    """
+
+    distance: float
+    agrees: bool
+    drops_out: bool
+
+
+def compare(exact: DoubleBackward, differences: FiniteDifference) -> Comparison:
+    """Compare the two backends."""
+    norm = differences.norm
+    direction = differences.usual_direction()
+    one, other = exact.product(direction), differences.product(direction)
+    distance = relative(norm(one - other), norm(other))
+    agrees = distance <= _SUSPICION
+    return Comparison(distance, agrees, not agrees and differences.error(direction) < distance / 4)
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Turn what torch says about an operation without a second derivative into one kind of error."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if ran_out_of_memory(error):
+            raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NoSecondDerivativeError(f"the loss has no second derivative: {first_line}") from error
+
+
+_DECORATORS = torch.autograd.function.__file__
+_REFUSED = {
+    "FlexAttentionAutogradOpBackward": "the loss uses flex_attention, which has no second derivative.",
+    "torch::autograd::Error": "the loss uses an operation marked once_differentiable, which has no second derivative.",
+    "CheckpointFunctionBackward": "the loss uses reentrant activation checkpointing, which has no second derivative; "
+    "use checkpoint(..., use_reentrant=False).",
+}
+
+
+def refuse_nodes(tensors: Sequence[Tensor]) -> None:
+    """Refuse operations whose part of a product would silently be zero.
+
+    Raises:
+        NoSecondDerivativeError: Naming the operation.
+    """
+    for node in nodes_behind(tensors):
+        name = "torch::autograd::Error" if _is_once_differentiable(node) else node.name()
+        if name in _REFUSED:
+            raise NoSecondDerivativeError(_REFUSED[name])
+
+
+def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
+    """Whether a custom function's backward wears that decorator, which shows in the graph only where it is reached."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    code = getattr(backward, "__code__", None)
+    return hasattr(backward, "__wrapped__") and code is not None and code.co_filename == _DECORATORS
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes_behind([loss]))

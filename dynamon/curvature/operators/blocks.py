@@ -1,0 +1,94 @@
+"""Diagonal blocks of a curvature operator: one layer, or any set of parameters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dynamon.curvature.operators.base import LinearOperator
+from dynamon.curvature.operators.parameters import FlatParameters, checked_once
+from dynamon.curvature.solvers.eigenpairs import Eigenpairs, judged
+from dynamon.curvature.solvers.lanczos import lanczos_eigenpairs
+from dynamon.isolation.evaluations import full_precision
+
+
+class _HasBlocks(Protocol):
+    parameters: FlatParameters
+    backend: str
+
+    def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor: ...
+
+    def product_error(self, vector: Tensor) -> float: ...
+
+    def likely_direction(self) -> Tensor | None: ...
+
+
+class BlockOperator(LinearOperator):
+    """``A_bb``: the rows and columns of an operator that belong to some of its parameters.
+
+    A product differentiates in these parameters only, on the graph of the whole operator.
+
+    Args:
+        operator: A :class:`HessianOperator` or :class:`GGNOperator`.
+        places: Which of its parameters, by place.
+    """
+
+    def __init__(self, operator: _HasBlocks, places: Sequence[int]) -> None:
+        """Remember whose block it is."""
+        own = operator.parameters.subset(places)
+        super().__init__(own.size, own.dtype, own.tensors[0].device, own.space)
+        self._operator, self._places = operator, list(places)
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        """How the products are made."""
+        return self._operator.backend
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self._operator.block_product(vector, self._places)
+
+    def product_error(self, vector: Tensor) -> float:
+        """Estimated on the whole operator, at the vector filled up with zeros."""
+        parameters = self._operator.parameters
+        return self._operator.product_error(parameters.embed(vector, self._places))
+
+    def likely_direction(self) -> Tensor | None:
+        """The block's part of the whole operator's."""
+        known = self._operator.likely_direction()
+        return None if known is None else self._operator.parameters.extract(known, self._places)
+
+
+@checked_once()
+@full_precision()
+def blockwise_sharpness(
+    operator: _HasBlocks,
+    blocks: Mapping[str, Sequence[Tensor] | str],
+    *,
+    tol: float = 5e-2,
+    max_matvecs: int = 20,
+    warm_starts: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> dict[str, Eigenpairs]:
+    """The largest eigenvalue of each diagonal block of a Hessian or Gauss-Newton matrix, all on one graph.
+
+    Blocks describe layers: the largest of them is a lower bound on the whole operator's eigenvalue and can be far
+    below it.
+
+    Args:
+        operator: A :class:`HessianOperator` or :class:`GGNOperator`.
+        blocks: The parameters of each block, or a glob of names, by the block's name.
+        tol: Relative tolerance, as in :func:`top_eigenvalues`.
+        max_matvecs: Most products a block.
+        warm_starts: ``.vectors`` of an earlier run by block; those that no longer fit are not used.
+        seed: Seed of the start vectors.
+
+    Cost: the products of each block differentiate in that block only, and share the graph. Reference: Wang et al.,
+    "The sharpness disparity principle in transformers", arXiv 2502.19002.
+    """
+    found = {}
+    for name, chosen in blocks.items():
+        block = BlockOperator(operator, operator.parameters.block(chosen))
+        warm = (warm_starts or {}).get(name)
+        warm = warm if warm is not None and warm.shape[0] == block.space.length else None
+        found[name] = judged(lanczos_eigenpairs(block, 1, tol, max_matvecs, warm, False, seed), block, tol)
+    return found

@@ -1,0 +1,217 @@
+"""Products with the generalised Gauss-Newton matrix."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dynamon.curvature.operators.backends import (
+    NoSecondDerivativeError,
+    check_scalar_loss,
+    refuse_nodes,
+    second_derivatives,
+    twice_differentiable,
+)
+from dynamon.curvature.operators.base import LinearOperator
+from dynamon.curvature.operators.blocks import BlockOperator
+from dynamon.curvature.operators.custom import CustomFunctions
+from dynamon.curvature.operators.graphs import rounding_behind
+from dynamon.curvature.operators.parameters import FlatParameters, Parameters
+from dynamon.curvature.operators.scaling import LOWER, is_whole, length_scale, loss_scale, relative
+from dynamon.isolation.evaluations import Evaluations, full_precision
+from dynamon.kernels import widened
+
+Outputs = Tensor | Sequence[Tensor]
+_TRANSPOSED = 1e-2  # relative disagreement of the Jacobian with its transpose that is not rounding
+
+
+class GGNOperator(LinearOperator):
+    r"""The generalised Gauss-Newton matrix :math:`G = J^\top H_L J`, as products.
+
+    J is the Jacobian of the outputs in the parameters and :math:`H_L` the Hessian of the loss in the outputs. For a
+    loss that is convex in the outputs (cross-entropy, squared error) G is positive semidefinite: it is the Hessian
+    without the curvature of the network itself, and the Fisher matrix for cross-entropy and Gaussian likelihoods.
+
+    :math:`Jv` comes from differentiating :math:`J^\top u` in u, which is exact through every layer that can be
+    differentiated twice; forward-mode differentiation, which is wrong through some, takes no part.
+
+    Args:
+        output_fn: Called once; returns the network's outputs, a tensor or a sequence of tensors of which none depends
+            on another.
+        loss_fn: Called once with what ``output_fn`` returned; returns the scalar loss as a function of the outputs.
+        params: The parameters, or a mapping from their names.
+
+    Attributes:
+        loss: The value of the loss, without graph.
+        rows: Numbers in the outputs (samples times outputs): the rank of G is at most that.
+        backend: ``"double_backward"``.
+
+    Raises:
+        ValueError: On no parameters, outputs that are not tensors with a graph, or a loss that is not a scalar or
+            does not depend on the outputs.
+        NoSecondDerivativeError: (a RuntimeError) where an operation cannot be differentiated twice.
+        RuntimeError: In a product where a parameter changed after construction.
+
+    Cost: about as much as a Hessian product. Memory: the graph of one forward and backward pass.
+    Reference: Schraudolph, "Fast curvature matrix-vector products", 2002.
+    """
+
+    backend = "double_backward"
+
+    def __init__(
+        self, output_fn: Callable[[], Outputs], loss_fn: Callable[..., Tensor], params: Parameters | FlatParameters
+    ) -> None:
+        """Evaluate outputs and loss and keep the graphs of both."""
+        self.parameters = FlatParameters.of(params)
+        device = self.parameters.tensors[0].device
+        super().__init__(self.parameters.size, self.parameters.dtype, device, self.parameters.space)
+        evaluations = Evaluations()
+        with evaluations.first(), twice_differentiable(self.parameters):
+            given = output_fn()
+            self._outputs = _as_tensors(given)
+            loss = loss_fn(given)
+            check_scalar_loss(loss)
+            refuse_nodes([loss])
+            self._as_after_loss = evaluations.mark()
+            self._scale, self.rounding = loss_scale([loss]), rounding_behind([loss])
+            self._differentiate_loss(loss)
+            self._directions = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
+            with second_derivatives():
+                pulled = self.parameters.differentiate(self._outputs, self._directions, create_graph=True)
+            self.loss = loss.detach()
+        if all(g is None for g in pulled):
+            raise ValueError("the outputs do not depend on any of the parameters.")
+        refuse_nodes([g for g in pulled if g is not None])
+        # Parameters in which the outputs are linear with no graph of their own, a bias say, still depend on the u.
+        self._pulled = [g if g is not None and g.requires_grad else None for g in pulled]
+        self.rows = sum(z.numel() for z in self._outputs)
+        self.parameters.mark_unchanged()
+        self._check_transposed()
+
+    def _check_transposed(self) -> None:
+        """``<u, J v> = <J^T u, v>`` fails where a custom function's backward builds no graph."""
+        if not CustomFunctions(self._outputs):
+            return
+        generator = torch.Generator(self.device).manual_seed(0)
+        v = torch.randn(self.shape[0], generator=generator, device=self.device, dtype=self.dtype)
+        u = self.split_rows(torch.randn(self.rows, generator=generator, device=self.device, dtype=self.dtype))
+        ahead = [widened((a * b).sum()) for a, b in zip(u, self.push(v), strict=True)]
+        back = widened(self.pull(u)) @ widened(v)
+        size = widened(torch.linalg.vector_norm(self.pull(u))) * widened(torch.linalg.vector_norm(v))
+        if float((sum(ahead) - back).abs()) > _TRANSPOSED * float(size):
+            raise NoSecondDerivativeError("a custom autograd function drops out of the Jacobian's products.")
+
+    def _differentiate_loss(self, loss: Tensor) -> None:
+        """The slopes of the loss in the outputs, with their graph, at the largest scale that the dtype can hold."""
+        custom = CustomFunctions([loss], self._outputs)
+        while True:
+            weight = None if self._scale == 1 else torch.full_like(loss, self._scale)
+            with full_precision(), custom.watched():
+                slopes = torch.autograd.grad(loss, self._outputs, weight, create_graph=True, allow_unused=True)
+            if all(g is None for g in slopes):
+                raise ValueError("the loss does not depend on the outputs.")
+            if self._scale == 1 or all(is_whole(g) for g in slopes if g is not None) or not is_whole(loss):
+                break
+            self._scale /= LOWER
+        if custom.silent:  # other terms of the loss may have curvature, which is then a part of it only
+            names = ", ".join(custom.silent)
+            raise NoSecondDerivativeError(f"a custom autograd function ({names}) hides the curvature of the loss.")
+        self._slopes = [g if g is not None and g.requires_grad else None for g in slopes]
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self.block_product(vector)
+
+    def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
+        """``G_bb v`` for the parameters in some places; see :meth:`block`."""
+        if self._scale == 1:
+            return self.pull(self._curve(self._push(vector, block)), block)
+        length = length_scale(vector)
+        product = self.pull(self._curve(self._push(vector * length, block)), block)
+        for _ in range(8):  # as many times as it takes to lower the length to nothing
+            if is_whole(product):
+                break
+            length = length / LOWER
+            product = self.pull(self._curve(self._push(vector * length, block)), block)
+        return product / (self._scale * length)
+
+    def push(self, vector: Tensor, block: Sequence[int] | None = None) -> list[Tensor]:
+        """``J v``: how the outputs change along a flat vector (a block's vector, where one is given)."""
+        if self._scale == 1:
+            return self._push(vector, block)
+        length = length_scale(vector)
+        return [u.float() / length for u in self._push(vector * length, block)]
+
+    def _push(self, vector: Tensor, block: Sequence[int] | None) -> list[Tensor]:
+        self.parameters.check_unchanged()
+        part = self.parameters if block is None else self.parameters.subset(block)
+        pulled = self._pulled if block is None else [self._pulled[i] for i in block]
+        pairs = [(g, v.to(g.dtype)) for g, v in zip(pulled, part.split(vector), strict=True) if g is not None]
+        if not pairs:
+            return [torch.zeros_like(z) for z in self._outputs]
+        gradients, vectors = zip(*pairs, strict=True)
+        self._as_after_loss()
+        with twice_differentiable(self.parameters), second_derivatives(), full_precision():
+            pushed = torch.autograd.grad(gradients, self._directions, vectors, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(z) if u is None else u for u, z in zip(pushed, self._outputs, strict=True)]
+
+    def curve(self, directions: Sequence[Tensor]) -> list[Tensor]:
+        """``H_L u``: the loss's own curvature applied to a change of the outputs."""
+        curved = self._curve(directions)
+        return curved if self._scale == 1 else [c.float() / self._scale for c in curved]
+
+    def _curve(self, directions: Sequence[Tensor]) -> list[Tensor]:
+        pairs = [(g, u.to(g.dtype)) for g, u in zip(self._slopes, directions, strict=True) if g is not None]
+        if not pairs:  # a loss that is linear in the outputs
+            return [torch.zeros_like(z) for z in self._outputs]
+        slopes, vectors = zip(*pairs, strict=True)
+        with twice_differentiable(self.parameters), second_derivatives(), full_precision():
+            curved = torch.autograd.grad(slopes, self._outputs, vectors, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(z) if u is None else u for u, z in zip(curved, self._outputs, strict=True)]
+
+    def pull(self, directions: Sequence[Tensor], block: Sequence[int] | None = None) -> Tensor:
+        """``J^T u``: a change of the outputs carried back to the parameters, flat."""
+        self.parameters.check_unchanged()
+        part = self.parameters if block is None else self.parameters.subset(block)
+        self._as_after_loss()
+        with twice_differentiable(self.parameters):
+            weights = [u.to(z.dtype) for u, z in zip(directions, self._outputs, strict=True)]
+            products = part.differentiate(self._outputs, weights)
+        return part.flatten(products)
+
+    def likely_direction(self) -> Tensor:
+        """The gradient of the loss through the outputs."""
+        slopes = [
+            torch.zeros_like(z) if g is None else g.detach() for g, z in zip(self._slopes, self._outputs, strict=True)
+        ]
+        return self.pull(slopes) / self._scale
+
+    def share_beside(self, loss: Tensor) -> float:
+        """How much of the gradient of a loss does not pass through the outputs: that of another head, of a penalty.
+
+        Args:
+            loss: The loss that holds the outputs, with the graph of its evaluation.
+
+        Returns:
+            The distance of :meth:`likely_direction` from the gradient of the loss, over the length of the latter.
+        """
+        with twice_differentiable(self.parameters):  # a checkpoint computes its part again, in the kernels of before
+            found = self.parameters.differentiate(loss, torch.full_like(loss, self._scale))
+        gradient = self.parameters.flatten(found) / self._scale
+        norm = self.parameters.space.norm
+        return relative(norm(gradient - self.likely_direction()), norm(gradient))
+
+    def split_rows(self, vector: Tensor) -> list[Tensor]:
+        """A flat vector ``[rows]`` in the shapes of the outputs."""
+        pieces = vector.split([z.numel() for z in self._outputs])
+        return [piece.view_as(z).to(z.dtype) for piece, z in zip(pieces, self._outputs, strict=True)]
+
+    def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> BlockOperator:
+        """The diagonal block of some parameters, on the same graph; as in :class:`HessianOperator`."""
+        return BlockOperator(self, self.parameters.block(chosen))
+
+
+def _as_tensors(outputs: object) -> list[Tensor]:
+    found = [outputs] if isinstance(outputs, Tensor) else list(outputs) if isinstance(outputs, list | tuple) else []
+    if not found or not all(isinstance(z, Tensor) and z.requires_grad for z in found):
+        raise ValueError("output_fn must return a tensor, or a list of tensors, that depend on the parameters.")
+    return found

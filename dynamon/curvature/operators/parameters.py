@@ -1,0 +1,248 @@
+"""Parameters as one flat vector: what every operator of a loss shares."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynamon.curvature.operators.vector_space import VectorSpace
+from dynamon.isolation.evaluations import casts_anew, full_precision
+from dynamon.kernels.devices import reads_are_free
+from dynamon.layers.complex_pairs import COMPLEX, as_real, like, real_dtype, real_size
+from dynamon.layers.names import is_chosen, plain_name
+
+_CHECKED: ContextVar[set[int] | None] = ContextVar("dynamon_checked", default=None)
+_SAMPLED = 16  # tensors of which a device compares some numbers
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN is itself there
+
+Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | nn.Module
+
+
+class FlatParameters:
+    """Parameters in a fixed order, seen as one flat vector of real numbers; a complex entry is two of them.
+
+    Args:
+        params: The parameters, or a mapping from their names (``dict(model.named_parameters())``), which lets a
+            block be named.
+        space: Where the numbers of vectors lie; all here if None.
+
+    Attributes:
+        tensors: The parameters.
+        names: Their names, where they are known.
+        size: Length of the flat vector.
+        dtype: Of its numbers: that of the parameters, float32 at least.
+        space: Where its numbers lie.
+
+    Raises:
+        ValueError: On no parameters, or parameters on several devices or in several dtypes.
+    """
+
+    def __init__(self, params: Parameters, space: VectorSpace | None = None) -> None:
+        """Check and keep them."""
+        self.names, self.tensors = names_and_tensors(params)
+        if not self.tensors:
+            raise ValueError("params is empty: there is nothing to differentiate in.")
+        if len({id(p) for p in self.tensors}) < len(self.tensors):
+            raise ValueError("a parameter is in params twice; named_parameters() gives each tied one once.")
+        if any(not p.is_floating_point() and p.dtype not in COMPLEX for p in self.tensors):
+            raise ValueError("params must be floating point tensors, or complex64 or complex128.")
+        if len({(p.device, real_dtype(p)) for p in self.tensors}) > 1:
+            kinds = sorted({f"{p.dtype} on {p.device}" for p in self.tensors})
+            raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
+        self._sizes = [real_size(p) for p in self.tensors]
+        self.dtype = torch.promote_types(real_dtype(self.tensors[0]), torch.float32)
+        self.size = sum(self._sizes)
+        self.space = VectorSpace(self.size) if space is None else space
+        self.mark_unchanged()
+
+    @staticmethod
+    def of(params: "Parameters | FlatParameters") -> "FlatParameters":
+        """Parameters that may have been flattened already."""
+        return params if isinstance(params, FlatParameters) else FlatParameters(params)
+
+    def mark_unchanged(self) -> None:
+        """Take the weights as they are now for those that :meth:`check_unchanged` compares with."""
+        self._versions, self._marks = [p._version for p in self.tensors], self._fingerprint()
+        if (checked := _CHECKED.get()) is not None:
+            checked.discard(id(self))
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a parameter was written to since construction.
+
+        Cost: one host read; inside of :func:`checked_once` the first time only.
+        """
+        if [p._version for p in self.tensors] != self._versions or self._is_written():
+            raise RuntimeError(
+                "a parameter changed after this operator was made; it belongs to the old weights. "
+                "Make a new operator after each optimizer step."
+            )
+
+    def _is_written(self) -> bool:
+        """Whether a few numbers of the tensors are others now: fused optimizers write without raising the version."""
+        checked = _CHECKED.get()
+        if checked is not None and id(self) in checked:
+            return False
+        found = self._fingerprint()
+        same = found.shape == self._marks.shape and (found.is_meta or torch.equal(found, self._marks))
+        if checked is not None and same:
+            checked.add(id(self))
+        return not same
+
+    def _fingerprint(self) -> Tensor:
+        """The bits of a few numbers of each tensor, or of some tensors where each costs a call to a device."""
+        tensors = [p for p in self.tensors if p.numel()]
+        step = 1 if reads_are_free(self.tensors[0].device) else max(1, len(tensors) // _SAMPLED)
+        places = [tuple(slice(None, None, max(1, n // 2)) for n in p.shape) for p in tensors[::step]]
+        corners = [as_real(p.detach()[place]) for p, place in zip(tensors[::step], places, strict=True)]
+        whole = _BITS[corners[0].dtype.itemsize] if corners else torch.uint8
+        return torch.cat([c.reshape(-1).view(whole) for c in corners]) if corners else torch.empty(0, dtype=whole)
+
+    def differentiate(
+        self, outputs: Any, weights: Any = None, *, create_graph: bool = False, keep_graph: bool = True
+    ) -> list[Tensor | None]:
+        """Gradients of ``outputs`` in the parameters, on a graph that is kept; None for those without one."""
+        live = [p for p in self.tensors if p.requires_grad]
+        if not live:
+            raise ValueError("none of the parameters requires a gradient.")
+        with full_precision():
+            gradients = torch.autograd.grad(
+                outputs, live, weights, retain_graph=keep_graph, create_graph=create_graph, allow_unused=True
+            )
+        found = iter(gradients)
+        return [next(found) if p.requires_grad else None for p in self.tensors]
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A flat vector ``[n]`` in the shape of each parameter: views, but for complex ones."""
+        return [like(piece, p) for piece, p in zip(vector.split(self._sizes), self.tensors, strict=True)]
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One flat vector ``[n]``; zeros stand in for a tensor that is not there."""
+        return torch.cat(
+            [
+                as_real(torch.zeros_like(p) if t is None else t.to_dense() if t.is_sparse else t)
+                .reshape(-1)
+                .to(self.dtype)
+                for t, p in zip(tensors, self.tensors, strict=True)
+            ]
+        )
+
+    def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> list[int]:
+        """Places of a block of parameters.
+
+        Args:
+            chosen: A glob, several globs (``!`` excludes), or the parameters themselves.
+
+        Raises:
+            ValueError: If nothing matches, names are not known, or a tensor is not among the parameters.
+        """
+        wanted = [chosen] if isinstance(chosen, str | Tensor) else list(chosen)
+        globs = [w for w in wanted if isinstance(w, str)]
+        if globs and self.names is None:
+            raise ValueError("a block by name needs params as a mapping, say dict(model.named_parameters()).")
+        places = {id(p): i for i, p in enumerate(self.tensors)}
+        missing = [w for w in wanted if isinstance(w, Tensor) and id(w) not in places]
+        if missing:
+            raise ValueError(f"a tensor of shape {tuple(missing[0].shape)} is not among the operator's parameters.")
+        found = {places[id(w)] for w in wanted if isinstance(w, Tensor)}
+        found |= {i for i, name in enumerate(self.names or ()) if globs and is_chosen([name], globs)}
+        if not found:
+            raise ValueError(f"{wanted} matches no parameter; there are {self.names}.")
+        return sorted(found)
+
+    def subset(self, places: Sequence[int]) -> "FlatParameters":
+        """Some of the parameters, by place."""
+        part = copy.copy(self)  # what was found out of all of them need not be found out again
+        part.names = None if self.names is None else [self.names[i] for i in places]
+        part.tensors, part._sizes = [self.tensors[i] for i in places], [self._sizes[i] for i in places]
+        part.size = sum(part._sizes)
+        part.space = VectorSpace(part.size)
+        return part
+
+    def embed(self, vector: Tensor, places: Sequence[int]) -> Tensor:
+        """The flat vector ``[n]`` with a block's vector at some of the parameters and zeros elsewhere."""
+        pieces = dict(zip(places, vector.split([self._sizes[i] for i in places]), strict=True))
+        parts = [pieces[i] if i in pieces else vector.new_zeros(size) for i, size in enumerate(self._sizes)]
+        return torch.cat(parts).to(self.dtype)
+
+    def extract(self, vector: Tensor, places: Sequence[int]) -> Tensor:
+        """A block's part of a flat vector ``[n]``; the inverse of :meth:`embed`."""
+        pieces = vector.split(self._sizes)
+        return torch.cat([pieces[i] for i in places])
+
+    @contextmanager
+    def moved(self, step: Tensor) -> Iterator[None]:
+        """The parameters at ``theta + step`` for a while; bitwise what they were at exit.
+
+        Their storage is exchanged, not written to, so that graphs built before stay valid.
+        """
+        kept = [p.data for p in self.tensors]
+        try:
+            self._move([(p, piece) for p, piece in zip(self.tensors, self.split(step), strict=True) if p.requires_grad])
+            with casts_anew():
+                yield
+        finally:
+            for p, data in zip(self.tensors, kept, strict=True):
+                p.data = data
+
+    def _move(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """In few calls to a device, where the dtype and the class of all parameters allow that."""
+        if all(type(p) in (Tensor, nn.Parameter) and p.dtype == piece.dtype for p, piece in pairs) and pairs:
+            moved: Sequence[Tensor] = torch._foreach_add([p.data for p, _ in pairs], [piece for _, piece in pairs])
+        else:
+            moved = [(p.data + piece).to(p.dtype) for p, piece in pairs]
+        for (p, _), data in zip(pairs, moved, strict=True):
+            p.data = data
+
+    def _hooked(self) -> list[Tensor]:
+        """The tensors that people hang hooks on."""
+        return self.tensors
+
+    @contextmanager
+    def hooks_off(self) -> Iterator[None]:
+        """Parameter hooks (clamping, logging) are meant for gradients of training, not for products."""
+        registries = [getattr(p, name) for p in self._hooked() for name in _HOOKS]
+        hooked = [(hooks, dict(hooks)) for hooks in registries if hooks]
+        for hooks, _ in hooked:
+            hooks.clear()
+        try:
+            yield
+        finally:
+            for hooks, own in hooked:
+                hooks.update(own)
+
+
+def names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
+    """What people pass: a module, named parameters, a mapping, a list, one tensor, or these flattened already."""
+    if isinstance(params, FlatParameters):
+        return params.names, params.tensors
+    if isinstance(params, nn.Module):
+        params = params.named_parameters()
+    if isinstance(params, Tensor):
+        params = [params]
+    if not isinstance(params, Mapping):
+        if not isinstance(params, Iterable):
+            raise ValueError(f"params must be tensors, a mapping from names to tensors, or a module, not {params!r}.")
+        params = list(params)
+        if params and all(isinstance(item, tuple) and len(item) == 2 for item in params):
+            params = dict(params)
+    tensors = list(params.values()) if isinstance(params, Mapping) else params
+    if not all(isinstance(p, Tensor) for p in tensors):
+        raise ValueError("params must be tensors, a mapping from names to tensors, or a module.")
+    return [plain_name(name) for name in params] if isinstance(params, Mapping) else None, tensors
+
+
+@contextmanager
+def checked_once() -> Iterator[None]:
+    """Inside, whether weights are still an operator's is found out once: nobody else writes to them meanwhile."""
+    token = _CHECKED.set(set())
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")

@@ -1,0 +1,43 @@
+"""Powers of two that keep slopes in float16 from vanishing, and quotients that do not know the units of a loss."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamon.curvature.operators.graphs import dtypes_behind
+
+LARGEST = 2.0**16  # where torch's own gradient scaler begins
+LOWER = 16.0  # by which a scale is lowered where something overflows
+_MOST = 16  # powers of that for a small loss: what is below 1e-19 may be zero but for rounding
+
+
+def loss_scale(losses: Sequence[Tensor]) -> float:
+    """What to multiply a loss by before it is differentiated: 1 but where its graph computes in float16.
+
+    A small loss, one that is divided by a large number say, has slopes as small.
+    """
+    if torch.float16 not in dtypes_behind(losses):
+        return 1.0
+    size = max(abs(float(loss.detach().sum())) for loss in losses)
+    steps = math.floor(math.log(1 / size, LOWER)) if 0 < size < 1 else 0
+    return LARGEST * LOWER ** min(steps, _MOST)
+
+
+def length_scale(vector: Tensor) -> Tensor:
+    """The power of two that brings the largest entry of a vector to between 1 and 2, a 0-d tensor; 1 for zeros."""
+    largest = torch.linalg.vector_norm(vector, float("inf"))
+    usable = torch.isfinite(largest) & (largest > 0)
+    exponent = -torch.where(usable, largest, torch.ones_like(largest)).log2().floor()
+    return torch.exp2(exponent.clamp(-100, 100))
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether all numbers are finite. Cost: one host read."""
+    return bool(torch.isfinite(tensor).all())
+
+
+def relative(difference: Tensor, size: Tensor) -> float:
+    """A length over another, in whatever units: 0 where there is none, infinite beside zero. Cost: host reads."""
+    return float(difference / size) if size > 0 else math.inf if difference > 0 else 0.0

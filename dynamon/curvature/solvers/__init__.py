@@ -1,0 +1,1 @@
+"""Solvers that take any symmetric linear operator: eigenvalues, traces, densities."""

@@ -1,0 +1,115 @@
+"""The largest eigenvalues of an operator, by the method asked for."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamon.curvature.operators.ggn import GGNOperator
+from dynamon.curvature.operators.parameters import checked_once
+from dynamon.curvature.operators.vector_space import space_of
+from dynamon.curvature.solvers.eigenpairs import Eigenpairs, judged
+from dynamon.curvature.solvers.gram import gram_eigenpairs
+from dynamon.curvature.solvers.lanczos import lanczos_eigenpairs
+from dynamon.curvature.solvers.power import power_eigenpairs
+from dynamon.isolation.evaluations import full_precision
+
+METHODS = ("lanczos", "power", "gram")
+
+
+@checked_once()
+@full_precision()
+def top_eigenvalues(
+    operator: Any,
+    k: int = 1,
+    *,
+    method: str = "lanczos",
+    tol: float = 1e-2,
+    max_matvecs: int = 40,
+    warm_start: Tensor | None = None,
+    certify: bool = False,
+    seed: int = 0,
+) -> Eigenpairs:
+    r"""The k largest algebraic eigenvalues of a symmetric operator, with bounds.
+
+    ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm
+    start mixes the given vectors with fresh noise, so that a direction which has overtaken the old one is found.
+    The run stops when the residual of every wanted pair is at most ``tol`` times the largest Ritz value in
+    magnitude **and** the last two Ritz values agree to ``tol``. A cold start is half noise and half the gradient, where
+    the operator has one. It never stops before 8 products from nothing; with
+    three or more tracked vectors 5 are enough, with two 12, with one 16, because a run from the old top alone
+    converges to an eigenvalue that is no longer the top. For k > 1 it goes on from a fresh vector until that finds
+    nothing new, which doubles the products at least, since the first one sees a repeated eigenvalue only once; a
+    certified run, which may not restart, does not.
+
+    ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the
+    largest in magnitude. It needs several times as many products, and is there to compare with others.
+
+    ``"gram"`` (:class:`GGNOperator` only) builds the Gram matrix
+    :math:`H_L^{1/2} J J^\top H_L^{1/2}` of the outputs, which has the eigenvalues of the GGN, and brackets the
+    largest by Gram iteration, from below and from above, without chance. It costs two passes a row of the outputs.
+
+    Args:
+        operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
+        k: How many eigenvalues, 1 or more (``"gram"``: 1); all of them where the operator has fewer.
+        method: ``"lanczos"``, ``"power"`` or ``"gram"``.
+        tol: Relative tolerance.
+        max_matvecs: Upper limit on products; a run that meets it first has ``converged=False``.
+        warm_start: ``[n]`` or ``[n, m]``, for instance ``.vectors`` of the last run, or None for a cold start.
+        certify: Take a cold, unrestarted run of at least 20 products (Lanczos), which alone has a valid upper bound:
+            with probability 0.99 over the random start the largest eigenvalue lies below the root of the
+            Lanczos polynomial above the top Ritz value. ``warm_start`` is then not used.
+        seed: Seeds the random start with a generator of its own: global random state is left alone.
+
+    Returns:
+        :class:`Eigenpairs`.
+
+    Raises:
+        ValueError: On arguments outside the ranges above, and for ``"gram"`` on more than 4,096 rows.
+        FloatingPointError: If the operator returns NaN or infinity.
+
+    Cost: up to ``max_matvecs`` products. Memory for k = 1: 9 vectors of length n (``max_matvecs + 1`` certified,
+    2k + 7 for larger k); one host read per 2 products. Power: k + 2 vectors. Gram: some matrices of rows x rows.
+
+    Reference: Wu and Simon, "Thick-restart Lanczos", 2000; van Dorsselaer, Hochstenbach and van der Vorst,
+    "Computing probabilistic bounds for extreme eigenvalues", 2000; Delattre et al., arXiv 2305.16173.
+    """
+    _check(operator, k, method, tol, max_matvecs, warm_start)
+    k = min(k, operator.shape[0])
+    if certify and method == "power":
+        raise ValueError("power iteration has no upper bound: certify=True needs method='lanczos' or 'gram'.")
+    if method == "gram":
+        found = gram_eigenpairs(operator, tol)
+    elif method == "power":
+        found = power_eigenpairs(operator, k, tol, max_matvecs, warm_start, seed)
+    else:
+        found = lanczos_eigenpairs(operator, k, tol, max_matvecs, warm_start, certify, seed)
+    return judged(found, operator, tol)
+
+
+def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, warm_start: Tensor | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if method == "gram" and not (isinstance(operator, GGNOperator) and k == 1):
+        raise ValueError("method 'gram' is for k=1 of a GGNOperator: it works on the Gram matrix of its outputs.")
+    if isinstance(operator, Tensor) and not (
+        operator.is_floating_point() and torch.allclose(operator, operator.mT, equal_nan=True)
+    ):
+        raise ValueError("a matrix must be real, floating point and symmetric.")
+    if type(k) is not int or k < 1:
+        raise ValueError(f"k must be a whole number, 1 or more, got {k!r}.")
+    if operator.shape[0] < 1:
+        raise ValueError("the operator has no eigenvalues: its shape is (0, 0).")
+    if not 0 < tol < 1:
+        raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
+    if type(max_matvecs) is not int or max_matvecs < max(2, min(k, operator.shape[0])):
+        raise ValueError(
+            f"max_matvecs must be a whole number, at least {max(2, min(k, operator.shape[0]))}, got {max_matvecs!r}."
+        )
+    if warm_start is not None and not isinstance(warm_start, Tensor):
+        raise ValueError(f"warm_start must be a tensor [n] or [n, m], got {type(warm_start).__name__}.")
+    rows = space_of(operator).length
+    if warm_start is not None and warm_start.shape[0] != rows:
+        raise ValueError(
+            f"warm_start must have {rows} rows, got {warm_start.shape[0]}: it belongs to another operator."
+        )

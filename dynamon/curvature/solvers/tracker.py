@@ -1,0 +1,104 @@
+"""Following the top eigenpairs of an operator that changes slowly."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dynamon.curvature.operators.vector_space import space_of
+from dynamon.curvature.solvers.eigenpairs import Eigenpairs
+from dynamon.curvature.solvers.top import top_eigenvalues
+
+_COLD_EVERY = 10  # a cold run now and then finds what tracking could have lost
+_COLD_AT = 5  # ... away from the first one, which is cold anyway
+
+
+class EigenTracker:
+    """Warm-started :func:`top_eigenvalues`, measurement after measurement.
+
+    Owns the vectors of the last measurement and decides when to start from nothing: the first time, whenever the
+    operator's size changed, and every tenth time, when the run can also bring the 99 % upper bound.
+
+    Args:
+        k: How many eigenvalues to follow.
+        threshold: Follow one more as soon as the smallest one followed exceeds this, so that all above the threshold
+            are known; None keeps k.
+        certify: Take the cold runs after the first with an upper bound.
+        tol: As in :func:`top_eigenvalues`, like the two that follow.
+        max_matvecs: Upper limit on products.
+        seed: Seed of the start vectors; each measurement has its own.
+
+    Attributes:
+        k: How many eigenvalues are followed now.
+        taken: Measurements so far.
+        vectors: What the next warm start begins from, or None.
+    """
+
+    def __init__(
+        self,
+        k: int = 1,
+        *,
+        threshold: float | None = None,
+        certify: bool = False,
+        tol: float = 1e-2,
+        max_matvecs: int = 40,
+        seed: int = 0,
+    ) -> None:
+        """Nothing followed yet."""
+        if type(k) is not int or k < 1:
+            raise ValueError(f"k must be a whole number, 1 or more, got {k!r}.")
+        if not 0 < tol < 1 or type(max_matvecs) is not int or max_matvecs < max(2, k):
+            raise ValueError(
+                f"tol must lie between 0 and 1 and max_matvecs be at least {max(2, k)}, got {tol} and {max_matvecs}."
+            )
+        self.k, self.threshold, self._certify = k, threshold, certify
+        self._tol, self._max_matvecs, self._seed = tol, max_matvecs, seed
+        self.taken = 0
+        self.vectors: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """How many eigenvalues it follows, and how long it has."""
+        taken = f"{self.taken} measurement{'' if self.taken == 1 else 's'}"
+        return f"EigenTracker(k={self.k}, {taken}, the next one {'cold' if self.next_is_cold else 'warm'})"
+
+    @property
+    def next_is_cold(self) -> bool:
+        """Whether the coming measurement starts from nothing."""
+        return self.vectors is None or self.taken % _COLD_EVERY == _COLD_AT
+
+    @property
+    def next_is_certified(self) -> bool:
+        """Whether the coming measurement brings an upper bound."""
+        return self._certify and self.taken % _COLD_EVERY == _COLD_AT
+
+    def update(self, operator: Any) -> Eigenpairs:
+        """Measure the operator as it is now."""
+        known = None if self.next_is_cold else self.vectors
+        if known is not None and known.shape[0] != space_of(operator).length:
+            known = None
+        found = top_eigenvalues(
+            operator,
+            self.k,
+            tol=self._tol,
+            max_matvecs=self._max_matvecs,
+            warm_start=known,
+            certify=self.next_is_certified,
+            seed=self._seed + self.taken,
+        )
+        self.taken += 1
+        self.vectors = found.vectors
+        if self.threshold is not None and float(found.values[-1]) > self.threshold and self.k < operator.shape[0]:
+            self.k += 1
+        return found
+
+    def state_dict(self, most: int | None = None) -> dict[str, Any]:
+        """What a resumed run needs to go on the same.
+
+        Args:
+            most: Leave the vectors out where they hold more numbers than this; the next measurement is then cold.
+        """
+        small = self.vectors is not None and (most is None or self.vectors.numel() <= most)
+        return {"k": self.k, "taken": self.taken, "vectors": self.vectors if small else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where :meth:`state_dict` was called."""
+        self.k, self.taken, self.vectors = int(state["k"]), int(state["taken"]), state["vectors"]

@@ -1,0 +1,1 @@
+"""Processes that measure together, and tensors of which each holds a part."""

@@ -1,0 +1,143 @@
+"""Every quantity once, for a checkpoint or a notebook."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynamon.curvature import HessianOperator, top_eigenvalues
+from dynamon.isolation.evaluations import full_precision
+from dynamon.isolation.preserve import LossFn, training_loss, undisturbed
+from dynamon.layers import Layer, describe_layers, is_measurable
+from dynamon.norms import optimizer_family
+from dynamon.optim import steering_of
+from dynamon.quantities.entrywise import entrywise_readings
+from dynamon.quantities.gradient_reader import GradientReader
+from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
+from dynamon.spectra.convolution import bounds_of
+from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
+
+
+def measure(
+    module: nn.Module,
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: Optimizer | None = None,
+    certify: bool = True,
+    tol: float = 1e-2,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure gradients, weights and sharpness of a module on one batch.
+
+    The module is left as it was, ``.grad`` included, and so are all random streams. It is measured in the mode
+    it is in; call ``module.train()`` before for what training sees.
+
+    Args:
+        module: A LightningModule (its ``training_step`` gives the loss), or any module with ``loss_fn``.
+        batch: A batch on the module's device.
+        loss_fn: ``loss_fn(module, batch) -> scalar``.
+        optimizer: Adds the stability ratio (SGD; Adam, AdamW and RMSprop with state) at the rates in force, layerwise
+            steering included, and chooses the dual norms; without it they are those of Adam. Gradients and sharpness
+            are then of the parameters that it holds, which are those that are trained.
+        certify: Take at least 20 Hessian products, which give an upper bound.
+        tol: Relative tolerance of the eigenvalue.
+        seed: Seed of dropout and of the solver's start.
+
+    Returns:
+        Readings under the tags of the monitors: numbers for scalars, ``{layer name: number}`` for per-layer
+        quantities. An eigenvalue that did not converge stands under ``..._unconverged`` instead, a layer that takes
+        no part in the loss has NaN for its gradient. Noise needs two gradients and is not among them.
+
+    Raises:
+        FloatingPointError: Where the loss or its curvature is not finite.
+        ValueError: Without a trainable parameter that can be measured, where ``optimizer`` holds none of them, or for a
+            loss that is not a differentiable scalar.
+
+    Cost: one gradient graph, 20 to 40 Hessian products (twice with a stability ratio), two Gram iterations and
+    the singular values of every matrix, Gram iterations at some hundred frequencies for each convolution. Memory:
+    up to 41 vectors of the size of the parameters when certified.
+    """
+    layers = [la for la in describe_layers(module) if la.parameter.requires_grad and is_measurable(la)]
+    if not layers:
+        raise ValueError(f"{type(module).__name__} has no trainable parameter, so there is nothing to measure.")
+    trained = layers
+    if optimizer is not None:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = [layer for layer in layers if id(layer.parameter) in own]
+        if not trained:
+            raise ValueError(f"the optimizer holds no trainable parameter of {type(module).__name__}.")
+    params = [layer.parameter for layer in trained]
+    with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed), ExitStack() as stack:
+        operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
+        stack.enter_context(full_precision())  # the loss keeps the autocast that it was given
+        readings: dict[str, Any] = {"sharpness/probe_loss": float(operator.loss)}
+        readings |= _gradients(trained, operator, optimizer)
+        found = top_eigenvalues(operator, tol=tol, certify=certify, seed=seed)
+        readings |= found.readings("sharpness/hessian_max")
+        readings |= {"sharpness/hessian_min": found.smallest, "sharpness/products": float(found.matvecs)}
+        if optimizer is not None and has_stability_condition(optimizer):
+            rates = steering_of(optimizer)
+            in_force = {} if rates is None else rates.ratios
+            factors = [in_force.get(layer.name, 1.0) for layer in trained]
+            scaled = stability_operator(operator, stability_scaling(optimizer, params, factors))
+            ratio = top_eigenvalues(scaled, tol=tol, certify=certify, seed=seed)
+            readings |= ratio.readings("sharpness/stability_ratio")
+            readings["sharpness/products"] += float(ratio.matvecs)
+    with full_precision():
+        return readings | _weights(layers)
+
+
+def _gradients(layers: list[Layer], operator: HessianOperator, optimizer: Optimizer | None) -> dict[str, Any]:
+    """Norms of the gradient that the Hessian's graph already has; ``.grad`` is borrowed and given back."""
+    family = "sign" if optimizer is None else optimizer_family(optimizer)
+    params = [layer.parameter for layer in layers]
+    kept = [p.grad for p in params]
+    try:
+        gradients = operator.parameters.split(operator.gradient)
+        for p, g, is_there in zip(params, gradients, operator.has_gradient, strict=True):
+            p.grad = g.to(p.dtype) if is_there else None
+        found = GradientReader(layers, family).read().wait()
+    finally:
+        for p, own in zip(params, kept, strict=True):
+            p.grad = own
+    names = [layer.name for layer in layers]
+    return {
+        "gradient/norm": float((found.l2[found.present] ** 2).sum() ** 0.5),
+        "gradient/norm_dual": float(found.dual[found.present].sum()),
+        "gradient/nonfinite": float(found.nonfinite.sum()),
+        "gradient/l2": dict(zip(names, found.l2.tolist(), strict=True)),
+        "gradient/dual": dict(zip(names, found.dual.tolist(), strict=True)),
+    }
+
+
+def _weights(layers: list[Layer]) -> dict[str, Any]:
+    found = weight_readings(layers)
+    names = [layer.name for layer in layers]
+    fields = {tag: field for tag, field in FIELDS.items() if not tag.startswith("update/")}  # no step was taken
+    known = {tag: _known(names, getattr(found, field)) for tag, field in fields.items()}
+    rows = entrywise_readings(layers, ENTRYWISE)
+    known |= {one.tag: _known(names, row) for one, row in zip(ENTRYWISE, rows, strict=True)}
+    return known | _spectra(layers) | _convolutions(layers)
+
+
+def _spectra(layers: list[Layer]) -> dict[str, Any]:
+    """What needs all singular values, in float64."""
+    names, spectra = spectra_of(layers, exact=True)
+    if spectra is None:
+        return {}
+    return {f"spectrum/{q}": _known(names, getattr(spectra, q)) for q in FULL_SPECTRUM}
+
+
+def _convolutions(layers: list[Layer]) -> dict[str, Any]:
+    """Bounds on the norms of convolutions as maps of inputs of any size."""
+    names, bounds = bounds_of(layers)
+    sides = zip(("lower", "upper"), bounds, strict=True)
+    return {f"spectrum/convolution_{side}": _known(names, values) for side, values in sides} if names else {}
+
+
+def _known(names: list[str], values: Tensor) -> dict[str, float]:
+    """By name, without those that have no such reading."""
+    return {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v}

@@ -1,0 +1,110 @@
+"""In which geometry an optimizer descends: stated, told from its class, from its name, or assumed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+from dynamon.layers.names import word_runs
+
+FAMILIES = ("sign", "euclidean", "spectral")
+STATED = "dynamon_geometry"  # the attribute of an optimizer or its class
+
+_TORCH = {
+    "sign": "Adam AdamW NAdam RAdam Adamax SparseAdam Adafactor RMSprop Rprop Adagrad Adadelta",
+    "euclidean": "SGD ASGD LBFGS",
+    "spectral": "Muon",
+}
+_CLASSES = {
+    getattr(torch.optim, name): family
+    for family, names in _TORCH.items()
+    for name in names.split()
+    if hasattr(torch.optim, name)
+}
+# Of classes that are not torch's, as whole words of their names. Shampoo and SOAP are steepest descent in the spectral
+# norm, Prodigy in that of Adam: Bernstein and Newhouse, arXiv 2409.20325. Of several words the first row counts.
+_WORDS = {
+    "spectral": "muon scion lanton dion shampoo soap",
+    "sign": "adam adamw nadam radam adamax adamp adan adema ademamix adafactor adabelief adabound adamod yogi laprop "
+    "lamb lion tiger sign signsgd signum rmsprop rprop adagrad adadelta prodigy sophia came ranger",
+    "euclidean": "sgd sgdw sgdp asgd lars lbfgs",
+}
+_FAMILY_OF = {word: family for family in ("euclidean", "sign", "spectral") for word in _WORDS[family].split()}
+_WRAPPED = ("base_optimizer", "optimizer", "optim", "_optimizer")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A geometry, and how it is known.
+
+    Attributes:
+        family: ``"sign"``, ``"euclidean"`` or ``"spectral"``, see :func:`dynamon.norms.update_norm`.
+        source: ``"stated"``, ``"class"`` (one of torch's, or derived from it), ``"name"``, or ``"nothing"``.
+    """
+
+    family: str
+    source: str
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether nothing but a name speaks for it, or not even that."""
+        return self.source in ("name", "nothing")
+
+
+def geometry(optimizer: Optimizer) -> Geometry:
+    """The geometry an optimizer descends in.
+
+    In this order: the attribute ``dynamon_geometry`` of the optimizer or its class; torch's class that it is or derives
+    from, unless the deriving class has the name of another optimizer; the optimizer it wraps; whole words of the names
+    of its classes; ``"euclidean"``.
+
+    Raises:
+        ValueError: If ``dynamon_geometry`` is not one of the three.
+    """
+    stated = getattr(optimizer, STATED, None)
+    if stated is not None:
+        if stated not in FAMILIES:
+            raise ValueError(
+                f"{STATED} of {type(optimizer).__name__} must be 'sign', 'euclidean' or 'spectral', got {stated!r}."
+            )
+        return Geometry(stated, "stated")
+    for cls in type(optimizer).__mro__:
+        if cls in _CLASSES:
+            return Geometry(_CLASSES[cls], "class")
+        if cls.__name__.lower() in _FAMILY_OF:
+            return Geometry(_FAMILY_OF[cls.__name__.lower()], "name")
+    inner = next((one for one in map(vars(optimizer).get, _WRAPPED) if isinstance(one, Optimizer)), None)
+    if inner is not None:
+        return geometry(inner)
+    found = {_FAMILY_OF[word] for word in _words(optimizer) if word in _FAMILY_OF}
+    known = next((family for family in _WORDS if family in found), None)
+    return Geometry("euclidean", "nothing") if known is None else Geometry(known, "name")
+
+
+def optimizer_family(optimizer: Optimizer) -> str:
+    """Which geometry the optimizer descends in, see :func:`geometry`.
+
+    Returns:
+        ``"sign"`` for optimizers that divide by the gradient's own size entry by entry or take its sign,
+        ``"spectral"`` for those that orthogonalise, ``"euclidean"`` for SGD and whatever is not known.
+    """
+    return geometry(optimizer).family
+
+
+def assumption(optimizer: Optimizer) -> str | None:
+    """What is assumed of an optimizer whose geometry is a guess, and how to state it; None where it is known."""
+    found = geometry(optimizer)
+    if not found.is_guess:
+        return None
+    name = type(optimizer).__name__
+    why = "by its name" if found.source == "name" else "as SGD is, since nothing is known of it"
+    return (
+        f"{name} is taken to descend in {found.family!r} geometry, {why}: gradient/dual and noise are in its norms. "
+        f"Set {STATED} = 'sign', 'euclidean' or 'spectral' on the class to state it."
+    )
+
+
+def _words(optimizer: Optimizer) -> Iterator[str]:
+    for cls in type(optimizer).__mro__:
+        yield from word_runs(cls.__name__)

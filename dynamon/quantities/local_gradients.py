@@ -1,0 +1,147 @@
+"""The gradients of one process before DDP averages them, for the noise between processes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dynamon.kernels import widest_dtype
+from dynamon.layers import Layer
+from dynamon.layers.complex_pairs import as_real
+from dynamon.quantities.scales import Scale
+
+Norms = Callable[[list[Tensor | None]], Tensor]
+
+
+class LocalGradients:
+    r"""Keeps what the backward passes of one optimizer step give on this process, and compares it with the mean.
+
+    With :math:`g_r` the gradient of process r and :math:`G` the mean over R processes, which is what DDP leaves in
+    ``.grad``,
+
+    .. math:: \frac1R \sum_r \frac{2}{R-1} \|g_r - G\|_*^2
+
+    has the unit of :class:`dynamon.quantities.noise.NoiseEstimator`: the mean square of the difference of two
+    independent gradients of all processes' samples. All are taken at the same weights, so there is no curvature in it.
+
+    Hooks on the parameters see ``.grad`` when it has been accumulated (under ``no_sync`` over several batches) and
+    before DDP's reducer averages it. They are there between :meth:`open` and :meth:`compare` only and keep copies, so
+    that training is bitwise what it is without them. Gradients that are not accumulated, of a penalty say, do not
+    count.
+
+    Args:
+        layers: L layers, on one device.
+        group: The processes; all if None.
+
+    Memory: one copy of the gradients while open. Cost: one all-reduce of 2 L + 2 numbers, without a host read.
+    """
+
+    def __init__(self, layers: Sequence[Layer], group: Any = None) -> None:
+        """Closed."""
+        self._layers, self._group = list(layers), group
+        self._kept: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+        self._error: Exception | None = None
+        self.is_open = False
+
+    def open(self) -> None:
+        """Watch the backward passes from here on. What goes wrong is raised when they are compared."""
+        self._kept = {}  # of a step that was skipped
+        if self.is_open:
+            return
+        self.is_open = True
+        try:
+            for index, layer in enumerate(self._layers):
+                if layer.parameter.requires_grad:
+                    self._handles.append(layer.parameter.register_post_accumulate_grad_hook(self._keeper(index)))
+        except Exception as error:
+            self._error = error
+
+    def close(self) -> None:
+        """Stop watching and forget."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._kept, self._error, self.is_open = [], {}, None, False
+
+    def _keeper(self, index: int) -> Callable[[Tensor], None]:
+        def keep(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                self._kept[index] = as_real(parameter.grad.detach().clone())
+
+        return keep
+
+    def compare(
+        self,
+        means: Sequence[Tensor | None],
+        norms: Norms,
+        scale: Scale = 1.0,
+        doubt: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """How far the processes' gradients are apart; every process that is open must call this, or :meth:`give_up`.
+
+        Args:
+            means: The gradient of each layer, averaged over the processes; None where there is none.
+            norms: From L differences (None where there is no mean) to their dual and Euclidean norms ``[2, L]``.
+            scale: Factor on the gradients that were kept, for those an AMP scaler has scaled.
+            doubt: As for :func:`agreed`.
+
+        Returns:
+            ``[2, L]`` in float64, the same on every process: the square root of the mean above, in the dual and in the
+            Euclidean norm; NaN on all of them where one has failed. And what :func:`agreed` gives.
+        """
+        packed = self._empty()
+        packed[-2] = float(doubt)
+        error: Exception | None = None
+        try:
+            if self._error is not None:
+                raise self._error
+            squares = norms(self._differences(means, scale)).square()
+            packed[:-2] = squares.to(packed).reshape(-1)
+        except Exception as caught:  # the others are waiting in the reduction
+            error = caught
+            packed[-2:] = 1.0
+        found = self._reduced(packed)
+        if error is not None:
+            raise error
+        return found
+
+    def give_up(self) -> None:
+        """Take part in the reduction without a gradient, so that no other process waits for it."""
+        if self.is_open:
+            packed = self._empty()
+            packed[-2:] = 1.0
+            self._reduced(packed)
+
+    def _empty(self) -> Tensor:
+        device = self._layers[0].parameter.device
+        return torch.zeros(2 * len(self._layers) + 2, dtype=widest_dtype(device), device=device)
+
+    def _differences(self, means: Sequence[Tensor | None], scale: Scale) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for index, mean in enumerate(means):
+            own = self._kept.get(index)
+            if mean is None:
+                found.append(None)
+                continue
+            wide = mean.to(torch.promote_types(mean.dtype, torch.float32))
+            if own is None:  # a layer that took no part on this process
+                found.append(-wide)
+            else:
+                found.append((own.to_dense() if own.is_sparse else own).to(wide) * scale - wide)
+        return found
+
+    def _reduced(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        self.close()
+        dist.all_reduce(packed, group=self._group)
+        size = dist.get_world_size(self._group)
+        rows = (packed[:-2] * (2 / (size - 1) / size)).sqrt().view(2, -1)
+        return torch.where(packed[-1] > 0, torch.nan, rows), packed[-2] == 0
+
+
+def agreed(doubt: bool, device: torch.device, group: Any = None) -> Tensor:
+    """Whether no process has a doubt: a scalar on the device, without a host read. All processes must call this."""
+    doubts = torch.full((1,), float(doubt), device=device)
+    dist.all_reduce(doubts, group=group)
+    return doubts[0] == 0

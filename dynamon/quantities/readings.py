@@ -1,0 +1,149 @@
+"""What one pass over the gradients found: on the host, or on its way there."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dynamon.quantities.windows import Window
+
+_ROWS = 10  # of what is read
+
+
+@dataclass(frozen=True)
+class GradientReadings:
+    """What one pass over the gradients found, on the host; arrays ``[L]`` in the order of the layers.
+
+    A layer without a gradient, or one that is not trained and has zeros in its place, has NaN for everything but
+    ``present``, ``compared`` and ``nonfinite``, which is 0.
+
+    Attributes:
+        present: Whether the layer had a gradient at all.
+        l1: Sum of magnitudes.
+        l2: Euclidean norm.
+        dual: Dual norm of the gradient in the layer's update norm.
+        nonfinite: Number of NaN or infinite entries.
+        difference_dual: Dual norm of the change since the gradient one step before; NaN where there was none over a
+            window like this one.
+        difference_l2: Euclidean norm of that change, likewise.
+        inner: Inner product with the previous gradient, likewise.
+        compared: Whether there was such a gradient one step before.
+        independent_dual: Dual norm of the difference of two independent gradients of this step, in the unit of two
+            full batches; NaN where there were none
+            (:meth:`dynamon.quantities.gradient_reader.GradientReader.store_part`,
+            :meth:`dynamon.quantities.gradient_reader.GradientReader.watch_ranks`).
+        independent_l2: Euclidean norm of it, likewise.
+        trend: Cosine of that change with the one at the reading before, 0 where it is not known: see
+            :class:`dynamon.quantities.trends.Trends`.
+        rounding: Share of a gradient's length up to which a change of it is rounding.
+        frozen: Whether the layer is not trained now (``requires_grad=False``); None where that was not looked at.
+        window: What the gradients were accumulated over, as far as the reader was told.
+    """
+
+    present: NDArray[Any]
+    l1: NDArray[Any]
+    l2: NDArray[Any]
+    dual: NDArray[Any]
+    nonfinite: NDArray[Any]
+    difference_dual: NDArray[Any]
+    difference_l2: NDArray[Any]
+    inner: NDArray[Any]
+    compared: NDArray[Any]
+    independent_dual: NDArray[Any]
+    independent_l2: NDArray[Any]
+    trend: NDArray[Any]
+    rounding: NDArray[Any]
+    frozen: NDArray[Any] | None = None
+    window: Window | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient, and every change that could be taken, is finite."""
+        changes = np.where(self.compared, self.difference_dual, 0.0)
+        own = self.l1[self.present]
+        return not self.nonfinite.any() and bool(np.isfinite(own).all() and np.isfinite(changes).all())
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the host knows of a reading before it has arrived; arrays ``[L]`` as in :class:`GradientReadings`.
+
+    Attributes:
+        present: Whether the layer has a gradient.
+        compared: Whether it had one a step before, over a like window.
+        parted: Whether there are two parts of the window, or processes, to compare.
+        rounding: Share of a gradient's length up to which a change of it is rounding.
+        frozen: Whether the layer is not trained now.
+        window: What the gradients were accumulated over.
+    """
+
+    present: NDArray[Any]
+    compared: NDArray[Any]
+    parted: NDArray[Any]
+    rounding: NDArray[Any]
+    frozen: NDArray[Any]
+    window: Window | None
+
+
+class PendingReadings:
+    """Readings on their way to the host.
+
+    The copy is queued on the device at construction; :meth:`wait` returns without blocking where it has
+    arrived, which one step later it has.
+    """
+
+    def __init__(self, rows: Tensor, known: Known, has_dual: bool = True) -> None:
+        """Queue the copy of ``rows``, a device tensor ``[10, P]`` for the P layers that are present.
+
+        Of several processes, further rows ``[2, P]`` say where all of them have compared, and where all have a part of
+        the window.
+        """
+        self.rows, self.known, self.has_dual = rows, known, has_dual
+        self._event: torch.cuda.Event | None = None
+        self._host = rows
+        if rows.is_cuda:
+            self._host = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True)
+            self._host.copy_(rows, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(rows.device))  # not that of the current device
+
+    def wait(self) -> GradientReadings:
+        """The readings, once they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        known = self.known
+        table = np.full((_ROWS, len(known.present)), np.nan)
+        table[3] = 0.0
+        rows = self._host.cpu().double().numpy()
+        table[:, known.present] = rows[:_ROWS]
+        compared, parted = known.compared, known.parted
+        empty = known.frozen & (table[0] == 0)  # zeros that are left over, where gradients are not set to None
+        table[:, empty], table[3, empty] = np.nan, 0.0
+        present = known.present & ~empty
+        if len(rows) > _ROWS:
+            agreed_on = np.zeros((2, len(known.present)), bool)
+            agreed_on[:, known.present] = rows[_ROWS:] > 0
+            compared, parted = compared & agreed_on[0], parted & agreed_on[1]
+        table[4:7, ~compared] = np.nan
+        table[7:9, ~parted] = np.nan
+        l1, l2, dual, nonfinite, change_dual, change_l2, inner, independent_dual, independent_l2 = table[:9]
+        return GradientReadings(
+            present,
+            l1,
+            l2,
+            dual,
+            nonfinite,
+            change_dual,
+            change_l2,
+            inner,
+            compared,
+            independent_dual,
+            independent_l2,
+            trend=np.where(compared, table[9], 0.0),
+            rounding=known.rounding,
+            frozen=known.frozen,
+            window=known.window,
+        )

@@ -1,0 +1,27 @@
+"""Statistics of the singular values of weight matrices and convolutions."""
+
+from dynamon.spectra.singular_values import (
+    SigmaTracker,
+    WeightSpectrum,
+    by_shape,
+    extremes_of,
+    largest_per_stack,
+    largest_singular_values,
+    per_stack,
+    spectral_extremes,
+    weight_spectra,
+    weight_spectrum,
+)
+
+__all__ = [
+    "SigmaTracker",
+    "WeightSpectrum",
+    "by_shape",
+    "extremes_of",
+    "largest_per_stack",
+    "largest_singular_values",
+    "per_stack",
+    "spectral_extremes",
+    "weight_spectra",
+    "weight_spectrum",
+]

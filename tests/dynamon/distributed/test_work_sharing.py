@@ -1,0 +1,80 @@
+"""Layers dealt out over two processes give what one process finds."""
+
+import os
+import socket
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.multiprocessing import start_processes
+
+from dynamon.distributed.work_sharing import dealt_out, shares
+from dynamon.layers import describe_layers
+from dynamon.quantities.weights import spectra_of
+from tests.models import gpt, mlp
+
+
+@given(st.lists(st.floats(0, 1e9), max_size=30), st.integers(1, 8))
+def test_every_item_is_taken_once_and_the_work_is_even(costs, processes) -> None:
+    parts = shares(costs, processes)
+    assert sorted(i for part in parts for i in part) == list(range(len(costs))) and len(parts) == processes
+    if costs:
+        load = [sum(costs[i] for i in part) for part in parts]
+        assert max(load) <= sum(costs) / processes + max(costs) + 1e-6 * sum(costs)
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        found = {}
+        for name, model in (("gpt", gpt().double()), ("one", mlp(3, 4)), ("odd", gpt(depth=1))):
+            names, spectra = spectra_of(describe_layers(model), group=dist.group.WORLD)
+            found[name] = {"names": names, **{f.name: getattr(spectra, f.name) for f in fields(spectra)}}
+        asked = []
+
+        def count(items):
+            asked.extend(items)
+            return torch.tensor([[float(i)] for i in items]).T * torch.ones(2, 1)
+
+        table = dealt_out(count, [5.0, 1.0, 1.0, 1.0], 2, torch.device("cpu"))
+        failed = None
+        try:
+            dealt_out(fail_on_first, [1.0, 1.0], 1, torch.device("cpu"))
+        except RuntimeError as error:
+            failed = (str(error), str(error.__cause__))
+        torch.save({"found": found, "asked": asked, "table": table, "failed": failed}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def fail_on_first(items: list[int]) -> torch.Tensor:
+    if items == [0]:
+        raise ValueError("no such item")
+    return torch.zeros(1, len(items))
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(work, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, model in (("gpt", gpt().double()), ("one", mlp(3, 4)), ("odd", gpt(depth=1))):
+        names, alone = spectra_of(describe_layers(model))
+        for rank in ranks:
+            assert rank["found"][name]["names"] == names
+            for field in fields(alone):
+                torch.testing.assert_close(
+                    rank["found"][name][field.name], getattr(alone, field.name), equal_nan=True, rtol=1e-6, atol=0
+                )
+    assert ranks[0]["asked"] == [0] and ranks[1]["asked"] == [1, 2, 3]
+    for rank in ranks:
+        assert rank["table"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+        assert rank["failed"][0] == "the measurement failed on 1 of 2 processes."
+    assert ranks[0]["failed"][1] == "no such item" and ranks[1]["failed"][1] == "None"

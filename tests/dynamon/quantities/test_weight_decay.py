@@ -1,0 +1,136 @@
+"""What decoupled decay leaves, against the weights of optimizers whose gradients are zero."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynamon.layers import describe_layers
+from dynamon.quantities.weight_decay import DecayMemory, decoupled_decay
+from tests.launches import Launches
+
+
+class Descent(torch.optim.SGD):
+    """A class of the user's own."""
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.1), 0.1),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), 0.0),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1, decoupled_weight_decay=True), 0.1),
+        (lambda p: torch.optim.NAdam(p, weight_decay=0.1), 0.0),
+        (lambda p: torch.optim.RAdam(p, weight_decay=0.1, decoupled_weight_decay=True), 0.1),
+        (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), 0.0),
+        (lambda p: Descent(p, lr=0.1, weight_decay=0.1), 0.0),
+        (lambda p: torch.optim.Adadelta(p, weight_decay=0.1), 0.0),
+        (lambda p: torch.optim.Adafactor(p, weight_decay=0.1), 0.1),
+        (lambda p: torch.optim.RMSprop(p, weight_decay=0.1), 0.0),
+    ],
+)
+def test_which_decay_is_decoupled_is_what_the_optimizer_does(make, expected: float) -> None:
+    """Where it is, a large weight without a gradient shrinks by rate x decay in a step."""
+    weight = nn.Parameter(torch.full((3,), 1e6))
+    optimizer = make([weight])
+    assert decoupled_decay(optimizer, optimizer.param_groups[0]) == expected
+    weight.grad = torch.zeros(3)
+    rate = float(optimizer.param_groups[0]["lr"])
+    optimizer.step()
+    if expected and type(optimizer).__name__ != "Adafactor":
+        torch.testing.assert_close(weight.detach(), torch.full((3,), 1e6 * (1 - rate * expected)), rtol=1e-6, atol=2.0)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_memory_is_what_is_left_of_the_weights(as_tensor: bool) -> None:
+    """Under zero gradients AdamW does nothing but decay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    start = {name: p.detach().clone().double() for name, p in model.named_parameters()}
+    names = {id(layer.parameter): layer.name for layer in describe_layers(model)}
+    rate = torch.tensor(0.1) if as_tensor else 0.1
+    groups = [{"params": list(model[0].parameters()), "weight_decay": 0.5}, {"params": list(model[1].parameters())}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    memory = DecayMemory()
+    for step in range(12):
+        for name, p in model.named_parameters():
+            p.grad = None if name == "0.bias" and step % 3 == 0 else torch.zeros_like(p)
+        memory.before_step(optimizer, names)
+        optimizer.step()
+        schedule.step()
+        assert memory.is_waiting
+        memory.after_steps({})
+        if step == 5:  # as a checkpoint does
+            state, memory = memory.state_dict(), DecayMemory()
+            memory.load_state_dict(state)
+    row = memory.row(list(start))
+    assert row.dtype == torch.float32
+    for (name, p), left in zip(model.named_parameters(), row.tolist(), strict=True):
+        if name.startswith("1"):
+            assert left != left  # never decayed
+        else:
+            torch.testing.assert_close(p.detach().double(), start[name] * left, rtol=1e-5, atol=0)
+    assert row[0] < row[1]  # the bias missed every third step
+
+
+def test_ratios_scale_the_decay() -> None:
+    layer = nn.Linear(2, 2)
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    for rate in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.5)
+        memory = DecayMemory()
+        for _ in range(2):  # one step, said twice, as where a closure is evaluated twice
+            memory.before_step(optimizer, {id(layer.weight): "weight", id(layer.bias): "bias"}, key=7)
+        memory.after_steps({"weight": 0.5})
+        assert memory.row(["weight", "bias"]).tolist() == pytest.approx([0.975, 0.95], rel=1e-6)
+
+
+class Waits(TorchDispatchMode):
+    """Fails where a number is read from a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rate_on_a_device_is_never_read() -> None:
+    layer, rate = nn.Linear(2, 2), torch.tensor(0.1)
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.5)
+    memory = DecayMemory()
+    with Waits():
+        for _ in range(3):
+            memory.before_step(optimizer, {id(layer.weight): "weight", id(layer.bias): "bias"})
+            rate.mul_(0.5)  # as schedulers change tensor rates: in place
+            memory.after_steps({"weight": 0.5})
+        row = memory.row(["weight"])
+    assert row.tolist() == pytest.approx([0.975 * 0.9875 * 0.99375], rel=1e-6)
+
+
+@pytest.mark.parametrize("many", [1, 3, 70])
+def test_steps_that_a_device_skips_cost_no_calls_until_somebody_asks(many: int) -> None:
+    """As fused optimizers under 16-mixed do it: only the device knows whether a step was taken."""
+    layer = nn.Linear(2, 2)
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    flags = [torch.tensor(float(step % 3 == 1)) for step in range(many)]
+    memory, names = DecayMemory(), {id(layer.weight): "weight", id(layer.bias): "bias"}
+    with Launches() as launches:
+        for flag in flags:
+            optimizer.param_groups[0]["lr"] *= 0.99
+            memory.before_step(optimizer, names)
+            memory.after_steps({"weight": 0.5}, {optimizer: [flag]})
+    assert launches.total <= 15 * (many // 64), launches
+    rates = [0.1 * 0.99 ** (step + 1) for step in range(many)]
+    taken = [rate for rate, flag in zip(rates, flags, strict=True) if not flag]
+    expected = [math.prod(1 - 0.5 * scale * rate for rate in taken) for scale in (0.5, 1.0)]
+    assert memory.row(["weight", "bias"]).tolist() == pytest.approx(expected, rel=1e-6)
+    resumed = DecayMemory()
+    resumed.load_state_dict(memory.state_dict())
+    assert torch.equal(resumed.row(["weight", "bias"]), memory.row(["weight", "bias"]))
