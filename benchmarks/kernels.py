@@ -24,10 +24,10 @@ from benchmarks.environment import environment  # noqa: E402
 from benchmarks.spectra import gpt2_shapes  # noqa: E402
 from dynamon.kernels import (  # noqa: E402
     gradient_stats,
+    gradient_stats_triton,
+    gram_triton,
     polar_factor,
     step_polar_factor,
-    triton_gradient_stats,
-    triton_gram,
 )
 from dynamon.kernels.thresholds import GRAM_TWIN, HOST_EIGENVALUES  # noqa: E402
 
@@ -36,7 +36,7 @@ COPY_BAR, FOREACH_BAR = 0.8, 2.5  # share of the copy bandwidth, times faster th
 SIDES = (1024, 2048, 4096, 8192)
 PRECISIONS = {torch.bfloat16: ("ieee",), torch.float32: ("ieee", "tf32x3")}
 TILINGS = [
-    triton_gram.Tiling(side, depth, warps, stages)
+    gram_triton.Tiling(side, depth, warps, stages)
     for side in (64, 128)
     for depth in (32, 64, 128)
     for warps in (4, 8)
@@ -68,7 +68,7 @@ def gram(rounds: int) -> list[dict[str, Any]]:
             matrix = gaussian(side, dtype)
             methods: dict[str, Callable[[], Any]] = {"cuBLAS": lambda matrix=matrix: matrix.mT @ matrix}
             for precision in precisions:
-                methods[precision] = lambda matrix=matrix, precision=precision: triton_gram.symmetric_gram(
+                methods[precision] = lambda matrix=matrix, precision=precision: gram_triton.symmetric_gram(
                     matrix, precision=precision
                 )
             times = milliseconds(methods, rounds)
@@ -96,7 +96,7 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
             for tiling in TILINGS:
 
                 def method(tiling=tiling, matrix=matrix, precision=precision):  # type: ignore[no-untyped-def]
-                    return triton_gram.symmetric_gram(matrix, precision=precision, tiling=tiling)
+                    return gram_triton.symmetric_gram(matrix, precision=precision, tiling=tiling)
 
                 try:
                     found = milliseconds({"": method}, rounds)[""]
@@ -186,11 +186,11 @@ def stats(rounds: int) -> list[dict[str, Any]]:
         target = torch.empty_like(source)
 
         def reference(gradients=gradients, previous=previous):  # type: ignore[no-untyped-def]
-            with mock.patch.object(triton_gradient_stats, "supported", return_value=False):
+            with mock.patch.object(gradient_stats_triton, "supported", return_value=False):
                 return gradient_stats(gradients, previous)
 
         def twin(gradients=gradients, previous=previous):  # type: ignore[no-untyped-def]
-            return triton_gradient_stats.triton_gradient_stats(gradients, previous)
+            return gradient_stats_triton.triton_gradient_stats(gradients, previous)
 
         methods: dict[str, Callable[[], Any]] = {
             "copy": lambda source=source, target=target: target.copy_(source),
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="also time other tilings of the Gram kernel")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
     chosen = parser.parse_args()
-    if not triton_gram.can_run(torch.device("cuda")) or not torch.cuda.is_available():
+    if not gram_triton.can_run(torch.device("cuda")) or not torch.cuda.is_available():
         print("benchmarks.kernels needs an NVIDIA GPU and Triton; nothing was measured.")
         return
     measured = {"gram": gram, "polar": polar, "eigenvalues": eigenvalues, "gradient_stats": stats}

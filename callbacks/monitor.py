@@ -27,8 +27,8 @@ from dynamon.curvature.memory import empty_cache
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.health import LOSS_TAG, Finding
 from dynamon.layers import Layer, is_measurable, known_layers, select
-from dynamon.layers.names import plain_name
 from dynamon.quantities import quantities_of
+from dynamon.quantities.names import plain_name
 from dynamon.runs.history import History
 
 _MEASURED = "Weights are measured in floating point of sixteen bits or more, and in complex64 and complex128."

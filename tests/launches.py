@@ -162,7 +162,7 @@ def pretended(launches: Launches) -> Iterator[None]:
 
     stats, lengths, twin = (
         importlib.import_module(f"dynamon.kernels.{name}")
-        for name in ("gradient_stats", "lengths", "triton_gradient_stats")
+        for name in ("gradient_stats", "lengths", "gradient_stats_triton")
     )
     with (
         mock.patch.object(stats, "_may_have_triton", lambda device: True),

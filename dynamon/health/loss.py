@@ -21,7 +21,7 @@ from dynamon.health.limits import (
 )
 from dynamon.health.rates import rate_is_zero
 from dynamon.health.series import merged, noise_of, resolution_of, running_median, scalar_at, stretches, to_the_end
-from dynamon.layers.names import words
+from dynamon.quantities.names import words
 from dynamon.runs.history import RunData, Series
 
 LOSS_TAG = "dynamon/loss"  # what training_step returned, as the monitors log it

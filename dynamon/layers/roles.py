@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.layers.complex_pairs import COMPLEX, real_size
-from dynamon.layers.names import is_chosen, plain_name
+from dynamon.quantities.names import is_chosen, plain_name
 
 ROLES = ("hidden", "embedding", "head", "conv", "vector")
 _HEAD_NAMES = {"head", "lm_head", "classifier", "logits", "output_projection", "score", "fc_out"}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim import Optimizer
 
-from dynamon.layers.names import word_runs
+from dynamon.quantities.names import word_runs
 
 FAMILIES = ("sign", "euclidean", "spectral")
 STATED = "dynamon_geometry"  # the attribute of an optimizer or its class

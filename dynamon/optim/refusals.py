@@ -7,8 +7,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from dynamon.layers.names import word_runs
 from dynamon.optim.stepping import runs_hooks, steps_in_backward, wrapped_optimizers
+from dynamon.quantities.names import word_runs
 from dynamon.quantities.weight_decay import is_decoupled
 
 _REFUSED = {  # by whole words of the class's name

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dynamon.kernels import widest_dtype
 from dynamon.kernels.constants import moved, on_device
-from dynamon.layers.names import word_runs
+from dynamon.quantities.names import word_runs
 
 _COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
 _DECOUPLED = "AdamW Adafactor Muon"

@@ -18,9 +18,8 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
-from dynamon.curvature import HessianOperator, critical_sharpness, top_eigenvalues
+from dynamon.curvature import HessianOperator, critical_sharpness, top_eigenvalues, trace
 from dynamon.curvature.operators.preconditioner import preconditioner
-from dynamon.curvature.solvers import trace
 from dynamon.optim import LayerwiseRates
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
 from dynamon.stability import stability_ratio

@@ -53,7 +53,7 @@ def gradient_statistics(report: Report) -> None:
     del gradients, previous, call, source
     _needs_triton()
     # Where it does not, the composition of PyTorch's kernels is taken without an error.
-    twin = partial(kernels.triton_gradient_stats.runs, torch.device(DEVICE, torch.cuda.current_device()))
+    twin = partial(kernels.gradient_stats_triton.runs, torch.device(DEVICE, torch.cuda.current_device()))
     for dtype in (torch.float32, torch.bfloat16):
         report.hold(f"the Triton twin runs, {dtype}", twin(dtype, dtype, torch.float64, True))
     for row in kernels.stats(1):

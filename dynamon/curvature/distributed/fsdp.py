@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.distributed.dtensor import is_sharded
-from dynamon.layers.names import plain_name
+from dynamon.quantities.names import plain_name
 
 _FLAGS = ("post_forward_mesh_info", "reshard_after_backward", "reduce_grads", "all_reduce_grads")
 _HELD = ("_partial_reduce_output", "gradient_divide_factor")

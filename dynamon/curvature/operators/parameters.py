@@ -13,7 +13,7 @@ from dynamon.curvature.operators.vector_space import VectorSpace
 from dynamon.isolation.evaluations import casts_anew, full_precision
 from dynamon.kernels.devices import reads_are_free
 from dynamon.layers.complex_pairs import COMPLEX, as_real, like, real_dtype, real_size
-from dynamon.layers.names import is_chosen, plain_name
+from dynamon.quantities.names import is_chosen, plain_name
 
 _CHECKED: ContextVar[set[int] | None] = ContextVar("dynamon_checked", default=None)
 _SAMPLED = 16  # tensors of which a device compares some numbers

@@ -6,10 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dynamon.curvature import Diagonal, LinearOperator, directional_sharpness, memory, norm_sharpness, top_eigenvalues
+from dynamon.curvature import (
+    Diagonal,
+    LinearOperator,
+    directional_sharpness,
+    memory,
+    norm_sharpness,
+    top_eigenvalues,
+    trace,
+)
 from dynamon.curvature.memory import basis_memory, empty_cache, free_memory
 from dynamon.curvature.operators.vector_space import wide_inner
-from dynamon.curvature.solvers import trace
 from tests.peak import Peak
 
 N = 20_000

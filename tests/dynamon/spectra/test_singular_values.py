@@ -113,7 +113,7 @@ def test_stacks(kind):
 @pytest.mark.parametrize("at_once", [2**27, 60])
 @pytest.mark.parametrize("kind", ["extremes", "spectrum"])
 def test_many_shapes_and_dtypes_keep_their_order(kind, at_once, monkeypatch):
-    monkeypatch.setattr("dynamon.spectra._AT_ONCE", at_once)
+    monkeypatch.setattr("dynamon.spectra.singular_values._AT_ONCE", at_once)
     shapes = [(4, 6), (9, 2), (4, 6), (1, 5), (9, 2), (6, 4), (4, 6)]
     weights = [gaussian(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     weights += [gaussian(4, 6, dtype=torch.float64), gaussian(4, 6, seed=9, dtype=torch.bfloat16)]

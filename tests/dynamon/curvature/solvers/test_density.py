@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamon.curvature import Diagonal, HessianOperator, spectral_density
-from dynamon.curvature.solvers import trace
+from dynamon.curvature import Diagonal, HessianOperator, spectral_density, trace
 from dynamon.curvature.solvers.lanczos import random_start
 from tests.models import dense_hessian, mlp, samples
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamon.curvature import Diagonal, GGNOperator, HessianOperator
-from dynamon.curvature.solvers import trace
+from dynamon.curvature import Diagonal, GGNOperator, HessianOperator, trace
 from tests.models import dense_hessian, mlp, samples
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
