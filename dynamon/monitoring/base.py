@@ -6,7 +6,7 @@ from weakref import WeakSet, ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer

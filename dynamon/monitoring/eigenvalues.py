@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 

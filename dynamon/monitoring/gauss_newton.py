@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dynamon.curvature import GGNOperator, LinearOperator, MeanOverRanks, OutputsOfLoss

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_warn
 from torch import Tensor
 
 from dynamon.health import SEVERITIES, Finding, findings

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from dynamon.monitoring.messages import rank_zero_info
 from torch import Tensor
 
 from dynamon.curvature.distributed.fsdp import is_rounded

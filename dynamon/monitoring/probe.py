@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 

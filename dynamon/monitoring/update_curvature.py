@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
