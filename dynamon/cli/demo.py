@@ -20,11 +20,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
-from dynamon.callbacks.dynamics import PRESETS
 from dynamon.cli import picture
 from dynamon.cli.language_model import LanguageModel
 from dynamon.cli.text import standard_library_text, training_batches, validation_batches
 from dynamon.layers import describe_layers
+from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.norms import iid_dual_norm, update_norm
 
 _STEPS, _BUDGET, _BATCH, _CONTEXT = 750, 0.35, 16, 128

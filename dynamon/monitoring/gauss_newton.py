@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dynamon.curvature import GGNOperator, LinearOperator, MeanOverRanks, OutputsOfLoss
 from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.run_context import RunContext
 

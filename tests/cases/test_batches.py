@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import EigenTracker, top_eigenvalues
 from dynamon.isolation.batches import (
     batch_weight,
@@ -34,6 +33,7 @@ from dynamon.isolation.batches import (
     take_samples,
 )
 from dynamon.isolation.saved_batches import UnknownClassError, restored, saved
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.helpers import Classifier, batches, cnn, fit
 from tests.models import dense_hessian
 
