@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import combined, layout_of
 from dynamon.callbacks.lightning.callback import DynamonCallback
-from dynamon.callbacks.lightning.loop import TrainerLoop, nothing_to_train, step_of
+from dynamon.callbacks.lightning.loop import TrainerLoop, step_of
 from dynamon.callbacks.lightning.steering import (
     can_be_steered,
     holds_some_of,
@@ -25,6 +25,7 @@ from dynamon.distributed.dtensor import any_sharded
 from dynamon.layers import select
 from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows
 from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.loop import nothing_to_train
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.run_context import say_geometry

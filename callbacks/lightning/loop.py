@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -24,7 +24,7 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.isolation.preserve import training_loss
 from dynamon.isolation.trackers import is_muted
 from dynamon.monitoring.accumulation import Windows
-from dynamon.monitoring.loop import Loop
+from dynamon.monitoring.loop import Loop, nothing_to_train
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.writers import Writer
@@ -53,6 +53,7 @@ class TrainerLoop(Loop):
 
     name = "the Trainer"
     without_writers = "the Trainer has no logger"
+    module: pl.LightningModule
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remember them."""
@@ -333,13 +334,6 @@ def members_of(trainer: pl.Trainer) -> list[Any]:
 def is_trial(trainer: pl.Trainer) -> bool:
     """Return whether the Trainer only tries its code on a few batches (``fast_dev_run``)."""
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def nothing_to_train(module: torch.nn.Module) -> str | None:
-    """Return why there is nothing to measure or to steer in a module; None where there is."""
-    if any(p.requires_grad and (is_lazy(p) or p.numel()) for p in module.parameters()):
-        return None
-    return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
 
 
 def _loaders(value: Any) -> Iterator[Any]:

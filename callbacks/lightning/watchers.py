@@ -1,14 +1,14 @@
 """Callbacks and schedulers of others that watch what monitors log, and may ask for it before it is there."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from dynamon.monitoring.meter import Meter
 
 
-def warnings_of(trainer: pl.Trainer, monitor: str, meters: Iterable[Meter]) -> list[str]:
+def warnings_of(trainer: Any, monitor: str, meters: Iterable[Meter]) -> list[str]:
     """What to say where Lightning ends a run with an error because a watched tag is not there when it is asked for.
 
     Args:
@@ -24,7 +24,7 @@ def warnings_of(trainer: pl.Trainer, monitor: str, meters: Iterable[Meter]) -> l
     return [f"{who} watches {tag}, {trouble}{remedy}." for who, tag, remedy, trouble in found if trouble]
 
 
-def _watched(trainer: pl.Trainer) -> Iterator[tuple[str, str, str]]:
+def _watched(trainer: Any) -> Iterator[tuple[str, str, str]]:
     """Who watches which tag, and what else they offer; those that go on without it are left out."""
     for callback in trainer.callbacks:
         name = type(callback).__name__

@@ -59,7 +59,7 @@ class GaussNewton:
         found: list[Tensor] = []
 
         def evaluate(batch: Any, index: int) -> Tensor:
-            given, loss = self._outputs(run.module, batch)  # type: ignore[misc]
+            given, loss = self._outputs(run.loop.model, batch)  # type: ignore[misc]
             found.extend([given] if isinstance(given, Tensor) else given)
             return loss
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.distributed.ranks import Ranks
@@ -97,6 +98,11 @@ class Loop(ABC):
         """Where the module is."""
         found = next(self.module.parameters(), None)
         return torch.device("cpu") if found is None else found.device
+
+    @property
+    def model(self) -> Any:
+        """What loss functions are called with: the module, or what stands for it."""
+        return self.module
 
     # Which batches belong to a step
 
@@ -230,6 +236,9 @@ class Loop(ABC):
         """Return how often unscaling has written to them in what counts as the last backward pass."""
         return 0
 
+    def before_step(self) -> None:
+        """Do what the loop owes the monitors before a step begins."""
+
     # The loss
 
     def no_loss_reason(self) -> str | None:
@@ -286,6 +295,13 @@ class Loop(ABC):
     def warnings_of(self, monitor: str, meters: Iterable["Meter"]) -> list[str]:
         """Return what to say of others in the loop that watch a tag which may be missing."""
         return []
+
+
+def nothing_to_train(module: nn.Module) -> str | None:
+    """Return why there is nothing to measure or to steer in a module; None where there is."""
+    if any(p.requires_grad and (is_lazy(p) or p.numel()) for p in module.parameters()):
+        return None
+    return f"{type(module).__name__} has no trainable parameter, so there is nothing to measure."
 
 
 def unscales_in_step(optimizer: Optimizer) -> bool:

@@ -230,7 +230,10 @@ class Monitor:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step: gradients are complete, and not yet clipped where the loop announces it."""
-        if self._run is not None and self._run.steps.begin(optimizer):
+        if self._run is None:
+            return
+        self._run.loop.before_step()
+        if self._run.steps.begin(optimizer):
             self._run.hook(optimizer)
             self._call_all("before_step", optimizer)
 

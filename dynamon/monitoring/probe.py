@@ -280,7 +280,9 @@ class ProbeMeter(Meter):
 
     def _evaluate(self, run: RunContext, batch: Any, index: int) -> Tensor:
         """Evaluate the loss of a batch: the function that was given, or that of the loop."""
-        return run.loop.loss(batch, index) if self.loss_fn is None else training_loss(run.module, batch, self.loss_fn)
+        return (
+            run.loop.loss(batch, index) if self.loss_fn is None else training_loss(run.loop.model, batch, self.loss_fn)
+        )
 
     def mean_loss(self, run: RunContext) -> Tensor:
         """The same over the batches of all processes, without a graph where there are several."""
