@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import combined, layout_of
+from dynamon.board.custom_scalars import chart_layout, merge_layouts
 from dynamon.callbacks.lightning.callback import DynamonCallback
 from dynamon.callbacks.lightning.loop import TrainerLoop, step_of
 from dynamon.callbacks.lightning.steering import (
@@ -29,15 +29,15 @@ from dynamon.monitoring.loop import nothing_to_train
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.run_context import say_geometry
-from dynamon.optim import LayerwiseRates, refusal
+from dynamon.optim import LayerwiseRates, unsupported_reason
 from dynamon.optim.stepping import GONE, has_gradients
 from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
 from dynamon.rates import Rule
-from dynamon.rates.merging import Merging
+from dynamon.rates.merging import RatioMerging
 from dynamon.runs.history import History
 
 _NOISE = REGISTRY["noise/dual"]  # shown where the rule follows it and no monitor in the Trainer does
-_RATES = layout_of(quantities_of("steering"))
+_RATES = chart_layout(quantities_of("steering"))
 
 
 @with_tag_table([*quantities_of("steering"), _NOISE])
@@ -103,7 +103,7 @@ class LayerwiseLR(DynamonCallback):
         if type(read_every) is not int or read_every < 1:
             raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
         if max_groups is not None:
-            Merging(max_groups)  # checks it
+            RatioMerging(max_groups)  # checks it
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.max_groups = max_groups
         self._patterns = layers
@@ -156,7 +156,7 @@ class LayerwiseLR(DynamonCallback):
         """Check the surroundings."""
         self._shows_noise = self.rule.needs_gradients and not noise_is_shown(trainer)
         super().setup(trainer, pl_module, stage)
-        self.panels = combined([_RATES, layout_of([_NOISE], "3 Rates")]) if self._shows_noise else _RATES
+        self.panels = merge_layouts([_RATES, chart_layout([_NOISE], "3 Rates")]) if self._shows_noise else _RATES
         if stage == "fit" and not trainer.barebones:
             self._recorder.check(TrainerLoop(trainer, pl_module))
 
@@ -178,7 +178,7 @@ class LayerwiseLR(DynamonCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse optimizers that cannot be steered, before anything runs."""
         for optimizer in trainer.optimizers:
-            reason = refusal(optimizer) if holds_some_of(pl_module, optimizer) else None
+            reason = unsupported_reason(optimizer) if holds_some_of(pl_module, optimizer) else None
             if reason is not None:
                 raise ValueError(f"{type(self).__name__}: {reason}")
         reason = unsteerable_reason(self.rule, TrainerLoop(trainer, pl_module))
@@ -449,7 +449,7 @@ class LayerwiseLR(DynamonCallback):
         if names:
             rank_zero_info(f"{type(self).__name__}: {len(names)} complex weights keep ratio 1, first {names[0]}.")
         alone = [optimizer for optimizer in self._left_alone if holds_some_of(module, optimizer)]
-        reasons = [reason for optimizer in alone if (reason := refusal(optimizer)) is not None]
+        reasons = [reason for optimizer in alone if (reason := unsupported_reason(optimizer)) is not None]
         if alone and not reasons:
             rank_zero_warn(
                 f"{type(self).__name__} does not steer {len(alone)} of the optimizers: they hold no real "

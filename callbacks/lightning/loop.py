@@ -28,7 +28,7 @@ from dynamon.monitoring.loop import Loop, nothing_to_train
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.writers import Writer
-from dynamon.optim import LayerwiseRates, spread_reason
+from dynamon.optim import LayerwiseRates, several_devices_reason
 
 
 @dataclass
@@ -216,7 +216,7 @@ class TrainerLoop(Loop):
     def off_reason(self) -> str | None:
         """Return why dynamon cannot measure this run at all, in one sentence; None where it can."""
         trained = (p for p in self.module.parameters() if p.requires_grad and not is_lazy(p))
-        return nothing_to_train(self.module) or strategy_reason(self.trainer) or spread_reason(trained)
+        return nothing_to_train(self.module) or strategy_reason(self.trainer) or several_devices_reason(trained)
 
     @property
     def precision(self) -> str:

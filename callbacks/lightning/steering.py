@@ -9,7 +9,7 @@ from dynamon.callbacks.lightning.loop import TrainerLoop, callbacks_of
 from dynamon.callbacks.lightning.strategy import strategy_reason
 from dynamon.callbacks.monitor import Monitor
 from dynamon.monitoring.accumulation import compares_ranks
-from dynamon.optim import refusal, spread_reason, steerable_layers
+from dynamon.optim import several_devices_reason, steerable_layers, unsupported_reason
 from dynamon.rates import Rule
 
 
@@ -23,7 +23,7 @@ def holds_some_of(module: nn.Module, optimizer: Optimizer) -> bool:
 def can_be_steered(module: nn.Module, optimizer: Optimizer) -> bool:
     """Return whether an optimizer holds layers that can be steered, or may when lazy modules have seen a batch."""
     waits = any(is_lazy(p) for group in optimizer.param_groups for p in group["params"])
-    return refusal(optimizer) is None and (waits or bool(steerable_layers(module, optimizer)))
+    return unsupported_reason(optimizer) is None and (waits or bool(steerable_layers(module, optimizer)))
 
 
 def wants_parts(rule: Rule) -> bool:
@@ -60,7 +60,7 @@ def _spread(rule: Rule, module: nn.Module) -> str | None:
     """Return why the gradients that a rule wants cannot be read together; None where they can, or it wants none."""
     if not rule.needs_gradients:
         return None
-    return spread_reason(p for p in module.parameters() if p.requires_grad and not is_lazy(p))
+    return several_devices_reason(p for p in module.parameters() if p.requires_grad and not is_lazy(p))
 
 
 def noise_is_shown(trainer: pl.Trainer) -> bool:

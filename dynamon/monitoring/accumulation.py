@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import any_sharded, local
-from dynamon.isolation.batches import likely_samples
+from dynamon.distributed.dtensor import any_sharded, to_local
+from dynamon.isolation.samples import guess_samples
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.samples import batch_sizes
 from dynamon.quantities.windows import Window
@@ -122,7 +122,7 @@ class Windows:
             self._sizes, self._form = (key, batch_sizes(loop.loaders)), None
         form = _form(batch)
         if form is None or form != self._form:
-            self._form, self._found = form, likely_samples(batch, self._sizes[1])
+            self._form, self._found = form, guess_samples(batch, self._sizes[1])
         return self._found
 
     def before_backward(self, loop: Loop) -> None:
@@ -203,12 +203,12 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 def _marks(parameters: Sequence[Tensor]) -> _Marks:
     # Every write to a tensor raises its version, also one under no_grad.
     gradients = [p.grad for p in parameters]
-    return [None if g is None else (id(g), (g if type(g) is Tensor else local(g))._version) for g in gradients]
+    return [None if g is None else (id(g), (g if type(g) is Tensor else to_local(g))._version) for g in gradients]
 
 
 def _are_zero(parameters: Sequence[Tensor]) -> bool:
     """Whether somebody has zeroed all gradients in place. Cost: a host read, where gradients were changed only."""
-    return not any(bool(local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
+    return not any(bool(to_local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
 
 
 def has_windows(loop: Loop) -> bool:

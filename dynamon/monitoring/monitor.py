@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import Layout, combined, layout_of
+from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
 from dynamon.curvature.memory import empty_cache
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.health import LOSS_TAG, Finding
@@ -63,7 +63,7 @@ class Monitor:
         """Charts of what the meters measure, for TensorBoard's Custom Scalars tab."""
         if self._panels is not None:
             return self._panels
-        return combined([*(meter.panels for meter in self._meters), layout_of(quantities_of("monitor"))])
+        return merge_layouts([*(meter.panels for meter in self._meters), chart_layout(quantities_of("monitor"))])
 
     @panels.setter
     def panels(self, layout: Layout) -> None:
@@ -171,7 +171,7 @@ class Monitor:
             return
         if loop.is_barebones:
             return
-        with loop.ranks().measurement():  # off on all processes, or on none
+        with loop.ranks().collective_section():  # off on all processes, or on none
             run = RunContext(loop, self._budget, self._recorder, self._patterns)
         run.strict, run.steps_seen = self._strict, steps_seen
         if not say_layers(run, type(self).__name__, self._patterns):
@@ -423,7 +423,7 @@ class Monitor:
         except SteeringError:
             raise
         except Exception as error:  # a measurement that fails must not end training
-            if not self._run.ranks.is_known_to_all(error):
+            if not self._run.ranks.is_collective_failure(error):
                 # The other processes have not heard of it: they do when they measure this together.
                 forget_frames(error)  # until then they would hold the graph of a measurement
                 self._run.unsettled.setdefault(meter.name, error)

@@ -20,7 +20,7 @@ from dynamon.monitoring.messages import is_first_process
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.wrappers import averages_gradients, evaluated_model, fabric_scaler, unwrapped_model
 from dynamon.monitoring.writers import Writer
-from dynamon.optim import spread_reason
+from dynamon.optim import several_devices_reason
 from dynamon.optim.stepping import has_gradients
 
 _PRECISIONS = {torch.float64: "64-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
@@ -234,7 +234,7 @@ class PlainLoop(Loop):
         if hiding:
             return f"{hiding[0]} hides parameters or gradients, so that layers cannot be told apart. Take fully_shard."
         trained = (p for p in self.module.parameters() if p.requires_grad and not is_lazy(p))
-        return nothing_to_train(self.module) or spread_reason(trained)
+        return nothing_to_train(self.module) or several_devices_reason(trained)
 
     @property
     def precision(self) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dynamon.board.custom_scalars import combined
+from dynamon.board.custom_scalars import merge_layouts
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.failures import first_line
 from dynamon.monitoring.loop import Loop
@@ -90,7 +90,7 @@ def write_layout(loop: Loop) -> None:
     """Write the charts of all members of a loop: the last layout in a run is the one that counts."""
     if loop.is_barebones or not loop.is_writing or loop.is_trial:
         return
-    layout = combined(member.panels for member in loop.members)
+    layout = merge_layouts(member.panels for member in loop.members)
     for writer in loop.writers:
         try:
             writer.write_layout(layout)

@@ -18,7 +18,7 @@ from dynamon.monitoring.rank_decisions import Decisions
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.stepping import Steps
 from dynamon.monitoring.weight_copies import copied
-from dynamon.norms.geometry import assumption
+from dynamon.norms.geometry import geometry_assumption
 
 
 class RunContext:
@@ -134,7 +134,7 @@ class RunContext:
     @contextmanager
     def together(self, name: str) -> Iterator[None]:
         """Book the time of a measurement that succeeds on all processes, or on none."""
-        with self.charge(name, waits=True), self.ranks.measurement():
+        with self.charge(name, waits=True), self.ranks.collective_section():
             if name in self.unsettled:
                 raise self.unsettled.pop(name)
             yield
@@ -145,7 +145,7 @@ _told: "WeakSet[Optimizer]" = WeakSet()  # whose geometry was spoken of
 
 def say_geometry(optimizer: Optimizer) -> None:
     """Say once of an optimizer what is assumed of it, where its geometry is a guess."""
-    guessed = None if optimizer in _told else assumption(optimizer)
+    guessed = None if optimizer in _told else geometry_assumption(optimizer)
     _told.add(optimizer)
     if guessed is not None:
         rank_zero_info(guessed)
