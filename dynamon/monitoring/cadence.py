@@ -46,7 +46,7 @@ class Cadence:
             return step // self.every_n_steps > before // self.every_n_steps
         if not self.is_free(step):
             return False
-        if run.ranks.several and run.budget.fraction is not None:
+        if run.ranks.is_distributed and run.budget.fraction is not None:
             return run.decisions.allows(name, step)
         if run.budget.is_spent:
             return False

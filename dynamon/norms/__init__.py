@@ -17,8 +17,8 @@ from dynamon.norms.records import (
 
 __all__ = [
     "NORMS",
-    "Norm",
     "UPDATE_NORMS",
+    "Norm",
     "dual_norms",
     "fitted",
     "get_norm",

@@ -831,7 +831,7 @@ def test_a_full_spectrum_that_fails_leaves_the_plain_reading_alone(monkeypatch, 
     """It fails ``at`` times: counted by itself, paused by itself after three in a row."""
     from dynamon.callbacks import weights
 
-    calls, real = [], weights.spectra_of
+    calls, real = [], weights.layer_spectra
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -839,7 +839,7 @@ def test_a_full_spectrum_that_fails_leaves_the_plain_reading_alone(monkeypatch, 
             raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(weights, "spectra_of", failing)
+    monkeypatch.setattr(weights, "layer_spectra", failing)
     monkeypatch.setattr(weights, "FULL_EVERY", 2)
     monitor = WeightMonitor(every_n_steps=1)
     with pytest.warns(UserWarning, match="full spectra could not be measured: cumsum_cuda_kernel"):
