@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.callbacks.base import say_geometry
 from dynamon.callbacks.evaluation import trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run
@@ -63,7 +63,7 @@ class StepMeter(Meter):
         """Measure one more."""
         self._wanted |= {quantity}
         declared = [one for one in quantities_of("steps") if one.choice in self._wanted]
-        self.tags, self.panels = meanings(declared), layout_of(declared)
+        self.tags, self.panels = meanings(declared), chart_layout(declared)
 
     def is_off(self) -> bool:
         """Where nothing was asked for, or sharpness is off."""

@@ -12,7 +12,7 @@ from dynamon.distributed.dtensor import Gathering, batches, has_whole_rows, loca
 from dynamon.distributed.ranks import OthersFailedError, Ranks
 from dynamon.distributed.reduction import Totals
 from dynamon.distributed.work_sharing import measured_whole
-from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from tests.shards import in_group
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -127,8 +127,8 @@ def check_histograms(ranks: Ranks) -> None:
         torch.distributed.broadcast(tensor, 0)
     likes = [distribute_tensor(tensor, mesh, (Shard(0),)) for tensor in wholes]
     with ranks.measurement():
-        table = joined_tables(histogram_table([local(like) for like in likes]), likes, ranks)
-    for one, other in zip(histograms(table), histograms(histogram_table(wholes)), strict=True):
+        table = reduce_tables(histogram_table([local(like) for like in likes]), likes, ranks)
+    for one, other in zip(read_histograms(table), read_histograms(histogram_table(wholes)), strict=True):
         assert one.counts.tolist() == other.counts.tolist() and one.nonfinite == other.nonfinite
         if one.count:
             assert (one.edges == other.edges).all() and one.minimum == other.minimum and one.maximum == other.maximum
