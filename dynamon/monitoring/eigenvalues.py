@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import (
     Eigenpairs,
     EigenTracker,
@@ -115,7 +115,7 @@ class EigenvalueMeter(Meter):
         declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
         self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
         self.quantities = meanings(one for one in declared if one.scope is Scope.PER_LAYER)
-        self.panels = layout_of(declared)
+        self.panels = chart_layout(declared)
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from dynamon.board.custom_scalars import layout_of
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.distributed.dtensor import to_local, to_local_as
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_norms, warm_up, widest_dtype
@@ -24,7 +24,7 @@ from dynamon.monitoring.meter import FULL_EVERY
 from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.run_context import RunContext
 from dynamon.quantities import Scope, meanings, quantities_of
-from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from dynamon.quantities.noise import SOURCES, noise_scale
 from dynamon.quantities.readings import GradientReadings
 from dynamon.quantities.scales import Scale, scaled
@@ -48,7 +48,7 @@ class GradientMeter(PairMeter):
     """
 
     name = "gradient"
-    panels = layout_of(quantities_of("gradient"))
+    panels = chart_layout(quantities_of("gradient"))
     tags = meanings(quantities_of("gradient", scope=Scope.SCALAR))
     quantities = meanings(quantities_of("gradient", scope=Scope.PER_LAYER))
     histograms = meanings(quantities_of("gradient", scope=Scope.HISTOGRAMS))
@@ -260,7 +260,7 @@ class GradientMeter(PairMeter):
         self._per_layer(run, read, steps)
         binned, self._binned = self._binned, {}
         if binned:
-            run.recorder.histograms("gradient/histogram", histograms(_table(run, binned)), list(binned))
+            run.recorder.histograms("gradient/histogram", read_histograms(_table(run, binned)), list(binned))
         if scalars["gradient/nonfinite"] and "nonfinite" not in self._told:
             self._told.add("nonfinite")
             self._warn(run, read)
@@ -443,7 +443,7 @@ def _table(run: RunContext, binned: Mapping[str, Tensor]) -> Tensor:
     if not run.is_sharded:
         return table
     own = {layer.name: layer.parameter for layer in run.layers}
-    return joined_tables(table, [own[name] for name in binned], run.ranks)
+    return reduce_tables(table, [own[name] for name in binned], run.ranks)
 
 
 def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:

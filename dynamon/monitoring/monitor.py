@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import Layout, combined, layout_of
+from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
 from dynamon.curvature.memory import empty_cache
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.health import LOSS_TAG, Finding
@@ -72,7 +72,7 @@ class Monitor(DynamonCallback):
         """Charts of what the meters measure, for TensorBoard's Custom Scalars tab."""
         if self._panels is not None:
             return self._panels
-        return combined([*(meter.panels for meter in self._meters), layout_of(quantities_of("monitor"))])
+        return merge_layouts([*(meter.panels for meter in self._meters), chart_layout(quantities_of("monitor"))])
 
     @panels.setter
     def panels(self, layout: Layout) -> None:

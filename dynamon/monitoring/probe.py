@@ -16,9 +16,9 @@ from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.isolation.batches import NoWeightError, batch_weight, count_samples, take_samples
 from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
-from dynamon.isolation.random_streams import are_kept
-from dynamon.isolation.saved_batches import UnknownClassError, on_host
-from dynamon.isolation.side_effects import changes, outside_state
+from dynamon.isolation.random_streams import is_restorable
+from dynamon.isolation.saved_batches import UnknownClassError, move_to_host
+from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.kernels import widest_dtype
 from dynamon.kernels.devices import reads_are_free
 from dynamon.monitoring.cadence import Cadence
@@ -114,7 +114,7 @@ class ProbeMeter(Meter):
                 "sharpness is off: Transformer Engine keeps the scales of its FP8 numbers outside of the module, where "
                 "they cannot be put back after an evaluation."
             )
-        elif not are_kept(run.module.device):
+        elif not is_restorable(run.module.device):
             rank_zero_warn(
                 f"sharpness is off: torch cannot put back the random numbers of {run.module.device.type}, so that "
                 "training would go on with others."
@@ -244,7 +244,9 @@ class ProbeMeter(Meter):
         for place, (kept, is_wanted) in enumerate(zip(self._sets, wanted, strict=True)):
             if is_wanted and not self._parts[place]:
                 states = [one.state() for one in kept]
-                self._parts[place] = run.ranks.all_gather_object([{**s, "batch": on_host(s["batch"])} for s in states])
+                self._parts[place] = run.ranks.all_gather_object(
+                    [{**s, "batch": move_to_host(s["batch"])} for s in states]
+                )
 
     @property
     def samples(self) -> int | None:
@@ -420,7 +422,7 @@ class ProbeMeter(Meter):
     def _look(self, run: RunContext, place: int) -> float:
         """The loss on a set; what is outside of the module is marked before the first evaluations of the first set."""
         if place == 0 and not self._checked:
-            self._marks.append(outside_state(run.module, run.module.training_step))
+            self._marks.append(external_state(run.module, run.module.training_step))
         with self.evaluation(run):
             loss = float(self.loss(run, second=place == 1).detach())
         if place == 0 and not self._checked:
@@ -432,9 +434,9 @@ class ProbeMeter(Meter):
         self._marks, self._losses = self._marks[-1:], self._losses[-1:]  # of the evaluation that tried it, if any
         while len(self._losses) < 2:
             self._look(run, 0)
-        marks = [*self._marks, outside_state(run.module, run.module.training_step)]
+        marks = [*self._marks, external_state(run.module, run.module.training_step)]
         # What changed the first time only is a cache that has been filled.
-        changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
+        changed = [name for name in changed_names(*marks[1:]) if name in changed_names(*marks[:2])]
         if changed:
             return f"it changes {', '.join(changed[:3])}"
         first, second = self._losses

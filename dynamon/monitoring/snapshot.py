@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from dynamon.curvature import HessianOperator, top_eigenvalues
 from dynamon.isolation.evaluations import full_precision
-from dynamon.isolation.preserve import LossFn, training_loss, undisturbed
+from dynamon.isolation.preserve import LossFn, preserve_state, training_loss
 from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
@@ -70,7 +70,7 @@ def measure(
         if not trained:
             raise ValueError(f"the optimizer holds no trainable parameter of {type(module).__name__}.")
     params = [layer.parameter for layer in trained]
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed), ExitStack() as stack:
+    with torch.inference_mode(False), torch.enable_grad(), preserve_state(module, seed), ExitStack() as stack:
         operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
         stack.enter_context(full_precision())  # the loss keeps the autocast that it was given
         readings: dict[str, Any] = {"sharpness/probe_loss": float(operator.loss)}

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import (
     DirectionalSharpness,
     HessianOperator,
@@ -65,7 +65,7 @@ class UpdateCurvatureMeter(Meter):
         """Measure one more."""
         self._wanted |= {quantity}
         declared = [one for one in quantities_of("steps") if one.choice in self._wanted]
-        self.tags, self.panels = meanings(declared), layout_of(declared)
+        self.tags, self.panels = meanings(declared), chart_layout(declared)
 
     def is_off(self) -> bool:
         """Where nothing was asked for, or sharpness is off."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.distributed.dtensor import to_local
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
@@ -23,10 +23,10 @@ from dynamon.monitoring.weight_copies import matching, whole_copies
 from dynamon.optim import steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.entrywise import entrywise_readings
-from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from dynamon.quantities.sharded_weights import sharded_weight_readings
 from dynamon.quantities.updates import joint_cosine
-from dynamon.quantities.weight_decay import DecayMemory, decay_assumption, decoupled_decay
+from dynamon.quantities.weight_decay import DecayRetention, decay_assumption, decoupled_decay
 from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, layer_spectra, warm_up_spectra, weight_readings
 from dynamon.spectra.convolution import layer_convolution_bounds
 
@@ -46,7 +46,7 @@ class WeightMeter(PairMeter):
     """
 
     name = "weight"
-    panels = layout_of(quantities_of("weight"))
+    panels = chart_layout(quantities_of("weight"))
     tags = meanings(quantities_of("weight", scope=Scope.SCALAR))
     histograms = meanings(quantities_of("weight", scope=Scope.HISTOGRAMS))
     quantities = meanings(quantities_of("weight", scope=Scope.PER_LAYER))
@@ -61,7 +61,7 @@ class WeightMeter(PairMeter):
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
         self._reading = False  # this step is measured
-        self._memory = DecayMemory()
+        self._memory = DecayRetention()
         self._layers: list[Layer] = []
 
     def start(self, run: RunContext) -> None:
@@ -228,7 +228,7 @@ class WeightMeter(PairMeter):
             for field, row in zip(FULL_SPECTRUM, table, strict=True):
                 run.recorder.layers(f"spectrum/{field}", row, names)
         if self._with_histograms:
-            binned = histograms(self._binned(run))
+            binned = read_histograms(self._binned(run))
             run.recorder.histograms("weight/histogram", binned, [layer.name for layer in run.layers])
         if self._with_convolutions:
             names, bounds = layer_convolution_bounds(run.layers, run.ranks)
@@ -239,7 +239,7 @@ class WeightMeter(PairMeter):
     def _binned(self, run: RunContext) -> Tensor:
         weights = [as_real(to_local(layer.parameter.detach())) for layer in run.layers]
         table = histogram_table(weights)
-        return joined_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
+        return reduce_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
 
     def state_dict(self) -> dict[str, Any]:
         """What decay has left, and where the next step is read, the weights before the last one."""
