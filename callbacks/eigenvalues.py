@@ -55,8 +55,8 @@ from dynamon.stability import (
 )
 
 _TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})  # with a warm start of their own
-_TRACE_SAMPLES = 16
-_DENSITY_STEPS, _DENSITY_PROBES = 60, 2
+_TRACE_VECTORS = 16
+_DENSITY_STEPS, _DENSITY_VECTORS = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
@@ -70,7 +70,7 @@ class _Point:
     hessian: HessianOperator | MeanOverRanks
     optimizer: Optimizer | None
     readings: dict[str, float] = field(default_factory=dict)
-    products: int = 0
+    matvecs: int = 0
     succeeded: int = 0
     failed: dict[str, Exception] = field(default_factory=dict)
     brackets: list[tuple[str, Tensor, StabilityScaling | None]] = field(default_factory=list)
@@ -85,7 +85,7 @@ class EigenvalueMeter(Meter):
         steps: Takes over with critical sharpness where the vectors do not fit into memory.
         quantities: Those that are chosen, of ``dynamon.quantities.choices("sharpness")``.
         tol: Relative tolerance of the solves.
-        max_matvecs: Most products a solve.
+        max_matvecs: Most matvecs per solve.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
         memory_limit: GiB for the solver's vectors; None for half of what is free when training starts.
     """
@@ -198,14 +198,14 @@ class EigenvalueMeter(Meter):
         slow measurement does not keep the next one away for long.
         """
         trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
-        products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
-        products += _TRACE_SAMPLES * ("trace" in self._wanted)
-        products += 6 * len(run.layers) if "blocks" in self._wanted else 0
-        products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
+        matvecs = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
+        matvecs += _TRACE_VECTORS * ("trace" in self._wanted)
+        matvecs += 6 * len(run.layers) if "blocks" in self._wanted else 0
+        matvecs += _DENSITY_STEPS * _DENSITY_VECTORS * ("density" in self._wanted)
         guess = 2 * run.seconds_per_step * self._probe.share
         if not self._product_seconds:  # the first one also chooses how products are made, and checks them
-            return 2 * products * guess
-        return products * median([guess, *self._product_seconds])
+            return 2 * matvecs * guess
+        return matvecs * median([guess, *self._product_seconds])
 
     def _is_due(self, run: Run) -> bool:
         return (
@@ -241,13 +241,13 @@ class EigenvalueMeter(Meter):
         spent = run.budget.spent_on.get(self.name, 0.0)
         try:
             with run.together(self.name):
-                products = self._measure(run)
+                matvecs = self._measure(run)
         except Exception:
             self._start_anew(run)
             raise
         if self.is_off():
             return
-        self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
+        self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(matvecs, 1))
         self.done(run)
 
     def _measure(self, run: Run) -> int:
@@ -275,10 +275,10 @@ class EigenvalueMeter(Meter):
             if "ggn" in self._wanted:
                 self._attempt(point, "ggn", self._ggn)
             self._judge(point)
-            point.readings["sharpness/products"] = float(point.products)
+            point.readings["sharpness/matvecs"] = float(point.matvecs)
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
-        return point.products
+        return point.matvecs
 
     def _leave_out(self, run: Run, reason: str) -> None:
         """Measure nothing any more: what is in the way stays there.
@@ -299,7 +299,7 @@ class EigenvalueMeter(Meter):
         if optimizer is not None and "stability_ratio" in self._wanted and has_stability_condition(optimizer):
             self._attempt(point, "stability_ratio", self._stability)
         # SGD's stability ratio brings the Hessian with it; without any ratio the Hessian is all there is.
-        if self._wanted & {"hessian", "subspace"} or not point.products and "stability_ratio" in self._wanted:
+        if self._wanted & {"hessian", "subspace"} or not point.matvecs and "stability_ratio" in self._wanted:
             if "sharpness/hessian_min" not in point.readings:
                 self._attempt(point, "hessian", self._solve_hessian)
         for quantity, function in (
@@ -316,10 +316,10 @@ class EigenvalueMeter(Meter):
         if self._failures.rests(quantity, self.points):
             return
         try:
-            before = point.products
+            before = point.matvecs
             with point.run.ranks.measurement():
                 function(point)
-            point.succeeded += point.products > before
+            point.succeeded += point.matvecs > before
             self._failures.clear(quantity)
         except NoSecondMomentError:
             return  # not yet: it comes with the optimizer's first steps
@@ -359,7 +359,7 @@ class EigenvalueMeter(Meter):
         ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
         factors = [ratio_of.get(id(p), 1.0) for p in point.owned]
         scaling = stability_scaling(optimizer, point.owned, factors, point.params.space)
-        point.readings["sharpness/left_out"] = float(scaling.left_out)
+        point.readings["sharpness/excluded_coordinates"] = float(scaling.excluded)
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
             found = self._solve_hessian(point)
@@ -381,9 +381,9 @@ class EigenvalueMeter(Meter):
 
     def _trace(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = trace(point.hessian, samples=_TRACE_SAMPLES, seed=self.points)
+        found = trace(point.hessian, num_vectors=_TRACE_VECTORS, seed=self.points)
         point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
-        point.products += found.matvecs
+        point.matvecs += found.matvecs
 
     def _solve_hessian(self, point: _Point) -> Eigenpairs:
         found = self._solve(point, "hessian_max", point.hessian, self._max_eigenvalues())
@@ -399,7 +399,7 @@ class EigenvalueMeter(Meter):
     def _solve(self, point: _Point, tag: str, operator: LinearOperator, k: int = 1) -> Eigenpairs:
         tracker = self._trackers.setdefault(tag, self._tracker(k))
         found = tracker.update(operator)
-        point.products += found.matvecs
+        point.matvecs += found.matvecs
         if (reason := why_not(operator, found.product_error)) is not None:
             raise ArithmeticError(reason)
         point.readings |= found.readings(f"sharpness/{tag}")
@@ -407,8 +407,8 @@ class EigenvalueMeter(Meter):
 
     def _tracker(self, k: int = 1) -> EigenTracker:
         # Several values take a second look for copies of repeated ones.
-        products = self._max_matvecs * (1 if k == 1 else 2)
-        return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=products)
+        matvecs = self._max_matvecs * (1 if k == 1 else 2)
+        return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=matvecs)
 
     def _note_bracket(self, point: _Point, tag: str, found: Eigenpairs, scaling: StabilityScaling | None) -> None:
         """Have the top direction tried on other samples, when the upper bound is taken."""
@@ -425,7 +425,7 @@ class EigenvalueMeter(Meter):
             vector = vector.to(operator.dtype)
             _require_trust(operator, vector)
             point.readings[f"sharpness/{tag}_bracket"] = float(operator.space.inner(vector, operator @ vector))
-            point.products += 1
+            point.matvecs += 1
 
     def _subspace(self, point: _Point, found: Eigenpairs) -> None:
         space, where = found.vectors[:, : len(found.values)], point.params.space
@@ -439,8 +439,8 @@ class EigenvalueMeter(Meter):
 
     def _density(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, probes=_DENSITY_PROBES, seed=self.points)
-        point.products += found.matvecs
+        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, num_vectors=_DENSITY_VECTORS, seed=self.points)
+        point.matvecs += found.matvecs
         self.last_density = found
         point.readings["sharpness/outliers"] = float(len(found.outliers))
         point.readings["sharpness/bulk_edge"] = found.bulk_edge
@@ -450,7 +450,7 @@ class EigenvalueMeter(Meter):
         blocks = {la.name: [tensors[la.name]] for la in point.run.layers if la.name in tensors}
         found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
         self._blocks = {name: pairs.vectors for name, pairs in found.items()}
-        point.products += sum(pairs.matvecs for pairs in found.values())
+        point.matvecs += sum(pairs.matvecs for pairs in found.values())
         reasons = [why_not(point.hessian, pairs.product_error) for pairs in found.values()]
         if reasons and all(reasons):
             raise ArithmeticError(reasons[0])
@@ -479,7 +479,7 @@ class EigenvalueMeter(Meter):
             self._told.add("unconverged")
             rank_zero_info(
                 f"step {run.step}: {missed[0].removesuffix('_unconverged')} did not converge in "
-                f"{self._max_matvecs} products and is shown as {missed[0]}, a lower bound."
+                f"{self._max_matvecs} Hessian-vector products and is shown as {missed[0]}, a lower bound."
             )
         ratio = readings.get("sharpness/stability_ratio", math.nan)
         rising = readings["sharpness/probe_loss"] > self._last_loss

@@ -14,7 +14,7 @@ from dynamon.callbacks.evaluation import evaluation, trained_parameters
 from dynamon.callbacks.meter import Cadence, Meter, Run, forget_frames
 from dynamon.callbacks.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
-from dynamon.curvature.distributed.fsdp import why_not_whole
+from dynamon.curvature.distributed.fsdp import unsupported_reason
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.isolation.batches import NoWeightError, batch_weight, count_samples, take_samples
@@ -102,8 +102,8 @@ class ProbeMeter(Meter):
             rank_zero_warn(
                 f"sharpness is off: of several processes it is measured under DDP and FSDP2 only, and this is {name}."
             )
-        elif (split := why_not_whole(run.module, list(trained_parameters(run).values()), run.ranks.size)) is not None:
-            rank_zero_warn(f"sharpness is off: {split}.")
+        elif reason := unsupported_reason(run.module, list(trained_parameters(run).values()), run.ranks.size):
+            rank_zero_warn(f"sharpness is off: {reason}.")
         elif run.ranks.several and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
             rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")
         elif _has_transformer_engine(run):
