@@ -243,7 +243,9 @@ def _waves(
     for place, point, length in zip(places, points, grid, strict=True):
         turns += (place[:, None] * point % length) / length  # whole turns are nothing, and left out exactly
     angles = turns * (2 * math.pi)
-    return moved(angles.cos().to(like.dtype), like.device), moved(angles.sin().neg().to(like.dtype), like.device)
+    return to_device(angles.cos().to(like.dtype), like.device), to_device(
+        angles.sin().neg().to(like.dtype), like.device
+    )
 
 
 def _folded(phases: Tensor, grid: Sequence[int]) -> Tensor:

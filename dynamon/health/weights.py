@@ -124,8 +124,8 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             "update/never",
             "warning",
             int(table.steps[0]),
-            f"{name_layers(tuple(never))} has not moved at all since the first reading, although it has a gradient; the "
-            f"median layer moves by {usual:.2g} of its weight.",
+            f"{name_layers(tuple(never))} has not moved at all since the first reading, although it has a gradient; "
+            f"the median layer moves by {usual:.2g} of its weight.",
             "Weights in half precision swallow updates below half a unit in their last place: keep them in float32, or "
             "raise the rate. Otherwise look whether the optimizer steps it.",
             tuple(never),

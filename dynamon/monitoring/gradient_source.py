@@ -212,7 +212,7 @@ class GradientSource:
         windows = run.loop.windows
         window = windows.before_step(run.loop, optimizer)
         self.reader.settle_part(windows.share(run.loop, optimizer, window))
-        scale, to_local = run.loop.gradient_scale(optimizer), run.loop.scale_before_step()
+        scale, local_scale = run.loop.gradient_scale(optimizer), run.loop.scale_before_step()
         if self._rates is not None:
             self._observe(run, self._rates, scale, local_scale, window)
         pending = self.reader.read(scale, local_scale=local_scale, window=window)

@@ -28,9 +28,8 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.operators.preconditioner import preconditioned, preconditioner
 from dynamon.distributed.ranks import Ranks
-from dynamon.isolation.batches import batch_weight, clone
+from dynamon.isolation.batches import batch_weight, clone, take_samples
 from dynamon.isolation.preserve import preserve_state
-from dynamon.isolation.samples import take_samples
 from dynamon.isolation.saved_batches import pack_batch, unpack_batch
 from dynamon.isolation.side_effects import external_state
 from dynamon.stability import stability_ratio
@@ -98,7 +97,7 @@ SUBJECTS: dict[str, Callable[[Subject], Any]] = {
     "differences": lambda s: s.hessian("finite_difference").product_error(s.step),
     "blocks": lambda s: blockwise_sharpness(s.hessian(), {"all": "*"})["all"].values,
     "density": lambda s: spectral_density(s.hessian(), steps=5, num_vectors=2).mean,
-    "trace": lambda s: trace(s.hessian(), samples=3).value,
+    "trace": lambda s: trace(s.hessian(), num_vectors=3).value,
     "directional": lambda s: directional_sharpness(s.hessian(), s.step).sharpness,
     "own norms": lambda s: s.in_norms(),
     "batch": lambda s: batch_sharpness([s.hessian()]),

@@ -289,7 +289,7 @@ def test_what_holders_of_the_standard_library_count_is_counted_in_training_only(
 
 
 def test_alone_a_loss_with_a_state_of_its_own_does_not_converge():
-    """Without ``undisturbed`` nobody can put buffers back: the eigenvalue is marked."""
+    """Without ``preserve_state`` nobody can put buffers back: the eigenvalue is marked."""
     module = moving("running scale", torch.float32)
     operator = HessianOperator(lambda: loss_of(module, torch.float32), held(module), backend="finite_difference")
     found = top_eigenvalues(operator)
