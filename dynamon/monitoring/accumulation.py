@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.distributed.dtensor import any_sharded, to_local
-from dynamon.isolation.batches import guess_samples
+from dynamon.isolation.samples import guess_samples
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.samples import batch_sizes
 from dynamon.quantities.windows import Window

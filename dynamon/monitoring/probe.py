@@ -13,7 +13,8 @@ from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, Sh
 from dynamon.curvature.distributed.fsdp import unsupported_reason
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
-from dynamon.isolation.batches import NoWeightError, batch_weight, count_samples, take_samples
+from dynamon.isolation.batches import NoWeightError, batch_weight
+from dynamon.isolation.samples import count_samples, take_samples
 from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
 from dynamon.isolation.random_streams import is_restorable
 from dynamon.isolation.saved_batches import UnknownClassError, move_to_host
