@@ -15,7 +15,7 @@ from dynamon.callbacks.base import callbacks_of, unscales_in_step
 from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
 from dynamon.callbacks.samples import batch_sizes
 from dynamon.distributed.dtensor import any_sharded, local
-from dynamon.isolation.batches import guess_samples
+from dynamon.isolation.samples import guess_samples
 from dynamon.quantities.scales import Scale, inverse_scale
 from dynamon.quantities.windows import Window
 

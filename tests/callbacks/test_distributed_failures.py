@@ -26,7 +26,7 @@ from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import HessianOperator
 from dynamon.curvature.solvers import lanczos
 from dynamon.distributed import work_sharing as dealing
-from dynamon.isolation.batches import Part
+from dynamon.isolation.samples import Part
 from dynamon.quantities import gradient_reader as gradients
 from tests.helpers import Classifier, mlp
 from tests.ranks import Breaks, fit_ranks, loader, rank
