@@ -55,8 +55,8 @@ from dynamon.stability import (
 )
 
 _TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})  # with a warm start of their own
-_TRACE_SAMPLES = 16
-_DENSITY_STEPS, _DENSITY_PROBES = 60, 2
+_TRACE_VECTORS = 16
+_DENSITY_STEPS, _DENSITY_VECTORS = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
@@ -141,7 +141,7 @@ class EigenvalueMeter(Meter):
                 f"no stability ratio: {type(optimizer).__name__} has no known stability condition; the Hessian's "
                 "largest eigenvalue and the sharpness along the step in the layers' own norms are shown instead."
             )
-        with run.ranks.measurement():
+        with run.ranks.collective_section():
             self._check_memory(run)
         # On a device of its own memory is not what it will be: activations and states of optimizers come with training.
         whole = not any(is_sharded(p) for p in trained_parameters(run).values())
@@ -199,9 +199,9 @@ class EigenvalueMeter(Meter):
         """
         trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
         products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
-        products += _TRACE_SAMPLES * ("trace" in self._wanted)
+        products += _TRACE_VECTORS * ("trace" in self._wanted)
         products += 6 * len(run.layers) if "blocks" in self._wanted else 0
-        products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
+        products += _DENSITY_STEPS * _DENSITY_VECTORS * ("density" in self._wanted)
         guess = 2 * run.seconds_per_step * self._probe.share
         if not self._product_seconds:  # the first one also chooses how products are made, and checks them
             return 2 * products * guess
@@ -221,7 +221,7 @@ class EigenvalueMeter(Meter):
 
     def make_room(self, run: Run) -> str | None:
         """Halve the probe; give up solves where it is not to blame, of one process."""
-        alone, share = not run.ranks.several, self._probe.share
+        alone, share = not run.ranks.is_distributed, self._probe.share
         fits = free_memory(run.module.device) > self._needed
         said = self._probe.halve(run) if fits or not self._is_solving or not alone else None
         if not alone or not self._is_solving or self._probe.share < share:
@@ -275,7 +275,7 @@ class EigenvalueMeter(Meter):
             if "ggn" in self._wanted:
                 self._attempt(point, "ggn", self._ggn)
             self._judge(point)
-            point.readings["sharpness/products"] = float(point.products)
+            point.readings["sharpness/matvecs"] = float(point.products)
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
         return point.products
@@ -317,7 +317,7 @@ class EigenvalueMeter(Meter):
             return
         try:
             before = point.products
-            with point.run.ranks.measurement():
+            with point.run.ranks.collective_section():
                 function(point)
             point.succeeded += point.products > before
             self._failures.clear(quantity)
@@ -332,7 +332,7 @@ class EigenvalueMeter(Meter):
 
     def _start_anew(self, run: Run) -> None:
         """After a failure some of several processes may have come further than others: all track from nothing."""
-        if run.ranks.several:
+        if run.ranks.is_distributed:
             self._trackers, self._blocks, self._space = {}, {}, None
 
     def _judge(self, point: _Point) -> None:
@@ -359,7 +359,7 @@ class EigenvalueMeter(Meter):
         ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
         factors = [ratio_of.get(id(p), 1.0) for p in point.owned]
         scaling = stability_scaling(optimizer, point.owned, factors, point.params.space)
-        point.readings["sharpness/left_out"] = float(scaling.left_out)
+        point.readings["sharpness/excluded_coordinates"] = float(scaling.excluded)
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
             found = self._solve_hessian(point)
@@ -381,7 +381,7 @@ class EigenvalueMeter(Meter):
 
     def _trace(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = trace(point.hessian, samples=_TRACE_SAMPLES, seed=self.points)
+        found = trace(point.hessian, num_vectors=_TRACE_VECTORS, seed=self.points)
         point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
         point.products += found.matvecs
 
@@ -439,7 +439,7 @@ class EigenvalueMeter(Meter):
 
     def _density(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, probes=_DENSITY_PROBES, seed=self.points)
+        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, num_vectors=_DENSITY_VECTORS, seed=self.points)
         point.products += found.matvecs
         self.last_density = found
         point.readings["sharpness/outliers"] = float(len(found.outliers))

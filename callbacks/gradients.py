@@ -17,7 +17,7 @@ from dynamon.callbacks.base import gradient_scale
 from dynamon.callbacks.gradient_source import AwaitedReading, GradientSource, SourceReading
 from dynamon.callbacks.meter import FULL_EVERY, Cadence, Meter, PairMeter, Run
 from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.distributed.dtensor import local, local_as
+from dynamon.distributed.dtensor import to_local, to_local_as
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
@@ -69,7 +69,7 @@ class GradientMeter(PairMeter):
 
     def start(self, run: Run) -> None:
         """Have what a reading launches compiled before training."""
-        warm_up(run.module.device, [as_real(local(layer.parameter.detach())).dtype for layer in run.all_layers])
+        warm_up(run.module.device, [as_real(to_local(layer.parameter.detach())).dtype for layer in run.all_layers])
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
@@ -102,7 +102,7 @@ class GradientMeter(PairMeter):
                     self._read[optimizer] = source.read(run, optimizer)
                 except Exception as error:
                     source.give_up()
-                    self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
+                    self._reading = not run.ranks.is_collective_failure(error)  # else the others hear of it at the end
                     raise
                 self._bin(run, optimizer)
                 if keeps:
@@ -119,7 +119,7 @@ class GradientMeter(PairMeter):
                 self._used[optimizer] = UsedGradients(self._read[optimizer], scale)
                 if run.steps.of(optimizer).evaluation > 1:
                     self._moved[optimizer] = [
-                        local(la.parameter).detach().clone() for la in self._read[optimizer].layers
+                        to_local(la.parameter).detach().clone() for la in self._read[optimizer].layers
                     ]
 
     def batch_start(self, run: Run, batch: Any) -> None:
@@ -172,7 +172,7 @@ class GradientMeter(PairMeter):
         try:
             shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o, r)}
             self._moved = {}
-            if reads and (shown or run.ranks.several):
+            if reads and (shown or run.ranks.is_distributed):
                 with run.together(self.name):
                     arrived = {optimizer: awaited.wait() for optimizer, awaited in read.items()}
                     self._hand_on(run, [arrived[o] for o in shown], [used.get(o) for o in shown])
@@ -193,7 +193,7 @@ class GradientMeter(PairMeter):
         """Whether a step has used the gradients that were read, and no others."""
         times = run.steps.of(optimizer).evaluations
         is_one_of_many = times > 2 or times > 1 and isinstance(optimizer, LBFGS)
-        if times == 2 and optimizer in self._moved and not run.ranks.several:
+        if times == 2 and optimizer in self._moved and not run.ranks.is_distributed:
             # A gradient taken where the step ends has judged it, as in a line search.
             ends = zip(self._moved[optimizer], read.layers, strict=True)
             is_one_of_many = is_one_of_many or all(torch.equal(there, la.parameter.detach()) for there, la in ends)
@@ -432,8 +432,8 @@ def _squares(read: SourceReading, used: UsedGradients | None) -> Tensor:
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
     """What this process holds of a layer's gradient; zeros where there is none."""
     if gradient is None:
-        return torch.zeros_like(as_real(local(layer.parameter.detach())))
-    return local_as(_dense(gradient), layer.parameter)
+        return torch.zeros_like(as_real(to_local(layer.parameter.detach())))
+    return to_local_as(_dense(gradient), layer.parameter)
 
 
 def _table(run: Run, binned: Mapping[str, Tensor]) -> Tensor:

@@ -135,7 +135,7 @@ class Run:
     @contextmanager
     def together(self, name: str) -> Iterator[None]:
         """Book the time of a measurement that succeeds on all processes, or on none."""
-        with self.charge(name, waits=True), self.ranks.measurement():
+        with self.charge(name, waits=True), self.ranks.collective_section():
             if name in self.unsettled:
                 raise self.unsettled.pop(name)
             yield
@@ -219,7 +219,7 @@ class Cadence:
             return step // self.every_n_steps > before // self.every_n_steps
         if not self.is_free(step):
             return False
-        if run.ranks.several and run.budget.fraction is not None:
+        if run.ranks.is_distributed and run.budget.fraction is not None:
             return run.decisions.allows(name, step)
         if run.budget.is_spent:
             return False

@@ -170,7 +170,7 @@ class Monitor(DynamonCallback):
             return
         if trainer.barebones:
             return
-        with ranks_of(trainer, pl_module).measurement():  # off on all processes, or on none
+        with ranks_of(trainer, pl_module).collective_section():  # off on all processes, or on none
             run = Run(trainer, pl_module, self._budget, self._recorder, self._patterns)
         run.strict, run.steps_seen = self._strict, steps_seen
         lazy = [plain_name(name) for name, p in pl_module.named_parameters() if is_lazy(p)]
@@ -433,7 +433,7 @@ class Monitor(DynamonCallback):
         except SteeringError:
             raise
         except Exception as error:
-            if not self._run.ranks.is_known_to_all(error):
+            if not self._run.ranks.is_collective_failure(error):
                 # The other processes have not heard of it: they do when they measure this together.
                 forget_frames(error)  # until then they would hold the graph of a measurement
                 self._run.unsettled.setdefault(meter.name, error)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dynamon.callbacks.meter import Run
 from dynamon.curvature.distributed.fsdp import is_rounded
 from dynamon.curvature.memory import basis_memory, free_memory
-from dynamon.distributed.dtensor import is_sharded, local
+from dynamon.distributed.dtensor import is_sharded, to_local
 from dynamon.kernels import widest_dtype
 from dynamon.layers.complex_pairs import real_dtype, real_numel
 
@@ -59,7 +59,7 @@ def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, 
     limit = memory_limit * 2**30 if memory_limit else free_memory(device) / 2 / shared
     gathers = not any(is_sharded(p) for p in trained) or _are_gathered(run, trained, k, limit)
     differences = not gathers and _why_no_differences(run, trained) is None
-    tensors = [local(p) for p in trained] if differences else list(trained)
+    tensors = [to_local(p) for p in trained] if differences else list(trained)
     needed = basis_memory(tensors, k)
     density = density_vectors * sum(real_numel(p) * max(real_dtype(p).itemsize, 4) for p in tensors)
     impossible = not gathers and not differences

@@ -24,7 +24,7 @@ from dynamon.curvature import (
     norm_sharpness,
 )
 from dynamon.curvature.operators.parameters import FlatParameters
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.isolation.preserve import NoLossError
 from dynamon.kernels import widened
 from dynamon.layers.complex_pairs import as_real
@@ -110,7 +110,7 @@ class StepMeter(Meter):
                 if self._is_trusted(hessian, hessian.gradient, "batch"):
                     self._batch = batch_sharpness([hessian])
         except NoLossError:  # training skips this batch; with several processes it cannot
-            if run.ranks.several:
+            if run.ranks.is_distributed:
                 raise
         self._on_batch = False
 
@@ -148,7 +148,7 @@ class StepMeter(Meter):
     def batch_end(self, run: Run) -> None:
         """Measure along the update, if the weights were copied."""
         before, self._before = self._before, {}
-        planned, self._planned = self._planned and (bool(before) or run.ranks.several), False
+        planned, self._planned = self._planned and (bool(before) or run.ranks.is_distributed), False
         if not planned and self._batch is None or not run.steps.any_taken():
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
@@ -162,9 +162,9 @@ class StepMeter(Meter):
             self.done(run)
 
     def _along_update(self, run: Run, before: Mapping[str, Tensor]) -> dict[str, float]:
-        weights = {name: local(p) for name, p in trained_parameters(run).items() if name in before}
+        weights = {name: to_local(p) for name, p in trained_parameters(run).items() if name in before}
         with torch.no_grad():
-            pairs = list(weights.values()), [local(before[name]) for name in weights]
+            pairs = list(weights.values()), [to_local(before[name]) for name in weights]
             self._update = dict(zip(weights, torch._foreach_sub(*pairs), strict=True)) if weights else {}
         readings: dict[str, float] = {}
         if not self._wanted or not self._probe.is_expected(run) or not self._has_moved(run):
@@ -202,7 +202,7 @@ class StepMeter(Meter):
             "sharpness/directional_norm": self._in_own_norm(run, params, update, found),
         }
         if found.curvature > 0:
-            readings["sharpness/greedy_multiple"] = found.greedy_multiple_of_last_step
+            readings["sharpness/best_multiple"] = found.best_multiple_of_last_step
         return readings
 
     def _is_trusted(self, hessian: HessianOperator | MeanOverRanks, vector: Tensor, quantity: str) -> bool:
@@ -228,7 +228,7 @@ class StepMeter(Meter):
 
     def _critical(self, run: Run, params: FlatParameters) -> dict[str, float]:
         rate, update = _one_rate(run), self._known_update(params)
-        with params.moved(-update):  # where the step came from
+        with params.perturbed(-update):  # where the step came from
             found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
         return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynamon.kernels.constants import moved
 from dynamon.kernels.gram import gram_iteration
 from dynamon.kernels.precision import convolution_rounding, own_dtype, product_allowance
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dynamon.kernels.constants import moved as put
+from dynamon.kernels.constants import to_device as put
 from dynamon.kernels.precision import own_dtype, product_allowance
 
 

@@ -178,7 +178,7 @@ def _stability_lines(monitor: DynamicsMonitor) -> list[str]:
         verdict = "at or above 1 for a while, below it at the end"
     else:
         verdict = "at or above 1: at the edge of stability, where training often settles"
-    products = history["sharpness/products"].values
+    products = history["sharpness/matvecs"].values
     return [
         f"stability     ratio {ratio.min():.2f} to {ratio.max():.2f}, last {ratio[-1]:.2f} "
         "(1 is the largest stable step)",

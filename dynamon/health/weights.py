@@ -235,7 +235,7 @@ def _smaller_sides(data: RunData) -> dict[str, float]:
     Of a convolution with a window of k entries it is that of the flattening, up to a factor of k.
     """
     found = {}
-    for name, steps, deviation in layer_columns(data, "spectrum/deviation"):
+    for name, steps, deviation in layer_columns(data, "spectrum/log2_spectral_condition"):
         sigma = column_at(data, "spectrum/sigma_max", name, steps[-1:])[0]
         length = column_at(data, "weight/frobenius", name, steps[-1:])[0]
         rms = column_at(data, "weight/rms", name, steps[-1:])[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dynamon.distributed.dtensor import is_sharded, local
+from dynamon.distributed.dtensor import is_sharded, to_local
 from dynamon.isolation.batches import clone
 from dynamon.isolation.equality import clone_tensors, find_changed
 from dynamon.isolation.evaluations import force_eager, fresh_autocast_cache, rewind_state
@@ -228,7 +228,7 @@ def _of_numpy(stream: np.random.Generator | np.random.RandomState | np.random.Bi
 
 
 def _here(tensor: Tensor) -> Tensor:
-    return local(tensor) if is_sharded(tensor) else tensor  # comparing shards would be a message
+    return to_local(tensor) if is_sharded(tensor) else tensor  # comparing shards would be a message
 
 
 def _put_all_back(

@@ -15,8 +15,8 @@ from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
 from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.gradient_reader import GradientReader
-from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
-from dynamon.spectra.convolution import bounds_of
+from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, layer_spectra, weight_readings
+from dynamon.spectra.convolution import layer_convolution_bounds
 from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
 
 
@@ -77,7 +77,7 @@ def measure(
         readings |= _gradients(trained, operator, optimizer)
         found = top_eigenvalues(operator, tol=tol, certify=certify, seed=seed)
         readings |= found.readings("sharpness/hessian_max")
-        readings |= {"sharpness/hessian_min": found.smallest, "sharpness/products": float(found.matvecs)}
+        readings |= {"sharpness/hessian_min": found.smallest, "sharpness/matvecs": float(found.matvecs)}
         if optimizer is not None and has_stability_condition(optimizer):
             rates = steering_of(optimizer)
             in_force = {} if rates is None else rates.ratios
@@ -85,7 +85,7 @@ def measure(
             scaled = stability_operator(operator, stability_scaling(optimizer, params, factors))
             ratio = top_eigenvalues(scaled, tol=tol, certify=certify, seed=seed)
             readings |= ratio.readings("sharpness/stability_ratio")
-            readings["sharpness/products"] += float(ratio.matvecs)
+            readings["sharpness/matvecs"] += float(ratio.matvecs)
     with full_precision():
         return readings | _weights(layers)
 
@@ -125,7 +125,7 @@ def _weights(layers: list[Layer]) -> dict[str, Any]:
 
 def _spectra(layers: list[Layer]) -> dict[str, Any]:
     """What needs all singular values, in float64."""
-    names, spectra = spectra_of(layers, exact=True)
+    names, spectra = layer_spectra(layers, exact=True)
     if spectra is None:
         return {}
     return {f"spectrum/{q}": _known(names, getattr(spectra, q)) for q in FULL_SPECTRUM}
@@ -133,7 +133,7 @@ def _spectra(layers: list[Layer]) -> dict[str, Any]:
 
 def _convolutions(layers: list[Layer]) -> dict[str, Any]:
     """Bounds on the norms of convolutions as maps of inputs of any size."""
-    names, bounds = bounds_of(layers)
+    names, bounds = layer_convolution_bounds(layers)
     sides = zip(("lower", "upper"), bounds, strict=True)
     return {f"spectrum/convolution_{side}": _known(names, values) for side, values in sides} if names else {}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import part_of, whole
+from dynamon.distributed.dtensor import gather, shard_like
 from dynamon.layers import Layer
 from dynamon.norms import NORMS, UPDATE_NORMS, Norm, get_norm
 
@@ -88,12 +88,12 @@ def directions(
             continue
         is_polar = norm.oracle == "polar"
         layers = [items[i].layer for i in members]
-        wholes = [whole(averages[i], items[i].layer.parameter) for i in members]
+        wholes = [gather(averages[i], items[i].layer.parameter) for i in members]
         stacks = [_stack(norm, layer, tensor) for layer, tensor in zip(layers, wholes, strict=True)]
         steps = _batched(polar if is_polar else norm.lmo, stacks)
         for i, layer, stack in zip(members, layers, steps, strict=True):
             factor = -_scale(scaling, layer, stack) if is_polar else 1.0
-            found[i] = part_of(_unstack(norm, layer, stack), layer.parameter), factor
+            found[i] = shard_like(_unstack(norm, layer, stack), layer.parameter), factor
     return [found[i] for i in range(len(items))]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import local, local_as
+from dynamon.distributed.dtensor import to_local, to_local_as
 from dynamon.kernels import step_polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.norms import optimizer_family
@@ -305,8 +305,8 @@ class Lanton(Optimizer):
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                own = local_as(gradient.detach(), parameter).to(parameter.dtype)
-                yield Item(layer, place, group, local(parameter.detach()), own, local(state["momentum_buffer"]))
+                own = to_local_as(gradient.detach(), parameter).to(parameter.dtype)
+                yield Item(layer, place, group, to_local(parameter.detach()), own, to_local(state["momentum_buffer"]))
 
     def _update(self, items: Sequence[Item], averages: Sequence[Tensor]) -> None:
         steepest = directions(items, averages, self.polar, self.scaling)

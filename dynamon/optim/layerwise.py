@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import put_back
+from dynamon.distributed.dtensor import reshard
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.kernels import waiter
 from dynamon.layers import known_layers
@@ -157,7 +157,7 @@ class LayerwiseRates:
         """Take up the parameters that the optimizer holds now; those that cannot be steered keep the base rate."""
         self._held = parameters_of(self.optimizer)
         self._lazy = [p for p in self._held if is_lazy(p)]  # they get their shape in a first batch
-        put_back(self.model)
+        reshard(self.model)
         known = known_layers(self.model)
         if not self._lazy and not self._checked:
             self.rule.check(known)

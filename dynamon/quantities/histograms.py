@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import Totals
+from dynamon.distributed.reduction import ShardReduction
 from dynamon.kernels import widest_dtype
 
 _SHIFT = 20  # of a float32's 23 bits of mantissa the first 3 tell the bin: 8 bins an octave
@@ -80,7 +80,7 @@ def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
 def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """The table of whole tensors from the tables of the parts that several processes hold.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.measurement`. Bins of a part that lie
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a part that lie
     below those of the whole fall into the one around zero, as they would have.
 
     Args:
@@ -98,10 +98,10 @@ def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tenso
     base, low = torch.where(known, base, 0.0), torch.where(known, low, torch.inf)
     high = torch.where(known, high, -torch.inf)
     top = ranks.maximum(torch.stack([base, -low, high]))
-    totals = Totals(likes, ranks, sums=_BINS + len(moments))
+    totals = ShardReduction(likes, ranks, sums=_BINS + len(moments))
     found = totals.empty()
     found.sums[:_BINS], found.sums[_BINS:] = _rebased(counts, top[0] - base).T, torch.stack(moments)
-    sums = totals.of(found).sums.T
+    sums = totals.reduce(found).sums.T
     return torch.cat([sums[:, :_BINS], torch.stack([top[0], -top[1], top[2]], 1), sums[:, _BINS:]], 1)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.kernels import widest_dtype
-from dynamon.kernels.constants import moved, on_device
+from dynamon.kernels.constants import on_device
 from dynamon.quantities.names import word_runs
 
 _COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
@@ -50,7 +50,7 @@ def decay_assumption(optimizer: Optimizer) -> str | None:
         return None
     return (
         f"{type(optimizer).__name__} is taken to multiply its weights by 1 - rate x weight_decay, as AdamW does: "
-        "weight/memory and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its groups if "
+        "weight/initial_fraction and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its groups if "
         "it adds the decay to the gradient."
     )
 

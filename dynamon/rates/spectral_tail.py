@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from dynamon.layers import Layer
 from dynamon.norms import Norm
-from dynamon.quantities.weights import spectra_of
+from dynamon.quantities.weights import layer_spectra
 from dynamon.rates.ramp import Ramp
 from dynamon.rates.rule import Rule, check_grouping, group_indices
 
@@ -83,7 +83,7 @@ class SpectralTailRates(Rule):
 
     def _read(self) -> dict[str, float]:
         """The exponents by layer name, where there are any."""
-        names, spectra = spectra_of([layer for layer in self.layers if layer.parameter.requires_grad])
+        names, spectra = layer_spectra([layer for layer in self.layers if layer.parameter.requires_grad])
         values = [] if spectra is None else spectra.tail_exponent.tolist()
         return {name: value for name, value in zip(names, values, strict=True) if np.isfinite(value)}
 

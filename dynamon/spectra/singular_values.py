@@ -257,7 +257,7 @@ def _calls(group: Sequence[int], stacks: Sequence[Tensor]) -> list[list[int]]:
     return found
 
 
-def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:
+def reduce_blocks(found: Statistics, sizes: Sequence[int]) -> Statistics:
     """One reading for each stack of matrices, of readings for each matrix.
 
     Largest singular values and their bounds and the condition number are those of the worst member, the nuclear norm

@@ -153,7 +153,7 @@ def test_an_error_that_other_processes_have_not_heard_of_keeps_nothing_alive() -
 
     meter = Failing(Cadence(1, 1, 1.0))
     monitor = Monitor(lambda: [meter])
-    unknown = SimpleNamespace(is_known_to_all=lambda error: False)
+    unknown = SimpleNamespace(is_collective_failure=lambda error: False)
     monitor._run = SimpleNamespace(ranks=unknown, unsettled={}, steps=SimpleNamespace(remove=lambda: None))
     monitor._call(meter, "batch_end")
     assert str(monitor._run.unsettled["failing"]) == "on this process" and alive[0]() is None

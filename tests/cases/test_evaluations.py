@@ -744,7 +744,7 @@ def test_nothing_is_shown_of_differences_that_are_lost_in_rounding():
         fit(CastInside(mlp()), [monitor], steps=3)
     shown = {tag for tag in monitor.history if tag.startswith("sharpness/")}
     assert shown <= {"sharpness/critical_multiple", "sharpness/critical", "sharpness/probe_loss",
-                     "sharpness/probe_samples", "sharpness/products"}  # fmt: skip
+                     "sharpness/probe_samples", "sharpness/matvecs"}  # fmt: skip
     assert "sharpness/critical_multiple" in shown
 
 
@@ -831,7 +831,7 @@ def test_a_full_spectrum_that_fails_leaves_the_plain_reading_alone(monkeypatch, 
     """It fails ``at`` times: counted by itself, paused by itself after three in a row."""
     from dynamon.callbacks import weights
 
-    calls, real = [], weights.spectra_of
+    calls, real = [], weights.layer_spectra
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -839,7 +839,7 @@ def test_a_full_spectrum_that_fails_leaves_the_plain_reading_alone(monkeypatch, 
             raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(weights, "spectra_of", failing)
+    monkeypatch.setattr(weights, "layer_spectra", failing)
     monkeypatch.setattr(weights, "FULL_EVERY", 2)
     monitor = WeightMonitor(every_n_steps=1)
     with pytest.warns(UserWarning, match="full spectra could not be measured: cumsum_cuda_kernel"):
@@ -1271,7 +1271,7 @@ def test_what_measures_tells_what_it_has_found():
     assert repr(tracker) == "EigenTracker(k=1, 0 measurements, the next one cold)"
     tracker.update(hessian)
     assert repr(tracker) == "EigenTracker(k=1, 1 measurement, the next one warm)"
-    found = spectral_density(hessian, steps=20, probes=1)
+    found = spectral_density(hessian, steps=20, num_vectors=1)
     assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
     assert len(repr(found)) < 200
 

@@ -18,7 +18,7 @@ from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.sharded_norms import squares_here
 from dynamon.quantities.updates import compare_updates
 from dynamon.quantities.weights import weight_readings
-from dynamon.spectra import by_shape, per_stack, spectral_extremes, weight_spectrum
+from dynamon.spectra import reduce_blocks, spectral_extremes, weight_spectrum
 from tests.helpers import Classifier, batches, fit, mlp
 
 SCALES = [1e37, 1e22, 1e20, 3e-22, 1e-22, 1e-30, 1e-37]
@@ -182,7 +182,7 @@ def test_sharpness_of_a_scaled_loss(scale):
         fit(Scaled(factor), [monitor], steps=2)
     plain, scaled = (monitor.history for monitor in monitors)
     for tag, power in {
-        "sharpness/stability_ratio": 0, "sharpness/greedy_multiple": 0, "sharpness/hessian_max": 1,
+        "sharpness/stability_ratio": 0, "sharpness/best_multiple": 0, "sharpness/hessian_max": 1,
         "sharpness/directional": 1, "sharpness/batch": 1,
     }.items():  # fmt: skip
         assert scaled[tag].values == pytest.approx(plain[tag].values * scale**power, rel=1e-3, abs=0), tag
@@ -219,7 +219,7 @@ def test_a_zero_matrix_has_no_rank_and_no_deviation():
         stack = torch.stack([torch.zeros(3, 4), torch.eye(3, 4), torch.eye(3, 4) * 2])
         alone = measure_one(stack)
         assert alone.stable_rank[0].isnan() and alone.participation_ratio[0].isnan() and alone.sigma_max[0] == 0
-        together = per_stack(by_shape([stack, stack[1:]], measure_one), [3, 2])
+        together = reduce_blocks(by_shape([stack, stack[1:]], measure_one), [3, 2])
         assert together.stable_rank.tolist() == pytest.approx([3.0, 3.0], rel=1e-2, abs=0)  # of those that have one
 
 
@@ -239,7 +239,7 @@ def test_rates_over_zero_weights_and_steps_are_not_infinite():
     fit(Classifier(Adapter(), lambda p: torch.optim.SGD(p, lr=0.0)), [monitor], steps=3)
     for tag in monitor.history:
         assert not np.isinf(monitor.history[tag].values).any(), tag
-    assert np.isnan(monitor.history["spectrum/deviation"].values[:, 1]).all()
+    assert np.isnan(monitor.history["spectrum/log2_spectral_condition"].values[:, 1]).all()
 
 
 class Partly(nn.Module):

@@ -20,7 +20,7 @@ class _HasBlocks(Protocol):
 
     def product_error(self, vector: Tensor) -> float: ...
 
-    def likely_direction(self) -> Tensor | None: ...
+    def initial_direction(self) -> Tensor | None: ...
 
 
 class BlockOperator(LinearOperator):
@@ -52,9 +52,9 @@ class BlockOperator(LinearOperator):
         parameters = self._operator.parameters
         return self._operator.product_error(parameters.embed(vector, self._places))
 
-    def likely_direction(self) -> Tensor | None:
+    def initial_direction(self) -> Tensor | None:
         """The block's part of the whole operator's."""
-        known = self._operator.likely_direction()
+        known = self._operator.initial_direction()
         return None if known is None else self._operator.parameters.extract(known, self._places)
 
 

@@ -358,7 +358,7 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
 
 def _turned(start: Tensor, operator: Any) -> Tensor:
     """Half noise, half the direction that an operator thinks likely."""
-    likely = operator.likely_direction() if hasattr(operator, "likely_direction") else None
+    likely = operator.initial_direction() if hasattr(operator, "initial_direction") else None
     if likely is None or operator.shape[0] == 1:  # in one dimension the two can cancel
         return start
     likely = likely.to(start)

@@ -40,7 +40,7 @@ SPECTRUM = (
         field="stable_rank",
     ),
     _per_layer(
-        "spectrum/deviation",
+        "spectrum/log2_spectral_condition",
         "log2 of the RMS->RMS norm: 0 where the spectral condition (arXiv 2310.17813) holds with a constant of one",
         "octaves",
         scale="linear",

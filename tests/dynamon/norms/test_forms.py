@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_along
 from dynamon.layers import Layer, describe_layers
@@ -128,15 +128,15 @@ def check_parts(rank: int, size: int) -> None:
     norms, steps, ranks = [update_norm(la, "spectral") for la in layers], drawn(layers, 1), Ranks(torch.device("cpu"))
     own = {la.role: is_maximum(la, norm) for la, norm in zip(parted, norms, strict=True) if la.blocks == 1}
     assert own["embedding"] and not own["hidden"]  # rows of tokens are columns of the map
-    parts = StepParts(parted, norms, [local(cut(step)) for step in steps])
-    with ranks.measurement():
+    parts = StepParts(parted, norms, [to_local(cut(step)) for step in steps])
+    with ranks.collective_section():
         _, (found,) = steps_and_lengths([parts], parts.squares, ranks)
     np.testing.assert_allclose(found, primals(layers, steps), rtol=1e-5)
     reader = ShardedGradientReader(parted, "spectral")
     set_gradients(parted, [cut(step) for step in steps])
     reader.begin(0)
     np.testing.assert_allclose(reader.read().wait().dual, duals(layers, steps), rtol=1e-5)
-    with ranks.measurement():
+    with ranks.collective_section():
         readings = sharded_weight_readings(parted, {}, {}, ranks)
     np.testing.assert_allclose(readings.operator, primals(layers, [la.parameter for la in layers]), rtol=1e-5)
 

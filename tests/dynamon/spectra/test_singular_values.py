@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamon.spectra import SigmaTracker, by_shape, per_stack, spectral_extremes, weight_spectra, weight_spectrum
+from dynamon.spectra import SigmaTracker, by_shape, reduce_blocks, spectral_extremes, weight_spectra, weight_spectrum
 from dynamon.spectra.power_law import power_law
 
 MEASURES = {
@@ -133,7 +133,7 @@ def test_stacks_and_their_members():
     found, alone = by_shape(stacks, weight_spectrum), by_shape(members, weight_spectrum)
     for name in (*ALL, "condition"):
         torch.testing.assert_close(getattr(found, name), getattr(alone, name))
-    together = per_stack(found, [3, 1, 2, 1])
+    together = reduce_blocks(found, [3, 1, 2, 1])
     blocks = [torch.block_diag(*stack.reshape(-1, *stack.shape[-2:])).double() for stack in stacks]
     sigmas = [torch.linalg.svdvals(block) for block in blocks]
     torch.testing.assert_close(together.sigma_max.double(), torch.stack([s[0] for s in sigmas]), rtol=1e-5, atol=0)
@@ -141,7 +141,7 @@ def test_stacks_and_their_members():
     for name, reduce in (("stable_rank", torch.mean), ("effective_rank", torch.mean), ("condition", torch.amax)):
         expected = torch.stack([reduce(part) for part in getattr(alone, name).split([3, 1, 2, 1])])
         torch.testing.assert_close(getattr(together, name), expected)
-    assert per_stack(alone, [1] * 7) is alone
+    assert reduce_blocks(alone, [1] * 7) is alone
     with pytest.raises(ValueError, match="at least one matrix"):
         by_shape([], weight_spectrum)
 
