@@ -30,8 +30,8 @@ def sharded_weight_readings(
 ) -> WeightReadings:
     """What :func:`dynamon.quantities.weights.weight_readings` finds, from parts.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Sums and maxima over
-    entries and rows come from the parts. Matrices are dealt out, and each, with its step where that has a spectral
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Sums and maxima
+    over entries and rows come from the parts. Matrices are dealt out, and each, with its step where that has a spectral
     norm, is gathered on one process.
 
     Args:
@@ -143,7 +143,7 @@ def _readings(layers: Sequence[Layer], found: PartialStats, processes: int) -> W
         sigma_lower=_where(is_matrix, lower),
         sigma_upper=_where(is_matrix, upper),
         stable_rank=_where(is_matrix, stable_rank),
-        deviation=log2_or_nan(sigma * factors),
+        log2_spectral_condition=log2_or_nan(sigma * factors),
     )
     return WeightReadings(**{name: value.float() for name, value in vars(readings).items()})
 

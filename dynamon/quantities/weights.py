@@ -45,9 +45,9 @@ class WeightReadings:
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
         stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors and for a zero matrix.
-        deviation: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
-            :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one, and the
-            same number at every width where it holds with another; NaN for vectors and for a zero matrix.
+        log2_spectral_condition: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral
+            condition :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one,
+            and the same number at every width where it holds with another; NaN for vectors and for a zero matrix.
     """
 
     operator: Tensor
@@ -63,7 +63,7 @@ class WeightReadings:
     sigma_lower: Tensor
     sigma_upper: Tensor
     stable_rank: Tensor
-    deviation: Tensor
+    log2_spectral_condition: Tensor
 
 
 def weight_readings(
@@ -100,7 +100,7 @@ def weight_readings(
         frobenius=lengths.float(),
         rms=(lengths * roots).float(),
         ratio=torch.where(operator > 0, stepping["update"] / operator, torch.nan),
-        deviation=log2_or_nan(found["sigma_max"] * factors),
+        log2_spectral_condition=log2_or_nan(found["sigma_max"] * factors),
         **stepping,
         **found,
     )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamon.runs.frames import plot_series, scalars_frame, series_frame
+from dynamon.runs.renamed import current_tag
 
 READINGS = ("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")  # prefixes of the tags of readings
 _MAX_POINTS = 4096  # per quantity; beyond, every second point is dropped, so that memory stays bounded
@@ -144,7 +145,8 @@ class History(Mapping[str, Series]):
     """Everything a monitor measured, by quantity: ``history["noise/dual"].values`` is an array.
 
     A table has one column for each layer that ever had a reading, in the order in which they were first met. Its values
-    are NaN at the steps at which a layer had none: before it joined, or after it left.
+    are NaN at the steps at which a layer had none: before it joined, or after it left. A renamed tag is found by its
+    old name, too.
 
     Memory is bounded: a quantity keeps at most 4,096 points, and a wide table fewer, about 4 MiB of numbers (with 500
     layers at most 1,048 points, 112 MiB for 28 tables). At the limit every second point is dropped, and from then on
@@ -229,8 +231,9 @@ class History(Mapping[str, Series]):
         Raises:
             KeyError: Naming quantities with similar names.
         """
-        if quantity not in self._rows:
+        if quantity not in self:
             raise KeyError(self._missing(quantity))
+        quantity = current_tag(quantity)
         rows, columns = self._rows[quantity], self._layers.get(quantity)
         steps = np.array([step for step, *_ in rows], dtype=np.int64)
         if columns is None:
@@ -259,7 +262,7 @@ class History(Mapping[str, Series]):
 
     def __contains__(self, quantity: object) -> bool:
         """Return whether a quantity has been measured."""
-        return quantity in self._rows
+        return isinstance(quantity, str) and current_tag(quantity) in self._rows
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the quantities, in the order they were first measured."""

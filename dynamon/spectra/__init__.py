@@ -2,8 +2,9 @@
 
 from dynamon.spectra.singular_values import (
     SigmaTracker,
+    SpectralExtremes,
     WeightSpectrum,
-    by_shape,
+    batched_by_shape,
     extremes_of,
     largest_per_stack,
     largest_singular_values,
@@ -15,8 +16,9 @@ from dynamon.spectra.singular_values import (
 
 __all__ = [
     "SigmaTracker",
+    "SpectralExtremes",
     "WeightSpectrum",
-    "by_shape",
+    "batched_by_shape",
     "extremes_of",
     "largest_per_stack",
     "largest_singular_values",

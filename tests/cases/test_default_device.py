@@ -98,7 +98,7 @@ SUBJECTS: dict[str, Callable[[Subject], Any]] = {
     "differences": lambda s: s.hessian("finite_difference").product_error(s.step),
     "blocks": lambda s: blockwise_sharpness(s.hessian(), {"all": "*"})["all"].values,
     "density": lambda s: spectral_density(s.hessian(), steps=5, num_vectors=2).mean,
-    "trace": lambda s: trace(s.hessian(), samples=3).value,
+    "trace": lambda s: trace(s.hessian(), num_vectors=3).value,
     "directional": lambda s: directional_sharpness(s.hessian(), s.step).sharpness,
     "own norms": lambda s: s.in_norms(),
     "batch": lambda s: batch_sharpness([s.hessian()]),

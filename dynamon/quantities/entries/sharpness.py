@@ -175,7 +175,7 @@ SHARPNESS = (
         choice="batch",
         chart=_ALONG,
     ),
-    _solved_for("sharpness/matvecs", "Hessian products this measurement took", "products"),
+    _solved_for("sharpness/matvecs", "Hessian-vector products this measurement took", "matvecs"),
     _solved_for("sharpness/probe_loss", "training loss on the probe", "loss"),
     _solved_for("sharpness/probe_samples", "samples in the probe", "samples", condition=Condition.KNOWN_SAMPLES),
 )

@@ -46,7 +46,7 @@ SPECTRUM = (
         scale="linear",
         words="deviation from the spectral condition, log2",
         chart="deviation from the spectral condition across layers, log2",
-        field="deviation",
+        field="log2_spectral_condition",
     ),
     _every_tenth(
         "spectrum/effective_rank",

@@ -27,14 +27,14 @@ def semicircle(n, radius=1.0):
 
 @PROPERTY
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(0, 2**31))
-def test_exact_where_there_are_as_many_steps_as_dimensions(n, probes, seed):
+def test_exact_where_there_are_as_many_steps_as_dimensions(n, num_vectors, seed):
     """Every node is an eigenvalue, and the weights of a start are its squared parts along the eigenvectors."""
     matrix = gaussian(n, n, seed=seed)
     matrix = matrix + matrix.mT
     truth = torch.linalg.eigvalsh(matrix).flip(0).numpy()
-    found = spectral_density(matrix, steps=80, probes=probes, seed=seed % 1000)
+    found = spectral_density(matrix, steps=80, num_vectors=num_vectors, seed=seed % 1000)
     scale = np.abs(truth).max()
-    assert found.nodes.shape == found.weights.shape == (probes, n) and found.matvecs == n * probes
+    assert found.nodes.shape == found.weights.shape == (num_vectors, n) and found.matvecs == n * num_vectors
     for nodes, weights in zip(found.nodes, found.weights, strict=True):
         np.testing.assert_allclose(nodes, truth, atol=1e-9 * scale)
         assert (weights >= 0).all() and weights.sum() == pytest.approx(1)
@@ -150,8 +150,8 @@ def test_it_is_seeded_and_leaves_global_streams():
 
 
 def test_bad_input():
-    for arguments in ({"steps": 0}, {"probes": 0}):
-        with pytest.raises(ValueError, match="steps and probes must be at least 1, got"):
+    for arguments in ({"steps": 0}, {"num_vectors": 0}):
+        with pytest.raises(ValueError, match="steps and num_vectors must be at least 1, got"):
             spectral_density(torch.eye(3), **arguments)
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
         spectral_density(Diagonal(torch.tensor([1.0, math.nan])))

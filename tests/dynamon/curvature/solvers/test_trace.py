@@ -27,7 +27,7 @@ def off_diagonal(matrix):
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(0, 2**31))
 def test_exact_on_diagonals(n, count, seed):
     values = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = trace(Diagonal(values), samples=count, seed=seed % 1000)
+    found = trace(Diagonal(values), num_vectors=count, seed=seed % 1000)
     assert found.value == pytest.approx(float(values.sum()), abs=1e-10) and found.matvecs == count
     assert math.isnan(found.standard_error) if count == 1 else found.standard_error < 1e-10
 
@@ -72,7 +72,7 @@ def test_of_a_network(backend):
     model = mlp(5, 7, 3).double()
     loss = lambda model: torch.nn.functional.cross_entropy(model(inputs), labels)  # noqa: E731
     truth = dense_hessian(model, loss)
-    found = trace(HessianOperator(lambda: loss(model), list(model.parameters()), backend=backend), samples=300)
+    found = trace(HessianOperator(lambda: loss(model), list(model.parameters()), backend=backend), num_vectors=300)
     assert found.value == pytest.approx(float(truth.trace()), abs=4 * math.sqrt(off_diagonal(truth) / 300))
     ggn = GGNOperator(
         lambda: model(inputs), lambda z: torch.nn.functional.cross_entropy(z, labels), list(model.parameters())
@@ -83,7 +83,7 @@ def test_of_a_network(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_narrow_operators_are_summed_in_float64(dtype):
     values = torch.ones(5000, dtype=dtype)
-    assert trace(Diagonal(values), samples=3).value == 5000
+    assert trace(Diagonal(values), num_vectors=3).value == 5000
 
 
 def test_it_is_seeded_and_leaves_global_streams():
@@ -94,5 +94,5 @@ def test_it_is_seeded_and_leaves_global_streams():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-        trace(torch.eye(3), samples=0)
+    with pytest.raises(ValueError, match="num_vectors must be at least 1, got 0"):
+        trace(torch.eye(3), num_vectors=0)
