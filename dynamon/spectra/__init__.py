@@ -1,7 +1,6 @@
 """Statistics of the singular values of weight matrices and convolutions."""
 
 from dynamon.spectra.singular_values import (
-    SigmaTracker,
     WeightSpectrum,
     batched_by_shape,
     extremes_of,
@@ -14,7 +13,6 @@ from dynamon.spectra.singular_values import (
 )
 
 __all__ = [
-    "SigmaTracker",
     "WeightSpectrum",
     "batched_by_shape",
     "extremes_of",
