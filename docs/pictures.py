@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.cli.demo_data import standard_library_text, training_batches
 from dynamon.cli.language_model import GPT, LanguageModel
-from dynamon.cli.text import standard_library_text, training_batches
 from dynamon.health import findings
 from dynamon.runs.history import RunData, Series
 

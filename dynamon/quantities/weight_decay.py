@@ -81,7 +81,7 @@ _MOST_DEFERRED = 64  # steps
 _Group = tuple[tuple[str, ...], tuple[float, ...], tuple[bool, bool]]
 
 
-class DecayMemory:
+class DecayRetention:
     """The product of ``1 - rate x ratio x decay`` over all steps, by layer: what decay leaves of the initial weights.
 
     Call :meth:`before_step` before each step and :meth:`after_steps` when the ratios in force are known. Rates may be

@@ -1,6 +1,7 @@
 """Statistics of the singular values of weight matrices and convolutions."""
 
 from dynamon.spectra.singular_values import (
+    SpectralExtremes,
     WeightSpectrum,
     batched_by_shape,
     extremes_of,
@@ -13,6 +14,7 @@ from dynamon.spectra.singular_values import (
 )
 
 __all__ = [
+    "SpectralExtremes",
     "WeightSpectrum",
     "batched_by_shape",
     "extremes_of",

@@ -12,13 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
-from dynamon.callbacks.evaluation import trained_parameters
-from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
-from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
-from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
-from dynamon.callbacks.room import room_for
-from dynamon.callbacks.steps import StepMeter
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import (
     Eigenpairs,
     EigenTracker,
@@ -43,6 +37,15 @@ from dynamon.curvature.operators.preconditioner import (
 from dynamon.curvature.solvers.lanczos import random_start
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.distributed.ranks import ran_out_of_memory
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.evaluation import trained_parameters
+from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
+from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
+from dynamon.monitoring.memory_plan import plan_memory
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.optim import steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.entries.sharpness import SUBSPACE
@@ -64,13 +67,13 @@ _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe
 class _Point:
     """One measurement in the making."""
 
-    run: Run
+    run: RunContext
     params: FlatParameters  # as the loss sees them
     owned: list[Tensor]  # as the optimizers do
     hessian: HessianOperator | MeanOverRanks
     optimizer: Optimizer | None
     readings: dict[str, float] = field(default_factory=dict)
-    matvecs: int = 0
+    products: int = 0
     succeeded: int = 0
     failed: dict[str, Exception] = field(default_factory=dict)
     brackets: list[tuple[str, Tensor, StabilityScaling | None]] = field(default_factory=list)
@@ -85,7 +88,7 @@ class EigenvalueMeter(Meter):
         steps: Takes over with critical sharpness where the vectors do not fit into memory.
         quantities: Those that are chosen, of ``dynamon.quantities.choices("sharpness")``.
         tol: Relative tolerance of the solves.
-        max_matvecs: Most matvecs per solve.
+        max_matvecs: Most products a solve.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
         memory_limit: GiB for the solver's vectors; None for half of what is free when training starts.
     """
@@ -96,7 +99,7 @@ class EigenvalueMeter(Meter):
         self,
         cadence: Cadence,
         probe: ProbeMeter,
-        steps: StepMeter,
+        steps: UpdateCurvatureMeter,
         quantities: Sequence[str],
         tol: float,
         max_matvecs: int,
@@ -112,7 +115,7 @@ class EigenvalueMeter(Meter):
         declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
         self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
         self.quantities = meanings(one for one in declared if one.scope is Scope.PER_LAYER)
-        self.panels = layout_of(declared)
+        self.panels = chart_layout(declared)
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None
@@ -125,7 +128,7 @@ class EigenvalueMeter(Meter):
         self._failures = Failures()
         self._last_loss = math.inf
 
-    def start(self, run: Run) -> None:
+    def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and what is measured instead."""
         if self._probe.off:
             return
@@ -141,24 +144,24 @@ class EigenvalueMeter(Meter):
                 f"no stability ratio: {type(optimizer).__name__} has no known stability condition; the Hessian's "
                 "largest eigenvalue and the sharpness along the step in the layers' own norms are shown instead."
             )
-        with run.ranks.measurement():
+        with run.ranks.collective_section():
             self._check_memory(run)
         # On a device of its own memory is not what it will be: activations and states of optimizers come with training.
         whole = not any(is_sharded(p) for p in trained_parameters(run).values())
         self._is_guess = run.module.device.type != "cpu" and not self._memory_limit and whole
 
-    def _fits(self, run: Run) -> bool:
+    def _fits(self, run: RunContext) -> bool:
         """Whether the vectors of a solve fit beside what training holds, asked once more before the first one."""
         if self._is_guess:
             self._is_guess = False
             self._check_memory(run)
         return not self._too_large
 
-    def _check_memory(self, run: Run) -> None:
+    def _check_memory(self, run: RunContext) -> None:
         trained = list(trained_parameters(run).values())
         if not trained:
             return
-        room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
+        room = plan_memory(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
         self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
         self._needed = room.needed
         allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
@@ -191,37 +194,37 @@ class EigenvalueMeter(Meter):
         """Not where it is off for another reason."""
         return super().is_missed() and not self.is_off()
 
-    def expected(self, run: Run) -> float:
+    def expected(self, run: RunContext) -> float:
         """Products of the coming measurement at what they took lately.
 
         A guess of two training steps for a product on a full batch counts as one experience, so that a single
         slow measurement does not keep the next one away for long.
         """
         trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
-        matvecs = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
-        matvecs += _TRACE_VECTORS * ("trace" in self._wanted)
-        matvecs += 6 * len(run.layers) if "blocks" in self._wanted else 0
-        matvecs += _DENSITY_STEPS * _DENSITY_VECTORS * ("density" in self._wanted)
+        products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
+        products += _TRACE_VECTORS * ("trace" in self._wanted)
+        products += 6 * len(run.layers) if "blocks" in self._wanted else 0
+        products += _DENSITY_STEPS * _DENSITY_VECTORS * ("density" in self._wanted)
         guess = 2 * run.seconds_per_step * self._probe.share
         if not self._product_seconds:  # the first one also chooses how products are made, and checks them
-            return 2 * matvecs * guess
-        return matvecs * median([guess, *self._product_seconds])
+            return 2 * products * guess
+        return products * median([guess, *self._product_seconds])
 
-    def _is_due(self, run: Run) -> bool:
+    def _is_due(self, run: RunContext) -> bool:
         return (
             not self.is_off()
             and self._probe.is_expected(run)
             and self.cadence.due(run, self.name, self.expected, run.step)
         )
 
-    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+    def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
         if "subspace" in self._wanted and self._is_due(run):
             self._steps.copy_weights(run)
 
-    def make_room(self, run: Run) -> str | None:
+    def make_room(self, run: RunContext) -> str | None:
         """Halve the probe; give up solves where it is not to blame, of one process."""
-        alone, share = not run.ranks.several, self._probe.share
+        alone, share = not run.ranks.is_distributed, self._probe.share
         fits = free_memory(run.module.device) > self._needed
         said = self._probe.halve(run) if fits or not self._is_solving or not alone else None
         if not alone or not self._is_solving or self._probe.share < share:
@@ -230,7 +233,7 @@ class EigenvalueMeter(Meter):
         self._steps.also("critical")
         return "Eigenvalues are left out: critical sharpness, which needs forward passes only, is shown instead."
 
-    def batch_end(self, run: Run) -> None:
+    def batch_end(self, run: RunContext) -> None:
         """Measure when due."""
         if not self._is_due(run) or not run.steps.any_taken():
             return
@@ -241,16 +244,16 @@ class EigenvalueMeter(Meter):
         spent = run.budget.spent_on.get(self.name, 0.0)
         try:
             with run.together(self.name):
-                matvecs = self._measure(run)
+                products = self._measure(run)
         except Exception:
             self._start_anew(run)
             raise
         if self.is_off():
             return
-        self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(matvecs, 1))
+        self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
         self.done(run)
 
-    def _measure(self, run: Run) -> int:
+    def _measure(self, run: RunContext) -> int:
         self._is_solving = False
         if not self._fits(run):
             return 0
@@ -275,12 +278,12 @@ class EigenvalueMeter(Meter):
             if "ggn" in self._wanted:
                 self._attempt(point, "ggn", self._ggn)
             self._judge(point)
-            point.readings["sharpness/matvecs"] = float(point.matvecs)
+            point.readings["sharpness/matvecs"] = float(point.products)
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
-        return point.matvecs
+        return point.products
 
-    def _leave_out(self, run: Run, reason: str) -> None:
+    def _leave_out(self, run: RunContext, reason: str) -> None:
         """Measure nothing any more: what is in the way stays there.
 
         Raises:
@@ -299,7 +302,7 @@ class EigenvalueMeter(Meter):
         if optimizer is not None and "stability_ratio" in self._wanted and has_stability_condition(optimizer):
             self._attempt(point, "stability_ratio", self._stability)
         # SGD's stability ratio brings the Hessian with it; without any ratio the Hessian is all there is.
-        if self._wanted & {"hessian", "subspace"} or not point.matvecs and "stability_ratio" in self._wanted:
+        if self._wanted & {"hessian", "subspace"} or not point.products and "stability_ratio" in self._wanted:
             if "sharpness/hessian_min" not in point.readings:
                 self._attempt(point, "hessian", self._solve_hessian)
         for quantity, function in (
@@ -316,10 +319,10 @@ class EigenvalueMeter(Meter):
         if self._failures.rests(quantity, self.points):
             return
         try:
-            before = point.matvecs
-            with point.run.ranks.measurement():
+            before = point.products
+            with point.run.ranks.collective_section():
                 function(point)
-            point.succeeded += point.matvecs > before
+            point.succeeded += point.products > before
             self._failures.clear(quantity)
         except NoSecondMomentError:
             return  # not yet: it comes with the optimizer's first steps
@@ -330,9 +333,9 @@ class EigenvalueMeter(Meter):
             point.failed[quantity] = error
             self._start_anew(point.run)
 
-    def _start_anew(self, run: Run) -> None:
+    def _start_anew(self, run: RunContext) -> None:
         """After a failure some of several processes may have come further than others: all track from nothing."""
-        if run.ranks.several:
+        if run.ranks.is_distributed:
             self._trackers, self._blocks, self._space = {}, {}, None
 
     def _judge(self, point: _Point) -> None:
@@ -383,7 +386,7 @@ class EigenvalueMeter(Meter):
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
         found = trace(point.hessian, num_vectors=_TRACE_VECTORS, seed=self.points)
         point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
-        point.matvecs += found.matvecs
+        point.products += found.matvecs
 
     def _solve_hessian(self, point: _Point) -> Eigenpairs:
         found = self._solve(point, "hessian_max", point.hessian, self._max_eigenvalues())
@@ -399,7 +402,7 @@ class EigenvalueMeter(Meter):
     def _solve(self, point: _Point, tag: str, operator: LinearOperator, k: int = 1) -> Eigenpairs:
         tracker = self._trackers.setdefault(tag, self._tracker(k))
         found = tracker.update(operator)
-        point.matvecs += found.matvecs
+        point.products += found.matvecs
         if (reason := why_not(operator, found.product_error)) is not None:
             raise ArithmeticError(reason)
         point.readings |= found.readings(f"sharpness/{tag}")
@@ -407,8 +410,8 @@ class EigenvalueMeter(Meter):
 
     def _tracker(self, k: int = 1) -> EigenTracker:
         # Several values take a second look for copies of repeated ones.
-        matvecs = self._max_matvecs * (1 if k == 1 else 2)
-        return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=matvecs)
+        products = self._max_matvecs * (1 if k == 1 else 2)
+        return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=products)
 
     def _note_bracket(self, point: _Point, tag: str, found: Eigenpairs, scaling: StabilityScaling | None) -> None:
         """Have the top direction tried on other samples, when the upper bound is taken."""
@@ -425,7 +428,7 @@ class EigenvalueMeter(Meter):
             vector = vector.to(operator.dtype)
             _require_trust(operator, vector)
             point.readings[f"sharpness/{tag}_bracket"] = float(operator.space.inner(vector, operator @ vector))
-            point.matvecs += 1
+            point.products += 1
 
     def _subspace(self, point: _Point, found: Eigenpairs) -> None:
         space, where = found.vectors[:, : len(found.values)], point.params.space
@@ -440,7 +443,7 @@ class EigenvalueMeter(Meter):
     def _density(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
         found = spectral_density(point.hessian, steps=_DENSITY_STEPS, num_vectors=_DENSITY_VECTORS, seed=self.points)
-        point.matvecs += found.matvecs
+        point.products += found.matvecs
         self.last_density = found
         point.readings["sharpness/outliers"] = float(len(found.outliers))
         point.readings["sharpness/bulk_edge"] = found.bulk_edge
@@ -450,7 +453,7 @@ class EigenvalueMeter(Meter):
         blocks = {la.name: [tensors[la.name]] for la in point.run.layers if la.name in tensors}
         found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
         self._blocks = {name: pairs.vectors for name, pairs in found.items()}
-        point.matvecs += sum(pairs.matvecs for pairs in found.values())
+        point.products += sum(pairs.matvecs for pairs in found.values())
         reasons = [why_not(point.hessian, pairs.product_error) for pairs in found.values()]
         if reasons and all(reasons):
             raise ArithmeticError(reasons[0])
@@ -473,13 +476,13 @@ class EigenvalueMeter(Meter):
             after = ", the whole training set." if are_all else _SMALL_PROBE
             rank_zero_info(f"sharpness is measured on {self._probe.samples_in_all} samples{after}")
 
-    def _warn(self, run: Run, readings: Mapping[str, float]) -> None:
+    def _warn(self, run: RunContext, readings: Mapping[str, float]) -> None:
         missed = [tag for tag in readings if tag.endswith("_unconverged")]
         if missed and "unconverged" not in self._told:
             self._told.add("unconverged")
             rank_zero_info(
                 f"step {run.step}: {missed[0].removesuffix('_unconverged')} did not converge in "
-                f"{self._max_matvecs} Hessian-vector products and is shown as {missed[0]}, a lower bound."
+                f"{self._max_matvecs} products and is shown as {missed[0]}, a lower bound."
             )
         ratio = readings.get("sharpness/stability_ratio", math.nan)
         rising = readings["sharpness/probe_loss"] > self._last_loss
