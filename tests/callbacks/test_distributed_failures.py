@@ -15,7 +15,7 @@ from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR,
 from dynamon.curvature import HessianOperator
 from dynamon.curvature.solvers import lanczos
 from dynamon.distributed import work_sharing as dealing
-from dynamon.isolation.batches import Part
+from dynamon.isolation.samples import Part
 from dynamon.monitoring import eigenvalues, monitor
 from dynamon.monitoring import weight_meter as weights
 from dynamon.monitoring.budget import Budget
