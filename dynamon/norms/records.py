@@ -158,7 +158,7 @@ def get_norm(name: str) -> Norm:
     """Look a norm up by the name in the table of this module.
 
     Args:
-        name: One of the seven names.
+        name: One of the names in that table.
 
     Raises:
         ValueError: On any other name; the message lists them.
