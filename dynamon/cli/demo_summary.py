@@ -118,7 +118,7 @@ def _stability_lines(run: Outcome) -> list[str]:
         verdict = "at or above 1 for a while, below it at the end"
     else:
         verdict = "at or above 1: at the edge of stability, where training often settles"
-    products = history["sharpness/products"].values
+    products = history["sharpness/matvecs"].values
     interval = PRESETS[run.monitor.preset].sharpness
     return [
         f"stability     ratio {ratio.min():.2f} to {ratio.max():.2f}, last {ratio[-1]:.2f} "

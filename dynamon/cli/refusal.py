@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dynamon.runs.folders import readable
+from dynamon.runs.folders import printable
 
 
 class RefusalError(Exception):
@@ -32,7 +32,7 @@ def _sentence(error: OSError) -> str:
     """Say which file is at fault and what to do; errors raised with a sentence keep it."""
     if error.filename is None:
         return str(error)
-    name = readable(error.filename)
+    name = printable(error.filename)
     if isinstance(error, FileNotFoundError):
         return f"{name} cannot be opened: {error.strerror}. Create its folder first, or name another."
     if isinstance(error, IsADirectoryError):

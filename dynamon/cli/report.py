@@ -18,7 +18,7 @@ from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
 from dynamon.health import Finding, findings, judged_loss, loss_tag
 from dynamon.quantities import REGISTRY, Scope
 from dynamon.runs import read_run_data
-from dynamon.runs.folders import readable
+from dynamon.runs.folders import printable
 from dynamon.runs.history import RunData, Series
 
 _WIDTH = 48  # columns of a sparkline
@@ -174,7 +174,7 @@ def _write(content: str, output: Path | None) -> str:
     else:
         output.write_text(content, encoding="utf-8")
         path, note = output, ""
-    return f"report        {readable(path)} ({path.stat().st_size / 1e6:.1f} MB, opens in any browser{note})"
+    return f"report        {printable(path)} ({path.stat().st_size / 1e6:.1f} MB, opens in any browser{note})"
 
 
 def _write_new(content: str) -> tuple[Path, Path | None]:
@@ -232,11 +232,11 @@ def _read(folder: Path, loss: str | None) -> tuple[Path, RunData]:
     run, data = read_run_argument("report", folder, read_run_data)
     if not data.scalars and not data.tables:
         raise ValueError(
-            f"{readable(run)} holds a run without a single value: nothing was logged, or training has just begun."
+            f"{printable(run)} holds a run without a single value: nothing was logged, or training has just begun."
         )
     if loss is not None and loss not in data.scalars:
         tags = ", ".join(sorted(tag for tag in data.scalars if "loss" in tag.lower())[:12])
-        raise ValueError(f"{readable(run)} holds no {loss}; tags with 'loss' in their name: {tags or 'none'}.")
+        raise ValueError(f"{printable(run)} holds no {loss}; tags with 'loss' in their name: {tags or 'none'}.")
     return run, data
 
 
@@ -251,7 +251,7 @@ def _require_readings(runs: list[tuple[str, RunData]]) -> None:
 
 def _name(folder: Path) -> str:
     """Return the last two parts of the path; the last alone is often ``version_0``."""
-    return readable("/".join(folder.resolve().parts[-2:]).lstrip("/"))
+    return printable("/".join(folder.resolve().parts[-2:]).lstrip("/"))
 
 
 def _print(lines: Iterator[str], stream: TextIO | None = None) -> None:

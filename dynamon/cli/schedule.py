@@ -15,7 +15,7 @@ from dynamon.cli.plots import draw_schedule
 from dynamon.cli.refusal import refusing
 from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
 from dynamon.runs import last_step, read_run
-from dynamon.runs.folders import readable
+from dynamon.runs.folders import printable
 from dynamon.runs.history import Series
 from dynamon.schedule import (
     FEWEST_READINGS,
@@ -104,7 +104,7 @@ def _refine(folder: Path, requested: str) -> _Refined:
     usable = usable_readings(series.values)
     if usable.sum() < FEWEST_READINGS:
         raise ValueError(
-            f"{readable(run)} holds {usable.sum()} readings of {tag} that are finite and not zero, and it takes "
+            f"{printable(run)} holds {usable.sum()} readings of {tag} that are finite and not zero, and it takes "
             f"{FEWEST_READINGS}. Log more with GradientMonitor(every_n_steps=...) or a larger budget; linear decay "
             "needs none."
         )
@@ -129,7 +129,7 @@ def _missing(folder: Path, logged: dict[str, Series], tag: str) -> str:
     tags = sorted(t for t in logged if "/" not in t or t.startswith(("gradient/", "train")))
     shown = ", ".join(tags[:12]) + (", ..." if len(tags) > 12 or len(tags) < len(logged) else "")
     return (
-        f"{readable(folder)} holds no {tag}. It holds: {shown or 'no scalars'}. Add GradientMonitor() or "
+        f"{printable(folder)} holds no {tag}. It holds: {shown or 'no scalars'}. Add GradientMonitor() or "
         "DynamicsMonitor() to the Trainer's callbacks and train again."
     )
 
