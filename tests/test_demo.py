@@ -65,6 +65,7 @@ def test_the_length_follows_from_a_measured_step(tmp_path, monkeypatch, capsys, 
     """The command that is printed at the end trains the same again, without timing."""
     monkeypatch.setattr("dynamon.cli.demo_plan.FEWEST_STEPS", 30)
     monkeypatch.setattr("dynamon.cli.demo_plan.MOST_STEPS", 40)
+    monkeypatch.setattr(demo, "_TRIAL_SECONDS", 0.2)
     threads = torch.get_num_threads()
     assert main(["demo", "--budget", "2", "--logdir", str(tmp_path / "first")]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
