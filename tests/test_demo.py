@@ -98,10 +98,11 @@ def test_a_plan_uses_the_time_that_is_left(machine: str, budget: float) -> None:
     clock = [5.0]
     trials = []
 
-    def step_seconds(tried: str, count: int) -> float:
-        clock[0] += 4 * cost(tried, count)
+    def step_seconds(tried: str, count: int, too_slow: float) -> float:
+        seconds = cost(tried, count)
+        clock[0] += (1 if seconds > 3 * too_slow else 4) * seconds
         trials.append((tried, count))
-        return cost(tried, count)
+        return seconds
 
     plan = make_plan(step_seconds, list(SIZES), thread_counts(available), lambda: 80 - clock[0], budget)
     assert plan.threads == threads and len(trials) == len(set(trials)) <= 6
@@ -121,10 +122,32 @@ def test_a_plan_uses_the_time_that_is_left(machine: str, budget: float) -> None:
 
 
 def test_a_plan_keeps_to_what_is_given() -> None:
-    plan = make_plan(lambda size, count: 0.3, ["full"], [3], lambda: 10.0, 0.35)
+    plan = make_plan(lambda size, count, too_slow: 0.3, ["full"], [3], lambda: 10.0, 0.35)
     assert plan == Plan("full", 3, FEWEST_STEPS, 0.3)
     assert thread_counts(1) == [1] and thread_counts(2) == [1, 2] and thread_counts(6) == [1, 2, 4, 6]
     assert thread_counts(8) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "too_slow", "steps", "mean"),
+    [
+        ([1.0, *[0.2] * 20], 0.4, 9, 0.2),  # after 1.5 s; its first step does not count
+        ([9.0, 2.0, 4.0, 2.0], math.inf, 3, 3.0),
+        ([1.0, *[0.2] * 20], 0.3, 1, 1.0),  # cannot come to less
+        ([0.5, *[0.001] * 20], 0.4, 20, 0.001),
+    ],
+)
+def test_a_trial_is_as_long_as_it_must_be(seconds, too_slow, steps, mean, monkeypatch) -> None:
+    now = [7.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock, trainer = demo._Clock(too_slow), SimpleNamespace(should_stop=False)
+    taken = 0
+    while not trainer.should_stop and taken < demo._MOST_TRIAL_STEPS:
+        clock.on_train_batch_start(trainer, None, None, taken)
+        now[0] += seconds[taken]
+        taken += 1
+        clock.on_train_batch_end(trainer, None, None, None, taken)
+    assert taken == steps and clock.seconds == pytest.approx(mean)
 
 
 def test_without_adaptive_rates(tmp_path: Path, capsys) -> None:

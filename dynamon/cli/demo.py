@@ -34,6 +34,7 @@ from dynamon.cli.refusal import refusing
 _SECONDS = 90.0
 _RESERVED = 8.0  # of them for imports, before the clock starts, and for the picture
 _TRIAL_SECONDS, _FEWEST_TRIAL_STEPS, _MOST_TRIAL_STEPS = 1.5, 3, 20  # the first step of a trial is not counted
+_FIRST_STEP = 3.0  # a first step may take so many times as long as those after it
 
 
 def add_parser(commands: Any) -> None:
@@ -127,9 +128,9 @@ def _plan(options: argparse.Namespace, text: Tensor, begin: float) -> Plan:
     else:
         threads = thread_counts(own) if options.accelerator == "cpu" else [own]
 
-    def step_seconds(size: str, count: int) -> float:
+    def step_seconds(size: str, count: int, too_slow: float) -> float:
         print(f"timing a step of the {size} model, {_threads(count)} ...", flush=True)
-        return _step_seconds(options, text, SIZES[size], count)
+        return _step_seconds(options, text, SIZES[size], count, too_slow)
 
     def seconds_left() -> float:
         return _SECONDS - _RESERVED - (time.perf_counter() - begin)
@@ -138,11 +139,11 @@ def _plan(options: argparse.Namespace, text: Tensor, begin: float) -> Plan:
     return make_plan(step_seconds, sizes, threads, seconds_left, options.budget)
 
 
-def _step_seconds(options: argparse.Namespace, text: Tensor, size: Size, threads: int) -> float:
+def _step_seconds(options: argparse.Namespace, text: Tensor, size: Size, threads: int, too_slow: float) -> float:
     """Train a throw-away model as the run does, without the monitor; return the mean time of a step."""
     torch.set_num_threads(threads)
     pl.seed_everything(options.seed, verbose=False)
-    clock = _Clock()
+    clock = _Clock(too_slow)
     trainer = _trainer(
         options, _MOST_TRIAL_STEPS, [*_steering(options), _Losses(), clock], logger=False, enable_progress_bar=False
     )
@@ -241,18 +242,26 @@ def _command(options: argparse.Namespace, plan: Plan) -> str:
 
 
 class _Clock(Callback):
-    """Ends a trial after enough steps, and keeps the mean time of all but the first."""
+    """Measure the mean time of all steps but the first, and end the trial after enough of them."""
 
-    def __init__(self) -> None:
-        self._ends: list[float] = []
+    def __init__(self, too_slow: float) -> None:
+        self._too_slow = too_slow
+        self._times: list[float] = []  # when the first step began, and when each ended
 
     @property
     def seconds(self) -> float:
-        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        if len(self._times) == 2:
+            return self._times[1] - self._times[0]
+        return (self._times[-1] - self._times[1]) / (len(self._times) - 2)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self._ends.append(time.perf_counter())
-        if len(self._ends) >= _FEWEST_TRIAL_STEPS and self._ends[-1] - self._ends[0] >= _TRIAL_SECONDS:
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._times = self._times or [time.perf_counter()]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._times.append(time.perf_counter())
+        steps, counted = len(self._times) - 1, self._times[-1] - self._times[1]
+        hopeless = steps == 1 and self.seconds > _FIRST_STEP * self._too_slow
+        if hopeless or (steps >= _FEWEST_TRIAL_STEPS and counted >= _TRIAL_SECONDS):
             trainer.should_stop = True
 
 

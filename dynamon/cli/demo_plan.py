@@ -1,5 +1,6 @@
 """Choose model size, threads and number of steps of the demo from the measured time of a step."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def thread_counts(available: int) -> list[int]:
 
 
 def make_plan(
-    step_seconds: Callable[[str, int], float],
+    step_seconds: Callable[[str, int, float], float],
     sizes: Sequence[str],
     threads: Sequence[int],
     seconds_left: Callable[[], float],
@@ -66,7 +67,8 @@ def make_plan(
     The first size of which enough steps fit is taken, or else the last one.
 
     Args:
-        step_seconds: Measures a step of a size with a number of threads, without monitoring.
+        step_seconds: Measures a step of a size with a number of threads, without monitoring. The third argument is the
+            time from which on the result does not matter, so that a slow trial can be cut short.
         sizes: Names from ``SIZES``, the largest first.
         threads: Numbers of threads to try, ascending.
         seconds_left: Seconds that are left for training, with monitoring and validation.
@@ -76,21 +78,17 @@ def make_plan(
         A plan of ``FEWEST_STEPS`` to ``MOST_STEPS`` steps.
     """
     for size in sizes:
-        count, seconds = _fastest(step_seconds, size, threads)
-        threads = [number for number in threads if number <= count]  # a smaller model does not need more
+        left = seconds_left() / (1 + budget)
+        count = threads[0]
+        seconds = step_seconds(size, count, math.inf if size == sizes[-1] else left / FEWEST_STEPS)
+        for more in threads[1:]:
+            faster = step_seconds(size, more, seconds)
+            if faster * _GAIN > seconds:
+                break
+            count, seconds = more, faster
         fitting = seconds_left() / (1 + budget) / seconds - _VALIDATION_STEPS
         if fitting >= FEWEST_STEPS:
             break
+        threads = [number for number in threads if number <= count]  # a smaller model does not need more
     steps = int(min(max(fitting, FEWEST_STEPS), MOST_STEPS))
     return Plan(size, count, steps - steps % 10, seconds)
-
-
-def _fastest(step_seconds: Callable[[str, int], float], size: str, threads: Sequence[int]) -> tuple[int, float]:
-    """Return the number of threads, and the time of a step with it; try more while each trial is clearly faster."""
-    best, seconds = threads[0], step_seconds(size, threads[0])
-    for count in threads[1:]:
-        faster = step_seconds(size, count)
-        if faster * _GAIN > seconds:
-            break
-        best, seconds = count, faster
-    return best, seconds
