@@ -124,7 +124,7 @@ class DynamonCallback(pl.Callback):
             if isinstance(logger, TensorBoardLogger):
                 try:
                     logger.experiment.add_custom_scalars(layout)
-                except Exception as error:
+                except Exception as error:  # a logger's own errors are no reason to end a training run
                     rank_zero_warn(f"dynamon's panels could not be written: {error} Training goes on without them.")
 
 

@@ -154,7 +154,7 @@ class Monitor(DynamonCallback):
                 self._begin(trainer, pl_module, steps_seen)
             except BadArgumentError:
                 raise
-            except Exception as error:
+            except Exception as error:  # a monitor that fails does not end a training run
                 if self._strict:
                     raise
                 self._run = None
@@ -434,7 +434,7 @@ class Monitor(DynamonCallback):
                 self._recorder.keep()
         except SteeringError:
             raise
-        except Exception as error:
+        except Exception as error:  # a measurement that fails does not end a training run
             if not self._run.ranks.is_collective_failure(error):
                 # The other processes have not heard of it: they do when they measure this together.
                 forget_frames(error)  # until then they would hold the graph of a measurement

@@ -226,7 +226,7 @@ class Row:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for part in parts:
                     _add_to_tensorboard(logger, part.readings, self._step)
-        except Exception as error:
+        except Exception as error:  # a tracker's own errors are no reason to end a training run
             if any(part.recorder.strict for part in parts):
                 raise
             parts[0].recorder.failed(logger, error)
