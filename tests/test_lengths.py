@@ -13,15 +13,11 @@ TABLES: dict[str, str] = {}
 # Too long, and to be cut: a name goes when its file or function fits. Path, or path::function.
 TO_BE_CUT = {
     "callbacks/layerwise_lr.py",
-    "dynamon/isolation/batches.py",
     "dynamon/monitoring/eigenvalues.py",
     "dynamon/monitoring/gradients.py",
     "dynamon/monitoring/monitor.py",
     "dynamon/monitoring/probe.py",
-    "dynamon/optim/lanton.py",
-    "dynamon/optim/layerwise.py",
     "dynamon/quantities/gradient_reader.py",
-    "dynamon/runs/event_files.py",
 }
 
 
