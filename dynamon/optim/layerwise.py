@@ -282,8 +282,8 @@ class LayerwiseRates:
                     self.settle()
             elif self._phase == self.read_every - 1:
                 self.reader.store(scale, window)
-        except Exception as relative_error:
-            self._go_without(relative_error)
+        except Exception as error:  # what may go on and what may not is sorted out there
+            self._go_without(error)
 
     def _go_without(self, error: Exception) -> None:
         """Where reading runs out of memory ratios stay, and training goes on; of several processes all must read."""
@@ -318,8 +318,8 @@ class LayerwiseRates:
         if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
             try:
                 self.reader.store_part(share, scale)
-            except Exception as relative_error:
-                self._go_without(relative_error)
+            except Exception as error:  # what may go on and what may not is sorted out there
+                self._go_without(error)
 
     def watch_ranks(self, group: Any = None) -> None:
         """Under DDP, before the first backward pass of a step, have the gradients of the processes compared at it.

@@ -388,7 +388,7 @@ def test_where_it_does_not_compile_one_sentence_is_logged_and_nothing_is_lost(mo
             raise RuntimeError("Failed to find C compiler.\nMore of it.")
 
     monkeypatch.setattr(module, "_may_have_triton", lambda device: True)
-    monkeypatch.setattr(twin, "_tensor_stats", Broken())  # the second kernel: the first would have written by then
+    monkeypatch.setattr(twin, "tensor_stats", Broken())  # the second kernel: the first would have written by then
     monkeypatch.setattr(twin, "_runs", {})
     monkeypatch.setattr(twin, "_told", set())
     gradients, previous = tensors(0), tensors(100)
@@ -432,7 +432,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dynamon.kernels.gradient_stats_triton import _BYTES, _DOWN, _FEW, _LANES, _UP, _WARPS, _chunk_stats, _tensor_stats
+from dynamon.kernels.gradient_stats_triton import _BYTES, _DOWN, _FEW, _LANES, _UP, _WARPS
+from dynamon.kernels.gradient_stats_triton_kernels import chunk_stats, tensor_stats
 from dynamon.kernels.gram_triton import _BAND, FULL, HALF, _lower_tiles
 
 def ptx(function, constants, aligned, types, warps, stages=3):
@@ -455,13 +456,13 @@ for kind, compare in ((tl.float32, True), (tl.bfloat16, True), (tl.float32, Fals
     each = _BYTES * 8 // kind.primitive_bitwidth // (128 * _WARPS)
     constants = dict(GRADIENT=kind, PREVIOUS=kind, COMPARE=compare, THREADS=32 * _WARPS, EACH=each, LANES=_LANES)
     constants |= dict(UP=2.0**_UP, DOWN=2.0**-_DOWN, FEW=_FEW)
-    text = ptx(_chunk_stats, constants, ("table", "owner", "layout", "scale", "partials"), tables, _WARPS)
+    text = ptx(chunk_stats, constants, ("table", "owner", "layout", "scale", "partials"), tables, _WARPS)
     assert len(re.findall(r"ld[.]global[^ ]*[.]v4", text)) >= 4 * (3 if compare else 1), "16 bytes a time"
     assert len(re.findall(r"st[.]global[^ ]*[.]v4", text)) == (4 if compare else 0), "16 bytes a time"
 # Numbers of chunks and tensors are not compiled in: nothing is compiled anew where they divide by 16, or are 1.
-assert [p.name for p in _chunk_stats.params if p.do_not_specialize] == ["tensors", "chunks", "begin"]
-assert [p.name for p in _tensor_stats.params if p.do_not_specialize] == ["tensors", "chunks"]
-ptx(_tensor_stats, dict(WIDTH=1024), ("partials", "layout", "out"), tables, 4)
+assert [p.name for p in chunk_stats.params if p.do_not_specialize] == ["tensors", "chunks", "begin"]
+assert [p.name for p in tensor_stats.params if p.do_not_specialize] == ["tensors", "chunks"]
+ptx(tensor_stats, dict(WIDTH=1024), ("partials", "layout", "out"), tables, 4)
 print("compiled")
 """
 
