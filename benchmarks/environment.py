@@ -4,6 +4,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 
 def environment(name: str, device: str = "cpu", **more: Any) -> dict[str, Any]:
-    """Command, versions, device and commit.
+    """Command, versions, device, commit and date.
 
     Args:
         name: The benchmark's module, without its package.
@@ -26,5 +27,6 @@ def environment(name: str, device: str = "cpu", **more: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None,
+        "date": datetime.now(UTC).date().isoformat(),
         **more,
     }

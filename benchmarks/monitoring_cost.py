@@ -10,6 +10,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def main() -> None:
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
         "ms a training step": round(1000 * base / options.steps, 1),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
