@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import any_sharded, local
+from dynamon.distributed.dtensor import any_sharded, to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.work_sharing import dealt_out, measured_whole
+from dynamon.distributed.work_sharing import measure_gathered, share_work
 from dynamon.kernels import l2_along
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.gram import warm_up
@@ -19,7 +19,7 @@ from dynamon.layers.complex_pairs import as_real
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.quantities import quantities_of
 from dynamon.quantities.updates import angles, compare_steps, differences, wide_lengths
-from dynamon.spectra import WeightSpectrum, extremes_of, largest_per_stack, per_stack, weight_spectra
+from dynamon.spectra import WeightSpectrum, extremes_of, largest_per_stack, reduce_blocks, weight_spectra
 
 FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
 ENTRYWISE = [one for one in quantities_of("weight") if one.entrywise is not None]
@@ -45,9 +45,9 @@ class WeightReadings:
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
         stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors and for a zero matrix.
-        deviation: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
-            :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one, and the
-            same number at every width where it holds with another; NaN for vectors and for a zero matrix.
+        log2_spectral_condition: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral
+            condition :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one,
+            and the same number at every width where it holds with another; NaN for vectors and for a zero matrix.
     """
 
     operator: Tensor
@@ -63,7 +63,7 @@ class WeightReadings:
     sigma_lower: Tensor
     sigma_upper: Tensor
     stable_rank: Tensor
-    deviation: Tensor
+    log2_spectral_condition: Tensor
 
 
 def weight_readings(
@@ -100,7 +100,7 @@ def weight_readings(
         frobenius=lengths.float(),
         rms=(lengths * roots).float(),
         ratio=torch.where(operator > 0, stepping["update"] / operator, torch.nan),
-        deviation=log2_or_nan(found["sigma_max"] * factors),
+        log2_spectral_condition=log2_or_nan(found["sigma_max"] * factors),
         **stepping,
         **found,
     )
@@ -165,7 +165,7 @@ def _extremes(plan: _Plan, layers: Sequence[Layer], weights: Sequence[Tensor]) -
         nothing = torch.full((len(layers),), torch.nan, device=weights[0].device if weights else "cpu")
         return dict.fromkeys(_SPECTRAL, nothing.float())
     stacks = [layers[i].matrices(weights[i]) for i in plan.matrices]
-    found = per_stack(extremes_of([_single(stack) for stack in stacks]), [len(stack) for stack in stacks])
+    found = reduce_blocks(extremes_of([_single(stack) for stack in stacks]), [len(stack) for stack in stacks])
     table = torch.stack([getattr(found, name).float() for name in _SPECTRAL])
     return dict(zip(_SPECTRAL, _spread(table, plan.matrices, len(layers)), strict=True))
 
@@ -272,14 +272,14 @@ def _put(table: Tensor, first: int, values: Tensor, positions: Sequence[int]) ->
     return table
 
 
-def spectra_of(
+def layer_spectra(
     layers: Sequence[Layer], exact: bool = False, group: Any = None
 ) -> tuple[list[str], WeightSpectrum | None]:
     """Names and full spectra of those layers that are matrices; a convolution is taken by its flattening.
 
     Args:
         layers: The layers, on one device. Several blocks of one layer are put together by
-            :func:`dynamon.spectra.per_stack`.
+            :func:`dynamon.spectra.reduce_blocks`.
         exact: Compute in float64.
         group: Processes that all hold these weights and call this together: each takes a part of the layers, and
             one reduction brings the results to all. Where weights are sharded, who holds a part is known without it;
@@ -305,13 +305,13 @@ def spectra_of(
         table = measure(list(range(len(stacks))))
     else:
         costs = [len(s) * s.shape[1] * s.shape[2] * min(s.shape[1:]) for s in stacks]
-        table = dealt_out(measure, costs, len(fields(WeightSpectrum)), stacks[0].device, group)
+        table = share_work(measure, costs, len(fields(WeightSpectrum)), stacks[0].device, group)
     wide = exact or any(stack.dtype == torch.float64 for stack in stacks)
     return list(own), WeightSpectrum(*(table if wide else table.float()))
 
 
 def _spectra(stacks: Sequence[Tensor], exact: bool) -> Tensor:
-    found = per_stack(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
+    found = reduce_blocks(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
     return torch.stack([getattr(found, field.name).double() for field in fields(found)])
 
 
@@ -319,7 +319,7 @@ def _sharded_spectra(layers: Sequence[Layer], exact: bool, group: Any) -> tuple[
     """The same of matrices of which each process holds a part."""
     if not layers:
         return [], None
-    parts = [local(layer.parameter.detach()) for layer in layers]
+    parts = [to_local(layer.parameter.detach()) for layer in layers]
     ranks = group if isinstance(group, Ranks) else Ranks(parts[0].device, group)
 
     def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
@@ -327,8 +327,8 @@ def _sharded_spectra(layers: Sequence[Layer], exact: bool, group: Any) -> tuple[
 
     likes = [layer.parameter for layer in layers]
     costs = [layer.parameter.numel() * min(layer.matrix_shape[1:]) for layer in layers]
-    with nullcontext() if ranks is group else ranks.measurement():
-        own = measured_whole(measure, [[part] for part in parts], likes, costs, len(fields(WeightSpectrum)), ranks)
+    with nullcontext() if ranks is group else ranks.collective_section():
+        own = measure_gathered(measure, [[part] for part in parts], likes, costs, len(fields(WeightSpectrum)), ranks)
         table = ranks.sum(own)
     wide = exact or any(part.dtype == torch.float64 for part in parts)
     return [layer.name for layer in layers], WeightSpectrum(*(table if wide else table.float()))

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks import gradients as gradients_module
 from dynamon.callbacks import weights as weights_module
-from dynamon.callbacks.layer_set import LayerSet
 from dynamon.distributed.ranks import Ranks
+from dynamon.monitoring.layer_set import LayerSet
 from dynamon.quantities.sharded_trends import ShardedTrends
 from dynamon.quantities.trends import Trends
 from tests.helpers import Classifier, mlp
@@ -118,7 +118,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.checks = 0, 0
-        brought, count = Ranks.brought, Ranks._count
+        brought, count = Ranks.attached_sums, Ranks._count
 
         def count_brought(ranks: Ranks) -> Any:
             self.count += ranks._brought is None
@@ -128,7 +128,7 @@ class Counted:
             self.checks += 1
             return count(*arguments)
 
-        monkeypatch.setattr(Ranks, "brought", count_brought)
+        monkeypatch.setattr(Ranks, "attached_sums", count_brought)
         monkeypatch.setattr(Ranks, "_count", count_checks)
 
     def __call__(self, module: Any) -> list[int]:

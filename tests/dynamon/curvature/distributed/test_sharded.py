@@ -25,8 +25,8 @@ from dynamon.curvature import (
     trace,
     unsharded,
 )
-from dynamon.curvature.distributed.fsdp import is_rounded, why_not_whole
-from dynamon.distributed.dtensor import local
+from dynamon.curvature.distributed.fsdp import is_rounded, unsupported_reason
+from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from tests.models import dense_hessian, mlp, samples
 
@@ -65,7 +65,7 @@ def part(vector: torch.Tensor, params: ShardedParameters, model) -> torch.Tensor
     dealt = [
         distribute_tensor(v.view(p.shape), p.device_mesh, p.placements) for v, p in zip(pieces, owners, strict=True)
     ]
-    return params.flatten([local(v) for v in dealt])
+    return params.flatten([to_local(v) for v in dealt])
 
 
 def work(rank: int, port: int, processes: int, folder: str) -> None:
@@ -83,7 +83,7 @@ def measure(rank: int, processes: int) -> dict:
     plain = train(dealt_out(init_device_mesh("cpu", (processes,))), own)
     model = dealt_out(init_device_mesh("cpu", (processes,)))
     found: dict = {"weights": train(model, own)}
-    gradients = [local(p.grad).clone() for p in model.parameters()]
+    gradients = [to_local(p.grad).clone() for p in model.parameters()]
     hooked = []
     next(model.parameters()).register_post_accumulate_grad_hook(hooked.append)
     model.set_gradient_divide_factor(3.0)
@@ -108,9 +108,9 @@ def measure(rank: int, processes: int) -> dict:
     found["share"] = eigenspace_share(top.vectors[:, :3], hessian.gradient, params.space)
     blocks = blockwise_sharpness(hessian, {"first": "0.*", "second": "2.*"}, tol=1e-7, max_matvecs=60)
     found["blocks"] = [float(pairs.values[0]) for pairs in blocks.values()]
-    traced = trace(hessian, samples=24)
+    traced = trace(hessian, num_vectors=24)
     found["trace"] = [traced.value, traced.standard_error]
-    found["mean"] = spectral_density(hessian, steps=20, probes=2).mean
+    found["mean"] = spectral_density(hessian, steps=20, num_vectors=2).mean
     scale = part(whole.abs(), params, model)
     found["scaled"] = top_eigenvalues(hessian.scaled(scale), tol=1e-7, max_matvecs=80).values
     step = -0.3 * hessian.gradient
@@ -119,14 +119,14 @@ def measure(rank: int, processes: int) -> dict:
     with pytest.raises(ValueError, match="the loss must be a scalar tensor"):
         ShardedHessian(lambda: model(X[own]), params)
     found["untouched"] = not hooked and all(
-        torch.equal(local(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True)
+        torch.equal(to_local(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True)
     )
     model.set_gradient_divide_factor(float(processes))
     found["after"] = [
         torch.equal(a, b) for a, b in zip(train(model, own), train_on(plain, processes, own), strict=True)
     ]
-    found["refused"] = [why_not_whole(model, list(model.parameters()), processes), is_rounded(model)]
-    found["other mesh"] = why_not_whole(model, list(model.parameters()), processes + 1)
+    found["refused"] = [unsupported_reason(model, list(model.parameters()), processes), is_rounded(model)]
+    found["other mesh"] = unsupported_reason(model, list(model.parameters()), processes + 1)
     if processes == 4:
         found["replicated"] = replicated(rank, own)
     return found
@@ -147,7 +147,7 @@ def replicated(rank: int, own: slice) -> list:
     """Two replicas of two shards each."""
     model = dealt_out(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
     weights = train(model, own)
-    assert why_not_whole(model, list(model.parameters()), 4) is None
+    assert unsupported_reason(model, list(model.parameters()), 4) is None
     with unsharded(model):
         mean = HessianOperator(lambda: cross_entropy(model(X[own]), Y[own]), list(model.parameters()))
         value = top_eigenvalues(MeanOverRanks(mean, len(X[own])), tol=1e-7).values
