@@ -105,9 +105,10 @@ HEALTHY = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("cnn, momentum", "gpt, AdamW") else []) for n in HEALTHY]
-)
+QUICK = ("cnn, AdamW", "gpt, SGD at the edge")  # one of each optimizer
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in HEALTHY])
 def test_healthy_runs(name, tmp_path):
     torch.manual_seed(0)
     run, monitor = run_of(tmp_path, *HEALTHY[name]())
@@ -115,6 +116,7 @@ def test_healthy_runs(name, tmp_path):
     assert run.scalars["train/loss"].values[-1] < run.scalars["train/loss"].values[0] / 1.3
 
 
+@pytest.mark.slow
 def test_gradient_descent_at_the_edge_of_stability(tmp_path):
     network, data = smooth()
     run, monitor = run_of(tmp_path, Regression(network, sgd(0.1)), data, steps=1000, every=10, logger=CSVLogger)
@@ -145,7 +147,7 @@ def test_a_run_of_nan(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:DynamicsMonitor. The training loss rose")
-@pytest.mark.parametrize("optimizer", [adam(1e-2), sgd(0.1)])
+@pytest.mark.parametrize("optimizer", [adam(1e-2), pytest.param(sgd(0.1), marks=pytest.mark.slow)])
 def test_a_run_with_a_dead_layer(optimizer, tmp_path):
     with pytest.warns(UserWarning, match="DynamicsMonitor: The gradient of network.0.weight and .* is zero at step 60"):
         run, _ = run_of(tmp_path, Dying(relu(), optimizer), samples(8))
