@@ -24,7 +24,9 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except OSError as error:
         raise RefusalError(_sentence(error)) from error
-    except (ValueError, *kinds) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, *kinds)):  # any other error is a fault of the command's own
+            raise
         raise RefusalError(str(error)) from error
 
 
