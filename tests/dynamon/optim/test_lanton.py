@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as checkpointing
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -448,7 +450,7 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             Lanton([{"params": model.parameters(), **group}], 0.1)
-    with pytest.raises(ValueError, match="give it as model"):
+    with pytest.raises(ValueError, match="pass it as model"):
         Lanton(model.parameters(), 0.1, roles={"*": "hidden"})
     with pytest.raises(ValueError, match="real floating parameters only"):
         Lanton([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], 0.1)
@@ -587,3 +589,53 @@ def test_a_step_of_gpt2_takes_few_device_calls(monkeypatch):
         optimizer.step()
     assert launches.total <= 130 and launches.waits == 0, launches
     assert launches.calls["bmm.default"] + launches.calls["baddbmm.default"] == 3 * (1 + 5 * 3)  # three shapes
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("noise_adaptive", [False, True])
+def test_a_distributed_checkpoint_resumes_bitwise(tmp_path, noise_adaptive, flatten):
+    """The recipe of the docstring: averages and groups by torch's functions, the state of the rates as bytes."""
+    options = checkpointing.StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def made():
+        model = cnn()
+        return model, Lanton(model, 0.02, noise_adaptive=noise_adaptive, rule=steep() if noise_adaptive else None)
+
+    def rates_of(optimizer):
+        held = io.BytesIO()
+        torch.save({} if optimizer.rates is None else optimizer.rates.state_dict(), held)
+        return held
+
+    model, optimizer = made()
+    train(model, optimizer, 4)
+    model_state, state = checkpointing.get_state_dict(model, optimizer, options=options)
+    checkpoint.save({"model": model_state, "optimizer": state, "rates": rates_of(optimizer)}, checkpoint_id=tmp_path)
+    train(model, optimizer, range(4, 8))
+
+    again, resumed = made()
+    model_state, state = checkpointing.get_state_dict(again, resumed, options=options)
+    loaded = {"model": model_state, "optimizer": state, "rates": io.BytesIO()}
+    checkpoint.load(loaded, checkpoint_id=tmp_path)
+    checkpointing.set_state_dict(
+        again, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=options
+    )
+    if noise_adaptive:
+        loaded["rates"].seek(0)
+        resumed.rates.load_state_dict(torch.load(loaded["rates"], weights_only=True))
+    train(again, resumed, range(4, 8))
+    assert same(model, again) and resumed.ratios == optimizer.ratios
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rule": "noise"}, "rule must be a dynamon.rates.Rule, got str"),
+        ({"polar": 5}, "polar must be a function of matrices, got int"),
+        ({"scaling": 0.2}, "scaling must be a name or a function, got float"),
+        ({"model": "mlp"}, "model must be a torch.nn.Module, got str"),
+    ],
+)
+def test_wrong_types_are_named(given, message):
+    with pytest.raises(TypeError, match=message):
+        Lanton(mlp(3, 4, 2).parameters(), 0.1, **given)
