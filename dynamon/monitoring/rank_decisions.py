@@ -55,7 +55,7 @@ class Decisions:
         if run.ranks.rank == 0:
             try:
                 said = self._decide(run, waiting)
-            except Exception as error:
+            except Exception as error:  # the other processes wait for the decision
                 said[-1] = run.step + _AFTER_FAILURE
                 run.unsettled.setdefault(waiting[0].name, error)
         return said

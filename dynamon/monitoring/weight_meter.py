@@ -165,7 +165,7 @@ class WeightMeter(PairMeter):
             with run.together(_FULL):
                 self._full(run)
             self._full_failures = 0
-        except Exception as error:
+        except Exception as error:  # the plain reading is there already, and training goes on
             if run.strict or not run.ranks.is_collective_failure(error):
                 raise
             forget_frames(error)
