@@ -86,7 +86,7 @@ def optimizer_geometry(optimizer: Optimizer, stated: str | None = None) -> Geome
 
 
 def optimizer_family(optimizer: Optimizer, stated: str | None = None) -> str:
-    """Return the family of the geometry an optimizer descends in, see :func:`dynamon.norms.geometry.optimizer_geometry`.
+    """Return the geometry's family, see :func:`dynamon.norms.geometry.optimizer_geometry`.
 
     Args:
         optimizer: Any optimizer.
