@@ -86,7 +86,7 @@ def optimizer_geometry(optimizer: Optimizer, stated: str | None = None) -> Geome
 
 
 def optimizer_family(optimizer: Optimizer, stated: str | None = None) -> str:
-    """Return the geometry's family, see :func:`dynamon.norms.geometry.optimizer_geometry`.
+    """Return the family of an optimizer's geometry, see :func:`dynamon.norms.geometry.optimizer_geometry`.
 
     Args:
         optimizer: Any optimizer.

@@ -284,8 +284,8 @@ class LayerwiseRates:
                     self.settle()
             elif self._phase == self.read_every - 1:
                 self.reader.store(scale, window)
-        except Exception as relative_error:
-            self._go_without(relative_error)
+        except Exception as error:  # what may go on and what may not is sorted out there
+            self._go_without(error)
 
     def _go_without(self, error: Exception) -> None:
         """Keep the ratios if a single process ran out of memory; with several processes raise, since all must read."""
@@ -319,8 +319,8 @@ class LayerwiseRates:
         if self._compares_parts():
             try:
                 self.reader.store_part(share, scale)
-            except Exception as relative_error:
-                self._go_without(relative_error)
+            except Exception as error:  # what may go on and what may not is sorted out there
+                self._go_without(error)
 
     def watch_ranks(self, group: Any = None) -> None:
         """Compare the gradients of the processes at the coming step; under DDP, before its first backward pass.

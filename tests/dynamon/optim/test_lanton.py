@@ -9,12 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as checkpointing
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamon.kernels import polar_error, polar_factor
@@ -23,7 +21,6 @@ from dynamon.norms import optimizer_family
 from dynamon.optim import Lanton, LayerwiseRates, steering_of
 from dynamon.optim.lanton import RADII
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
-from tests.helpers import Classifier, batches
 from tests.launches import Launches, fill_gradients, gpt2
 from tests.models import cnn, gpt, mlp, samples
 
@@ -520,42 +517,6 @@ def test_a_model_in_bfloat16_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-
-
-class Observing(Classifier):
-    """Lanton over the module itself; gradients are read before Lightning clips them."""
-
-    def configure_optimizers(self):
-        optimizer = Lanton(self, 0.05, rule=NoiseAdaptiveRates(warmup=2, group_by="all", beta2=0.9))
-        return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 16), "interval": "step"}]
-
-    def on_before_optimizer_step(self, optimizer):
-        optimizer.observe()
-
-
-def lightning(folder, epochs, checkpoint=None, precision="32-true"):
-    torch.manual_seed(0)
-    module = Observing(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)))
-    trainer = Trainer(
-        max_epochs=epochs, default_root_dir=folder, accelerator="cpu", precision=precision, logger=False,
-        gradient_clip_val=0.5, accumulate_grad_batches=2, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(module, batches(), ckpt_path=checkpoint)
-    return module, trainer
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_in_lightning_with_a_schedule_clipping_accumulation_and_resume(tmp_path, precision):
-    whole, trainer = lightning(tmp_path, 4, precision=precision)
-    _, first = lightning(tmp_path, 2, precision=precision)
-    first.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
-    resumed, second = lightning(tmp_path, 4, tmp_path / "half.ckpt", precision)
-    assert same(whole, resumed)
-    (optimizer,), (other,) = trainer.optimizers, second.optimizers
-    assert optimizer.ratios == other.ratios and min(optimizer.ratios.values()) < 1
-    assert optimizer.rates.rule.updates == 4 * 4 - 2  # 4 epochs of 4 steps; the first has no change, the last waits
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(4, 40, 40), (3, 64, 16), (3, 16, 64)])
