@@ -1,4 +1,4 @@
-"""Decoupled weight decay: which optimizers have it, and what it leaves of the initial weights."""
+"""Decoupled weight decay: which optimizers have it, and what fraction of the initial weights it leaves."""
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -20,46 +20,46 @@ _CLASSES = {
     for name in names.split()
     if hasattr(torch.optim, name)
 }
-# Of classes that are not torch's, as whole words of their names, and in this order.
+# Whole words in the names of classes that are not torch's, in this order.
 _WORDS = {"adamw": True, "sgdw": True, "muon": True, "lanton": True, "lion": True, "lars": False}
 
 
 def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
-    """The decay of a parameter group where a step multiplies its weights by ``1 - rate x decay``, else 0.
+    """Return the decay of a group if a step multiplies its weights by ``1 - rate x decay``, else 0.
 
     Args:
         optimizer: Any optimizer; a class derived from one of torch's counts as that one.
-        group: One of its groups; ``decoupled_weight_decay`` in it decides where it is there.
+        group: One of its groups; ``decoupled_weight_decay`` in it decides, if present.
     """
     return group.get("weight_decay", 0.0) if is_decoupled(optimizer, group) else 0.0
 
 
 def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether weight decay, if there is any, multiplies the weights; see :func:`decoupled_decay`.
+    """Return whether weight decay multiplies the weights, see :func:`decoupled_decay`.
 
-    What is not known is taken to do so; see :func:`decay_assumption`.
+    Unknown optimizers are assumed to do so, see :func:`decay_assumption`.
     """
     known = _known(optimizer)
     return bool(group.get("decoupled_weight_decay", True if known is None else known))
 
 
 def decay_assumption(optimizer: Optimizer) -> str | None:
-    """What is assumed of an unknown optimizer that decays weights, and how to state it; None where it is known."""
+    """Return what is assumed of an unknown optimizer with weight decay, and how to state it; None if it is known."""
     decays = any(g.get("weight_decay") and "decoupled_weight_decay" not in g for g in optimizer.param_groups)
     if not decays or _known(optimizer) is not None:
         return None
     return (
-        f"{type(optimizer).__name__} is taken to multiply its weights by 1 - rate x weight_decay, as AdamW does: "
-        "weight/initial_fraction and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its "
-        "groups if it adds the decay to the gradient."
+        f"{type(optimizer).__name__} is assumed to multiply its weights by 1 - rate x weight_decay, as AdamW does: "
+        "weight/initial_fraction and weight/constraint_usage depend on that. If it adds the decay to the "
+        "gradient, put decoupled_weight_decay=False into its groups."
     )
 
 
 def _least_decays(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[torch.dtype, float]:
-    """The rate x decay below which no weight of a dtype changes, for those of half precision.
+    """Return, for half-precision dtypes, the rate x decay below which no weight changes.
 
-    The largest weights of a binade have neighbours at a distance of half the dtype's eps, and come to themselves from
-    half of that. Fused steps add decay and update before they round; of optimizers from elsewhere nothing is known.
+    The largest weights of a binade have neighbours at a distance of half the dtype's eps, and round back from half of
+    that. Fused steps add decay and update before rounding; other optimizers are unknown.
     """
     if group.get("fused") or not any(cls in _CLASSES for cls in type(optimizer).__mro__):
         return {}
@@ -67,7 +67,7 @@ def _least_decays(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[torch.
 
 
 def _known(optimizer: Optimizer) -> bool | None:
-    """Whether decay is decoupled, by torch's class that this is or derives from, or by its name; None: not known."""
+    """Return whether decay is decoupled, by the torch class that this derives from, or by name; None if unknown."""
     for cls in type(optimizer).__mro__:
         if cls in _CLASSES:
             return _CLASSES[cls]
@@ -82,32 +82,32 @@ _Group = tuple[tuple[str, ...], tuple[float, ...], tuple[bool, bool]]
 
 
 class DecayRetention:
-    """The product of ``1 - rate x ratio x decay`` over all steps, by layer: what decay leaves of the initial weights.
+    """The fraction of the initial weights that decay leaves: the product of ``1 - rate x ratio x decay`` by layer.
 
-    Call :meth:`before_step` before each step and :meth:`after_steps` when the ratios in force are known. Rates may be
-    tensors on a device: the product is then kept there, nothing waits, and what tensors there are is kept for up to 64
-    steps until somebody asks, so that a step costs at most a call a group. Layers that never decayed are not in it.
-    A parameter without a gradient does not decay, as in torch's optimizers. A step that was not taken does not count.
-    Where the product of a weight in half precision and ``1 - rate x decay`` rounds to the weight,
-    whatever it is, nothing decays: torch's optimizers multiply in place.
+    Call :meth:`before_step` before each step, and :meth:`after_steps` when the ratios in force are known. Rates may be
+    tensors on a device: the product is then kept there, nothing waits, and tensors are collected for up to 64 steps, so
+    that a step costs at most one call per group. Layers that never decayed are not included. A parameter without a
+    gradient does not decay, as in torch's optimizers. A step that was not taken does not count. Where the product of a
+    half-precision weight and ``1 - rate x decay`` always rounds to the weight, nothing decays: torch's optimizers
+    multiply in place.
     """
 
     def __init__(self) -> None:
-        """Nothing has decayed."""
+        """Start before any decay."""
         self._left: dict[str, float | Tensor] = {}
         self._pending: dict[int, dict[Hashable, list[tuple[list[str], Any]]]] = {}
         self._least: dict[str, float] = {}  # rate x decay below which a layer's weights do not change
-        # What only the device knows, by layers and their ratios: rate x decay, and whether the step was skipped.
+        # Known to the device only, by layers and their ratios: rate x decay, and whether the step was skipped.
         self._deferred: dict[_Group, list[tuple[Any, Tensor | None]]] = {}
 
     def before_step(self, optimizer: Optimizer, names: Mapping[int, str], key: Hashable = None) -> None:
-        """Note rates and decays as they are, before a scheduler moves on.
+        """Record rates and decays before a scheduler changes them.
 
         Args:
-            optimizer: What is about to step.
+            optimizer: The optimizer that is about to step.
             names: Layer names by the ``id`` of the parameter.
-            key: Names the step, since an optimizer that evaluates its closure twice says so twice. Without a key
-                every call is a new step.
+            key: Identifies the step, since an optimizer that evaluates its closure twice calls this twice. Without a
+                key every call is a new step.
         """
         step = self._pending.setdefault(id(optimizer), {})[object() if key is None else key] = []
         for group in optimizer.param_groups:
@@ -122,18 +122,18 @@ class DecayRetention:
     def after_steps(
         self, ratios: Mapping[str, float], outcomes: Mapping[Optimizer, Sequence[Tensor | None]] | None = None
     ) -> None:
-        """Take up the steps noted since the last call.
+        """Apply the steps recorded since the last call.
 
         Args:
-            ratios: Factor on the rate by layer name; 1 for those that are not in it.
-            outcomes: For each optimizer the steps that were taken, with a tensor that is not zero where the device has
-                skipped one (:attr:`dynamon.optim.stepping.StepWatch.outcomes`); None where all of them were.
+            ratios: Factor on the rate by layer name; 1 for layers not in it.
+            outcomes: For each optimizer the steps taken, with a device tensor that is not zero if the step was skipped
+                there (:attr:`dynamon.optim.stepping.StepWatch.outcomes`); None if all were taken.
         """
         pending, self._pending = self._pending, {}
         found = None if outcomes is None else {id(optimizer): list(taken) for optimizer, taken in outcomes.items()}
         for optimizer, steps in pending.items():
             taken = [None] * len(steps) if found is None else found.get(optimizer, [])
-            # Of several in one batch those that were skipped are not known apart; their decay is the same.
+            # Which of several steps in one batch were skipped is not known; their decay is the same.
             for step, skipped in zip(reversed(steps.values()), reversed(taken), strict=False):
                 self._take(step, ratios, skipped)
 
@@ -151,7 +151,7 @@ class DecayRetention:
             self._settle()
 
     def _settle(self) -> None:
-        """Multiply what was put off: some ten calls for all steps of a group, instead of as many at each step."""
+        """Multiply the deferred factors: some ten calls for all steps of a group, instead of as many per step."""
         deferred, self._deferred = self._deferred, {}
         for (names, scales, _), steps in deferred.items():
             if names:
@@ -160,7 +160,7 @@ class DecayRetention:
     def _multiply(
         self, names: Sequence[str], scales: Sequence[float], shrinks: Sequence[Any], skipped: Sequence[Tensor | None]
     ) -> None:
-        """In float64 if possible: half of it loses a factor of 1 - 1e-6."""
+        """Multiply in float64 if possible: float16 and bfloat16 lose a factor of 1 - 1e-6."""
         flags = [flag.detach().reshape(()) for flag in skipped if flag is not None]
         device = next(t.device for t in (*flags, *shrinks) if isinstance(t, Tensor))
         wide = widest_dtype(device)
@@ -180,21 +180,21 @@ class DecayRetention:
     def _on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(value, Tensor):
             return value.to(device, dtype)
-        return on_device((value,), device, dtype)[0]  # one tensor for the many that never decayed
+        return on_device((value,), device, dtype)[0]  # one tensor shared by all that never decayed
 
     @property
     def is_waiting(self) -> bool:
-        """Whether steps are noted that have not been taken up."""
+        """Whether recorded steps have not been applied."""
         return any(self._pending.values())
 
     def row(self, names: Iterable[str]) -> Tensor:
-        """What is left by layer ``[L]`` in float32, NaN for those that never decayed.
+        """Return the remaining fraction by layer ``[L]`` in float32, NaN for layers that never decayed.
 
         Args:
             names: L layer names.
 
         Returns:
-            On the host, or where rates are tensors on their device.
+            On the host, or if rates are tensors on their device.
         """
         self._settle()
         values = [self._left.get(name, math.nan) for name in names]
@@ -205,14 +205,14 @@ class DecayRetention:
         return torch.stack([self._on_device(value, device, wide) for value in values]).float()
 
     def state_dict(self) -> dict[str, float]:
-        """What is left by layer name."""
+        """Return the remaining fraction by layer name."""
         self._settle()
         known = {name: left for name, left in self._left.items() if isinstance(left, Tensor)}
         like = next(iter(known.values()), torch.empty(0))
         same = [left.to(like.device, like.dtype) for left in known.values()]
-        numbers = torch.stack(same).tolist() if same else []  # parts of a vector would be saved whole
+        numbers = torch.stack(same).tolist() if same else []  # views of a vector would be saved with all of it
         return {**self._left, **dict(zip(known, numbers, strict=True))}
 
     def load_state_dict(self, state: Mapping[str, float | Tensor]) -> None:
-        """Go on from it."""
+        """Restore a state."""
         self._left, self._pending, self._deferred = dict(state), {}, {}
