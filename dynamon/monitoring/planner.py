@@ -202,10 +202,10 @@ class Planner:
         """The step of the next reading of each group by name."""
         possible = {plan.name: plan.cadence.possible_after(step) for plan in plans}
         # What was kept of this step for a reading at the next is not given up.
-        planned = {p.name: p.cadence.next for p in plans if p.cadence.wakes_at <= step < p.cadence.next}
+        kept = {p.name: p.cadence.next for p in plans if p.cadence.wakes_at <= step < p.cadence.next}
         if self.budget.fraction is None:
-            return {p.name: max(p.cadence.last + p.cadence.interval, possible[p.name]) for p in plans} | planned
-        income = self._income(step, steps_taken)
+            return {p.name: max(p.cadence.last + p.cadence.interval, possible[p.name]) for p in plans} | kept
+        income, planned = self._income(step, steps_taken), dict(kept)
         left = self.budget.left - sum(prices[name] for name in planned)
         for plan in sorted(plans, key=lambda p: prices[p.name]):
             if plan.cadence.last == -math.inf and plan.name not in planned and prices[plan.name] <= left:
@@ -216,7 +216,7 @@ class Planner:
         intervals = spread(left + income * rest, demands, self._last_step is not None)
         for plan, interval in zip(others, intervals, strict=True):
             planned[plan.name] = max(_step(self._since(plan) + interval), possible[plan.name])
-        return self._earned(step, income, planned, prices)
+        return self._earned(step, income, planned, prices) | kept
 
     def _demand(self, plan: Plan, price: float, step: int, rest: float) -> Demand:
         window = rest + step - self._since(plan)
