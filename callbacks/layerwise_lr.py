@@ -13,7 +13,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import combined, layout_of
-from dynamon.callbacks.accumulation import (
+from dynamon.distributed.dtensor import any_sharded
+from dynamon.layers import select
+from dynamon.monitoring.accumulation import (
     begin_windows,
     begins_window,
     compares_ranks,
@@ -22,7 +24,7 @@ from dynamon.callbacks.accumulation import (
     scale_before_step,
     windows_of,
 )
-from dynamon.callbacks.base import (
+from dynamon.monitoring.base import (
     DynamonCallback,
     callbacks_of,
     gradient_scale,
@@ -31,11 +33,9 @@ from dynamon.callbacks.base import (
     step_of,
     strategy_reason,
 )
-from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
-from dynamon.callbacks.recorder import Recorder, Row
-from dynamon.distributed.dtensor import any_sharded
-from dynamon.layers import select
+from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.rank_decisions import averages_gradients, is_sharded_run
+from dynamon.monitoring.recorder import Recorder, Row
 from dynamon.optim import LayerwiseRates, refusal, spread_reason, steerable_layers
 from dynamon.optim.stepping import GONE, has_gradients
 from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
@@ -585,12 +585,3 @@ def _noise_is_shown(trainer: pl.Trainer) -> bool:
     # By what they measure: callbacks.monitor's meters import this module.
     meters = (meter for callback in callbacks_of(trainer) for meter in getattr(callback, "_meters", ()))
     return any("noise/dual" in meter.quantities for meter in meters)
-
-
-def is_read_by_callback(trainer: pl.Trainer, rates: LayerwiseRates) -> bool:
-    """Whether a steering callback reads an optimizer's gradients, as a monitor does: one of them can read for both.
-
-    An optimizer that steers itself reads when its step begins and knows no windows: a monitor that read for it would
-    change what it learns, and so the run.
-    """
-    return any(isinstance(c, LayerwiseLR) and c.rates_for(rates.optimizer) is rates for c in callbacks_of(trainer))

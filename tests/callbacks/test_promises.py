@@ -218,7 +218,7 @@ def test_promise_3_few_transfers() -> None:
 
 def test_promise_4_budgeted(monkeypatch) -> None:
     """A budget of 5 % is kept over a run, and something is measured within it; other processes' time is not ours."""
-    monkeypatch.setattr("dynamon.callbacks.budget.time.perf_counter", time.process_time)
+    monkeypatch.setattr("dynamon.monitoring.budget.time.perf_counter", time.process_time)
 
     class Slow(Classifier):
         def training_step(self, batch, batch_idx):

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.callbacks.room import _why_no_differences
 from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.monitoring.memory_plan import _why_no_differences
 from tests.models import dense_hessian
 from tests.processes import Sharded, dist_rank, fit_here, in_processes, same, small, values
 from tests.ranks import regression

@@ -101,7 +101,7 @@ def test_the_logged_loss_is_the_one_returned(kind, window, settings):
 
 
 def test_steps_that_measure_nothing_read_no_loss(monkeypatch):
-    import dynamon.callbacks.health as health
+    import dynamon.monitoring.health_watch as health
 
     read = []
     monkeypatch.setattr(health, "returned_loss", lambda *_: read.append(0))

@@ -372,7 +372,7 @@ def broken(*_: Any) -> Any:
 
 
 def test_what_fails_before_the_first_measurement_costs_a_sentence(monkeypatch: Any) -> None:
-    monkeypatch.setattr("dynamon.callbacks.layer_set.measurable_layers", broken)
+    monkeypatch.setattr("dynamon.monitoring.layer_set.measurable_layers", broken)
     with pytest.warns(UserWarning, match="WeightMonitor is off: it failed when training began: no layers today"):
         fitted = fit(Net(), [WeightMonitor(every_n_steps=1)], steps=4)
     assert fitted.global_step == 4
@@ -383,7 +383,7 @@ def test_what_fails_before_the_first_measurement_costs_a_sentence(monkeypatch: A
 def test_layers_that_cannot_be_read_again_cost_a_failed_measurement(monkeypatch: Any) -> None:
     def fail(module: Net) -> None:
         join(module)
-        monkeypatch.setattr("dynamon.callbacks.layer_set.measurable_layers", broken)
+        monkeypatch.setattr("dynamon.monitoring.layer_set.measurable_layers", broken)
 
     monitor = WeightMonitor(every_n_steps=1)
     with pytest.warns(UserWarning, match="the weight measurement failed: no layers today"):

@@ -24,8 +24,8 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
-from dynamon.callbacks.budget import Budget
 from dynamon.curvature import HessianOperator, top_eigenvalues
+from dynamon.monitoring.budget import Budget
 from tests.helpers import Classifier, batches, fit, mlp, same_weights, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -197,7 +197,7 @@ def test_time_of_a_search_is_not_training_time(tmp_path: Any, monkeypatch: Any) 
         clock[0] += 0.001
         return clock[0]
 
-    monkeypatch.setattr("dynamon.callbacks.budget.time.perf_counter", tick)
+    monkeypatch.setattr("dynamon.monitoring.budget.time.perf_counter", tick)
     train([monitor, AtEpoch(2, slow)], default_root_dir=tmp_path)
     assert before[0] < 100 and monitor._budget.running < 3 * before[0]
 
@@ -338,7 +338,7 @@ def test_callbacks_can_be_copied_at_any_time(kind: str, way: Any) -> None:
 def test_monitors_say_one_overhead_and_one_number_of_failures(tmp_path: Any, monkeypatch: Any) -> None:
     logger = TensorBoardLogger(tmp_path)
     monitors = [GradientMonitor(every_n_steps=4), WeightMonitor(every_n_steps=4), SharpnessMonitor(every_n_steps=4)]
-    monkeypatch.setattr("dynamon.callbacks.weights.weight_readings", lambda *_: 1 / 0)
+    monkeypatch.setattr("dynamon.monitoring.weights.weight_readings", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="the weight measurement failed"):
         train(monitors, epochs=1, logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()

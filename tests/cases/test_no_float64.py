@@ -20,7 +20,6 @@ from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks.dynamics import PRESETS
 from dynamon.callbacks.sharpness import QUANTITIES
-from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
     GGNOperator,
     HessianOperator,
@@ -36,6 +35,7 @@ from dynamon.curvature import (
 from dynamon.distributed.ranks import Ranks
 from dynamon.isolation.preserve import undisturbed
 from dynamon.kernels import nuclear_norm, widest_dtype
+from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.norms import get_norm
 from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.rates import FixedRates, NoiseAdaptiveRates, SpectralTailRates
@@ -362,7 +362,7 @@ def test_whether_a_step_moved_anything_is_read_once(steps: list[float]) -> None:
     meter: Any = SimpleNamespace(_update={str(i): torch.full((2, 3), step) for i, step in enumerate(steps)})
     run: Any = SimpleNamespace(ranks=Ranks(cpu, alone=True), module=SimpleNamespace(device=cpu))
     with Waits() as waits:
-        moved = StepMeter._has_moved(meter, run)
+        moved = UpdateCurvatureMeter._has_moved(meter, run)
     assert moved == any(step != 0 for step in steps)
     assert waits.count == 1
 

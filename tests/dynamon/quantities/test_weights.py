@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dynamon.callbacks.copies import copied
 from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer, describe_layers
+from dynamon.monitoring.weight_copies import copied
 from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.updates import compare_updates
 from dynamon.quantities.weights import ENTRYWISE, weight_readings

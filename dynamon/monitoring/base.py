@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import Layout, combined
-from dynamon.callbacks.recorder import Row
+from dynamon.monitoring.recorder import Row
 from dynamon.norms.geometry import assumption
-from dynamon.optim import spread_reason
+from dynamon.optim import LayerwiseRates, spread_reason
 from dynamon.quantities.scales import Scale, inverse_scale
 
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
@@ -189,3 +189,14 @@ def strategy_reason(trainer: pl.Trainer) -> str | None:
             if word in cls.__name__:
                 return f"{strategy.__name__} {reason}"
     return None
+
+
+def is_read_by_callback(trainer: pl.Trainer, rates: LayerwiseRates) -> bool:
+    """Whether a steering callback reads an optimizer's gradients, as a monitor does: one of them can read for both.
+
+    An optimizer that steers itself reads when its step begins and knows no windows: a monitor that read for it would
+    change what it learns, and so the run.
+    """
+    return any(
+        (find := getattr(c, "rates_for", None)) and find(rates.optimizer) is rates for c in callbacks_of(trainer)
+    )

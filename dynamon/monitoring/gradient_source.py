@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.accumulation import compares_independent, scale_before_step, windows_of
-from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
-from dynamon.callbacks.copies import matching, whole_copies
-from dynamon.callbacks.layerwise_lr import is_read_by_callback
-from dynamon.callbacks.meter import Run
 from dynamon.distributed.dtensor import local
 from dynamon.layers import Layer, is_steerable
 from dynamon.layers.complex_pairs import as_real
+from dynamon.monitoring.accumulation import compares_independent, scale_before_step, windows_of
+from dynamon.monitoring.base import SteeringError, gradient_scale, is_read_by_callback, say_geometry
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.weight_copies import matching, whole_copies
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.quantities.gradient_reader import GradientReader
@@ -98,7 +97,7 @@ class AwaitedReading:
 class GradientSource:
     """An optimizer's gradients: from a reader of our own, or from the steering's, so that nothing is read twice."""
 
-    def __init__(self, run: Run, optimizer: Optimizer) -> None:
+    def __init__(self, run: RunContext, optimizer: Optimizer) -> None:
         """Find the optimizer's layers and who reads them."""
         say_geometry(optimizer)
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -131,7 +130,7 @@ class GradientSource:
         """Whether the optimizer holds anything that can be measured."""
         return bool(self._reader.layers)
 
-    def is_complete(self, run: Run, optimizer: Optimizer, looks: bool) -> bool:
+    def is_complete(self, run: RunContext, optimizer: Optimizer, looks: bool) -> bool:
         """Whether the optimizer still holds the parameters it held, by their number, or if asked by a look at them."""
         if len(self._own) != sum(len(group["params"]) for group in optimizer.param_groups):
             return False
@@ -168,7 +167,7 @@ class GradientSource:
         if not self._steered:
             self.reader.begin(key)
 
-    def keep_half(self, run: Run, share: float) -> None:
+    def keep_half(self, run: RunContext, share: float) -> None:
         """Keep the gradients of a part of the window, for a comparison with the rest of it."""
         self.reader.store_part(share, scale_before_step(run.trainer))
 
@@ -181,14 +180,14 @@ class GradientSource:
         if not self._steered:  # the steering reads by itself
             self._reader.give_up_ranks()
 
-    def keep(self, run: Run, optimizer: Optimizer, moved: bool = False) -> None:
+    def keep(self, run: RunContext, optimizer: Optimizer, moved: bool = False) -> None:
         """Keep gradients and weights of this step for a comparison at the next, see :meth:`keep_weights`."""
         if not self._steered:  # the steering keeps them itself
             window = windows_of(run.trainer).before_step(run.trainer, run.module, optimizer)
             self.reader.store(gradient_scale(run.trainer, optimizer), window)
         self.keep_weights(run, moved)
 
-    def keep_weights(self, run: Run, moved: bool = False) -> None:
+    def keep_weights(self, run: RunContext, moved: bool = False) -> None:
         """Keep the weights at which this step's gradients were taken for a comparison at the next.
 
         Args:
@@ -207,7 +206,7 @@ class GradientSource:
         named = {id(layer.parameter): layer for layer in self._reader.layers}
         return [named.get(id(layer.parameter), layer) for layer in self.reader.layers]
 
-    def read(self, run: Run, optimizer: Optimizer) -> AwaitedReading:
+    def read(self, run: RunContext, optimizer: Optimizer) -> AwaitedReading:
         """Read the gradients, and how far the weights have moved since those before; waits for no device."""
         self.settle()
         windows = windows_of(run.trainer)
@@ -253,7 +252,7 @@ class GradientSource:
             parts=parts,
         )
 
-    def _observe(self, run: Run, rates: LayerwiseRates, scale: Scale, local: Scale, window: Window) -> None:
+    def _observe(self, run: RunContext, rates: LayerwiseRates, scale: Scale, local: Scale, window: Window) -> None:
         try:
             if not rates.is_observed:
                 # By the steering callback's key, but for steps it does not hear of.
@@ -263,7 +262,7 @@ class GradientSource:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
             raise
 
-    def _measure_steps(self, run: Run) -> tuple[NDArray[Any], Tensor, StepParts | None]:
+    def _measure_steps(self, run: RunContext) -> tuple[NDArray[Any], Tensor, StepParts | None]:
         """Positions of the layers whose weights one step before are known, and the norms of the steps between."""
         before, self._weights = self._weights, {}
         layers, norms = self.reader.layers, self.reader.norms

@@ -13,12 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import layout_of
-from dynamon.callbacks.evaluation import trained_parameters
-from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
-from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
-from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
-from dynamon.callbacks.room import room_for
-from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
     Eigenpairs,
     EigenTracker,
@@ -43,6 +37,15 @@ from dynamon.curvature.operators.preconditioner import (
 from dynamon.curvature.solvers.lanczos import random_start
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.distributed.ranks import ran_out_of_memory
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.evaluation import trained_parameters
+from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
+from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
+from dynamon.monitoring.memory_plan import plan_memory
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.optim import steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.entries.sharpness import SUBSPACE
@@ -64,7 +67,7 @@ _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe
 class _Point:
     """One measurement in the making."""
 
-    run: Run
+    run: RunContext
     params: FlatParameters  # as the loss sees them
     owned: list[Tensor]  # as the optimizers do
     hessian: HessianOperator | MeanOverRanks
@@ -96,7 +99,7 @@ class EigenvalueMeter(Meter):
         self,
         cadence: Cadence,
         probe: ProbeMeter,
-        steps: StepMeter,
+        steps: UpdateCurvatureMeter,
         quantities: Sequence[str],
         tol: float,
         max_matvecs: int,
@@ -125,7 +128,7 @@ class EigenvalueMeter(Meter):
         self._failures = Failures()
         self._last_loss = math.inf
 
-    def start(self, run: Run) -> None:
+    def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and what is measured instead."""
         if self._probe.off:
             return
@@ -147,18 +150,18 @@ class EigenvalueMeter(Meter):
         whole = not any(is_sharded(p) for p in trained_parameters(run).values())
         self._is_guess = run.module.device.type != "cpu" and not self._memory_limit and whole
 
-    def _fits(self, run: Run) -> bool:
+    def _fits(self, run: RunContext) -> bool:
         """Whether the vectors of a solve fit beside what training holds, asked once more before the first one."""
         if self._is_guess:
             self._is_guess = False
             self._check_memory(run)
         return not self._too_large
 
-    def _check_memory(self, run: Run) -> None:
+    def _check_memory(self, run: RunContext) -> None:
         trained = list(trained_parameters(run).values())
         if not trained:
             return
-        room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
+        room = plan_memory(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
         self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
         self._needed = room.needed
         allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
@@ -191,7 +194,7 @@ class EigenvalueMeter(Meter):
         """Not where it is off for another reason."""
         return super().is_missed() and not self.is_off()
 
-    def expected(self, run: Run) -> float:
+    def expected(self, run: RunContext) -> float:
         """Products of the coming measurement at what they took lately.
 
         A guess of two training steps for a product on a full batch counts as one experience, so that a single
@@ -207,19 +210,19 @@ class EigenvalueMeter(Meter):
             return 2 * products * guess
         return products * median([guess, *self._product_seconds])
 
-    def _is_due(self, run: Run) -> bool:
+    def _is_due(self, run: RunContext) -> bool:
         return (
             not self.is_off()
             and self._probe.is_expected(run)
             and self.cadence.due(run, self.name, self.expected, run.step)
         )
 
-    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+    def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
         if "subspace" in self._wanted and self._is_due(run):
             self._steps.copy_weights(run)
 
-    def make_room(self, run: Run) -> str | None:
+    def make_room(self, run: RunContext) -> str | None:
         """Halve the probe; give up solves where it is not to blame, of one process."""
         alone, share = not run.ranks.several, self._probe.share
         fits = free_memory(run.module.device) > self._needed
@@ -230,7 +233,7 @@ class EigenvalueMeter(Meter):
         self._steps.also("critical")
         return "Eigenvalues are left out: critical sharpness, which needs forward passes only, is shown instead."
 
-    def batch_end(self, run: Run) -> None:
+    def batch_end(self, run: RunContext) -> None:
         """Measure when due."""
         if not self._is_due(run) or not run.steps.any_taken():
             return
@@ -250,7 +253,7 @@ class EigenvalueMeter(Meter):
         self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
         self.done(run)
 
-    def _measure(self, run: Run) -> int:
+    def _measure(self, run: RunContext) -> int:
         self._is_solving = False
         if not self._fits(run):
             return 0
@@ -280,7 +283,7 @@ class EigenvalueMeter(Meter):
         self._warn(run, point.readings)
         return point.products
 
-    def _leave_out(self, run: Run, reason: str) -> None:
+    def _leave_out(self, run: RunContext, reason: str) -> None:
         """Measure nothing any more: what is in the way stays there.
 
         Raises:
@@ -330,7 +333,7 @@ class EigenvalueMeter(Meter):
             point.failed[quantity] = error
             self._start_anew(point.run)
 
-    def _start_anew(self, run: Run) -> None:
+    def _start_anew(self, run: RunContext) -> None:
         """After a failure some of several processes may have come further than others: all track from nothing."""
         if run.ranks.several:
             self._trackers, self._blocks, self._space = {}, {}, None
@@ -473,7 +476,7 @@ class EigenvalueMeter(Meter):
             after = ", the whole training set." if are_all else _SMALL_PROBE
             rank_zero_info(f"sharpness is measured on {self._probe.samples_in_all} samples{after}")
 
-    def _warn(self, run: Run, readings: Mapping[str, float]) -> None:
+    def _warn(self, run: RunContext, readings: Mapping[str, float]) -> None:
         missed = [tag for tag in readings if tag.endswith("_unconverged")]
         if missed and "unconverged" not in self._told:
             self._told.add("unconverged")
