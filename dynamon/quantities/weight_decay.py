@@ -1,7 +1,8 @@
 """Decoupled weight decay: which optimizers have it, and what it leaves of the initial weights."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,13 +82,31 @@ _MOST_DEFERRED = 64  # steps
 _Group = tuple[tuple[str, ...], tuple[float, ...], tuple[bool, bool]]
 
 
+@dataclass
+class _Decaying:
+    """The layers of a parameter group, and what all of them have lost together since somebody asked.
+
+    Attributes:
+        params: The parameters, as many as there were.
+        names: The layers among them.
+        least: Rate x decay below which a layer's weights do not change, of those in half precision.
+        left: What is left, as a factor; None before the first step.
+    """
+
+    params: list[Tensor]
+    names: tuple[str, ...]
+    least: dict[str, float]
+    left: float | None = None
+
+
 class DecayMemory:
     """The product of ``1 - rate x ratio x decay`` over all steps, by layer: what decay leaves of the initial weights.
 
-    Call :meth:`before_step` before each step and :meth:`after_steps` when the ratios in force are known. Rates may be
+    Call :meth:`note` as a step begins and :meth:`take` when it has come to its end. Where all layers of a group have
+    gradients, one rate and no ratio of their own, a step costs one multiplication a group. Rates may be
     tensors on a device: the product is then kept there, nothing waits, and what tensors there are is kept for up to 64
     steps until somebody asks, so that a step costs at most a call a group. Layers that never decayed are not in it.
-    A parameter without a gradient does not decay, as in torch's optimizers. A step that was not taken does not count.
+    A parameter without a gradient does not decay, as in torch's optimizers.
     Where the product of a weight in half precision and ``1 - rate x decay`` rounds to the weight,
     whatever it is, nothing decays: torch's optimizers multiply in place.
     """
@@ -95,63 +114,104 @@ class DecayMemory:
     def __init__(self) -> None:
         """Nothing has decayed."""
         self._left: dict[str, float | Tensor] = {}
-        self._pending: dict[int, dict[Hashable, list[tuple[list[str], Any]]]] = {}
+        self._noted: dict[int, list[tuple[int, list[Tensor], Any]]] = {}
+        self._groups: dict[tuple[int, int], _Decaying] = {}
+        self._classes: dict[type, bool] = {}
         self._least: dict[str, float] = {}  # rate x decay below which a layer's weights do not change
         # What only the device knows, by layers and their ratios: rate x decay, and whether the step was skipped.
         self._deferred: dict[_Group, list[tuple[Any, Tensor | None]]] = {}
 
-    def before_step(self, optimizer: Optimizer, names: Mapping[int, str], key: Hashable = None) -> None:
+    def note(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Note rates and decays as they are, before a scheduler moves on.
 
         Args:
-            optimizer: What is about to step.
-            names: Layer names by the ``id`` of the parameter.
-            key: Names the step, since an optimizer that evaluates its closure twice says so twice. Without a key
-                every call is a new step.
+            optimizer: What is about to step. A step that is announced twice counts once.
+            groups: Its groups, where steering shows it others.
         """
-        step = self._pending.setdefault(id(optimizer), {})[object() if key is None else key] = []
-        for group in optimizer.param_groups:
-            decay = decoupled_decay(optimizer, group)
-            if isinstance(decay, Tensor) or decay:
-                decaying = [p for p in group["params"] if p.grad is not None and id(p) in names]
-                moving = [names[id(p)] for p in decaying]
-                least = _least_decays(optimizer, group)
-                self._least |= {names[id(p)]: least[p.dtype] for p in decaying if p.dtype in least}
-                step.append((moving, group.get("lr", math.nan) * decay))  # a new tensor, where the rate is one
+        noted = []
+        for index, group in enumerate(optimizer.param_groups if groups is None else groups):
+            decay = group.get("weight_decay", 0.0)
+            if (isinstance(decay, Tensor) or decay) and self._is_decoupled(optimizer, group):
+                noted.append((index, group["params"], group.get("lr", math.nan) * decay))
+        self._noted[id(optimizer)] = noted
 
-    def after_steps(
-        self, ratios: Mapping[str, float], outcomes: Mapping[Optimizer, Sequence[Tensor | None]] | None = None
+    def take(
+        self,
+        optimizer: Optimizer,
+        names: Callable[[], Mapping[int, str]],
+        ratios: Mapping[str, float] | None = None,
+        skipped: Tensor | None = None,
     ) -> None:
-        """Take up the steps noted since the last call.
+        """Count the step that was noted last.
 
         Args:
+            optimizer: What has stepped.
+            names: Gives layer names by the ``id`` of the parameter; asked for where the groups have changed.
             ratios: Factor on the rate by layer name; 1 for those that are not in it.
-            outcomes: For each optimizer the steps that were taken, with a tensor that is not zero where the device has
-                skipped one (:attr:`dynamon.optim.stepping.StepWatch.outcomes`); None where all of them were.
+            skipped: A tensor that is not zero where the device has left the weights alone, or None.
         """
-        pending, self._pending = self._pending, {}
-        found = None if outcomes is None else {id(optimizer): list(taken) for optimizer, taken in outcomes.items()}
-        for optimizer, steps in pending.items():
-            taken = [None] * len(steps) if found is None else found.get(optimizer, [])
-            # Of several in one batch those that were skipped are not known apart; their decay is the same.
-            for step, skipped in zip(reversed(steps.values()), reversed(taken), strict=False):
-                self._take(step, ratios, skipped)
-
-    def _take(self, step: list[tuple[list[str], Any]], ratios: Mapping[str, float], skipped: Tensor | None) -> None:
-        for names, shrink in step:
-            scales = [ratios.get(name, 1.0) for name in names]
-            if skipped is not None or isinstance(shrink, Tensor):
-                group = tuple(names), tuple(scales), (skipped is not None, isinstance(shrink, Tensor))
-                self._deferred.setdefault(group, []).append((shrink, skipped))
+        for index, params, shrink in self._noted.pop(id(optimizer), ()):
+            group = self._groups.get((id(optimizer), index))
+            if group is None or len(group.params) != len(params) or group.params[0] is not params[0]:
+                self.regroup()
+                group = self._groups[id(optimizer), index] = self._decaying(optimizer, index, params, names())
+            is_whole = True
+            for parameter in params:  # at every step: without a call for each
+                if parameter.grad is None:
+                    is_whole = False
+                    break
+            if is_whole and not ratios and skipped is None and not group.least and not isinstance(shrink, Tensor):
+                group.left = (1.0 if group.left is None else group.left) * (1.0 - shrink)
                 continue
-            for name, scale in zip(names, scales, strict=True):
-                lost = shrink * scale if abs(shrink * scale) >= self._least.get(name, 0.0) else 0.0
-                self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
-        if sum(map(len, self._deferred.values())) >= _MOST_DEFERRED:
-            self._settle()
+            known = {} if is_whole else names()
+            moving = group.names if is_whole else tuple(known[id(p)] for p in params if p.grad is not None and id(p) in known)
+            self._multiply_each(moving, shrink, group.least, ratios or {}, skipped)
+
+    def regroup(self) -> None:
+        """Look at the layers anew at the next step."""
+        self._settle()
+        self._groups = {}
+
+    def _is_decoupled(self, optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+        known = self._classes.get(type(optimizer))
+        if known is None:
+            known = self._classes[type(optimizer)] = is_decoupled(optimizer, {})
+        return bool(group.get("decoupled_weight_decay", known))
+
+    @staticmethod
+    def _decaying(optimizer: Optimizer, index: int, params: Sequence[Tensor], names: Mapping[int, str]) -> _Decaying:
+        """The layers of a group as they are now."""
+        known = [p for p in params if id(p) in names]
+        least = _least_decays(optimizer, optimizer.param_groups[index])
+        of_half = {names[id(p)]: least[p.dtype] for p in known if p.dtype in least}
+        return _Decaying(list(params), tuple(names[id(p)] for p in known), of_half)
+
+    def _multiply_each(
+        self,
+        names: tuple[str, ...],
+        shrink: Any,
+        least: Mapping[str, float],
+        ratios: Mapping[str, float],
+        skipped: Tensor | None,
+    ) -> None:
+        scales = [ratios.get(name, 1.0) for name in names]
+        if skipped is not None or isinstance(shrink, Tensor):
+            self._least |= least
+            group = names, tuple(scales), (skipped is not None, isinstance(shrink, Tensor))
+            self._deferred.setdefault(group, []).append((shrink, skipped))
+            if sum(map(len, self._deferred.values())) >= _MOST_DEFERRED:
+                self._settle()
+            return
+        for name, scale in zip(names, scales, strict=True):
+            lost = shrink * scale if abs(shrink * scale) >= least.get(name, 0.0) else 0.0
+            self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
 
     def _settle(self) -> None:
         """Multiply what was put off: some ten calls for all steps of a group, instead of as many at each step."""
+        for whole in self._groups.values():
+            left, whole.left = whole.left, None
+            if left is not None:
+                self._left |= {name: self._left.get(name, 1.0) * left for name in whole.names}
         deferred, self._deferred = self._deferred, {}
         for (names, scales, _), steps in deferred.items():
             if names:
@@ -182,11 +242,6 @@ class DecayMemory:
             return value.to(device, dtype)
         return on_device((value,), device, dtype)[0]  # one tensor for the many that never decayed
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether steps are noted that have not been taken up."""
-        return any(self._pending.values())
-
     def row(self, names: Iterable[str]) -> Tensor:
         """What is left by layer ``[L]`` in float32, NaN for those that never decayed.
 
@@ -215,4 +270,4 @@ class DecayMemory:
 
     def load_state_dict(self, state: Mapping[str, float | Tensor]) -> None:
         """Go on from it."""
-        self._left, self._pending, self._deferred = dict(state), {}, {}
+        self._left, self._noted, self._groups, self._deferred = dict(state), {}, {}, {}
