@@ -23,7 +23,7 @@ from dynamon.callbacks import SharpnessMonitor
 from dynamon.cli.language_model import GPT, LanguageModel
 from dynamon.curvature import HessianOperator
 from dynamon.layers import describe_layers
-from dynamon.quantities.weights import spectra_of, weight_readings
+from dynamon.quantities.weights import layer_spectra, weight_readings
 
 SHAPES = {"width 64": (64, 2), "width 128": (128, 2), "width 256": (256, 2), "width 256, depth 6": (256, 6)}
 _SAMPLES, _CONTEXT = 4, 64
@@ -57,7 +57,7 @@ def operations(width: int, depth: int) -> dict[str, Any]:
     before = {layer.name: layer.parameter.detach() - 1e-3 for layer in layers}
     weights, _ = counted(lambda: weight_readings(layers, before))
     cubes = sum(_gram(layer.parameter) for layer in layers if layer.parameter.ndim == 2)
-    spectra_of(layers)
+    layer_spectra(layers)
     return {
         "matrix parameters": matrices,
         "forward": round(forward / unit, 2),

@@ -17,8 +17,8 @@ from dynamon.curvature import Diagonal, Eigenpairs, HessianOperator, LinearOpera
 from dynamon.curvature.operators.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.operators.preconditioner import NoSecondMomentError, second_moment_scale
 from dynamon.curvature.operators.vector_space import VectorSpace
-from dynamon.distributed.dtensor import local
-from dynamon.layers.complex_pairs import real_dtype, real_size
+from dynamon.distributed.dtensor import to_local
+from dynamon.layers.complex_pairs import real_dtype, real_numel
 from dynamon.norms.geometry import optimizer_family
 
 
@@ -134,7 +134,7 @@ def stability_scaling(
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     names, params = names_and_tensors(params)
     factors = _factors(names, len(params), ratios)
-    space = space or VectorSpace(sum(real_size(p) for p in params))
+    space = space or VectorSpace(sum(real_numel(p) for p in params))
     pieces, decays = [], []
     for p, factor in zip(params, factors, strict=True):
         if id(p) not in group_of:
@@ -218,10 +218,10 @@ def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ra
     wide = torch.promote_types(real_dtype(p), torch.float32)
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
-        return torch.full((real_size(local(p)),), value, dtype=wide, device=p.device)
+        return torch.full((real_numel(to_local(p)),), value, dtype=wide, device=p.device)
     divisor = second_moment_scale(optimizer.state.get(p), group, p)
     if divisor is None:
-        return torch.full((real_size(local(p)),), torch.nan, dtype=wide, device=p.device)
+        return torch.full((real_numel(to_local(p)),), torch.nan, dtype=wide, device=p.device)
     return _adaptive_factor(optimizer, group, ratio) / divisor
 
 

@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, packed_scalar, packed_table, shown
+from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, display_hints, pack_scalar, pack_table
 from dynamon.health import findings, loss_tag
-from dynamon.runs import assembled
+from dynamon.runs import assemble_run
 from dynamon.runs.event_files import Curve, EventFile, EventLog, RowCurve, event_paths
-from dynamon.runs.folders import Contents, readable, runs_below, with_readings
+from dynamon.runs.folders import RunContents, find_runs, printable, select_runs
 from dynamon.runs.history import RunData, Series
 
 _KEPT = 8  # runs held in memory: those asked for last
@@ -38,8 +38,8 @@ class LiveFolder:
         self._lock = threading.Lock()
         self._found: dict[str, Path] = {}
         self._searched_at = -_SEARCH_EVERY
-        self._known: dict[Path, Contents] = {}
-        self._open: dict[str, LiveRun] = {}
+        self._known: dict[Path, RunContents] = {}
+        self._open: dict[str, LoggedRun] = {}
 
     def names(self) -> list[str]:
         """The names of the runs there are, ``"."`` for the folder itself.
@@ -52,8 +52,8 @@ class LiveFolder:
         """
         with self._lock:
             if time.monotonic() - self._searched_at >= _SEARCH_EVERY:
-                there = [run for run in runs_below(self._folder) if event_paths(run.path)]
-                runs = with_readings(there, self._known, time.monotonic() + _LOOK_FOR)
+                there = [run for run in find_runs(self._folder) if event_paths(run.path)]
+                runs = select_runs(there, self._known, time.monotonic() + _LOOK_FOR)
                 self.passed_over = len(there) - len(runs)
                 self._found = {run.name: run.path for run in runs}
                 self._searched_at = time.monotonic()
@@ -71,14 +71,14 @@ class LiveFolder:
         with self._lock:
             if name not in self._found:
                 raise KeyError(name)
-            run = self._open.pop(name, None) or LiveRun(self._found[name])
+            run = self._open.pop(name, None) or LoggedRun(self._found[name])
             self._open[name] = run  # last, so that the ones not asked for come first
             while len(self._open) > _KEPT:
                 del self._open[next(iter(self._open))]
             return run
 
 
-class LiveRun:
+class LoggedRun:
     """One run, read piece by piece by the rule of :mod:`dynamon.runs.event_files`.
 
     Answers hold what came after ``since``, a count of values read, where it can be appended; and all of a series where
@@ -119,7 +119,7 @@ class LiveRun:
         with self._lock:
             share = self._read(read_for)
             answer: dict[str, Any] = {"epoch": self._epoch, "count": self._log.count, "share": share}
-            damage = [readable(said) for file in self._files.values() for said in file.damage]
+            damage = [printable(said) for file in self._files.values() for said in file.damage]
             if damage:
                 answer["damage"] = damage
             if epoch == self._epoch and since == self._log.count:
@@ -129,7 +129,7 @@ class LiveRun:
             scalars = {
                 tag: _news(self._log.scalars[tag], since, SCALAR_POINTS)
                 if tag in self._log.scalars
-                else packed_scalar(series)
+                else pack_scalar(series)
                 for tag, series in data.scalars.items()
             }
             tables = self._log.tables
@@ -137,7 +137,7 @@ class LiveRun:
             return answer | {
                 "scalars": {tag: news for tag, news in scalars.items() if news},
                 "quantities": quantities,
-                "shown": shown(quantities),
+                "shown": display_hints(quantities),
                 "last_step": data.last_step,
                 "loss": loss_tag(data.scalars),
             }
@@ -153,7 +153,7 @@ class LiveRun:
             if self._log.tables.get(quantity):
                 news = _news(self._log.tables[quantity], since if epoch == self._epoch else 0, TABLE_POINTS)
             else:
-                news = packed_table(self._data(with_rows=False).tables[quantity])
+                news = pack_table(self._data(with_rows=False).tables[quantity])
             return answer | (news or {})
 
     def findings(self) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ class LiveRun:
         """What was read so far; tables of tensor summaries without their rows where those are not needed."""
         scalars = {tag: curve.series() for tag, curve in self._log.scalars.items() if curve}
         tables = {tag: rows.series() if with_rows else rows.bare() for tag, rows in self._log.tables.items() if rows}
-        return assembled(scalars, tables)
+        return assemble_run(scalars, tables)
 
     def _read(self, read_for: float) -> float:
         """Read for so many seconds; give the share of all bytes that is read, 1 where there is nothing more to read."""
@@ -208,7 +208,7 @@ def _news(curve: Curve | RowCurve, since: int, limit: int) -> dict[str, Any] | N
     new = curve.added_after(since)
     if not new and curve.rewritten <= since:
         return None
-    series, packed = curve.series(), packed_table if isinstance(curve, RowCurve) else packed_scalar
+    series, packed = curve.series(), pack_table if isinstance(curve, RowCurve) else pack_scalar
     first = len(series) - new
     if not first or curve.rewritten > since or len(series) > limit:
         return packed(series)

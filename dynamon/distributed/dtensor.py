@@ -23,13 +23,13 @@ def any_sharded(tensors: Sequence[Tensor]) -> bool:
     return any(is_sharded(tensor) for tensor in tensors)
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """The part that this process holds, in the same memory and without graph; a plain tensor is its own part."""
     detached: Any = tensor.detach() if tensor.requires_grad else tensor
     return detached.to_local() if is_sharded(tensor) else detached
 
 
-def local_as(tensor: Tensor, like: Tensor) -> Tensor:
+def to_local_as(tensor: Tensor, like: Tensor) -> Tensor:
     """The part of ``tensor`` that belongs to this process where it is laid out as ``like``.
 
     Args:
@@ -43,14 +43,14 @@ def local_as(tensor: Tensor, like: Tensor) -> Tensor:
     placements: Any = like.placements  # type: ignore[attr-defined]
     if getattr(tensor, "placements", None) != placements:
         tensor = tensor.redistribute(placements=placements)  # type: ignore[attr-defined]
-    return local(tensor)
+    return to_local(tensor)
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor:
+def gather(part: Tensor, like: Tensor) -> Tensor:
     """The whole tensor, on every process, from the parts that each holds of it.
 
     Args:
-        part: What this process holds, as :func:`local` gives it.
+        part: What this process holds, as :func:`to_local` gives it.
         like: The tensor that it is laid out as; for a plain tensor the part is the whole.
 
     Cost: one all-gather; every process must call it.
@@ -58,8 +58,8 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     return _layout(part, like, like.placements).full_tensor() if is_sharded(like) else part  # type: ignore[attr-defined]
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """What belongs to this process of a tensor that every process has as a whole; the inverse of :func:`whole`.
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """What belongs to this process of a tensor that every process has as a whole; the inverse of :func:`gather`.
 
     Args:
         tensor: The whole tensor, the same on every process.
@@ -73,7 +73,7 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
     everywhere = [Replicate()] * like.device_mesh.ndim  # type: ignore[attr-defined]
     placements = like.placements  # type: ignore[attr-defined]
-    return local(_layout(tensor, like, everywhere).redistribute(placements=placements))
+    return to_local(_layout(tensor, like, everywhere).redistribute(placements=placements))
 
 
 def has_whole_rows(like: Tensor) -> bool:
@@ -82,7 +82,7 @@ def has_whole_rows(like: Tensor) -> bool:
     return all(place.is_replicate() or type(place).__name__ == "Shard" and place.dim == 0 for place in placements)
 
 
-def put_back(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Have the FSDP2 parts of a module show their shards again: after an evaluation the root keeps whole weights."""
     parts: list[Any] = [part for part in module.modules() if hasattr(part, "set_reshard_after_backward")]
     for part in parts:
@@ -113,7 +113,7 @@ class Gathering:
         for i, (like, owner, dtype) in enumerate(zip(likes, owners, dtypes, strict=True)):
             if _is_cut_over(like, ranks):
                 rows, rest = _longest_part(like, ranks.size), like.shape[1:]
-                device = local(like).device
+                device = to_local(like).device
                 self._padded[i] = torch.zeros(rows, *rest, dtype=dtype, device=device)
                 if owner == ranks.rank:
                     self._received[i] = torch.empty(ranks.size * rows, *rest, dtype=dtype, device=device)
@@ -135,12 +135,12 @@ class Gathering:
                 # Only the last part that is not empty can be short, so what was added lies behind all that counts.
                 found.append(None if received is None else self._received.pop(i)[: like.shape[0]])
             else:
-                complete = whole(part, like)
+                complete = gather(part, like)
                 found.append(complete if mine else None)
         return found
 
 
-def batches(owned: Sequence[Sequence[int]], sizes: Sequence[int]) -> Iterator[list[list[int]]]:
+def gather_rounds(owned: Sequence[Sequence[int]], sizes: Sequence[int]) -> Iterator[list[list[int]]]:
     """Deal out large tensors a few at a time: what each process takes in one round, as much as fits.
 
     Args:
@@ -166,7 +166,9 @@ def _portions(items: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]
         yield portion
 
 
-def saved(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], everywhere: bool = True) -> dict[str, Tensor]:
+def gather_for_checkpoint(
+    parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], everywhere: bool = True
+) -> dict[str, Tensor]:
     """Tensors as a state holds them: sharded ones whole, in main memory; the device holds one of them at a time.
 
     Args:
@@ -182,7 +184,7 @@ def saved(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], everywhere: 
         if not is_sharded(like):
             found[name] = part.clone()
         elif everywhere:
-            found[name] = whole(part, like).cpu()
+            found[name] = gather(part, like).cpu()
         else:
             gathering = Gathering([like], [0], [part.dtype], Ranks(part.device))
             (complete,) = gathering.run([part])
@@ -193,7 +195,12 @@ def saved(parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], everywhere: 
 
 def _is_cut_over(like: Any, ranks: Ranks) -> bool:
     """Whether a tensor is cut along its first dimension, in equal parts as far as that goes, over just these."""
-    if not ranks.several or not is_sharded(like) or like.device_mesh.ndim != 1 or like.device_mesh.size() != ranks.size:
+    if (
+        not ranks.is_distributed
+        or not is_sharded(like)
+        or like.device_mesh.ndim != 1
+        or like.device_mesh.size() != ranks.size
+    ):
         return False
     if like.device_mesh.mesh.flatten().tolist() != list(range(ranks.size)):
         return False

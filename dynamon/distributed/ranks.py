@@ -31,7 +31,7 @@ class Ranks:
     """Several processes that take the same measurements in the same order; one alone works too and reduces nothing.
 
     A process that fails must not leave the others waiting in a reduction. So every reduction of a measurement begins
-    with a check in which each process says whether it is well, and one that fails inside of :meth:`measurement` says
+    with a check in which each process says whether it is well, and one that fails inside of :meth:`collective_section` says
     so in the place of its next check: the measurement is then over on all processes, with an exception on each.
 
     Args:
@@ -59,20 +59,20 @@ class Ranks:
             self._letters = torch.zeros(self.size, _LETTERS, dtype=torch.int32, device=device)
 
     @property
-    def several(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether there is anybody to agree with."""
         return self.size > 1
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the processes, in place; inside of :meth:`measurement`."""
-        if self.several:
+        """Sum a tensor over the processes, in place; inside of :meth:`collective_section`."""
+        if self.is_distributed:
             self.check()
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """The largest over the processes, entry by entry, in place; inside of :meth:`measurement`."""
-        if self.several:
+        """The largest over the processes, entry by entry, in place; inside of :meth:`collective_section`."""
+        if self.is_distributed:
             self.check()
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
@@ -99,7 +99,7 @@ class Ranks:
         except Exception as caught:  # the others are waiting in the reduction
             error = caught
             packed[-1] = 1.0
-        if self.several:
+        if self.is_distributed:
             dist.all_reduce(packed, group=self.group)
         if error is not None:
             raise error
@@ -107,52 +107,52 @@ class Ranks:
 
     def mean(self, value: Tensor, weight: float) -> Tensor:
         """The weighted mean of a 0-d tensor over the processes, in its dtype, without graph."""
-        if not self.several:
+        if not self.is_distributed:
             return value
         pair = torch.tensor([float(value) * weight, weight], dtype=widest_dtype(self._device), device=self._device)
         total, weights = self.sum(pair).tolist()
         return torch.tensor(total / weights, dtype=value.dtype, device=value.device)
 
-    def first_says(self, values: list[float]) -> list[float]:
+    def broadcast_from_rank0(self, values: list[float]) -> list[float]:
         """What the first process gives, on all of them. It must not fail: there is no check before it."""
-        if not self.several:
+        if not self.is_distributed:
             return values
         said = torch.tensor(values, dtype=widest_dtype(self._device), device=self._device)
         dist.broadcast(said, group=self.group, group_src=0)
         return said.tolist()
 
-    def share(self, item: Any) -> list[Any]:
-        """An object of every process, in their order, on all of them; inside of :meth:`measurement`."""
-        if not self.several:
+    def all_gather_object(self, item: Any) -> list[Any]:
+        """An object of every process, in their order, on all of them; inside of :meth:`collective_section`."""
+        if not self.is_distributed:
             return [item]
         self.check()
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, item, group=self.group)
         return found
 
-    def take_along(self, say: Callable[[], list[float]]) -> None:
+    def attach_values(self, say: Callable[[], list[float]]) -> None:
         """Have numbers summed over the processes by the next check, at no message of their own.
 
-        Every process must call this at the same time, and then perhaps :meth:`brought`.
+        Every process must call this at the same time, and then perhaps :meth:`attached_sums`.
 
         Args:
             say: Gives the numbers, as many on every process. It is called when they are needed and must not fail.
         """
         self._said_along, self._brought = say, None
 
-    def brought(self) -> list[float]:
+    def attached_sums(self) -> list[float]:
         """The sums of what was taken along last; where there was no check since, by a reduction for them alone."""
         if self._brought is None:
             assert self._said_along is not None
             own, self._said_along = self._said_along(), None
             self._brought = own
-            if self.several:
+            if self.is_distributed:
                 packed = torch.tensor(own, dtype=widest_dtype(self._device), device=self._device)
                 dist.all_reduce(packed, group=self.group)
                 self._brought = packed.tolist()
         return self._brought
 
-    def leave_behind(self) -> None:
+    def detach_values(self) -> None:
         """Take nothing along any more."""
         self._said_along = self._brought = None
 
@@ -162,11 +162,11 @@ class Ranks:
         Raises:
             OthersFailedError: Where another one is not.
         """
-        if self.several:
+        if self.is_distributed:
             self._raise_if_failed(self._count(None))
 
     @contextmanager
-    def measurement(self) -> Iterator[None]:
+    def collective_section(self) -> Iterator[None]:
         """What all processes measure together: it succeeds on all of them, or on none.
 
         Raises:
@@ -175,17 +175,17 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if self.several and not self.is_known_to_all(error):
+            if self.is_distributed and not self.is_collective_failure(error):
                 self._tell(error)
             raise
         self.check()
 
-    def is_known_to_all(self, error: Exception) -> bool:
+    def is_collective_failure(self, error: Exception) -> bool:
         """Whether an exception ended a measurement on every process, here and there."""
-        return not self.several or getattr(error, "_dynamon_known_to_all", False)
+        return not self.is_distributed or getattr(error, "_dynamon_is_collective", False)
 
     def _tell(self, error: Exception) -> None:
-        error._dynamon_known_to_all = True  # type: ignore[attr-defined]
+        error._dynamon_is_collective = True  # type: ignore[attr-defined]
         # All draw the same conclusion, also one that failed of something else at the same time.
         error._dynamon_out_of_memory = self._count(error)[1] > 0  # type: ignore[attr-defined]
         self._exchange(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}")
@@ -216,7 +216,7 @@ class Ranks:
         rank, cause = next((rank, text) for rank, text in enumerate(self._exchange("")) if text)
         error = OthersFailedError(f"on {failed} of {self.size} processes, first on rank {rank}: {cause}")
         error.out_of_memory = memory > 0
-        error._dynamon_known_to_all = True  # type: ignore[attr-defined]
+        error._dynamon_is_collective = True  # type: ignore[attr-defined]
         raise error
 
     def _exchange(self, text: str) -> list[str]:

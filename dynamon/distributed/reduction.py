@@ -6,26 +6,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import widest_dtype
 
 
-class Found(NamedTuple):
+class PartialStats(NamedTuple):
     """Readings of L tensors, in float64; of the parts on one process before the reduction, of the wholes after it.
 
     Attributes:
         sums: Sums over entries, ``[S, L]``.
         maxima: Largest ones over entries, none negative, ``[M, L]``.
-        dealt: What one process has of a tensor and the others have zeros for, ``[D, L]``.
+        owned: What one process has of a tensor and the others have zeros for, ``[D, L]``.
     """
 
     sums: Tensor
     maxima: Tensor
-    dealt: Tensor
+    owned: Tensor
 
 
-class Totals:
+class ShardReduction:
     """The reduction for L tensors of which each process holds a part.
 
     An entry that several processes hold counts once, in whatever way it is laid out: the number of entries that all of
@@ -37,31 +37,31 @@ class Totals:
         ranks: The processes.
         sums: S, the number of rows of sums.
         maxima: M, that of rows of maxima.
-        dealt: D, that of rows that are dealt out.
+        owned: D, that of rows that are dealt out.
 
     Cost: one all-reduce of ``(S + R M + D + 1) L`` numbers for R processes.
     """
 
-    def __init__(self, likes: Sequence[Tensor], ranks: Ranks, sums: int, maxima: int = 0, dealt: int = 0) -> None:
+    def __init__(self, likes: Sequence[Tensor], ranks: Ranks, sums: int, maxima: int = 0, owned: int = 0) -> None:
         """Count what is held here."""
-        parts = [local(like.detach()) for like in likes]
+        parts = [to_local(like.detach()) for like in likes]
         self.device = parts[0].device
         self._wide = widest_dtype(self.device)
         self._held = torch.tensor([float(part.numel()) for part in parts], dtype=self._wide, device=self.device)
         sizes = [float(like.numel()) for like in likes]
         self._sizes = torch.tensor(sizes, dtype=self._wide, device=self.device)
-        self._ranks, self._shape = ranks, (sums, maxima, dealt)
+        self._ranks, self._shape = ranks, (sums, maxima, owned)
 
-    def empty(self) -> Found:
+    def empty(self) -> PartialStats:
         """Zeros, to be filled with what is found here."""
         shape = [(rows, len(self._sizes)) for rows in self._shape]
-        return Found(*(torch.zeros(each, dtype=self._wide, device=self.device) for each in shape))
+        return PartialStats(*(torch.zeros(each, dtype=self._wide, device=self.device) for each in shape))
 
-    def of(self, found: Found) -> Found:
-        """Sum what all processes have found; inside of :meth:`dynamon.distributed.ranks.Ranks.measurement`."""
+    def reduce(self, found: PartialStats) -> PartialStats:
+        """Sum what all processes have found; inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`."""
         return self._unpacked(self._ranks.sum(self._packed(found)))
 
-    def or_nan(self, find: Callable[[], Found]) -> Found:
+    def reduce_or_nan(self, find: Callable[[], PartialStats]) -> PartialStats:
         """The same anywhere and without a host read; NaN where another process failed to find anything.
 
         Args:
@@ -71,17 +71,17 @@ class Totals:
 
     @property
     def _length(self) -> int:
-        sums, maxima, dealt = self._shape
-        return (sums + self._ranks.size * maxima + dealt + 1) * len(self._sizes)
+        sums, maxima, owned = self._shape
+        return (sums + self._ranks.size * maxima + owned + 1) * len(self._sizes)
 
-    def _packed(self, found: Found) -> Tensor:
+    def _packed(self, found: PartialStats) -> Tensor:
         places = torch.zeros(self._ranks.size, *found.maxima.shape, dtype=self._wide, device=self.device)
         places[self._ranks.rank] = found.maxima
-        return torch.cat([part.reshape(-1) for part in (self._held, found.sums, found.dealt, places)])
+        return torch.cat([part.reshape(-1) for part in (self._held, found.sums, found.owned, places)])
 
-    def _unpacked(self, packed: Tensor) -> Found:
-        sums, maxima, dealt = self._shape
+    def _unpacked(self, packed: Tensor) -> PartialStats:
+        sums, maxima, owned = self._shape
         table = packed.view(-1, len(self._sizes))
-        held, sums_of, dealt_of, places = table.split([1, sums, dealt, self._ranks.size * maxima])
+        held, sums_of, dealt_of, places = table.split([1, sums, owned, self._ranks.size * maxima])
         largest = places.view(self._ranks.size, maxima, len(self._sizes)).amax(0)
-        return Found(sums_of / (held / self._sizes), largest, dealt_of)
+        return PartialStats(sums_of / (held / self._sizes), largest, dealt_of)

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dynamon.distributed.dtensor import Gathering, batches, local
+from dynamon.distributed.dtensor import Gathering, gather_rounds, to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import widest_dtype
 
 
-def dealt_out(
+def share_work(
     measure: Callable[[list[int]], Tensor],
     costs: Sequence[float],
     rows: int,
@@ -42,7 +42,7 @@ def dealt_out(
     Cost: one all-reduce of ``rows * T + 1`` numbers.
     """
     ranks = group if isinstance(group, Ranks) else Ranks(device, group)
-    own = shares(costs, ranks.size)[ranks.rank]
+    own = assign_by_cost(costs, ranks.size)[ranks.rank]
     packed = torch.zeros(rows * len(costs) + 1, dtype=widest_dtype(device), device=device)
     table, failed = packed[:-1].view(rows, -1), packed[-1]
     cause: Exception | None = None
@@ -62,7 +62,7 @@ def dealt_out(
     return table
 
 
-def measured_whole(
+def measure_gathered(
     measure: Callable[[list[int], list[list[Tensor]]], Tensor],
     items: Sequence[Sequence[Tensor]],
     likes: Sequence[Tensor],
@@ -72,8 +72,8 @@ def measured_whole(
 ) -> Tensor:
     """Measure T items that every process holds in parts, each on the one process that it is gathered on.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.measurement`. Items are dealt out as
-    by :func:`dealt_out` and gathered a few at a time (:func:`dynamon.distributed.dtensor.batches`).
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Items are dealt out as
+    by :func:`share_work` and gathered a few at a time (:func:`dynamon.distributed.dtensor.gather_rounds`).
 
     Args:
         measure: From the positions of N items and their tensors, whole, to their readings ``[rows, N]``.
@@ -88,10 +88,10 @@ def measured_whole(
 
     Cost: each tensor goes to one process; a check for each round. Memory: those of one round, twice.
     """
-    device = local(likes[0]).device if likes else torch.device("cpu")
+    device = to_local(likes[0]).device if likes else torch.device("cpu")
     table = torch.zeros(rows, len(items), dtype=widest_dtype(device), device=device)
     sizes = [len(parts) * like.numel() for parts, like in zip(items, likes, strict=True)]
-    for turn in batches(shares(costs, ranks.size), sizes):
+    for turn in gather_rounds(assign_by_cost(costs, ranks.size), sizes):
         flat = [(i, rank, part) for rank, own in enumerate(turn) for i in own for part in items[i]]
         owners, dtypes = [rank for _, rank, _ in flat], [part.dtype for *_, part in flat]
         gathering = Gathering([likes[i] for i, *_ in flat], owners, dtypes, ranks)
@@ -105,7 +105,7 @@ def measured_whole(
     return table
 
 
-def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
+def assign_by_cost(costs: Sequence[float], processes: int) -> list[list[int]]:
     """Which items each process takes: the most costly first, each to the process with the least so far."""
     totals, found = [0.0] * processes, [[] for _ in range(processes)]  # type: list[float], list[list[int]]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import any_sharded, local
-from dynamon.isolation.batches import likely_samples
+from dynamon.distributed.dtensor import any_sharded, to_local
+from dynamon.isolation.batches import guess_samples
 from dynamon.monitoring.base import callbacks_of, unscales_in_step
 from dynamon.monitoring.rank_decisions import averages_gradients, is_sharded_run
 from dynamon.monitoring.samples import batch_sizes
@@ -120,7 +120,7 @@ class Windows:
             self._sizes, self._form = (loader, batch_sizes(trainer)), None
         form = _form(batch)
         if form is None or form != self._form:
-            self._form, self._found = form, likely_samples(batch, self._sizes[1])
+            self._form, self._found = form, guess_samples(batch, self._sizes[1])
         return self._found
 
     def before_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -218,7 +218,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 def _marks(parameters: Sequence[Tensor]) -> _Marks:
     # Every write to a tensor raises its version, also one under no_grad.
     gradients = [p.grad for p in parameters]
-    return [None if g is None else (id(g), (g if type(g) is Tensor else local(g))._version) for g in gradients]
+    return [None if g is None else (id(g), (g if type(g) is Tensor else to_local(g))._version) for g in gradients]
 
 
 @cache
@@ -231,7 +231,7 @@ def _writes_of_unscaling() -> int:
 
 def _are_zero(parameters: Sequence[Tensor]) -> bool:
     """Whether somebody has zeroed all gradients in place. Cost: a host read, where gradients were changed only."""
-    return not any(bool(local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
+    return not any(bool(to_local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
 
 
 def _position(trainer: pl.Trainer) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import (
     Eigenpairs,
     EigenTracker,
@@ -115,7 +115,7 @@ class EigenvalueMeter(Meter):
         declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
         self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
         self.quantities = meanings(one for one in declared if one.scope is Scope.PER_LAYER)
-        self.panels = layout_of(declared)
+        self.panels = chart_layout(declared)
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None
@@ -144,7 +144,7 @@ class EigenvalueMeter(Meter):
                 f"no stability ratio: {type(optimizer).__name__} has no known stability condition; the Hessian's "
                 "largest eigenvalue and the sharpness along the step in the layers' own norms are shown instead."
             )
-        with run.ranks.measurement():
+        with run.ranks.collective_section():
             self._check_memory(run)
         # On a device of its own memory is not what it will be: activations and states of optimizers come with training.
         whole = not any(is_sharded(p) for p in trained_parameters(run).values())
@@ -224,7 +224,7 @@ class EigenvalueMeter(Meter):
 
     def make_room(self, run: RunContext) -> str | None:
         """Halve the probe; give up solves where it is not to blame, of one process."""
-        alone, share = not run.ranks.several, self._probe.share
+        alone, share = not run.ranks.is_distributed, self._probe.share
         fits = free_memory(run.module.device) > self._needed
         said = self._probe.halve(run) if fits or not self._is_solving or not alone else None
         if not alone or not self._is_solving or self._probe.share < share:
@@ -320,7 +320,7 @@ class EigenvalueMeter(Meter):
             return
         try:
             before = point.products
-            with point.run.ranks.measurement():
+            with point.run.ranks.collective_section():
                 function(point)
             point.succeeded += point.products > before
             self._failures.clear(quantity)
@@ -335,7 +335,7 @@ class EigenvalueMeter(Meter):
 
     def _start_anew(self, run: RunContext) -> None:
         """After a failure some of several processes may have come further than others: all track from nothing."""
-        if run.ranks.several:
+        if run.ranks.is_distributed:
             self._trackers, self._blocks, self._space = {}, {}, None
 
     def _judge(self, point: _Point) -> None:

@@ -14,9 +14,9 @@ from dynamon.curvature.distributed.fsdp import at_rest, is_rounded, whole_parame
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.curvature.operators.vector_space import GatheredSpace, Shards
 from dynamon.distributed.dtensor import is_sharded
-from dynamon.isolation.equality import differing
-from dynamon.isolation.preserve import undisturbed
-from dynamon.isolation.trackers import is_muted, trackers_muted
+from dynamon.isolation.equality import find_changed
+from dynamon.isolation.preserve import preserve_state
+from dynamon.isolation.trackers import is_muted, mute_trackers
 from dynamon.monitoring.run_context import RunContext
 
 _SEED = 20_240_801
@@ -44,9 +44,9 @@ def evaluation(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(at_rest(run.module))
-        stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
+        stack.enter_context(preserve_state(run.module, _SEED + run.ranks.rank))
         stack.enter_context(_optimizers_untouched(run.trainer))
-        stack.enter_context(trackers_muted())
+        stack.enter_context(mute_trackers())
         stack.enter_context(_loggers_muted(run.trainer))
         stack.enter_context(run.trainer.precision_plugin.train_step_context())
         if not any(is_sharded(p) for p in owned.values()):
@@ -99,7 +99,7 @@ def _optimizers_untouched(trainer: pl.Trainer) -> Iterator[None]:
         for held_list, items in saved[1]:
             held_list[:] = items
         with torch.no_grad():
-            for (tensor, value), differs in zip(values, differing(values), strict=True):
+            for (tensor, value), differs in zip(values, find_changed(values), strict=True):
                 if differs:
                     tensor.copy_(value)
 

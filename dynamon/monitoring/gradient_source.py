@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.layers import Layer, is_steerable
 from dynamon.layers.complex_pairs import as_real
 from dynamon.monitoring.accumulation import compares_independent, scale_before_step, windows_of
@@ -198,7 +198,7 @@ class GradientSource:
             copies = {la.name: la.parameter.detach().clone() for la in self.reader.layers}
         else:
             copies = run.copies(self.reader.layers)
-        self._weights, self._kept_at = {name: local(weight) for name, weight in copies.items()}, self._step
+        self._weights, self._kept_at = {name: to_local(weight) for name, weight in copies.items()}, self._step
 
     @property
     def shown_layers(self) -> list[Layer]:
@@ -212,10 +212,10 @@ class GradientSource:
         windows = windows_of(run.trainer)
         window = windows.before_step(run.trainer, run.module, optimizer)
         self.reader.settle_part(windows.share(run.trainer, optimizer, window))
-        scale, local = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
+        scale, local_scale = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
         if self._rates is not None:
-            self._observe(run, self._rates, scale, local, window)
-        pending = self.reader.read(scale, local_scale=local, window=window)
+            self._observe(run, self._rates, scale, local_scale, window)
+        pending = self.reader.read(scale, local_scale=local_scale, window=window)
         self._awaited = AwaitedReading(self, pending, self._measure_steps(run))
         return self._awaited
 
@@ -252,13 +252,15 @@ class GradientSource:
             parts=parts,
         )
 
-    def _observe(self, run: RunContext, rates: LayerwiseRates, scale: Scale, local: Scale, window: Window) -> None:
+    def _observe(
+        self, run: RunContext, rates: LayerwiseRates, scale: Scale, local_scale: Scale, window: Window
+    ) -> None:
         try:
             if not rates.is_observed:
                 # By the steering callback's key, but for steps it does not hear of.
-                rates.observe(scale, self._key if self._key[2] else self._key[:2], local, window)
+                rates.observe(scale, self._key if self._key[2] else self._key[:2], local_scale, window)
         except Exception as error:
-            if run.ranks.several:
+            if run.ranks.is_distributed:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
             raise
 
@@ -267,7 +269,7 @@ class GradientSource:
         before, self._weights = self._weights, {}
         layers, norms = self.reader.layers, self.reader.norms
         moved = [i for i, la in enumerate(layers) if la.name in before and self._kept_at == self._step - 1]
-        now = [local(layers[i].parameter.detach()) for i in moved]
+        now = [to_local(layers[i].parameter.detach()) for i in moved]
         steps = dict(zip(moved, map(as_real, differences(now, [before[layers[i].name] for i in moved])), strict=True))
         if run.is_sharded:
             everything = range(len(layers))

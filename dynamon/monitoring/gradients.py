@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from dynamon.board.custom_scalars import layout_of
-from dynamon.distributed.dtensor import local, local_as
+from dynamon.board.custom_scalars import chart_layout
+from dynamon.distributed.dtensor import to_local, to_local_as
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
@@ -24,7 +24,7 @@ from dynamon.monitoring.meter import FULL_EVERY
 from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.run_context import RunContext
 from dynamon.quantities import Scope, meanings, quantities_of
-from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from dynamon.quantities.noise import SOURCES, noise_scale
 from dynamon.quantities.readings import GradientReadings
 from dynamon.quantities.scales import Scale, scaled
@@ -48,7 +48,7 @@ class GradientMeter(PairMeter):
     """
 
     name = "gradient"
-    panels = layout_of(quantities_of("gradient"))
+    panels = chart_layout(quantities_of("gradient"))
     tags = meanings(quantities_of("gradient", scope=Scope.SCALAR))
     quantities = meanings(quantities_of("gradient", scope=Scope.PER_LAYER))
     histograms = meanings(quantities_of("gradient", scope=Scope.HISTOGRAMS))
@@ -70,7 +70,7 @@ class GradientMeter(PairMeter):
 
     def start(self, run: RunContext) -> None:
         """Have what a reading launches compiled before training."""
-        warm_up(run.module.device, [as_real(local(layer.parameter.detach())).dtype for layer in run.all_layers])
+        warm_up(run.module.device, [as_real(to_local(layer.parameter.detach())).dtype for layer in run.all_layers])
 
     def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
@@ -103,7 +103,7 @@ class GradientMeter(PairMeter):
                     self._read[optimizer] = source.read(run, optimizer)
                 except Exception as error:
                     source.give_up()
-                    self._reading = not run.ranks.is_known_to_all(error)  # else the others hear of it at the end
+                    self._reading = not run.ranks.is_collective_failure(error)  # else the others hear of it at the end
                     raise
                 self._bin(run, optimizer)
                 if keeps:
@@ -120,7 +120,7 @@ class GradientMeter(PairMeter):
                 self._used[optimizer] = UsedGradients(self._read[optimizer], scale)
                 if run.steps.of(optimizer).evaluation > 1:
                     self._moved[optimizer] = [
-                        local(la.parameter).detach().clone() for la in self._read[optimizer].layers
+                        to_local(la.parameter).detach().clone() for la in self._read[optimizer].layers
                     ]
 
     def batch_start(self, run: RunContext, batch: Any) -> None:
@@ -173,7 +173,7 @@ class GradientMeter(PairMeter):
         try:
             shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o, r)}
             self._moved = {}
-            if reads and (shown or run.ranks.several):
+            if reads and (shown or run.ranks.is_distributed):
                 with run.together(self.name):
                     arrived = {optimizer: awaited.wait() for optimizer, awaited in read.items()}
                     self._hand_on(run, [arrived[o] for o in shown], [used.get(o) for o in shown])
@@ -194,7 +194,7 @@ class GradientMeter(PairMeter):
         """Whether a step has used the gradients that were read, and no others."""
         times = run.steps.of(optimizer).evaluations
         is_one_of_many = times > 2 or times > 1 and isinstance(optimizer, LBFGS)
-        if times == 2 and optimizer in self._moved and not run.ranks.several:
+        if times == 2 and optimizer in self._moved and not run.ranks.is_distributed:
             # A gradient taken where the step ends has judged it, as in a line search.
             ends = zip(self._moved[optimizer], read.layers, strict=True)
             is_one_of_many = is_one_of_many or all(torch.equal(there, la.parameter.detach()) for there, la in ends)
@@ -260,7 +260,7 @@ class GradientMeter(PairMeter):
         self._per_layer(run, read, steps)
         binned, self._binned = self._binned, {}
         if binned:
-            run.recorder.histograms("gradient/histogram", histograms(_table(run, binned)), list(binned))
+            run.recorder.histograms("gradient/histogram", read_histograms(_table(run, binned)), list(binned))
         if scalars["gradient/nonfinite"] and "nonfinite" not in self._told:
             self._told.add("nonfinite")
             self._warn(run, read)
@@ -433,8 +433,8 @@ def _squares(read: SourceReading, used: UsedGradients | None) -> Tensor:
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
     """What this process holds of a layer's gradient; zeros where there is none."""
     if gradient is None:
-        return torch.zeros_like(as_real(local(layer.parameter.detach())))
-    return local_as(_dense(gradient), layer.parameter)
+        return torch.zeros_like(as_real(to_local(layer.parameter.detach())))
+    return to_local_as(_dense(gradient), layer.parameter)
 
 
 def _table(run: RunContext, binned: Mapping[str, Tensor]) -> Tensor:
@@ -443,7 +443,7 @@ def _table(run: RunContext, binned: Mapping[str, Tensor]) -> Tensor:
     if not run.is_sharded:
         return table
     own = {layer.name: layer.parameter for layer in run.layers}
-    return joined_tables(table, [own[name] for name in binned], run.ranks)
+    return reduce_tables(table, [own[name] for name in binned], run.ranks)
 
 
 def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:

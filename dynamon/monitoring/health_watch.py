@@ -109,16 +109,16 @@ class StepLoss:
     def __init__(self, run: RunContext, outputs: Any) -> None:
         """Have it go along."""
         self._run, self._outputs = run, outputs
-        run.ranks.take_along(self._sum_and_count)
+        run.ranks.attach_values(self._sum_and_count)
 
     def mean(self) -> float | None:
         """The mean; None where no process has a loss. Every process must call this at the same time."""
-        total, count = self._run.ranks.brought()
+        total, count = self._run.ranks.attached_sums()
         return total / count if count else None
 
     def end(self) -> None:
         """Nobody asks any more."""
-        self._run.ranks.leave_behind()
+        self._run.ranks.detach_values()
 
     def _sum_and_count(self) -> list[float]:
         loss = returned_loss(self._run.trainer, self._outputs)

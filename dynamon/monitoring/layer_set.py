@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import put_back
+from dynamon.distributed.dtensor import reshard
 from dynamon.layers import Layer, measurable_layers, select
 
 
@@ -75,7 +75,7 @@ class LayerSet:
             return
         self._looked, self._joined = True, False
         if self._signs() != self._seen:
-            put_back(self._module)  # whole weights in the place of FSDP2's shards are no change
+            reshard(self._module)  # whole weights in the place of FSDP2's shards are no change
             if self._signs() != self._seen:
                 self._read()
 

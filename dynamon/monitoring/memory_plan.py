@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dynamon.curvature.distributed.fsdp import is_rounded
 from dynamon.curvature.memory import basis_memory, free_memory
-from dynamon.distributed.dtensor import is_sharded, local
+from dynamon.distributed.dtensor import is_sharded, to_local
 from dynamon.kernels import widest_dtype
-from dynamon.layers.complex_pairs import real_dtype, real_size
+from dynamon.layers.complex_pairs import real_dtype, real_numel
 from dynamon.monitoring.run_context import RunContext
 
 _WHOLE = 4  # copies beside the solver's vectors: gathered parameters, their gradient with its graph, a product
@@ -61,9 +61,9 @@ def plan_memory(
     limit = memory_limit * 2**30 if memory_limit else free_memory(device) / 2 / shared
     gathers = not any(is_sharded(p) for p in trained) or _are_gathered(run, trained, k, limit)
     differences = not gathers and _why_no_differences(run, trained) is None
-    tensors = [local(p) for p in trained] if differences else list(trained)
+    tensors = [to_local(p) for p in trained] if differences else list(trained)
     needed = basis_memory(tensors, k)
-    density = density_vectors * sum(real_size(p) * max(real_dtype(p).itemsize, 4) for p in tensors)
+    density = density_vectors * sum(real_numel(p) * max(real_dtype(p).itemsize, 4) for p in tensors)
     impossible = not gathers and not differences
     lacks = [impossible or size > limit for size in (needed, basis_memory(tensors, certify=True), density)]
     lacks = run.ranks.maximum(torch.tensor(lacks, dtype=widest_dtype(device), device=device)).bool().tolist()

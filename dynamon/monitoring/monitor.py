@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import Layout, combined, layout_of
+from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
 from dynamon.curvature.memory import empty_cache
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.health import LOSS_TAG, Finding
@@ -72,7 +72,7 @@ class Monitor(DynamonCallback):
         """Charts of what the meters measure, for TensorBoard's Custom Scalars tab."""
         if self._panels is not None:
             return self._panels
-        return combined([*(meter.panels for meter in self._meters), layout_of(quantities_of("monitor"))])
+        return merge_layouts([*(meter.panels for meter in self._meters), chart_layout(quantities_of("monitor"))])
 
     @panels.setter
     def panels(self, layout: Layout) -> None:
@@ -172,7 +172,7 @@ class Monitor(DynamonCallback):
             return
         if trainer.barebones:
             return
-        with ranks_of(trainer, pl_module).measurement():  # off on all processes, or on none
+        with ranks_of(trainer, pl_module).collective_section():  # off on all processes, or on none
             run = RunContext(trainer, pl_module, self._budget, self._recorder, self._patterns)
         run.strict, run.steps_seen = self._strict, steps_seen
         lazy = [plain_name(name) for name, p in pl_module.named_parameters() if is_lazy(p)]
@@ -435,7 +435,7 @@ class Monitor(DynamonCallback):
         except SteeringError:
             raise
         except Exception as error:
-            if not self._run.ranks.is_known_to_all(error):
+            if not self._run.ranks.is_collective_failure(error):
                 # The other processes have not heard of it: they do when they measure this together.
                 forget_frames(error)  # until then they would hold the graph of a measurement
                 self._run.unsettled.setdefault(meter.name, error)

@@ -16,9 +16,9 @@ from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.isolation.batches import NoWeightError, batch_weight, count_samples, take_samples
 from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
-from dynamon.isolation.random_streams import are_kept
-from dynamon.isolation.saved_batches import UnknownClassError, on_host
-from dynamon.isolation.side_effects import changes, outside_state
+from dynamon.isolation.random_streams import is_restorable
+from dynamon.isolation.saved_batches import UnknownClassError, move_to_host
+from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.kernels import widest_dtype
 from dynamon.kernels.devices import reads_are_free
 from dynamon.monitoring.cadence import Cadence
@@ -100,21 +100,21 @@ class ProbeMeter(Meter):
     def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and take up what a checkpoint held."""
         self.off = True
-        if run.trainer.world_size > 1 and not run.ranks.several:
+        if run.trainer.world_size > 1 and not run.ranks.is_distributed:
             name = type(run.trainer.strategy).__name__
             rank_zero_warn(
                 f"sharpness is off: of several processes it is measured under DDP and FSDP2 only, and this is {name}."
             )
         elif (split := why_not_whole(run.module, list(trained_parameters(run).values()), run.ranks.size)) is not None:
             rank_zero_warn(f"sharpness is off: {split}.")
-        elif run.ranks.several and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
+        elif run.ranks.is_distributed and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
             rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")
         elif _has_transformer_engine(run):
             rank_zero_warn(
                 "sharpness is off: Transformer Engine keeps the scales of its FP8 numbers outside of the module, where "
                 "they cannot be put back after an evaluation."
             )
-        elif not are_kept(run.module.device):
+        elif not is_restorable(run.module.device):
             rank_zero_warn(
                 f"sharpness is off: torch cannot put back the random numbers of {run.module.device.type}, so that "
                 "training would go on with others."
@@ -188,7 +188,7 @@ class ProbeMeter(Meter):
     def _leave_skipped(self, run: RunContext) -> None:
         """What was kept of a batch that training has skipped gives way to the next one."""
         skipped, self._newest = self._newest, None
-        if skipped is None or self.loss_fn is not None or run.ranks.several:  # Lightning refuses it under DDP
+        if skipped is None or self.loss_fn is not None or run.ranks.is_distributed:  # Lightning refuses it under DDP
             return
         self._sets = [[one for one in kept if one is not skipped] for kept in self._sets]
         self._say("no loss", _NO_LOSS_SENTENCE)
@@ -214,7 +214,7 @@ class ProbeMeter(Meter):
 
     def is_expected(self, run: RunContext) -> bool:
         """Whether there should be something to measure on: the same on all processes."""
-        return not self.off and not self._let_go and (run.ranks.several or self.ready)
+        return not self.off and not self._let_go and (run.ranks.is_distributed or self.ready)
 
     def agree(self, run: RunContext) -> None:
         """At the begin of a measurement, see that all processes have something to measure on.
@@ -231,7 +231,7 @@ class ProbeMeter(Meter):
         self.samples_in_all = None if math.isnan(samples) else int(samples)
         are_full = [count == run.ranks.size for count in found[len(numbers) :]]
         self.second_in_all = len(are_full) > 1 and are_full[1]
-        if run.ranks.several:
+        if run.ranks.is_distributed:
             small = sum(found[: len(numbers)]) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
             self._gather(run, [is_full and small for is_full in are_full])
 
@@ -244,7 +244,9 @@ class ProbeMeter(Meter):
         for place, (kept, is_wanted) in enumerate(zip(self._sets, wanted, strict=True)):
             if is_wanted and not self._parts[place]:
                 states = [one.state() for one in kept]
-                self._parts[place] = run.ranks.share([{**s, "batch": on_host(s["batch"])} for s in states])
+                self._parts[place] = run.ranks.all_gather_object(
+                    [{**s, "batch": move_to_host(s["batch"])} for s in states]
+                )
 
     @property
     def samples(self) -> int | None:
@@ -294,7 +296,7 @@ class ProbeMeter(Meter):
 
     def over_ranks(self, run: RunContext, operator: OperatorT, second: bool = False) -> OperatorT | MeanOverRanks:
         """From an operator of this process's part of the probe to that of the whole."""
-        return MeanOverRanks(operator, self._total(second), run.ranks) if run.ranks.several else operator
+        return MeanOverRanks(operator, self._total(second), run.ranks) if run.ranks.is_distributed else operator
 
     def batch_hessian(self, run: RunContext, params: FlatParameters, batch: Any) -> HessianOperator | MeanOverRanks:
         """The Hessian of the loss on a batch, that of all processes together."""
@@ -306,7 +308,7 @@ class ProbeMeter(Meter):
             share = self._share(run, weight)
             return ShardedHessian(lambda: share * training_loss(run.module, batch, self.loss_fn, index), params)
         own = HessianOperator(lambda: training_loss(run.module, batch, self.loss_fn, index), params)
-        return MeanOverRanks(own, weight, run.ranks) if run.ranks.several else own
+        return MeanOverRanks(own, weight, run.ranks) if run.ranks.is_distributed else own
 
     def _share(self, run: RunContext, weight: float) -> float:
         """What this process's loss counts in the mean over the processes that FSDP2 takes."""
@@ -339,13 +341,13 @@ class ProbeMeter(Meter):
         """
         if self.off:
             return False
-        with run.ranks.measurement():
+        with run.ranks.collective_section():
             self._require_samples(run)
             if not self._try_out(run):
                 return False
             if self._checked:
                 return True
-            found = run.ranks.share(self._effect(run))
+            found = run.ranks.all_gather_object(self._effect(run))
             self._checked = True
             reason = next((text for text in found if text is not None), None)
             if reason is None:
@@ -365,7 +367,7 @@ class ProbeMeter(Meter):
         found = torch.zeros(len(self._sets), 2, dtype=widest_dtype(_where(run)), device=_where(run))
         for place, kept in enumerate(self._sets):
             found[place, 0] = float(any(not one.is_tried for one in kept))
-        if run.ranks.several:
+        if run.ranks.is_distributed:
             run.ranks.maximum(found)
         if not found[:, 0].any():
             return True
@@ -420,7 +422,7 @@ class ProbeMeter(Meter):
     def _look(self, run: RunContext, place: int) -> float:
         """The loss on a set; what is outside of the module is marked before the first evaluations of the first set."""
         if place == 0 and not self._checked:
-            self._marks.append(outside_state(run.module, run.module.training_step))
+            self._marks.append(external_state(run.module, run.module.training_step))
         with self.evaluation(run):
             loss = float(self.loss(run, second=place == 1).detach())
         if place == 0 and not self._checked:
@@ -432,9 +434,9 @@ class ProbeMeter(Meter):
         self._marks, self._losses = self._marks[-1:], self._losses[-1:]  # of the evaluation that tried it, if any
         while len(self._losses) < 2:
             self._look(run, 0)
-        marks = [*self._marks, outside_state(run.module, run.module.training_step)]
+        marks = [*self._marks, external_state(run.module, run.module.training_step)]
         # What changed the first time only is a cache that has been filled.
-        changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
+        changed = [name for name in changed_names(*marks[1:]) if name in changed_names(*marks[:2])]
         if changed:
             return f"it changes {', '.join(changed[:3])}"
         first, second = self._losses
@@ -450,14 +452,14 @@ class ProbeMeter(Meter):
         """
         before = sum(_size(kept) for kept in self._sets)
         self._sets = [self._half(kept) for kept in self._sets]
-        if sum(_size(kept) for kept in self._sets) == before and not run.ranks.several:
+        if sum(_size(kept) for kept in self._sets) == before and not run.ranks.is_distributed:
             return None
         self._halvings += 1
         self._want_less(1)
         self._parts = [[] for _ in self._sets]
         if self._halvings > 1:
             return None
-        here = "on each process" if run.ranks.several else f"to {_size(self._sets[0])} samples"
+        here = "on each process" if run.ranks.is_distributed else f"to {_size(self._sets[0])} samples"
         return f"The probe is halved {here}."
 
     def _half(self, kept: list[Kept]) -> list[Kept]:
@@ -545,7 +547,7 @@ def _has_transformer_engine(run: RunContext) -> bool:
 
 def _where(run: RunContext) -> torch.device:
     """Where a few numbers are reduced: on the host where there is nobody to reduce with."""
-    return run.module.device if run.ranks.several else torch.device("cpu")
+    return run.module.device if run.ranks.is_distributed else torch.device("cpu")
 
 
 def _size(kept: Sequence[Kept]) -> int:

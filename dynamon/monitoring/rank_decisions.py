@@ -38,13 +38,13 @@ class Decisions:
 
     def batch_start(self, run: "RunContext", meters: Iterable["Meter"]) -> None:
         """Decide, if this is the step for it; the same on all processes."""
-        if not run.ranks.several or run.step < self._next:
+        if not run.ranks.is_distributed or run.step < self._next:
             return
         waiting = [meter for meter in meters if meter.awaits_decision(run)]
         if not waiting:
             return  # for good: what is off stays off
         with run.charge("decision", waits=True):
-            said = run.ranks.first_says(self._say(run, waiting))
+            said = run.ranks.broadcast_from_rank0(self._say(run, waiting))
         self.taken += 1
         self._seconds = min(self._seconds, run.budget.last["decision"])
         self._allowed = frozenset(m.name for m, allowed in zip(waiting, said, strict=False) if allowed)

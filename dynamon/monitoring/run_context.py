@@ -127,7 +127,7 @@ class RunContext:
     @contextmanager
     def together(self, name: str) -> Iterator[None]:
         """Book the time of a measurement that succeeds on all processes, or on none."""
-        with self.charge(name, waits=True), self.ranks.measurement():
+        with self.charge(name, waits=True), self.ranks.collective_section():
             if name in self.unsettled:
                 raise self.unsettled.pop(name)
             yield

@@ -9,14 +9,14 @@ from torch.optim import Optimizer
 
 from dynamon.curvature import HessianOperator, top_eigenvalues
 from dynamon.isolation.evaluations import full_precision
-from dynamon.isolation.preserve import LossFn, training_loss, undisturbed
+from dynamon.isolation.preserve import LossFn, preserve_state, training_loss
 from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
 from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.gradient_reader import GradientReader
-from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, weight_readings
-from dynamon.spectra.convolution import bounds_of
+from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, layer_spectra, weight_readings
+from dynamon.spectra.convolution import layer_convolution_bounds
 from dynamon.stability import has_stability_condition, stability_operator, stability_scaling
 
 
@@ -70,7 +70,7 @@ def measure(
         if not trained:
             raise ValueError(f"the optimizer holds no trainable parameter of {type(module).__name__}.")
     params = [layer.parameter for layer in trained]
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed), ExitStack() as stack:
+    with torch.inference_mode(False), torch.enable_grad(), preserve_state(module, seed), ExitStack() as stack:
         operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
         stack.enter_context(full_precision())  # the loss keeps the autocast that it was given
         readings: dict[str, Any] = {"sharpness/probe_loss": float(operator.loss)}
@@ -125,7 +125,7 @@ def _weights(layers: list[Layer]) -> dict[str, Any]:
 
 def _spectra(layers: list[Layer]) -> dict[str, Any]:
     """What needs all singular values, in float64."""
-    names, spectra = spectra_of(layers, exact=True)
+    names, spectra = layer_spectra(layers, exact=True)
     if spectra is None:
         return {}
     return {f"spectrum/{q}": _known(names, getattr(spectra, q)) for q in FULL_SPECTRUM}
@@ -133,7 +133,7 @@ def _spectra(layers: list[Layer]) -> dict[str, Any]:
 
 def _convolutions(layers: list[Layer]) -> dict[str, Any]:
     """Bounds on the norms of convolutions as maps of inputs of any size."""
-    names, bounds = bounds_of(layers)
+    names, bounds = layer_convolution_bounds(layers)
     sides = zip(("lower", "upper"), bounds, strict=True)
     return {f"spectrum/convolution_{side}": _known(names, values) for side, values in sides} if names else {}
 

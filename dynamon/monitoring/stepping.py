@@ -167,7 +167,7 @@ class Steps:
         watches = [self.of(optimizer) for optimizer in begun]
         if self.frees_gradients:
             return [True] * len(begun)
-        if not self._ranks.several:
+        if not self._ranks.is_distributed:
             return self._taken_here(watches)
         # What is on one process is on all, but for what a scaler found in its part of the gradients.
         if _scaler(self._trainer) is None and not any(watch.was_told for watch in watches):

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import (
     DirectionalSharpness,
     HessianOperator,
@@ -20,7 +20,7 @@ from dynamon.curvature import (
     norm_sharpness,
 )
 from dynamon.curvature.operators.parameters import FlatParameters
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.isolation.preserve import NoLossError
 from dynamon.kernels import widened
 from dynamon.layers.complex_pairs import as_real
@@ -65,7 +65,7 @@ class UpdateCurvatureMeter(Meter):
         """Measure one more."""
         self._wanted |= {quantity}
         declared = [one for one in quantities_of("steps") if one.choice in self._wanted]
-        self.tags, self.panels = meanings(declared), layout_of(declared)
+        self.tags, self.panels = meanings(declared), chart_layout(declared)
 
     def is_off(self) -> bool:
         """Where nothing was asked for, or sharpness is off."""
@@ -112,7 +112,7 @@ class UpdateCurvatureMeter(Meter):
                 if self._is_trusted(hessian, hessian.gradient, "batch"):
                     self._batch = batch_sharpness([hessian])
         except NoLossError:  # training skips this batch; with several processes it cannot
-            if run.ranks.several:
+            if run.ranks.is_distributed:
                 raise
         self._on_batch = False
 
@@ -150,7 +150,7 @@ class UpdateCurvatureMeter(Meter):
     def batch_end(self, run: RunContext) -> None:
         """Measure along the update, if the weights were copied."""
         before, self._before = self._before, {}
-        planned, self._planned = self._planned and (bool(before) or run.ranks.several), False
+        planned, self._planned = self._planned and (bool(before) or run.ranks.is_distributed), False
         if not planned and self._batch is None or not run.steps.any_taken():
             return
         spent = run.budget.spent_on.get(self.name, 0.0)
@@ -164,9 +164,9 @@ class UpdateCurvatureMeter(Meter):
             self.done(run)
 
     def _along_update(self, run: RunContext, before: Mapping[str, Tensor]) -> dict[str, float]:
-        weights = {name: local(p) for name, p in trained_parameters(run).items() if name in before}
+        weights = {name: to_local(p) for name, p in trained_parameters(run).items() if name in before}
         with torch.no_grad():
-            pairs = list(weights.values()), [local(before[name]) for name in weights]
+            pairs = list(weights.values()), [to_local(before[name]) for name in weights]
             self._update = dict(zip(weights, torch._foreach_sub(*pairs), strict=True)) if weights else {}
         readings: dict[str, float] = {}
         if not self._wanted or not self._probe.is_expected(run) or not self._has_moved(run):

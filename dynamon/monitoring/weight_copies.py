@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import is_sharded, part_of, saved
+from dynamon.distributed.dtensor import gather_for_checkpoint, is_sharded, shard_like
 from dynamon.layers import Layer
 
 
@@ -31,11 +31,11 @@ def whole_copies(copies: Mapping[str, Tensor], layers: Iterable[Layer], everywhe
     own = {layer.name: layer.parameter for layer in layers}
     sharded = {name: copy for name, copy in copies.items() if name in own and is_sharded(own[name])}
     plain = {name: copy for name, copy in copies.items() if name not in sharded}
-    return {**plain, **saved(sharded, own, everywhere)}
+    return {**plain, **gather_for_checkpoint(sharded, own, everywhere)}
 
 
 def matching(layers: Sequence[Layer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of some saved weights that belong to a layer still: what this process holds of them, on its device."""
     own = {layer.name: layer.parameter for layer in layers}
     known = {name: weight for name, weight in weights.items() if name in own and weight.shape == own[name].shape}
-    return {name: part_of(weight.to(own[name].device), own[name]) for name, weight in known.items()}
+    return {name: shard_like(weight.to(own[name].device), own[name]) for name, weight in known.items()}

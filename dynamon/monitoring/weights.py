@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
-from dynamon.distributed.dtensor import local
+from dynamon.board.custom_scalars import chart_layout
+from dynamon.distributed.dtensor import to_local
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
 from dynamon.monitoring.cadence import Cadence
@@ -23,12 +23,12 @@ from dynamon.monitoring.weight_copies import matching, whole_copies
 from dynamon.optim import steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.entrywise import entrywise_readings
-from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from dynamon.quantities.sharded_weights import sharded_weight_readings
 from dynamon.quantities.updates import joint_cosine
-from dynamon.quantities.weight_decay import DecayMemory, decay_assumption, decoupled_decay
-from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, spectra_of, warm_up_spectra, weight_readings
-from dynamon.spectra.convolution import bounds_of
+from dynamon.quantities.weight_decay import DecayRetention, decay_assumption, decoupled_decay
+from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, layer_spectra, warm_up_spectra, weight_readings
+from dynamon.spectra.convolution import layer_convolution_bounds
 
 _TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
 _COMPARED = ("cosine", "last", "previous")  # of the last two steps
@@ -46,7 +46,7 @@ class WeightMeter(PairMeter):
     """
 
     name = "weight"
-    panels = layout_of(quantities_of("weight"))
+    panels = chart_layout(quantities_of("weight"))
     tags = meanings(quantities_of("weight", scope=Scope.SCALAR))
     histograms = meanings(quantities_of("weight", scope=Scope.HISTOGRAMS))
     quantities = meanings(quantities_of("weight", scope=Scope.PER_LAYER))
@@ -61,7 +61,7 @@ class WeightMeter(PairMeter):
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
         self._reading = False  # this step is measured
-        self._memory = DecayMemory()
+        self._memory = DecayRetention()
         self._layers: list[Layer] = []
 
     def start(self, run: RunContext) -> None:
@@ -81,7 +81,7 @@ class WeightMeter(PairMeter):
         if not self._before and (self._reading or self.keeps(run)):
             trained = [la for la in run.layers if la.parameter.requires_grad]
             with run.charge(self.name):
-                self._before = {name: local(weight) for name, weight in run.copies(trained).items()}
+                self._before = {name: to_local(weight) for name, weight in run.copies(trained).items()}
 
     def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Follow this optimizer's decay, and copy the weights it is about to change."""
@@ -100,7 +100,7 @@ class WeightMeter(PairMeter):
             wanted = [la for la in trained if la.name not in self._before]
             if run.steps.in_backward:  # too late, where it was not known before
                 wanted = []
-            self._before |= {name: local(weight) for name, weight in run.copies(wanted).items()}
+            self._before |= {name: to_local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
                 self._rates |= _rates(optimizer, run.names)
 
@@ -116,7 +116,7 @@ class WeightMeter(PairMeter):
             return
         before = self._of_those_taken(run, before)
         try:
-            if reads and (before or run.ranks.several):
+            if reads and (before or run.ranks.is_distributed):
                 with run.together(self.name):
                     steered = {
                         name: (rate * ratios.get(name, 1.0), rate * decay * decay_ratios.get(name, 1.0))
@@ -151,7 +151,7 @@ class WeightMeter(PairMeter):
         """Whether this reading brings what is dear; the first of those is taken to cost so many plain ones."""
         if self._full_failures >= PAUSE_AFTER:
             return False
-        if self._is_fixed(run) or run.ranks.several:  # several processes must all come to the same answer
+        if self._is_fixed(run) or run.ranks.is_distributed:  # several processes must all come to the same answer
             return self.points % FULL_EVERY == 0
         if self._full_at is not None and self.points - self._full_at < FULL_EVERY:
             return False
@@ -166,7 +166,7 @@ class WeightMeter(PairMeter):
                 self._full(run)
             self._full_failures = 0
         except Exception as error:
-            if run.strict or not run.ranks.is_known_to_all(error):
+            if run.strict or not run.ranks.is_collective_failure(error):
                 raise
             forget_frames(error)
             run.failures += 1
@@ -222,24 +222,24 @@ class WeightMeter(PairMeter):
 
     def _full(self, run: RunContext) -> None:
         """What needs all singular values, histograms, and what convolutions do to whole inputs."""
-        names, spectra = spectra_of(run.layers, group=run.ranks if run.ranks.several else None)
+        names, spectra = layer_spectra(run.layers, group=run.ranks if run.ranks.is_distributed else None)
         if spectra is not None:
             table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
             for field, row in zip(FULL_SPECTRUM, table, strict=True):
                 run.recorder.layers(f"spectrum/{field}", row, names)
         if self._with_histograms:
-            binned = histograms(self._binned(run))
+            binned = read_histograms(self._binned(run))
             run.recorder.histograms("weight/histogram", binned, [layer.name for layer in run.layers])
         if self._with_convolutions:
-            names, bounds = bounds_of(run.layers, run.ranks)
+            names, bounds = layer_convolution_bounds(run.layers, run.ranks)
             for side, row in zip(("lower", "upper"), bounds.cpu().numpy(), strict=True):
                 if names:
                     run.recorder.layers(f"spectrum/convolution_{side}", row, names)
 
     def _binned(self, run: RunContext) -> Tensor:
-        weights = [as_real(local(layer.parameter.detach())) for layer in run.layers]
+        weights = [as_real(to_local(layer.parameter.detach())) for layer in run.layers]
         table = histogram_table(weights)
-        return joined_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
+        return reduce_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
 
     def state_dict(self) -> dict[str, Any]:
         """What decay has left, and where the next step is read, the weights before the last one."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import local, local_as, part_of, whole
+from dynamon.distributed.dtensor import gather, shard_like, to_local, to_local_as
 from dynamon.kernels import step_polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.norms import NORMS, UPDATE_NORMS, Norm, get_norm, optimizer_family
@@ -322,8 +322,8 @@ class Lanton(Optimizer):
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                own = local_as(gradient.detach(), parameter).to(parameter.dtype)
-                yield _Item(layer, place, group, local(parameter.detach()), own, local(state["momentum_buffer"]))
+                own = to_local_as(gradient.detach(), parameter).to(parameter.dtype)
+                yield _Item(layer, place, group, to_local(parameter.detach()), own, to_local(state["momentum_buffer"]))
 
     def _update(self, items: Sequence[_Item], averages: Sequence[Tensor]) -> None:
         directions = self._directions(items, averages)
@@ -359,12 +359,12 @@ class Lanton(Optimizer):
                 continue
             is_polar = norm.oracle == "polar"
             layers = [items[i].layer for i in members]
-            wholes = [whole(averages[i], items[i].layer.parameter) for i in members]
+            wholes = [gather(averages[i], items[i].layer.parameter) for i in members]
             stacks = [_stack(norm, layer, tensor) for layer, tensor in zip(layers, wholes, strict=True)]
             steps = _batched(self.polar if is_polar else norm.lmo, stacks)
             for i, layer, stack in zip(members, layers, steps, strict=True):
                 factor = -self._scale(layer, stack) if is_polar else 1.0
-                found[i] = part_of(_unstack(norm, layer, stack), layer.parameter), factor
+                found[i] = shard_like(_unstack(norm, layer, stack), layer.parameter), factor
         return [found[i] for i in range(len(items))]
 
     def _scale(self, layer: Layer, stack: Tensor) -> float:

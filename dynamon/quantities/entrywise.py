@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import Totals
+from dynamon.distributed.reduction import ShardReduction
 from dynamon.kernels import widened
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.devices import reads_are_free
@@ -26,7 +26,7 @@ def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], 
         layers: L layers, on one device. Of a complex weight real and imaginary parts are entries.
         quantities: Q quantities.
         ranks: The processes that hold the weights in parts and call this together, inside of
-            :meth:`dynamon.distributed.ranks.Ranks.measurement`; None where weights are whole.
+            :meth:`dynamon.distributed.ranks.Ranks.collective_section`; None where weights are whole.
 
     Returns:
         ``[Q, L]`` in float32 on the weights' device; NaN where a quantity has no meaning.
@@ -39,13 +39,13 @@ def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], 
     rules = [one.entrywise for one in quantities if one.entrywise is not None]
     if not rules:
         return torch.zeros(0, len(layers), device=device)
-    weights = [as_real(local(layer.parameter.detach())) for layer in layers]
+    weights = [as_real(to_local(layer.parameter.detach())) for layer in layers]
     sums = torch.stack([_in_pieces(w, rules) for w in weights], 1) if reads_are_free(device) else _sums(weights, rules)
     if ranks is not None:
-        totals = Totals([layer.parameter for layer in layers], ranks, sums=len(sums))
+        totals = ShardReduction([layer.parameter for layer in layers], ranks, sums=len(sums))
         found = totals.empty()
         found.sums[:] = sums
-        sums = totals.of(found).sums
+        sums = totals.reduce(found).sums
     counts = [la.parameter.numel() * (2 if la.parameter.is_complex() else 1) for la in layers]
     sizes = on_device(counts, device, sums.dtype)
     own = iter(sums)

@@ -18,7 +18,7 @@ from dynamon.quantities.scales import Scale, all_scaled, without_dimensions
 from dynamon.quantities.tensor_lists import copied
 from dynamon.quantities.trends import Trends
 from dynamon.quantities.updates import differences
-from dynamon.quantities.windows import Window, loaded_window, saved_window
+from dynamon.quantities.windows import Window, load_window, window_state
 
 _MOST_MIXTURES = 16  # sets of layers that have gradients, in turns
 _ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in half; measured: 1e-5 and 3e-3
@@ -448,7 +448,7 @@ class GradientReader:
 
     def _saved_windows(self) -> dict[str, Any]:
         """The window of each stored gradient: of one optimizer it is one, but states of several are put together."""
-        window = saved_window(self._stored_window)
+        window = window_state(self._stored_window)
         return {} if window is None else {self.layers[i].name: window for i in self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -465,7 +465,7 @@ class GradientReader:
             names = [layer.name for layer in self.layers]
             self.trends.load_state_dict(state.get("trends", {}), names)
         windows = state.get("windows", {})
-        self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
+        self._stored_window = load_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 
 
 def plain(gradient: Tensor) -> Tensor:

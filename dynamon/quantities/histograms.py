@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import Totals
+from dynamon.distributed.reduction import ShardReduction
 from dynamon.kernels import widest_dtype
 
 _SHIFT = 20  # of a float32's 23 bits of mantissa the first 3 tell the bin: 8 bins an octave
@@ -59,7 +59,7 @@ class Histogram:
 
 
 def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
-    """Bin tensors where they are, for :func:`histograms` to read once the table is on the host.
+    """Bin tensors where they are, for :func:`read_histograms` to read once the table is on the host.
 
     The bins of a tensor are mirrored at zero. On each side they are the eighths of octaves, so 6 to 12 % wide, over the
     16 octaves below the largest magnitude; one bin around zero takes what is smaller, exact zeros too. Edges are
@@ -77,10 +77,10 @@ def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([_row(tensor.detach().reshape(-1)) for tensor in tensors])
 
 
-def joined_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
+def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """The table of whole tensors from the tables of the parts that several processes hold.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.measurement`. Bins of a part that lie
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a part that lie
     below those of the whole fall into the one around zero, as they would have.
 
     Args:
@@ -98,10 +98,10 @@ def joined_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tenso
     base, low = torch.where(known, base, 0.0), torch.where(known, low, torch.inf)
     high = torch.where(known, high, -torch.inf)
     top = ranks.maximum(torch.stack([base, -low, high]))
-    totals = Totals(likes, ranks, sums=_BINS + len(moments))
+    totals = ShardReduction(likes, ranks, sums=_BINS + len(moments))
     found = totals.empty()
     found.sums[:_BINS], found.sums[_BINS:] = _rebased(counts, top[0] - base).T, torch.stack(moments)
-    sums = totals.of(found).sums.T
+    sums = totals.reduce(found).sums.T
     return torch.cat([sums[:, :_BINS], torch.stack([top[0], -top[1], top[2]], 1), sums[:, _BINS:]], 1)
 
 
@@ -112,7 +112,7 @@ def _rebased(counts: Tensor, shift: Tensor) -> Tensor:
     return torch.zeros_like(counts).scatter_add_(1, kept + _LEVELS, counts)
 
 
-def histograms(table: Tensor) -> list[Histogram]:
+def read_histograms(table: Tensor) -> list[Histogram]:
     """Read the T rows of a table that :func:`histogram_table` made."""
     return [_read(row) for row in table.cpu().double().numpy()]
 

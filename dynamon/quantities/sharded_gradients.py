@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dynamon.distributed.dtensor import any_sharded, local, local_as, part_of, saved
+from dynamon.distributed.dtensor import any_sharded, gather_for_checkpoint, shard_like, to_local, to_local_as
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import Found, Totals
-from dynamon.distributed.work_sharing import measured_whole
+from dynamon.distributed.reduction import PartialStats, ShardReduction
+from dynamon.distributed.work_sharing import measure_gathered
 from dynamon.kernels import gradient_stats, widest_dtype
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
@@ -80,7 +80,7 @@ class _Parts:
     def own(self, i: int) -> Tensor:
         """The gradient, zeros where there is none: others may be waiting for this part."""
         gradient = self.gradients[i]
-        return torch.zeros_like(as_real(local(self.layers[i].parameter.detach()))) if gradient is None else gradient
+        return torch.zeros_like(as_real(to_local(self.layers[i].parameter.detach()))) if gradient is None else gradient
 
     def before(self, i: int) -> Tensor:
         return self.stored[i] if i in self.stored else torch.zeros_like(self.own(i))
@@ -116,11 +116,11 @@ class ShardedGradientReader(GradientReader):
         """Choose norms, and find the processes."""
         super().__init__(layers, family)
         parameters = [layer.parameter for layer in self.layers]
-        self._ranks = Ranks(local(parameters[0].detach()).device)
+        self._ranks = Ranks(to_local(parameters[0].detach()).device)
         self._everything = list(range(len(parameters)))
         self._special = sorted(self._need_matrix)
         dealt = _FLAGS + (_DUALS if self._special else 0)
-        self._totals = Totals(parameters, self._ranks, sums=_SUMS, dealt=dealt)
+        self._totals = ShardReduction(parameters, self._ranks, sums=_SUMS, owned=dealt)
         self._constants: dict[tuple[float, ...], Tensor] = {}
 
     def follow_trends(self) -> None:
@@ -144,7 +144,7 @@ class ShardedGradientReader(GradientReader):
         for layer in self.layers:
             g = layer.parameter.grad
             if g is not None:
-                g = plain(local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter))
+                g = plain(to_local_as(g.detach().to_dense() if g.is_sparse else g.detach(), layer.parameter))
             found.append(g)
         return found
 
@@ -156,15 +156,15 @@ class ShardedGradientReader(GradientReader):
     def _measure(self, scale: Scale, dual: bool, local_scale: Scale, window: Window | None) -> PendingReadings:
         seen: list[_Parts] = []
 
-        def find() -> Found:
+        def find() -> PartialStats:
             seen.append(self._parts_here(scale, window))
             return self._found(seen[0], dual, window)
 
         if self._special:
-            with self._ranks.measurement():
-                found = self._totals.of(find())
+            with self._ranks.collective_section():
+                found = self._totals.reduce(find())
         else:
-            found = self._totals.or_nan(find)
+            found = self._totals.reduce_or_nan(find)
         here = seen[0]
         rows = self._rows(found, dual).index_select(1, self._places(here.present))
         known = Known(here.present, here.compared, here.parted, self._rounding(), self._frozen(), window)
@@ -176,15 +176,15 @@ class ShardedGradientReader(GradientReader):
         self._part = None
         return _Parts(self.layers, self._true_gradients(scale), stored, halves if step == self.step else {}, share)
 
-    def _found(self, here: _Parts, dual: bool, window: Window | None) -> Found:
+    def _found(self, here: _Parts, dual: bool, window: Window | None) -> PartialStats:
         """What is in the parts here; they take the place of those of one step before."""
         found = self._totals.empty()
         if self._special:
             wanted = [0] * dual + [1] + [2] * bool(here.halves)
-            where = self._positions(tuple(self._special), found.dealt)
-            found.dealt[_FLAGS:].index_copy_(1, where, self._dealt_duals(here, wanted).to(found.dealt))
+            where = self._positions(tuple(self._special), found.owned)
+            found.owned[_FLAGS:].index_copy_(1, where, self._dealt_duals(here, wanted).to(found.owned))
         flags = np.concatenate([here.compared, here.parted]).astype(float)
-        found.dealt[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
+        found.owned[:_FLAGS] = self._on_device(flags).view(_FLAGS, -1)
         indices, places = np.flatnonzero(here.present).tolist(), self._places(here.present)
         current, previous = [_filled(here.own(i)) for i in indices], [_filled(here.before(i)) for i in indices]
         if self.trends is not None:  # of all layers: the processes must agree on which ones
@@ -233,15 +233,15 @@ class ShardedGradientReader(GradientReader):
         layers = [self.layers[i] for i in self._special]
         likes = [layer.parameter for layer in layers]
         costs = [layer.parameter.numel() * min(layer.matrix_shape[1:]) for layer in layers]
-        return measured_whole(measure, items, likes, costs, _DUALS, self._ranks)
+        return measure_gathered(measure, items, likes, costs, _DUALS, self._ranks)
 
-    def _rows(self, found: Found, dual: bool) -> Tensor:
+    def _rows(self, found: PartialStats, dual: bool) -> Tensor:
         """What :class:`PendingReadings` takes, of all layers."""
         l1, squares, nonfinite, change_l1, change_squares, inner, between_l1, between_squares = found.sums[:8]
         l2, change_l2, between_l2 = squares.sqrt(), change_squares.sqrt(), between_squares.sqrt()
         duals: Sequence[Tensor | None] = [None] * _DUALS
         if self._special:
-            special = found.dealt[_FLAGS:].index_select(1, self._positions(tuple(self._special), l1))
+            special = found.owned[_FLAGS:].index_select(1, self._positions(tuple(self._special), l1))
             if not dual:
                 special[0] = torch.nan
             duals = special.unbind()
@@ -251,14 +251,14 @@ class ShardedGradientReader(GradientReader):
                 (l1, change_l1, between_l1), (l2, change_l2, between_l2), duals, strict=True
             )
         )
-        agreed = [(flags == self._ranks.size).to(l1) for flags in found.dealt[:_FLAGS]]
+        agreed = [(flags == self._ranks.size).to(l1) for flags in found.owned[:_FLAGS]]
         trend = found.sums[8] * 0.0 if self.trends is None else self.trends.cosines(found.sums[8:], agreed[0])
         return torch.stack([l1, l2, own, nonfinite, change, change_l2, inner, between, between_l2, trend, *agreed])
 
     def _with_dual(self, pending: PendingReadings, scale: Scale) -> PendingReadings:
         """The same readings with the dual norms of the gradients, which are still there."""
         here = _Parts(self.layers, self._true_gradients(scale), {}, {}, 0.5)
-        with self._ranks.measurement():
+        with self._ranks.collective_section():
             table = self._ranks.sum(self._dealt_duals(here, [0]))
         places = {i: position for position, i in enumerate(self._special)}
         indices = np.flatnonzero(pending.known.present).tolist()
@@ -278,13 +278,13 @@ class ShardedGradientReader(GradientReader):
         if self._stored_at != self.step:
             return {"previous": {}}
         parts = {self.layers[i].name: g for i, g in self._previous.items()}
-        whole = saved(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)
+        whole = gather_for_checkpoint(parts, {layer.name: layer.parameter for layer in self.layers}, everywhere)
         return {"previous": whole, "windows": self._saved_windows(), **self._saved_trends()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up this process's part of a stored gradient; names and shapes that no longer exist are left out."""
         super().load_state_dict(state)
-        self._previous = {i: part_of(g, self.layers[i].parameter) for i, g in self._previous.items()}
+        self._previous = {i: shard_like(g, self.layers[i].parameter) for i, g in self._previous.items()}
 
 
 def _filled(part: Tensor) -> Tensor:

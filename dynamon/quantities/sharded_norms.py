@@ -6,10 +6,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import has_whole_rows, local
+from dynamon.distributed.dtensor import has_whole_rows, to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import Totals
-from dynamon.distributed.work_sharing import measured_whole
+from dynamon.distributed.reduction import ShardReduction
+from dynamon.distributed.work_sharing import measure_gathered
 from dynamon.kernels import l2_norms, widest_dtype
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
@@ -93,7 +93,7 @@ class StepParts:
     def __init__(self, layers: Sequence[Layer], norms: Sequence[Norm], steps: Sequence[Tensor | None]) -> None:
         """Measure the parts; whole ones are kept where the norm needs them."""
         self.layers, self.norms = list(layers), list(norms)
-        own = [as_real(local(layer.parameter.detach())) for layer in layers]
+        own = [as_real(to_local(layer.parameter.detach())) for layer in layers]
         given = [torch.zeros_like(w) if step is None else step for w, step in zip(own, steps, strict=True)]
         self.squares, self.largest = squares_here(given), largest_here(layers, norms, given)
         self.known = [float(step is not None) for step in steps]
@@ -103,7 +103,7 @@ class StepParts:
 def steps_and_lengths(moved: Sequence[StepParts], squares: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
     """Norms of the steps of several sets of layers, and the Euclidean norms of their gradients.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.measurement`.
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`.
 
     Args:
         moved: The sets of layers.
@@ -117,16 +117,16 @@ def steps_and_lengths(moved: Sequence[StepParts], squares: Tensor, ranks: Ranks)
     Cost: one all-reduce of ``(5 + R) L`` numbers; a gather of each step that has a spectral norm.
     """
     layers, norms = [la for part in moved for la in part.layers], [norm for part in moved for norm in part.norms]
-    totals = Totals([layer.parameter for layer in layers], ranks, sums=2, maxima=1, dealt=2)
+    totals = ShardReduction([layer.parameter for layer in layers], ranks, sums=2, maxima=1, owned=2)
     found = totals.empty()
     found.sums[0] = squares
     found.sums[1] = torch.cat([part.squares for part in moved])
     found.maxima[0] = torch.cat([part.largest for part in moved])
-    found.dealt[0] = torch.tensor([known for part in moved for known in part.known]).to(found.dealt)
-    found.dealt[1] = _whole_norms(moved, layers, norms, ranks).to(found.dealt)
-    found = totals.of(found)
-    steps = primal(layers, norms, found.sums[1], found.maxima[0], found.dealt[1])
-    steps = torch.where(found.dealt[0] == ranks.size, steps, torch.nan)
+    found.owned[0] = torch.tensor([known for part in moved for known in part.known]).to(found.owned)
+    found.owned[1] = _whole_norms(moved, layers, norms, ranks).to(found.owned)
+    found = totals.reduce(found)
+    steps = primal(layers, norms, found.sums[1], found.maxima[0], found.owned[1])
+    steps = torch.where(found.owned[0] == ranks.size, steps, torch.nan)
     return found.sums[0].sqrt(), list(steps.split([len(part.layers) for part in moved]))
 
 
@@ -146,5 +146,5 @@ def _whole_norms(moved: Sequence[StepParts], layers: Sequence[Layer], norms: Seq
 
     likes = [layers[i].parameter for i in places]
     costs = [layers[i].parameter.numel() * min(layers[i].matrix_shape[1:]) for i in places]
-    table = measured_whole(measure, [[kept[i]] for i in places], likes, costs, 1, ranks)
+    table = measure_gathered(measure, [[kept[i]] for i in places], likes, costs, 1, ranks)
     return row.to(table.device).index_copy(0, torch.tensor(places, device=table.device), table[0])

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import local, part_of
+from dynamon.distributed.dtensor import shard_like, to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.quantities.trends import ENTRIES, Trends, stride
 
@@ -26,7 +26,7 @@ class ShardedTrends(Trends):
 
     def __init__(self, likes: Sequence[Tensor], ranks: Ranks) -> None:
         """No change read."""
-        super().__init__(len(likes), local(likes[0].detach()).device)
+        super().__init__(len(likes), to_local(likes[0].detach()).device)
         self._likes, self._ranks = list(likes), ranks
 
     @cached_property
@@ -38,7 +38,7 @@ class ShardedTrends(Trends):
             marks = torch.zeros(like.shape, dtype=torch.int8, device=self._device)
             looked_at = marks.view(-1)[:: stride(like.numel())][:ENTRIES]
             looked_at.copy_(torch.arange(1, len(looked_at) + 1, dtype=torch.int8))
-            part = part_of(marks, like).reshape(-1)
+            part = shard_like(marks, like).reshape(-1)
             found = part.nonzero()[:, 0]
             places.append(_slice(found.tolist()) or found)
             columns.append(part[found].long() - 1 + row * ENTRIES)

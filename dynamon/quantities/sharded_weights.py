@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import Found, Totals
-from dynamon.distributed.work_sharing import measured_whole
+from dynamon.distributed.reduction import PartialStats, ShardReduction
+from dynamon.distributed.work_sharing import measure_gathered
 from dynamon.kernels import widened, widest_dtype
 from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer
@@ -22,7 +22,7 @@ from dynamon.spectra import extremes_of, largest_per_stack, per_stack
 
 _SUMS = 5  # squares of weight, weight before, step, step before, and the difference of these two
 _FLAGS = 2  # where a step is known, where two are
-_DEALT = 6  # sigma_max with its bounds, stable rank; the norms by role of weight and step
+_OWNED = 6  # sigma_max with its bounds, stable rank; the norms by role of weight and step
 
 
 def sharded_weight_readings(
@@ -30,7 +30,7 @@ def sharded_weight_readings(
 ) -> WeightReadings:
     """What :func:`dynamon.quantities.weights.weight_readings` finds, from parts.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.measurement`. Sums and maxima over
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Sums and maxima over
     entries and rows come from the parts. Matrices are dealt out, and each, with its step where that has a spectral
     norm, is gathered on one process.
 
@@ -48,16 +48,16 @@ def sharded_weight_readings(
     """
     here = [_Here(layer, before.get(layer.name), earlier.get(layer.name)) for layer in layers]
     norms = [operator_norm(layer) for layer in layers]
-    totals = Totals([layer.parameter for layer in layers], ranks, sums=_SUMS, maxima=2, dealt=_FLAGS + _DEALT)
+    totals = ShardReduction([layer.parameter for layer in layers], ranks, sums=_SUMS, maxima=2, owned=_FLAGS + _OWNED)
     found = totals.empty()
     found.sums[:] = torch.stack([part.sums() for part in here], 1)
     for row, parts in enumerate([[part.weight for part in here], [part.step for part in here]]):
         found.maxima[row] = largest_here(layers, norms, parts)
     flags = [[float(part.before is not None) for part in here], [float(part.has_two) for part in here]]
-    found.dealt[:_FLAGS] = on_device([*flags[0], *flags[1]], found.dealt.device, found.dealt.dtype).view(_FLAGS, -1)
+    found.owned[:_FLAGS] = on_device([*flags[0], *flags[1]], found.owned.device, found.owned.dtype).view(_FLAGS, -1)
     matrices = [i for i, layer in enumerate(layers) if layer.role != "vector"]
-    found.dealt[_FLAGS:, matrices] = _of_matrices([here[i] for i in matrices], ranks)
-    return _readings(layers, totals.of(found), ranks.size)
+    found.owned[_FLAGS:, matrices] = _of_matrices([here[i] for i in matrices], ranks)
+    return _readings(layers, totals.reduce(found), ranks.size)
 
 
 class _Here:
@@ -65,7 +65,7 @@ class _Here:
 
     def __init__(self, layer: Layer, before: Tensor | None, earlier: Tensor | None) -> None:
         self.layer, self.before = layer, before
-        self.weight = as_real(local(layer.parameter.detach()))
+        self.weight = as_real(to_local(layer.parameter.detach()))
         before, earlier = (None if copy is None else as_real(copy) for copy in (before, earlier))
         self.has_two = before is not None and earlier is not None and earlier.shape == self.weight.shape
         start = self.weight if before is None else before
@@ -102,7 +102,7 @@ def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
 
     costs = [part.layer.parameter.numel() * min(part.layer.matrix_shape[1:]) for part in here]
     likes = [part.layer.parameter for part in here]
-    return measured_whole(measure, [part.gathered() for part in here], likes, costs, _DEALT, ranks)
+    return measure_gathered(measure, [part.gathered() for part in here], likes, costs, _OWNED, ranks)
 
 
 def _largest_of(layers: Sequence[Layer], tensors: Sequence[Tensor]) -> Tensor:
@@ -119,10 +119,10 @@ def _by_role(layers: Sequence[Layer], tensors: Sequence[Tensor], sigmas: Tensor)
     return torch.stack([widened(norm) for norm in norms])
 
 
-def _readings(layers: Sequence[Layer], found: Found, processes: int) -> WeightReadings:
+def _readings(layers: Sequence[Layer], found: PartialStats, processes: int) -> WeightReadings:
     weight, start, step, previous, apart = found.sums.sqrt()
-    moved, compared = (flags == processes for flags in found.dealt[:_FLAGS])
-    sigma, lower, upper, stable_rank, whole, whole_step = found.dealt[_FLAGS:]
+    moved, compared = (flags == processes for flags in found.owned[:_FLAGS])
+    sigma, lower, upper, stable_rank, whole, whole_step = found.owned[_FLAGS:]
     norms = [operator_norm(layer) for layer in layers]
     operator = primal(layers, norms, found.sums[0], found.maxima[0], whole)
     update = _where(moved, primal(layers, norms, found.sums[2], found.maxima[1], whole_step))

@@ -99,7 +99,7 @@ class _Decaying:
     left: float | None = None
 
 
-class DecayMemory:
+class DecayRetention:
     """The product of ``1 - rate x ratio x decay`` over all steps, by layer: what decay leaves of the initial weights.
 
     Call :meth:`note` as a step begins and :meth:`take` when it has come to its end. Where all layers of a group have
@@ -164,7 +164,11 @@ class DecayMemory:
                 group.left = (1.0 if group.left is None else group.left) * (1.0 - shrink)
                 continue
             known = {} if is_whole else names()
-            moving = group.names if is_whole else tuple(known[id(p)] for p in params if p.grad is not None and id(p) in known)
+            moving = (
+                group.names
+                if is_whole
+                else tuple(known[id(p)] for p in params if p.grad is not None and id(p) in known)
+            )
             self._multiply_each(moving, shrink, group.least, ratios or {}, skipped)
 
     def regroup(self) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import any_sharded, local
+from dynamon.distributed.dtensor import any_sharded, to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.work_sharing import dealt_out, measured_whole
+from dynamon.distributed.work_sharing import measure_gathered, share_work
 from dynamon.kernels import l2_along
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.gram import warm_up
@@ -272,7 +272,7 @@ def _put(table: Tensor, first: int, values: Tensor, positions: Sequence[int]) ->
     return table
 
 
-def spectra_of(
+def layer_spectra(
     layers: Sequence[Layer], exact: bool = False, group: Any = None
 ) -> tuple[list[str], WeightSpectrum | None]:
     """Names and full spectra of those layers that are matrices; a convolution is taken by its flattening.
@@ -305,7 +305,7 @@ def spectra_of(
         table = measure(list(range(len(stacks))))
     else:
         costs = [len(s) * s.shape[1] * s.shape[2] * min(s.shape[1:]) for s in stacks]
-        table = dealt_out(measure, costs, len(fields(WeightSpectrum)), stacks[0].device, group)
+        table = share_work(measure, costs, len(fields(WeightSpectrum)), stacks[0].device, group)
     wide = exact or any(stack.dtype == torch.float64 for stack in stacks)
     return list(own), WeightSpectrum(*(table if wide else table.float()))
 
@@ -319,7 +319,7 @@ def _sharded_spectra(layers: Sequence[Layer], exact: bool, group: Any) -> tuple[
     """The same of matrices of which each process holds a part."""
     if not layers:
         return [], None
-    parts = [local(layer.parameter.detach()) for layer in layers]
+    parts = [to_local(layer.parameter.detach()) for layer in layers]
     ranks = group if isinstance(group, Ranks) else Ranks(parts[0].device, group)
 
     def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
@@ -327,8 +327,8 @@ def _sharded_spectra(layers: Sequence[Layer], exact: bool, group: Any) -> tuple[
 
     likes = [layer.parameter for layer in layers]
     costs = [layer.parameter.numel() * min(layer.matrix_shape[1:]) for layer in layers]
-    with nullcontext() if ranks is group else ranks.measurement():
-        own = measured_whole(measure, [[part] for part in parts], likes, costs, len(fields(WeightSpectrum)), ranks)
+    with nullcontext() if ranks is group else ranks.collective_section():
+        own = measure_gathered(measure, [[part] for part in parts], likes, costs, len(fields(WeightSpectrum)), ranks)
         table = ranks.sum(own)
     wide = exact or any(part.dtype == torch.float64 for part in parts)
     return [layer.name for layer in layers], WeightSpectrum(*(table if wide else table.float()))

@@ -44,13 +44,13 @@ class Window:
         return passes / self.passes if even or 2 * passes == self.passes else None
 
 
-def saved_window(window: Window | None) -> dict[str, Any] | None:
+def window_state(window: Window | None) -> dict[str, Any] | None:
     """A window as plain numbers, for a checkpoint."""
     return None if window is None else asdict(window)
 
 
-def loaded_window(state: Mapping[str, Any] | None) -> Window | None:
-    """What :func:`saved_window` was given."""
+def load_window(state: Mapping[str, Any] | None) -> Window | None:
+    """What :func:`window_state` was given."""
     if state is None:
         return None
     samples = None if state["samples"] is None else tuple(state["samples"])

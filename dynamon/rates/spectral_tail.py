@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from dynamon.layers import Layer
 from dynamon.norms import Norm
-from dynamon.quantities.weights import spectra_of
+from dynamon.quantities.weights import layer_spectra
 from dynamon.rates.ramp import Ramp
-from dynamon.rates.rule import Rule, check_grouping, grouped
+from dynamon.rates.rule import Rule, check_grouping, group_indices
 
 
 class SpectralTailRates(Rule):
@@ -70,7 +70,7 @@ class SpectralTailRates(Rule):
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
         """Form the groups."""
         super().start(layers, norms)
-        self._groups = grouped(layers, norms, self.group_by)
+        self._groups = group_indices(layers, norms, self.group_by)
         self._ramp = Ramp([layer.name for layer in layers], self.ramp)
 
     def begin_step(self) -> None:
@@ -83,7 +83,7 @@ class SpectralTailRates(Rule):
 
     def _read(self) -> dict[str, float]:
         """The exponents by layer name, where there are any."""
-        names, spectra = spectra_of([layer for layer in self.layers if layer.parameter.requires_grad])
+        names, spectra = layer_spectra([layer for layer in self.layers if layer.parameter.requires_grad])
         values = [] if spectra is None else spectra.tail_exponent.tolist()
         return {name: value for name, value in zip(names, values, strict=True) if np.isfinite(value)}
 

@@ -80,7 +80,7 @@ class EventFile:
         """
         if self._order is None:
             second, began = re.search(r"tfevents\.(\d+)", self.path.name), self._first_time()
-            order = int(second[1]) if second else 0, math.inf if began is None else began, natural(self.path.name)
+            order = int(second[1]) if second else 0, math.inf if began is None else began, natural_key(self.path.name)
             if began is None:
                 return order
             self._order = order
@@ -401,7 +401,7 @@ def event_paths(folder: Path) -> list[Path]:
     return [path for path in folder.glob(_EVENTS) if path.is_file()]
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """A key that sorts ``blocks.2`` before ``blocks.10``."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 

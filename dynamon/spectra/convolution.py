@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import any_sharded, local
+from dynamon.distributed.dtensor import any_sharded, to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.work_sharing import measured_whole
+from dynamon.distributed.work_sharing import measure_gathered
 from dynamon.kernels import conv_gram_iteration
 from dynamon.layers import ConvGeometry, Layer
 
@@ -55,13 +55,13 @@ def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = 
     )
 
 
-def bounds_of(layers: Sequence[Layer], ranks: Ranks | None = None) -> tuple[list[str], Tensor]:
+def layer_convolution_bounds(layers: Sequence[Layer], ranks: Ranks | None = None) -> tuple[list[str], Tensor]:
     """Names and bounds ``[2, N]`` of the N convolutions among some layers, for inputs of any size.
 
     Args:
         layers: The layers, on one device; those that are no convolutions, or pad by reflection, are passed over.
         ranks: The processes, where weights are sharded: each takes a part of the convolutions, inside of their
-            :meth:`dynamon.distributed.ranks.Ranks.measurement`.
+            :meth:`dynamon.distributed.ranks.Ranks.collective_section`.
 
     Cost: that of :func:`convolution_bounds` for each: a second and more for a few hundred channels on a CPU.
     """
@@ -72,13 +72,13 @@ def bounds_of(layers: Sequence[Layer], ranks: Ranks | None = None) -> tuple[list
     with torch.no_grad():
         if ranks is None or not any_sharded(weights):
             return [layer.name for layer in chosen], _bounds(chosen, weights).float()
-        parts = [[local(weight.detach())] for weight in weights]
+        parts = [[to_local(weight.detach())] for weight in weights]
         costs = [float(weight.numel()) for weight in weights]
 
         def measure(positions: list[int], wholes: list[list[Tensor]]) -> Tensor:
             return _bounds([chosen[i] for i in positions], [tensors[0] for tensors in wholes])
 
-        table = ranks.sum(measured_whole(measure, parts, weights, costs, 2, ranks))
+        table = ranks.sum(measure_gathered(measure, parts, weights, costs, 2, ranks))
     return [layer.name for layer in chosen], table.float()
 
 

@@ -23,8 +23,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR, SharpnessMonitor
-from dynamon.isolation.preserve import undisturbed
-from dynamon.isolation.side_effects import changes, outside_state
+from dynamon.isolation.preserve import preserve_state
+from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
@@ -154,7 +154,7 @@ def test_an_error_that_other_processes_have_not_heard_of_keeps_nothing_alive() -
 
     meter = Failing(Cadence(1, 1, 1.0))
     monitor = Monitor(lambda: [meter])
-    unknown = SimpleNamespace(is_known_to_all=lambda error: False)
+    unknown = SimpleNamespace(is_collective_failure=lambda error: False)
     monitor._run = SimpleNamespace(ranks=unknown, unsettled={}, steps=SimpleNamespace(remove=lambda: None))
     monitor._call(meter, "batch_end")
     assert str(monitor._run.unsettled["failing"]) == "on this process" and alive[0]() is None
@@ -481,10 +481,10 @@ def test_what_a_training_step_can_reach_is_looked_at() -> None:
                 teacher.weight.mul_(0.9)
 
     module = Module()
-    before = outside_state(module, module.training_step)
-    with undisturbed(module):
+    before = external_state(module, module.training_step)
+    with preserve_state(module):
         module.training_step(None)
-    found = changes(before, outside_state(module, module.training_step))
+    found = changed_names(before, external_state(module, module.training_step))
     assert "Module.count" not in found and not any("layer" in name for name in found)
     for name in (
         "Module.seen[0].samples",
@@ -498,7 +498,7 @@ def test_what_a_training_step_can_reach_is_looked_at() -> None:
         "Module.teachers[0]",
     ):
         assert name in found, (name, found)
-    with undisturbed(module):
+    with preserve_state(module):
         pass
-    now = outside_state(module, module.training_step)
-    assert changes(now, outside_state(module, module.training_step)) == []
+    now = external_state(module, module.training_step)
+    assert changed_names(now, external_state(module, module.training_step)) == []

@@ -31,7 +31,7 @@ from dynamon.curvature import (
     top_eigenvalues,
 )
 from dynamon.curvature.operators.preconditioner import preconditioner
-from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.preserve import preserve_state
 from dynamon.optim import Lanton
 from dynamon.spectra.power_law import power_law
 from dynamon.stability import stability_ratio
@@ -191,7 +191,7 @@ def test_differences_begin_each_evaluation_from_the_same_state(kind):
     value, gradient = gradient_from_the_start(module, 0 * v)
     seeded(9)
     torch_state, others = torch.get_rng_state(), (np.random.get_state()[1].tolist(), random.getstate())
-    with undisturbed(module, seed=3):
+    with preserve_state(module, seed=3):
         operator = HessianOperator(lambda: loss_of(module), held(module), backend="finite_difference")
         assert float(operator.loss) == value
         torch.testing.assert_close(operator.gradient, gradient)
@@ -210,7 +210,7 @@ def test_a_line_search_sees_one_function(kind):
     module = moving(kind)
     _, gradient = gradient_from_the_start(module, torch.zeros(sum(p.numel() for p in held(module).values())).double())
     update, seen = -0.1 * gradient, []
-    with undisturbed(module, seed=3):
+    with preserve_state(module, seed=3):
 
         def loss():
             flat = torch.cat([p.detach().flatten() for p in held(module).values()])
@@ -249,7 +249,7 @@ def test_dictionaries_of_every_class_are_put_back(kind):
     weights = list(module.parameters())
     hessian = dense_hessian_of(2 * F.cross_entropy(module(X.double()), Y), weights)
     true = float(torch.linalg.eigvalsh(hessian)[-1])
-    with undisturbed(module):
+    with preserve_state(module):
         for backend in ("double_backward", "finite_difference", "double_backward"):
             found = top_eigenvalues(HessianOperator(loss, weights, backend=backend), tol=1e-4)
             assert float(found.values[0]) == pytest.approx(true, rel=1e-3)
@@ -305,7 +305,7 @@ def test_products_begin_alike_where_a_checkpoint_computes_again(kind):
         hidden = module[1](module[0](X.double()))
         return F.cross_entropy(module[3](checkpoint(module[2], hidden, use_reentrant=False)), Y)
 
-    with undisturbed(module, seed=3):
+    with preserve_state(module, seed=3):
         operator = HessianOperator(loss, held(module))
         v = torch.randn(operator.shape[0], generator=GENERATOR, dtype=torch.float64)
         products = [operator @ v for _ in range(3)]
@@ -831,7 +831,7 @@ def test_a_full_spectrum_that_fails_leaves_the_plain_reading_alone(monkeypatch, 
     """It fails ``at`` times: counted by itself, paused by itself after three in a row."""
     from dynamon.callbacks import weights
 
-    calls, real = [], weights.spectra_of
+    calls, real = [], weights.layer_spectra
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -839,7 +839,7 @@ def test_a_full_spectrum_that_fails_leaves_the_plain_reading_alone(monkeypatch, 
             raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(weights, "spectra_of", failing)
+    monkeypatch.setattr(weights, "layer_spectra", failing)
     monkeypatch.setattr(weights, "FULL_EVERY", 2)
     monitor = WeightMonitor(every_n_steps=1)
     with pytest.warns(UserWarning, match="full spectra could not be measured: cumsum_cuda_kernel"):
@@ -1256,7 +1256,7 @@ def test_a_step_that_changes_layers_or_rates_does_so_for_its_own_batches_only(na
 def test_a_weight_that_is_normalised_inside_is_plain_afterwards():
     network = mlp()
     before, inputs = copy.deepcopy(network), torch.ones(2, 8)
-    with undisturbed(network):
+    with preserve_state(network):
         parametrizations.weight_norm(network[3])
         network[0] = nn.Linear(8, 16)
     assert type(network[3]) is nn.Linear

@@ -33,7 +33,7 @@ from dynamon.curvature import (
     trace,
 )
 from dynamon.distributed.ranks import Ranks
-from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.preserve import preserve_state
 from dynamon.kernels import nuclear_norm, widest_dtype
 from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.norms import get_norm
@@ -341,7 +341,7 @@ def test_random_streams_of_any_accelerator_are_put_back(several: bool, monkeypat
         known["manual_seed_all"] = lambda seed: held.__setitem__(slice(None), [seed, seed])
     monkeypatch.setattr(torch, kind, SimpleNamespace(**known))
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type=kind))
-    with undisturbed(module, seed=7):
+    with preserve_state(module, seed=7):
         assert held == [7, 7 if several else 2]
     assert held == [1, 2]
 

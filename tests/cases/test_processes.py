@@ -118,7 +118,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.checks = 0, 0
-        brought, count = Ranks.brought, Ranks._count
+        brought, count = Ranks.attached_sums, Ranks._count
 
         def count_brought(ranks: Ranks) -> Any:
             self.count += ranks._brought is None
@@ -128,7 +128,7 @@ class Counted:
             self.checks += 1
             return count(*arguments)
 
-        monkeypatch.setattr(Ranks, "brought", count_brought)
+        monkeypatch.setattr(Ranks, "attached_sums", count_brought)
         monkeypatch.setattr(Ranks, "_count", count_checks)
 
     def __call__(self, module: Any) -> list[int]:

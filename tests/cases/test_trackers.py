@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor
-from dynamon.isolation.trackers import trackers_muted
+from dynamon.isolation.trackers import mute_trackers
 from dynamon.monitoring.writers import mlflow_name
 from dynamon.rates import FixedRates
 from dynamon.runs import read_run
@@ -321,8 +321,8 @@ def test_only_the_evaluating_thread_is_muted(monkeypatch) -> None:
     original = CometExperiment.log_metric
     _tracker(monkeypatch, "comet_ml", "comet_ml.experiment", CometExperiment=CometExperiment)
     experiment = CometExperiment()
-    with pytest.raises(KeyError), trackers_muted():
-        with trackers_muted():
+    with pytest.raises(KeyError), mute_trackers():
+        with mute_trackers():
             assert not experiment.log_metric("muted")
         assert not experiment.log_metric("muted").anything.of("it")
         other = threading.Thread(target=experiment.log_metric, args=("other thread",))
@@ -366,7 +366,7 @@ def test_a_tracker_that_cannot_be_muted_is_named_once(monkeypatch) -> None:
     monkeypatch.setattr("dynamon.isolation.trackers._told", set())
     with pytest.warns(UserWarning, match="comet_ml cannot be muted.*loss_fn") as seen:
         for _ in range(3):
-            with trackers_muted():
+            with mute_trackers():
                 pass
     assert len(seen) == 1
 

@@ -18,7 +18,7 @@ from dynamon.kernels import gradient_stats, polar_factor, step_polar_factor
 from dynamon.kernels.thresholds import GRAM_TWIN
 from dynamon.layers import describe_layers
 from dynamon.optim import Lanton
-from dynamon.quantities.weights import spectra_of, weight_readings
+from dynamon.quantities.weights import layer_spectra, weight_readings
 from tests.gpu.report import Check, Report, Skip, add, check
 from tests.gpu.subjects import DEVICE, ON_GPU
 
@@ -216,7 +216,7 @@ def _full_spectra(report: Report) -> None:
     for turn in ("first", "second"):
         wait(DEVICE)
         begin = time.perf_counter()
-        spectra_of(parts.layers)
+        layer_spectra(parts.layers)
         wait(DEVICE)
         report.note(f"full spectra, {turn}, s", round(time.perf_counter() - begin, 3))
 

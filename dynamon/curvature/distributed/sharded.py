@@ -12,7 +12,7 @@ from dynamon.curvature.operators.hessian import HessianOperator
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.curvature.operators.scaling import LARGEST, LOWER, is_whole
 from dynamon.curvature.operators.vector_space import ShardedSpace, Shards
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.isolation.evaluations import Evaluations, full_precision
 from dynamon.kernels import widest_dtype
@@ -36,7 +36,7 @@ class ShardedParameters(FlatParameters):
         self.module, self.ranks = module, ranks
         self._owners = dict(params)
         space = ShardedSpace(Shards(list(params.values()), ranks), ranks)
-        super().__init__({name: local(p) for name, p in params.items()}, space)
+        super().__init__({name: to_local(p) for name, p in params.items()}, space)
 
     def subset(self, places: Sequence[int]) -> "ShardedParameters":
         """Some of the parameters, by place."""
@@ -78,7 +78,7 @@ class ShardedParameters(FlatParameters):
                 check_scalar_loss(loss)
                 with full_precision():
                     loss.backward(None if scale == 1 else torch.full_like(loss, scale))
-            gradients = [None if p.grad is None else local(p.grad) for p in self._owners.values()]
+            gradients = [None if p.grad is None else to_local(p.grad) for p in self._owners.values()]
             flat = self.flatten(gradients).clone()
         finally:
             for p, gradient in kept:

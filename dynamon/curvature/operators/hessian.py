@@ -43,7 +43,7 @@ class HessianOperator(LinearOperator):
 
     ``.grad`` is what it was afterwards, and so are the weights, bit for bit. Random streams move as for one
     evaluation of the loss at most. A loss that moves buffers in each evaluation (spectral normalisation) belongs inside
-    of :func:`dynamon.isolation.preserve.undisturbed`, which puts them back between any two and at the end; elsewhere
+    of :func:`dynamon.isolation.preserve.preserve_state`, which puts them back between any two and at the end; elsewhere
     differences of such a loss do not converge, since the same weights have another gradient each time.
 
     Args:

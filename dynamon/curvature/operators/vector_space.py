@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import local, whole
+from dynamon.distributed.dtensor import gather, to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.isolation.evaluations import full_precision
 from dynamon.kernels import l2_along, l2_norms, widened
@@ -83,7 +83,7 @@ class Shards:
         """Count."""
         self._params, self._ranks = list(params), ranks
         self.size = sum(p.numel() for p in self._params)
-        self.length = sum(local(p).numel() for p in self._params)
+        self.length = sum(to_local(p).numel() for p in self._params)
 
     def gather(self, parts: Sequence[Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
         """Whole tensors in the shapes of the parameters, on every process.
@@ -97,7 +97,7 @@ class Shards:
         """
         owners = self._params if places is None else [self._params[place] for place in places]
         self._ranks.check()
-        return [whole(part.reshape(local(owner).shape), owner) for owner, part in zip(owners, parts, strict=True)]
+        return [gather(part.reshape(to_local(owner).shape), owner) for owner, part in zip(owners, parts, strict=True)]
 
 
 class GatheredSpace(VectorSpace):

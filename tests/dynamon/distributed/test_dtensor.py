@@ -8,11 +8,19 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dynamon.distributed.dtensor import Gathering, batches, has_whole_rows, local, part_of, saved, whole
+from dynamon.distributed.dtensor import (
+    Gathering,
+    gather,
+    gather_for_checkpoint,
+    gather_rounds,
+    has_whole_rows,
+    shard_like,
+    to_local,
+)
 from dynamon.distributed.ranks import OthersFailedError, Ranks
-from dynamon.distributed.reduction import Totals
-from dynamon.distributed.work_sharing import measured_whole
-from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.distributed.reduction import ShardReduction
+from dynamon.distributed.work_sharing import measure_gathered
+from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from tests.shards import in_group
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,10 +49,10 @@ def check_layouts(size: int) -> None:
         likes = [distribute_tensor(tensor, mesh, placements) for tensor in wholes]
         likes.append(torch.nn.Parameter(wholes[0]))  # a plain one, which every process holds
         wholes = [*wholes, wholes[0]]
-        parts = [local(like.detach()) for like in likes]
+        parts = [to_local(like.detach()) for like in likes]
         for one, like, part in zip(wholes, likes, parts, strict=True):
-            assert torch.equal(whole(part, like).detach(), one), name
-            assert torch.equal(part_of(one, like), part)
+            assert torch.equal(gather(part, like).detach(), one), name
+            assert torch.equal(shard_like(one, like), part)
         check_saved(ranks, likes, parts, wholes)
         check_totals(ranks, likes, parts, wholes)
         check_gathering(ranks, likes, parts, wholes)
@@ -55,24 +63,26 @@ def check_layouts(size: int) -> None:
 def check_saved(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
     names = list(map(str, range(len(parts))))
     for everywhere in (True, False):
-        found = saved(dict(zip(names, parts, strict=True)), dict(zip(names, likes, strict=True)), everywhere)
+        found = gather_for_checkpoint(
+            dict(zip(names, parts, strict=True)), dict(zip(names, likes, strict=True)), everywhere
+        )
         assert list(found) == (names if everywhere or ranks.rank == 0 else names[-1:])  # the last one is plain
         assert all(torch.equal(tensor, wholes[int(name)]) for name, tensor in found.items())
 
 
 def check_totals(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
-    totals = Totals(likes, ranks, sums=2, maxima=1, dealt=1)
+    totals = ShardReduction(likes, ranks, sums=2, maxima=1, owned=1)
     found = totals.empty()
     for i, part in enumerate(parts):
         found.sums[:, i] = torch.stack([part.abs().sum(), torch.tensor(float(part.numel()))])
         found.maxima[0, i] = part.abs().amax() if part.numel() else 0.0
-    found.dealt[0, ranks.rank] = ranks.rank + 1.0
-    for total in (totals.or_nan(lambda: found), totals.of(found)):
+    found.owned[0, ranks.rank] = ranks.rank + 1.0
+    for total in (totals.reduce_or_nan(lambda: found), totals.reduce(found)):
         sizes = torch.tensor([float(one.numel()) for one in wholes], dtype=torch.float64)
         sums = torch.stack([torch.stack([one.abs().sum() for one in wholes]), sizes])
         torch.testing.assert_close(total.sums, sums, rtol=1e-14, atol=0)
         assert torch.equal(total.maxima[0], torch.stack([one.abs().amax() for one in wholes]))
-        assert total.dealt[0].tolist()[: ranks.size] == [rank + 1.0 for rank in range(ranks.size)]
+        assert total.owned[0].tolist()[: ranks.size] == [rank + 1.0 for rank in range(ranks.size)]
 
 
 def check_gathering(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
@@ -85,8 +95,8 @@ def check_gathering(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes
     def measure(chosen: list[int], given: list[list[torch.Tensor]]) -> torch.Tensor:
         return torch.stack([torch.stack([one.sum(), two.sum()]) for one, two in given], 1)
 
-    with ranks.measurement():
-        table = measured_whole(measure, [[part, 2 * part] for part in parts], likes, [1.0] * len(likes), 2, ranks)
+    with ranks.collective_section():
+        table = measure_gathered(measure, [[part, 2 * part] for part in parts], likes, [1.0] * len(likes), 2, ranks)
         taken = (table[0] != 0).sum()
         assert 0 < taken < len(likes)  # each process has a share of them
         ranks.sum(table)
@@ -97,7 +107,7 @@ def check_gathering(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes
 def check_failures(ranks: Ranks) -> None:
     mesh = init_device_mesh("cpu", (ranks.size,))
     like = distribute_tensor(tensors()[2], mesh, (Shard(0),))
-    totals = Totals([like], ranks, sums=1)
+    totals = ShardReduction([like], ranks, sums=1)
 
     def find() -> Any:
         if ranks.rank == 1:
@@ -106,15 +116,18 @@ def check_failures(ranks: Ranks) -> None:
 
     if ranks.rank == 1:
         with pytest.raises(ValueError, match="no"):
-            totals.or_nan(find)
+            totals.reduce_or_nan(find)
     else:
-        assert totals.or_nan(find).sums.isnan().all()
+        assert totals.reduce_or_nan(find).sums.isnan().all()
 
     def measure(chosen: list[int], given: list[list[torch.Tensor]]) -> torch.Tensor:
         raise ValueError("not either")
 
-    with pytest.raises(ValueError if ranks.rank == 0 else OthersFailedError, match="not either"), ranks.measurement():
-        ranks.sum(measured_whole(measure, [[local(like)]], [like], [1.0], 1, ranks))
+    with (
+        pytest.raises(ValueError if ranks.rank == 0 else OthersFailedError, match="not either"),
+        ranks.collective_section(),
+    ):
+        ranks.sum(measure_gathered(measure, [[to_local(like)]], [like], [1.0], 1, ranks))
 
 
 def check_histograms(ranks: Ranks) -> None:
@@ -126,9 +139,9 @@ def check_histograms(ranks: Ranks) -> None:
     for tensor in wholes:
         torch.distributed.broadcast(tensor, 0)
     likes = [distribute_tensor(tensor, mesh, (Shard(0),)) for tensor in wholes]
-    with ranks.measurement():
-        table = joined_tables(histogram_table([local(like) for like in likes]), likes, ranks)
-    for one, other in zip(histograms(table), histograms(histogram_table(wholes)), strict=True):
+    with ranks.collective_section():
+        table = reduce_tables(histogram_table([to_local(like) for like in likes]), likes, ranks)
+    for one, other in zip(read_histograms(table), read_histograms(histogram_table(wholes)), strict=True):
         assert one.counts.tolist() == other.counts.tolist() and one.nonfinite == other.nonfinite
         if one.count:
             assert (one.edges == other.edges).all() and one.minimum == other.minimum and one.maximum == other.maximum
@@ -156,5 +169,5 @@ def test_four_processes() -> None:
 
 def test_large_tensors_go_a_few_at_a_time() -> None:
     sizes = [2**23, 2**23, 2**23, 2**26, 1]
-    assert list(batches([[0, 1, 2], [3, 4]], sizes)) == [[[0, 1], [3]], [[2], [4]]]
-    assert list(batches([[], []], sizes)) == []
+    assert list(gather_rounds([[0, 1, 2], [3, 4]], sizes)) == [[[0, 1], [3]], [[2], [4]]]
+    assert list(gather_rounds([[], []], sizes)) == []

@@ -45,11 +45,11 @@ def measure(ranks: Ranks, fails: int, where: str, error: Exception) -> str:
             raise error
 
     try:
-        with ranks.measurement():
+        with ranks.collective_section():
             perhaps("before")
             ranks.sum(torch.ones(3))
             try:
-                with ranks.measurement():
+                with ranks.collective_section():
                     perhaps("inside")
                     ranks.sum(torch.ones(7))
                     perhaps("after")
@@ -59,7 +59,7 @@ def measure(ranks: Ranks, fails: int, where: str, error: Exception) -> str:
             ranks.maximum(torch.ones(2))
             perhaps("end")
     except Exception as caught:
-        assert ranks.is_known_to_all(caught)
+        assert ranks.is_collective_failure(caught)
         return f"{type(caught).__name__}: {caught}"
     return "fine"
 
@@ -72,8 +72,8 @@ def failures(rank: int) -> dict:
             found[f"{where} {fails}"] = measure(ranks, fails, where, ValueError("broken"))
     found["memory"] = measure(ranks, 1, "inside", torch.OutOfMemoryError("full"))
     found["mean"] = float(ranks.mean(torch.tensor(float(rank)), weight=rank + 1.0))
-    found["first"] = ranks.first_says([float(rank), 5.0])
-    found["shared"] = ranks.share({"rank": rank})
+    found["first"] = ranks.broadcast_from_rank0([float(rank), 5.0])
+    found["shared"] = ranks.all_gather_object({"rank": rank})
     return found
 
 
@@ -96,11 +96,11 @@ def test_a_failure_anywhere_ends_it_everywhere(tmp_path: Path) -> None:
 
 def test_one_process_alone_needs_no_group() -> None:
     ranks = Ranks(torch.device("cpu"), alone=True)
-    assert not ranks.several and ranks.first_says([1.0]) == [1.0] and ranks.share(2) == [2]
+    assert not ranks.is_distributed and ranks.broadcast_from_rank0([1.0]) == [1.0] and ranks.all_gather_object(2) == [2]
     assert torch.equal(ranks.sum(torch.ones(2)), torch.ones(2))
-    with pytest.raises(ValueError, match="mine") as caught, ranks.measurement():
+    with pytest.raises(ValueError, match="mine") as caught, ranks.collective_section():
         raise ValueError("mine")
-    assert ranks.is_known_to_all(caught.value) and not isinstance(caught.value, OthersFailedError)
+    assert ranks.is_collective_failure(caught.value) and not isinstance(caught.value, OthersFailedError)
 
 
 def steer(rank: int) -> dict:
@@ -177,9 +177,9 @@ def test_what_tells_of_a_failure_takes_no_memory(monkeypatch: pytest.MonkeyPatch
     ranks = Ranks(torch.device("cpu"))
     own = {held.data_ptr() for held in vars(ranks).values() if isinstance(held, torch.Tensor)}
     for text in ("a device has run out of memory", "again"):
-        ranks.take_along(lambda: [1.0, 2.0])
-        with pytest.raises(torch.OutOfMemoryError), ranks.measurement():
+        ranks.attach_values(lambda: [1.0, 2.0])
+        with pytest.raises(torch.OutOfMemoryError), ranks.collective_section():
             raise torch.OutOfMemoryError(text)
-        assert ranks.brought() == [1.0, 2.0]
+        assert ranks.attached_sums() == [1.0, 2.0]
         assert bytes(sent[-1][1].tolist()).rstrip(b"\0").decode() == text
     assert {tensor.data_ptr() for tensor in sent} == own and len(own) == 2

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.multiprocessing import start_processes
 
-from dynamon.distributed.work_sharing import dealt_out, shares
+from dynamon.distributed.work_sharing import assign_by_cost, share_work
 from dynamon.layers import describe_layers
-from dynamon.quantities.weights import spectra_of
+from dynamon.quantities.weights import layer_spectra
 from tests.models import gpt, mlp
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=30), st.integers(1, 8))
 def test_every_item_is_taken_once_and_the_work_is_even(costs, processes) -> None:
-    parts = shares(costs, processes)
+    parts = assign_by_cost(costs, processes)
     assert sorted(i for part in parts for i in part) == list(range(len(costs))) and len(parts) == processes
     if costs:
         load = [sum(costs[i] for i in part) for part in parts]
@@ -32,7 +32,7 @@ def work(rank: int, port: int, folder: str) -> None:
     try:
         found = {}
         for name, model in (("gpt", gpt().double()), ("one", mlp(3, 4)), ("odd", gpt(depth=1))):
-            names, spectra = spectra_of(describe_layers(model), group=dist.group.WORLD)
+            names, spectra = layer_spectra(describe_layers(model), group=dist.group.WORLD)
             found[name] = {"names": names, **{f.name: getattr(spectra, f.name) for f in fields(spectra)}}
         asked = []
 
@@ -40,10 +40,10 @@ def work(rank: int, port: int, folder: str) -> None:
             asked.extend(items)
             return torch.tensor([[float(i)] for i in items]).T * torch.ones(2, 1)
 
-        table = dealt_out(count, [5.0, 1.0, 1.0, 1.0], 2, torch.device("cpu"))
+        table = share_work(count, [5.0, 1.0, 1.0, 1.0], 2, torch.device("cpu"))
         failed = None
         try:
-            dealt_out(fail_on_first, [1.0, 1.0], 1, torch.device("cpu"))
+            share_work(fail_on_first, [1.0, 1.0], 1, torch.device("cpu"))
         except RuntimeError as error:
             failed = (str(error), str(error.__cause__))
         torch.save({"found": found, "asked": asked, "table": table, "failed": failed}, f"{folder}/{rank}.pt")
@@ -66,7 +66,7 @@ def test_two_processes(tmp_path) -> None:
     start_processes(work, (port, str(tmp_path)), nprocs=2, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, model in (("gpt", gpt().double()), ("one", mlp(3, 4)), ("odd", gpt(depth=1))):
-        names, alone = spectra_of(describe_layers(model))
+        names, alone = layer_spectra(describe_layers(model))
         for rank in ranks:
             assert rank["found"][name]["names"] == names
             for field in fields(alone):

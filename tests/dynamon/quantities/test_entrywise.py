@@ -75,7 +75,7 @@ def check_shards(rank: int) -> None:
     places = [(Shard(0),), (Shard(0),), (Replicate(),)]
     cut = [distribute_tensor(t.clone(), mesh, place) for t, place in zip(tensors, places, strict=True)]
     ranks = Ranks(torch.device("cpu"))
-    with ranks.measurement():
+    with ranks.collective_section():
         found = entrywise_readings(describe_layers(Weights(*cut)), [MEAN, SPREAD], ranks)
     torch.testing.assert_close(found, truth(tensors).float(), rtol=1e-6, atol=1e-7)
 

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.layers import Layer, describe_layers
 from dynamon.norms import update_norm
@@ -18,7 +18,7 @@ from dynamon.quantities.sharded_gradients import ShardedGradientReader, gradient
 from dynamon.quantities.sharded_norms import StepParts, steps_and_lengths
 from dynamon.quantities.sharded_weights import sharded_weight_readings
 from dynamon.quantities.updates import compare_updates, primal_norms
-from dynamon.quantities.weights import WeightReadings, spectra_of, weight_readings
+from dynamon.quantities.weights import WeightReadings, layer_spectra, weight_readings
 from tests.models import gpt
 from tests.shards import in_group
 
@@ -49,7 +49,7 @@ class Twins:
         return torch.randn(own.shape, generator=self.generator, dtype=torch.float64).to(own.dtype)
 
     def parts(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: local(self.cut(tensor)) for name, tensor in tensors.items()}
+        return {name: to_local(self.cut(tensor)) for name, tensor in tensors.items()}
 
     def set_gradients(self, scale: float = 1.0, without: int = -1) -> None:
         for i, (one, other) in enumerate(zip(self.whole, self.parted, strict=True)):
@@ -101,7 +101,7 @@ def check_weights(twins: Twins, dtype: torch.dtype) -> None:
     before, earlier = twins.near(0.01), twins.near(0.03)
     del before[twins.whole[2].name], earlier[twins.whole[4].name]
     alone = weight_readings(twins.whole, before, earlier)
-    with twins.ranks.measurement():
+    with twins.ranks.collective_section():
         readings = sharded_weight_readings(twins.parted, twins.parts(before), twins.parts(earlier), twins.ranks)
     for field in fields(WeightReadings):
         within = 1e-4 if field.name in ITERATIVE or dtype == torch.float32 and field.name == "rotation" else 1e-6
@@ -117,8 +117,8 @@ def check_weights(twins: Twins, dtype: torch.dtype) -> None:
     compared = torch.stack([readings.cosine, readings.last, readings.previous])
     torch.testing.assert_close(compared[:, known], expected.float(), rtol=1e-5, atol=1e-6)
     assert compared.isnan().all(0).tolist() == [i not in known for i in range(len(twins.whole))]
-    names, spectra = spectra_of(twins.whole)
-    found = spectra_of(twins.parted)
+    names, spectra = layer_spectra(twins.whole)
+    found = layer_spectra(twins.parted)
     assert found[0] == names
     for field in fields(type(spectra)):
         torch.testing.assert_close(
@@ -130,11 +130,11 @@ def check_steps(twins: Twins, family: str) -> None:
     norms = [update_norm(layer, family) for layer in twins.whole]
     steps = [twins.like(layer) for layer in twins.whole]
     gradients = [twins.like(layer) for layer in twins.whole]
-    parts = [None if i == 1 else local(twins.cut(step)) for i, step in enumerate(steps)]
+    parts = [None if i == 1 else to_local(twins.cut(step)) for i, step in enumerate(steps)]
     half = len(steps) // 2
     moved = [StepParts(twins.parted[s], norms[s], parts[s]) for s in (slice(half), slice(half, None))]
-    squares = torch.stack([local(twins.cut(gradient)).double().square().sum() for gradient in gradients])
-    with twins.ranks.measurement():
+    squares = torch.stack([to_local(twins.cut(gradient)).double().square().sum() for gradient in gradients])
+    with twins.ranks.collective_section():
         lengths, found = steps_and_lengths(moved, squares, twins.ranks)
     expected = primal_norms(twins.whole, norms, steps).double()
     expected[1] = torch.nan

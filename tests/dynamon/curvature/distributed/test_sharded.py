@@ -26,7 +26,7 @@ from dynamon.curvature import (
     unsharded,
 )
 from dynamon.curvature.distributed.fsdp import is_rounded, why_not_whole
-from dynamon.distributed.dtensor import local
+from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from tests.models import dense_hessian, mlp, samples
 
@@ -65,7 +65,7 @@ def part(vector: torch.Tensor, params: ShardedParameters, model) -> torch.Tensor
     dealt = [
         distribute_tensor(v.view(p.shape), p.device_mesh, p.placements) for v, p in zip(pieces, owners, strict=True)
     ]
-    return params.flatten([local(v) for v in dealt])
+    return params.flatten([to_local(v) for v in dealt])
 
 
 def work(rank: int, port: int, processes: int, folder: str) -> None:
@@ -83,7 +83,7 @@ def measure(rank: int, processes: int) -> dict:
     plain = train(dealt_out(init_device_mesh("cpu", (processes,))), own)
     model = dealt_out(init_device_mesh("cpu", (processes,)))
     found: dict = {"weights": train(model, own)}
-    gradients = [local(p.grad).clone() for p in model.parameters()]
+    gradients = [to_local(p.grad).clone() for p in model.parameters()]
     hooked = []
     next(model.parameters()).register_post_accumulate_grad_hook(hooked.append)
     model.set_gradient_divide_factor(3.0)
@@ -119,7 +119,7 @@ def measure(rank: int, processes: int) -> dict:
     with pytest.raises(ValueError, match="the loss must be a scalar tensor"):
         ShardedHessian(lambda: model(X[own]), params)
     found["untouched"] = not hooked and all(
-        torch.equal(local(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True)
+        torch.equal(to_local(p.grad), g) for p, g in zip(model.parameters(), gradients, strict=True)
     )
     model.set_gradient_divide_factor(float(processes))
     found["after"] = [
