@@ -32,14 +32,14 @@ class StabilityScaling:
         sign: -1 for ``maximize``.
         constant: The one value of :math:`D/P` where all coordinates share it and nothing is added, so that
             the ratio is the Hessian's eigenvalue times this; else None.
-        left_out: Coordinates whose second moment is zero (a token never seen): they have not moved.
+        excluded: Coordinates whose second moment is zero (a token never seen): they have not moved.
     """
 
     scale: Tensor
     decay: Tensor | None
     sign: float
     constant: float | None
-    left_out: int
+    excluded: int
 
 
 def stability_ratio(
@@ -144,7 +144,7 @@ def stability_scaling(
         decays.append(0.0 if _decoupled(group) else float(group.get("weight_decay", 0.0)))
     squared = space.join(pieces)
     missing = squared.isnan()
-    left_out = int(space.total(missing.sum()))
+    excluded = int(space.total(missing.sum()))
     if not isinstance(optimizer, SGD) and not int(space.total((~missing).sum())):
         raise NoSecondMomentError("the optimizer has taken no step yet, so its stability ratio is not defined.")
     squared = squared.masked_fill(missing, 0.0)
@@ -158,7 +158,7 @@ def stability_scaling(
     if decay is None and signs == {1.0} and isinstance(optimizer, SGD):
         rates = {_sgd_factor(group_of[id(p)]) * factor for p, factor in zip(params, factors, strict=True)}
         constant = float(torch.tensor(rates.pop(), dtype=squared.dtype, device="cpu")) if len(rates) == 1 else None
-    return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, left_out)
+    return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, excluded)
 
 
 def _factors(

@@ -28,12 +28,12 @@ class LiveFolder:
         folder: What ``tensorboard --logdir`` was given.
 
     Attributes:
-        passed_over: How many folders with event files the last search found that are not among the names.
+        skipped: How many folders with event files the last search found that are not among the names.
     """
 
     def __init__(self, folder: Path | str) -> None:
         """Nothing is searched yet."""
-        self.passed_over = 0
+        self.skipped = 0
         self._folder = Path(folder).expanduser()
         self._lock = threading.Lock()
         self._found: dict[str, Path] = {}
@@ -54,14 +54,14 @@ class LiveFolder:
             if time.monotonic() - self._searched_at >= _SEARCH_EVERY:
                 there = [run for run in find_runs(self._folder) if event_paths(run.path)]
                 runs = select_runs(there, self._known, time.monotonic() + _LOOK_FOR)
-                self.passed_over = len(there) - len(runs)
+                self.skipped = len(there) - len(runs)
                 self._found = {run.name: run.path for run in runs}
                 self._searched_at = time.monotonic()
                 for name in self._open.keys() - self._found.keys():
                     del self._open[name]
             return list(self._found)
 
-    def run(self, name: str) -> "LiveRun":
+    def run(self, name: str) -> "LoggedRun":
         """Give a run, the one that was kept where there is one.
 
         Raises:
@@ -102,7 +102,7 @@ class LoggedRun:
         self._log = EventLog()
         self._health: tuple[int, list[dict[str, Any]]] | None = None
 
-    def news(self, epoch: int, since: int, read_for: float = _READ_FOR) -> dict[str, Any]:
+    def updates(self, epoch: int, since: int, read_for: float = _READ_FOR) -> dict[str, Any]:
         """Read on, and say what is new in the scalars.
 
         Args:
@@ -127,7 +127,7 @@ class LoggedRun:
             since = since if epoch == self._epoch else 0
             data = self._data(with_rows=False)
             scalars = {
-                tag: _news(self._log.scalars[tag], since, SCALAR_POINTS)
+                tag: _updates(self._log.scalars[tag], since, SCALAR_POINTS)
                 if tag in self._log.scalars
                 else pack_scalar(series)
                 for tag, series in data.scalars.items()
@@ -151,7 +151,7 @@ class LoggedRun:
         with self._lock:
             answer = {"epoch": self._epoch, "count": self._log.count}
             if self._log.tables.get(quantity):
-                news = _news(self._log.tables[quantity], since if epoch == self._epoch else 0, TABLE_POINTS)
+                news = _updates(self._log.tables[quantity], since if epoch == self._epoch else 0, TABLE_POINTS)
             else:
                 news = pack_table(self._data(with_rows=False).tables[quantity])
             return answer | (news or {})
@@ -203,7 +203,7 @@ def _is_continued(file: EventFile) -> bool:
         return False
 
 
-def _news(curve: Curve | RowCurve, since: int, limit: int) -> dict[str, Any] | None:
+def _updates(curve: Curve | RowCurve, since: int, limit: int) -> dict[str, Any] | None:
     """What came after ``since``, packed; the whole series where that cannot be appended, or the series is thinned."""
     new = curve.added_after(since)
     if not new and curve.rewritten <= since:

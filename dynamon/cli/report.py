@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dynamon.board.page import page
 from dynamon.board.payload import payload
-from dynamon.cli.reading import RUN_HELP, choice, read
+from dynamon.cli.run_argument import RUN_HELP, choice, read
 from dynamon.health import Finding, findings, judged_loss, loss_tag
 from dynamon.quantities import REGISTRY, Scope
 from dynamon.runs import read_run_data

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.cli.reading import RUN_HELP, choice, read
+from dynamon.cli.run_argument import RUN_HELP, choice, read
 from dynamon.runs import last_step, read_run
 from dynamon.runs.folders import printable
 from dynamon.runs.history import Series

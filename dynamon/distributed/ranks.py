@@ -31,8 +31,8 @@ class Ranks:
     """Several processes that take the same measurements in the same order; one alone works too and reduces nothing.
 
     A process that fails must not leave the others waiting in a reduction. So every reduction of a measurement begins
-    with a check in which each process says whether it is well, and one that fails inside of :meth:`collective_section` says
-    so in the place of its next check: the measurement is then over on all processes, with an exception on each.
+    with a check in which each process says whether it is well, and one that fails inside of :meth:`collective_section`
+    says so in the place of its next check: the measurement is then over on all processes, with an exception on each.
 
     Args:
         device: Where reductions take place: that of the parameters.

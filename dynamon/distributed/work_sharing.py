@@ -72,8 +72,8 @@ def measure_gathered(
 ) -> Tensor:
     """Measure T items that every process holds in parts, each on the one process that it is gathered on.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Items are dealt out as
-    by :func:`share_work` and gathered a few at a time (:func:`dynamon.distributed.dtensor.gather_rounds`).
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Items are dealt
+    out as by :func:`share_work` and gathered a few at a time (:func:`dynamon.distributed.dtensor.gather_rounds`).
 
     Args:
         measure: From the positions of N items and their tensors, whole, to their readings ``[rows, N]``.

@@ -124,8 +124,8 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             "update/never",
             "warning",
             int(table.steps[0]),
-            f"{name_layers(tuple(never))} has not moved at all since the first reading, although it has a gradient; the "
-            f"median layer moves by {usual:.2g} of its weight.",
+            f"{name_layers(tuple(never))} has not moved at all since the first reading, although it has a gradient; "
+            f"the median layer moves by {usual:.2g} of its weight.",
             "Weights in half precision swallow updates below half a unit in their last place: keep them in float32, or "
             "raise the rate. Otherwise look whether the optimizer steps it.",
             tuple(never),
@@ -235,7 +235,7 @@ def _smaller_sides(data: RunData) -> dict[str, float]:
     Of a convolution with a window of k entries it is that of the flattening, up to a factor of k.
     """
     found = {}
-    for name, steps, deviation in layer_columns(data, "spectrum/deviation"):
+    for name, steps, deviation in layer_columns(data, "spectrum/log2_spectral_condition"):
         sigma = column_at(data, "spectrum/sigma_max", name, steps[-1:])[0]
         length = column_at(data, "weight/frobenius", name, steps[-1:])[0]
         rms = column_at(data, "weight/rms", name, steps[-1:])[0]

@@ -31,8 +31,8 @@ class Evaluations:
     """All evaluations of one loss: each begins where the first one did.
 
     That holds for random numbers anywhere, and for autocast, which is on where it was on at construction. Inside of
-    :func:`dynamon.isolation.preserve.preserve_state` it holds for the state of the module too (buffers, counters, queues,
-    averages), and every loss in there begins from the same.
+    :func:`dynamon.isolation.preserve.preserve_state` it holds for the state of the module too (buffers, counters,
+    queues, averages), and every loss in there begins from the same.
 
     Attributes:
         autocast: By kind of device, the dtype of autocast where it is on.

@@ -67,7 +67,7 @@ def mute_trackers() -> Iterator[None]:
     tracker whose writing functions are not where they are expected costs one warning.
 
     Example:
-        >>> with trackers_muted():
+        >>> with mute_trackers():
         ...     loss = 1.0  # evaluate it here
     """
     global _open

@@ -58,8 +58,8 @@ from dynamon.stability import (
 )
 
 _TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})  # with a warm start of their own
-_TRACE_SAMPLES = 16
-_DENSITY_STEPS, _DENSITY_PROBES = 60, 2
+_TRACE_VECTORS = 16
+_DENSITY_STEPS, _DENSITY_VECTORS = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
@@ -202,9 +202,9 @@ class EigenvalueMeter(Meter):
         """
         trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
         products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
-        products += _TRACE_SAMPLES * ("trace" in self._wanted)
+        products += _TRACE_VECTORS * ("trace" in self._wanted)
         products += 6 * len(run.layers) if "blocks" in self._wanted else 0
-        products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
+        products += _DENSITY_STEPS * _DENSITY_VECTORS * ("density" in self._wanted)
         guess = 2 * run.seconds_per_step * self._probe.share
         if not self._product_seconds:  # the first one also chooses how products are made, and checks them
             return 2 * products * guess
@@ -278,7 +278,7 @@ class EigenvalueMeter(Meter):
             if "ggn" in self._wanted:
                 self._attempt(point, "ggn", self._ggn)
             self._judge(point)
-            point.readings["sharpness/products"] = float(point.products)
+            point.readings["sharpness/matvecs"] = float(point.products)
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
         return point.products
@@ -362,7 +362,7 @@ class EigenvalueMeter(Meter):
         ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
         factors = [ratio_of.get(id(p), 1.0) for p in point.owned]
         scaling = stability_scaling(optimizer, point.owned, factors, point.params.space)
-        point.readings["sharpness/left_out"] = float(scaling.left_out)
+        point.readings["sharpness/excluded_coordinates"] = float(scaling.excluded)
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
             found = self._solve_hessian(point)
@@ -384,7 +384,7 @@ class EigenvalueMeter(Meter):
 
     def _trace(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = trace(point.hessian, samples=_TRACE_SAMPLES, seed=self.points)
+        found = trace(point.hessian, num_vectors=_TRACE_VECTORS, seed=self.points)
         point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
         point.products += found.matvecs
 
@@ -442,7 +442,7 @@ class EigenvalueMeter(Meter):
 
     def _density(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, probes=_DENSITY_PROBES, seed=self.points)
+        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, num_vectors=_DENSITY_VECTORS, seed=self.points)
         point.products += found.matvecs
         self.last_density = found
         point.readings["sharpness/outliers"] = float(len(found.outliers))

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
-from dynamon.curvature.distributed.fsdp import why_not_whole
+from dynamon.curvature.distributed.fsdp import unsupported_reason
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.isolation.batches import NoWeightError, batch_weight, count_samples, take_samples
@@ -105,7 +105,9 @@ class ProbeMeter(Meter):
             rank_zero_warn(
                 f"sharpness is off: of several processes it is measured under DDP and FSDP2 only, and this is {name}."
             )
-        elif (split := why_not_whole(run.module, list(trained_parameters(run).values()), run.ranks.size)) is not None:
+        elif (
+            split := unsupported_reason(run.module, list(trained_parameters(run).values()), run.ranks.size)
+        ) is not None:
             rank_zero_warn(f"sharpness is off: {split}.")
         elif run.ranks.is_distributed and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
             rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")

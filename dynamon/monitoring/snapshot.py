@@ -77,7 +77,7 @@ def measure(
         readings |= _gradients(trained, operator, optimizer)
         found = top_eigenvalues(operator, tol=tol, certify=certify, seed=seed)
         readings |= found.readings("sharpness/hessian_max")
-        readings |= {"sharpness/hessian_min": found.smallest, "sharpness/products": float(found.matvecs)}
+        readings |= {"sharpness/hessian_min": found.smallest, "sharpness/matvecs": float(found.matvecs)}
         if optimizer is not None and has_stability_condition(optimizer):
             rates = steering_of(optimizer)
             in_force = {} if rates is None else rates.ratios
@@ -85,7 +85,7 @@ def measure(
             scaled = stability_operator(operator, stability_scaling(optimizer, params, factors))
             ratio = top_eigenvalues(scaled, tol=tol, certify=certify, seed=seed)
             readings |= ratio.readings("sharpness/stability_ratio")
-            readings["sharpness/products"] += float(ratio.matvecs)
+            readings["sharpness/matvecs"] += float(ratio.matvecs)
     with full_precision():
         return readings | _weights(layers)
 

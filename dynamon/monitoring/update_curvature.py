@@ -204,7 +204,7 @@ class UpdateCurvatureMeter(Meter):
             "sharpness/directional_norm": self._in_own_norm(run, params, update, found),
         }
         if found.curvature > 0:
-            readings["sharpness/greedy_multiple"] = found.greedy_multiple_of_last_step
+            readings["sharpness/best_multiple"] = found.best_multiple_of_last_step
         return readings
 
     def _is_trusted(self, hessian: HessianOperator | MeanOverRanks, vector: Tensor, quantity: str) -> bool:
@@ -232,7 +232,7 @@ class UpdateCurvatureMeter(Meter):
 
     def _critical(self, run: RunContext, params: FlatParameters) -> dict[str, float]:
         rate, update = _one_rate(run), self._known_update(params)
-        with params.moved(-update):  # where the step came from
+        with params.perturbed(-update):  # where the step came from
             found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
         return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})

@@ -216,7 +216,7 @@ class WeightMeter(PairMeter):
         if np.isfinite(cosine):
             run.recorder.scalars({"update/cosine": cosine}, headline=True)
         table |= _rate_readings(names, rates, table)
-        optional = {"update/layer_cosine": updates[0], "weight/memory": left}
+        optional = {"update/layer_cosine": updates[0], "weight/initial_fraction": left}
         for quantity, row in (table | {q: row for q, row in optional.items() if np.isfinite(row).any()}).items():
             run.recorder.layers(quantity, row, names)
 

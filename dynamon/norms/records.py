@@ -17,8 +17,9 @@ name                      primal                                      dual
 ========================  ==========================================  ========================================
 
 All act on the last two dimensions (on all, where there are fewer) and are batched over the others.
-:func:`norm_for_layer` gives them for a tensor as a layer stores it. All that is known of a norm is its record, :class:`Norm`;
-a new one is an entry of ``NORMS``, and a role takes it by its line in ``OPERATOR_NORMS`` or ``UPDATE_NORMS``.
+:func:`norm_for_layer` gives them for a tensor as a layer stores it. All that is known of a norm is its record,
+:class:`Norm`; a new one is an entry of ``NORMS``, and a role takes it by its line in ``OPERATOR_NORMS`` or
+``UPDATE_NORMS``.
 References: Bernstein and Newhouse, arXiv 2409.20325; Pethick et al. (Scion), arXiv 2502.07529.
 """
 

@@ -64,8 +64,8 @@ class LayerwiseRates:
     the optimizer writes into its groups are carried back. With all ratios 1 no view is made.
 
     A step has at most ``max_groups`` groups: where ratios ask for more, near ones are brought together
-    (:class:`dynamon.rates.merging.RatioMerging`; :attr:`merging_error` says how far from what the rule asked for). Ratios of
-    exactly 1 and at a bound of the rule stay.
+    (:class:`dynamon.rates.merging.RatioMerging`; :attr:`merging_error` says how far from what the rule asked for).
+    Ratios of exactly 1 and at a bound of the rule stay.
 
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
@@ -229,7 +229,7 @@ class LayerwiseRates:
         """Ratios ``[L]`` as a step takes them, which may be the one that is taken now."""
         if self._merging is None:
             return ratios
-        merge = self._merging.take if is_taken else self._merging.merged
+        merge = self._merging.apply if is_taken else self._merging.preview
         found = np.append(ratios, 1.0)
         found[self._layer_at] = merge(self._by_parameter(ratios), self._group_at)
         return found[:-1]
@@ -431,12 +431,12 @@ class LayerwiseRates:
 
     def _saved_merging(self) -> dict[str, Any]:
         """The ratios in force, where they are not those that the rule asks for."""
-        if self._merging is None or self._merging.kept is None:
+        if self._merging is None or self._merging.current is None:
             return {}
         ratios = np.ones(len(self.layers) + 1)
-        ratios[self._layer_at] = self._merging.kept
+        ratios[self._layer_at] = self._merging.current
         kept = dict(zip(self._names, ratios[:-1].tolist(), strict=True))
-        return {"merged": {"ratios": kept, **self._merging.saved(self._group_at)}}
+        return {"merged": {"ratios": kept, **self._merging.state(self._group_at)}}
 
     def _load_merging(self, state: Mapping[str, Any] | None) -> None:
         if self._merging is None:

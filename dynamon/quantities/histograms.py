@@ -80,8 +80,8 @@ def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
 def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """The table of whole tensors from the tables of the parts that several processes hold.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a part that lie
-    below those of the whole fall into the one around zero, as they would have.
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a part
+    that lie below those of the whole fall into the one around zero, as they would have.
 
     Args:
         table: What :func:`histogram_table` found in the parts of T tensors here ``[T, 264]``.

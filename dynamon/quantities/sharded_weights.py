@@ -18,7 +18,7 @@ from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.quantities.sharded_norms import largest_here, needs_whole, primal
 from dynamon.quantities.updates import angles, cosines, wide_lengths
 from dynamon.quantities.weights import WeightReadings, log2_or_nan
-from dynamon.spectra import extremes_of, largest_per_stack, per_stack
+from dynamon.spectra import extremes_of, largest_per_stack, reduce_blocks
 
 _SUMS = 5  # squares of weight, weight before, step, step before, and the difference of these two
 _FLAGS = 2  # where a step is known, where two are
@@ -30,8 +30,8 @@ def sharded_weight_readings(
 ) -> WeightReadings:
     """What :func:`dynamon.quantities.weights.weight_readings` finds, from parts.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Sums and maxima over
-    entries and rows come from the parts. Matrices are dealt out, and each, with its step where that has a spectral
+    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Sums and maxima
+    over entries and rows come from the parts. Matrices are dealt out, and each, with its step where that has a spectral
     norm, is gathered on one process.
 
     Args:
@@ -89,7 +89,7 @@ def _of_matrices(here: Sequence[_Here], ranks: Ranks) -> Tensor:
     def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
         layers = [replace(here[i].layer, parameter=tensors[0]) for i, tensors in zip(chosen, wholes, strict=True)]
         stacks = [layer.matrices().float() for layer in layers]
-        spectra = per_stack(extremes_of(stacks), [len(stack) for stack in stacks])
+        spectra = reduce_blocks(extremes_of(stacks), [len(stack) for stack in stacks])
         rows = [spectra.sigma_max, spectra.sigma_lower, spectra.sigma_upper, spectra.stable_rank]
         stepping = [position for position, tensors in enumerate(wholes) if len(tensors) > 1]
         norms = torch.zeros(2, len(chosen), dtype=widest_dtype(rows[0].device), device=rows[0].device)
@@ -143,7 +143,7 @@ def _readings(layers: Sequence[Layer], found: PartialStats, processes: int) -> W
         sigma_lower=_where(is_matrix, lower),
         sigma_upper=_where(is_matrix, upper),
         stable_rank=_where(is_matrix, stable_rank),
-        deviation=log2_or_nan(sigma * factors),
+        log2_spectral_condition=log2_or_nan(sigma * factors),
     )
     return WeightReadings(**{name: value.float() for name, value in vars(readings).items()})
 

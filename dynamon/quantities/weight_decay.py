@@ -51,8 +51,8 @@ def decay_assumption(optimizer: Optimizer) -> str | None:
         return None
     return (
         f"{type(optimizer).__name__} is taken to multiply its weights by 1 - rate x weight_decay, as AdamW does: "
-        "weight/memory and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its groups if "
-        "it adds the decay to the gradient."
+        "weight/initial_fraction and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its "
+        "groups if it adds the decay to the gradient."
     )
 
 

@@ -19,7 +19,7 @@ from dynamon.layers.complex_pairs import as_real
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.quantities import quantities_of
 from dynamon.quantities.updates import angles, compare_steps, differences, wide_lengths
-from dynamon.spectra import WeightSpectrum, extremes_of, largest_per_stack, per_stack, weight_spectra
+from dynamon.spectra import WeightSpectrum, extremes_of, largest_per_stack, reduce_blocks, weight_spectra
 
 FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
 ENTRYWISE = [one for one in quantities_of("weight") if one.entrywise is not None]
@@ -45,9 +45,9 @@ class WeightReadings:
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
         stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors and for a zero matrix.
-        deviation: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
-            :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one, and the
-            same number at every width where it holds with another; NaN for vectors and for a zero matrix.
+        log2_spectral_condition: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral
+            condition :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one,
+            and the same number at every width where it holds with another; NaN for vectors and for a zero matrix.
     """
 
     operator: Tensor
@@ -63,7 +63,7 @@ class WeightReadings:
     sigma_lower: Tensor
     sigma_upper: Tensor
     stable_rank: Tensor
-    deviation: Tensor
+    log2_spectral_condition: Tensor
 
 
 def weight_readings(
@@ -100,7 +100,7 @@ def weight_readings(
         frobenius=lengths.float(),
         rms=(lengths * roots).float(),
         ratio=torch.where(operator > 0, stepping["update"] / operator, torch.nan),
-        deviation=log2_or_nan(found["sigma_max"] * factors),
+        log2_spectral_condition=log2_or_nan(found["sigma_max"] * factors),
         **stepping,
         **found,
     )
@@ -165,7 +165,7 @@ def _extremes(plan: _Plan, layers: Sequence[Layer], weights: Sequence[Tensor]) -
         nothing = torch.full((len(layers),), torch.nan, device=weights[0].device if weights else "cpu")
         return dict.fromkeys(_SPECTRAL, nothing.float())
     stacks = [layers[i].matrices(weights[i]) for i in plan.matrices]
-    found = per_stack(extremes_of([_single(stack) for stack in stacks]), [len(stack) for stack in stacks])
+    found = reduce_blocks(extremes_of([_single(stack) for stack in stacks]), [len(stack) for stack in stacks])
     table = torch.stack([getattr(found, name).float() for name in _SPECTRAL])
     return dict(zip(_SPECTRAL, _spread(table, plan.matrices, len(layers)), strict=True))
 
@@ -279,7 +279,7 @@ def layer_spectra(
 
     Args:
         layers: The layers, on one device. Several blocks of one layer are put together by
-            :func:`dynamon.spectra.per_stack`.
+            :func:`dynamon.spectra.reduce_blocks`.
         exact: Compute in float64.
         group: Processes that all hold these weights and call this together: each takes a part of the layers, and
             one reduction brings the results to all. Where weights are sharded, who holds a part is known without it;
@@ -311,7 +311,7 @@ def layer_spectra(
 
 
 def _spectra(stacks: Sequence[Tensor], exact: bool) -> Tensor:
-    found = per_stack(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
+    found = reduce_blocks(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
     return torch.stack([getattr(found, field.name).double() for field in fields(found)])
 
 

@@ -50,10 +50,10 @@ class RatioMerging:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.kept: NDArray[Any] | None = None  # the ratios in force; None where all are as they were asked for
+        self.current: NDArray[Any] | None = None  # the ratios in force; None where all are as they were asked for
         self.slack = 0.0  # the logarithm of the quotient of two ratios up to which they stay
 
-    def merged(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
+    def preview(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
         """The ratios of the next step.
 
         Args:
@@ -65,39 +65,39 @@ class RatioMerging:
         """
         return self._found(ratios, places)[0]
 
-    def take(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
+    def apply(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
         """The same, for a step that is taken now."""
         found, self.slack = self._found(ratios, places)
-        self.kept = found if self.slack else None
+        self.current = found if self.slack else None
         return found
 
     def _found(self, ratios: NDArray[Any], places: NDArray[Any]) -> tuple[NDArray[Any], float]:
         if count_groups(ratios, places) <= self.most:
             return ratios, 0.0
-        if self.kept is not None and self._holds(ratios):
-            return self.kept, self.slack
+        if self.current is not None and self._holds(ratios):
+            return self.current, self.slack
         found = cluster_ratios(ratios, places, self.most, self._exact)
         return found, max(_HOLD * math.log1p(relative_error(found, ratios)), _LEAST)
 
     def _holds(self, ratios: NDArray[Any]) -> bool:
         """Whether what is in force is still near enough to what is asked for."""
-        assert self.kept is not None
+        assert self.current is not None
         fixed = _are_fixed(ratios, self._exact)
-        if (self.kept[fixed] != ratios[fixed]).any():
+        if (self.current[fixed] != ratios[fixed]).any():
             return False
-        quotient = self.kept[~fixed] / ratios[~fixed]
+        quotient = self.current[~fixed] / ratios[~fixed]
         return bool(np.abs(np.log(quotient)).max(initial=0.0) <= self.slack) if (quotient > 0).all() else False
 
-    def saved(self, places: NDArray[Any]) -> dict[str, float]:
+    def state(self, places: NDArray[Any]) -> dict[str, float]:
         """What :meth:`load` asks for beside the ratios in force."""
-        assert self.kept is not None
-        return {"slack": self.slack, "most": self.most, "groups": count_groups(self.kept, places)}
+        assert self.current is not None
+        return {"slack": self.slack, "most": self.most, "groups": count_groups(self.current, places)}
 
     def load(self, kept: NDArray[Any], saved: Mapping[str, float], places: NDArray[Any]) -> None:
         """Take up what was in force, where it was made for as many groups and still makes as many as it did."""
         self.forget()
         if saved["most"] == self.most and saved["groups"] == count_groups(kept, places):
-            self.kept, self.slack = kept, saved["slack"]
+            self.current, self.slack = kept, saved["slack"]
 
 
 def count_groups(ratios: NDArray[Any], places: NDArray[Any]) -> int:

@@ -24,6 +24,7 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.util import tensor_util
 
 from dynamon.runs.history import Series
+from dynamon.runs.renamed import current_tag
 
 _EVENTS = "*tfevents*"
 _PLUGIN = "dynamon"  # of the tensor summaries that hold all layers of a quantity
@@ -191,7 +192,7 @@ class EventFile:
             yield SessionStart(step)
         for value in event.summary.value:
             if value.HasField("simple_value"):
-                yield value.tag, step, value.simple_value
+                yield current_tag(value.tag), step, value.simple_value
                 continue
             plugin = value.metadata.plugin_data
             if plugin.plugin_name == "scalars":
@@ -200,11 +201,11 @@ class EventFile:
                 self._layers[value.tag] = plugin.content, _layer_names(plugin.content)
             try:
                 if value.tag in self._scalars:
-                    yield value.tag, step, float(tensor_util.make_ndarray(value.tensor))
+                    yield current_tag(value.tag), step, float(tensor_util.make_ndarray(value.tensor))
                 elif value.tag in self._layers:
                     names, row = self._layers[value.tag][1], _row(value.tensor)
                     if len(names) == len(row):
-                        yield value.tag.removesuffix(_LAYERS), step, (names, row)
+                        yield current_tag(value.tag.removesuffix(_LAYERS)), step, (names, row)
             except (TypeError, ValueError):  # not the tensor that its metadata promise
                 continue
 

@@ -11,6 +11,7 @@ from dynamon.runs.event_files import EventLog, Point, event_files, natural_key
 from dynamon.runs.folders import TABLE, find_runs, printable
 from dynamon.runs.history import RunData, Series
 from dynamon.runs.history import last_step as last_step  # it stays part of this module
+from dynamon.runs.renamed import current_tag
 
 
 def read_run(folder: Path | str) -> dict[str, Series]:
@@ -207,7 +208,7 @@ def _points(header: list[str], row: list[str]) -> Iterator[Point]:
     for tag, cell in zip(header, row, strict=False):
         value = None if tag == "step" else _number(cell)
         if value is not None:
-            yield tag, int(step), value
+            yield current_tag(tag), int(step), value
 
 
 def _number(cell: str) -> float | None:

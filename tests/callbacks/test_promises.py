@@ -172,7 +172,7 @@ def test_promise_2_correct_or_marked() -> None:
     assert len(history["sharpness/stability_ratio_unconverged"]) >= 5
     assert len(history.get("sharpness/stability_ratio", ())) == 0
     assert len(history["sharpness/stability_ratio_residual"]) >= 5
-    assert (history["sharpness/products"].values > 0).all()
+    assert (history["sharpness/matvecs"].values > 0).all()
 
 
 class _Transfers(torch.utils._python_dispatch.TorchDispatchMode):

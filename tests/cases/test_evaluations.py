@@ -289,7 +289,7 @@ def test_what_holders_of_the_standard_library_count_is_counted_in_training_only(
 
 
 def test_alone_a_loss_with_a_state_of_its_own_does_not_converge():
-    """Without ``undisturbed`` nobody can put buffers back: the eigenvalue is marked."""
+    """Without ``preserve_state`` nobody can put buffers back: the eigenvalue is marked."""
     module = moving("running scale", torch.float32)
     operator = HessianOperator(lambda: loss_of(module, torch.float32), held(module), backend="finite_difference")
     found = top_eigenvalues(operator)
@@ -744,7 +744,7 @@ def test_nothing_is_shown_of_differences_that_are_lost_in_rounding():
         fit(CastInside(mlp()), [monitor], steps=3)
     shown = {tag for tag in monitor.history if tag.startswith("sharpness/")}
     assert shown <= {"sharpness/critical_multiple", "sharpness/critical", "sharpness/probe_loss",
-                     "sharpness/probe_samples", "sharpness/products"}  # fmt: skip
+                     "sharpness/probe_samples", "sharpness/matvecs"}  # fmt: skip
     assert "sharpness/critical_multiple" in shown
 
 
@@ -1271,7 +1271,7 @@ def test_what_measures_tells_what_it_has_found():
     assert repr(tracker) == "EigenTracker(k=1, 0 measurements, the next one cold)"
     tracker.update(hessian)
     assert repr(tracker) == "EigenTracker(k=1, 1 measurement, the next one warm)"
-    found = spectral_density(hessian, steps=20, probes=1)
+    found = spectral_density(hessian, steps=20, num_vectors=1)
     assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
     assert len(repr(found)) < 200
 

@@ -46,7 +46,7 @@ from tests.helpers import Classifier, batches, fit, mlp, same_weights
 TOLERANCE = 5e-3
 SOLVED = "_share", "_overlap"  # of eigenvectors that are known to the tolerance of the solver
 # Time, what jumps by a whole candidate or burst, second moments that round to zero.
-UNLIKE = ("dynamon/", "spectrum/tail", "sharpness/products", "sharpness/left_out")
+UNLIKE = ("dynamon/", "spectrum/tail", "sharpness/matvecs", "sharpness/excluded_coordinates")
 
 
 def small() -> nn.Module:
@@ -269,12 +269,12 @@ def curvature(device: Any) -> dict[str, float]:
     ggn = GGNOperator(lambda: network(x), lambda z: cross_entropy(z, y), params)
     pairs = {name: top_eigenvalues(hessian, k=2, method=name, tol=1e-4) for name in ("lanczos", "power")}
     pairs["gram"] = top_eigenvalues(ggn, method="gram", tol=1e-4)
-    density = spectral_density(hessian, steps=10, probes=2)
+    density = spectral_density(hessian, steps=10, num_vectors=2)
     scipy = hessian.to_scipy() @ np.ones(hessian.shape[0])
     return {
         **{f"{name} {i}": float(value) for name, found in pairs.items() for i, value in enumerate(found.values)},
         "upper": float(pairs["gram"].upper or math.nan),
-        "trace": trace(hessian, samples=4).value,
+        "trace": trace(hessian, num_vectors=4).value,
         "density": float((density.weights * density.nodes).sum()),
         "directional": directional_sharpness(hessian, hessian.gradient).sharpness,
         "batch": batch_sharpness([hessian]),

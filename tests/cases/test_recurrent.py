@@ -146,7 +146,7 @@ def evaluated(how: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
     params = list(module.parameters())
     if how == "measure":
         measure(module, (x, y), loss_fn=lambda m, b: cross_entropy(m(b[0]), b[1]))
-    elif how == "undisturbed":
+    elif how == "preserve_state":
         with preserve_state(module, seed=3):
             loss()
     elif how == "critical":
@@ -158,7 +158,7 @@ def evaluated(how: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         operator @ operator.gradient
 
 
-WAYS = ("measure", "undisturbed", "critical", "ggn", "double_backward", "finite_difference")
+WAYS = ("measure", "preserve_state", "critical", "ggn", "double_backward", "finite_difference")
 
 
 @pytest.mark.parametrize("how", WAYS)

@@ -286,8 +286,8 @@ def test_a_flipped_byte_costs_one_record_and_is_said(tmp_path, byte):
     assert run["x"].steps.tolist() == [*range(50), *range(51, 120)]
     live = LoggedRun(tmp_path)
     assert (
-        live.news(0, 0)["damage"]
-        == live.news(0, 0)["damage"]
+        live.updates(0, 0)["damage"]
+        == live.updates(0, 0)["damage"]
         == [f"{path} is damaged: bytes {first} to {first + 39} were passed over."]
     )
 
@@ -360,7 +360,7 @@ def test_files_that_vanish_and_files_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refused)
     with pytest.warns(UserWarning, match=r"tfevents.2.a cannot be read \(Permission denied\)"):
         assert len(read_run(tmp_path)["x"]) == 100
-    assert len(LoggedRun(tmp_path).news(0, 0)["damage"]) == 1
+    assert len(LoggedRun(tmp_path).updates(0, 0)["damage"]) == 1
     monkeypatch.undo()
     reader = Reader(LoggedRun(tmp_path))
     reader.ask()

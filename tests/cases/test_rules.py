@@ -367,6 +367,6 @@ def test_decay_that_rounds_away_is_none(dtype, share):
 def test_weight_memory_of_a_run_in_bfloat16():
     module = Classifier(mlp(), lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01))
     data, _ = fit_watched(module, steps=20, precision="bf16-true")
-    assert (data.tables["weight/memory"].values == 1.0).all()
+    assert (data.tables["weight/initial_fraction"].values == 1.0).all()
     data, _ = fit_watched(Classifier(mlp(), lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01)), steps=20)
-    np.testing.assert_allclose(data.tables["weight/memory"].values[-1], (1 - 1e-6) ** 20, rtol=1e-7)
+    np.testing.assert_allclose(data.tables["weight/initial_fraction"].values[-1], (1 - 1e-6) ** 20, rtol=1e-7)

@@ -94,7 +94,7 @@ def critical_sharpness(
     def value(step: Tensor) -> Tensor:
         nonlocal count
         count += 1
-        with torch.no_grad(), flat.moved(step), evaluations.another():
+        with torch.no_grad(), flat.perturbed(step), evaluations.another():
             return loss_fn()
 
     with watch:

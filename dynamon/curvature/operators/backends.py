@@ -211,7 +211,7 @@ class FiniteDifference:
         return (ahead - behind) * (norm / (2 * step))
 
     def _gradient_at(self, step: Tensor) -> Tensor:
-        with self._params.moved(step):
+        with self._params.perturbed(step):
             return self._evaluate()[1]
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:

@@ -201,6 +201,6 @@ class HessianOperator(LinearOperator):
         """Relative difference of the product between two step sizes; 0 with double backward, infinite in doubt."""
         return self._engine.error(vector) if self.doubt is None else math.inf
 
-    def likely_direction(self) -> Tensor:
+    def initial_direction(self) -> Tensor:
         """The gradient, most of which lies in the top eigenspace (Gur-Ari et al., arXiv 1812.04754)."""
         return self.gradient

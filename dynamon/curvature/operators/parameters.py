@@ -174,7 +174,7 @@ class FlatParameters:
         return torch.cat([pieces[i] for i in places])
 
     @contextmanager
-    def moved(self, step: Tensor) -> Iterator[None]:
+    def perturbed(self, step: Tensor) -> Iterator[None]:
         """The parameters at ``theta + step`` for a while; bitwise what they were at exit.
 
         Their storage is exchanged, not written to, so that graphs built before stay valid.
