@@ -166,10 +166,9 @@ def _meters(
     solver: tuple[float, int, OutputsFn | None, float | None],
     convolutions: bool,
 ) -> list[Meter]:
-    """Gradients, weights and steps keep to their part of the budget, eigenvalues take what they leave."""
-    steps, eigenvalues = (partial(Cadence, every_n_steps, chosen.sharpness, share) for share in (0.2, 1.0))
+    """Make the meters of a preset."""
     return [
-        GradientMeter(Cadence(every_n_steps, chosen.gradients, share=0.2), chosen.histograms),
-        WeightMeter(Cadence(every_n_steps, chosen.weights, share=0.1), chosen.histograms, convolutions),
-        *sharpness_meters(tuple(chosen.quantities), probe, steps, eigenvalues, *solver),
+        GradientMeter(Cadence(every_n_steps, chosen.gradients), chosen.histograms),
+        WeightMeter(Cadence(every_n_steps, chosen.weights), chosen.histograms, convolutions),
+        *sharpness_meters(tuple(chosen.quantities), probe, partial(Cadence, every_n_steps, chosen.sharpness), *solver),
     ]

@@ -78,4 +78,4 @@ class GradientMonitor(Monitor):
 
 
 def _meters(every_n_steps: int | None, with_histograms: bool) -> list[Meter]:
-    return [GradientMeter(Cadence(every_n_steps, interval=4, share=1.0), with_histograms)]
+    return [GradientMeter(Cadence(every_n_steps, interval=4), with_histograms)]

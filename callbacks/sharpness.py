@@ -160,17 +160,16 @@ class SharpnessMonitor(Monitor):
         check_probe(probe_batches, probe_fraction, loss_fn, probe_size, probe_weight)
         check_solver(quantities, outputs, tol, max_matvecs, memory_limit)
         probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction, probe_size, probe_weight, save=save_probe)
-        cadence = partial(Cadence, every_n_steps, 20, 1.0)
+        cadence = partial(Cadence, every_n_steps, 20)
         solver = (tol, max_matvecs, outputs, memory_limit)
-        make_meters = partial(sharpness_meters, tuple(quantities), probe, cadence, cadence, *solver)
+        make_meters = partial(sharpness_meters, tuple(quantities), probe, cadence, *solver)
         super().__init__(make_meters, budget, layers, loggers, strict)
 
 
 def sharpness_meters(
     quantities: Sequence[str],
     probe: partial[ProbeMeter],
-    steps_cadence: partial[Cadence],
-    eigenvalue_cadence: partial[Cadence],
+    cadence: partial[Cadence],
     tol: float = 1e-2,
     max_matvecs: int = 40,
     outputs: OutputsFn | None = None,
@@ -178,9 +177,9 @@ def sharpness_meters(
 ) -> list[Meter]:
     """A probe and the two meters that measure on it, in the order in which they must be called."""
     kept = probe(second="bracket" in quantities)
-    steps = UpdateCurvatureMeter(steps_cadence(), kept, [q for q in quantities if q in _OF_STEPS])
+    steps = UpdateCurvatureMeter(cadence(), kept, [q for q in quantities if q in _OF_STEPS])
     wanted = [q for q in quantities if q in _OF_SPECTRUM]
-    meter = EigenvalueMeter(eigenvalue_cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
+    meter = EigenvalueMeter(cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
     return [kept, steps, meter]
 
 

@@ -65,4 +65,4 @@ class WeightMonitor(Monitor):
 
 
 def _meters(every_n_steps: int | None, with_histograms: bool, with_convolutions: bool) -> list[Meter]:
-    return [WeightMeter(Cadence(every_n_steps, interval=20, share=1.0), with_histograms, with_convolutions)]
+    return [WeightMeter(Cadence(every_n_steps, interval=20), with_histograms, with_convolutions)]

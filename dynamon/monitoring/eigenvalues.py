@@ -211,11 +211,7 @@ class EigenvalueMeter(Meter):
         return products * median([guess, *self._product_seconds])
 
     def _is_due(self, run: RunContext) -> bool:
-        return (
-            not self.is_off()
-            and self._probe.is_expected(run)
-            and self.cadence.due(run, self.name, self.expected, run.step)
-        )
+        return not self.is_off() and self._probe.is_expected(run) and self.is_due(run)
 
     def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""

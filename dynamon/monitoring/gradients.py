@@ -82,12 +82,12 @@ class GradientMeter(PairMeter):
                     "gradients are gone before they can be read (an optimizer that works in backward, or "
                     "zero_grad before the step): gradient/ and noise/ are left out, weights and updates are measured.",
                 )
-                if self.reads(run):
+                if self.is_due(run):
                     run.recorder.history.add("gradient/norm", run.step, float("nan"))
             return
         if not watch.is_last:
             return
-        reads, keeps = self.reads(run), self._watching and self.keeps(run)
+        reads, keeps = self.is_due(run), self._watching and self.keeps(run)
         self._reading = reads
         source = self._source(run, optimizer, looks=reads or keeps)
         if not source.has_layers:
@@ -131,10 +131,10 @@ class GradientMeter(PairMeter):
         # By hand a step may come at any batch, and takes up what came before.
         by_hand = not run.module.automatic_optimization
         if by_hand or begins_window(run.trainer):
-            self._watching = by_hand or self.reads(run) or self.keeps(run)
+            self._watching = by_hand or self.is_due(run) or self.keeps(run)
         if self._watching:
             windows_of(run.trainer).batch_start(run.trainer, batch)
-        if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.reads(run):
+        if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.is_due(run):
             with run.charge(self.name):
                 for source in self._all_sources(run):
                     source.watch_ranks()
@@ -150,7 +150,7 @@ class GradientMeter(PairMeter):
             return
         windows = windows_of(run.trainer)
         windows.after_backward(run.trainer)
-        if not has_windows(run.trainer, run.module) or not self.reads(run):
+        if not has_windows(run.trainer, run.module) or not self.is_due(run):
             return
         for optimizer in run.trainer.optimizers:
             share = windows.half(run.trainer, optimizer)
@@ -165,23 +165,20 @@ class GradientMeter(PairMeter):
         read, self._read = self._read, {}
         used, self._used = self._used, {}
         reads, self._reading = self._reading, False
-        if (reads or self._keeping) and not run.steps.any_taken():
+        if (reads or self.keeps(run)) and not run.steps.any_taken():
             self._settle(run, read)
             for source in self._sources.values():
                 source.forget()  # what was read or kept is of no step
             return
-        try:
-            shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o, r)}
-            self._moved = {}
-            if reads and (shown or run.ranks.is_distributed):
-                with run.together(self.name):
-                    arrived = {optimizer: awaited.wait() for optimizer, awaited in read.items()}
-                    self._hand_on(run, [arrived[o] for o in shown], [used.get(o) for o in shown])
-                self.done(run)
-            else:
-                self._settle(run, read)
-        finally:
-            self.turn(run)
+        shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o, r)}
+        self._moved = {}
+        if reads and (shown or run.ranks.is_distributed):
+            with run.together(self.name):
+                arrived = {optimizer: awaited.wait() for optimizer, awaited in read.items()}
+                self._hand_on(run, [arrived[o] for o in shown], [used.get(o) for o in shown])
+            self.done(run)
+        else:
+            self._settle(run, read)
 
     def _settle(self, run: RunContext, read: Mapping[Optimizer, AwaitedReading]) -> None:
         """Have what is not shown counted all the same."""
@@ -212,9 +209,12 @@ class GradientMeter(PairMeter):
             self._told.add(key)
             rank_zero_info(sentence)
 
-    def wake(self, run: RunContext) -> None:
-        """What was kept is of another step."""
-        super().wake(run)
+    def is_idle(self, run: RunContext) -> bool:
+        """Return False by hand, where a window may begin at any batch."""
+        return run.module.automatic_optimization
+
+    def lapse(self, run: RunContext) -> None:
+        """Forget what was kept: steps pass that are not seen."""
         for source in self._sources.values():
             source.forget()
 

@@ -214,8 +214,7 @@ class Monitor(DynamonCallback):
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
             self._run.go_back()
-            for meter in self._meters:
-                meter.cadence.go_back_to(step)
+            self._run.planner.begin(step, None, self._run.trying_out)
         self._next_step = step
 
     def on_train_batch_start(
@@ -228,9 +227,6 @@ class Monitor(DynamonCallback):
             self._run.hook()
             self._run.steps.batch_start()
             self._go_back_to(self._run.step)
-            for meter in self._meters:
-                meter.cadence.begin(self._run.step)
-            self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
             self._call_all("batch_start", batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -424,7 +420,7 @@ class Monitor(DynamonCallback):
             return
         if meter.name in self._resting:
             self._resting.discard(meter.name)
-            meter.wake(self._run)
+            meter.lapse(self._run)
         points = meter.points
         try:
             getattr(meter, method)(self._run, *arguments)
@@ -484,10 +480,10 @@ class Monitor(DynamonCallback):
             room = meter.make_room(self._run)
         self._recorder.forget()
         self._failures += 1
-        meter.cadence.last = self._run.step
         in_a_row = self._in_a_row.add(meter.name, self._run.step + 1, meter.cadence.unit)
         if in_a_row >= PAUSE_AFTER:
             self._resting.add(meter.name)
+            meter.cadence.rest(self._in_a_row.until[meter.name])
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         pauses = in_a_row == PAUSE_AFTER
         after = (

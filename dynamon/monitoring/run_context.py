@@ -12,7 +12,8 @@ from dynamon.layers import Layer
 from dynamon.monitoring.base import is_tryout, step_of
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.layer_set import LayerSet
-from dynamon.monitoring.rank_decisions import Decisions, ranks_of
+from dynamon.monitoring.planner import Planner
+from dynamon.monitoring.rank_decisions import ranks_of
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.stepping import Steps
 from dynamon.monitoring.weight_copies import copied
@@ -27,7 +28,7 @@ class RunContext:
         budget: Times measurements.
         recorder: Takes readings.
         ranks: The processes that measure together, this one alone where there is no other.
-        decisions: When they measure under a budget.
+        planner: When they measure.
         steps: Which optimizers really step.
         begun_at: The step at which this fit began.
         unsettled: What went wrong in a meter on this process and has yet to be said to the others, by its name.
@@ -44,7 +45,7 @@ class RunContext:
         """Remember them, and read the layers."""
         self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
         self._set = LayerSet(module, patterns)
-        self.ranks, self.decisions = ranks_of(trainer, module), Decisions()
+        self.ranks, self.planner = ranks_of(trainer, module), Planner(budget)
         self.steps = Steps(trainer, module, self.ranks, budget.waiting)
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
@@ -92,7 +93,7 @@ class RunContext:
 
     def go_back(self) -> None:
         """Training goes on from an earlier step."""
-        self.decisions, self.begun_at = Decisions(), min(self.begun_at, self.step)
+        self.begun_at = min(self.begun_at, self.step)
         self.unsettled.clear()
         self.forget_copies()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.kernels import widest_dtype
-from dynamon.kernels.constants import moved, on_device
+from dynamon.kernels.constants import on_device, to_device
 from dynamon.quantities.names import word_runs
 
 _COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
@@ -231,7 +231,7 @@ class DecayRetention:
         if isinstance(shrinks[0], Tensor):
             lost = torch.stack([shrink.detach().reshape(()) for shrink in shrinks]).to(device, wide)
         else:
-            lost = moved(torch.tensor(shrinks, dtype=wide, device="cpu"), device)
+            lost = to_device(torch.tensor(shrinks, dtype=wide, device="cpu"), device)
         if flags:
             lost = lost * torch.stack(flags).eq(0)
         table = lost[:, None] * on_device(scales, device, wide)
