@@ -180,6 +180,7 @@ def sharpness_meters(
     steps = UpdateCurvatureMeter(cadence(), kept, [q for q in quantities if q in _OF_STEPS])
     wanted = [q for q in quantities if q in _OF_SPECTRUM]
     meter = EigenvalueMeter(cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
+    kept.users = (steps, meter)
     return [kept, steps, meter]
 
 
