@@ -19,12 +19,13 @@ class Cadence:
         next: Step of the next reading; infinity while none is planned.
         rests_until: Step before which nothing is read, after failures.
         is_tryout: Whether every step is read (``fast_dev_run``).
+        is_open: Whether the planner has to find the step of the next reading.
     """
 
     def __init__(self, every_n_steps: int | None, interval: int) -> None:
         """Plan nothing."""
         self.every_n_steps, self.interval = every_n_steps, interval
-        self.lead, self.is_tryout = 0, False
+        self.lead, self.is_tryout, self.is_open = 0, False, False
         self.last, self.next, self.rests_until = -math.inf, NEVER, -math.inf
         self._tried = -math.inf  # step at which a reading was due and did not come about
 
@@ -96,4 +97,4 @@ class Cadence:
         elif self.every_n_steps is not None:
             self.next = (after // self.every_n_steps + 1) * self.every_n_steps
         else:
-            self.next = NEVER
+            self.next, self.is_open = NEVER, True

@@ -213,7 +213,7 @@ class EigenvalueMeter(Meter):
         return self.is_off() or quantity not in self._wanted
 
     def _expected_extra(self, run: RunContext, quantity: str) -> float | None:
-        return self._allowance.price(self._products_of(run, quantity), self._probe.gradient_seconds)
+        return self._allowance.price(self._products_of(run, quantity), self._probe.graph_seconds)
 
     def expected(self, run: RunContext) -> float | None:
         """Return the seconds of the coming measurement, its extras left out; None as long as nothing was timed.
@@ -222,7 +222,7 @@ class EigenvalueMeter(Meter):
         """
         tracked = list(self._trackers.values()) or [self._tracker(k) for k in self._first_solves()]
         products = sum(map(_products_of_solve, tracked))
-        price = self._allowance.price(products, self._probe.gradient_seconds)
+        price = self._allowance.price(products, self._probe.graph_seconds)
         least = self.least(run)
         if price is None or least is None or self._took:
             return price
@@ -230,7 +230,7 @@ class EigenvalueMeter(Meter):
 
     def least(self, run: RunContext) -> float | None:
         """Return the seconds of the smallest measurement."""
-        return self._allowance.price(LEAST, self._probe.gradient_seconds)
+        return self._allowance.price(LEAST, self._probe.graph_seconds)
 
     def _first_solves(self) -> list[int]:
         """How many eigenvalues each of the first solves follows."""
@@ -287,7 +287,7 @@ class EigenvalueMeter(Meter):
         if not self._fits(run):
             return 0
         self._probe.agree(run)
-        self._allowance.open(run, self.cadence.is_planned, self._probe.gradient_seconds)
+        self._allowance.open(run, self.cadence.is_planned, self._probe.graph_seconds)
         with self._probe.evaluation(run) as params:
             hessian = self._probe.hessian(run, params)
             self._is_solving = True  # from here on the loss and its gradient fit

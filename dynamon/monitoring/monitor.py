@@ -19,12 +19,13 @@ from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.health import LOSS_TAG, Finding
 from dynamon.layers import Layer, is_measurable, known_layers, select
 from dynamon.monitoring.accumulation import begin_windows
-from dynamon.monitoring.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
+from dynamon.monitoring.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason, step_of
 from dynamon.monitoring.budget import Budget, overhead_of
 from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
 from dynamon.monitoring.health_watch import HealthWatch, StepLoss, histories_of
 from dynamon.monitoring.meter import Meter
-from dynamon.monitoring.rank_decisions import ranks_of
+from dynamon.monitoring.planner import FIRST_STEPS
+from dynamon.monitoring.rank_decisions import ranks_of, review
 from dynamon.monitoring.recorder import Recorder, Row
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.stepping import SkippedSteps
@@ -33,6 +34,8 @@ from dynamon.quantities import quantities_of
 from dynamon.quantities.names import plain_name
 from dynamon.runs.history import History
 
+GRACE = 3.0  # seconds: first readings of a GPT of a million parameters take 1.4 s on a slow core
+_GRACE = "grace"  # its key in the state
 _MEASURED = "Weights are measured in floating point of sixteen bits or more, and in complex64 and complex128."
 
 
@@ -49,6 +52,7 @@ class Monitor(DynamonCallback):
         layers: Globs for the layers with readings of their own; ``!`` excludes.
         loggers: Loggers to write to, by (part of) class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning.
+        grace: Seconds that it may take beyond its share, once.
     """
 
     def __init__(
@@ -58,10 +62,11 @@ class Monitor(DynamonCallback):
         layers: Sequence[str] | None = None,
         loggers: Sequence[Any] | None = None,
         strict: bool = False,
+        grace: float = GRACE,
     ) -> None:
         """Remember what to measure."""
         super().__init__()
-        self._make_meters = make_meters
+        self._make_meters, self._grace = make_meters, grace
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
         self._state: dict[str, Any] = {}
         self._panels: Layout | None = None  # where somebody has set them
@@ -81,7 +86,7 @@ class Monitor(DynamonCallback):
     def _forget(self) -> None:
         """Begin like new: a callback may see several fits."""
         self._meters = self._make_meters()
-        self._budget = Budget(self._fraction)
+        self._budget = Budget(self._fraction, self._grace)
         self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
         self._detach()
         self._run: RunContext | None = None
@@ -89,8 +94,9 @@ class Monitor(DynamonCallback):
         self._in_a_row, self._resting = Failures(), set[str]()
         self._causes: set[str] = set()
         self._skipped = SkippedSteps(type(self).__name__)
-        self._measured = self._started = False
+        self._measured = self._started = self._has_told = False
         self._next_step = 0
+        self.asleep, self._slept_at = False, 0
         self._health = HealthWatch(type(self).__name__)
 
     @property
@@ -185,11 +191,22 @@ class Monitor(DynamonCallback):
             rank_zero_info(f"{type(self).__name__}: the Trainer has no logger; readings are in its .history only.")
         run.steps.listen(self._step_begins, partial(self._call_all, "at_step"))
         self._detach()
+        self._take_grace()
         self._run, self._started = run, False
+        for meter in self._meters:
+            for plan in meter.plans(run):
+                run.planner.add(plan)
         self._go_back_to(run.step)
+        run.planner.begin(run.step, _length(trainer), run.trying_out)
         for sentence in warnings_of(trainer, type(self).__name__, self._meters):
             rank_zero_warn(sentence)
         self._has_started()
+
+    def _take_grace(self) -> None:
+        """Go on with what a saved run has left of its grace."""
+        left = self._state.pop(_GRACE, None)
+        if left is not None:
+            self._budget.grace = min(float(left), self._grace)
 
     def _has_started(self) -> bool:
         """Whether the meters have; they do when there is something to measure, after a first batch perhaps."""
@@ -221,6 +238,8 @@ class Monitor(DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Let the meters see the batch."""
+        if self.asleep and self._sleeps_on(step_of(trainer)):
+            return
         Row.of(trainer).close()
         if self._run is not None:
             self._budget.start()
@@ -231,12 +250,12 @@ class Monitor(DynamonCallback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let the meters see gradients before more is added to them."""
-        if self._run is not None:
+        if not self.asleep and self._run is not None:
             self._call_all("before_backward")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the meters see gradients that are still being accumulated."""
-        if self._run is not None:
+        if not self.asleep and self._run is not None:
             self._run.steps.passes += 1
             self._call_all("after_backward")
 
@@ -244,7 +263,7 @@ class Monitor(DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Let the meters see the gradients."""
-        if self._run is not None:
+        if not self.asleep and self._run is not None:
             self._step_begins(optimizer)
 
     def _step_begins(self, optimizer: Optimizer) -> None:
@@ -256,7 +275,8 @@ class Monitor(DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the meters measure, if the optimizer has stepped, and hand on what they read."""
-        self._after_batch(trainer, outputs)
+        if not self.asleep:
+            self._after_batch(trainer, outputs)
         self.send_row(trainer)
 
     def _after_batch(self, trainer: pl.Trainer, outputs: Any) -> None:
@@ -269,9 +289,9 @@ class Monitor(DynamonCallback):
         loss = StepLoss(self._run, outputs)
         self._call_all("batch_end")
         self._run.forget_copies()
-        if self._run.steps.may_have_stepped:
-            for meter in self._meters:
-                meter.cadence.passed(self._run.step)
+        has_stepped = self._run.steps.may_have_stepped
+        for meter in self._meters:
+            (meter.cadence.passed if has_stepped else meter.cadence.put_off)(self._run.step)
         self._skipped.see(self._run)
         self._run.steps.end()
         if self._measured:
@@ -283,9 +303,55 @@ class Monitor(DynamonCallback):
             self._health.see(self._run, *histories_of(trainer))
         self._measured = False
         self._next_step = self._run.step + 1
+        self._plan()
         self._budget.start()
         if not self._started and not any(is_lazy(p) for p in self._run.module.parameters()):
             self._give_up()
+
+    def _plan(self) -> None:
+        """Plan the readings to come, and look at nothing before the first of them."""
+        run = self._run
+        assert run is not None
+        if run.planner.is_due(run.step):
+            with self._budget.watch():
+                review(run)
+            self._tell_late()
+        wakes_at = run.planner.wakes_at
+        if (
+            wakes_at > run.step + 1
+            and self._started
+            and run.steps.can_sleep
+            and all(m.is_idle(run) for m in self._meters)
+        ):
+            self.asleep, self._slept_at = True, run.step + 1
+            run.steps.sleep()
+            for meter in self._meters:
+                meter.lapse(run)
+
+    def _sleeps_on(self, step: int) -> bool:
+        """Return whether nothing has to be done at a step; else take up what was not looked at."""
+        run = self._run
+        if run is None or self._slept_at <= step < run.planner.wakes_at:
+            return True
+        self.asleep = False
+        run.steps.sleep(False)
+        run.steps_seen += max(step - self._slept_at, 0)
+        self._next_step = max(self._next_step, min(step, self._slept_at))
+        return False
+
+    def _tell_late(self) -> None:
+        """Say once what the grace does not pay for, and when it comes."""
+        run = self._run
+        assert run is not None
+        if self._has_told or run.step < run.begun_at + FIRST_STEPS or self._fraction is None:
+            return
+        self._has_told = True
+        for plan, seconds, step in run.planner.late():
+            when = "it comes when that is earned" if math.isinf(step) else f"the first is planned at step {step:.0f}"
+            rank_zero_info(
+                f"{type(self).__name__}: one {plan.name} reading takes about {seconds:.2g} s, more than grace="
+                f"{self._grace:.3g} has left: {when}. Raise grace or budget to have it sooner."
+            )
 
     def _give_up(self) -> None:
         """Shapes are known by now, and still there is nothing to measure."""
@@ -322,11 +388,13 @@ class Monitor(DynamonCallback):
         self._last_look(trainer)
         for meter in self._meters:
             if self._run is not None and meter.is_missed() and not self.paused(meter) and not self._run.trying_out:
+                seconds = meter.expected(self._run)
+                takes = "is not known to fit" if seconds is None else f"takes about {seconds:.2g} s"
                 rank_zero_info(
-                    f"{type(self).__name__}: no {meter.name} reading in this run: one takes about "
-                    f"{meter.expected(self._run):.2g} s, and a budget of {self._fraction:.3g} gave all of them "
-                    f"{(self._fraction or 0) * self._budget.training:.2g} s{self._hooks()}. Raise budget, or set "
-                    "every_n_steps."
+                    f"{type(self).__name__}: no {meter.name} reading in this run: one {takes}, and a budget of "
+                    f"{self._fraction:.3g} with a grace of {self._grace:.3g} s gave all of them "
+                    f"{(self._fraction or 0) * self._budget.training + self._grace:.2g} s{self._hooks()}. Raise "
+                    "budget or grace, or set every_n_steps."
                 )
 
     def _hooks(self) -> str:
@@ -369,7 +437,8 @@ class Monitor(DynamonCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The meters' states: numbers and tensors by name; those loaded and not yet taken up stay as they are."""
-        return {**{meter.name: meter.state_dict() for meter in self._meters}, **self._state}
+        own = {meter.name: meter.state_dict() for meter in self._meters}
+        return {**own, _GRACE: self._budget.grace_left, **self._state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state up when training starts, or at once in the middle of it.
@@ -496,6 +565,16 @@ class Monitor(DynamonCallback):
         self._causes.add(first_line)  # what stops two meters at once is one story
         if news or room or pauses:
             rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {first_line} {after}")
+
+
+def _length(trainer: pl.Trainer) -> float | None:
+    """Steps of a run; None where that is not known."""
+    if step_of(trainer) > 0 or trainer.fit_loop.max_epochs == -1 and trainer.max_steps == -1:
+        return None
+    try:
+        return trainer.estimated_stepping_batches
+    except Exception:
+        return None
 
 
 def _dtypes(layers: Sequence[Layer]) -> str:

@@ -171,6 +171,10 @@ class Planner:
         own = [plan.cadence.wakes_at for plan in self.plans if not plan.rides]
         return min([*own, self.reviews_at])
 
+    def is_due(self, step: int) -> bool:
+        """Return whether to plan anew at the end of a step: something was read, or time has passed."""
+        return step >= self.reviews_at or any(plan.cadence.is_open for plan in self.plans if plan.cadence.is_planned)
+
     def review(self, step: int, steps_taken: int) -> list[float]:
         """Plan anew after a step.
 
@@ -182,7 +186,8 @@ class Planner:
             The step of the next reading of each group, then that of the next review; for :meth:`take`.
         """
         budgeted = [plan for plan in self.plans if plan.cadence.is_planned and not plan.is_off()]
-        prices = {plan.name: plan.price() for plan in budgeted}
+        is_free = self.budget.fraction is None
+        prices = {plan.name: 0.0 if is_free else plan.price() for plan in budgeted}
         known = [plan for plan in budgeted if prices[plan.name] is not None]
         planned = self._planned(step, steps_taken, known, {p.name: float(prices[p.name] or 0.0) for p in known})
         nexts = [planned.get(plan.name, NEVER if plan.cadence.is_planned else plan.cadence.next) for plan in self.plans]
@@ -193,7 +198,7 @@ class Planner:
         """Take over what a review has found, here or on another process."""
         for plan, step in zip(self.plans, planned, strict=False):
             if plan.cadence.is_planned:
-                plan.cadence.next = step
+                plan.cadence.next, plan.cadence.is_open = step, False
         self.reviews_at = planned[-1]
 
     def _planned(

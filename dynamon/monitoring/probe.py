@@ -64,7 +64,7 @@ class ProbeMeter(Meter):
         samples_in_all: Samples in the probe of all processes, None where they cannot be told apart.
         second_in_all: Whether all have their second set.
         users: Who measures on it.
-        gradient_seconds: What a gradient on it takes; None until that was timed.
+        graph_seconds: What a gradient on it with its graph takes; None until that was timed.
     """
 
     name = "probe"
@@ -84,7 +84,7 @@ class ProbeMeter(Meter):
         self._may_shrink = may_shrink
         super().__init__(Cadence(None, interval=1))
         self.users: Sequence[Meter] = ()
-        self.gradient_seconds: float | None = None
+        self.graph_seconds: float | None = None
         self.loss_fn = loss_fn
         self.share = batches * fraction  # of one batch, roughly: what an evaluation costs in training steps
         self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
@@ -165,7 +165,7 @@ class ProbeMeter(Meter):
 
     def is_off(self) -> bool:
         """Return whether there is nothing to be timed: it was done, or nobody keeps to a budget."""
-        return self.off or self.gradient_seconds is not None or not any(m.cadence.is_planned for m in self.users)
+        return self.off or self.graph_seconds is not None or not any(m.cadence.is_planned for m in self.users)
 
     def is_idle(self, run: RunContext) -> bool:
         """Return whether no more samples are to be kept."""
@@ -184,21 +184,21 @@ class ProbeMeter(Meter):
         if not is_there:
             return
         with run.together(self.name):
-            self._time_gradient(run)
+            self._time_graph(run)
             halvings = self._halvings_that_fit(run)
             for _ in range(halvings):
                 self.halve(run)
             if halvings:
-                self._time_gradient(run)
+                self._time_graph(run)
         self.cadence.read(run.step)
 
-    def _time_gradient(self, run: RunContext) -> None:
+    def _time_graph(self, run: RunContext) -> None:
         self.agree(run)
         with self.evaluation(run) as params:
             begin = time.perf_counter()
             hessian = self.hessian(run, params)
             float(hessian.loss)
-            self.gradient_seconds = time.perf_counter() - begin
+            self.graph_seconds = time.perf_counter() - begin
 
     def _halvings_that_fit(self, run: RunContext) -> int:
         """How often to halve the samples so that the grace pays for a first measurement; 0 where no number does."""

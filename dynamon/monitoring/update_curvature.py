@@ -78,14 +78,14 @@ class UpdateCurvatureMeter(Meter):
     def expected(self, run: RunContext) -> float | None:
         """Return the seconds a measurement took last; before the first, gradients on the probe; None without one.
 
-        Critical sharpness takes five to nine forward passes, directional sharpness a graph and a product, and batch
-        sharpness these on a whole batch.
+        Critical sharpness takes five to nine forward passes; directional sharpness a graph, a product and the check of
+        products; batch sharpness these on a whole batch.
         """
-        if self._seconds is not None or self._probe.gradient_seconds is None:
+        if self._seconds is not None or self._probe.graph_seconds is None:
             return self._seconds
         on_batch = 4 / self._probe.share * ("batch" in self._wanted)
-        gradients = 1 + 3 * ("critical" in self._wanted) + 4 * ("directional" in self._wanted) + on_batch
-        return gradients * self._probe.gradient_seconds
+        graphs = 1 + 2 * ("critical" in self._wanted) + 4 * ("directional" in self._wanted) + on_batch
+        return graphs * self._probe.graph_seconds
 
     def last_update(self, params: FlatParameters) -> Tensor | None:
         """The update that was just made, flat in the order of ``params``; None where it was not kept."""
