@@ -2,6 +2,7 @@
 
 from dynamon.spectra.singular_values import (
     SigmaTracker,
+    SpectralExtremes,
     WeightSpectrum,
     batched_by_shape,
     extremes_of,
@@ -15,6 +16,7 @@ from dynamon.spectra.singular_values import (
 
 __all__ = [
     "SigmaTracker",
+    "SpectralExtremes",
     "WeightSpectrum",
     "batched_by_shape",
     "extremes_of",
