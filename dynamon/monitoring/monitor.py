@@ -197,7 +197,6 @@ class Monitor(DynamonCallback):
             for plan in meter.plans(run):
                 run.planner.add(plan)
         self._go_back_to(run.step)
-        run.planner.begin(run.step, _length(trainer), run.trying_out)
         for sentence in warnings_of(trainer, type(self).__name__, self._meters):
             rank_zero_warn(sentence)
         self._has_started()
@@ -246,6 +245,8 @@ class Monitor(DynamonCallback):
             self._run.hook()
             self._run.steps.batch_start()
             self._go_back_to(self._run.step)
+            if not self._run.planner.has_begun:  # a resumed run knows its step from its first batch on
+                self._run.planner.begin(self._run.step, _length(trainer), self._run.trying_out)
             self._call_all("batch_start", batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

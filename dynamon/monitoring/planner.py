@@ -134,6 +134,7 @@ class Planner:
     Attributes:
         plans: The groups.
         reviews_at: Step at whose end the next review is due, readings or not.
+        has_begun: Whether the first step is known.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -141,6 +142,7 @@ class Planner:
         self.budget = budget
         self.plans: list[Plan] = []
         self.reviews_at: float = -math.inf
+        self.has_begun = False
         self._begun = 0
         self._last_step: int | None = None
         self._start_up = 0.0  # seconds that were no readings, before the first step
@@ -157,6 +159,7 @@ class Planner:
             total: Steps of the run; None, -1 or infinite where that is not known.
             is_tryout: Whether everything is read at every step.
         """
+        self.has_begun = True
         known = total is not None and math.isfinite(total) and total > step
         self._begun, self._last_step = step, int(total) - 1 if known and total is not None else None
         self._start_up = self._other
