@@ -25,7 +25,7 @@ from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import HessianOperator
 from dynamon.curvature.solvers import lanczos
 from dynamon.distributed import work_sharing as dealing
-from dynamon.isolation.batches import Part
+from dynamon.isolation.samples import Part
 from dynamon.monitoring.budget import Budget
 from dynamon.quantities import gradient_reader as gradients
 from tests.helpers import Classifier, mlp
