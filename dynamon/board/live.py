@@ -80,7 +80,7 @@ class LiveFolder:
 
 
 class LoggedRun:
-    """One run, read piece by piece by the rule of :mod:`dynamon.runs.event_files`.
+    """One run, read piece by piece by the rule of :mod:`dynamon.runs.event_log`.
 
     Answers hold what came after ``since``, a count of values read, where it can be appended; and all of a series where
     it cannot, because steps were written anew or the series is thinned. ``epoch`` changes when a file was replaced or
