@@ -33,7 +33,7 @@ class MatvecAllowance:
 
         Args:
             products: How many.
-            graph_seconds: What a gradient on the probe with its graph takes, which tells as long as no product was timed.
+            graph_seconds: What a gradient on the probe with its graph takes; it tells before a product was timed.
         """
         if self._took:
             return products * median(self._took)

@@ -96,7 +96,7 @@ class Monitor(DynamonCallback):
         self._skipped = SkippedSteps(type(self).__name__)
         self._measured = self._started = self._has_told = False
         self._next_step = 0
-        self.asleep, self._slept_at = False, 0
+        self.asleep, self._slept_at, self._wakes_at = False, 0, 0.0
         self._health = HealthWatch(type(self).__name__)
 
     @property
@@ -324,7 +324,7 @@ class Monitor(DynamonCallback):
             and run.steps.can_sleep
             and all(m.is_idle(run) for m in self._meters)
         ):
-            self.asleep, self._slept_at = True, run.step + 1
+            self.asleep, self._slept_at, self._wakes_at = True, run.step + 1, wakes_at
             run.steps.sleep()
             for meter in self._meters:
                 meter.lapse(run)
@@ -332,7 +332,7 @@ class Monitor(DynamonCallback):
     def _sleeps_on(self, step: int) -> bool:
         """Return whether nothing has to be done at a step; else take up what was not looked at."""
         run = self._run
-        if run is None or self._slept_at <= step < run.planner.wakes_at:
+        if run is None or self._slept_at <= step < self._wakes_at:
             return True
         self.asleep = False
         run.steps.sleep(False)
