@@ -188,7 +188,9 @@ class Planner:
         Returns:
             The step of the next reading of each group, then that of the next review; for :meth:`take`.
         """
-        budgeted = [plan for plan in self.plans if plan.cadence.is_planned and not plan.is_off()]
+        budgeted = [
+            plan for plan in self.plans if plan.cadence.is_planned and not plan.is_off() and self._can_ride(plan)
+        ]
         is_free = self.budget.fraction is None
         prices = {plan.name: 0.0 if is_free else plan.price() for plan in budgeted}
         known = [plan for plan in budgeted if prices[plan.name] is not None]
@@ -196,6 +198,13 @@ class Planner:
         nexts = [planned.get(plan.name, NEVER if plan.cadence.is_planned else plan.cadence.next) for plan in self.plans]
         wait = max(1, min(step + 1 - self._begun, _LONGEST))
         return [*nexts, step + (1 if len(known) < len(budgeted) else wait)]
+
+    def _can_ride(self, plan: Plan) -> bool:
+        """Return whether a group that rides along has something to ride with."""
+        if not plan.rides:
+            return True
+        hosts = [other for other in self.plans[: self.plans.index(plan)] if not other.rides]
+        return not hosts or hosts[-1].cadence.last > -math.inf or hosts[-1].cadence.next < NEVER
 
     def take(self, planned: Sequence[float]) -> None:
         """Take over what a review has found, here or on another process."""
@@ -267,5 +276,6 @@ class Planner:
 
     def late(self) -> list[tuple[Plan, float, float]]:
         """Groups without a reading so far, with the price of one and the step at which it is planned."""
-        waiting = [p for p in self.plans if p.cadence.is_planned and p.cadence.last == -math.inf and not p.is_off()]
+        unread = [p for p in self.plans if p.cadence.is_planned and p.cadence.last == -math.inf and not p.is_off()]
+        waiting = [plan for plan in unread if self._can_ride(plan)]
         return [(plan, plan.price() or 0.0, plan.cadence.next) for plan in waiting]

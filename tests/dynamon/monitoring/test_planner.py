@@ -60,6 +60,7 @@ def train(
     start_up: float = 0.0,
     hooks: float = 0.0,
     begin: int = 0,
+    rides: tuple[str, ...] = (),
 ) -> Result:
     """A run in which every reading takes what its group says; the planner learns a price when it is paid."""
     budget = Budget(fraction, grace)
@@ -68,7 +69,7 @@ def train(
         cadence = Cadence(None, group.interval)
         cadence.lead = group.lead
         first = group.seconds(0) if group.guess is None else group.guess
-        planner.add(Plan(name, cadence, lambda name=name, first=first: prices[name] or first))
+        planner.add(Plan(name, cadence, lambda name=name, first=first: prices[name] or first, rides=name in rides))
     with budget.watch():
         clock.now += start_up
     planner.begin(begin, steps if known else None)
@@ -81,10 +82,14 @@ def train(
         result.awake += 1
         with budget.watch():
             clock.now += hooks
+            is_read = False
             for plan in planner.plans:
                 if plan.cadence.is_due_after(step):
                     result.prepared[plan.name].append(step)
-                if plan.cadence.is_due(step):
+                if plan.rides and not is_read:
+                    continue
+                is_read = plan.cadence.is_due(step)
+                if is_read:
                     prices[plan.name] = groups[plan.name].seconds(step)
                     with budget.charge(plan.name):
                         clock.now += prices[plan.name]
@@ -205,6 +210,15 @@ def test_what_turns_out_more_expensive_is_made_up_for(clock) -> None:
     first, second = found.read["it"][:2]
     assert first < FIRST_STEPS and second >= (2 * 1.8 - 1.0) / 0.002 - 20
     assert found.budget.spent <= found.allowed
+
+
+@pytest.mark.parametrize(("weight", "is_read"), [(0.1, True), (9.0, False)])
+def test_what_rides_along_waits_for_what_it_rides_with(clock, weight, is_read) -> None:
+    """Full spectra come with a reading of the weights; where there is none, nobody saves for them."""
+    groups = {"weight": Group(20, 1, weight), "full": Group(200, 0, 1.0), "gradient": Group(4, 1, 0.02)}
+    found = train(clock, groups, 1000, 0.1, rides=("full",))
+    assert bool(found.read["full"]) == is_read and set(found.read["full"]) <= set(found.read["weight"])
+    assert found.budget.spent >= 0.9 * found.allowed
 
 
 def test_intervals_follow_the_price(clock) -> None:
