@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from benchmarks.environment import environment
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.distributed.ranks import Ranks
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.optim import Lanton
 
 GLOBAL_BATCH, BATCHES = 32, 6

@@ -22,7 +22,7 @@ from torch.multiprocessing import start_processes
 
 from benchmarks.distributed import Module, data, differences, quiet_trainer
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 
 NOT_IN_SHARDS = ("ggn", "density")  # the first needs gathered parameters, the second the memory for them
 BY_CHANCE = ("_upper", "_min", "/trace", "/trace_error")  # of random vectors, which shards draw by themselves

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dynamon import cli
-from dynamon.callbacks.dynamics import PRESETS
+from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.quantities import REGISTRY, Quantity
 
 ROOT = Path(__file__).parent.parent

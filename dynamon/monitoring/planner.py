@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.cadence import NEVER, Cadence
 
+GRACE = 3.0  # seconds: all first readings of a GPT of a million parameters take 1.4 s on one slow core
 FIRST_STEPS = 50  # within which everything is read once that the grace pays for
 _UNKNOWN = 500  # steps that a run of unknown length is taken to go on for at least
 _LONGEST = 10_000  # most steps between two reviews

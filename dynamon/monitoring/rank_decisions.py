@@ -2,10 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-
-from dynamon.distributed.ranks import Ranks
 from dynamon.monitoring.cadence import NEVER
 
 if TYPE_CHECKING:
@@ -40,23 +36,3 @@ def _proposal(run: "RunContext") -> list[float]:
         if run.planner.plans:
             run.unsettled.setdefault(run.planner.plans[0].name, error)
         return nothing
-
-
-def ranks_of(trainer: pl.Trainer, module: pl.LightningModule) -> Ranks:
-    """The processes of a DDP or FSDP2 run, or this one alone."""
-    return Ranks(module.device, alone=not is_distributed(trainer))
-
-
-def is_distributed(trainer: pl.Trainer) -> bool:
-    """Whether several processes measure together: under DDP, and under FSDP2 and tensor parallelism."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy)
-
-
-def averages_gradients(trainer: pl.Trainer) -> bool:
-    """Whether each of several processes has gradients of its own before they are averaged, which DDP does."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
-
-
-def is_sharded_run(trainer: pl.Trainer) -> bool:
-    """Whether gradients are summed over the processes in every backward pass, each keeping its part (FSDP2)."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy)

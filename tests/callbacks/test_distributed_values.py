@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.helpers import Classifier, mlp
 from tests.models import dense_hessian
 from tests.ranks import fit_ranks, loader, regression

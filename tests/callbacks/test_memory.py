@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.helpers import Classifier, batches, fit
 from tests.peak import Peak
 

@@ -19,8 +19,8 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.cli.language_model import LanguageModel
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.quantities import REGISTRY, Condition
 from dynamon.rates import FixedRates
 from tests.helpers import Classifier, batches, cnn, fit, mlp, same_weights, trainer

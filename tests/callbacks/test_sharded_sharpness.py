@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.monitoring.memory_plan import _why_no_differences
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.models import dense_hessian
 from tests.processes import Sharded, dist_rank, fit_here, in_processes, same, small, values
 from tests.ranks import regression
@@ -245,6 +245,6 @@ def test_mixed_precision_rounds_products_but_not_steps(both, one) -> None:
 def test_differences_need_every_trained_parameter_sharded() -> None:
     """A vector's part on each process would hold a whole parameter as often as there are processes."""
     module = small()
-    run = SimpleNamespace(module=module, trainer=SimpleNamespace(precision="64-true"))
+    run = SimpleNamespace(module=module, loop=SimpleNamespace(precision="64-true"))
     assert _why_no_differences(run, list(module.parameters())) == "4 trained parameters are not sharded"
     assert _why_no_differences(run, []) is None

@@ -14,9 +14,9 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
-from dynamon.callbacks import gradients as gradients_module
-from dynamon.callbacks import weights as weights_module
 from dynamon.distributed.ranks import Ranks
+from dynamon.monitoring import gradient_meter as gradients_module
+from dynamon.monitoring import weight_meter as weights_module
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.quantities.sharded_trends import ShardedTrends
 from dynamon.quantities.trends import Trends

@@ -73,11 +73,11 @@ def test_a_clone_that_is_not_installed_will_do() -> None:
     """With the installed package's own finder gone."""
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        "import tests.gpu.place, dynamon.callbacks, dynamon.kernels; from dynamon.callbacks import budget\n"
-        "print(budget.__file__, dynamon.kernels.__file__)"
+        "import tests.gpu.place, dynamon.callbacks, dynamon.kernels; from dynamon.callbacks import monitor\n"
+        "print(monitor.__file__, dynamon.kernels.__file__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(ROOT / "callbacks" / "budget.py"), str(ROOT / "kernels" / "__init__.py")]
+    assert done.stdout.split() == [str(ROOT / "callbacks" / "monitor.py"), str(ROOT / "kernels" / "__init__.py")]
 
 
 def test_a_worker_ends_with_its_processes(fakes) -> None:

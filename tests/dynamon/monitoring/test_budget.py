@@ -159,9 +159,9 @@ def test_asking_a_scaler_whether_it_skipped_the_step_is_a_wait(monkeypatch) -> N
         waits.append(0)
         yield
 
-    trainer = SimpleNamespace(optimizers=[optimizer], precision_plugin=SimpleNamespace(scaler=object()))
-    module = SimpleNamespace(parameters=lambda: iter(()), automatic_optimization=True)
-    steps = Steps(trainer, module, SimpleNamespace(is_distributed=False), waiting)
+    module = SimpleNamespace(parameters=lambda: iter(()))
+    loop = SimpleNamespace(module=module, optimizers=[optimizer], scaler=object(), drives_steps=True)
+    steps = Steps(loop, SimpleNamespace(is_distributed=False), waiting)
     for found_inf, expected in ((None, 0), (torch.zeros(()), 1)):
         optimizer.found_inf = found_inf
         steps.batch_start()

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -16,10 +15,10 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
-from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows, windows_of
-from dynamon.monitoring.base import gradient_scale
+from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gradient_source import AwaitedReading, GradientSource, SourceReading
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import FULL_EVERY
 from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.run_context import RunContext
@@ -70,7 +69,7 @@ class GradientMeter(PairMeter):
 
     def start(self, run: RunContext) -> None:
         """Have what a reading launches compiled before training."""
-        warm_up(run.module.device, [as_real(to_local(layer.parameter.detach())).dtype for layer in run.all_layers])
+        warm_up(run.device, [as_real(to_local(layer.parameter.detach())).dtype for layer in run.all_layers])
 
     def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
@@ -92,7 +91,7 @@ class GradientMeter(PairMeter):
         source = self._source(run, optimizer, looks=reads or keeps)
         if not source.has_layers:
             return
-        source.begin((run.trainer.global_step, run.step, len(watch.outcomes)))
+        source.begin((run.loop.optimizer_steps, run.step, len(watch.outcomes)))
         if watch.is_repeated:
             source.again()
         if reads:
@@ -116,7 +115,7 @@ class GradientMeter(PairMeter):
         """Measure the gradients that were read as they are after clipping."""
         if self._reading and optimizer in self._read and run.steps.of(optimizer).is_last:
             with run.charge(self.name):
-                scale = gradient_scale(run.trainer, optimizer)
+                scale = run.loop.gradient_scale(optimizer)
                 self._used[optimizer] = UsedGradients(self._read[optimizer], scale)
                 if run.steps.of(optimizer).evaluation > 1:
                     self._moved[optimizer] = [
@@ -128,13 +127,13 @@ class GradientMeter(PairMeter):
 
         Of several processes, have each one's own gradients kept at a step that will be read.
         """
-        # By hand a step may come at any batch, and takes up what came before.
-        by_hand = not run.module.automatic_optimization
-        if by_hand or begins_window(run.trainer):
-            self._watching = by_hand or self.is_due(run) or self.keeps(run)
+        # Where a step may come at any batch, it takes up what came before.
+        is_open = not run.loop.knows_windows
+        if is_open or begins_window(run.loop):
+            self._watching = is_open or self.is_due(run) or self.keeps(run)
         if self._watching:
-            windows_of(run.trainer).batch_start(run.trainer, batch)
-        if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.is_due(run):
+            run.loop.windows.batch_start(run.loop, batch)
+        if compares_ranks(run.loop) and begins_window(run.loop) and self.is_due(run):
             with run.charge(self.name):
                 for source in self._all_sources(run):
                     source.watch_ranks()
@@ -142,18 +141,18 @@ class GradientMeter(PairMeter):
     def before_backward(self, run: RunContext) -> None:
         """Follow the window."""
         if self._watching:
-            windows_of(run.trainer).before_backward(run.trainer, run.module)
+            run.loop.windows.before_backward(run.loop)
 
     def after_backward(self, run: RunContext) -> None:
         """Follow the window, and in the middle of one that will be read, keep its first half."""
         if not self._watching:
             return
-        windows = windows_of(run.trainer)
-        windows.after_backward(run.trainer)
-        if not has_windows(run.trainer, run.module) or not self.is_due(run):
+        windows = run.loop.windows
+        windows.after_backward(run.loop)
+        if not has_windows(run.loop) or not self.is_due(run):
             return
-        for optimizer in run.trainer.optimizers:
-            share = windows.half(run.trainer, optimizer)
+        for optimizer in run.loop.optimizers:
+            share = windows.half(run.loop, optimizer)
             if share is not None:
                 source = self._source(run, optimizer)
                 if source.has_layers:
@@ -210,8 +209,8 @@ class GradientMeter(PairMeter):
             rank_zero_info(sentence)
 
     def is_idle(self, run: RunContext) -> bool:
-        """Return False by hand, where a window may begin at any batch."""
-        return run.module.automatic_optimization
+        """Return False where a window may begin at any batch."""
+        return run.loop.knows_windows
 
     def lapse(self, run: RunContext) -> None:
         """Forget what was kept: steps pass that are not seen."""
@@ -236,7 +235,7 @@ class GradientMeter(PairMeter):
         return source
 
     def _all_sources(self, run: RunContext) -> list[GradientSource]:
-        sources = [self._source(run, optimizer) for optimizer in run.trainer.optimizers]
+        sources = [self._source(run, optimizer) for optimizer in run.loop.optimizers]
         return [source for source in sources if source.has_layers]
 
     def _bin(self, run: RunContext, optimizer: Optimizer) -> None:
@@ -247,7 +246,7 @@ class GradientMeter(PairMeter):
         layers = [la for la in run.layers if id(la.parameter) in own]
         dense = {la.name: _here(la, la.parameter.grad) for la in layers if la.parameter.grad is not None}
         if dense:
-            scale = gradient_scale(run.trainer, optimizer)
+            scale = run.loop.gradient_scale(optimizer)
             table = histogram_table([scaled(g, scale) for g in dense.values()])
             self._binned |= zip(dense, table, strict=True)
 
@@ -273,7 +272,7 @@ class GradientMeter(PairMeter):
             "gradient/norm_l1": _total(readings, "l1"),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
-        if run.module.automatic_optimization and clipped is not None:  # by hand they are read after clipping
+        if run.loop.reads_before_clipping and clipped is not None:
             coefficient = min(clipped / norm, 1.0) if norm > 0 else 1.0
             self._clippable += bool(np.isfinite(coefficient))
             self._clipped += coefficient < 1 - _ROUNDING

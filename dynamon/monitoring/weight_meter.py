@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.failures import PAUSE_AFTER, forget_frames
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import FULL_EVERY
 from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.planner import Plan
@@ -79,7 +79,7 @@ class WeightMeter(PairMeter):
 
     def start(self, run: RunContext) -> None:
         """Take up saved weights of the layers that are there still."""
-        for assumed in map(decay_assumption, run.trainer.optimizers):
+        for assumed in map(decay_assumption, run.loop.optimizers):
             if assumed is not None:
                 rank_zero_info(assumed)
         self._layers = run.layers
@@ -228,7 +228,7 @@ class WeightMeter(PairMeter):
         """The factors that steering has on each layer's rate and on its decay, an optimizer's own steering included."""
         on_rate: dict[str, float] = {}
         on_decay: dict[str, float] = {}
-        for optimizer in run.trainer.optimizers:
+        for optimizer in run.loop.optimizers:
             rates = steering_of(optimizer)
             if rates is not None:
                 found = _ratios_of(rates, run.names)
