@@ -198,7 +198,7 @@ class Planner:
         planned = self._planned(step, steps_taken, known, {p.name: float(prices[p.name] or 0.0) for p in known})
         nexts = [planned.get(plan.name, NEVER if plan.cadence.is_planned else plan.cadence.next) for plan in self.plans]
         wait = max(1, min(step + 1 - self._begun, _LONGEST))
-        return [*nexts, step + (1 if len(known) < len(budgeted) else wait)]
+        return [*nexts, step + wait]
 
     def _can_ride(self, plan: Plan) -> bool:
         """Return whether a group that rides along has something to ride with."""

@@ -20,8 +20,8 @@ MONITORS = {
     "dynamics": lambda **how: [DynamicsMonitor(**how)],
     "three": lambda **how: [monitor(**how) for monitor in (GradientMonitor, WeightMonitor, SharpnessMonitor)],
 }
-# Five hooks of Lightning, two of the optimizer, the row, and what follows decay.
-MOST = {"gradient": 12, "weight": 20, "sharpness": 12, "dynamics": 20, "three": 44}
+# Five hooks of Lightning, whether the step and a row are there, two of the optimizer, and six of what follows decay.
+MOST = {"gradient": 13, "weight": 20, "sharpness": 13, "dynamics": 20, "three": 46}
 
 
 def deep(layers: int) -> nn.Module:
