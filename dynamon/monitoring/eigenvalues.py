@@ -274,7 +274,7 @@ class EigenvalueMeter(Meter):
         try:
             with run.together(self.name):
                 products = self._measure(run)
-        except Exception:
+        except Exception:  # whatever it was, what is tracked belongs to a measurement that did not end
             self._start_anew(run)
             raise
         if self.is_off():
@@ -362,7 +362,7 @@ class EigenvalueMeter(Meter):
                 extra.read(point.run.step)
         except NoSecondMomentError:
             return  # not yet: it comes with the optimizer's first steps
-        except Exception as error:
+        except Exception as error:  # one quantity fails, the others are measured all the same
             if point.run.strict or ran_out_of_memory(error):
                 raise
             forget_frames(error)  # this point is one of their variables: together they would keep the graph alive

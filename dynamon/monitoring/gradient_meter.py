@@ -100,7 +100,7 @@ class GradientMeter(PairMeter):
                 try:
                     self._used.pop(optimizer, None)
                     self._read[optimizer] = source.read(run, optimizer)
-                except Exception as error:
+                except Exception as error:  # whatever it was, what was read so far is given up
                     source.give_up()
                     self._reading = not run.ranks.is_collective_failure(error)  # else the others hear of it at the end
                     raise

@@ -259,7 +259,7 @@ class GradientSource:
             if not rates.is_observed:
                 # By the steering callback's key, but for steps it does not hear of.
                 rates.observe(scale, self._key if self._key[2] else self._key[:2], local_scale, window)
-        except Exception as error:
+        except Exception as error:  # whatever it was, it is told as a failure of steering, on all processes
             if run.ranks.is_distributed:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
             raise

@@ -467,7 +467,7 @@ class ProbeMeter(Meter):
                 return _PART_FAILS
             self._say("no loss", _NO_LOSS_SENTENCE)
             return _NO_LOSS
-        except Exception as error:
+        except Exception as error:  # a user's training_step may raise anything on a part of a batch
             if not is_cut or isinstance(error, LossError) or ran_out_of_memory(error):
                 raise
             self._part_error = (str(error).strip() or type(error).__name__).splitlines()[0]

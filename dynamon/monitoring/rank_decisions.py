@@ -32,7 +32,7 @@ def _proposal(run: "RunContext") -> list[float]:
         return nothing
     try:
         return run.planner.review(run.step, run.steps_seen)
-    except Exception as error:
+    except Exception as error:  # the others wait for what the first process says
         if run.planner.plans:
             run.unsettled.setdefault(run.planner.plans[0].name, error)
         return nothing

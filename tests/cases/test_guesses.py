@@ -273,7 +273,7 @@ def test_what_is_assumed_is_said_once(caplog):
     with caplog.at_level(logging.INFO):
         callbacks = [GradientMonitor(every_n_steps=1), NoiseAdaptiveLR(warmup=0)]
         fit(Classifier(mlp(), lambda p: Unheard(p, lr=0.1)), callbacks, steps=4)
-    assert len([r for r in caplog.records if "Unheard is taken to descend in 'euclidean' geometry" in r.message]) == 1
+    assert len([r for r in caplog.records if "Unheard is assumed to descend in 'euclidean' geometry" in r.message]) == 1
     caplog.clear()
     with caplog.at_level(logging.INFO):
         fit(Classifier(mlp(), lambda p: torch.optim.SGD(p, lr=0.1)), [GradientMonitor(every_n_steps=1)], steps=4)
