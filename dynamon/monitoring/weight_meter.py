@@ -208,13 +208,9 @@ class WeightMeter(PairMeter):
             with run.together(_FULL):
                 self._measure_full(run)
             self._full_failures = 0
-<<<<<<< HEAD
             self._full_seconds = run.budget.spent_on[_FULL] - spent
             self._full.read(run.step)
-        except Exception as error:
-=======
         except Exception as error:  # the plain reading is there already, and training goes on
->>>>>>> main
             if run.strict or not run.ranks.is_collective_failure(error):
                 raise
             forget_frames(error)
