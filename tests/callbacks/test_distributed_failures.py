@@ -163,7 +163,7 @@ def test_gradients_that_one_process_cannot_read(tmp_path: Path, name: str, on: i
 
 def test_spectra_that_one_process_cannot_take(tmp_path: Path, monkeypatch) -> None:
     said = Warnings(monkeypatch)
-    broken = Breaks(dealing, "shares", begin=0, end=3)
+    broken = Breaks(dealing, "assign_by_cost", begin=0, end=3)
     callback = WeightMonitor(every_n_steps=1)
     ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=12, more=said)
     # Every tenth reading is a full one: the first of them went on without spectra, the second had them.
