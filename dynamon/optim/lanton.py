@@ -15,8 +15,8 @@ from dynamon.kernels import step_polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.norms import NORMS, UPDATE_NORMS, Norm, get_norm, optimizer_family
 from dynamon.optim.layerwise import LayerwiseRates
+from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.scales import Scale
-from dynamon.quantities.sharded_gradients import gradient_reader
 from dynamon.quantities.windows import Window
 from dynamon.rates import NoiseAdaptiveRates, Rule
 
@@ -390,7 +390,7 @@ class _OwnRates(LayerwiseRates):
             self.rule.check(describe_layers(self.model))
             self._checked = True
         self.layers = self.optimizer.layers
-        self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
+        self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
         self._start_rule()
 
 

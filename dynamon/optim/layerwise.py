@@ -31,9 +31,9 @@ from dynamon.optim.stepping import (
     wrapped_optimizers,
 )
 from dynamon.optim.views import GroupViews
+from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.readings import PendingReadings
 from dynamon.quantities.scales import Scale
-from dynamon.quantities.sharded_gradients import gradient_reader
 from dynamon.quantities.windows import Window
 from dynamon.rates import Rule
 from dynamon.rates.merging import Merging, error
@@ -180,7 +180,7 @@ class LayerwiseRates:
         spread = spread_reason(layer.parameter for layer in self.layers) if self.rule.needs_gradients else None
         if spread is not None:
             raise ValueError(f"{type(self.optimizer).__name__} cannot take rates that follow gradients: {spread}")
-        self.reader = gradient_reader(self.layers, optimizer_family(self.optimizer))
+        self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
         self._start_rule()
 
     def _start_rule(self) -> None:

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dynamon.distributed.dtensor import holders
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import ShardReduction
+from dynamon.distributed.reduction import PartialStats, ShardReduction
 from dynamon.kernels import widest_dtype
 
 _SHIFT = 20  # of a float32's 23 bits of mantissa the first 3 tell the bin: 8 bins an octave
@@ -78,31 +79,32 @@ def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def joined_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
-    """The table of whole tensors from the tables of the parts that several processes hold.
+    """Reduce the table of the shards here to that of the whole tensors; where they are whole it stays as it is.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a part
+    Every process must call this, inside :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a shard
     that lie below those of the whole fall into the one around zero, as they would have.
 
     Args:
-        table: What :func:`histogram_table` found in the parts of T tensors here ``[T, 264]``.
+        table: What :func:`histogram_table` found in the shards of T tensors ``[T, 264]``.
         likes: What those tensors are laid out as.
-        ranks: The processes.
+        ranks: The processes of the run.
 
     Returns:
         ``[T, 264]`` in float64, the same on every process.
 
-    Cost: two reductions, of the extremes and of the counts.
+    Cost: where tensors are sharded two reductions, of the extremes and of the counts.
     """
+    ranks = holders(likes, ranks)
+    if not ranks.is_distributed:
+        return table
     counts, (base, low, high, *moments) = table[:, :_BINS].double(), table[:, _BINS:].double().unbind(1)
     known = moments[2] > 0
     base, low = torch.where(known, base, 0.0), torch.where(known, low, torch.inf)
     high = torch.where(known, high, -torch.inf)
     top = ranks.maximum(torch.stack([base, -low, high]))
-    totals = ShardReduction(likes, ranks, sums=_BINS + len(moments))
-    found = totals.empty()
-    found.sums[:_BINS], found.sums[_BINS:] = _rebased(counts, top[0] - base).T, torch.stack(moments)
-    sums = totals.reduce(found).sums.T
-    return torch.cat([sums[:, :_BINS], torch.stack([top[0], -top[1], top[2]], 1), sums[:, _BINS:]], 1)
+    stats = PartialStats(sums=torch.cat([_rebased(counts, top[0] - base).T, torch.stack(moments)]))
+    sums = ShardReduction(likes, ranks, sums=_BINS + len(moments)).reduce(stats).sums
+    return torch.cat([sums[:_BINS], torch.stack([top[0], -top[1], top[2]]), sums[_BINS:]]).T
 
 
 def _rebased(counts: Tensor, shift: Tensor) -> Tensor:
