@@ -19,8 +19,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.cli.demo_data import standard_library_text, training_batches
 from dynamon.cli.language_model import LanguageModel
-from dynamon.cli.text import standard_library_text, training_batches
 
 CASES: dict[str, Any] = {
     "none": lambda: None,

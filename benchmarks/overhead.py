@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.environment import environment
 from dynamon.callbacks import DynamicsMonitor
+from dynamon.cli.demo_data import standard_library_text, training_batches
 from dynamon.cli.language_model import GPT, LanguageModel
-from dynamon.cli.text import standard_library_text, training_batches
 
 WINDOW = 500  # steps in which every default quantity is to be read
 BUDGET = 0.02

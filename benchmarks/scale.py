@@ -95,7 +95,7 @@ def products() -> dict[str, list[float]]:
         module = LanguageModel(50, context=16)
         module.network = GPT(32, 2, 4, 16)
         trainer.fit(module, DataLoader(rows, 8))
-        found[quantity] = monitor.history["sharpness/products"].values.tolist()
+        found[quantity] = monitor.history["sharpness/matvecs"].values.tolist()
     return found
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynamon.cli.demo_data import standard_library_text
 from dynamon.cli.language_model import GPT
-from dynamon.cli.text import standard_library_text
 
 Batch = tuple[Tensor, Tensor]
 

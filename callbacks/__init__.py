@@ -3,10 +3,13 @@
 from dynamon.callbacks.dynamics import DynamicsMonitor
 from dynamon.callbacks.gradients import GradientMonitor
 from dynamon.callbacks.layerwise_lr import LayerwiseLR, NoiseAdaptiveLR
-from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.callbacks.monitor import Monitor
 from dynamon.callbacks.sharpness import SharpnessMonitor
 from dynamon.callbacks.weights import WeightMonitor
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.monitor import Monitor
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.run_context import RunContext as Run
 
 __all__ = [
     "Cadence",
@@ -17,6 +20,7 @@ __all__ = [
     "Monitor",
     "NoiseAdaptiveLR",
     "Run",
+    "RunContext",
     "SharpnessMonitor",
     "WeightMonitor",
 ]

@@ -5,14 +5,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from dynamon.callbacks.gauss_newton import OutputsFn
-from dynamon.callbacks.gradients import GradientMeter, GradientMonitor
-from dynamon.callbacks.meter import Cadence, Meter
-from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.callbacks.probe import ProbeMeter, check_probe
+from dynamon.callbacks.gradients import GradientMonitor
 from dynamon.callbacks.sharpness import QUANTITIES, SharpnessMonitor, check_solver, sharpness_meters
-from dynamon.callbacks.weights import WeightMeter, WeightMonitor
+from dynamon.callbacks.weights import WeightMonitor
 from dynamon.isolation.preserve import LossFn
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.gauss_newton import OutputsFn
+from dynamon.monitoring.gradients import GradientMeter
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.monitor import Monitor, check_arguments
+from dynamon.monitoring.probe import ProbeMeter, check_probe
+from dynamon.monitoring.weights import WeightMeter
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import combined, layout_of
-from dynamon.callbacks.accumulation import (
+from dynamon.board.custom_scalars import chart_layout, merge_layouts
+from dynamon.distributed.dtensor import any_sharded
+from dynamon.layers import select
+from dynamon.monitoring.accumulation import (
     begin_windows,
     begins_window,
     compares_ranks,
@@ -22,7 +24,7 @@ from dynamon.callbacks.accumulation import (
     scale_before_step,
     windows_of,
 )
-from dynamon.callbacks.base import (
+from dynamon.monitoring.base import (
     DynamonCallback,
     callbacks_of,
     gradient_scale,
@@ -31,20 +33,18 @@ from dynamon.callbacks.base import (
     step_of,
     strategy_reason,
 )
-from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
-from dynamon.callbacks.recorder import Recorder, Row
-from dynamon.distributed.dtensor import any_sharded
-from dynamon.layers import select
-from dynamon.optim import LayerwiseRates, refusal, spread_reason, steerable_layers
+from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.rank_decisions import averages_gradients, is_sharded_run
+from dynamon.monitoring.recorder import Recorder, Row
+from dynamon.optim import LayerwiseRates, several_devices_reason, steerable_layers, unsupported_reason
 from dynamon.optim.stepping import GONE, has_gradients
 from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
 from dynamon.rates import NoiseAdaptiveRates, Rule
-from dynamon.rates.merging import Merging
+from dynamon.rates.merging import RatioMerging
 from dynamon.runs.history import History
 
 _NOISE = REGISTRY["noise/dual"]  # shown where the rule follows it and no monitor in the Trainer does
-_RATES = layout_of(quantities_of("steering"))
+_RATES = chart_layout(quantities_of("steering"))
 
 
 @with_tag_table([*quantities_of("steering"), _NOISE])
@@ -110,7 +110,7 @@ class LayerwiseLR(DynamonCallback):
         if type(read_every) is not int or read_every < 1:
             raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
         if max_groups is not None:
-            Merging(max_groups)  # checks it
+            RatioMerging(max_groups)  # checks it
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.max_groups = max_groups
         self._patterns = layers
@@ -163,7 +163,7 @@ class LayerwiseLR(DynamonCallback):
         """Check the surroundings."""
         self._shows_noise = self.rule.needs_gradients and not _noise_is_shown(trainer)
         super().setup(trainer, pl_module, stage)
-        self.panels = combined([_RATES, layout_of([_NOISE], "3 Rates")]) if self._shows_noise else _RATES
+        self.panels = merge_layouts([_RATES, chart_layout([_NOISE], "3 Rates")]) if self._shows_noise else _RATES
         if stage == "fit" and not trainer.barebones:
             self._recorder.check(trainer)
 
@@ -185,7 +185,7 @@ class LayerwiseLR(DynamonCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse optimizers that cannot be steered, before anything runs."""
         for optimizer in trainer.optimizers:
-            reason = refusal(optimizer) if _holds_some_of(pl_module, optimizer) else None
+            reason = unsupported_reason(optimizer) if _holds_some_of(pl_module, optimizer) else None
             if reason is not None:
                 raise ValueError(f"{type(self).__name__}: {reason}")
         reason = strategy_reason(trainer) or _no_parts(self.rule, trainer, pl_module) or _spread(self.rule, pl_module)
@@ -455,7 +455,7 @@ class LayerwiseLR(DynamonCallback):
         if names:
             rank_zero_info(f"{type(self).__name__}: {len(names)} complex weights keep ratio 1, first {names[0]}.")
         alone = [optimizer for optimizer in self._left_alone if _holds_some_of(module, optimizer)]
-        reasons = [reason for optimizer in alone if (reason := refusal(optimizer)) is not None]
+        reasons = [reason for optimizer in alone if (reason := unsupported_reason(optimizer)) is not None]
         if alone and not reasons:
             rank_zero_warn(
                 f"{type(self).__name__} does not steer {len(alone)} of the optimizers: they hold no real "
@@ -547,7 +547,7 @@ def _holds_some_of(module: pl.LightningModule, optimizer: Optimizer) -> bool:
 def _can_be_steered(module: pl.LightningModule, optimizer: Optimizer) -> bool:
     """Whether an optimizer holds layers that can be steered, or may when lazy modules have seen a batch."""
     waits = any(is_lazy(p) for group in optimizer.param_groups for p in group["params"])
-    return refusal(optimizer) is None and (waits or bool(steerable_layers(module, optimizer)))
+    return unsupported_reason(optimizer) is None and (waits or bool(steerable_layers(module, optimizer)))
 
 
 def _wants_parts(rule: Rule) -> bool:
@@ -577,7 +577,7 @@ def _spread(rule: Rule, module: pl.LightningModule) -> str | None:
     """Why the gradients that a rule wants cannot be read together; None where they can, or it wants none."""
     if not rule.needs_gradients:
         return None
-    return spread_reason(p for p in module.parameters() if p.requires_grad and not is_lazy(p))
+    return several_devices_reason(p for p in module.parameters() if p.requires_grad and not is_lazy(p))
 
 
 def _noise_is_shown(trainer: pl.Trainer) -> bool:
@@ -585,12 +585,3 @@ def _noise_is_shown(trainer: pl.Trainer) -> bool:
     # By what they measure: callbacks.monitor's meters import this module.
     meters = (meter for callback in callbacks_of(trainer) for meter in getattr(callback, "_meters", ()))
     return any("noise/dual" in meter.quantities for meter in meters)
-
-
-def is_read_by_callback(trainer: pl.Trainer, rates: LayerwiseRates) -> bool:
-    """Whether a steering callback reads an optimizer's gradients, as a monitor does: one of them can read for both.
-
-    An optimizer that steers itself reads when its step begins and knows no windows: a monitor that read for it would
-    change what it learns, and so the run.
-    """
-    return any(isinstance(c, LayerwiseLR) and c.rates_for(rates.optimizer) is rates for c in callbacks_of(trainer))

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from dynamon.callbacks.eigenvalues import EigenvalueMeter
-from dynamon.callbacks.gauss_newton import OutputsFn
-from dynamon.callbacks.meter import Cadence, Meter
-from dynamon.callbacks.monitor import Monitor, check_arguments
-from dynamon.callbacks.probe import ProbeMeter, check_probe
-from dynamon.callbacks.steps import StepMeter
 from dynamon.isolation.preserve import LossFn
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.eigenvalues import EigenvalueMeter
+from dynamon.monitoring.gauss_newton import OutputsFn
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.monitor import Monitor, check_arguments
+from dynamon.monitoring.probe import ProbeMeter, check_probe
+from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.quantities import choices, quantities_of, with_tag_table
 
 _OF_SPECTRUM, _OF_STEPS = choices("sharpness"), choices("steps")
@@ -177,7 +178,7 @@ def sharpness_meters(
 ) -> list[Meter]:
     """A probe and the two meters that measure on it, in the order in which they must be called."""
     kept = probe(second="bracket" in quantities)
-    steps = StepMeter(steps_cadence(), kept, [q for q in quantities if q in _OF_STEPS])
+    steps = UpdateCurvatureMeter(steps_cadence(), kept, [q for q in quantities if q in _OF_STEPS])
     wanted = [q for q in quantities if q in _OF_SPECTRUM]
     meter = EigenvalueMeter(eigenvalue_cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
     return [kept, steps, meter]

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.cli.demo_data import standard_library_text, training_batches
 from dynamon.cli.language_model import GPT, LanguageModel
-from dynamon.cli.text import standard_library_text, training_batches
 from dynamon.health import findings
 from dynamon.runs.history import RunData, Series
 
@@ -103,7 +103,7 @@ def sharpness(losses: list[float], history: Readings) -> Figure:
     ratio.legend(frameon=False, fontsize="small")
     ratio.axhline(1, color="#444444", linewidth=0.8)
     ratio.set(title="stability ratio: 1 is the largest stable step", ylim=(0, 2))
-    lines(step, history, loss_is_back_at="sharpness/critical_multiple", best_at="sharpness/greedy_multiple")
+    lines(step, history, loss_is_back_at="sharpness/critical_multiple", best_at="sharpness/best_multiple")
     step.axhline(1, color="#444444", linewidth=0.8)
     step.set(title="how far the last step could go (1: as far as it went)", xlabel="step", ylim=(0, 10))
     lines(

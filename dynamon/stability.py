@@ -18,7 +18,7 @@ from dynamon.curvature.operators.parameters import FlatParameters, Parameters, n
 from dynamon.curvature.operators.preconditioner import NoSecondMomentError, second_moment_scale
 from dynamon.curvature.operators.vector_space import VectorSpace
 from dynamon.distributed.dtensor import to_local
-from dynamon.layers.complex_pairs import real_dtype, real_size
+from dynamon.layers.complex_pairs import real_dtype, real_numel
 from dynamon.norms.geometry import optimizer_family
 
 
@@ -32,14 +32,14 @@ class StabilityScaling:
         sign: -1 for ``maximize``.
         constant: The one value of :math:`D/P` where all coordinates share it and nothing is added, so that
             the ratio is the Hessian's eigenvalue times this; else None.
-        left_out: Coordinates whose second moment is zero (a token never seen): they have not moved.
+        excluded: Coordinates whose second moment is zero (a token never seen): they have not moved.
     """
 
     scale: Tensor
     decay: Tensor | None
     sign: float
     constant: float | None
-    left_out: int
+    excluded: int
 
 
 def stability_ratio(
@@ -134,7 +134,7 @@ def stability_scaling(
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     names, params = names_and_tensors(params)
     factors = _factors(names, len(params), ratios)
-    space = space or VectorSpace(sum(real_size(p) for p in params))
+    space = space or VectorSpace(sum(real_numel(p) for p in params))
     pieces, decays = [], []
     for p, factor in zip(params, factors, strict=True):
         if id(p) not in group_of:
@@ -144,7 +144,7 @@ def stability_scaling(
         decays.append(0.0 if _decoupled(group) else float(group.get("weight_decay", 0.0)))
     squared = space.join(pieces)
     missing = squared.isnan()
-    left_out = int(space.total(missing.sum()))
+    excluded = int(space.total(missing.sum()))
     if not isinstance(optimizer, SGD) and not int(space.total((~missing).sum())):
         raise NoSecondMomentError("the optimizer has taken no step yet, so its stability ratio is not defined.")
     squared = squared.masked_fill(missing, 0.0)
@@ -158,7 +158,7 @@ def stability_scaling(
     if decay is None and signs == {1.0} and isinstance(optimizer, SGD):
         rates = {_sgd_factor(group_of[id(p)]) * factor for p, factor in zip(params, factors, strict=True)}
         constant = float(torch.tensor(rates.pop(), dtype=squared.dtype, device="cpu")) if len(rates) == 1 else None
-    return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, left_out)
+    return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, excluded)
 
 
 def _factors(
@@ -218,10 +218,10 @@ def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ra
     wide = torch.promote_types(real_dtype(p), torch.float32)
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
-        return torch.full((real_size(to_local(p)),), value, dtype=wide, device=p.device)
+        return torch.full((real_numel(to_local(p)),), value, dtype=wide, device=p.device)
     divisor = second_moment_scale(optimizer.state.get(p), group, p)
     if divisor is None:
-        return torch.full((real_size(to_local(p)),), torch.nan, dtype=wide, device=p.device)
+        return torch.full((real_numel(to_local(p)),), torch.nan, dtype=wide, device=p.device)
     return _adaptive_factor(optimizer, group, ratio) / divisor
 
 

@@ -48,7 +48,7 @@ def trained_density(classes: int, width: int, steps: int) -> SpectralDensity:
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
-    return spectral_density(HessianOperator(loss, network.parameters()), steps=60, probes=3)
+    return spectral_density(HessianOperator(loss, network.parameters()), steps=60, num_vectors=3)
 
 
 def share_small(density: SpectralDensity) -> float:

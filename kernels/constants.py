@@ -24,7 +24,7 @@ def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype)
     if kept is not None:
         return kept
     with torch.inference_mode(False):
-        made = moved(torch.tensor(key[0], dtype=dtype, device="cpu"), device)
+        made = to_device(torch.tensor(key[0], dtype=dtype, device="cpu"), device)
     if type(made) is Tensor:  # what a tracing mode makes must not outlive it
         if len(_KEPT) >= _MOST:
             _KEPT.clear()
@@ -36,6 +36,6 @@ _KEPT: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
 _MOST = 512
 
 
-def moved(host: Tensor, device: torch.device) -> Tensor:
+def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without waiting for a GPU."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

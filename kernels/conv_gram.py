@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynamon.kernels.constants import moved
+from dynamon.kernels.constants import to_device
 from dynamon.kernels.gram import gram_iteration
 from dynamon.kernels.precision import convolution_rounding, own_dtype, product_allowance
 
@@ -243,7 +243,9 @@ def _waves(
     for place, point, length in zip(places, points, grid, strict=True):
         turns += (place[:, None] * point % length) / length  # whole turns are nothing, and left out exactly
     angles = turns * (2 * math.pi)
-    return moved(angles.cos().to(like.dtype), like.device), moved(angles.sin().neg().to(like.dtype), like.device)
+    return to_device(angles.cos().to(like.dtype), like.device), to_device(
+        angles.sin().neg().to(like.dtype), like.device
+    )
 
 
 def _folded(phases: Tensor, grid: Sequence[int]) -> Tensor:

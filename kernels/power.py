@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dynamon.kernels.constants import moved as put
+from dynamon.kernels.constants import to_device
 from dynamon.kernels.precision import own_dtype, product_allowance
 
 
@@ -54,7 +54,7 @@ def _noise(matrix: Tensor) -> Tensor:
     """The same vectors ``[..., n]`` whatever the device, also where another one is torch's default."""
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(matrix.shape[-1], generator=generator, dtype=torch.float64, device="cpu")
-    return put(noise.to(matrix.dtype), matrix.device).expand(*matrix.shape[:-2], -1)
+    return to_device(noise.to(matrix.dtype), matrix.device).expand(*matrix.shape[:-2], -1)
 
 
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:

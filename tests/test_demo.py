@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dynamon.cli import main
 from dynamon.cli.demo import shortfalls
-from dynamon.history import Series
+from dynamon.runs.history import Series
 
 COMMAND = [sys.executable, "-m", "dynamon.cli", "demo"]
 

@@ -16,17 +16,17 @@ _CATEGORIES = {
 }  # by the meter that takes a quantity
 
 
-def lines(*tags: str) -> list[object]:
+def line_chart(*tags: str) -> list[object]:
     """A chart with one line for each tag."""
     return ["Multiline", [re.escape(tag) for tag in tags]]
 
 
-def band(prefix: str) -> list[object]:
+def band_chart(prefix: str) -> list[object]:
     """The median across layers, with the 10 % and 90 % quantiles as a band."""
     return ["Margin", [f"{prefix}_median", f"{prefix}_p10", f"{prefix}_p90"]]
 
 
-def layout_of(quantities: Iterable[Quantity], category: str | None = None) -> Layout:
+def chart_layout(quantities: Iterable[Quantity], category: str | None = None) -> Layout:
     """The charts of some quantities, as the registry names them: lines for scalars, a band for a per-layer quantity.
 
     Args:
@@ -39,14 +39,14 @@ def layout_of(quantities: Iterable[Quantity], category: str | None = None) -> La
             found.setdefault(category or _CATEGORIES[one.cadence], {}).setdefault(one.chart, []).append(one)
     return {
         name: {
-            title: band(own[0].tag) if own[0].scope is Scope.PER_LAYER else lines(*(one.tag for one in own))
+            title: band_chart(own[0].tag) if own[0].scope is Scope.PER_LAYER else line_chart(*(one.tag for one in own))
             for title, own in charts.items()
         }
         for name, charts in found.items()
     }
 
 
-def combined(layouts: Iterable[Layout]) -> Layout:
+def merge_layouts(layouts: Iterable[Layout]) -> Layout:
     """One layout of several, categories in the order of their names."""
     merged: Layout = {}
     for layout in layouts:

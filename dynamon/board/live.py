@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, packed_scalar, packed_table, shown
+from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, display_hints, pack_scalar, pack_table
 from dynamon.health import findings, loss_tag
-from dynamon.runs import assembled
+from dynamon.runs import assemble_run
 from dynamon.runs.event_files import Curve, EventFile, EventLog, RowCurve, event_paths
-from dynamon.runs.folders import Contents, readable, runs_below, with_readings
+from dynamon.runs.folders import RunContents, find_runs, printable, select_runs
 from dynamon.runs.history import RunData, Series
 
 _KEPT = 8  # runs held in memory: those asked for last
@@ -28,18 +28,18 @@ class LiveFolder:
         folder: What ``tensorboard --logdir`` was given.
 
     Attributes:
-        passed_over: How many folders with event files the last search found that are not among the names.
+        skipped: How many folders with event files the last search found that are not among the names.
     """
 
     def __init__(self, folder: Path | str) -> None:
         """Nothing is searched yet."""
-        self.passed_over = 0
+        self.skipped = 0
         self._folder = Path(folder).expanduser()
         self._lock = threading.Lock()
         self._found: dict[str, Path] = {}
         self._searched_at = -_SEARCH_EVERY
-        self._known: dict[Path, Contents] = {}
-        self._open: dict[str, LiveRun] = {}
+        self._known: dict[Path, RunContents] = {}
+        self._open: dict[str, LoggedRun] = {}
 
     def names(self) -> list[str]:
         """The names of the runs there are, ``"."`` for the folder itself.
@@ -52,16 +52,16 @@ class LiveFolder:
         """
         with self._lock:
             if time.monotonic() - self._searched_at >= _SEARCH_EVERY:
-                there = [run for run in runs_below(self._folder) if event_paths(run.path)]
-                runs = with_readings(there, self._known, time.monotonic() + _LOOK_FOR)
-                self.passed_over = len(there) - len(runs)
+                there = [run for run in find_runs(self._folder) if event_paths(run.path)]
+                runs = select_runs(there, self._known, time.monotonic() + _LOOK_FOR)
+                self.skipped = len(there) - len(runs)
                 self._found = {run.name: run.path for run in runs}
                 self._searched_at = time.monotonic()
                 for name in self._open.keys() - self._found.keys():
                     del self._open[name]
             return list(self._found)
 
-    def run(self, name: str) -> "LiveRun":
+    def run(self, name: str) -> "LoggedRun":
         """Give a run, the one that was kept where there is one.
 
         Raises:
@@ -71,14 +71,14 @@ class LiveFolder:
         with self._lock:
             if name not in self._found:
                 raise KeyError(name)
-            run = self._open.pop(name, None) or LiveRun(self._found[name])
+            run = self._open.pop(name, None) or LoggedRun(self._found[name])
             self._open[name] = run  # last, so that the ones not asked for come first
             while len(self._open) > _KEPT:
                 del self._open[next(iter(self._open))]
             return run
 
 
-class LiveRun:
+class LoggedRun:
     """One run, read piece by piece by the rule of :mod:`dynamon.runs.event_files`.
 
     Answers hold what came after ``since``, a count of values read, where it can be appended; and all of a series where
@@ -102,7 +102,7 @@ class LiveRun:
         self._log = EventLog()
         self._health: tuple[int, list[dict[str, Any]]] | None = None
 
-    def news(self, epoch: int, since: int, read_for: float = _READ_FOR) -> dict[str, Any]:
+    def updates(self, epoch: int, since: int, read_for: float = _READ_FOR) -> dict[str, Any]:
         """Read on, and say what is new in the scalars.
 
         Args:
@@ -119,7 +119,7 @@ class LiveRun:
         with self._lock:
             share = self._read(read_for)
             answer: dict[str, Any] = {"epoch": self._epoch, "count": self._log.count, "share": share}
-            damage = [readable(said) for file in self._files.values() for said in file.damage]
+            damage = [printable(said) for file in self._files.values() for said in file.damage]
             if damage:
                 answer["damage"] = damage
             if epoch == self._epoch and since == self._log.count:
@@ -127,9 +127,9 @@ class LiveRun:
             since = since if epoch == self._epoch else 0
             data = self._data(with_rows=False)
             scalars = {
-                tag: _news(self._log.scalars[tag], since, SCALAR_POINTS)
+                tag: _updates(self._log.scalars[tag], since, SCALAR_POINTS)
                 if tag in self._log.scalars
-                else packed_scalar(series)
+                else pack_scalar(series)
                 for tag, series in data.scalars.items()
             }
             tables = self._log.tables
@@ -137,7 +137,7 @@ class LiveRun:
             return answer | {
                 "scalars": {tag: news for tag, news in scalars.items() if news},
                 "quantities": quantities,
-                "shown": shown(quantities),
+                "shown": display_hints(quantities),
                 "last_step": data.last_step,
                 "loss": loss_tag(data.scalars),
             }
@@ -151,9 +151,9 @@ class LiveRun:
         with self._lock:
             answer = {"epoch": self._epoch, "count": self._log.count}
             if self._log.tables.get(quantity):
-                news = _news(self._log.tables[quantity], since if epoch == self._epoch else 0, TABLE_POINTS)
+                news = _updates(self._log.tables[quantity], since if epoch == self._epoch else 0, TABLE_POINTS)
             else:
-                news = packed_table(self._data(with_rows=False).tables[quantity])
+                news = pack_table(self._data(with_rows=False).tables[quantity])
             return answer | (news or {})
 
     def findings(self) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ class LiveRun:
         """What was read so far; tables of tensor summaries without their rows where those are not needed."""
         scalars = {tag: curve.series() for tag, curve in self._log.scalars.items() if curve}
         tables = {tag: rows.series() if with_rows else rows.bare() for tag, rows in self._log.tables.items() if rows}
-        return assembled(scalars, tables)
+        return assemble_run(scalars, tables)
 
     def _read(self, read_for: float) -> float:
         """Read for so many seconds; give the share of all bytes that is read, 1 where there is nothing more to read."""
@@ -203,12 +203,12 @@ def _is_continued(file: EventFile) -> bool:
         return False
 
 
-def _news(curve: Curve | RowCurve, since: int, limit: int) -> dict[str, Any] | None:
+def _updates(curve: Curve | RowCurve, since: int, limit: int) -> dict[str, Any] | None:
     """What came after ``since``, packed; the whole series where that cannot be appended, or the series is thinned."""
     new = curve.added_after(since)
     if not new and curve.rewritten <= since:
         return None
-    series, packed = curve.series(), packed_table if isinstance(curve, RowCurve) else packed_scalar
+    series, packed = curve.series(), pack_table if isinstance(curve, RowCurve) else pack_scalar
     first = len(series) - new
     if not first or curve.rewritten > since or len(series) > limit:
         return packed(series)

@@ -32,24 +32,24 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
     20,000 points of a scalar the lowest and the highest of each bucket. A table without a single value is left out.
     """
     tag = loss or loss_tag(run.scalars)
-    tables = {key: packed_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()}
+    tables = {key: pack_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()}
     return {
         "name": name,
         "last_step": run.last_step,
         "loss": tag if tag in run.scalars else None,
-        "scalars": {key: packed_scalar(series) for key, series in run.scalars.items()},
+        "scalars": {key: pack_scalar(series) for key, series in run.scalars.items()},
         "tables": tables,
-        "shown": shown(tables),
+        "shown": display_hints(tables),
         "findings": [finding.as_dict() for finding in findings(run, loss)],
     }
 
 
-def shown(quantities: Iterable[str]) -> dict[str, dict[str, str]]:
+def display_hints(quantities: Iterable[str]) -> dict[str, dict[str, str]]:
     """Give the words and the scale of those per-layer quantities that the registry has; the board does without."""
     return {tag: {"words": REGISTRY[tag].words, "scale": REGISTRY[tag].scale} for tag in quantities if tag in REGISTRY}
 
 
-def packed_scalar(series: Series) -> dict[str, Any]:
+def pack_scalar(series: Series) -> dict[str, Any]:
     """A scalar of at most 20,000 points, see :func:`payload`."""
     kept = _extremes(series.values, SCALAR_POINTS)
     return {
@@ -59,7 +59,7 @@ def packed_scalar(series: Series) -> dict[str, Any]:
     }
 
 
-def packed_table(series: Series) -> dict[str, Any]:
+def pack_table(series: Series) -> dict[str, Any]:
     """A table of at most 4,000 readings, see :func:`payload`."""
     stride = -(-len(series) // TABLE_POINTS) or 1
     return {

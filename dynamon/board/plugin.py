@@ -40,7 +40,7 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
         files = [path.name for path in resources.files(__package__).iterdir() if path.name.endswith(tuple(_KINDS))]
         return {f"/{name}": _file(name) for name in files} | {
             "/runs": self._answers(lambda folder, _: _listing(folder, self._logdir)),
-            "/run": self._answers(lambda folder, asked: _run(folder, asked).news(*_known(asked))),
+            "/run": self._answers(lambda folder, asked: _run(folder, asked).updates(*_known(asked))),
             "/table": self._answers(lambda folder, asked: _run(folder, asked).table(asked["quantity"], *_known(asked))),
             "/health": self._answers(lambda folder, asked: {"findings": _run(folder, asked).findings()}),
         }
@@ -98,7 +98,7 @@ class _Refused(Exception):
 def _listing(folder: Any, logdir: str) -> dict[str, Any]:
     """The runs, and where there is none how many folders hold event files nevertheless."""
     names = folder.names()
-    unread = {} if names else {"unread": folder.passed_over}
+    unread = {} if names else {"unread": folder.skipped}
     return {"runs": names, "folder": logdir, **unread}
 
 

@@ -81,7 +81,7 @@ export function stability(runs, state) {
       note: "In multiples of the step taken; the loss rises below 1 (critical) or 1/2 (best).",
       lines: linesOf(runs, [
         ["sharpness/critical_multiple", "until the loss is back where it was"],
-        ["sharpness/greedy_multiple", "to the lowest loss"],
+        ["sharpness/best_multiple", "to the lowest loss"],
       ]),
       rules: [{ value: 1, label: "the step taken" }],
     },

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.callbacks.dynamics import PRESETS
-from dynamon.cli import picture
+from dynamon.cli import plots
+from dynamon.cli.demo_data import standard_library_text, training_batches, validation_batches
 from dynamon.cli.language_model import LanguageModel
-from dynamon.cli.text import standard_library_text, training_batches, validation_batches
 from dynamon.layers import describe_layers
 from dynamon.norms import iid_dual_norm, update_norm
 
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         f"dynamon demo: {steps} steps, {'uniform' if steering is None else 'noise-adaptive'} rates, seed {options.seed}"
     )
     histories = (monitor.history, None if steering is None else steering.history)
-    picture.draw(path, title, losses.training, losses.validation, *histories, strip="network.")
+    plots.draw(path, title, losses.training, losses.validation, *histories, strip="network.")
     seconds = time.perf_counter() - begin
     print()
     for line in summary(module, monitor, steering, losses, seconds, steps):
@@ -178,7 +178,7 @@ def _stability_lines(monitor: DynamicsMonitor) -> list[str]:
         verdict = "at or above 1 for a while, below it at the end"
     else:
         verdict = "at or above 1: at the edge of stability, where training often settles"
-    products = history["sharpness/products"].values
+    products = history["sharpness/matvecs"].values
     return [
         f"stability     ratio {ratio.min():.2f} to {ratio.max():.2f}, last {ratio[-1]:.2f} "
         "(1 is the largest stable step)",

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from dynamon.board.page import page
 from dynamon.board.payload import payload
-from dynamon.cli.reading import RUN_HELP, choice, read
+from dynamon.cli.run_argument import RUN_HELP, choice, read
 from dynamon.health import Finding, findings, judged_loss, loss_tag
 from dynamon.quantities import REGISTRY, Scope
 from dynamon.runs import read_run_data
-from dynamon.runs.folders import readable
+from dynamon.runs.folders import printable
 from dynamon.runs.history import RunData, Series
 
 _WIDTH = 48  # columns of a row of blocks
@@ -170,7 +170,7 @@ def _write(content: str, output: Path | None) -> str:
         raise ValueError(f"{path} is there and no report of dynamon: give --output FILE, or move it away.")
     path.write_text(content, encoding="utf-8")
     place = ", in the place of the one before" if replaces else ""
-    return f"report        {readable(path)} ({path.stat().st_size / 1e6:.1f} MB, opens in any browser{place})"
+    return f"report        {printable(path)} ({path.stat().st_size / 1e6:.1f} MB, opens in any browser{place})"
 
 
 def _judged(run: RunData, loss: str | None) -> str:
@@ -214,11 +214,11 @@ def _read(folder: Path, loss: str | None) -> tuple[Path, RunData]:
     run, data = read("report", folder, read_run_data)
     if not data.scalars and not data.tables:
         raise ValueError(
-            f"{readable(run)} holds a run without a single value: it logged nothing, or has only just begun."
+            f"{printable(run)} holds a run without a single value: it logged nothing, or has only just begun."
         )
     if loss is not None and loss not in data.scalars:
         there = ", ".join(sorted(tag for tag in data.scalars if "loss" in tag.lower())[:12])
-        raise ValueError(f"{readable(run)} holds no {loss}; tags with 'loss' in their name: {there or 'none'}.")
+        raise ValueError(f"{printable(run)} holds no {loss}; tags with 'loss' in their name: {there or 'none'}.")
     return run, data
 
 
@@ -233,7 +233,7 @@ def _require_readings(runs: list[tuple[str, RunData]]) -> None:
 
 def _name(folder: Path) -> str:
     """The last two parts: the last alone is often ``version_0``."""
-    return readable("/".join(folder.resolve().parts[-2:]).lstrip("/"))
+    return printable("/".join(folder.resolve().parts[-2:]).lstrip("/"))
 
 
 def _print(lines: Iterator[str], stream: TextIO | None = None) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.cli.reading import RUN_HELP, choice, read
+from dynamon.cli.run_argument import RUN_HELP, choice, read
 from dynamon.runs import last_step, read_run
-from dynamon.runs.folders import readable
+from dynamon.runs.folders import printable
 from dynamon.runs.history import Series
 from dynamon.schedule import (
     FEWEST_READINGS,
@@ -101,7 +101,7 @@ def _find(folder: Path, asked: str) -> _Found:
     usable = usable_readings(series.values)
     if usable.sum() < FEWEST_READINGS:
         raise ValueError(
-            f"{readable(run)} holds {usable.sum()} readings of {tag} that are finite and not zero, and it takes "
+            f"{printable(run)} holds {usable.sum()} readings of {tag} that are finite and not zero, and it takes "
             f"{FEWEST_READINGS}. Log more of them with GradientMonitor(every_n_steps=...) or a larger budget; without "
             "any, linear decay is what to use."
         )
@@ -126,7 +126,7 @@ def _missing(folder: Path, logged: dict[str, Series], tag: str) -> str:
     there = sorted(t for t in logged if "/" not in t or t.startswith(("gradient/", "train")))
     shown = ", ".join(there[:12]) + (", ..." if len(there) > 12 or len(there) < len(logged) else "")
     return (
-        f"{readable(folder)} holds no {tag}. It holds: {shown or 'no scalars'}. Add GradientMonitor() or "
+        f"{printable(folder)} holds no {tag}. It holds: {shown or 'no scalars'}. Add GradientMonitor() or "
         "DynamicsMonitor() to the Trainer's callbacks and train again."
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynamon.curvature.solvers.lanczos import basis_vectors
-from dynamon.layers.complex_pairs import real_dtype, real_size
+from dynamon.layers.complex_pairs import real_dtype, real_numel
 
 
 def basis_memory(params: Sequence[Tensor], k: int = 1, certify: bool = False) -> int:
@@ -21,7 +21,7 @@ def basis_memory(params: Sequence[Tensor], k: int = 1, certify: bool = False) ->
         k: Eigenvalues.
         certify: Whether the run is certified, in which case it keeps at least 21 vectors.
     """
-    size = sum(real_size(p) for p in params)
+    size = sum(real_numel(p) for p in params)
     width = max(real_dtype(p).itemsize for p in params)
     vectors = basis_vectors(k, certify) + k + 3  # at a restart, and at the end, some are held twice
     return vectors * size * max(width, torch.float32.itemsize)

@@ -32,7 +32,7 @@ from dynamon.health.loss import (
     loss_tag,
     unstable,
 )
-from dynamon.health.measuring import failed_measurements, missing_readings, steering_at_bounds
+from dynamon.health.monitoring import failed_measurements, missing_readings, steering_at_bounds
 from dynamon.health.weights import collapsed_ranks, exploding_weights, large_updates, no_updates, stopped_layers
 from dynamon.runs.history import RunData, Series
 

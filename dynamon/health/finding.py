@@ -38,6 +38,6 @@ class Finding:
         return {**asdict(self), "numbers": numbers}
 
 
-def several(layers: tuple[str, ...]) -> str:
+def name_layers(layers: tuple[str, ...]) -> str:
     """One layer's name, or the first and how many more."""
     return layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more layers"

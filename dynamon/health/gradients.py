@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health.finding import Finding, several
+from dynamon.health.finding import Finding, name_layers
 from dynamon.health.limits import (
+    CONSECUTIVE,
+    DEAD_GRADIENT,
     FEW,
     HARD_CLIPPING,
-    IN_A_ROW,
     JUMP,
     LONG,
-    NOISES,
-    NOTHING,
+    NOISE_SIGMAS,
     PAST,
     SETTLING,
 )
@@ -23,13 +23,13 @@ from dynamon.health.loss import Loss
 from dynamon.health.series import (
     all_zero,
     column_at,
-    columns,
+    final_stretch,
+    find_stretches,
     finite_or_zero,
     first_step,
-    noise_of,
+    layer_columns,
+    noise_level,
     scalar_at,
-    stretches,
-    to_the_end,
 )
 from dynamon.runs.history import RunData
 
@@ -42,14 +42,14 @@ def nonfinite_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     bad = ~(series.values == 0)
     if not bad.any():
         return
-    end = to_the_end(bad)
+    end = final_stretch(bad)
     settles = end == 0 and len(bad) <= SETTLING and not loss.is_broken  # a scaler finds its scale in the first steps
-    lasts = end < len(bad) and (len(bad) - end >= IN_A_ROW or loss.is_broken) and not settles
+    lasts = end < len(bad) and (len(bad) - end >= CONSECUTIVE or loss.is_broken) and not settles
     often = len(bad) > SETTLING and bad.sum() > len(bad) / 4
     begin = end if lasts else int(np.argmax(bad))
     step = int(series.steps[begin])
     layers = _layers_without_norm(data, step)
-    where = "" if not layers else f", in {several(layers)}"
+    where = "" if not layers else f", in {name_layers(layers)}"
     passed = "" if bad[-1] else f", the last one at step {int(series.steps[np.flatnonzero(bad)[-1]])}"
     yield Finding(
         "gradient/nonfinite",
@@ -77,7 +77,7 @@ def no_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
         steps, zero = all_zero(table)
     else:
         return
-    start = to_the_end(zero)
+    start = final_stretch(zero)
     count = len(zero) - start
     if count < (LONG if start else FEW):
         return
@@ -110,9 +110,9 @@ def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
     for index, name in enumerate(table.layers or ()):
         absent = np.isnan(table.values[has_any, index])
         steps = table.steps[has_any]
-        start = to_the_end(absent)
+        start = final_stretch(absent)
         count = len(absent) - start
-        if count < (LONG if start else IN_A_ROW):
+        if count < (LONG if start else CONSECUTIVE):
             continue
         taken = column_at(data, "update/operator", name, steps_taken.steps)[steps_taken.steps >= steps[start]]
         if len(taken) and (taken == 0).all():  # NaN where it is frozen
@@ -124,7 +124,7 @@ def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             "gradient/unused",
             "note",
             hits[0][0],
-            f"{several(layers)} has had no gradient at any measured step since {hits[0][0]}, although an optimizer "
+            f"{name_layers(layers)} has had no gradient at any measured step since {hits[0][0]}, although an optimizer "
             "holds it and it is not frozen: the loss of these steps does not depend on it.",
             "Where a branch is not used on purpose, leave it out of the optimizer or set requires_grad_(False). Where "
             "branches take turns, choose an interval of measurements that does not always meet the same one.",
@@ -139,7 +139,7 @@ def hard_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
     share = data.scalars.get("gradient/clip_coefficient")
     if share is None or not len(share):
         return
-    start = to_the_end((share.values < HARD_CLIPPING) & (share.values > 0))
+    start = final_stretch((share.values < HARD_CLIPPING) & (share.values > 0))
     if len(share) - start >= LONG:
         left, step = float(np.median(share.values[start:])), int(share.steps[start])
         yield Finding(
@@ -178,11 +178,11 @@ def vanished_by_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
     gone = np.isfinite(norms) & (norms > 0) & (after.values[other] == 0)
     if not gone.any():
         return
-    (begin, _), *_ = [*stretches(gone, FEW), *stretches(gone, 1)]
+    (begin, _), *_ = [*find_stretches(gone, FEW), *find_stretches(gone, 1)]
     step, norm = int(steps[begin]), float(norms[begin])
     yield Finding(
         "gradient/vanished",
-        "fault" if stretches(gone, FEW) else "warning",
+        "fault" if find_stretches(gone, FEW) else "warning",
         step,
         f"Clipping left nothing of the gradient at step {step}: its norm was {norm:.3g} before and 0 after, and so it "
         f"was at {int(gone.sum())} of {len(gone)} readings. Such a step moves nothing but momentum and decay.",
@@ -196,7 +196,7 @@ def vanished_by_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
 def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     """A layer's gradient ten times as large as its past, and beyond its noise."""
     hits = []
-    for name, steps, values in columns(data, "gradient/l2"):
+    for name, steps, values in layer_columns(data, "gradient/l2"):
         steps, values = steps[values > 0], values[values > 0]
         found = _jump(np.log(values))
         if found is not None:
@@ -213,7 +213,7 @@ def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
         "gradient/growth",
         "warning" if rises or loss.is_broken else "note",
         step,
-        f"The gradient of {several(layers)} grew {times:.3g} times within {IN_A_ROW} readings and stayed there"
+        f"The gradient of {name_layers(layers)} grew {times:.3g} times within {CONSECUTIVE} readings and stayed there"
         + (", and the loss rose." if rises else ", while the loss did not rise." if len(loss) else "."),
         "Look at what changed at that step: schedule, data, a layer that was thawed. Clipping by norm, a longer "
         "warm-up or a lower rate for the layer help where the loss rises with it.",
@@ -225,14 +225,14 @@ def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 def _jump(logs: NDArray[Any]) -> tuple[int, float] | None:
     """Where a series of logarithms first leaves its past upwards for good, and by which factor."""
-    if len(logs) < PAST + IN_A_ROW:
+    if len(logs) < PAST + CONSECUTIVE:
         return None
-    windows = np.lib.stride_tricks.sliding_window_view(logs, PAST + IN_A_ROW)
+    windows = np.lib.stride_tricks.sliding_window_view(logs, PAST + CONSECUTIVE)
     past, now = np.sort(windows[:, :PAST], axis=1), np.sort(windows[:, PAST:], axis=1)
     middle = (past[:, (PAST - 1) // 2] + past[:, PAST // 2]) / 2
     spread = 1.4826 * np.median(np.abs(past - middle[:, None]), axis=1)
-    rise = now[:, IN_A_ROW // 2] - middle
-    limit = np.maximum(math.log(JUMP), NOISES * np.maximum(spread, noise_of(logs)))
+    rise = now[:, CONSECUTIVE // 2] - middle
+    limit = np.maximum(math.log(JUMP), NOISE_SIGMAS * np.maximum(spread, noise_level(logs)))
     hit = (rise > limit) & (now[:, 0] > past[:, -2])  # of the past one reading may have been as high
     if not hit.any():
         return None
@@ -253,7 +253,7 @@ def dead_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
             "gradient/dead",
             "warning",
             hits[0][0],
-            f"The gradient of {several(layers)} is zero at step {hits[0][0]} and {since}, while others have one.",
+            f"The gradient of {name_layers(layers)} is zero at step {hits[0][0]} and {since}, while others have one.",
             "Nothing flows back to it: look for dead ReLUs (too large a step, a bad bias), a detached or unused "
             "branch, saturated outputs. A smaller rate and a fresh initialisation of the layer bring ReLUs back.",
             layers,
@@ -283,7 +283,7 @@ def dead_columns(data: RunData) -> Iterator[tuple[str, int]]:
     for index, name in enumerate(table.layers or ()):
         column = table.values[:, index]
         known = np.isfinite(column) & (others > 0)
-        zero = column[known] <= NOTHING * others[known]
-        start = to_the_end(zero)
+        zero = column[known] <= DEAD_GRADIENT * others[known]
+        start = final_stretch(zero)
         if len(zero) - start >= LONG:
             yield name, int(table.steps[known][start])

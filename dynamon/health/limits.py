@@ -9,30 +9,30 @@ has its size.
 
 # Readings.
 FEW = 3  # from the first reading on, so that there is no other state to fall back to
-IN_A_ROW = 5  # that must agree: three bad batches in a row happen and pass
+CONSECUTIVE = 5  # that must agree: three bad batches in a row happen and pass
 LONG = 10  # to the end, for what may be a pause
 PAST = 20  # that a jump is compared with, and from which noise is known
 SETTLING = 20  # overflows in a row from the start: a gradient scaler halves its scale of 2^16 as often, to below 1
 
 # Times.
 JUMP = 10.0  # of a norm; learning alone changes gradients by a few times within a few readings
-MOVING = 100  # above what rounding moves, for a layer that "moved": the bias before a BatchNorm moves by rounding
-GREW = 3.0  # of the gradient's norm, beside a loss that rises: less than that is noise of batches
+MOVED_TIMES = 100  # above what rounding moves, for a layer that "moved": the bias before a BatchNorm moves by rounding
+GRADIENT_GROWTH = 3.0  # of the gradient's norm, beside a loss that rises: less than that is noise of batches
 LARGE_UPDATE = 0.5  # of the weight in one step; usual is 1e-3, and 0.1 under high rates at the start
 HARD_CLIPPING = 1e-3  # what clipping leaves; sums over tokens come to a hundredth
 FAR_ABOVE = 2.0  # stability ratio: a probe's may well read some tenths above 1
 
 # Standard deviations of a single reading.
-NOISES = 6.0
-LOSS_NOISES = 8.0  # for the loss, whose batches come in an order and may resemble their neighbours
-CLEAR = 3.0  # where nine tenths of many readings agree already
-ABOVE_ALL_NOISE = 2.5  # where noise grew with the loss: four standard errors of a median of five
+NOISE_SIGMAS = 6.0
+LOSS_NOISE_SIGMAS = 8.0  # for the loss, whose batches come in an order and may resemble their neighbours
+CLEAR_SIGMAS = 3.0  # where nine tenths of many readings agree already
+GROWING_NOISE_SIGMAS = 2.5  # where noise grew with the loss: four standard errors of a median of five
 
 # Rounding.
-NOTHING = 1e-12  # share of the median layer's gradient; rounding where a gradient is zero in theory leaves 1e-9
-ROUNDED = 1e-6  # share of the median layer's gradient that such rounding never reaches, in float32
-STILL = 1e-8  # update over weight that float32 does not resolve
-NO_RATIO = 1e-6  # that steering gives a layer: float32 weights then hardly move
+DEAD_GRADIENT = 1e-12  # share of the median layer's gradient; rounding where a gradient is zero in theory leaves 1e-9
+ROUNDING_GRADIENT = 1e-6  # share of the median layer's gradient that such rounding never reaches, in float32
+STILL_UPDATE = 1e-8  # update over weight that float32 does not resolve
+ZERO_RATIO = 1e-6  # that steering gives a layer: float32 weights then hardly move
 LOSS_ROUNDING = 1e-6  # of the loss's size: float32 and a mean over a batch
 SINGLE_DIRECTION = 1.01  # stable rank of a matrix of rank one, with room for the rounding of sigma_max
-WIDE = 8  # the smaller side of a matrix from which rank one means something
+WIDE_SIDE = 8  # the smaller side of a matrix from which rank one means something

@@ -8,19 +8,27 @@ import numpy as np
 
 from dynamon.health.finding import SEVERITIES, Finding
 from dynamon.health.limits import (
-    ABOVE_ALL_NOISE,
-    CLEAR,
+    CLEAR_SIGMAS,
+    CONSECUTIVE,
     FAR_ABOVE,
     FEW,
-    GREW,
-    IN_A_ROW,
+    GRADIENT_GROWTH,
+    GROWING_NOISE_SIGMAS,
     LONG,
-    LOSS_NOISES,
+    LOSS_NOISE_SIGMAS,
     LOSS_ROUNDING,
     PAST,
 )
 from dynamon.health.rates import rate_is_zero
-from dynamon.health.series import merged, noise_of, resolution_of, running_median, scalar_at, stretches, to_the_end
+from dynamon.health.series import (
+    final_stretch,
+    find_stretches,
+    merge_scalars,
+    noise_level,
+    resolution,
+    running_median,
+    scalar_at,
+)
 from dynamon.quantities.names import words
 from dynamon.runs.history import RunData, Series
 
@@ -127,17 +135,17 @@ class Loss:
     def __init__(self, scalars: Mapping[str, Series], judged: JudgedLoss | None) -> None:
         self.judged = judged
         self.tags = (judged.tag,) if judged is not None and judged.tag in scalars else ()
-        self.every_step, self.every_value = merged(scalars, *self.tags)
+        self.every_step, self.every_value = merge_scalars(scalars, *self.tags)
         finite = np.isfinite(self.every_value)
-        bad = to_the_end(~finite)
+        bad = final_stretch(~finite)
         self.broken_for = len(finite) - bad  # readings, to the end
         self.broken_at = int(self.every_step[bad]) if self.broken_for else None
         self.steps, self.values = self.every_step[finite], self.every_value[finite]
-        width = int(np.clip(len(self.values) // 20, IN_A_ROW, 51))
+        width = int(np.clip(len(self.values) // 20, CONSECUTIVE, 51))
         self.level = running_median(self.values, width)
         self.level[:2] = self.level[2:3] if len(self.level) > 2 else self.level[:2]  # a single reading is no level
-        self.resolution = resolution_of(self.values)
-        self.noise = max(noise_of(self.values), self.resolution / 2)
+        self.resolution = resolution(self.values)
+        self.noise = max(noise_level(self.values), self.resolution / 2)
 
     def __len__(self) -> int:
         return len(self.level)
@@ -183,14 +191,14 @@ class Loss:
         if not rise > LOSS_ROUNDING * float(np.abs(self.values).max()):
             return False
         is_known = len(self.values) >= PAST  # the noise, from a few readings it is not
-        if is_known and rise > LOSS_NOISES * self.noise:
+        if is_known and rise > LOSS_NOISE_SIGMAS * self.noise:
             return True
-        before = max(noise_of(self.values[:first]), self.resolution / 2) if first >= PAST else math.inf
-        if rise > max(LOSS_NOISES * before, ABOVE_ALL_NOISE * self.noise):
+        before = max(noise_level(self.values[:first]), self.resolution / 2) if first >= PAST else math.inf
+        if rise > max(LOSS_NOISE_SIGMAS * before, GROWING_NOISE_SIGMAS * self.noise):
             return True
         if self.values.min() <= 0:
             return False
-        return math.log(high / low) > max(LOSS_NOISES * noise_of(np.log(self.values)), math.log(2))
+        return math.log(high / low) > max(LOSS_NOISE_SIGMAS * noise_level(np.log(self.values)), math.log(2))
 
     @property
     def is_lost(self) -> bool:
@@ -202,7 +210,7 @@ class Loss:
         last = self.values[-(len(self.values) // 4) :]
         if len(last) < LONG or self.values.min() <= 0:
             return False
-        high, noise = float(np.quantile(last, 0.1)), CLEAR * noise_of(np.log(self.values))
+        high, noise = float(np.quantile(last, 0.1)), CLEAR_SIGMAS * noise_level(np.log(self.values))
         three, first = float(self.values[:3].max()), float(self.values[0])
         if math.log(high / three) > max(math.log(2), noise):
             return True
@@ -212,7 +220,7 @@ class Loss:
 def broken_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
     """The loss is NaN or infinite to the end; a few such batches may pass."""
     if loss.broken_at is not None:
-        lasts = loss.broken_for >= IN_A_ROW
+        lasts = loss.broken_for >= CONSECUTIVE
         yield Finding(
             "loss/nonfinite",
             loss.severity("fault" if lasts else "warning"),
@@ -228,7 +236,7 @@ def broken_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 def diverging(data: RunData, loss: Loss) -> Iterator[Finding]:
     """The loss rose and has not come back."""
-    if len(loss) < 2 * IN_A_ROW:
+    if len(loss) < 2 * CONSECUTIVE:
         return
     lowest = int(np.argmin(loss.level))
     low, end, start = float(loss.level[lowest]), float(loss.level[-1]), float(loss.level[0])
@@ -276,7 +284,7 @@ def _is_calm(data: RunData, loss: Loss, lowest: int) -> bool:
         return False
     ratios = scalar_at(data, "sharpness/stability_ratio", loss.steps[lowest:])
     is_within = not np.isfinite(ratios).all() or float(np.median(ratios)) <= 1
-    return is_within and float(np.median(after)) < GREW * float(np.median(before))
+    return is_within and float(np.median(after)) < GRADIENT_GROWTH * float(np.median(before))
 
 
 def constant_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
@@ -284,11 +292,11 @@ def constant_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
     values = loss.every_value
     if not len(values) or not np.isfinite(values[-1]):
         return
-    start, last = to_the_end(values == values[-1]), float(values[-1])
+    start, last = final_stretch(values == values[-1]), float(values[-1])
     count, is_zero = len(values) - start, last == 0
     if count < (FEW if is_zero and not start else LONG) or start and not is_zero and count < len(values) / 2:
         return
-    if count < FEW * max((stop - begin for begin, stop in stretches(values[:start] == last, 1)), default=0):
+    if count < FEW * max((stop - begin for begin, stop in find_stretches(values[:start] == last, 1)), default=0):
         return  # such stretches come and go
     since = loss.every_step[start:]
     norms = scalar_at(data, "gradient/norm", since)
@@ -309,8 +317,8 @@ def constant_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 def unstable(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Sharpness far above the threshold is a fault only where the loss rises with it."""
-    steps, values = merged(data.scalars, "sharpness/stability_ratio", "sharpness/stability_ratio_unconverged")
-    for start, stop in stretches(values > FAR_ABOVE, 3):
+    steps, values = merge_scalars(data.scalars, "sharpness/stability_ratio", "sharpness/stability_ratio_unconverged")
+    for start, stop in find_stretches(values > FAR_ABOVE, 3):
         until = float(steps[stop]) if stop < len(steps) else math.inf
         rise = loss.rise(float(steps[start]), until)
         broken = loss.is_broken and loss.broken_at is not None and loss.broken_at <= until

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health.limits import NO_RATIO
+from dynamon.health.limits import ZERO_RATIO
 from dynamon.health.series import column_at
 from dynamon.runs.history import RunData
 
@@ -37,7 +37,7 @@ def _rates(data: RunData, steps: NDArray[Any]) -> list[NDArray[Any]]:
 
 def is_turned_off(data: RunData, layer: str, steps: NDArray[Any]) -> NDArray[Any]:
     """Whether the rate of a layer is 0 at each of some steps, or the ratio that steering gives it next to nothing."""
-    off = column_at(data, "lr/ratio", layer, steps) < NO_RATIO
+    off = column_at(data, "lr/ratio", layer, steps) < ZERO_RATIO
     for quantity in _BY_LAYER:
         off |= column_at(data, quantity, layer, steps) == 0
     return off

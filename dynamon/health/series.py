@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health.limits import IN_A_ROW
+from dynamon.health.limits import CONSECUTIVE
 from dynamon.runs.history import RunData, Series
 
 _ENOUGH = 4000  # readings of a layer
 _HALF_BITS = (8, 11)  # significant bits of bfloat16 and float16
 
 
-def columns(data: RunData, quantity: str) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+def layer_columns(data: RunData, quantity: str) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
     """Name, steps and finite values of each layer that has any; every so many-th of a very long run, and the last."""
     table = data.tables.get(quantity)
     if table is not None:
@@ -56,7 +56,7 @@ def first_step(data: RunData, quantity: str) -> int:
     return int(data.tables[quantity].steps[0])
 
 
-def merged(scalars: Mapping[str, Series], *tags: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def merge_scalars(scalars: Mapping[str, Series], *tags: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Steps and values of several tags as one series."""
     series = [scalars[tag] for tag in tags if tag in scalars]
     if not series:
@@ -66,14 +66,14 @@ def merged(scalars: Mapping[str, Series], *tags: str) -> tuple[NDArray[Any], NDA
     return steps[order], values[order]
 
 
-def stretches(mask: NDArray[Any], least: int) -> list[tuple[int, int]]:
+def find_stretches(mask: NDArray[Any], least: int) -> list[tuple[int, int]]:
     """Where a condition holds at least so many times in a row: ``(start, stop)``."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     pairs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
     return [(start, stop) for start, stop in pairs if stop - start >= least]
 
 
-def to_the_end(mask: NDArray[Any]) -> int:
+def final_stretch(mask: NDArray[Any]) -> int:
     """Where the stretch begins that lasts to the end; the length where the last reading is not in one."""
     broken = np.flatnonzero(~mask)
     return int(broken[-1]) + 1 if len(broken) else 0
@@ -91,13 +91,13 @@ def running_median(values: NDArray[Any], width: int) -> NDArray[Any]:
     return full
 
 
-def noise_of(values: NDArray[Any]) -> float:
+def noise_level(values: NDArray[Any]) -> float:
     """Standard deviation of one reading, from what bends within a few: a trend does not enter, nor do a few jumps.
 
     The largest of neighbours and of readings a few apart: the first are alike where noise is slow, the others where
     batches come back in the same order.
     """
-    apart = [lag for lag in (1, IN_A_ROW, 2 * IN_A_ROW) if lag == 1 or len(values) > 3 * lag]
+    apart = [lag for lag in (1, CONSECUTIVE, 2 * CONSECUTIVE) if lag == 1 or len(values) > 3 * lag]
     with np.errstate(over="ignore", invalid="ignore"):
         bends = [
             values[2 * lag :] - 2 * values[lag:-lag] + values[: -2 * lag] for lag in apart if len(values) > 2 * lag
@@ -112,7 +112,7 @@ def _spread(changes: NDArray[Any]) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def resolution_of(values: NDArray[Any]) -> float:
+def resolution(values: NDArray[Any]) -> float:
     """The distance between two values that can be told apart, where they were rounded coarsely; else 0.
 
     Known by the significant bits that all of them get by with (half precision), or by how often the same ones come

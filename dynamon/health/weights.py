@@ -4,32 +4,32 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dynamon.health.finding import Finding, several
+from dynamon.health.finding import Finding, name_layers
 from dynamon.health.gradients import dead_columns
 from dynamon.health.limits import (
+    CONSECUTIVE,
     FEW,
-    IN_A_ROW,
     JUMP,
     LARGE_UPDATE,
     LONG,
-    MOVING,
-    ROUNDED,
+    MOVED_TIMES,
+    ROUNDING_GRADIENT,
     SINGLE_DIRECTION,
-    STILL,
-    WIDE,
+    STILL_UPDATE,
+    WIDE_SIDE,
 )
 from dynamon.health.loss import Loss
 from dynamon.health.rates import is_turned_off, rate_is_zero
 from dynamon.health.series import (
     all_zero,
     column_at,
-    columns,
+    final_stretch,
     finite_or_zero,
+    layer_columns,
     median_at,
     row_median,
     running_median,
     scalar_at,
-    to_the_end,
 )
 from dynamon.runs.history import RunData
 
@@ -40,13 +40,13 @@ def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     if table is None:
         return
     steps, zero = all_zero(table)
-    start = to_the_end(zero)
+    start = final_stretch(zero)
     count = len(zero) - start
     if count < (LONG if start else FEW):
         return
     step, since = int(steps[start]), steps[start:]
     if rate_is_zero(data, since):
-        if count >= IN_A_ROW:
+        if count >= CONSECUTIVE:
             yield Finding(
                 "lr/zero",
                 "note",
@@ -87,21 +87,23 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
     hits, never = [], []
     for index, name in enumerate(table.layers or ()):
         column = table.values[:, index]
-        known = np.isfinite(column) & (others > 100 * STILL) & ~is_turned_off(data, name, table.steps)
+        known = np.isfinite(column) & (others > 100 * STILL_UPDATE) & ~is_turned_off(data, name, table.steps)
         if "gradient/l2" in data.tables:
             known &= ~np.isnan(column_at(data, "gradient/l2", name, table.steps))
-        still = column[known] < STILL
-        start = to_the_end(still)
-        if name in dead or len(still) - start < IN_A_ROW:
+        still = column[known] < STILL_UPDATE
+        start = final_stretch(still)
+        if name in dead or len(still) - start < CONSECUTIVE:
             continue
         before = float(np.median(column[known][:start])) if start else 0.0
-        if start >= FEW and before > MOVING * STILL:
+        if start >= FEW and before > MOVED_TIMES * STILL_UPDATE:
             hits.append((int(table.steps[known][start]), name, before))
         elif not start and len(still) >= LONG and known[-1] and (column[known] == 0).all():
             gradient = column_at(data, "gradient/l2", name, table.steps)[known]
             # Less is rounding, as in the bias before a BatchNorm, and so is what it would move.
-            never += [name] * bool((gradient > ROUNDED * median_at(data, "gradient/l2", table.steps)[known]).all())
-    usual = float(np.nanmedian(others[-IN_A_ROW:])) if hits or never else 0.0
+            never += [name] * bool(
+                (gradient > ROUNDING_GRADIENT * median_at(data, "gradient/l2", table.steps)[known]).all()
+            )
+    usual = float(np.nanmedian(others[-CONSECUTIVE:])) if hits or never else 0.0
     if hits:
         hits.sort(key=lambda hit: hit[0])
         layers = tuple(name for _, name, _ in hits)
@@ -109,8 +111,8 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             "update/stopped",
             "warning",
             hits[0][0],
-            f"{several(layers)} stopped moving: its update went from {hits[0][2]:.2g} of the weight to below "
-            f"{STILL:g}, while the median layer went on with {usual:.2g}.",
+            f"{name_layers(layers)} stopped moving: its update went from {hits[0][2]:.2g} of the weight to below "
+            f"{STILL_UPDATE:g}, while the median layer went on with {usual:.2g}.",
             "Look at its learning rate and ratio, at whether weights in half precision swallow small updates, and at "
             "its gradient.",
             layers,
@@ -122,8 +124,8 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
             "update/never",
             "warning",
             int(table.steps[0]),
-            f"{several(tuple(never))} has not moved at all since the first reading, although it has a gradient; the "
-            f"median layer moves by {usual:.2g} of its weight.",
+            f"{name_layers(tuple(never))} has not moved at all since the first reading, although it has a gradient; "
+            f"the median layer moves by {usual:.2g} of its weight.",
             "Weights in half precision swallow updates below half a unit in their last place: keep them in float32, or "
             "raise the rate. Otherwise look whether the optimizer steps it.",
             tuple(never),
@@ -138,7 +140,7 @@ def large_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     if table is None or not len(table):
         return
     middle = row_median(table.values)
-    start = to_the_end(middle > LARGE_UPDATE)
+    start = final_stretch(middle > LARGE_UPDATE)
     if len(middle) - start < LONG:
         return
     level, step = float(np.median(middle[start:])), int(table.steps[start])
@@ -157,7 +159,7 @@ def large_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
 def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Ten times within ten readings, or a hundred times in all; layers that begin at zero are measured by the rest."""
     table = data.tables.get("weight/operator")
-    if table is None or len(table) < 2 * IN_A_ROW:
+    if table is None or len(table) < 2 * CONSECUTIVE:
         return
     usual = (
         float(np.median(finite_or_zero(table.values)[:3][table.values[:3] > 0]))
@@ -165,14 +167,14 @@ def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
         else 0.0
     )
     hits = []
-    for name, steps, values in columns(data, "weight/operator"):
-        if len(values) < 2 * IN_A_ROW:
+    for name, steps, values in layer_columns(data, "weight/operator"):
+        if len(values) < 2 * CONSECUTIVE:
             continue
         level = running_median(values, 3)
         base = max(float(level[2]), usual)
         before = np.maximum(np.concatenate([np.full(10, level[2]), level])[: len(level)], base)
         hit = (level > JUMP * before) | (level > JUMP**2 * base)
-        start = to_the_end(hit | (level > JUMP * base) & (np.cumsum(hit) > 0))
+        start = final_stretch(hit | (level > JUMP * base) & (np.cumsum(hit) > 0))
         if base > 0 and len(level) - start >= 3:
             hits.append((int(steps[start]), float(level[-1] / base), name))
     if hits:
@@ -182,7 +184,7 @@ def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
             "weight/exploding",
             "warning",
             step,
-            f"The operator norm of {several(layers)} grew up to {times:.3g} times its usual size.",
+            f"The operator norm of {name_layers(layers)} grew up to {times:.3g} times its usual size.",
             "Lower its learning rate, add weight decay or clip gradients; where it feeds attention or a "
             "softmax, normalising what goes in helps.",
             layers,
@@ -197,15 +199,15 @@ def collapsed_ranks(data: RunData, loss: Loss) -> Iterator[Finding]:
     Without an effective rank, which is taken now and then only, the stable rank must say that nothing else is left. Who
     has always had one direction is named where the matrix has room for more.
     """
-    effective = {name: values for name, _, values in columns(data, "spectrum/effective_rank")}
+    effective = {name: values for name, _, values in layer_columns(data, "spectrum/effective_rank")}
     sides = _smaller_sides(data)
     hits = []
-    for name, steps, values in columns(data, "spectrum/stable_rank"):
-        start = to_the_end(values < (1.1 if name in effective else SINGLE_DIRECTION))
+    for name, steps, values in layer_columns(data, "spectrum/stable_rank"):
+        start = final_stretch(values < (1.1 if name in effective else SINGLE_DIRECTION))
         if len(values) - start < FEW or name in effective and effective[name][-1] >= 2.0:
             continue
         before = float(np.median(values[: min(3, start)])) if start else np.nan
-        was_born = not start and bool((values < SINGLE_DIRECTION).all()) and sides.get(name, 0.0) >= WIDE
+        was_born = not start and bool((values < SINGLE_DIRECTION).all()) and sides.get(name, 0.0) >= WIDE_SIDE
         if was_born or start >= 2 and before >= 2.0:
             hits.append((int(steps[start]), name, before, float(values[-1])))
     if hits:
@@ -217,7 +219,7 @@ def collapsed_ranks(data: RunData, loss: Loss) -> Iterator[Finding]:
             "spectrum/collapse",
             "warning",
             hits[0][0],
-            f"The stable rank of {several(layers)} {story}: the weight is close to a single direction.",
+            f"The stable rank of {name_layers(layers)} {story}: the weight is close to a single direction.",
             "Lower the rate of the layer or its weight decay, and look whether what goes into it has collapsed too."
             if np.isfinite(before)
             else "Look at its initialisation: rows or columns that are all alike stay alike.",
@@ -233,7 +235,7 @@ def _smaller_sides(data: RunData) -> dict[str, float]:
     Of a convolution with a window of k entries it is that of the flattening, up to a factor of k.
     """
     found = {}
-    for name, steps, deviation in columns(data, "spectrum/deviation"):
+    for name, steps, deviation in layer_columns(data, "spectrum/log2_spectral_condition"):
         sigma = column_at(data, "spectrum/sigma_max", name, steps[-1:])[0]
         length = column_at(data, "weight/frobenius", name, steps[-1:])[0]
         rms = column_at(data, "weight/rms", name, steps[-1:])[0]

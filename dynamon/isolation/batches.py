@@ -38,7 +38,7 @@ class Part:
     reason: str | None = None
 
 
-def entries(value: Any) -> dict[Any, Any] | None:
+def items_of(value: Any) -> dict[Any, Any] | None:
     """What a container holds, by key, field or place; None for tensors, text, numbers and other objects.
 
     Containers are mappings, dataclasses and sequences of any class. A packed sequence is none: its tensors belong
@@ -62,7 +62,7 @@ def clone(batch: Any) -> Any:
     return _rebuilt(batch, {})
 
 
-def entry(batch: Any, name: str) -> Any:
+def get_entry(batch: Any, name: str) -> Any:
     """The entry of that name in a mapping, or the attribute; None where there is none."""
     if isinstance(batch, Mapping) and name in batch:
         return batch[name]
@@ -76,9 +76,9 @@ def batch_weight(batch: Any, name: str) -> float:
         ValueError: If the batch has no such entry or attribute.
         NoWeightError: If it does not sum to a positive number.
     """
-    found = entry(batch, name)
+    found = get_entry(batch, name)
     if found is None or callable(found):
-        known = entries(batch)
+        known = items_of(batch)
         told = sorted(map(str, known)) if known is not None else type(batch).__name__
         raise ValueError(f"the batch has no {name!r} to weigh it by; it is {told}.")
     weight = float(found.sum() if isinstance(found, Tensor) else np.sum(found))
@@ -128,7 +128,7 @@ def count_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
     return _known(batch, sizes) if size is None else size
 
 
-def likely_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
+def guess_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
     """How many samples a batch probably has, which is enough to tell it from a smaller one; None where nothing says.
 
     The number that all tensors have as their first or second dimension, and lists of like tensors as their length, is
@@ -155,7 +155,7 @@ def _signs(value: Any) -> Iterator[tuple[int, ...]]:
         if value.ndim:
             yield (int(value.size(0)),) if value.is_nested else tuple(value.shape[:2])
         return
-    held = entries(value)
+    held = items_of(value)
     if held is None:
         yield from ((int(t.size(0)),) for t in _tensors(value) if t.ndim)
         return
@@ -168,18 +168,18 @@ def _signs(value: Any) -> Iterator[tuple[int, ...]]:
 
 def _is_record(value: Any) -> bool:
     """Whether something holds the parts of a sample by name, as the boxes and labels of an image."""
-    return not isinstance(value, list | tuple) and bool(entries(value))
+    return not isinstance(value, list | tuple) and bool(items_of(value))
 
 
-def moved(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with all its tensors on a device: whatever has a method ``to`` is moved by it, as Lightning does."""
     if hasattr(batch, "to") and not isinstance(batch, type):
         result = batch.to(device)
         return batch if result is None else result
-    held = entries(batch)
+    held = items_of(batch)
     if held is None:
         return batch
-    return _rebuilt(batch, {id(v): moved(v, device) for v in held.values() if not isinstance(v, _PLAIN)})
+    return _rebuilt(batch, {id(v): to_device(v, device) for v in held.values() if not isinstance(v, _PLAIN)})
 
 
 def _rebuilt(batch: Any, replaced: Mapping[int, Any]) -> Any:
@@ -194,7 +194,7 @@ def _rebuilt(batch: Any, replaced: Mapping[int, Any]) -> Any:
 
 def _made_anew(value: Any, known: Mapping[int, Any]) -> Any:
     """Containers by their constructors, around what is known."""
-    held = None if id(value) in known else entries(value)
+    held = None if id(value) in known else items_of(value)
     if held is None:
         return known.get(id(value), value)
     items = {key: _made_anew(item, known) for key, item in held.items()}
@@ -231,7 +231,7 @@ def _leaves(value: Any, known: Mapping[int, Any]) -> Iterator[Any]:
     """Everything in a batch that is no container and has not been replaced."""
     if id(value) in known:
         return
-    held = entries(value)
+    held = items_of(value)
     if held is not None:
         for item in held.values():
             yield from _leaves(item, known)
@@ -292,7 +292,7 @@ class _Cut:
             if value.ndim and len(value) == self._size:
                 self._replace(value, value[: self._count].copy())
             return 0
-        held = entries(value)
+        held = items_of(value)
         if not isinstance(value, dict | UserDict | list | tuple) and hasattr(value, "to"):
             part = self._own_part(value)
             if part is not None:
@@ -438,7 +438,7 @@ def _are_alike(values: Sequence[Any]) -> bool:
 
 
 def _has_alike(value: Any) -> bool:
-    held = entries(value)
+    held = items_of(value)
     if held is None:
         return False
     is_list = isinstance(value, list | tuple) and not hasattr(value, "_fields")
@@ -490,7 +490,7 @@ def _said(value: Any) -> int | None:
 
 
 def _lengths(value: Any) -> set[int]:
-    held = entries(value)
+    held = items_of(value)
     if held is None:
         return set()
     own = {len(held)} if isinstance(value, list | tuple) else set()

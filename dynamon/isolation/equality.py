@@ -11,7 +11,7 @@ from dynamon.kernels.devices import reads_are_free
 _AT_ONCE = 2**24  # entries that are subtracted together: a bound on the memory that takes
 
 
-def differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+def find_changed(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
     """Whether the tensors of each pair differ in any entry, or are not known to agree, as NaN is not.
 
     Args:
@@ -40,7 +40,7 @@ def differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
 
 
 @torch.no_grad()
-def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+def clone_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies without graph, as ``tensor.detach().clone()``.
 
     Args:

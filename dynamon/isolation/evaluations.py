@@ -31,8 +31,8 @@ class Evaluations:
     """All evaluations of one loss: each begins where the first one did.
 
     That holds for random numbers anywhere, and for autocast, which is on where it was on at construction. Inside of
-    :func:`dynamon.isolation.preserve.undisturbed` it holds for the state of the module too (buffers, counters, queues,
-    averages), and every loss in there begins from the same.
+    :func:`dynamon.isolation.preserve.preserve_state` it holds for the state of the module too (buffers, counters,
+    queues, averages), and every loss in there begins from the same.
 
     Attributes:
         autocast: By kind of device, the dtype of autocast where it is on.
@@ -53,7 +53,7 @@ class Evaluations:
     @contextmanager
     def first(self) -> Iterator[None]:
         """Around the first evaluation, which moves state and random numbers on as any evaluation of the loss does."""
-        with eager(), casts_anew(), _autocast(self.autocast):
+        with force_eager(), fresh_autocast_cache(), _autocast(self.autocast):
             yield
 
     @contextmanager
@@ -89,7 +89,7 @@ def _redo(undo: Sequence[Callable[[], None]]) -> None:
 
 
 @contextmanager
-def rewinding(state: Rewindable) -> Iterator[None]:
+def rewind_state(state: Rewindable) -> Iterator[None]:
     """Inside, every :class:`Evaluations` has this state put back."""
     token = _ACTIVE.set((*_ACTIVE.get(), state))
     try:
@@ -99,7 +99,7 @@ def rewinding(state: Rewindable) -> Iterator[None]:
 
 
 @contextmanager
-def eager() -> Iterator[None]:
+def force_eager() -> Iterator[None]:
     """Code runs as it was written.
 
     Compiled code runs uncompiled, so that training keeps the graphs that it has. Recurrent layers run without cuDNN,
@@ -138,7 +138,7 @@ class _WithoutCudnn(TorchFunctionMode):
 
 
 @contextmanager
-def casts_anew() -> Iterator[None]:
+def fresh_autocast_cache() -> Iterator[None]:
     """Autocast casts weights inside anew and afterwards again: its cache does not see that they were exchanged."""
     torch.clear_autocast_cache()
     try:

@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from dynamon.distributed.dtensor import is_sharded, to_local
 from dynamon.isolation.batches import clone
-from dynamon.isolation.equality import copied, differing
-from dynamon.isolation.evaluations import casts_anew, eager, rewinding
+from dynamon.isolation.equality import clone_tensors, find_changed
+from dynamon.isolation.evaluations import force_eager, fresh_autocast_cache, rewind_state
 from dynamon.isolation.random_streams import RandomState, seed_all, stream_of
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -36,7 +36,7 @@ class NoLossError(LossError):
 
 
 @contextmanager
-def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
+def preserve_state(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Leave no trace of what happens inside on the module or on any random stream.
 
     Put back at exit: the random streams of torch (CPU and all devices of the accelerator), numpy and python; every
@@ -71,7 +71,7 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
         inside = [
             (m, {**now, **(muted if m is module else {})}, held) for m, (now, held) in zip(modules, saved, strict=True)
         ]
-        with rewinding(_State(inside)), eager(), casts_anew():
+        with rewind_state(_State(inside)), force_eager(), fresh_autocast_cache():
             yield
     finally:
         for p, grad in gradients:
@@ -171,7 +171,7 @@ def _snapshots(modules: Sequence[nn.Module]) -> list[tuple[dict[str, Any], _Cont
     """Attributes by reference, and the contents of those that are tensors or containers."""
     found = [_snapshot(m) for m in modules]
     every = {place: value for _, held in found for place, (value, _) in held.items() if isinstance(value, Tensor)}
-    copies = dict(zip(every, copied([_here(value) for value in every.values()]), strict=True))
+    copies = dict(zip(every, clone_tensors([_here(value) for value in every.values()]), strict=True))
     for _, held in found:
         held.update({place: (every[place], copies[place]) for place in held if place in every})
     return found
@@ -246,7 +246,7 @@ def _put_all_back(
     held = {place: entry for *_, contents in saved for place, entry in contents.items() if place not in left_out}
     tensors = [(place, value, content) for place, (value, content) in held.items() if isinstance(value, Tensor)]
     with torch.no_grad():
-        differs = differing([(_here(value), content) for _, value, content in tensors])
+        differs = find_changed([(_here(value), content) for _, value, content in tensors])
         changed = [entry for entry, is_other in zip(tensors, differs, strict=True) if is_other]
         # All are copied before the first is written to: some may share their memory.
         moved = {place: (value, _content(value) if keeps else None) for place, value, _ in changed}

@@ -56,7 +56,7 @@ def stream_of(generator: torch.Generator) -> Stream:
     return _Twin(generator) if generator.device.type == "cuda" else generator
 
 
-def are_kept(device: torch.device) -> bool:
+def is_restorable(device: torch.device) -> bool:
     """Whether torch can say where the random stream of a kind of device is, and put it back there."""
     return device.type in ("cpu", "meta") or hasattr(getattr(torch, device.type, None), "get_rng_state")
 

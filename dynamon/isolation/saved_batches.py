@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamon.isolation.batches import moved
+from dynamon.isolation.batches import to_device
 
 
 class UnknownClassError(Exception):
     """A saved batch holds objects of classes that the batch it is rebuilt from does not hold."""
 
 
-def saved(batch: Any) -> dict[str, Any] | None:
+def pack_batch(batch: Any) -> dict[str, Any] | None:
     """A batch as plain tensors, which a checkpoint loads safely; None where it cannot be taken apart.
 
-    Its classes are named and not stored: :func:`restored` takes them from another batch of the run.
+    Its classes are named and not stored: :func:`unpack_batch` takes them from another batch of the run.
 
     Returns:
         ``tensors``, ``structure`` (a pickle without them, as ``uint8``), ``numbers`` (how many there are in all), and
@@ -42,23 +42,23 @@ def saved(batch: Any) -> dict[str, Any] | None:
     }
 
 
-def restored(state: Mapping[str, Any], device: torch.device, like: Any = None) -> Any:
-    """The batch that :func:`saved` took apart; tensors that were on a device are on ``device``.
+def unpack_batch(state: Mapping[str, Any], device: torch.device, like: Any = None) -> Any:
+    """The batch that :func:`pack_batch` took apart; tensors that were on a device are on ``device``.
 
     Args:
-        state: What :func:`saved` gave.
+        state: What :func:`pack_batch` gave.
         device: The run's.
         like: A batch of the run. Only what this one is made of is called or imported.
 
     Raises:
         UnknownClassError: Where that is not enough.
     """
-    batch = _Unpacker(state, device, _names(saved(like))).load()
-    return moved(batch, device) if state["host"] and device.type != "cpu" else batch
+    batch = _Unpacker(state, device, _names(pack_batch(like))).load()
+    return to_device(batch, device) if state["host"] and device.type != "cpu" else batch
 
 
-def on_host(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`saved` gave, in the host's memory."""
+def move_to_host(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`pack_batch` gave, in the host's memory."""
     return {**state, "tensors": [t.cpu() for t in state["tensors"]]}
 
 

@@ -21,8 +21,8 @@ _FRAMEWORKS = frozenset({"torch", "numpy", "lightning", "lightning_fabric", "pyt
 _DEEPEST, _LONGEST, _MOST = 4, 1000, 10_000  # levels, entries of a container, marks in all: a bound on the time
 
 
-def outside_state(module: nn.Module, step: Callable[..., Any] | None = None) -> dict[str, str]:
-    """Mark what a module reaches and :func:`dynamon.isolation.preserve.undisturbed` does not put back.
+def external_state(module: nn.Module, step: Callable[..., Any] | None = None) -> dict[str, str]:
+    """Mark what a module reaches and :func:`dynamon.isolation.preserve.preserve_state` does not put back.
 
     Looked at: attributes of objects of the user's own classes, positions of open files and of iterators, states of
     random generators in such objects, versions of tensors and of modules that are not registered; and the same for the
@@ -34,7 +34,7 @@ def outside_state(module: nn.Module, step: Callable[..., Any] | None = None) -> 
         step: Its training step.
 
     Returns:
-        A mark by name, to be compared with one of another time by :func:`changes`.
+        A mark by name, to be compared with one of another time by :func:`changed_names`.
     """
     walk = _Walk(module)
     for path, part in module.named_modules():
@@ -47,7 +47,7 @@ def outside_state(module: nn.Module, step: Callable[..., Any] | None = None) -> 
     return walk.marks
 
 
-def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+def changed_names(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """The names whose mark is another one now."""
     return [name for name, mark in after.items() if before.get(name, mark) != mark]
 

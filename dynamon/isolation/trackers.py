@@ -58,7 +58,7 @@ class _Nothing:
 
 
 @contextmanager
-def trackers_muted() -> Iterator[None]:
+def mute_trackers() -> Iterator[None]:
     """Have experiment trackers ignore what this thread writes inside; other threads write on.
 
     It reaches the calls that a ``training_step`` makes by itself: ``wandb.log``, ``mlflow.log_metric``, a
@@ -67,7 +67,7 @@ def trackers_muted() -> Iterator[None]:
     tracker whose writing functions are not where they are expected costs one warning.
 
     Example:
-        >>> with trackers_muted():
+        >>> with mute_trackers():
         ...     loss = 1.0  # evaluate it here
     """
     global _open
@@ -87,7 +87,7 @@ def trackers_muted() -> Iterator[None]:
 
 
 def is_muted() -> bool:
-    """Whether this thread is inside of :func:`trackers_muted`."""
+    """Whether this thread is inside of :func:`mute_trackers`."""
     return getattr(_here, "depth", 0) > 0
 
 

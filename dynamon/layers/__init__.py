@@ -14,9 +14,9 @@ from dynamon.layers.roles import (
 )
 
 __all__ = [
+    "ROLES",
     "ConvGeometry",
     "Layer",
-    "ROLES",
     "describe_layers",
     "is_measurable",
     "is_steerable",

@@ -11,11 +11,11 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def like(numbers: Tensor, tensor: Tensor) -> Tensor:
+def from_real(numbers: Tensor, tensor: Tensor) -> Tensor:
     """Real numbers in the shape of ``tensor``, complex where it is; the inverse of :func:`as_real`, of a flat piece.
 
     Args:
-        numbers: :func:`real_size` numbers in any shape.
+        numbers: :func:`real_numel` numbers in any shape.
         tensor: What they belong to.
     """
     if not tensor.is_complex():
@@ -23,7 +23,7 @@ def like(numbers: Tensor, tensor: Tensor) -> Tensor:
     return torch.complex(*numbers.view(*tensor.shape, 2).unbind(-1))
 
 
-def real_size(tensor: Tensor) -> int:
+def real_numel(tensor: Tensor) -> int:
     """How many real numbers a tensor holds: two for a complex entry."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 

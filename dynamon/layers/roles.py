@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dynamon.distributed.dtensor import is_sharded
-from dynamon.layers.complex_pairs import COMPLEX, real_size
+from dynamon.layers.complex_pairs import COMPLEX, real_numel
 from dynamon.quantities.names import is_chosen, plain_name
 
 ROLES = ("hidden", "embedding", "head", "conv", "vector")
@@ -110,7 +110,7 @@ class Layer:
     @property
     def size(self) -> int:
         """Real numbers in the weight, of which a complex entry holds two."""
-        return real_size(self.parameter)
+        return real_numel(self.parameter)
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from dynamon.curvature import HessianOperator, top_eigenvalues
 from dynamon.isolation.evaluations import full_precision
-from dynamon.isolation.preserve import LossFn, training_loss, undisturbed
+from dynamon.isolation.preserve import LossFn, preserve_state, training_loss
 from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.norms import optimizer_family
 from dynamon.optim import steering_of
@@ -70,14 +70,14 @@ def measure(
         if not trained:
             raise ValueError(f"the optimizer holds no trainable parameter of {type(module).__name__}.")
     params = [layer.parameter for layer in trained]
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed(module, seed), ExitStack() as stack:
+    with torch.inference_mode(False), torch.enable_grad(), preserve_state(module, seed), ExitStack() as stack:
         operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
         stack.enter_context(full_precision())  # the loss keeps the autocast that it was given
         readings: dict[str, Any] = {"sharpness/probe_loss": float(operator.loss)}
         readings |= _gradients(trained, operator, optimizer)
         found = top_eigenvalues(operator, tol=tol, certify=certify, seed=seed)
         readings |= found.readings("sharpness/hessian_max")
-        readings |= {"sharpness/hessian_min": found.smallest, "sharpness/products": float(found.matvecs)}
+        readings |= {"sharpness/hessian_min": found.smallest, "sharpness/matvecs": float(found.matvecs)}
         if optimizer is not None and has_stability_condition(optimizer):
             rates = steering_of(optimizer)
             in_force = {} if rates is None else rates.ratios
@@ -85,7 +85,7 @@ def measure(
             scaled = stability_operator(operator, stability_scaling(optimizer, params, factors))
             ratio = top_eigenvalues(scaled, tol=tol, certify=certify, seed=seed)
             readings |= ratio.readings("sharpness/stability_ratio")
-            readings["sharpness/products"] += float(ratio.matvecs)
+            readings["sharpness/matvecs"] += float(ratio.matvecs)
     with full_precision():
         return readings | _weights(layers)
 

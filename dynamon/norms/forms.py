@@ -68,7 +68,7 @@ def l2(x: Tensor) -> Tensor:
     return l2_along(x, dims_of(x))
 
 
-def unit(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
+def normalized(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
     """Divide by the length along the dimensions, by the largest entry first, lest squares vanish; zero for zero."""
     wide = _wide(x)
     largest = wide.abs().amax(() if dim is None else dim, keepdim=True)
@@ -77,7 +77,7 @@ def unit(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
     return scaled / torch.where(length == 0, torch.ones_like(length), length)
 
 
-def entries(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+def reduce_magnitudes(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
     """A reduction of the magnitudes over the dimensions a norm acts on."""
     dims = dims_of(x)
     return _wide(reduce(_wide(x).abs()) if dims is None else reduce(_wide(x).abs(), dims))
@@ -149,7 +149,7 @@ def _parts(batch: list[int], tensors: Sequence[Tensor]) -> list[list[int]]:
     return [batch[begin : begin + most] for begin in range(0, len(batch), most)]
 
 
-def by_function(functions: Sequence[_Function]) -> list[tuple[_Function, list[int]]]:
+def group_by_function(functions: Sequence[_Function]) -> list[tuple[_Function, list[int]]]:
     """Functions once each, with the positions of those they stand at."""
     groups: dict[_Function, list[int]] = {}
     for i, function in enumerate(functions):

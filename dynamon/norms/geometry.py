@@ -52,7 +52,7 @@ class Geometry:
         return self.source in ("name", "nothing")
 
 
-def geometry(optimizer: Optimizer) -> Geometry:
+def optimizer_geometry(optimizer: Optimizer) -> Geometry:
     """The geometry an optimizer descends in.
 
     In this order: the attribute ``dynamon_geometry`` of the optimizer or its class; torch's class that it is or derives
@@ -76,25 +76,25 @@ def geometry(optimizer: Optimizer) -> Geometry:
             return Geometry(_FAMILY_OF[cls.__name__.lower()], "name")
     inner = next((one for one in map(vars(optimizer).get, _WRAPPED) if isinstance(one, Optimizer)), None)
     if inner is not None:
-        return geometry(inner)
+        return optimizer_geometry(inner)
     found = {_FAMILY_OF[word] for word in _words(optimizer) if word in _FAMILY_OF}
     known = next((family for family in _WORDS if family in found), None)
     return Geometry("euclidean", "nothing") if known is None else Geometry(known, "name")
 
 
 def optimizer_family(optimizer: Optimizer) -> str:
-    """Which geometry the optimizer descends in, see :func:`geometry`.
+    """Which geometry the optimizer descends in, see :func:`optimizer_geometry`.
 
     Returns:
         ``"sign"`` for optimizers that divide by the gradient's own size entry by entry or take its sign,
         ``"spectral"`` for those that orthogonalise, ``"euclidean"`` for SGD and whatever is not known.
     """
-    return geometry(optimizer).family
+    return optimizer_geometry(optimizer).family
 
 
-def assumption(optimizer: Optimizer) -> str | None:
+def geometry_assumption(optimizer: Optimizer) -> str | None:
     """What is assumed of an optimizer whose geometry is a guess, and how to state it; None where it is known."""
-    found = geometry(optimizer)
+    found = optimizer_geometry(optimizer)
     if not found.is_guess:
         return None
     name = type(optimizer).__name__

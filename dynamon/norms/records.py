@@ -17,8 +17,9 @@ name                      primal                                      dual
 ========================  ==========================================  ========================================
 
 All act on the last two dimensions (on all, where there are fewer) and are batched over the others.
-:func:`fitted` gives them for a tensor as a layer stores it. All that is known of a norm is its record, :class:`Norm`;
-a new one is an entry of ``NORMS``, and a role takes it by its line in ``OPERATOR_NORMS`` or ``UPDATE_NORMS``.
+:func:`norm_for_layer` gives them for a tensor as a layer stores it. All that is known of a norm is its record,
+:class:`Norm`; a new one is an entry of ``NORMS``, and a role takes it by its line in ``OPERATOR_NORMS`` or
+``UPDATE_NORMS``.
 References: Bernstein and Newhouse, arXiv 2409.20325; Pethick et al. (Scion), arXiv 2502.07529.
 """
 
@@ -33,20 +34,20 @@ from dynamon.kernels import l2_along, nuclear_norm
 from dynamon.layers import ROLES, Layer
 from dynamon.norms.forms import (
     aspect,
-    by_function,
     dims_of,
     each_dual,
     each_primal,
-    entries,
     euclidean_norms,
+    group_by_function,
     l2,
     largest_entries,
+    normalized,
     nuclear_norms,
     polar,
+    reduce_magnitudes,
     sigma_max,
     size_of,
     spectral_norms,
-    unit,
 )
 from dynamon.norms.geometry import FAMILIES
 from dynamon.norms.geometry import optimizer_family as optimizer_family
@@ -71,7 +72,7 @@ class Norm:
         dual: Dual norm of a gradient.
         lmo: The unit-ball minimiser of ``<g, .>``.
         on_matrices: Whether it is one of matrices, of which a layer may hold several; it does not fit vectors.
-        per_window: Whether a convolution's is multiplied by ``sqrt(prod(k))``, see :func:`fitted`.
+        per_window: Whether a convolution's is multiplied by ``sqrt(prod(k))``, see :func:`norm_for_layer`.
         primal_factor: From m and n to what multiplies the statistic that ``batched_primal`` rests on, if any.
         dual_factor: The same for the statistic named by ``dual_of``.
         dual_of: The statistic that the dual is a multiple of: ``"l1"`` or ``"l2"`` of all entries; ``"matrix"`` where
@@ -167,7 +168,7 @@ def get_norm(name: str) -> Norm:
     return NORMS[name]
 
 
-def fitted(name: str, layer: Layer) -> Norm:
+def norm_for_layer(name: str, layer: Layer) -> Norm:
     r"""The named norm for tensors as a layer stores them.
 
     A layer of several blocks (:class:`dynamon.layers.Layer`) has the largest of their norms, whose dual is the sum
@@ -214,7 +215,7 @@ def operator_norm(layer: Layer) -> Norm:
     Hidden weights act between RMS-normalised activations (``rms_to_rms``), an embedding picks a column
     (``one_to_rms``), the head's outputs count one by one (``rms_to_inf``), vectors have an RMS size.
     """
-    return fitted(OPERATOR_NORMS[layer.role], layer)
+    return norm_for_layer(OPERATOR_NORMS[layer.role], layer)
 
 
 def sigma_factor(layer: Layer) -> float | None:
@@ -259,7 +260,7 @@ def update_norm(layer: Layer, family: str) -> Norm:
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be 'sign', 'euclidean' or 'spectral', got {family!r}.")
-    return fitted(UPDATE_NORMS[family][layer.role], layer)
+    return norm_for_layer(UPDATE_NORMS[family][layer.role], layer)
 
 
 def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -271,14 +272,14 @@ def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
 
     Args:
         layers: L layers.
-        norms: The norm of each, as :func:`fitted` gives it.
+        norms: The norm of each, as :func:`norm_for_layer` gives it.
         tensors: One a layer, stored as its weight is; those of one shape on one device.
 
     Returns:
         L numbers, 0-d.
     """
     found: dict[int, Tensor] = {}
-    for measure, own in by_function([norm.batched_dual for norm in norms]):
+    for measure, own in group_by_function([norm.batched_dual for norm in norms]):
         values = measure([layers[i] for i in own], [norms[i] for i in own], [tensors[i] for i in own])
         found.update(zip(own, values, strict=True))
     return [found[i] for i in range(len(layers))]
@@ -346,7 +347,7 @@ NORMS = {
             name="one_to_rms",
             primal=lambda w: l2_along(w, -2).amax(-1) / math.sqrt(w.shape[-2]),
             dual=lambda g: l2_along(g, -2).sum(-1) * math.sqrt(g.shape[-2]),
-            lmo=lambda g: (-math.sqrt(g.shape[-2]) * unit(g, -2)).to(g.dtype),
+            lmo=lambda g: (-math.sqrt(g.shape[-2]) * normalized(g, -2)).to(g.dtype),
             on_matrices=True,
             per_window=False,
             primal_factor=_one,
@@ -362,7 +363,7 @@ NORMS = {
             name="rms_to_inf",
             primal=lambda w: l2_along(w, -1).amax(-1) * math.sqrt(w.shape[-1]),
             dual=lambda g: l2_along(g, -1).sum(-1) / math.sqrt(g.shape[-1]),
-            lmo=lambda g: (-unit(g, -1) / math.sqrt(g.shape[-1])).to(g.dtype),
+            lmo=lambda g: (-normalized(g, -1) / math.sqrt(g.shape[-1])).to(g.dtype),
             on_matrices=True,
             per_window=False,
             primal_factor=_one,
@@ -376,8 +377,8 @@ NORMS = {
         ),
         Norm(
             name="one_to_inf",
-            primal=lambda w: entries(w, torch.amax),
-            dual=lambda g: entries(g, torch.sum),
+            primal=lambda w: reduce_magnitudes(w, torch.amax),
+            dual=lambda g: reduce_magnitudes(g, torch.sum),
             lmo=lambda g: torch.where(g.isnan(), g, -g.sign()),
             on_matrices=False,
             per_window=False,
@@ -394,7 +395,7 @@ NORMS = {
             name="rms",
             primal=lambda w: l2(w) / math.sqrt(size_of(w)),
             dual=lambda g: l2(g) * math.sqrt(size_of(g)),
-            lmo=lambda g: (-math.sqrt(size_of(g)) * unit(g, dims_of(g))).to(g.dtype),
+            lmo=lambda g: (-math.sqrt(size_of(g)) * normalized(g, dims_of(g))).to(g.dtype),
             on_matrices=False,
             per_window=False,
             primal_factor=lambda m, n: float((m * n) ** -0.5),
@@ -410,7 +411,7 @@ NORMS = {
             name="frobenius",
             primal=l2,
             dual=l2,
-            lmo=lambda g: (-unit(g, dims_of(g))).to(g.dtype),
+            lmo=lambda g: (-normalized(g, dims_of(g))).to(g.dtype),
             on_matrices=False,
             per_window=False,
             primal_factor=_one,

@@ -2,6 +2,13 @@
 
 from dynamon.optim.lanton import Lanton
 from dynamon.optim.layerwise import LayerwiseRates, steerable_layers, steering_of
-from dynamon.optim.refusals import refusal, spread_reason
+from dynamon.optim.unsupported import several_devices_reason, unsupported_reason
 
-__all__ = ["Lanton", "LayerwiseRates", "refusal", "spread_reason", "steerable_layers", "steering_of"]
+__all__ = [
+    "Lanton",
+    "LayerwiseRates",
+    "several_devices_reason",
+    "steerable_layers",
+    "steering_of",
+    "unsupported_reason",
+]

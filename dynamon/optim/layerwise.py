@@ -20,7 +20,6 @@ from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.kernels import waiter
 from dynamon.layers import Layer, is_steerable, known_layers
 from dynamon.norms import optimizer_family
-from dynamon.optim.refusals import check_decay, refusal, refuse_step, spread_reason
 from dynamon.optim.stepping import (
     Nesting,
     StepWatch,
@@ -30,13 +29,14 @@ from dynamon.optim.stepping import (
     with_closure,
     wrapped_optimizers,
 )
+from dynamon.optim.unsupported import check_decoupled_decay, check_step, several_devices_reason, unsupported_reason
 from dynamon.optim.views import GroupViews
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.readings import PendingReadings
 from dynamon.quantities.scales import Scale
 from dynamon.quantities.windows import Window
 from dynamon.rates import Rule
-from dynamon.rates.merging import Merging, error
+from dynamon.rates.merging import RatioMerging, relative_error
 
 # Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
 _steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
@@ -64,8 +64,8 @@ class LayerwiseRates:
     the optimizer writes into its groups are carried back. With all ratios 1 no view is made.
 
     A step has at most ``max_groups`` groups: where ratios ask for more, near ones are brought together
-    (:class:`dynamon.rates.merging.Merging`; :attr:`merging_error` says how far from what the rule asked for). Ratios of
-    exactly 1 and at a bound of the rule stay.
+    (:class:`dynamon.rates.merging.RatioMerging`; :attr:`merging_error` says how far from what the rule asked for).
+    Ratios of exactly 1 and at a bound of the rule stay.
 
     Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
     where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
@@ -125,7 +125,7 @@ class LayerwiseRates:
         max_groups: int | None = 16,
     ) -> None:
         """Attach to the optimizer's step."""
-        reason = refusal(optimizer)
+        reason = unsupported_reason(optimizer)
         if reason is not None:
             raise ValueError(reason)
         if optimizer in _steered:
@@ -135,11 +135,11 @@ class LayerwiseRates:
         if type(read_every) is not int or read_every < 1:
             raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
         if not scale_weight_decay:
-            check_decay(optimizer)
+            check_decoupled_decay(optimizer)
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.in_half_precision = self.agrees_with_others = False
-        merging = None if max_groups is None else Merging(max_groups, rule.bounds)
+        merging = None if max_groups is None else RatioMerging(max_groups, rule.bounds)
         self._merging = None if rule.exact else merging
         self._phase = 0  # steps observed, modulo read_every
         self._checked = self._spared = False
@@ -177,7 +177,7 @@ class LayerwiseRates:
             self.rule.check(known)
             self._checked = True
         self.layers = steerable_layers(self.model, self.optimizer)
-        spread = spread_reason(layer.parameter for layer in self.layers) if self.rule.needs_gradients else None
+        spread = several_devices_reason(layer.parameter for layer in self.layers) if self.rule.needs_gradients else None
         if spread is not None:
             raise ValueError(f"{type(self.optimizer).__name__} cannot take rates that follow gradients: {spread}")
         self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
@@ -229,7 +229,7 @@ class LayerwiseRates:
         """Ratios ``[L]`` as a step takes them, which may be the one that is taken now."""
         if self._merging is None:
             return ratios
-        merge = self._merging.take if is_taken else self._merging.merged
+        merge = self._merging.apply if is_taken else self._merging.preview
         found = np.append(ratios, 1.0)
         found[self._layer_at] = merge(self._by_parameter(ratios), self._group_at)
         return found[:-1]
@@ -268,7 +268,7 @@ class LayerwiseRates:
     @property
     def merging_error(self) -> float:
         """How far a ratio of the step that was taken last is from what the rule asked for, relatively, at most."""
-        return 0.0 if self._taken is None else error(self._taken[2], self._taken[1])
+        return 0.0 if self._taken is None else relative_error(self._taken[2], self._taken[1])
 
     @property
     def is_observed(self) -> bool:
@@ -333,8 +333,8 @@ class LayerwiseRates:
                     self.settle()
             elif self._phase == self.read_every - 1:
                 self.reader.store(scale, window)
-        except Exception as error:
-            self._go_without(error)
+        except Exception as relative_error:
+            self._go_without(relative_error)
 
     def _go_without(self, error: Exception) -> None:
         """Where reading runs out of memory ratios stay, and training goes on; of several processes all must read."""
@@ -369,8 +369,8 @@ class LayerwiseRates:
         if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
             try:
                 self.reader.store_part(share, scale)
-            except Exception as error:
-                self._go_without(error)
+            except Exception as relative_error:
+                self._go_without(relative_error)
 
     def watch_ranks(self, group: Any = None) -> None:
         """Under DDP, before the first backward pass of a step, have the gradients of the processes compared at it.
@@ -431,12 +431,12 @@ class LayerwiseRates:
 
     def _saved_merging(self) -> dict[str, Any]:
         """The ratios in force, where they are not those that the rule asks for."""
-        if self._merging is None or self._merging.kept is None:
+        if self._merging is None or self._merging.current is None:
             return {}
         ratios = np.ones(len(self.layers) + 1)
-        ratios[self._layer_at] = self._merging.kept
+        ratios[self._layer_at] = self._merging.current
         kept = dict(zip(self._names, ratios[:-1].tolist(), strict=True))
-        return {"merged": {"ratios": kept, **self._merging.saved(self._group_at)}}
+        return {"merged": {"ratios": kept, **self._merging.state(self._group_at)}}
 
     def _load_merging(self, state: Mapping[str, Any] | None) -> None:
         if self._merging is None:
@@ -459,7 +459,7 @@ class LayerwiseRates:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        refuse_step(optimizer, self.apply)
+        check_step(optimizer, self.apply)
         if self._nesting.begins(sys._getframe(1)):
             self.restore()  # left over where the last step raised
             self._begun = False

@@ -22,7 +22,7 @@ from dynamon.quantities.readings import DUAL, L1, L2, PendingReadings, ReadingCo
 from dynamon.quantities.scales import Scale, all_scaled, without_dimensions
 from dynamon.quantities.tensor_lists import copied
 from dynamon.quantities.trends import Trends
-from dynamon.quantities.windows import Window, loaded_window, saved_window
+from dynamon.quantities.windows import Window, load_window, window_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -356,7 +356,7 @@ class GradientReader:
 
     def _saved_windows(self) -> dict[str, Any]:
         """The window of each stored gradient: of one optimizer it is one, but states of several are put together."""
-        window = saved_window(self._stored_window)
+        window = window_state(self._stored_window)
         return {} if window is None else {self.layers[i].name: window for i in self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -374,7 +374,7 @@ class GradientReader:
             names = [layer.name for layer in self.layers]
             self.trends.load_state_dict(state.get("trends", {}), names)
         windows = state.get("windows", {})
-        self._stored_window = loaded_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
+        self._stored_window = load_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 
 
 def _plain(gradient: Tensor, like: Tensor | None = None) -> Tensor:

@@ -60,7 +60,7 @@ class Histogram:
 
 
 def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
-    """Bin tensors where they are, for :func:`histograms` to read once the table is on the host.
+    """Bin tensors where they are, for :func:`read_histograms` to read once the table is on the host.
 
     The bins of a tensor are mirrored at zero. On each side they are the eighths of octaves, so 6 to 12 % wide, over the
     16 octaves below the largest magnitude; one bin around zero takes what is smaller, exact zeros too. Edges are
@@ -78,7 +78,7 @@ def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([_row(tensor.detach().reshape(-1)) for tensor in tensors])
 
 
-def joined_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
+def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """Reduce the table of the shards here to that of the whole tensors; where they are whole it stays as it is.
 
     Every process must call this, inside :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a shard
@@ -114,7 +114,7 @@ def _rebased(counts: Tensor, shift: Tensor) -> Tensor:
     return torch.zeros_like(counts).scatter_add_(1, kept + _LEVELS, counts)
 
 
-def histograms(table: Tensor) -> list[Histogram]:
+def read_histograms(table: Tensor) -> list[Histogram]:
     """Read the T rows of a table that :func:`histogram_table` made."""
     return [_read(row) for row in table.cpu().double().numpy()]
 

@@ -58,7 +58,7 @@ class _Averages:
             self._forget(readings.frozen)
         if not seen.any():
             return False
-        taken, anew = self._usual.takes(readings.window)
+        taken, anew = self._usual.admit(readings.window)
         if not taken:
             return False
         if anew:
@@ -78,7 +78,7 @@ class _Averages:
 
     def shown(self, readings: GradientReadings, values: NDArray[Any]) -> NDArray[Any]:
         """Numbers by layer where this reading is one of those they average, NaN elsewhere."""
-        current = self.seen(readings) & self._usual.is_that_of(readings.window)
+        current = self.seen(readings) & self._usual.matches(readings.window)
         return np.where(current, values, np.nan)
 
     @property

@@ -12,7 +12,7 @@ from dynamon.kernels import widest_dtype
 from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer
 from dynamon.norms import Norm
-from dynamon.norms.forms import by_function
+from dynamon.norms.forms import group_by_function
 
 _UNLIKE = 1e5  # lengths of two steps whose quotient is larger leave nothing of their inner product
 
@@ -34,7 +34,7 @@ def primal_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequen
     """
     if not layers:
         return torch.zeros(0)
-    groups = by_function([norm.batched_primal for norm in norms])
+    groups = group_by_function([norm.batched_primal for norm in norms])
     columns = [
         measure([layers[i] for i in own], [norms[i] for i in own], [tensors[i] for i in own]) for measure, own in groups
     ]

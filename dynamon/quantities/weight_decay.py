@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.kernels import widest_dtype
-from dynamon.kernels.constants import moved, on_device
+from dynamon.kernels.constants import on_device, to_device
 from dynamon.quantities.names import word_runs
 
 _COUPLED = "SGD Adam NAdam RAdam RMSprop Adagrad Adadelta Adamax Rprop ASGD LBFGS"  # add decay to the gradients
@@ -50,8 +50,8 @@ def decay_assumption(optimizer: Optimizer) -> str | None:
         return None
     return (
         f"{type(optimizer).__name__} is taken to multiply its weights by 1 - rate x weight_decay, as AdamW does: "
-        "weight/memory and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its groups if "
-        "it adds the decay to the gradient."
+        "weight/initial_fraction and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its "
+        "groups if it adds the decay to the gradient."
     )
 
 
@@ -81,7 +81,7 @@ _MOST_DEFERRED = 64  # steps
 _Group = tuple[tuple[str, ...], tuple[float, ...], tuple[bool, bool]]
 
 
-class DecayMemory:
+class DecayRetention:
     """The product of ``1 - rate x ratio x decay`` over all steps, by layer: what decay leaves of the initial weights.
 
     Call :meth:`before_step` before each step and :meth:`after_steps` when the ratios in force are known. Rates may be
@@ -167,7 +167,7 @@ class DecayMemory:
         if isinstance(shrinks[0], Tensor):
             lost = torch.stack([shrink.detach().reshape(()) for shrink in shrinks]).to(device, wide)
         else:
-            lost = moved(torch.tensor(shrinks, dtype=wide, device="cpu"), device)
+            lost = to_device(torch.tensor(shrinks, dtype=wide, device="cpu"), device)
         if flags:
             lost = lost * torch.stack(flags).eq(0)
         table = lost[:, None] * on_device(scales, device, wide)

@@ -27,7 +27,7 @@ from dynamon.quantities.primal_norms import (
     statistic_of,
 )
 from dynamon.quantities.updates import angles, cosines, differences, primal_norms, wide_lengths
-from dynamon.spectra import WeightSpectrum, extremes_of, per_stack, weight_spectra
+from dynamon.spectra import WeightSpectrum, extremes_of, reduce_blocks, weight_spectra
 
 FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
 ENTRYWISE = [one for one in quantities_of("weight") if one.entrywise is not None]
@@ -53,7 +53,7 @@ class WeightReadings:
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
         stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors and for a zero matrix.
-        deviation: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
+        log2_spectral_condition: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
             :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one, and the
             same number at every width where it holds with another; NaN for vectors and for a zero matrix.
     """
@@ -71,7 +71,7 @@ class WeightReadings:
     sigma_lower: Tensor
     sigma_upper: Tensor
     stable_rank: Tensor
-    deviation: Tensor
+    log2_spectral_condition: Tensor
 
 
 def weight_readings(
@@ -258,7 +258,7 @@ def _of_matrices(plan: _Plan, here: _Here, ranks: Ranks) -> Tensor:
 
     def measure(chosen: list[int], wholes: list[Sequence[Tensor]]) -> Tensor:
         stacks = [_single(layers[i].matrices(tensors[0])) for i, tensors in zip(chosen, wholes, strict=True)]
-        spectra = per_stack(extremes_of(stacks), [len(stack) for stack in stacks])
+        spectra = reduce_blocks(extremes_of(stacks), [len(stack) for stack in stacks])
         rows = [getattr(spectra, name).float() for name in _SPECTRAL]
         at = [position for position, i in enumerate(chosen) if takes_whole[i]]
         stepping = [position for position in at if len(wholes[position]) > 1]
@@ -324,7 +324,7 @@ def layer_spectra(
 
     Args:
         layers: The layers, on one device. Several blocks of one layer are put together by
-            :func:`dynamon.spectra.per_stack`.
+            :func:`dynamon.spectra.reduce_blocks`.
         exact: Compute in float64.
         ranks: Processes that all hold these weights or shards of them, inside their
             :meth:`dynamon.distributed.ranks.Ranks.collective_section`: each takes a part of the layers. None: this
@@ -343,7 +343,7 @@ def layer_spectra(
 
     def measure(chosen: list[int], wholes: list[Sequence[Tensor]]) -> Tensor:
         stacks = [layers[i].matrices(tensors[0]) for i, tensors in zip(chosen, wholes, strict=True)]
-        found = per_stack(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
+        found = reduce_blocks(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
         return torch.stack([getattr(found, name).double() for name in names])
 
     shards = [to_local(like) for like in likes]

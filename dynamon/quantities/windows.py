@@ -44,13 +44,13 @@ class Window:
         return passes / self.passes if even or 2 * passes == self.passes else None
 
 
-def saved_window(window: Window | None) -> dict[str, Any] | None:
+def window_state(window: Window | None) -> dict[str, Any] | None:
     """A window as plain numbers, for a checkpoint."""
     return None if window is None else asdict(window)
 
 
-def loaded_window(state: Mapping[str, Any] | None) -> Window | None:
-    """What :func:`saved_window` was given."""
+def load_window(state: Mapping[str, Any] | None) -> Window | None:
+    """What :func:`window_state` was given."""
     if state is None:
         return None
     samples = None if state["samples"] is None else tuple(state["samples"])
@@ -69,7 +69,7 @@ class UsualLength:
         self._other: list[int] = []
         self._count = 0  # readings of the other length in a row
 
-    def takes(self, window: Window | None) -> tuple[bool, bool]:
+    def admit(self, window: Window | None) -> tuple[bool, bool]:
         """Whether a reading over this window is taken in, and whether the average begins anew with it."""
         length = [] if window is None else list(window.length)
         if length == self._own or not self._own:
@@ -82,7 +82,7 @@ class UsualLength:
         self._own, self._count = length, 0
         return True, True
 
-    def is_that_of(self, window: Window | None) -> bool:
+    def matches(self, window: Window | None) -> bool:
         """Whether a window has this length."""
         return self._own == ([] if window is None else list(window.length))
 

@@ -13,7 +13,7 @@ _LEAST = 0.01  # at least; below that groups would follow jitter
 _HALVINGS = 20  # of the width of clusters: to a millionth
 
 
-class Merging:
+class RatioMerging:
     r"""Clusters ratios on their logarithm, so that an optimizer's step has at most ``most`` groups.
 
     An optimizer takes its parameters group by group: with a ratio for each of 148 tensors, a step that was two calls of
@@ -26,7 +26,7 @@ class Merging:
     A clustering stays in force, to the bit, until a layer's ratio is further from its own than twice the largest error
     that it began with (one percent at least): groups do not follow the jitter of the ratios. An optimizer with one
     group of its own, ratios from 0.1 to 1 and 16 groups: at most 9 % when it begins and 19 % ever, where ratios are
-    spread evenly over the whole range; :func:`error` of a step says what it is.
+    spread evenly over the whole range; :func:`relative_error` of a step says what it is.
 
     The result depends on the ratios so far and on nothing else, and is the same on all processes that have the same.
 
@@ -50,10 +50,10 @@ class Merging:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.kept: NDArray[Any] | None = None  # the ratios in force; None where all are as they were asked for
+        self.current: NDArray[Any] | None = None  # the ratios in force; None where all are as they were asked for
         self.slack = 0.0  # the logarithm of the quotient of two ratios up to which they stay
 
-    def merged(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
+    def preview(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
         """The ratios of the next step.
 
         Args:
@@ -65,42 +65,42 @@ class Merging:
         """
         return self._found(ratios, places)[0]
 
-    def take(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
+    def apply(self, ratios: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
         """The same, for a step that is taken now."""
         found, self.slack = self._found(ratios, places)
-        self.kept = found if self.slack else None
+        self.current = found if self.slack else None
         return found
 
     def _found(self, ratios: NDArray[Any], places: NDArray[Any]) -> tuple[NDArray[Any], float]:
-        if count(ratios, places) <= self.most:
+        if count_groups(ratios, places) <= self.most:
             return ratios, 0.0
-        if self.kept is not None and self._holds(ratios):
-            return self.kept, self.slack
-        found = clustered(ratios, places, self.most, self._exact)
-        return found, max(_HOLD * math.log1p(error(found, ratios)), _LEAST)
+        if self.current is not None and self._holds(ratios):
+            return self.current, self.slack
+        found = cluster_ratios(ratios, places, self.most, self._exact)
+        return found, max(_HOLD * math.log1p(relative_error(found, ratios)), _LEAST)
 
     def _holds(self, ratios: NDArray[Any]) -> bool:
         """Whether what is in force is still near enough to what is asked for."""
-        assert self.kept is not None
+        assert self.current is not None
         fixed = _are_fixed(ratios, self._exact)
-        if (self.kept[fixed] != ratios[fixed]).any():
+        if (self.current[fixed] != ratios[fixed]).any():
             return False
-        quotient = self.kept[~fixed] / ratios[~fixed]
+        quotient = self.current[~fixed] / ratios[~fixed]
         return bool(np.abs(np.log(quotient)).max(initial=0.0) <= self.slack) if (quotient > 0).all() else False
 
-    def saved(self, places: NDArray[Any]) -> dict[str, float]:
+    def state(self, places: NDArray[Any]) -> dict[str, float]:
         """What :meth:`load` asks for beside the ratios in force."""
-        assert self.kept is not None
-        return {"slack": self.slack, "most": self.most, "groups": count(self.kept, places)}
+        assert self.current is not None
+        return {"slack": self.slack, "most": self.most, "groups": count_groups(self.current, places)}
 
     def load(self, kept: NDArray[Any], saved: Mapping[str, float], places: NDArray[Any]) -> None:
         """Take up what was in force, where it was made for as many groups and still makes as many as it did."""
         self.forget()
-        if saved["most"] == self.most and saved["groups"] == count(kept, places):
-            self.kept, self.slack = kept, saved["slack"]
+        if saved["most"] == self.most and saved["groups"] == count_groups(kept, places):
+            self.current, self.slack = kept, saved["slack"]
 
 
-def count(ratios: NDArray[Any], places: NDArray[Any]) -> int:
+def count_groups(ratios: NDArray[Any], places: NDArray[Any]) -> int:
     """How many groups a step takes: different ratios in each of the optimizer's own."""
     return len(set(zip(places.tolist(), ratios.tolist(), strict=True)))
 
@@ -110,15 +110,15 @@ def _are_fixed(ratios: NDArray[Any], exact: NDArray[Any]) -> NDArray[Any]:
     return np.isin(ratios, exact) | ~((ratios > 0) & (ratios < np.inf))
 
 
-def error(merged: NDArray[Any], ratios: NDArray[Any]) -> float:
+def relative_error(merged: NDArray[Any], ratios: NDArray[Any]) -> float:
     """The largest relative error of ratios that were merged, up or down."""
     moved = merged != ratios
     quotient = merged[moved] / ratios[moved]
     return float(np.maximum(quotient, 1 / quotient).max(initial=1.0)) - 1
 
 
-def clustered(ratios: NDArray[Any], places: NDArray[Any], most: int, exact: NDArray[Any]) -> NDArray[Any]:
-    """Ratios in at most ``most`` groups with the smallest largest relative error; see :class:`Merging`."""
+def cluster_ratios(ratios: NDArray[Any], places: NDArray[Any], most: int, exact: NDArray[Any]) -> NDArray[Any]:
+    """Ratios in at most ``most`` groups with the smallest largest relative error; see :class:`RatioMerging`."""
     free = ~_are_fixed(ratios, exact)
     lines = []  # of each place: where its ratios are, their logarithms and these sorted
     for place in np.unique(places[free]):
@@ -127,7 +127,7 @@ def clustered(ratios: NDArray[Any], places: NDArray[Any], most: int, exact: NDAr
         lines.append((where, logs, np.sort(logs).tolist()))
     if not lines:
         return ratios
-    room = max(most - count(ratios[~free], places[~free]), len(lines))
+    room = max(most - count_groups(ratios[~free], places[~free]), len(lines))
     sorted_logs = [line for _, _, line in lines]
     low, high = 0.0, (1 + 1e-9) * sum([line[-1] - line[0] for line in sorted_logs]) / room  # the factor is for rounding
     while not _fit(sorted_logs, high, room):

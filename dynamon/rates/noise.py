@@ -11,7 +11,7 @@ from dynamon.norms import Norm, iid_dual_norm
 from dynamon.quantities.noise import SOURCES, NoiseEstimator
 from dynamon.quantities.readings import GradientReadings
 from dynamon.rates.ramp import Ramp
-from dynamon.rates.rule import Rule, check_grouping, grouped
+from dynamon.rates.rule import Rule, check_grouping, group_indices
 
 _SILENT = 1e-6  # of the group's median H: a thousandth of its noise
 _REFERENCES = ("quietest", "mean")
@@ -127,7 +127,7 @@ class NoiseAdaptiveRates(Rule):
         names = [layer.name for layer in layers]
         self.noise = NoiseEstimator(names, self.beta2, self.source)
         self._ramp = Ramp(names, self.refresh // 2, self.dead_band)
-        self._groups = grouped(layers, norms, self.group_by)
+        self._groups = group_indices(layers, norms, self.group_by)
         self._shape_factor = np.array(
             [
                 iid_dual_norm(norm, layer) if self.normalize_shape else 1.0

@@ -103,7 +103,7 @@ class FixedRates(Rule):
         return self._ratios
 
 
-def grouped(layers: Sequence[Layer], norms: Sequence[Norm], group_by: str) -> list[NDArray[Any]]:
+def group_indices(layers: Sequence[Layer], norms: Sequence[Norm], group_by: str) -> list[NDArray[Any]]:
     """Which layers are compared with each other: the indices of each group.
 
     Args:

@@ -10,7 +10,7 @@ from dynamon.layers import Layer
 from dynamon.norms import Norm
 from dynamon.quantities.weights import layer_spectra
 from dynamon.rates.ramp import Ramp
-from dynamon.rates.rule import Rule, check_grouping, grouped
+from dynamon.rates.rule import Rule, check_grouping, group_indices
 
 
 class SpectralTailRates(Rule):
@@ -70,7 +70,7 @@ class SpectralTailRates(Rule):
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
         """Form the groups."""
         super().start(layers, norms)
-        self._groups = grouped(layers, norms, self.group_by)
+        self._groups = group_indices(layers, norms, self.group_by)
         self._ramp = Ramp([layer.name for layer in layers], self.ramp)
 
     def begin_step(self) -> None:

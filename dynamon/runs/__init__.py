@@ -1,10 +1,10 @@
 """Runs on disk and in memory: their histories, event files and folders."""
 
 from dynamon.runs.history import last_step
-from dynamon.runs.reading import assembled, read_run, read_run_data
+from dynamon.runs.reading import assemble_run, read_run, read_run_data
 
 __all__ = [
-    "assembled",
+    "assemble_run",
     "last_step",
     "read_run",
     "read_run_data",

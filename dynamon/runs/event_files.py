@@ -24,6 +24,7 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.util import tensor_util
 
 from dynamon.runs.history import Series
+from dynamon.runs.renamed import current_tag
 
 _EVENTS = "*tfevents*"
 _PLUGIN = "dynamon"  # of the tensor summaries that hold all layers of a quantity
@@ -80,7 +81,7 @@ class EventFile:
         """
         if self._order is None:
             second, began = re.search(r"tfevents\.(\d+)", self.path.name), self._first_time()
-            order = int(second[1]) if second else 0, math.inf if began is None else began, natural(self.path.name)
+            order = int(second[1]) if second else 0, math.inf if began is None else began, natural_key(self.path.name)
             if began is None:
                 return order
             self._order = order
@@ -191,7 +192,7 @@ class EventFile:
             yield SessionStart(step)
         for value in event.summary.value:
             if value.HasField("simple_value"):
-                yield value.tag, step, value.simple_value
+                yield current_tag(value.tag), step, value.simple_value
                 continue
             plugin = value.metadata.plugin_data
             if plugin.plugin_name == "scalars":
@@ -200,11 +201,11 @@ class EventFile:
                 self._layers[value.tag] = plugin.content, _layer_names(plugin.content)
             try:
                 if value.tag in self._scalars:
-                    yield value.tag, step, float(tensor_util.make_ndarray(value.tensor))
+                    yield current_tag(value.tag), step, float(tensor_util.make_ndarray(value.tensor))
                 elif value.tag in self._layers:
                     names, row = self._layers[value.tag][1], _row(value.tensor)
                     if len(names) == len(row):
-                        yield value.tag.removesuffix(_LAYERS), step, (names, row)
+                        yield current_tag(value.tag.removesuffix(_LAYERS)), step, (names, row)
             except (TypeError, ValueError):  # not the tensor that its metadata promise
                 continue
 
@@ -401,7 +402,7 @@ def event_paths(folder: Path) -> list[Path]:
     return [path for path in folder.glob(_EVENTS) if path.is_file()]
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """A key that sorts ``blocks.2`` before ``blocks.10``."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamon.runs.event_files import event_paths, natural
+from dynamon.runs.event_files import event_paths, natural_key
 from dynamon.runs.history import READINGS
 
 TABLE = "metrics.csv"
@@ -33,7 +33,7 @@ class RunFolder:
     written: float
 
 
-class Contents:
+class RunContents:
     """What a run's files hold, without reading them as a whole: what was looked at once is not looked at again.
 
     Attributes:
@@ -83,30 +83,30 @@ class Contents:
         self._looked[path] = begin
 
 
-def runs_below(folder: Path) -> list[RunFolder]:
+def find_runs(folder: Path) -> list[RunFolder]:
     """All runs below a folder, that of the folder itself included, the one written to last first.
 
     Links to folders are followed, as TensorBoard does; a folder that links lead to a second time is passed over, and so
     is one that cannot be read.
     """
-    return sorted(_walked(folder), key=lambda run: (run.written, natural(run.name)), reverse=True)
+    return sorted(_walked(folder), key=lambda run: (run.written, natural_key(run.name)), reverse=True)
 
 
-def with_readings(runs: list[RunFolder], known: dict[Path, Contents], until: float = float("inf")) -> list[RunFolder]:
+def select_runs(runs: list[RunFolder], known: dict[Path, RunContents], until: float = float("inf")) -> list[RunFolder]:
     """Those of some runs that are worth showing: with readings of dynamon first, then those that can be compared.
 
     A run without readings is one that can be compared if it holds scalars and does not lie within another run, as the
     folders do that ``add_scalars`` and ``add_hparams`` write.
 
     Args:
-        runs: As :func:`runs_below` gives them.
+        runs: As :func:`find_runs` gives them.
         known: What is known of them from the time before, which is brought up to date.
         until: ``time.monotonic()`` until which to look.
     """
     for gone in known.keys() - {run.path for run in runs}:
         del known[gone]
     for run in runs:
-        known.setdefault(run.path, Contents()).look(run.path, until)
+        known.setdefault(run.path, RunContents()).look(run.path, until)
     holding = {run.path for run in runs if known[run.path].has_values}
     measured = [run for run in runs if known[run.path].has_readings]
     others = [run for run in runs if run.path in holding and not known[run.path].has_readings]
@@ -121,21 +121,21 @@ def newest_run(folder: Path) -> Path:
     Raises:
         ValueError: If there are runs, and none holds a value.
     """
-    own = Contents()
+    own = RunContents()
     own.look(folder)
-    runs = [] if own.has_values else runs_below(folder)
+    runs = [] if own.has_values else find_runs(folder)
     if not runs:
         return folder
-    below = with_readings(runs, {})
+    below = select_runs(runs, {})
     if not below:
         held = f"{len(runs)} runs" if len(runs) > 1 else "a run"
         raise ValueError(
-            f"{readable(folder)} holds {held} without a single value: nothing was logged, or training has just begun."
+            f"{printable(folder)} holds {held} without a single value: nothing was logged, or training has just begun."
         )
     return below[0].path
 
 
-def readable(text: Path | str) -> str:
+def printable(text: Path | str) -> str:
     r"""A path as text that can be encoded: bytes that are not UTF-8 become ``\xff``."""
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -155,7 +155,7 @@ def _walked(folder: Path) -> Iterator[RunFolder]:
             continue
         seen.add((status.st_dev, status.st_ino))
         if written:
-            yield RunFolder(readable(path.relative_to(folder).as_posix()), path, max(written))
+            yield RunFolder(printable(path.relative_to(folder).as_posix()), path, max(written))
 
 
 def _holds(chunk: bytes, pattern: re.Pattern[bytes]) -> bool:

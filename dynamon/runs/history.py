@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynamon.runs.renamed import current_tag
+
 READINGS = ("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")  # how the tags of what dynamon reads begin
 _LIMIT = 4096  # points a quantity; beyond it every second point is dropped, so memory stays bounded
 _BYTES = 2**22  # ... and bytes: a table of 500 layers keeps about 1,000 points
@@ -105,7 +107,7 @@ class History(Mapping[str, Series]):
     """Everything a monitor measured, by quantity: ``history["noise/dual"].values`` is an array.
 
     The columns of a table are all layers that ever had a reading, in the order in which they were met; NaN where a
-    layer had none at a step: before it joined, after it left.
+    layer had none at a step: before it joined, after it left. A tag that was renamed is found by its old name too.
 
     Holds at most 4,096 points a quantity, and fewer where a table is wide: about 4 MiB of numbers. When that is reached
     every second point is dropped and from then on every second one is recorded.
@@ -163,8 +165,9 @@ class History(Mapping[str, Series]):
         Raises:
             KeyError: Naming those that are called something like it.
         """
-        if quantity not in self._rows:
+        if quantity not in self:
             raise KeyError(self._nothing_called(quantity))
+        quantity = current_tag(quantity)
         rows, columns = self._rows[quantity], self._layers.get(quantity)
         steps = np.array([step for step, *_ in rows], dtype=np.int64)
         if columns is None:
@@ -193,7 +196,7 @@ class History(Mapping[str, Series]):
 
     def __contains__(self, quantity: object) -> bool:
         """Whether a quantity has been measured."""
-        return quantity in self._rows
+        return isinstance(quantity, str) and current_tag(quantity) in self._rows
 
     def __iter__(self) -> Iterator[str]:
         """The quantities, in the order they were first measured."""

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamon.runs.event_files import EventLog, Point, event_files, natural
-from dynamon.runs.folders import TABLE, readable, runs_below
+from dynamon.runs.event_files import EventLog, Point, event_files, natural_key
+from dynamon.runs.folders import TABLE, find_runs, printable
 from dynamon.runs.history import RunData, Series
 from dynamon.runs.history import last_step as last_step  # it stays part of this module
+from dynamon.runs.renamed import current_tag
 
 
 def read_run(folder: Path | str) -> dict[str, Series]:
@@ -60,10 +61,10 @@ def read_run_data(folder: Path | str) -> RunData:
         ValueError: Likewise.
     """
     read = _read(Path(folder))
-    return assembled(read.scalars, read.tables)
+    return assemble_run(read.scalars, read.tables)
 
 
-def assembled(scalars: dict[str, Series], tables: dict[str, Series]) -> RunData:
+def assemble_run(scalars: dict[str, Series], tables: dict[str, Series]) -> RunData:
     """Sort the scalars of single layers out: a table holds them, or becomes of them where there is none.
 
     Args:
@@ -87,7 +88,7 @@ def assembled(scalars: dict[str, Series], tables: dict[str, Series]) -> RunData:
 def _read(path: Path) -> RunData:
     """Every scalar, those of single layers included, and the tables of tensor summaries."""
     if not path.is_dir():
-        raise FileNotFoundError(f"{readable(path)} is not a folder.")
+        raise FileNotFoundError(f"{printable(path)} is not a folder.")
     files, table = event_files(path), path / TABLE
     if not files and not table.is_file():
         raise FileNotFoundError(_no_run(path))
@@ -103,7 +104,7 @@ def _read(path: Path) -> RunData:
         is_later = table.stat().st_mtime > max((file.ended for file in files), default=-np.inf)
         data = _merged(data, rows, is_later)
     for said in damage:
-        warnings.warn(readable(said), stacklevel=3)
+        warnings.warn(printable(said), stacklevel=3)
     return data
 
 
@@ -167,7 +168,7 @@ def _layer_prefix(quantity: str) -> str:
 
 def _joined(columns: dict[str, Series]) -> Series:
     """Series of single layers as a table, NaN where one of them has no value."""
-    names = sorted(columns, key=natural)
+    names = sorted(columns, key=natural_key)
     steps = np.unique(np.concatenate([series.steps for series in columns.values()]))
     values = np.full((len(steps), len(names)), np.nan)
     for index, name in enumerate(names):
@@ -176,10 +177,10 @@ def _joined(columns: dict[str, Series]) -> Series:
 
 
 def _no_run(folder: Path) -> str:
-    below = runs_below(folder)
-    message = f"{readable(folder)} holds neither event files nor {TABLE}."
+    below = find_runs(folder)
+    message = f"{printable(folder)} holds neither event files nor {TABLE}."
     more = f", and {len(below) - 10} more" if len(below) > 10 else ""
-    names = ", ".join(readable(run.path) for run in below[:10])
+    names = ", ".join(printable(run.path) for run in below[:10])
     return f"{message} Runs below it, the newest first: {names}{more}." if below else message
 
 
@@ -191,7 +192,7 @@ def _rows(path: Path) -> tuple[dict[str, Series], list[str]]:
         try:
             header = next(rows, [])
             if "step" not in header:
-                raise ValueError(f"{readable(path)} has no column 'step', so it is not what CSVLogger writes.")
+                raise ValueError(f"{printable(path)} has no column 'step', so it is not what CSVLogger writes.")
             for row in rows:
                 log.add(None, list(_points(header, row)))
         except csv.Error as error:
@@ -207,7 +208,7 @@ def _points(header: list[str], row: list[str]) -> Iterator[Point]:
     for tag, cell in zip(header, row, strict=False):
         value = None if tag == "step" else _number(cell)
         if value is not None:
-            yield tag, int(step), value
+            yield current_tag(tag), int(step), value
 
 
 def _number(cell: str) -> float | None:

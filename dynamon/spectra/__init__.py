@@ -2,12 +2,13 @@
 
 from dynamon.spectra.singular_values import (
     SigmaTracker,
+    SpectralExtremes,
     WeightSpectrum,
-    by_shape,
+    batched_by_shape,
     extremes_of,
     largest_per_stack,
     largest_singular_values,
-    per_stack,
+    reduce_blocks,
     spectral_extremes,
     weight_spectra,
     weight_spectrum,
@@ -15,12 +16,13 @@ from dynamon.spectra.singular_values import (
 
 __all__ = [
     "SigmaTracker",
+    "SpectralExtremes",
     "WeightSpectrum",
-    "by_shape",
+    "batched_by_shape",
     "extremes_of",
     "largest_per_stack",
     "largest_singular_values",
-    "per_stack",
+    "reduce_blocks",
     "spectral_extremes",
     "weight_spectra",
     "weight_spectrum",

@@ -23,13 +23,13 @@ class PowerLaw:
 
     Attributes:
         exponent: :math:`\alpha`; NaN where there is no power law to speak of.
-        distance: Kolmogorov-Smirnov distance of the best fit, whether it is accepted or not.
+        ks_distance: Kolmogorov-Smirnov distance of the best fit, whether it is accepted or not.
         size: Eigenvalues in the tail of that fit.
         start: Where it begins.
     """
 
     exponent: Tensor
-    distance: Tensor
+    ks_distance: Tensor
     size: Tensor
     start: Tensor
 
@@ -98,7 +98,7 @@ def _best(values: Tensor) -> PowerLaw:
     known = torch.isfinite(distance)
     return PowerLaw(
         exponent=torch.where(accepted & known, exponent, torch.nan),
-        distance=torch.where(known, distance, torch.nan),
+        ks_distance=torch.where(known, distance, torch.nan),
         size=size,
         start=start,
     )

@@ -132,7 +132,7 @@ def _statistics(energies: Tensor, rank_lost: Tensor) -> dict[str, Tensor]:
         "nuclear": nuclear,
         "condition": torch.where(rank_lost, torch.nan, sigmas[..., 0] / sigmas[..., -1]),
         "tail_exponent": tail.exponent.to(sigmas),
-        "tail_distance": tail.distance.to(sigmas),
+        "tail_distance": tail.ks_distance.to(sigmas),
     }
 
 
@@ -214,7 +214,7 @@ def largest_per_stack(stacks: Sequence[Tensor]) -> Tensor:
 Statistics = TypeVar("Statistics", SpectralExtremes, WeightSpectrum)
 
 
-def by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics]) -> Statistics:
+def batched_by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics]) -> Statistics:
     """Measure many matrices at once; those of one shape and dtype are one batch.
 
     Args:
@@ -257,7 +257,7 @@ def _calls(group: Sequence[int], stacks: Sequence[Tensor]) -> list[list[int]]:
     return found
 
 
-def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:
+def reduce_blocks(found: Statistics, sizes: Sequence[int]) -> Statistics:
     """One reading for each stack of matrices, of readings for each matrix.
 
     Largest singular values and their bounds and the condition number are those of the worst member, the nuclear norm
@@ -278,7 +278,7 @@ def per_stack(found: Statistics, sizes: Sequence[int]) -> Statistics:
     lost = table[names.index("sigma_max")].isnan()
     combined: dict[str, Tensor] = {}
     for name, values in zip(names, table, strict=True):
-        how = _OF_A_STACK.get(name, "mean")
+        how = _BLOCK_REDUCTIONS.get(name, "mean")
         if how == "amax":
             combined[name] = torch.where(inside, values, -torch.inf).amax(-1)
         elif how == "sum":
@@ -300,7 +300,7 @@ def _by_stack(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     return table, on_device(flags, device, torch.bool).view(len(sizes), longest)
 
 
-_OF_A_STACK = {
+_BLOCK_REDUCTIONS = {
     "sigma_max": "amax",
     "sigma_lower": "amax",
     "sigma_upper": "amax",
@@ -311,7 +311,7 @@ _OF_A_STACK = {
 
 def weight_spectra(weights: Sequence[Tensor], exact: bool = False) -> WeightSpectrum:
     """:func:`weight_spectrum` of many matrices ``[..., m, n]``, batched by shape; fields have shape ``[T]``."""
-    return by_shape(weights, lambda batch: weight_spectrum(batch, exact))
+    return batched_by_shape(weights, lambda batch: weight_spectrum(batch, exact))
 
 
 def _joined(stacks: Sequence[Tensor]) -> Tensor:

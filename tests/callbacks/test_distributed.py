@@ -24,7 +24,7 @@ class Report(Callback):
             "weights": pl_module.state_dict(),
             "ratios": self.steering.ratios if self.steering else {},
             "readings": len(self.monitor.history.get("noise/dual", ())) if self.monitor else 0,
-            "sharpness": "sharpness/products" in self.monitor.history if self.monitor else False,
+            "sharpness": "sharpness/matvecs" in self.monitor.history if self.monitor else False,
         }
         torch.save(found, self.folder / f"{trainer.global_rank}.pt")
 

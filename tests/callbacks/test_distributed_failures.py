@@ -21,12 +21,12 @@ from dynamon.callbacks import (
     monitor,
     weights,
 )
-from dynamon.callbacks.budget import Budget
 from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import HessianOperator
 from dynamon.curvature.solvers import lanczos
 from dynamon.distributed import work_sharing as dealing
 from dynamon.isolation.batches import Part
+from dynamon.monitoring.budget import Budget
 from dynamon.quantities import gradient_reader as gradients
 from tests.helpers import Classifier, mlp
 from tests.ranks import Breaks, fit_ranks, loader, rank
@@ -135,7 +135,7 @@ def test_one_quantity_that_fails_leaves_the_others(tmp_path: Path) -> None:
 
 def test_a_process_without_a_probe(tmp_path: Path, monkeypatch) -> None:
     said = Warnings(monkeypatch)
-    monkeypatch.setattr("dynamon.callbacks.probe.take_samples", taken_on_rank_zero)
+    monkeypatch.setattr("dynamon.monitoring.probe.take_samples", taken_on_rank_zero)
     callback = SharpnessMonitor(every_n_steps=2, quantities=["hessian"])
     ranks = fit_ranks(tmp_path / "seen", classifier, [callback], data=loader(), steps=10, more=said)
     assert ranks[0]["failures"] == ranks[1]["failures"] == [3]

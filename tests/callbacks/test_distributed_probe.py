@@ -123,10 +123,10 @@ def fits() -> dict[str, Any]:
     found = {"plain": fit_here(Classifier(small()), [], ddp={})}
     found["effects"] = fit_here(Notes(small()), [monitor()], ddp={})
     found["strict"] = strict_effects()
-    kept = probe.outside_state
-    probe.outside_state = (lambda *_: 1 / 0) if dist_rank() == 1 else kept
+    kept = probe.external_state
+    probe.external_state = (lambda *_: 1 / 0) if dist_rank() == 1 else kept
     found["check fails"] = fit_here(Classifier(small()), [monitor()], ddp={})
-    probe.outside_state = kept
+    probe.external_state = kept
     uneven = {"ddp": {}, "data": loader(bounds=(3,))}
     for name, loss in (("on 1", NoRoom(4)), ("on 0", NoRoom(2, on=0)), ("both", NoRoom(4, other="no loss today"))):
         found[f"halved {name}"] = fit_here(

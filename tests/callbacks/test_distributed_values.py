@@ -19,7 +19,7 @@ pytestmark = pytest.mark.processes
 OWN_CLOCK = {"dynamon/overhead", "dynamon/steering_overhead"}
 OTHER_SOURCE = re.compile("noise/(independent|scale|snr)")  # by processes where there are several
 ITERATIVE = re.compile("sharpness/.*(_max|_min|ratio|block|share|overlap|critical|edge)")
-NOT_A_VALUE = re.compile(".*_residual|sharpness/products|sharpness/outliers")  # how a solve went
+NOT_A_VALUE = re.compile(".*_residual|sharpness/matvecs|sharpness/outliers")  # how a solve went
 
 
 def classifier() -> Classifier:

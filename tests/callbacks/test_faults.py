@@ -23,10 +23,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR, SharpnessMonitor
-from dynamon.callbacks.meter import Cadence, Meter
-from dynamon.callbacks.monitor import Monitor
-from dynamon.isolation.preserve import undisturbed
-from dynamon.isolation.side_effects import changes, outside_state
+from dynamon.isolation.preserve import preserve_state
+from dynamon.isolation.side_effects import changed_names, external_state
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.monitor import Monitor
 from tests.apple import Strategy, apple
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
@@ -101,7 +102,7 @@ def test_solves_that_find_no_memory_give_way_to_forward_passes(free, monkeypatch
 
     module, monitor = Classifier(mlp(0.2)), SharpnessMonitor(every_n_steps=2, quantities=["hessian"], probe_size=4)
     monkeypatch.setattr("dynamon.curvature.solvers.tracker.top_eigenvalues", full)
-    monkeypatch.setattr("dynamon.callbacks.eigenvalues.free_memory", lambda device: free)
+    monkeypatch.setattr("dynamon.monitoring.eigenvalues.free_memory", lambda device: free)
     with pytest.warns(UserWarning, match="out of memory") as caught:
         fit(module, [monitor], steps=24, max_epochs=-1)
     assert same_weights(undisturbed_run(steps=24, max_epochs=-1), module)
@@ -113,7 +114,7 @@ def test_solves_that_find_no_memory_give_way_to_forward_passes(free, monkeypatch
 def test_what_fits_is_found_out_again_beside_what_training_holds(monkeypatch) -> None:
     """On a device of its own memory is free when a fit starts that training then takes."""
     free = [2**33, 2**33]  # solves, and a density, when the fit starts
-    monkeypatch.setattr("dynamon.callbacks.room.free_memory", lambda device: free.pop() if len(free) > 1 else 0)
+    monkeypatch.setattr("dynamon.monitoring.memory_plan.free_memory", lambda device: free.pop() if len(free) > 1 else 0)
     with apple(monkeypatch), pytest.warns(UserWarning, match="critical sharpness, which needs forward") as caught:
         monitor = SharpnessMonitor(every_n_steps=2, quantities=["hessian"], strict=True)
         fit(Classifier(mlp()), [monitor], steps=6, strategy=Strategy())
@@ -480,10 +481,10 @@ def test_what_a_training_step_can_reach_is_looked_at() -> None:
                 teacher.weight.mul_(0.9)
 
     module = Module()
-    before = outside_state(module, module.training_step)
-    with undisturbed(module):
+    before = external_state(module, module.training_step)
+    with preserve_state(module):
         module.training_step(None)
-    found = changes(before, outside_state(module, module.training_step))
+    found = changed_names(before, external_state(module, module.training_step))
     assert "Module.count" not in found and not any("layer" in name for name in found)
     for name in (
         "Module.seen[0].samples",
@@ -497,7 +498,7 @@ def test_what_a_training_step_can_reach_is_looked_at() -> None:
         "Module.teachers[0]",
     ):
         assert name in found, (name, found)
-    with undisturbed(module):
+    with preserve_state(module):
         pass
-    now = outside_state(module, module.training_step)
-    assert changes(now, outside_state(module, module.training_step)) == []
+    now = external_state(module, module.training_step)
+    assert changed_names(now, external_state(module, module.training_step)) == []

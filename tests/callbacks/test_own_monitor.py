@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from dynamon.board.custom_scalars import band
+from dynamon.board.custom_scalars import band_chart
 from dynamon.callbacks import Cadence, DynamicsMonitor, GradientMonitor, Meter, Monitor, Run
 from tests.helpers import Classifier, fit, mlp, same_weights
 
@@ -13,7 +13,7 @@ from tests.helpers import Classifier, fit, mlp, same_weights
 class LargestMeter(Meter):
     name = "largest"
     quantities = {"weight/largest": "largest entry"}
-    panels = {"6 Mine": {"largest entry across layers": band("weight/largest")}}
+    panels = {"6 Mine": {"largest entry across layers": band_chart("weight/largest")}}
 
     def batch_end(self, run: Run) -> None:
         if self.cadence.due(run, self.name, self.expected, run.step):

@@ -135,13 +135,15 @@ def test_frozen_layers_have_no_direction_and_do_not_decay() -> None:
     names = weights["update/layer_cosine"].layers
     for tag, history in (
         ("update/layer_cosine", weights),
-        ("weight/memory", weights),
+        ("weight/initial_fraction", weights),
         ("gradient/local_smoothness", gradients),
     ):
         values = history[tag].values
         assert np.isnan(values[:, names.index("network.0.weight")]).all(), tag
         assert np.isfinite(values[-1, [names.index("network.0.bias"), names.index("network.3.weight")]]).all(), tag
-    bias, head = (weights["weight/memory"].values[-1, names.index(n)] for n in ("network.0.bias", "network.3.bias"))
+    bias, head = (
+        weights["weight/initial_fraction"].values[-1, names.index(n)] for n in ("network.0.bias", "network.3.bias")
+    )
     assert bias == pytest.approx(0.9999**5, rel=1e-6) and head == pytest.approx(0.9999**8, rel=1e-6)
 
 
@@ -176,7 +178,7 @@ def test_several_optimizers_each_have_their_own_pairs() -> None:
     head, body = names.index("network.3.weight"), names.index("network.0.weight")
     directions = weights["update/layer_cosine"].values
     assert np.isfinite(directions[:, body]).all() and np.isnan(directions[:, head]).all()  # never two in a row
-    memory = weights["weight/memory"].values
+    memory = weights["weight/initial_fraction"].values
     steps = np.cumsum(np.arange(len(memory)) % 8 % 3 == 0)  # eight batches an epoch
     np.testing.assert_allclose(memory[:, head], 0.995**steps, rtol=1e-6)
     assert np.isnan(memory[:, body]).all()
@@ -209,7 +211,7 @@ def test_memory_is_what_is_left_of_the_weights(rate, scaled: bool) -> None:
     monitor = WeightMonitor(every_n_steps=4, strict=True)
     steering = LayerwiseLR(FixedRates({"network.3.weight": 0.5}), scale_weight_decay=scaled)
     fit(module, [monitor, steering], steps=13, max_epochs=-1)
-    series = monitor.history["weight/memory"]
+    series = monitor.history["weight/initial_fraction"]
     row = dict(zip(series.layers, series.values[-1], strict=True))
     assert len(series) == 4 and np.isnan(row.pop("network.0.weight"))
     for name, left in row.items():
@@ -234,7 +236,7 @@ def test_constraint_usage_takes_the_rate_of_the_step_and_not_of_the_next() -> No
 def test_without_decoupled_decay_there_is_no_memory() -> None:
     monitor = WeightMonitor(every_n_steps=1, strict=True)
     fit(Classifier(mlp(), lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1)), [monitor])
-    assert "weight/memory" not in monitor.history
+    assert "weight/initial_fraction" not in monitor.history
 
 
 RESUMED = {
@@ -264,7 +266,7 @@ def test_a_resumed_run_shows_the_same(tmp_path, kind: str, every: int) -> None:
             if late.any() and not tag.startswith(("dynamon/", "sharpness/")):
                 np.testing.assert_array_equal(series.values[late], second.history[tag].values, err_msg=tag)
                 compared.add(tag)
-    assert {"gradient/clip_share", "update/cosine", "update/layer_cosine", "weight/memory"} <= compared
+    assert {"gradient/clip_share", "update/cosine", "update/layer_cosine", "weight/initial_fraction"} <= compared
     assert {"gradient/local_smoothness", "noise/dual", "gradient/cosine"} <= compared
 
 
@@ -385,7 +387,7 @@ def test_a_checkpoint_in_between_does_not_move_the_rates_that_are_shown(tmp_path
         monitor, steering = WeightMonitor(every_n_steps=1, strict=True), NoiseAdaptiveLR(warmup=0, group_by="all")
         module = Classifier(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5))
         fit(module, [*first, monitor, steering], steps=8)
-        tags = ("weight/memory", "weight/effective_rate", "weight/constraint_usage")
+        tags = ("weight/initial_fraction", "weight/effective_rate", "weight/constraint_usage")
         seen.append([monitor.history[tag].values for tag in tags])
     for one, other in zip(*seen, strict=True):
         np.testing.assert_array_equal(one, other)

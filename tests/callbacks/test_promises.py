@@ -172,7 +172,7 @@ def test_promise_2_correct_or_marked() -> None:
     assert len(history["sharpness/stability_ratio_unconverged"]) >= 5
     assert len(history.get("sharpness/stability_ratio", ())) == 0
     assert len(history["sharpness/stability_ratio_residual"]) >= 5
-    assert (history["sharpness/products"].values > 0).all()
+    assert (history["sharpness/matvecs"].values > 0).all()
 
 
 class _Transfers(torch.utils._python_dispatch.TorchDispatchMode):
@@ -218,7 +218,7 @@ def test_promise_3_few_transfers() -> None:
 
 def test_promise_4_budgeted(monkeypatch) -> None:
     """A budget of 5 % is kept over a run, and something is measured within it; other processes' time is not ours."""
-    monkeypatch.setattr("dynamon.callbacks.budget.time.perf_counter", time.process_time)
+    monkeypatch.setattr("dynamon.monitoring.budget.time.perf_counter", time.process_time)
 
     class Slow(Classifier):
         def training_step(self, batch, batch_idx):

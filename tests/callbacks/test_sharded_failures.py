@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, WeightMonitor
-from dynamon.callbacks.base import off_reason
 from dynamon.distributed import work_sharing as dealing
+from dynamon.monitoring.base import off_reason
 from dynamon.optim import Lanton
 from dynamon.quantities import sharded_gradients, sharded_weights
 from dynamon.quantities.gradient_reader import GradientReader

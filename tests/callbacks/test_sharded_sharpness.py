@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.callbacks.room import _why_no_differences
 from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.monitoring.memory_plan import _why_no_differences
 from tests.models import dense_hessian
 from tests.processes import Sharded, dist_rank, fit_here, in_processes, same, small, values
 from tests.ranks import regression
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.processes
 NUMBERS = sum(p.numel() for p in small().parameters())
 IN_SHARDS = ("hessian", "stability_ratio", "preconditioned", "directional", "critical", "batch", "subspace")
 BOUNDS = ("hessian", "stability_ratio", "bracket")  # in the sixth measurement
-NOT_A_VALUE = re.compile(".*_residual|sharpness/products|sharpness/outliers|dynamon/overhead")  # how a solve went
+NOT_A_VALUE = re.compile(".*_residual|sharpness/matvecs|sharpness/outliers|dynamon/overhead")  # how a solve went
 BY_CHANCE = re.compile(".*_(upper|min)")  # these depend on the start vector, and shards draw their own
 EIGENVECTORS = re.compile(".*(share|overlap|block.*)")
 

@@ -134,8 +134,8 @@ def test_every_tag_is_that_of_one_process(tmp_path: Path, name: str) -> None:
     several = fit_shards(tmp_path / "several", module, monitors(), 2, **settings)
     compare(one, several)
     tags = set(one["tables"])
-    assert {"gradient/dual", "noise/dual", "update/operator", "spectrum/nuclear", "weight/memory"} - tags <= {
-        "weight/memory"
+    assert {"gradient/dual", "noise/dual", "update/operator", "spectrum/nuclear", "weight/initial_fraction"} - tags <= {
+        "weight/initial_fraction"
     }
     if name == "windows, clipped":
         assert "noise/independent" in tags and max(one["tables"]["gradient/clip_share"]["values"]) > 0

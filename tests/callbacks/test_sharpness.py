@@ -58,7 +58,7 @@ def test_every_quantity_alone(quantity) -> None:
     fit(module, [monitor], steps=8)
     declared = {t for m in monitor._meters for t in (*m.tags, *m.quantities)}
     missing = {t for t in declared - set(monitor.history) if not t.endswith(("_unconverged", "threshold"))}
-    assert missing <= {"sharpness/stability_ratio_bracket", "sharpness/greedy_multiple", "sharpness/critical"}
+    assert missing <= {"sharpness/stability_ratio_bracket", "sharpness/best_multiple", "sharpness/critical"}
     assert monitor.failures == 0
 
 
@@ -178,7 +178,7 @@ def test_along_the_step_on_a_quadratic_everything_is_known() -> None:
     monitor = whole_probe(quantities=["directional", "critical", "batch"])
     fit(module, [monitor], batches(count=8), steps=12, max_epochs=-1)  # full batch: the update is a gradient step
     history = {q: monitor.history[f"sharpness/{q}"].values for q in ("directional", "critical", "batch")}
-    greedy = monitor.history["sharpness/greedy_multiple"].values
+    greedy = monitor.history["sharpness/best_multiple"].values
     np.testing.assert_allclose(greedy, 1 / (rate * history["directional"]), rtol=1e-3)
     np.testing.assert_allclose(history["critical"], history["directional"], rtol=2e-2)
     np.testing.assert_allclose(history["batch"], history["directional"], rtol=1e-3)  # same batch, same direction
@@ -311,7 +311,7 @@ def test_a_compiled_module_as_a_whole() -> None:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_probe_that_was_too_large_to_save_is_taken_anew_and_said(tmp_path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr("dynamon.callbacks.probe.SAVED_NUMBERS", 3)
+    monkeypatch.setattr("dynamon.monitoring.probe.SAVED_NUMBERS", 3)
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4)
     fit(Classifier(mlp()), [SharpnessMonitor(every_n_steps=2), save], steps=4, enable_checkpointing=True)
     with caplog.at_level(logging.INFO):

@@ -14,8 +14,8 @@ from torch import nn
 
 import dynamon
 from dynamon.callbacks import LayerwiseLR, NoiseAdaptiveLR
-from dynamon.callbacks.base import off_reason
 from dynamon.kernels import GradientStats
+from dynamon.monitoring.base import off_reason
 from dynamon.optim import LayerwiseRates
 from dynamon.quantities.readings import GradientReadings, PendingReadings
 from dynamon.rates import FixedRates, NoiseAdaptiveRates

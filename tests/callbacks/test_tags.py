@@ -19,9 +19,9 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
-from dynamon.callbacks.recorder import layer_tag
 from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.layers import describe_layers
+from dynamon.monitoring.recorder import layer_tag
 from dynamon.quantities import REGISTRY, Condition, quantities_of
 from tests.helpers import Classifier, documented, fit, mlp
 
@@ -179,7 +179,7 @@ def test_layers_globs_choose_the_layers_shown() -> None:
 
 
 def test_many_layers_get_no_scalars_of_their_own(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("dynamon.callbacks.recorder.MAX_LAYER_TAGS", 5)
+    monkeypatch.setattr("dynamon.monitoring.recorder.MAX_LAYER_TAGS", 5)
     logger = TensorBoardLogger(tmp_path, name=None, version="tb")
     fit(Classifier(mlp()), [GradientMonitor(every_n_steps=2)], logger=logger)
     events = read(tmp_path / "tb")

@@ -206,7 +206,7 @@ def test_the_spectral_condition_and_convolutions() -> None:
         if p.ndim > 1:
             sigma = float(torch.linalg.svdvals(p.detach().double().flatten(1))[0])
             expected = math.prod(p.shape[2:]) * math.sqrt(p.shape[1] / p.shape[0]) * sigma
-            assert value("spectrum/deviation", name) == pytest.approx(math.log2(expected), abs=0.01)
+            assert value("spectrum/log2_spectral_condition", name) == pytest.approx(math.log2(expected), abs=0.01)
     transfer = torch.fft.fft2(module.network[0].weight.detach().double(), s=(64, 64)).permute(2, 3, 0, 1)
     exact = float(torch.linalg.matrix_norm(transfer, ord=2).max())
     lower, upper = (value(f"spectrum/convolution_{side}", "network.0.weight") for side in ("lower", "upper"))

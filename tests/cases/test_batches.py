@@ -30,10 +30,10 @@ from dynamon.isolation.batches import (
     batch_weight,
     clone,
     count_samples,
-    entries,
+    items_of,
     take_samples,
 )
-from dynamon.isolation.saved_batches import UnknownClassError, restored, saved
+from dynamon.isolation.saved_batches import UnknownClassError, pack_batch, unpack_batch
 from tests.helpers import Classifier, batches, cnn, fit
 from tests.models import dense_hessian
 
@@ -230,7 +230,7 @@ def leaves(value: Any) -> list[Any]:
     """Tensors, arrays and texts in any container, in their order."""
     if isinstance(value, Instances | Graphs):
         return [leaf for item in vars(value).values() for leaf in leaves(item)]
-    held = entries(value)
+    held = items_of(value)
     return [value] if held is None else [leaf for item in held.values() for leaf in leaves(item)]
 
 
@@ -306,7 +306,7 @@ def test_what_cannot_be_copied_is_shared_and_tensors_are_not() -> None:
 def test_every_container_goes_through_a_checkpoint(name: str) -> None:
     batch = CUT[name]
     part = take_samples(batch, 0.25, sizes=[N]).batch
-    state = saved(part)
+    state = pack_batch(part)
     if name in NOT_SAVED:
         assert state is None
         return
@@ -315,7 +315,7 @@ def test_every_container_goes_through_a_checkpoint(name: str) -> None:
     torch.save(state, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
-    assert same(restored(loaded, CPU, like=batch), part)
+    assert same(unpack_batch(loaded, CPU, like=batch), part)
 
 
 class Evil:
@@ -325,12 +325,12 @@ class Evil:
 
 @pytest.mark.parametrize("batch", [Encoding({"x": X}), (X, Evil()), Pair(X, Y)], ids=["class", "function", "dataclass"])
 def test_a_checkpoint_brings_no_class_and_no_function(batch: Any, capsys) -> None:
-    state = saved(batch)
+    state = pack_batch(batch)
     assert state is not None
     with pytest.raises(UnknownClassError):
-        restored(state, CPU, like={"x": X, "y": Y})
+        unpack_batch(state, CPU, like={"x": X, "y": Y})
     with pytest.raises(UnknownClassError):
-        restored(state, CPU)
+        unpack_batch(state, CPU)
     assert "called" not in capsys.readouterr().out
 
 

@@ -29,9 +29,9 @@ from dynamon.curvature import (
 from dynamon.curvature.operators.preconditioner import preconditioned, preconditioner
 from dynamon.distributed.ranks import Ranks
 from dynamon.isolation.batches import batch_weight, clone, take_samples
-from dynamon.isolation.preserve import undisturbed
-from dynamon.isolation.saved_batches import restored, saved
-from dynamon.isolation.side_effects import outside_state
+from dynamon.isolation.preserve import preserve_state
+from dynamon.isolation.saved_batches import pack_batch, unpack_batch
+from dynamon.isolation.side_effects import external_state
 from dynamon.stability import stability_ratio
 from tests.helpers import batches, mlp
 
@@ -83,8 +83,8 @@ class Subject:
         return self.hessian().to_scipy() @ np.ones(self.hessian().shape[0])
 
     def put_back(self) -> float:
-        with undisturbed(self.network, seed=3):
-            outside_state(self.network)
+        with preserve_state(self.network, seed=3):
+            external_state(self.network)
             return float(self.loss().detach())
 
 
@@ -96,8 +96,8 @@ SUBJECTS: dict[str, Callable[[Subject], Any]] = {
     "tracked": lambda s: s.tracked(),
     "differences": lambda s: s.hessian("finite_difference").product_error(s.step),
     "blocks": lambda s: blockwise_sharpness(s.hessian(), {"all": "*"})["all"].values,
-    "density": lambda s: spectral_density(s.hessian(), steps=5, probes=2).mean,
-    "trace": lambda s: trace(s.hessian(), samples=3).value,
+    "density": lambda s: spectral_density(s.hessian(), steps=5, num_vectors=2).mean,
+    "trace": lambda s: trace(s.hessian(), num_vectors=3).value,
     "directional": lambda s: directional_sharpness(s.hessian(), s.step).sharpness,
     "own norms": lambda s: s.in_norms(),
     "batch": lambda s: batch_sharpness([s.hessian()]),
@@ -145,9 +145,9 @@ def test_batches_stay_where_they_are(name: str) -> None:
     batch = BATCHES[name]()
     with torch.device("meta"):
         part = take_samples(batch, 0.5, sizes=(8,))
-        state = saved(part.batch)
+        state = pack_batch(part.batch)
         assert part.samples == 4 and state is not None and state["structure"].device == HOST
-        again = restored(state, HOST, batch)
+        again = unpack_batch(state, HOST, batch)
         copied = clone(again)
     parts = copied.values() if isinstance(copied, dict) else copied
     assert all(t.device == HOST for t in parts if isinstance(t, Tensor))
@@ -162,6 +162,6 @@ def test_weights_of_batches(mask: Any) -> None:
 def test_a_model_on_the_host_stays_there() -> None:
     with torch.device("meta"):
         module = nn.Linear(2, 2, device="cpu")
-        with undisturbed(module, seed=1):
+        with preserve_state(module, seed=1):
             module(torch.ones(1, 2, device="cpu"))
     assert module.weight.device == HOST

@@ -31,7 +31,7 @@ from dynamon.curvature import (
     top_eigenvalues,
 )
 from dynamon.curvature.operators.preconditioner import preconditioner
-from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.preserve import preserve_state
 from dynamon.optim import Lanton
 from dynamon.spectra.power_law import power_law
 from dynamon.stability import stability_ratio
@@ -191,7 +191,7 @@ def test_differences_begin_each_evaluation_from_the_same_state(kind):
     value, gradient = gradient_from_the_start(module, 0 * v)
     seeded(9)
     torch_state, others = torch.get_rng_state(), (np.random.get_state()[1].tolist(), random.getstate())
-    with undisturbed(module, seed=3):
+    with preserve_state(module, seed=3):
         operator = HessianOperator(lambda: loss_of(module), held(module), backend="finite_difference")
         assert float(operator.loss) == value
         torch.testing.assert_close(operator.gradient, gradient)
@@ -210,7 +210,7 @@ def test_a_line_search_sees_one_function(kind):
     module = moving(kind)
     _, gradient = gradient_from_the_start(module, torch.zeros(sum(p.numel() for p in held(module).values())).double())
     update, seen = -0.1 * gradient, []
-    with undisturbed(module, seed=3):
+    with preserve_state(module, seed=3):
 
         def loss():
             flat = torch.cat([p.detach().flatten() for p in held(module).values()])
@@ -249,7 +249,7 @@ def test_dictionaries_of_every_class_are_put_back(kind):
     weights = list(module.parameters())
     hessian = dense_hessian_of(2 * F.cross_entropy(module(X.double()), Y), weights)
     true = float(torch.linalg.eigvalsh(hessian)[-1])
-    with undisturbed(module):
+    with preserve_state(module):
         for backend in ("double_backward", "finite_difference", "double_backward"):
             found = top_eigenvalues(HessianOperator(loss, weights, backend=backend), tol=1e-4)
             assert float(found.values[0]) == pytest.approx(true, rel=1e-3)
@@ -289,7 +289,7 @@ def test_what_holders_of_the_standard_library_count_is_counted_in_training_only(
 
 
 def test_alone_a_loss_with_a_state_of_its_own_does_not_converge():
-    """Without ``undisturbed`` nobody can put buffers back: the eigenvalue is marked."""
+    """Without ``preserve_state`` nobody can put buffers back: the eigenvalue is marked."""
     module = moving("running scale", torch.float32)
     operator = HessianOperator(lambda: loss_of(module, torch.float32), held(module), backend="finite_difference")
     found = top_eigenvalues(operator)
@@ -305,7 +305,7 @@ def test_products_begin_alike_where_a_checkpoint_computes_again(kind):
         hidden = module[1](module[0](X.double()))
         return F.cross_entropy(module[3](checkpoint(module[2], hidden, use_reentrant=False)), Y)
 
-    with undisturbed(module, seed=3):
+    with preserve_state(module, seed=3):
         operator = HessianOperator(loss, held(module))
         v = torch.randn(operator.shape[0], generator=GENERATOR, dtype=torch.float64)
         products = [operator @ v for _ in range(3)]
@@ -744,7 +744,7 @@ def test_nothing_is_shown_of_differences_that_are_lost_in_rounding():
         fit(CastInside(mlp()), [monitor], steps=3)
     shown = {tag for tag in monitor.history if tag.startswith("sharpness/")}
     assert shown <= {"sharpness/critical_multiple", "sharpness/critical", "sharpness/probe_loss",
-                     "sharpness/probe_samples", "sharpness/products"}  # fmt: skip
+                     "sharpness/probe_samples", "sharpness/matvecs"}  # fmt: skip
     assert "sharpness/critical_multiple" in shown
 
 
@@ -1256,7 +1256,7 @@ def test_a_step_that_changes_layers_or_rates_does_so_for_its_own_batches_only(na
 def test_a_weight_that_is_normalised_inside_is_plain_afterwards():
     network = mlp()
     before, inputs = copy.deepcopy(network), torch.ones(2, 8)
-    with undisturbed(network):
+    with preserve_state(network):
         parametrizations.weight_norm(network[3])
         network[0] = nn.Linear(8, 16)
     assert type(network[3]) is nn.Linear
@@ -1271,7 +1271,7 @@ def test_what_measures_tells_what_it_has_found():
     assert repr(tracker) == "EigenTracker(k=1, 0 measurements, the next one cold)"
     tracker.update(hessian)
     assert repr(tracker) == "EigenTracker(k=1, 1 measurement, the next one warm)"
-    found = spectral_density(hessian, steps=20, probes=1)
+    found = spectral_density(hessian, steps=20, num_vectors=1)
     assert repr(found).startswith(f"SpectralDensity({hessian.shape[0]} eigenvalues from {found.nodes.min():.6g} to")
     assert len(repr(found)) < 200
 

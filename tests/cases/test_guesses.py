@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, WeightMonitor
 from dynamon.cli import main
 from dynamon.health import findings, judged_loss
-from dynamon.norms.geometry import assumption, geometry, optimizer_family
-from dynamon.optim import refusal
+from dynamon.norms.geometry import geometry_assumption, optimizer_family, optimizer_geometry
+from dynamon.optim import unsupported_reason
 from dynamon.quantities.weight_decay import decay_assumption, is_decoupled
 from dynamon.rates import FixedRates
 from dynamon.runs import read_run_data
@@ -101,7 +101,7 @@ def test_the_logged_loss_is_the_one_returned(kind, window, settings):
 
 
 def test_steps_that_measure_nothing_read_no_loss(monkeypatch):
-    import dynamon.callbacks.health as health
+    import dynamon.monitoring.health_watch as health
 
     read = []
     monkeypatch.setattr(health, "returned_loss", lambda *_: read.append(0))
@@ -238,8 +238,8 @@ def optimizer(name, base=torch.optim.Optimizer, module="elsewhere", **attributes
 )
 def test_geometry_goes_by_class_then_by_whole_words(made, family, source):
     made = made()
-    assert optimizer_family(made) == family and geometry(made).source == source
-    said = assumption(made)
+    assert optimizer_family(made) == family and optimizer_geometry(made).source == source
+    said = geometry_assumption(made)
     assert (said is not None) == (source in ("name", "nothing"))
     assert said is None or ("dynamon_geometry" in said and type(made).__name__ in said and repr(family) in said)
 
@@ -248,12 +248,12 @@ def test_a_wrapper_has_the_geometry_of_what_it_wraps():
     inner = torch.optim.Adam([nn.Parameter(torch.ones(2))])
     outer = optimizer("SharpnessAware")
     outer.base_optimizer = inner
-    assert geometry(outer) == geometry(inner)
+    assert optimizer_geometry(outer) == optimizer_geometry(inner)
 
 
 def test_a_geometry_that_is_none():
     with pytest.raises(ValueError, match="dynamon_geometry of Mine must be 'sign', .* or 'spectral', got 'l2'"):
-        geometry(optimizer("Mine", dynamon_geometry="l2"))
+        optimizer_geometry(optimizer("Mine", dynamon_geometry="l2"))
 
 
 class Unheard(torch.optim.Optimizer):
@@ -318,4 +318,4 @@ def test_decay_goes_by_class_then_by_whole_words():
     ],
 )
 def test_refusals_are_by_whole_words(name, module, refused):
-    assert (refusal(optimizer(name, torch.optim.SGD, module)) is not None) == refused
+    assert (unsupported_reason(optimizer(name, torch.optim.SGD, module)) is not None) == refused

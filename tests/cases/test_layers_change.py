@@ -130,7 +130,7 @@ def test_a_model_that_is_lazy_all_over() -> None:
     assert_norms(monitor, norms)
     assert len(monitor.history["sharpness/stability_ratio"]) >= STEPS - 1
     np.testing.assert_allclose(
-        monitor.history["weight/memory"].values[:, 0], np.cumprod(np.full(STEPS, 1 - RATE * DECAY)), rtol=1e-5
+        monitor.history["weight/initial_fraction"].values[:, 0], np.cumprod(np.full(STEPS, 1 - RATE * DECAY)), rtol=1e-5
     )
     assert set(steering.ratios) == {layer.name for layer in describe_layers(module)}
     assert steering.state_dict()["optimizers"][0]["rule"]["updates"] == STEPS - 1
@@ -160,7 +160,7 @@ def test_a_layer_that_joins_has_a_column_from_then_on() -> None:
     table = monitor.history["gradient/l2"]
     assert np.isnan(table.values[:10, table.layers.index("extra.weight")]).all()
     assert np.isfinite(table.values[:, table.layers.index("first.weight")]).all()
-    memory = monitor.history["weight/memory"]
+    memory = monitor.history["weight/initial_fraction"]
     for name, steps in (("first.weight", STEPS), ("extra.weight", STEPS - 10)):
         assert memory.values[-1, memory.layers.index(name)] == pytest.approx((1 - RATE * DECAY) ** steps, rel=1e-5)
     assert "extra.weight" in steering.ratios
@@ -170,7 +170,7 @@ def test_a_layer_that_joins_has_a_column_from_then_on() -> None:
 
 def test_a_layer_that_joins_between_two_readings_decays_from_its_first_step() -> None:
     monitor, *_ = run(lambda: Net(join), WeightMonitor(every_n_steps=31, strict=True))
-    memory = monitor.history["weight/memory"]
+    memory = monitor.history["weight/initial_fraction"]
     assert memory.steps.tolist() == [0, 31] and memory.layers[-1] == "extra.bias"
     right = [(1 - RATE * DECAY) ** 32] * 4 + [(1 - RATE * DECAY) ** 22] * 2
     np.testing.assert_allclose(memory.values[-1], right, rtol=1e-5)
@@ -372,7 +372,7 @@ def broken(*_: Any) -> Any:
 
 
 def test_what_fails_before_the_first_measurement_costs_a_sentence(monkeypatch: Any) -> None:
-    monkeypatch.setattr("dynamon.callbacks.layer_set.measurable_layers", broken)
+    monkeypatch.setattr("dynamon.monitoring.layer_set.measurable_layers", broken)
     with pytest.warns(UserWarning, match="WeightMonitor is off: it failed when training began: no layers today"):
         fitted = fit(Net(), [WeightMonitor(every_n_steps=1)], steps=4)
     assert fitted.global_step == 4
@@ -383,7 +383,7 @@ def test_what_fails_before_the_first_measurement_costs_a_sentence(monkeypatch: A
 def test_layers_that_cannot_be_read_again_cost_a_failed_measurement(monkeypatch: Any) -> None:
     def fail(module: Net) -> None:
         join(module)
-        monkeypatch.setattr("dynamon.callbacks.layer_set.measurable_layers", broken)
+        monkeypatch.setattr("dynamon.monitoring.layer_set.measurable_layers", broken)
 
     monitor = WeightMonitor(every_n_steps=1)
     with pytest.warns(UserWarning, match="the weight measurement failed: no layers today"):

@@ -24,8 +24,8 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
-from dynamon.callbacks.budget import Budget
 from dynamon.curvature import HessianOperator, top_eigenvalues
+from dynamon.monitoring.budget import Budget
 from tests.helpers import Classifier, batches, fit, mlp, same_weights, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -123,7 +123,7 @@ def test_a_batch_size_search_in_mid_fit_teaches_nothing_and_leaves_nothing(tmp_p
     assert counted == [15, 15] and updates(steering) == run.global_step - 1
     assert len(monitor.history["weight/rms"]) == len(steering.history["lr/ratio"]) == run.global_step
     right = np.cumprod(1 - RATE * DECAY * steering.history["lr/ratio"].values[:, 0])
-    np.testing.assert_allclose(monitor.history["weight/memory"].values[:, 0], right, rtol=1e-5)
+    np.testing.assert_allclose(monitor.history["weight/initial_fraction"].values[:, 0], right, rtol=1e-5)
     _, watched = train([WeightMonitor(every_n_steps=1), AtEpoch(2, size_search)], default_root_dir=tmp_path)
     _, alone = train([AtEpoch(2, size_search)], default_root_dir=tmp_path)
     assert same_weights(watched, alone)
@@ -133,11 +133,11 @@ def test_memory_after_a_search_is_a_product_over_the_steps_of_training(tmp_path:
     monitor = WeightMonitor(every_n_steps=1)
     run, _ = train([monitor, AtEpoch(2, rate_search)], default_root_dir=tmp_path)
     run.save_checkpoint(tmp_path / "end.ckpt")
-    assert monitor.history["weight/memory"].values[-1][0] == pytest.approx((1 - RATE * DECAY) ** 32, rel=1e-6)
+    assert monitor.history["weight/initial_fraction"].values[-1][0] == pytest.approx((1 - RATE * DECAY) ** 32, rel=1e-6)
     again = WeightMonitor(every_n_steps=1)
     trainer([again], max_steps=-1, max_epochs=5).fit(Learner(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
-    assert again.history["weight/memory"].steps[0] == 32
-    assert again.history["weight/memory"].values[0][0] == pytest.approx((1 - RATE * DECAY) ** 33, rel=1e-6)
+    assert again.history["weight/initial_fraction"].steps[0] == 32
+    assert again.history["weight/initial_fraction"].values[0][0] == pytest.approx((1 - RATE * DECAY) ** 33, rel=1e-6)
 
 
 def test_going_back_to_a_checkpoint_undoes_what_came_after(tmp_path: Any) -> None:
@@ -155,7 +155,14 @@ def test_going_back_to_a_checkpoint_undoes_what_came_after(tmp_path: Any) -> Non
     other, without = train(list(right), epochs=run.global_step // 8)
     assert run.global_step == 4 * 8 and same_weights(module, without)
     for mine, one in zip((gradients, weights, steering), right, strict=True):
-        for tag in ("gradient/norm", "gradient/cosine", "noise/dual", "weight/memory", "update/cosine", "lr/ratio"):
+        for tag in (
+            "gradient/norm",
+            "gradient/cosine",
+            "noise/dual",
+            "weight/initial_fraction",
+            "update/cosine",
+            "lr/ratio",
+        ):
             if tag in one.history:
                 np.testing.assert_array_equal(mine.history[tag].steps, one.history[tag].steps, err_msg=tag)
                 np.testing.assert_array_equal(mine.history[tag].values, one.history[tag].values, err_msg=tag)
@@ -178,7 +185,7 @@ def test_a_search_before_training_leaves_nothing(tmp_path: Any, caplog: Any, how
     _, without = train(list(right), epochs=2)
     assert same_weights(module, without) and updates(steering) == updates(right[1]) == 15
     assert monitor.history["gradient/norm"].steps.tolist() == list(range(0, 16, 2))
-    for tag in ("gradient/norm", "noise/dual", "sharpness/stability_ratio", "weight/memory"):
+    for tag in ("gradient/norm", "noise/dual", "sharpness/stability_ratio", "weight/initial_fraction"):
         np.testing.assert_allclose(monitor.history[tag].values, right[0].history[tag].values, err_msg=tag, rtol=1e-6)
 
 
@@ -197,7 +204,7 @@ def test_time_of_a_search_is_not_training_time(tmp_path: Any, monkeypatch: Any) 
         clock[0] += 0.001
         return clock[0]
 
-    monkeypatch.setattr("dynamon.callbacks.budget.time.perf_counter", tick)
+    monkeypatch.setattr("dynamon.monitoring.budget.time.perf_counter", tick)
     train([monitor, AtEpoch(2, slow)], default_root_dir=tmp_path)
     assert before[0] < 100 and monitor._budget.running < 3 * before[0]
 
@@ -235,11 +242,11 @@ def test_the_same_run_goes_on(tmp_path: Any, between: str) -> None:
         module.load_state_dict(weights)
     run.fit_loop.max_epochs = 4
     run.fit(module)
-    assert monitor.history["weight/memory"].steps.tolist() == list(range(32))
+    assert monitor.history["weight/initial_fraction"].steps.tolist() == list(range(32))
     assert monitor._meters[0].points == 32
     ratios = steering.history["lr/ratio"].values[:, 0]
     right = np.cumprod(1 - RATE * DECAY * ratios)
-    np.testing.assert_allclose(monitor.history["weight/memory"].values[:, 0], right, rtol=1e-5)
+    np.testing.assert_allclose(monitor.history["weight/initial_fraction"].values[:, 0], right, rtol=1e-5)
     assert updates(steering) == 31
 
 
@@ -255,10 +262,10 @@ def test_a_run_goes_on_after_an_exception() -> None:
         run.fit(module)
     _leaves_no_hook(run, module)
     run.fit(module)
-    assert monitor.history["weight/memory"].steps.tolist() == list(range(run.global_step))
+    assert monitor.history["weight/initial_fraction"].steps.tolist() == list(range(run.global_step))
     ratios = steering.history["lr/ratio"].values[:, 0]
     right = np.cumprod(1 - RATE * DECAY * ratios)
-    np.testing.assert_allclose(monitor.history["weight/memory"].values[:, 0], right, rtol=1e-5)
+    np.testing.assert_allclose(monitor.history["weight/initial_fraction"].values[:, 0], right, rtol=1e-5)
 
 
 def _leaves_no_hook(run: Any, module: nn.Module) -> None:
@@ -338,7 +345,7 @@ def test_callbacks_can_be_copied_at_any_time(kind: str, way: Any) -> None:
 def test_monitors_say_one_overhead_and_one_number_of_failures(tmp_path: Any, monkeypatch: Any) -> None:
     logger = TensorBoardLogger(tmp_path)
     monitors = [GradientMonitor(every_n_steps=4), WeightMonitor(every_n_steps=4), SharpnessMonitor(every_n_steps=4)]
-    monkeypatch.setattr("dynamon.callbacks.weights.weight_readings", lambda *_: 1 / 0)
+    monkeypatch.setattr("dynamon.monitoring.weights.weight_readings", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="the weight measurement failed"):
         train(monitors, epochs=1, logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()

@@ -20,7 +20,6 @@ from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks.dynamics import PRESETS
 from dynamon.callbacks.sharpness import QUANTITIES
-from dynamon.callbacks.steps import StepMeter
 from dynamon.curvature import (
     GGNOperator,
     HessianOperator,
@@ -34,8 +33,9 @@ from dynamon.curvature import (
     trace,
 )
 from dynamon.distributed.ranks import Ranks
-from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.preserve import preserve_state
 from dynamon.kernels import nuclear_norm, widest_dtype
+from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.norms import get_norm
 from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.rates import FixedRates, NoiseAdaptiveRates, SpectralTailRates
@@ -46,7 +46,7 @@ from tests.helpers import Classifier, batches, fit, mlp, same_weights
 TOLERANCE = 5e-3
 SOLVED = "_share", "_overlap"  # of eigenvectors that are known to the tolerance of the solver
 # Time, what jumps by a whole candidate or burst, second moments that round to zero.
-UNLIKE = ("dynamon/", "spectrum/tail", "sharpness/products", "sharpness/left_out")
+UNLIKE = ("dynamon/", "spectrum/tail", "sharpness/matvecs", "sharpness/excluded_coordinates")
 
 
 def small() -> nn.Module:
@@ -269,12 +269,12 @@ def curvature(device: Any) -> dict[str, float]:
     ggn = GGNOperator(lambda: network(x), lambda z: cross_entropy(z, y), params)
     pairs = {name: top_eigenvalues(hessian, k=2, method=name, tol=1e-4) for name in ("lanczos", "power")}
     pairs["gram"] = top_eigenvalues(ggn, method="gram", tol=1e-4)
-    density = spectral_density(hessian, steps=10, probes=2)
+    density = spectral_density(hessian, steps=10, num_vectors=2)
     scipy = hessian.to_scipy() @ np.ones(hessian.shape[0])
     return {
         **{f"{name} {i}": float(value) for name, found in pairs.items() for i, value in enumerate(found.values)},
         "upper": float(pairs["gram"].upper or math.nan),
-        "trace": trace(hessian, samples=4).value,
+        "trace": trace(hessian, num_vectors=4).value,
         "density": float((density.weights * density.nodes).sum()),
         "directional": directional_sharpness(hessian, hessian.gradient).sharpness,
         "batch": batch_sharpness([hessian]),
@@ -341,7 +341,7 @@ def test_random_streams_of_any_accelerator_are_put_back(several: bool, monkeypat
         known["manual_seed_all"] = lambda seed: held.__setitem__(slice(None), [seed, seed])
     monkeypatch.setattr(torch, kind, SimpleNamespace(**known))
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type=kind))
-    with undisturbed(module, seed=7):
+    with preserve_state(module, seed=7):
         assert held == [7, 7 if several else 2]
     assert held == [1, 2]
 
@@ -362,7 +362,7 @@ def test_whether_a_step_moved_anything_is_read_once(steps: list[float]) -> None:
     meter: Any = SimpleNamespace(_update={str(i): torch.full((2, 3), step) for i, step in enumerate(steps)})
     run: Any = SimpleNamespace(ranks=Ranks(cpu, alone=True), module=SimpleNamespace(device=cpu))
     with Waits() as waits:
-        moved = StepMeter._has_moved(meter, run)
+        moved = UpdateCurvatureMeter._has_moved(meter, run)
     assert moved == any(step != 0 for step in steps)
     assert waits.count == 1
 

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks import gradients as gradients_module
 from dynamon.callbacks import weights as weights_module
-from dynamon.callbacks.layer_set import LayerSet
 from dynamon.distributed.ranks import Ranks
+from dynamon.monitoring.layer_set import LayerSet
 from dynamon.quantities.sharded_trends import ShardedTrends
 from dynamon.quantities.trends import Trends
 from tests.helpers import Classifier, mlp

@@ -18,7 +18,7 @@ from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.sharded_norms import squares_here
 from dynamon.quantities.updates import compare_updates
 from dynamon.quantities.weights import weight_readings
-from dynamon.spectra import by_shape, per_stack, spectral_extremes, weight_spectrum
+from dynamon.spectra import batched_by_shape, reduce_blocks, spectral_extremes, weight_spectrum
 from tests.helpers import Classifier, batches, fit, mlp
 
 SCALES = [1e37, 1e22, 1e20, 3e-22, 1e-22, 1e-30, 1e-37]
@@ -171,7 +171,9 @@ def test_weights_updates_and_spectra_scale_too(scale):
     torch.testing.assert_close(scaled_updates[0], updates[0], rtol=1e-4, atol=1e-6)
     for field in ("stable_rank", "effective_rank", "participation_ratio"):
         torch.testing.assert_close(getattr(scaled_spectrum, field), getattr(spectrum, field), rtol=1e-4, atol=0)
-    torch.testing.assert_close(scaled.deviation[:3] - math.log2(scale), plain.deviation[:3], rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        scaled.log2_spectral_condition[:3] - math.log2(scale), plain.log2_spectral_condition[:3], rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("scale", [1e22, 1e-22, 1e-30])
@@ -182,7 +184,7 @@ def test_sharpness_of_a_scaled_loss(scale):
         fit(Scaled(factor), [monitor], steps=2)
     plain, scaled = (monitor.history for monitor in monitors)
     for tag, power in {
-        "sharpness/stability_ratio": 0, "sharpness/greedy_multiple": 0, "sharpness/hessian_max": 1,
+        "sharpness/stability_ratio": 0, "sharpness/best_multiple": 0, "sharpness/hessian_max": 1,
         "sharpness/directional": 1, "sharpness/batch": 1,
     }.items():  # fmt: skip
         assert scaled[tag].values == pytest.approx(plain[tag].values * scale**power, rel=1e-3, abs=0), tag
@@ -213,13 +215,15 @@ def test_a_zero_matrix_has_no_rank_and_no_deviation():
     nn.init.zeros_(layers[0].parameter)
     found = weight_readings(layers, {"0.weight": torch.zeros(3, 4)})
     assert found.sigma_max[0] == found.operator[0] == found.update[0] == 0
-    assert all(getattr(found, field)[0].isnan() for field in ("ratio", "rotation", "stable_rank", "deviation"))
-    assert found.deviation[1].isfinite() and found.stable_rank[1].isfinite()
+    assert all(
+        getattr(found, field)[0].isnan() for field in ("ratio", "rotation", "stable_rank", "log2_spectral_condition")
+    )
+    assert found.log2_spectral_condition[1].isfinite() and found.stable_rank[1].isfinite()
     for measure_one in (spectral_extremes, weight_spectrum):
         stack = torch.stack([torch.zeros(3, 4), torch.eye(3, 4), torch.eye(3, 4) * 2])
         alone = measure_one(stack)
         assert alone.stable_rank[0].isnan() and alone.participation_ratio[0].isnan() and alone.sigma_max[0] == 0
-        together = per_stack(by_shape([stack, stack[1:]], measure_one), [3, 2])
+        together = reduce_blocks(batched_by_shape([stack, stack[1:]], measure_one), [3, 2])
         assert together.stable_rank.tolist() == pytest.approx([3.0, 3.0], rel=1e-2, abs=0)  # of those that have one
 
 
@@ -239,7 +243,7 @@ def test_rates_over_zero_weights_and_steps_are_not_infinite():
     fit(Classifier(Adapter(), lambda p: torch.optim.SGD(p, lr=0.0)), [monitor], steps=3)
     for tag in monitor.history:
         assert not np.isinf(monitor.history[tag].values).any(), tag
-    assert np.isnan(monitor.history["spectrum/deviation"].values[:, 1]).all()
+    assert np.isnan(monitor.history["spectrum/log2_spectral_condition"].values[:, 1]).all()
 
 
 class Partly(nn.Module):

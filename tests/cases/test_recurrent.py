@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
 from dynamon.curvature import GGNOperator, HessianOperator, critical_sharpness
-from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.preserve import preserve_state
 from tests.helpers import Classifier, batches, fit, same_weights
 
 
@@ -146,8 +146,8 @@ def evaluated(how: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
     params = list(module.parameters())
     if how == "measure":
         measure(module, (x, y), loss_fn=lambda m, b: cross_entropy(m(b[0]), b[1]))
-    elif how == "undisturbed":
-        with undisturbed(module, seed=3):
+    elif how == "preserve_state":
+        with preserve_state(module, seed=3):
             loss()
     elif how == "critical":
         critical_sharpness(loss, params, -1e-2 * torch.cat([p.detach().flatten() for p in params]))
@@ -158,7 +158,7 @@ def evaluated(how: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         operator @ operator.gradient
 
 
-WAYS = ("measure", "undisturbed", "critical", "ggn", "double_backward", "finite_difference")
+WAYS = ("measure", "preserve_state", "critical", "ggn", "double_backward", "finite_difference")
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -176,10 +176,10 @@ def test_no_evaluation_goes_to_cudnn_or_sets_a_generator_of_cuda(card, how, chec
 def test_only_seeded_evaluations_have_the_same_masks(card):
     module, x = Recurrent(card), torch.ones(2, 8)
     card.generator.state[:] = [11, 4]
-    with undisturbed(module, seed=5):
+    with preserve_state(module, seed=5):
         one = module(x)
         assert card.generator.state[0] == 5
-    with undisturbed(module, seed=5):
+    with preserve_state(module, seed=5):
         other = module(x)
     assert torch.equal(one, other)
     assert card.generator.state == [11, 4]
@@ -188,14 +188,14 @@ def test_only_seeded_evaluations_have_the_same_masks(card):
 def test_cudnn_is_on_again_after_a_failure(card):
     module = Recurrent(card)
     module.masks = None  # nothing to draw masks from
-    with pytest.raises(TypeError), undisturbed(module):
+    with pytest.raises(TypeError), preserve_state(module):
         module(torch.ones(2, 8))
     assert torch.backends.cudnn.enabled
 
 
 def test_cudnn_that_is_off_stays_off(card, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
-    with undisturbed(nn.Linear(2, 2)):
+    with preserve_state(nn.Linear(2, 2)):
         assert not torch.backends.cudnn.enabled
         lstm(torch.ones(2), card.masks)
     assert not torch.backends.cudnn.enabled
@@ -207,7 +207,7 @@ def test_a_generator_that_a_module_keeps_is_put_back_unheard(card):
     module.streams = [kept]
     torch.rand(3, generator=kept)
     before = kept.get_state()
-    with undisturbed(module):
+    with preserve_state(module):
         torch.rand(3, generator=kept)
     assert torch.equal(kept.get_state(), before)
 

@@ -24,7 +24,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from dynamon.board.live import LiveFolder, LiveRun
+from dynamon.board.live import LiveFolder, LoggedRun
 from dynamon.callbacks import GradientMonitor
 from dynamon.cli import main
 from dynamon.health import findings
@@ -103,7 +103,7 @@ def test_what_was_abandoned_is_gone_in_report_schedule_and_tab(tmp_path, capsys,
     assert main(["schedule", str(tmp_path), "-o", str(factors)]) == 0
     assert "131 steps, from 131 readings" in capsys.readouterr().out
     np.testing.assert_allclose(json.loads(factors.read_text()), np.arange(130, -1, -1) / 130)  # constant norms
-    tab = LiveRun(tmp_path)
+    tab = LoggedRun(tmp_path)
     reader = Reader(tab)
     reader.ask()
     reader.check(tmp_path)
@@ -173,7 +173,7 @@ def test_the_tab_has_the_same_whatever_the_order_in_which_files_grow(tmp_path_fa
     folder, source, chance = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("source"), random.Random(seed)
     write_sessions(source, sessions)
     rest = {path.name: path.read_bytes() for path in source.iterdir()}
-    reader = Reader(LiveRun(folder))
+    reader = Reader(LoggedRun(folder))
     while any(rest.values()):
         name = chance.choice([name for name, data in rest.items() if data])
         size = chance.randint(1, 300)
@@ -193,7 +193,7 @@ def test_files_of_one_second_are_sorted_by_their_first_record_once_it_is_whole(t
         whole.append((path, path.read_bytes()))
         path.unlink()
     (first, content), (second, other) = whole
-    reader = Reader(LiveRun(tmp_path))
+    reader = Reader(LoggedRun(tmp_path))
     for path, data in ((first, content[:12]), (second, other), (first, content)):
         path.write_bytes(data)
         reader.ask()
@@ -203,7 +203,7 @@ def test_files_of_one_second_are_sorted_by_their_first_record_once_it_is_whole(t
 def test_a_start_that_is_read_with_the_points_it_makes_void(tmp_path):
     """All in one answer: the browser is told nothing of what is void already."""
     write_file(tmp_path / "events.out.tfevents.1.a", [version(1), *(point("x", s, 1.0, 1) for s in range(9))])
-    reader = Reader(LiveRun(tmp_path))
+    reader = Reader(LoggedRun(tmp_path))
     reader.ask()
     epoch = reader.epoch
     more = [point("x", 9, 1.0, 2), point("y", 9, 1.0, 2)]
@@ -215,7 +215,7 @@ def test_a_start_that_is_read_with_the_points_it_makes_void(tmp_path):
 
 
 def test_tables_follow_the_same_rule(tmp_path):
-    reader = Reader(LiveRun(tmp_path))
+    reader = Reader(LoggedRun(tmp_path))
     with SummaryWriter(str(tmp_path)) as writer:
         for step in range(20):
             add_row(writer, "gradient/dual", step, ["a", "b"], [step, 0.5])
@@ -284,10 +284,10 @@ def test_a_flipped_byte_costs_one_record_and_is_said(tmp_path, byte):
     with pytest.warns(UserWarning, match=f"{path.name} is damaged: bytes {first} to {first + 39} were passed over"):
         run = read_run(tmp_path)
     assert run["x"].steps.tolist() == [*range(50), *range(51, 120)]
-    live = LiveRun(tmp_path)
+    live = LoggedRun(tmp_path)
     assert (
-        live.news(0, 0)["damage"]
-        == live.news(0, 0)["damage"]
+        live.updates(0, 0)["damage"]
+        == live.updates(0, 0)["damage"]
         == [f"{path} is damaged: bytes {first} to {first + 39} were passed over."]
     )
 
@@ -310,7 +310,7 @@ def test_a_hole_of_zeros_and_an_end_that_is_none(tmp_path):
     assert 60 < len(steps) < 120 and steps[0] == 0 and steps[-1] == 119
     content = path.read_bytes()
     path.write_bytes(content[:1000] + b"\xff" * 50)
-    reader = Reader(LiveRun(tmp_path))
+    reader = Reader(LoggedRun(tmp_path))
     reader.ask()
     assert "bytes" in reader.ask()["damage"][0]
     with path.open("ab") as file:  # a writer that goes on behind the damage
@@ -324,7 +324,7 @@ def test_a_hole_of_zeros_and_an_end_that_is_none(tmp_path):
 def test_a_file_that_is_written_anew_under_its_name(tmp_path):
     """Shorter, and then longer than what was read before anyone looked again."""
     path = tmp_path / "events.out.tfevents.1.a"
-    reader = Reader(LiveRun(tmp_path))
+    reader = Reader(LoggedRun(tmp_path))
     for length, wall_time in ((50, 1.0), (20, 2.0), (90, 3.0)):
         path.unlink(missing_ok=True)
         write_file(path, [version(wall_time), *(point("x", step, wall_time, wall_time) for step in range(length))])
@@ -337,7 +337,7 @@ def test_a_copy_of_a_growing_file_is_not_read_anew(tmp_path):
     """rsync puts a new file in the place of the old one: the same beginning, and more."""
     path = tmp_path / "events.out.tfevents.1.a"
     write_file(path, [version(1.0), *(point("x", step, 1.0, 2.0) for step in range(50))])
-    reader = Reader(LiveRun(tmp_path))
+    reader = Reader(LoggedRun(tmp_path))
     reader.ask()
     before = reader.epoch
     shutil.copy(path, tmp_path / "copy")
@@ -360,9 +360,9 @@ def test_files_that_vanish_and_files_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refused)
     with pytest.warns(UserWarning, match=r"tfevents.2.a cannot be read \(Permission denied\)"):
         assert len(read_run(tmp_path)["x"]) == 100
-    assert len(LiveRun(tmp_path).news(0, 0)["damage"]) == 1
+    assert len(LoggedRun(tmp_path).updates(0, 0)["damage"]) == 1
     monkeypatch.undo()
-    reader = Reader(LiveRun(tmp_path))
+    reader = Reader(LoggedRun(tmp_path))
     reader.ask()
     (tmp_path / "events.out.tfevents.2.a").unlink()
     reader.ask()

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import GradientMonitor, LayerwiseLR, WeightMonitor
 from dynamon.health import findings
-from dynamon.health.series import noise_of, resolution_of
-from dynamon.quantities.weight_decay import DecayMemory
+from dynamon.health.series import noise_level, resolution
+from dynamon.quantities.weight_decay import DecayRetention
 from dynamon.rates import FixedRates
 from dynamon.runs.history import RunData, Series
 from tests.helpers import Classifier, fit, mlp
@@ -315,11 +315,11 @@ def test_a_loss_of_any_sign_whose_noise_grows_as_it_rises(shift, seed):
 
 
 def test_a_trend_is_no_noise_and_rounding_is():
-    assert noise_of(5 - 0.01 * STEPS) < 1e-12 and noise_of(3 * np.exp(-STEPS / 50)) < 0.02
+    assert noise_level(5 - 0.01 * STEPS) < 1e-12 and noise_level(3 * np.exp(-STEPS / 50)) < 0.02
     for seed in range(3):
-        assert noise_of(5 - 0.01 * STEPS + noise(0.2, seed)) == pytest.approx(0.2, rel=0.35)
-    assert resolution_of(in_bfloat16(1.5 + 0.1 * noise(1))) == 2**-7 and resolution_of(2 + noise(1)) == 0
-    assert resolution_of(np.round(2 + noise(0.05), 2)) == pytest.approx(0.01)
+        assert noise_level(5 - 0.01 * STEPS + noise(0.2, seed)) == pytest.approx(0.2, rel=0.35)
+    assert resolution(in_bfloat16(1.5 + 0.1 * noise(1))) == 2**-7 and resolution(2 + noise(1)) == 0
+    assert resolution(np.round(2 + noise(0.05), 2)) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -351,7 +351,7 @@ def test_decay_that_rounds_away_is_none(dtype, share):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(4000).to(dtype))
     start = weight.detach().double().clone()
-    optimizer, memory = torch.optim.AdamW([weight], lr=1.0, eps=1e-3), DecayMemory()
+    optimizer, memory = torch.optim.AdamW([weight], lr=1.0, eps=1e-3), DecayRetention()
     optimizer.param_groups[0]["weight_decay"] = share * torch.finfo(dtype).eps
     for _ in range(10):
         weight.grad = torch.zeros_like(weight)
@@ -367,6 +367,6 @@ def test_decay_that_rounds_away_is_none(dtype, share):
 def test_weight_memory_of_a_run_in_bfloat16():
     module = Classifier(mlp(), lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01))
     data, _ = fit_watched(module, steps=20, precision="bf16-true")
-    assert (data.tables["weight/memory"].values == 1.0).all()
+    assert (data.tables["weight/initial_fraction"].values == 1.0).all()
     data, _ = fit_watched(Classifier(mlp(), lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01)), steps=20)
-    np.testing.assert_allclose(data.tables["weight/memory"].values[-1], (1 - 1e-6) ** 20, rtol=1e-7)
+    np.testing.assert_allclose(data.tables["weight/initial_fraction"].values[-1], (1 - 1e-6) ** 20, rtol=1e-7)

@@ -195,10 +195,10 @@ def test_a_scaler_that_skips_steps(fused: bool, caplog) -> None:
     history = monitor.history
     for tag in ("gradient/norm", "gradient/clip_coefficient", "update/ratio", "sharpness/stability_ratio"):
         assert history[tag].steps.tolist() == taken, tag
-    assert not history["sharpness/left_out"].values.any() and not history["gradient/nonfinite"].values.any()
+    assert not history["sharpness/excluded_coordinates"].values.any() and not history["gradient/nonfinite"].values.any()
     assert (history["sharpness/stability_ratio"].values > 0).all()
     assert np.isfinite(history["weight/constraint_usage"].values).all()
-    np.testing.assert_allclose(history["weight/memory"].values[-1], (1 - 1e-3) ** len(taken), rtol=1e-6)
+    np.testing.assert_allclose(history["weight/initial_fraction"].values[-1], (1 - 1e-3) ** len(taken), rtol=1e-6)
     assert monitor.failures == 0 and not [f for f in monitor.findings if f.severity == "fault"]
     said = [r.message for r in caplog.records if "was not taken, by a gradient scaler" in r.message]
     assert len(said) == 1 and "step 0 " in said[0]
@@ -231,7 +231,7 @@ def test_a_scaler_used_by_hand(fused: bool) -> None:
     fit(ByHand(seen), monitors, steps=-1, max_epochs=2)
     assert 8 < len(seen) < 16
     np.testing.assert_allclose(norms(monitors[0]), seen, rtol=1e-5)
-    memory = monitors[1].history["weight/memory"].values[-1]
+    memory = monitors[1].history["weight/initial_fraction"].values[-1]
     np.testing.assert_allclose(memory, (1 - 1e-3) ** len(seen), rtol=1e-6)
 
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor
-from dynamon.callbacks.writers import mlflow_name
-from dynamon.isolation.trackers import trackers_muted
+from dynamon.isolation.trackers import mute_trackers
+from dynamon.monitoring.writers import mlflow_name
 from dynamon.rates import FixedRates
 from dynamon.runs import read_run
 from tests.helpers import Classifier, batches, fit, mlp
@@ -89,7 +89,7 @@ def test_one_overhead_a_step_in_the_history() -> None:
 
 
 def test_a_failed_meter_takes_nothing_of_the_others_with_it(monkeypatch) -> None:
-    monkeypatch.setattr("dynamon.callbacks.weights.weight_readings", lambda *_: 1 / 0)
+    monkeypatch.setattr("dynamon.monitoring.weights.weight_readings", lambda *_: 1 / 0)
     monitor, logger = DynamicsMonitor(every_n_steps=2), Counting()
     with pytest.warns(UserWarning, match="weight measurement failed"):
         fit(Classifier(mlp()), [monitor], steps=6, logger=logger)
@@ -321,8 +321,8 @@ def test_only_the_evaluating_thread_is_muted(monkeypatch) -> None:
     original = CometExperiment.log_metric
     _tracker(monkeypatch, "comet_ml", "comet_ml.experiment", CometExperiment=CometExperiment)
     experiment = CometExperiment()
-    with pytest.raises(KeyError), trackers_muted():
-        with trackers_muted():
+    with pytest.raises(KeyError), mute_trackers():
+        with mute_trackers():
             assert not experiment.log_metric("muted")
         assert not experiment.log_metric("muted").anything.of("it")
         other = threading.Thread(target=experiment.log_metric, args=("other thread",))
@@ -366,7 +366,7 @@ def test_a_tracker_that_cannot_be_muted_is_named_once(monkeypatch) -> None:
     monkeypatch.setattr("dynamon.isolation.trackers._told", set())
     with pytest.warns(UserWarning, match="comet_ml cannot be muted.*loss_fn") as seen:
         for _ in range(3):
-            with trackers_muted():
+            with mute_trackers():
                 pass
     assert len(seen) == 1
 

@@ -87,7 +87,7 @@ def test_hessian_products_are_those_of_the_real_numbers(backend):
     torch.testing.assert_close(operator.gradient, gradient)
     top = torch.linalg.eigvalsh(exact)[-1].item()
     assert float(top_eigenvalues(operator, tol=1e-6).values[0]) == pytest.approx(top, rel=1e-5)
-    assert trace(operator, samples=400).value == pytest.approx(exact.trace().item(), rel=0.1)
+    assert trace(operator, num_vectors=400).value == pytest.approx(exact.trace().item(), rel=0.1)
     block = operator.block("w")
     torch.testing.assert_close(block @ torch.eye(14, dtype=torch.float64), exact[:14, :14], rtol=1e-5, atol=1e-7)
     before = flat(model.parameters())

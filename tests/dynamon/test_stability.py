@@ -210,7 +210,7 @@ def test_coordinates_that_never_had_a_gradient_are_left_out_and_counted():
     moments[quadratic.params[0]][1] = 0
     optimizer = freeze_second_moment(AdamW(quadratic.params, lr=0.1, **FROZEN), moments)
     scaling = stability_scaling(optimizer, quadratic.params)
-    assert scaling.left_out == 1 and scaling.scale[1] == 0 and (scaling.scale != 0).sum() == 6
+    assert scaling.excluded == 1 and scaling.scale[1] == 0 and (scaling.scale != 0).sum() == 6
     kept = [0, 2, 3, 4, 5, 6]
     v = torch.cat([moments[p].flatten() for p in quadratic.params])[kept]
     scale = (0.1 * 0.1 / ((2 - 0.1 * 0.01) * 1.9) / (v.sqrt() + 1e-3)).sqrt()
@@ -225,7 +225,7 @@ def test_a_parameter_without_state_is_left_out():
     quadratic.params[0].grad = torch.ones_like(quadratic.params[0])
     optimizer.step()
     scaling = stability_scaling(optimizer, quadratic.params)
-    assert scaling.left_out == 4 and not scaling.scale[3:].any() and scaling.scale[:3].all()
+    assert scaling.excluded == 4 and not scaling.scale[3:].any() and scaling.scale[:3].all()
 
 
 def test_a_rate_of_zero_leaves_no_coordinate_out():
@@ -233,7 +233,7 @@ def test_a_rate_of_zero_leaves_no_coordinate_out():
     quadratic = Quadratic()
     optimizer = freeze_second_moment(AdamW(quadratic.params, lr=0.0, **FROZEN))
     scaling = stability_scaling(optimizer, quadratic.params)
-    assert scaling.left_out == 0 and not scaling.scale.any()
+    assert scaling.excluded == 0 and not scaling.scale.any()
     assert float(stability_ratio(quadratic.loss, quadratic.params, optimizer).values[0]) == 0
 
 

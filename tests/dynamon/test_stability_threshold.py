@@ -256,7 +256,7 @@ def test_a_row_that_was_never_seen_does_not_change_it(make):
         assert result.converged
         found[rows] = float(result.values[0])
         unmoved = 0 if isinstance(optimizer, SGD) else 2 * (rows - 3)
-        assert stability_scaling(optimizer, params).left_out == unmoved
+        assert stability_scaling(optimizer, params).excluded == unmoved
         assert bool((model.table.weight[3:] == model.table.weight[3:].mean()).all())
     assert found[5] == pytest.approx(found[3], rel=1e-6)
 

@@ -64,7 +64,7 @@ def critical_sharpness(
     Args:
         loss_fn: Called with the weights moved; returns the scalar loss. Sees the same random numbers each time.
         params: The parameters, or a mapping from their names. They are bitwise what they were at the end; buffers
-            move with each evaluation unless :func:`dynamon.isolation.preserve.undisturbed` is around it, where each
+            move with each evaluation unless :func:`dynamon.isolation.preserve.preserve_state` is around it, where each
             begins alike.
         update: Flat ``[n]``: the step from the present weights.
         rate: The learning rate that the update holds, where there is one.
@@ -94,7 +94,7 @@ def critical_sharpness(
     def value(step: Tensor) -> Tensor:
         nonlocal count
         count += 1
-        with torch.no_grad(), flat.moved(step), evaluations.another():
+        with torch.no_grad(), flat.perturbed(step), evaluations.another():
             return loss_fn()
 
     with watch:

@@ -35,7 +35,7 @@ class DirectionalSharpness:
     product: Tensor
 
     @property
-    def greedy_multiple(self) -> float:
+    def best_multiple(self) -> float:
         r"""The multiple of d that minimises the quadratic model from here, :math:`-g^\top d / d^\top H d`.
 
         Infinite where the loss curves downwards along d.
@@ -43,9 +43,9 @@ class DirectionalSharpness:
         return -self.slope / self.curvature if self.curvature > 0 else float("inf")
 
     @property
-    def greedy_multiple_of_last_step(self) -> float:
+    def best_multiple_of_last_step(self) -> float:
         """The same for a step d that was just taken; 1 would have been the best length, 2 is where the loss rises."""
-        return 1 + self.greedy_multiple
+        return 1 + self.best_multiple
 
 
 @full_precision()

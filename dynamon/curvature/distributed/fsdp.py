@@ -15,7 +15,7 @@ _FLAGS = ("post_forward_mesh_info", "reshard_after_backward", "reduce_grads", "a
 _HELD = ("_partial_reduce_output", "gradient_divide_factor")
 
 
-def why_not_whole(module: nn.Module, params: Sequence[Tensor], processes: int) -> str | None:
+def unsupported_reason(module: nn.Module, params: Sequence[Tensor], processes: int) -> str | None:
     """Why :func:`unsharded` does not make all of some parameters whole on every process; None where it does."""
     if any(type(group.offload_policy).__name__ == "CPUOffloadPolicy" for group in _groups(module)):
         return "parameters are kept on the host and brought to the device for each pass"

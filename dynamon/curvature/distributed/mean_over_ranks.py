@@ -80,11 +80,11 @@ class MeanOverRanks(LinearOperator):
         """``H_bb v`` for the parameters in some places, where the operators have blocks."""
         return self._mean(self._operator.block_product(vector, block))
 
-    def likely_direction(self) -> Tensor | None:
+    def initial_direction(self) -> Tensor | None:
         """The weighted mean of those of all processes."""
         if hasattr(self, "gradient"):
             return self.gradient
-        known = self._operator.likely_direction()
+        known = self._operator.initial_direction()
         return None if known is None else self._mean(known)
 
     def product_error(self, vector: Tensor) -> float:

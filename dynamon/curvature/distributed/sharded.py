@@ -44,7 +44,7 @@ class ShardedParameters(FlatParameters):
         return ShardedParameters(self.module, {names[i]: self._owners[names[i]] for i in places}, self.ranks)
 
     @contextmanager
-    def moved(self, step: Tensor) -> Iterator[None]:
+    def perturbed(self, step: Tensor) -> Iterator[None]:
         """The shards at ``theta + step`` for a while, written in place; bitwise what they were at exit."""
         kept = [p.clone() for p in self.tensors]
         try:

@@ -14,7 +14,7 @@ from dynamon.curvature.operators.layer_norm import FewerCalls
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.curvature.operators.scaling import LOWER, is_whole, length_scale, loss_scale, relative
 from dynamon.distributed.ranks import ran_out_of_memory
-from dynamon.isolation.evaluations import Evaluations, eager, full_precision
+from dynamon.isolation.evaluations import Evaluations, force_eager, full_precision
 from dynamon.layers.complex_pairs import real_dtype
 
 DIFFERENCE_STEP = {torch.float32: 1e-3, torch.float64: 1e-6}  # of a unit vector: truncation and rounding about equal
@@ -28,7 +28,7 @@ class NoSecondDerivativeError(RuntimeError):
 @contextmanager
 def twice_differentiable(params: FlatParameters) -> Iterator[None]:
     """Attention by the math kernel, compiled code run eagerly, parameter hooks off, gradients on, few calls."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eager(), FewerCalls(), params.hooks_off():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), force_eager(), FewerCalls(), params.hooks_off():
         yield
 
 
@@ -142,7 +142,7 @@ class FiniteDifference:
 
     Two gradients a product, at the same random numbers each time. Works where second derivatives do not exist. Under
     reentrant checkpointing, ``backward`` reaches every parameter inside: ``.grad`` of those left out adds up, unless
-    :func:`dynamon.isolation.preserve.undisturbed` is around it.
+    :func:`dynamon.isolation.preserve.preserve_state` is around it.
 
     Attributes:
         name: ``"finite_difference"``.
@@ -211,7 +211,7 @@ class FiniteDifference:
         return (ahead - behind) * (norm / (2 * step))
 
     def _gradient_at(self, step: Tensor) -> Tensor:
-        with self._params.moved(step):
+        with self._params.perturbed(step):
             return self._evaluate()[1]
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:

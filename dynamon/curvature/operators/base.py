@@ -49,7 +49,7 @@ class LinearOperator:
         """Estimated relative error of the product with ``vector``, beyond rounding; 0 for exact products."""
         return 0.0
 
-    def likely_direction(self) -> Tensor | None:
+    def initial_direction(self) -> Tensor | None:
         """A vector ``[n]`` rich in the top eigenvectors, where one is known: a cold start begins with it and noise."""
         return None
 
@@ -157,7 +157,7 @@ class _Combined(LinearOperator):
         argument = self._argument(vector)
         return max(part.product_error(argument) for part in self._parts)
 
-    def likely_direction(self) -> Tensor | None:
+    def initial_direction(self) -> Tensor | None:
         """That of the first part which knows one, scaled as vectors are."""
-        known = next((d for d in (part.likely_direction() for part in self._parts) if d is not None), None)
+        known = next((d for d in (part.initial_direction() for part in self._parts) if d is not None), None)
         return None if known is None else self._argument(known)

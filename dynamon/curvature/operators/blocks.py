@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dynamon.curvature.operators.base import LinearOperator
 from dynamon.curvature.operators.parameters import FlatParameters, checked_once
-from dynamon.curvature.solvers.eigenpairs import Eigenpairs, judged
+from dynamon.curvature.solvers.eigenpairs import Eigenpairs, with_product_check
 from dynamon.curvature.solvers.lanczos import lanczos_eigenpairs
 from dynamon.isolation.evaluations import full_precision
 
@@ -20,7 +20,7 @@ class _HasBlocks(Protocol):
 
     def product_error(self, vector: Tensor) -> float: ...
 
-    def likely_direction(self) -> Tensor | None: ...
+    def initial_direction(self) -> Tensor | None: ...
 
 
 class BlockOperator(LinearOperator):
@@ -52,9 +52,9 @@ class BlockOperator(LinearOperator):
         parameters = self._operator.parameters
         return self._operator.product_error(parameters.embed(vector, self._places))
 
-    def likely_direction(self) -> Tensor | None:
+    def initial_direction(self) -> Tensor | None:
         """The block's part of the whole operator's."""
-        known = self._operator.likely_direction()
+        known = self._operator.initial_direction()
         return None if known is None else self._operator.parameters.extract(known, self._places)
 
 
@@ -90,5 +90,5 @@ def blockwise_sharpness(
         block = BlockOperator(operator, operator.parameters.block(chosen))
         warm = (warm_starts or {}).get(name)
         warm = warm if warm is not None and warm.shape[0] == block.space.length else None
-        found[name] = judged(lanczos_eigenpairs(block, 1, tol, max_matvecs, warm, False, seed), block, tol)
+        found[name] = with_product_check(lanczos_eigenpairs(block, 1, tol, max_matvecs, warm, False, seed), block, tol)
     return found

@@ -178,7 +178,7 @@ class GGNOperator(LinearOperator):
             products = part.differentiate(self._outputs, weights)
         return part.flatten(products)
 
-    def likely_direction(self) -> Tensor:
+    def initial_direction(self) -> Tensor:
         """The gradient of the loss through the outputs."""
         slopes = [
             torch.zeros_like(z) if g is None else g.detach() for g, z in zip(self._slopes, self._outputs, strict=True)
@@ -192,13 +192,13 @@ class GGNOperator(LinearOperator):
             loss: The loss that holds the outputs, with the graph of its evaluation.
 
         Returns:
-            The distance of :meth:`likely_direction` from the gradient of the loss, over the length of the latter.
+            The distance of :meth:`initial_direction` from the gradient of the loss, over the length of the latter.
         """
         with twice_differentiable(self.parameters):  # a checkpoint computes its part again, in the kernels of before
             found = self.parameters.differentiate(loss, torch.full_like(loss, self._scale))
         gradient = self.parameters.flatten(found) / self._scale
         norm = self.parameters.space.norm
-        return relative(norm(gradient - self.likely_direction()), norm(gradient))
+        return relative(norm(gradient - self.initial_direction()), norm(gradient))
 
     def split_rows(self, vector: Tensor) -> list[Tensor]:
         """A flat vector ``[rows]`` in the shapes of the outputs."""

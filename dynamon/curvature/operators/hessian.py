@@ -43,7 +43,7 @@ class HessianOperator(LinearOperator):
 
     ``.grad`` is what it was afterwards, and so are the weights, bit for bit. Random streams move as for one
     evaluation of the loss at most. A loss that moves buffers in each evaluation (spectral normalisation) belongs inside
-    of :func:`dynamon.isolation.preserve.undisturbed`, which puts them back between any two and at the end; elsewhere
+    of :func:`dynamon.isolation.preserve.preserve_state`, which puts them back between any two and at the end; elsewhere
     differences of such a loss do not converge, since the same weights have another gradient each time.
 
     Args:
@@ -201,6 +201,6 @@ class HessianOperator(LinearOperator):
         """Relative difference of the product between two step sizes; 0 with double backward, infinite in doubt."""
         return self._engine.error(vector) if self.doubt is None else math.inf
 
-    def likely_direction(self) -> Tensor:
+    def initial_direction(self) -> Tensor:
         """The gradient, most of which lies in the top eigenspace (Gur-Ari et al., arXiv 1812.04754)."""
         return self.gradient

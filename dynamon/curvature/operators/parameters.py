@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.curvature.operators.vector_space import VectorSpace
-from dynamon.isolation.evaluations import casts_anew, full_precision
+from dynamon.isolation.evaluations import fresh_autocast_cache, full_precision
 from dynamon.kernels.devices import reads_are_free
-from dynamon.layers.complex_pairs import COMPLEX, as_real, like, real_dtype, real_size
+from dynamon.layers.complex_pairs import COMPLEX, as_real, from_real, real_dtype, real_numel
 from dynamon.quantities.names import is_chosen, plain_name
 
 _CHECKED: ContextVar[set[int] | None] = ContextVar("dynamon_checked", default=None)
@@ -53,7 +53,7 @@ class FlatParameters:
         if len({(p.device, real_dtype(p)) for p in self.tensors}) > 1:
             kinds = sorted({f"{p.dtype} on {p.device}" for p in self.tensors})
             raise ValueError(f"all parameters must share one dtype and device, got {', '.join(kinds)}.")
-        self._sizes = [real_size(p) for p in self.tensors]
+        self._sizes = [real_numel(p) for p in self.tensors]
         self.dtype = torch.promote_types(real_dtype(self.tensors[0]), torch.float32)
         self.size = sum(self._sizes)
         self.space = VectorSpace(self.size) if space is None else space
@@ -117,7 +117,7 @@ class FlatParameters:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A flat vector ``[n]`` in the shape of each parameter: views, but for complex ones."""
-        return [like(piece, p) for piece, p in zip(vector.split(self._sizes), self.tensors, strict=True)]
+        return [from_real(piece, p) for piece, p in zip(vector.split(self._sizes), self.tensors, strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat vector ``[n]``; zeros stand in for a tensor that is not there."""
@@ -174,7 +174,7 @@ class FlatParameters:
         return torch.cat([pieces[i] for i in places])
 
     @contextmanager
-    def moved(self, step: Tensor) -> Iterator[None]:
+    def perturbed(self, step: Tensor) -> Iterator[None]:
         """The parameters at ``theta + step`` for a while; bitwise what they were at exit.
 
         Their storage is exchanged, not written to, so that graphs built before stay valid.
@@ -182,7 +182,7 @@ class FlatParameters:
         kept = [p.data for p in self.tensors]
         try:
             self._move([(p, piece) for p, piece in zip(self.tensors, self.split(step), strict=True) if p.requires_grad])
-            with casts_anew():
+            with fresh_autocast_cache():
                 yield
         finally:
             for p, data in zip(self.tensors, kept, strict=True):

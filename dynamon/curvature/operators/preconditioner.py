@@ -11,7 +11,7 @@ from dynamon.curvature import LinearOperator
 from dynamon.curvature.operators.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.operators.vector_space import VectorSpace
 from dynamon.distributed.dtensor import to_local
-from dynamon.layers.complex_pairs import as_real, real_dtype, real_size
+from dynamon.layers.complex_pairs import as_real, real_dtype, real_numel
 
 
 class NoSecondMomentError(ValueError):
@@ -53,8 +53,8 @@ def preconditioner(
     pieces = [second_moment_scale(optimizer.state.get(p), group_of[id(p)], p) for p in params]
     if all(piece is None for piece in pieces):
         raise ValueError(f"{type(optimizer).__name__} keeps no second moment, so it has no preconditioner.")
-    missing = [torch.full((real_size(to_local(p)),), torch.nan, dtype=_wide(p), device=p.device) for p in params]
-    space = space or VectorSpace(sum(real_size(p) for p in params))
+    missing = [torch.full((real_numel(to_local(p)),), torch.nan, dtype=_wide(p), device=p.device) for p in params]
+    space = space or VectorSpace(sum(real_numel(p) for p in params))
     diagonal = space.join([m if piece is None else piece for piece, m in zip(pieces, missing, strict=True)])
     if not int(space.total((~diagonal.isnan()).sum())):
         raise NoSecondMomentError("the optimizer's second moments are all zero, so it has no preconditioner yet.")

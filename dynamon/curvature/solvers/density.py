@@ -148,29 +148,29 @@ def _apart(nodes: Array, residuals: Array, middle: float) -> Array:
 
 @checked_once()
 @full_precision()
-def spectral_density(operator: Any, *, steps: int = 80, probes: int = 4, seed: int = 0) -> SpectralDensity:
+def spectral_density(operator: Any, *, steps: int = 80, num_vectors: int = 4, seed: int = 0) -> SpectralDensity:
     """The eigenvalue density of a symmetric operator by stochastic Lanczos quadrature.
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
         steps: Products a random start, which is the number of nodes; at most n are taken.
-        probes: Random starts.
+        num_vectors: Random starts.
         seed: Seeds the starts with a generator of its own.
 
     Raises:
-        ValueError: If ``steps`` or ``probes`` is below one.
+        ValueError: If ``steps`` or ``num_vectors`` is below one.
         FloatingPointError: If the operator returns NaN or infinity.
 
-    Cost: ``steps * probes`` products; memory of ``steps + 1`` vectors of length n. Reference: Ubaru, Chen and Saad,
+    Cost: ``steps * num_vectors`` matvecs; memory of ``steps + 1`` vectors of length n. Reference: Ubaru, Chen, Saad,
     "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", 2017; Ghorbani et al., arXiv 1901.10159.
     """
-    if steps < 1 or probes < 1:
-        raise ValueError(f"steps and probes must be at least 1, got {steps} and {probes}.")
+    if steps < 1 or num_vectors < 1:
+        raise ValueError(f"steps and num_vectors must be at least 1, got {steps} and {num_vectors}.")
     size = operator.shape[0]
     steps = min(steps, size)
-    nodes, weights, residuals = np.zeros((3, probes, steps))
+    nodes, weights, residuals = np.zeros((3, num_vectors, steps))
     spent = 0
-    for run in range(probes):
+    for run in range(num_vectors):
         state = Lanczos(operator, random_start(operator, None, seed + run), steps)
         state.extend(steps)
         ritz = state.ritz(1)

@@ -77,7 +77,7 @@ def on_host(numbers: Any) -> Tensor:
     return torch.from_numpy(np.array(numbers, dtype=np.float64))
 
 
-def judged(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
+def with_product_check(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
     """Add what the operator says of itself; products that are not trusted have not converged."""
     error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
     backend = getattr(operator, "backend", "exact")

@@ -49,8 +49,8 @@ def lanczos_eigenpairs(
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
     minimum = _CERTIFY_MATVECS if certify else _MINIMUM.get(tracked, _MINIMUM_TRACKED)
     state = Lanczos(operator, start, basis_size)
-    run = _Run(state, k, tol, budget, minimum, certify, seed)
-    ritz, residuals, converged = run.settle()
+    solve = _Solve(state, k, tol, budget, minimum, certify, seed)
+    ritz, residuals, converged = solve.settle()
     values = ritz.values[:k]
     allowance = 16 * state.rounding(float(np.abs(ritz.values).max()))
     return Eigenpairs(
@@ -68,7 +68,7 @@ def lanczos_eigenpairs(
 _Outcome = tuple["Ritz", np.ndarray, bool]
 
 
-class _Run:
+class _Solve:
     """One solve: extends the space until the wanted pairs have settled, or the products are spent.
 
     A Krylov space holds one vector of each eigenspace. For k > 1 the run therefore goes on from a fresh vector
@@ -358,7 +358,7 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
 
 def _turned(start: Tensor, operator: Any) -> Tensor:
     """Half noise, half the direction that an operator thinks likely."""
-    likely = operator.likely_direction() if hasattr(operator, "likely_direction") else None
+    likely = operator.initial_direction() if hasattr(operator, "initial_direction") else None
     if likely is None or operator.shape[0] == 1:  # in one dimension the two can cancel
         return start
     likely = likely.to(start)

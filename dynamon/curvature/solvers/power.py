@@ -35,13 +35,13 @@ def power_eigenpairs(
         begin = random_start(operator, None, seed + index)
         if warm is not None and index < warm.shape[1]:
             begin = random_start(operator, warm[:, index], seed + index)
-        run = _Run(operator, known, shift, max(map(abs, values), default=0.0), begin, seed + index)
-        run.iterate(tol, max(2, max_matvecs // k))
-        values.append(run.value)
-        residuals.append(run.residual)
-        shift, spent, converged = run.shift, spent + run.matvecs, converged and run.converged
-        smallest = min(smallest, run.smallest)
-        known = torch.cat([known, run.vector[:, None]], dim=1)
+        solve = _Solve(operator, known, shift, max(map(abs, values), default=0.0), begin, seed + index)
+        solve.iterate(tol, max(2, max_matvecs // k))
+        values.append(solve.value)
+        residuals.append(solve.residual)
+        shift, spent, converged = solve.shift, spent + solve.matvecs, converged and solve.converged
+        smallest = min(smallest, solve.smallest)
+        known = torch.cat([known, solve.vector[:, None]], dim=1)
     order = on_host(values).argsort(descending=True)
     found = on_host(values)[order]
     allowance = 16 * torch.finfo(start.dtype).eps * max(abs(float(found[0])), abs(shift))
@@ -57,7 +57,7 @@ def power_eigenpairs(
     )
 
 
-class _Run:
+class _Solve:
     """Power iteration for one eigenvalue, orthogonal to known vectors."""
 
     def __init__(self, operator: Any, known: Tensor, shift: float, scale: float, start: Tensor, seed: int) -> None:

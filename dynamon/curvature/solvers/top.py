@@ -8,7 +8,7 @@ from torch import Tensor
 from dynamon.curvature.operators.ggn import GGNOperator
 from dynamon.curvature.operators.parameters import checked_once
 from dynamon.curvature.operators.vector_space import space_of
-from dynamon.curvature.solvers.eigenpairs import Eigenpairs, judged
+from dynamon.curvature.solvers.eigenpairs import Eigenpairs, with_product_check
 from dynamon.curvature.solvers.gram import gram_eigenpairs
 from dynamon.curvature.solvers.lanczos import lanczos_eigenpairs
 from dynamon.curvature.solvers.power import power_eigenpairs
@@ -84,7 +84,7 @@ def top_eigenvalues(
         found = power_eigenpairs(operator, k, tol, max_matvecs, warm_start, seed)
     else:
         found = lanczos_eigenpairs(operator, k, tol, max_matvecs, warm_start, certify, seed)
-    return judged(found, operator, tol)
+    return with_product_check(found, operator, tol)
 
 
 def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, warm_start: Tensor | None) -> None:

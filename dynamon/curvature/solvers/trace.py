@@ -17,7 +17,7 @@ class TraceEstimate:
 
     Attributes:
         value: The estimate, unbiased.
-        standard_error: Its standard error, from the spread of the samples; NaN with one sample.
+        standard_error: Its standard error, from the spread over the vectors; NaN with one vector.
         matvecs: Products spent.
     """
 
@@ -28,7 +28,7 @@ class TraceEstimate:
 
 @checked_once()
 @full_precision()
-def trace(operator: Any, *, samples: int = 16, seed: int = 0) -> TraceEstimate:
+def trace(operator: Any, *, num_vectors: int = 16, seed: int = 0) -> TraceEstimate:
     r"""The trace of a symmetric operator by Hutchinson's estimator.
 
     :math:`\mathrm{tr} A = E[z^\top A z]` with z of independent signs; the variance of one sample is twice the sum of
@@ -36,24 +36,24 @@ def trace(operator: Any, *, samples: int = 16, seed: int = 0) -> TraceEstimate:
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        samples: Sign vectors.
+        num_vectors: Sign vectors.
         seed: Seeds them with a generator of its own.
 
     Raises:
-        ValueError: If ``samples`` is below one.
+        ValueError: If ``num_vectors`` is below one.
 
-    Cost: ``samples`` products, one host read, memory of two vectors. Reference: Hutchinson, 1990.
+    Cost: ``num_vectors`` products, one host read, memory of two vectors. Reference: Hutchinson, 1990.
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}.")
+    if num_vectors < 1:
+        raise ValueError(f"num_vectors must be at least 1, got {num_vectors}.")
     device = getattr(operator, "device", torch.device("cpu"))
     dtype = getattr(operator, "dtype", torch.float32)
     space = space_of(operator)
     generator = space.generator(seed, device)
     found = []
-    for _ in range(samples):
+    for _ in range(num_vectors):
         signs = torch.randint(2, (space.length,), generator=generator, device=device).to(dtype).mul_(2).sub_(1)
         found.append(space.total(wide_inner(signs, operator @ signs)))
     values = torch.stack(found).cpu().double()
-    error = float(values.std() / math.sqrt(samples)) if samples > 1 else math.nan
-    return TraceEstimate(float(values.mean()), error, samples)
+    error = float(values.std() / math.sqrt(num_vectors)) if num_vectors > 1 else math.nan
+    return TraceEstimate(float(values.mean()), error, num_vectors)

@@ -47,7 +47,7 @@ SHARPNESS = (
         "stability ratio",
     ),
     _solved_for(
-        "sharpness/left_out",
+        "sharpness/excluded_coordinates",
         "coordinates left out because the optimizer has never seen them move",
         "coordinates",
         choice="stability_ratio",
@@ -143,7 +143,7 @@ SHARPNESS = (
         choice="directional",
     ),
     _along_step(
-        "sharpness/greedy_multiple",
+        "sharpness/best_multiple",
         "multiple of the last update that would have been best; the loss rises below 1/2",
         "steps",
         choice="directional",
@@ -175,7 +175,7 @@ SHARPNESS = (
         choice="batch",
         chart=_ALONG,
     ),
-    _solved_for("sharpness/products", "Hessian products this measurement took", "products"),
+    _solved_for("sharpness/matvecs", "Hessian-vector products this measurement took", "matvecs"),
     _solved_for("sharpness/probe_loss", "training loss on the probe", "loss"),
     _solved_for("sharpness/probe_samples", "samples in the probe", "samples", condition=Condition.KNOWN_SAMPLES),
 )

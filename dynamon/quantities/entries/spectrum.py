@@ -40,13 +40,13 @@ SPECTRUM = (
         field="stable_rank",
     ),
     _per_layer(
-        "spectrum/deviation",
+        "spectrum/log2_spectral_condition",
         "log2 of the RMS->RMS norm: 0 where the spectral condition (arXiv 2310.17813) holds with a constant of one",
         "octaves",
         scale="linear",
         words="deviation from the spectral condition, log2",
         chart="deviation from the spectral condition across layers, log2",
-        field="deviation",
+        field="log2_spectral_condition",
     ),
     _every_tenth(
         "spectrum/effective_rank",

@@ -67,7 +67,7 @@ WEIGHT = (
         words="decay x norm / step",
     ),
     _per_layer(
-        "weight/memory",
+        "weight/initial_fraction",
         "what decay has left of the initial weights: product of 1 - rate x decay over all steps",
         "0 to 1",
         scale="linear",

@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
 from dynamon.board import live
-from dynamon.board.live import LiveFolder, LiveRun
-from dynamon.board.payload import shown
+from dynamon.board.live import LiveFolder, LoggedRun
+from dynamon.board.payload import display_hints
 from dynamon.board.plugin import DynamonPlugin
 from dynamon.runs import read_run_data
 from tests.dynamon.runs.test_reading import add_row
@@ -46,7 +46,7 @@ class Reader:
         self.scalars, self.tables, self.sent = {}, {}, 0
 
     def ask(self):
-        news = self.run.news(self.epoch, self.count)
+        news = self.run.updates(self.epoch, self.count)
         if news["epoch"] != self.epoch:
             self.scalars, self.tables = {}, {}
         self.epoch, self.count = int(float(news["epoch"])), news["count"]  # a browser's numbers are floats
@@ -76,7 +76,7 @@ class Reader:
         """What came in pieces is what the whole file holds."""
         expected = read_run_data(folder)
         assert set(self.scalars) == set(expected.scalars) and set(self.quantities) == set(expected.tables)
-        assert self.shown == shown(self.quantities)
+        assert self.shown == display_hints(self.quantities)
         for tag, series in expected.scalars.items():
             np.testing.assert_array_equal(self.scalars[tag], (series.steps, series.values))
         for quantity, table in expected.tables.items():
@@ -89,7 +89,7 @@ class Reader:
 def test_a_run_that_grows_is_read_once(tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         fill(writer, range(30))
-        reader = Reader(LiveRun(tmp_path))
+        reader = Reader(LoggedRun(tmp_path))
         assert reader.ask()["share"] == 1 and reader.sent == 30 + 10 + 10
         reader.check(tmp_path)
         before = reader.count
@@ -99,7 +99,7 @@ def test_a_run_that_grows_is_read_once(tmp_path):
         assert reader.sent == 50 + 6 + 2 + 2 and news["last_step"] == 35  # only what is new
         assert news["scalars"]["train/loss"]["from"] == 30
         reader.check(tmp_path)
-    assert reader.epoch == reader.run.news(0, 0)["epoch"]
+    assert reader.epoch == reader.run.updates(0, 0)["epoch"]
 
 
 def test_a_record_that_is_cut_off_comes_when_it_is_whole(tmp_path):
@@ -109,7 +109,7 @@ def test_a_record_that_is_cut_off_comes_when_it_is_whole(tmp_path):
     (file,) = source.iterdir()
     whole = file.read_bytes()
     folder.mkdir()
-    reader = Reader(LiveRun(folder))
+    reader = Reader(LoggedRun(folder))
     for end in [0, 10, *range(40, len(whole), 97), len(whole)]:
         (folder / file.name).write_bytes(whole[:end])
         assert reader.ask()["share"] == 1  # as far as it goes, so that nobody asks again at once
@@ -118,7 +118,7 @@ def test_a_record_that_is_cut_off_comes_when_it_is_whole(tmp_path):
 
 
 def test_a_resumed_run_and_other_layers(tmp_path):
-    reader = Reader(LiveRun(tmp_path))
+    reader = Reader(LoggedRun(tmp_path))
     with SummaryWriter(str(tmp_path)) as writer:
         fill(writer, range(20))
     reader.ask()
@@ -132,7 +132,7 @@ def test_a_resumed_run_and_other_layers(tmp_path):
 
 
 def test_a_file_that_is_replaced_or_gone(tmp_path):
-    reader = Reader(LiveRun(tmp_path / "run"))
+    reader = Reader(LoggedRun(tmp_path / "run"))
     with SummaryWriter(str(tmp_path / "run")) as writer:
         fill(writer, range(20))
     reader.ask()
@@ -151,8 +151,8 @@ def test_a_file_that_is_replaced_or_gone(tmp_path):
 def test_big_files_come_in_pieces(tmp_path, monkeypatch):
     with SummaryWriter(str(tmp_path)) as writer:
         fill(writer, range(60))
-    monkeypatch.setattr(LiveRun.news, "__defaults__", (0,))  # one record an answer
-    reader, shares = Reader(LiveRun(tmp_path)), []
+    monkeypatch.setattr(LoggedRun.updates, "__defaults__", (0,))  # one record an answer
+    reader, shares = Reader(LoggedRun(tmp_path)), []
     while not shares or shares[-1] < 1:
         shares.append(reader.ask()["share"])
     assert len(shares) > 100 and (np.diff(shares) > 0).all()
@@ -165,10 +165,10 @@ def test_long_series_are_sent_whole_and_thinned(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "TABLE_POINTS", 6)
     with SummaryWriter(str(tmp_path)) as writer:
         fill(writer, range(90))
-        run = LiveRun(tmp_path)
-        first = run.news(0, 0)
+        run = LoggedRun(tmp_path)
+        first = run.updates(0, 0)
         fill(writer, range(90, 100))
-        news = run.news(first["epoch"], first["count"])
+        news = run.updates(first["epoch"], first["count"])
     loss = news["scalars"]["train/loss"]
     assert "from" not in loss and loss["total"] == 100 and len(array(loss["steps"])) <= 40
     table = run.table("gradient/dual", first["epoch"], first["count"])
@@ -180,8 +180,8 @@ def test_findings_are_those_of_the_report(tmp_path):
         for step in range(40):
             writer.add_scalar("train/loss", 1.0 if step < 20 else float("nan"), step)
         writer.flush()
-        run = LiveRun(tmp_path)
-        run.news(0, 0)
+        run = LoggedRun(tmp_path)
+        run.updates(0, 0)
         assert [(f["rule"], f["step"]) for f in run.findings()] == [("loss/nonfinite", 20), ("dynamon/nothing", 39)]
         assert run.findings() is run.findings()
 
@@ -267,7 +267,7 @@ def test_what_cannot_be_shown_is_said(tmp_path, monkeypatch):
         assert said in client(folder)("/runs").json["problem"]
     (tmp_path / "events.out.tfevents.1.x").write_bytes(b"\xff" * 300)
     assert client(tmp_path)("/runs").json == {"runs": [], "folder": str(tmp_path), "unread": 1}
-    news = LiveRun(tmp_path).news(0, 0)
+    news = LoggedRun(tmp_path).updates(0, 0)
     assert news["scalars"] == {} and news["quantities"] == [] and "bytes 0 to 300" in news["damage"][0]
     monkeypatch.setitem(sys.modules, "dynamon.board.live", None)  # as where it cannot be imported
     assert "ModuleNotFoundError" in client(tmp_path)("/runs").json["problem"]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from dynamon.curvature import HessianOperator, critical_sharpness, directional_sharpness, top_eigenvalues
 from dynamon.curvature.operators import parameters as curvature_parameters
 from dynamon.isolation import equality
-from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.preserve import preserve_state
 from dynamon.kernels import lengths
 from tests.launches import Launches, gpt2
 
@@ -30,7 +30,7 @@ def test_of_a_reading():
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     with Launches() as launches:
-        with undisturbed(model, seed=1):
+        with preserve_state(model, seed=1):
             before = launches.total
             operator = HessianOperator(loss, dict(model.named_parameters()))
             assert launches.total - before <= GRAPH and launches.waits == 0, launches

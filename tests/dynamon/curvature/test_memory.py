@@ -158,7 +158,7 @@ ALONG = {
         lambda op, v: norm_sharpness(v, [v[: N_WIDE // 2], v[N_WIDE // 2 :]], {"a": torch.norm, "b": torch.norm}),
         0,
     ),
-    "trace": (lambda op, v: trace(op, samples=2), 4),  # signs, drawn in 8 bytes, and the product
+    "trace": (lambda op, v: trace(op, num_vectors=2), 4),  # signs, drawn in 8 bytes, and the product
 }
 
 

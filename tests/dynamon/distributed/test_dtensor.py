@@ -20,7 +20,7 @@ from dynamon.distributed.dtensor import (
 from dynamon.distributed.ranks import OthersFailedError, Ranks
 from dynamon.distributed.reduction import ShardReduction
 from dynamon.distributed.work_sharing import measure_gathered
-from dynamon.quantities.histograms import histogram_table, histograms, joined_tables
+from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from tests.shards import in_group
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,8 +140,8 @@ def check_histograms(ranks: Ranks) -> None:
         torch.distributed.broadcast(tensor, 0)
     likes = [distribute_tensor(tensor, mesh, (Shard(0),)) for tensor in wholes]
     with ranks.collective_section():
-        table = joined_tables(histogram_table([to_local(like) for like in likes]), likes, ranks)
-    for one, other in zip(histograms(table), histograms(histogram_table(wholes)), strict=True):
+        table = reduce_tables(histogram_table([to_local(like) for like in likes]), likes, ranks)
+    for one, other in zip(read_histograms(table), read_histograms(histogram_table(wholes)), strict=True):
         assert one.counts.tolist() == other.counts.tolist() and one.nonfinite == other.nonfinite
         if one.count:
             assert (one.edges == other.edges).all() and one.minimum == other.minimum and one.maximum == other.maximum

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dynamon.isolation import equality
-from dynamon.isolation.equality import copied, differing
-from dynamon.isolation.preserve import undisturbed
+from dynamon.isolation.equality import clone_tensors, find_changed
+from dynamon.isolation.preserve import preserve_state
 from tests.helpers import cnn
 from tests.launches import Launches
 
@@ -49,8 +49,10 @@ def changed(tensor):
 @pytest.mark.usefixtures("anywhere")
 @torch.no_grad()
 def test_each_is_compared_in_its_own_way():
-    assert not any(differing([(t, t.clone()) for name, t in TENSORS.items() if name != "sparse"]))
-    found = dict(zip(TENSORS, differing([(t, changed(t) if t.numel() else t) for t in TENSORS.values()]), strict=True))
+    assert not any(find_changed([(t, t.clone()) for name, t in TENSORS.items() if name != "sparse"]))
+    found = dict(
+        zip(TENSORS, find_changed([(t, changed(t) if t.numel() else t) for t in TENSORS.values()]), strict=True)
+    )
     assert found == {name: tensor.numel() > 0 for name, tensor in TENSORS.items()}
 
 
@@ -58,7 +60,7 @@ def test_each_is_compared_in_its_own_way():
 def test_shapes_dtypes_and_nan():
     ones, nan = torch.ones(3), torch.tensor([1.0, math.nan])
     pairs = [(ones, torch.ones(4)), (ones, ones.double()), (nan, nan.clone()), (ones, ones.clone())]
-    assert differing(pairs) == [True, True, True, False] and differing([]) == []
+    assert find_changed(pairs) == [True, True, True, False] and find_changed([]) == []
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -68,7 +70,7 @@ def test_views_of_one_memory_are_put_back_together():
     memory = torch.zeros(4)
     module[0].register_buffer("one", memory)
     module[1].register_buffer("other", memory[:2])
-    with undisturbed(module):
+    with preserve_state(module):
         memory += 1
     assert not memory.any()
 
@@ -77,7 +79,7 @@ def test_putting_a_network_back_waits_once(monkeypatch):
     monkeypatch.setattr(equality, "reads_are_free", lambda device: False)
     network, x = cnn(), torch.randn(4, 2, 8, 8)
     with Launches() as launches:
-        with undisturbed(network, seed=1):
+        with preserve_state(network, seed=1):
             assert launches.calls["clone.default"] == 0 and launches.calls["_foreach_copy_.default"] == 2  # by dtype
             network(x)
             launches.reset()
@@ -88,17 +90,17 @@ def test_putting_a_network_back_waits_once(monkeypatch):
 def test_a_sparse_buffer_is_put_back():
     module = nn.Linear(2, 2)
     module.register_buffer("graph", torch.eye(3).to_sparse())
-    with undisturbed(module):
+    with preserve_state(module):
         module.graph.mul_(2)
     assert torch.equal(module.graph.to_dense(), torch.eye(3))
 
 
 @pytest.mark.usefixtures("anywhere")
 def test_copies_share_nothing_and_have_no_graph():
-    found = dict(zip(TENSORS, copied(list(TENSORS.values())), strict=True))
+    found = dict(zip(TENSORS, clone_tensors(list(TENSORS.values())), strict=True))
     for name, tensor in TENSORS.items():
         other = found[name]
         assert other.dtype is tensor.dtype and not other.requires_grad and type(other) is torch.Tensor
         if tensor.layout is torch.strided:
             assert torch.equal(other, tensor) and (not tensor.numel() or other.data_ptr() != tensor.data_ptr())
-    assert copied([]) == []
+    assert clone_tensors([]) == []

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dynamon.isolation.batches import take_samples
-from dynamon.isolation.preserve import training_loss, undisturbed
+from dynamon.isolation.preserve import preserve_state, training_loss
 from tests.models import cnn, mlp, samples
 
 
@@ -105,7 +105,7 @@ def test_everything_is_put_back():
     before = remember(module)
     metrics = module.collection._modules
     buffer, outputs, metric_list = module.calls, module.outputs, metrics["cat"].value
-    with undisturbed(module):
+    with preserve_state(module):
         training_loss(module, BATCH).backward()
         assert module.counter == 2 and module.outputs == [1.0, 2.0, 2.0] and not module.net.training
     after = remember(module)
@@ -132,9 +132,9 @@ def test_everything_is_put_back():
 def test_what_a_module_counts_and_draws_with_is_put_back(make, draw):
     module = nn.Linear(2, 2)
     module.own = own = make()
-    with undisturbed(module):
+    with preserve_state(module):
         first = draw(own)
-    with undisturbed(module):
+    with preserve_state(module):
         assert np.array_equal(first, draw(own)) and module.own is own
 
 
@@ -142,7 +142,7 @@ def test_a_module_that_was_never_called_stays_that_way():
     module = Messy()
     before = remember(module)
     keys = list(module.state_dict())
-    with undisturbed(module, seed=3):
+    with preserve_state(module, seed=3):
         training_loss(module, BATCH)
     assert remember(module) == before
     assert not hasattr(module, "new") and not hasattr(module, "late") and module.mask is None
@@ -157,7 +157,7 @@ def test_metrics_go_on_as_if_nothing_had_happened():
             torch.manual_seed(step)
             module.train()
             module.training_step([t.clone() for t in batch], 0)
-        with undisturbed(disturbed):
+        with preserve_state(disturbed):
             training_loss(disturbed, batch)
     assert torch.equal(disturbed.accuracy.compute(), plain.accuracy.compute())
     one, other = disturbed.collection.compute(), plain.collection.compute()
@@ -167,7 +167,7 @@ def test_metrics_go_on_as_if_nothing_had_happened():
 def test_it_is_put_back_after_an_exception_too():
     module = Messy()
     before = remember(module)
-    with pytest.raises(ZeroDivisionError), undisturbed(module):
+    with pytest.raises(ZeroDivisionError), preserve_state(module):
         training_loss(module, BATCH)
         raise ZeroDivisionError
     assert remember(module) == before
@@ -175,7 +175,7 @@ def test_it_is_put_back_after_an_exception_too():
 
 def test_log_is_muted_inside_and_back_outside():
     module = Messy()
-    with undisturbed(module):
+    with preserve_state(module):
         module.log("x", 1)
         module.log_dict({"x": 1}, prog_bar=True)
     assert not module.logged
@@ -188,7 +188,7 @@ def test_a_seed_draws_the_same_masks_every_time():
     torch.manual_seed(0)
     losses = []
     for seed in (5, 5, 6):
-        with undisturbed(module, seed):
+        with preserve_state(module, seed):
             losses.append(float(training_loss(module, BATCH).detach()))
     assert losses[0] == losses[1] != losses[2]
 
@@ -198,7 +198,7 @@ def test_without_a_seed_the_streams_go_on_inside():
     torch.manual_seed(0)
     expected = torch.rand(2)
     torch.manual_seed(0)
-    with undisturbed(module):
+    with preserve_state(module):
         assert torch.equal(torch.rand(2), expected)
     assert torch.equal(torch.rand(2), expected)
 
@@ -207,7 +207,7 @@ def test_gradients_and_weights_are_not_looked_at():
     module = mlp(4, 5, 3)
     weight, grad = module[0].weight, torch.ones_like(module[0].weight)
     weight.grad, version = grad, weight._version
-    with undisturbed(module):
+    with preserve_state(module):
         pass
     assert module[0].weight is weight and weight.grad is grad and weight._version == version
 
@@ -215,7 +215,7 @@ def test_gradients_and_weights_are_not_looked_at():
 def test_an_untouched_buffer_is_not_written_to():
     module = nn.BatchNorm1d(3)
     version = module.running_mean._version
-    with undisturbed(module):
+    with preserve_state(module):
         pass
     assert module.running_mean._version == version
 
@@ -229,7 +229,7 @@ def test_a_container_that_refuses_changes_is_left_alone():
 
     module = nn.Linear(1, 1)
     module.config = Frozen(a=1, b=[2])
-    with undisturbed(module):
+    with preserve_state(module):
         module.config["b"].append(3)
     assert module.config == {"a": 1, "b": [2]}
 
@@ -242,7 +242,7 @@ def test_references_to_large_data_are_not_copied():
 
     module = Holder()
     items = list(module.data)
-    with undisturbed(module):
+    with preserve_state(module):
         module.data.pop()
     assert all(a is b for a, b in zip(module.data, items, strict=True))
 

@@ -14,9 +14,9 @@ from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_along
 from dynamon.layers import Layer, describe_layers
-from dynamon.norms import Norm, dual_norms, fitted, get_norm, iid_dual_norm, update_norm
+from dynamon.norms import Norm, dual_norms, get_norm, iid_dual_norm, norm_for_layer, update_norm
 from dynamon.norms import records as norms_module
-from dynamon.norms.forms import each_dual, each_primal, unit
+from dynamon.norms.forms import each_dual, each_primal, normalized
 from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.sharded_gradients import ShardedGradientReader
@@ -31,7 +31,7 @@ COLUMNS = Norm(
     name="columns",
     primal=lambda w: l2_along(w, -2).amax(-1),
     dual=lambda g: l2_along(g, -2).sum(-1),
-    lmo=lambda g: (-unit(g, -2)).to(g.dtype),
+    lmo=lambda g: (-normalized(g, -2)).to(g.dtype),
     on_matrices=True,
     per_window=False,
     primal_factor=lambda m, n: 1.0,
@@ -219,5 +219,5 @@ def test_a_multiple_of_l2_that_contradicts_itself_is_refused(changed, message: s
 
 def test_rms_to_rms_of_an_embedding_has_its_factor_for_many_layers_too() -> None:
     layer = describe_layers(Model())[0]
-    norm, tensor = fitted("rms_to_rms", layer), drawn([layer], 1)[0]
+    norm, tensor = norm_for_layer("rms_to_rms", layer), drawn([layer], 1)[0]
     assert float(primal_norms([layer], [norm], [tensor])[0]) == pytest.approx(float(norm.primal(tensor)), rel=1e-2)

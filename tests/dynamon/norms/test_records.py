@@ -12,9 +12,9 @@ from torch import nn
 from dynamon.layers import Layer, describe_layers
 from dynamon.norms import (
     dual_norms,
-    fitted,
     get_norm,
     iid_dual_norm,
+    norm_for_layer,
     operator_norm,
     optimizer_family,
     sigma_factor,
@@ -180,9 +180,9 @@ STORED = {
 def test_fitted_to_what_a_layer_stores(name, layer):
     if layer.role == "vector" and name not in ("one_to_inf", "rms", "frobenius"):
         with pytest.raises(ValueError, match=f"{name} is a norm of matrices and w is a vector"):
-            fitted(name, layer)
+            norm_for_layer(name, layer)
         return
-    norm = fitted(name, layer)
+    norm = norm_for_layer(name, layer)
     g, w = gaussian(*layer.parameter.shape), gaussian(*layer.parameter.shape, seed=1)
     assert norm.name == name and norm.primal(w).shape == norm.dual(g).shape == ()
     assert_oracle_attains_the_dual(norm, g)
@@ -215,7 +215,7 @@ def test_blocks_have_the_largest_norm_and_the_summed_dual(name, layer):
     window = math.sqrt(math.prod(layer.parameter.shape[2:])) if layer.role == "conv" and name == "rms_to_rms" else 1
     members = [torch.tensor(matrix.copy()) for matrix in linear_maps(layer)]
     assert len(members) == layer.blocks
-    norm, weight = fitted(name, layer), layer.parameter.detach()
+    norm, weight = norm_for_layer(name, layer), layer.parameter.detach()
     primals = [float(get_norm(name).primal(member)) for member in members]
     duals = [float(get_norm(name).dual(member)) for member in members]
     assert float(norm.primal(weight)) == pytest.approx(window * max(primals), rel=1e-9)
@@ -225,7 +225,8 @@ def test_blocks_have_the_largest_norm_and_the_summed_dual(name, layer):
 def test_dual_norms_batch_layers_of_one_shape():
     layers = [*STORED.values(), stored("hidden", 5, 7), stored("hidden", 7, 5), stored("conv", 6, 4, 3, 3)]
     norms = [
-        fitted("vector" == la.role and "rms" or ("rms_to_rms", "spectral")[i % 2], la) for i, la in enumerate(layers)
+        norm_for_layer("vector" == la.role and "rms" or ("rms_to_rms", "spectral")[i % 2], la)
+        for i, la in enumerate(layers)
     ]
     tensors = [gaussian(*layer.parameter.shape, seed=i) for i, layer in enumerate(layers)]
     found = dual_norms(layers, norms, tensors)
@@ -368,7 +369,7 @@ def test_families_of_optimizers_from_elsewhere(name, base, family):
 ], ids=lambda layer: f"{layer.role} {tuple(layer.parameter.shape)}")  # fmt: skip
 def test_iid_dual_norm_against_monte_carlo(name, layer):
     """To leading order: within 30 % for Gaussian entries, whose mean magnitude is 0.80 of their rms."""
-    norm = fitted(name, layer)
+    norm = norm_for_layer(name, layer)
     drawn = np.mean([float(norm.dual(gaussian(*layer.parameter.shape, seed=seed))) for seed in range(5)])
     assert 0.75 <= drawn / iid_dual_norm(norm, layer) <= 1.05
 
@@ -379,8 +380,8 @@ def test_iid_dual_norm_of_vectors(name, shape):
     """The dual of all-ones, which are i.i.d. signs up to symmetry."""
     layer = stored("vector", *shape)
     if name in ("one_to_inf", "rms", "frobenius"):
-        assert iid_dual_norm(fitted(name, layer), layer) == pytest.approx(
-            float(fitted(name, layer).dual(torch.ones(shape)))
+        assert iid_dual_norm(norm_for_layer(name, layer), layer) == pytest.approx(
+            float(norm_for_layer(name, layer).dual(torch.ones(shape)))
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
-from dynamon.optim import LayerwiseRates, refusal
+from dynamon.optim import LayerwiseRates, unsupported_reason
 from dynamon.rates import FixedRates, NoiseAdaptiveRates, Rule
 from tests.models import cnn, gpt, mlp, samples
 
@@ -373,20 +373,21 @@ def fake(name, module="elsewhere"):
 )
 def test_refusals(optimizer, reason):
     model = nn.ParameterList(optimizer.param_groups[0]["params"])
-    assert reason in refusal(optimizer)
+    assert reason in unsupported_reason(optimizer)
     with pytest.raises(ValueError, match=f"{type(optimizer).__name__} cannot take layerwise rates: .*{reason}"):
         LayerwiseRates(optimizer, FixedRates({}), model)
 
 
 def test_refusals_of_things_that_are_no_optimizers():
-    assert "list is not a torch.optim.Optimizer" in refusal([])
+    assert "list is not a torch.optim.Optimizer" in unsupported_reason([])
 
     class NoRate(torch.optim.Optimizer):
         pass
 
-    assert "a parameter group has no 'lr'" in refusal(NoRate([nn.Parameter(torch.ones(1))], {}))
+    assert "a parameter group has no 'lr'" in unsupported_reason(NoRate([nn.Parameter(torch.ones(1))], {}))
     assert all(
-        refusal(optimizer_of(make_model(make).parameters())) is None for make, optimizer_of in OPTIMIZERS.values()
+        unsupported_reason(optimizer_of(make_model(make).parameters())) is None
+        for make, optimizer_of in OPTIMIZERS.values()
     )
 
 
@@ -672,9 +673,11 @@ def bitsandbytes(**overrides):
 
 
 def test_overrides_by_place_are_refused():
-    assert refusal(bitsandbytes()) is None
-    assert "AdamW8bit cannot take layerwise rates: it has overrides" in refusal(bitsandbytes(index2config={(0, 1): {}}))
-    assert "overrides" in refusal(bitsandbytes(module_weight_config_triple=[(None, "weight", {})]))
+    assert unsupported_reason(bitsandbytes()) is None
+    assert "AdamW8bit cannot take layerwise rates: it has overrides" in unsupported_reason(
+        bitsandbytes(index2config={(0, 1): {}})
+    )
+    assert "overrides" in unsupported_reason(bitsandbytes(module_weight_config_triple=[(None, "weight", {})]))
 
 
 def test_a_compiled_step_is_refused():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynamon.quantities.histograms import _BINS, Histogram, _spread_counts, histogram_table, histograms
+from dynamon.quantities.histograms import _BINS, Histogram, _spread_counts, histogram_table, read_histograms
 
 
 def gaussian(*shape: int, scale: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -35,7 +35,7 @@ TENSORS = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_counts_are_those_of_numpy(name: str) -> None:
     tensor = TENSORS[name]
-    (found,) = histograms(histogram_table([tensor]))
+    (found,) = read_histograms(histogram_table([tensor]))
     values = tensor.float().numpy().astype(np.float64).ravel()
     assert (np.diff(found.edges) > 0).all()
     np.testing.assert_array_equal(found.counts, np.histogram(values, found.edges)[0])
@@ -46,7 +46,7 @@ def test_counts_are_those_of_numpy(name: str) -> None:
 
 
 def test_bins_are_an_eighth_of_an_octave_and_the_bulk_has_many() -> None:
-    (found,) = histograms(histogram_table([TENSORS["one outlier"]]))
+    (found,) = read_histograms(histogram_table([TENSORS["one outlier"]]))
     positive = found.edges[len(found.edges) // 2 :]
     widths = np.diff(positive) / positive[:-1]
     assert widths.max() <= 0.125 + 1e-9 and widths.min() >= 1 / 15 - 1e-9
@@ -56,7 +56,7 @@ def test_bins_are_an_eighth_of_an_octave_and_the_bulk_has_many() -> None:
 
 def test_what_is_not_finite_is_left_out_and_counted() -> None:
     tensor = torch.cat([gaussian(100), torch.tensor([torch.nan, torch.inf, -torch.inf])])
-    found, clean, nothing, empty = histograms(
+    found, clean, nothing, empty = read_histograms(
         histogram_table([tensor, tensor[:100], torch.tensor([torch.nan, -torch.inf]), torch.zeros(0, 3)])
     )
     np.testing.assert_array_equal(found.counts, clean.counts)
@@ -67,9 +67,9 @@ def test_what_is_not_finite_is_left_out_and_counted() -> None:
 
 
 def test_large_tensors_are_taken_in_parts(monkeypatch) -> None:
-    (whole,) = histograms(histogram_table([TENSORS["weights"]]))
+    (whole,) = read_histograms(histogram_table([TENSORS["weights"]]))
     monkeypatch.setattr("dynamon.quantities.histograms._CHUNK", 777)
-    (parts,) = histograms(histogram_table([TENSORS["weights"]]))
+    (parts,) = read_histograms(histogram_table([TENSORS["weights"]]))
     np.testing.assert_array_equal(whole.counts, parts.counts)
     assert parts.total == pytest.approx(whole.total) and parts.maximum == whole.maximum
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dynamon
-from dynamon.board.custom_scalars import band, layout_of, lines
+from dynamon.board.custom_scalars import band_chart, chart_layout, line_chart
 from dynamon.quantities import ALWAYS, REGISTRY, Condition, Quantity, Scope, choices, quantities_of, with_tag_table
 from dynamon.quantities.registry import by_tag
 from tests.helpers import batches, cnn
@@ -70,11 +70,11 @@ def test_entries_are_chosen_by_meter_scope_and_choice():
 
 
 def test_charts_are_lines_of_scalars_or_the_band_of_a_quantity_per_layer():
-    layout = layout_of(quantities_of("gradient"))["2 Gradients"]
-    assert layout["dual norm across layers"] == band("gradient/dual")
-    assert layout["global norm, before and after clipping"] == lines("gradient/norm", "gradient/norm_clipped")
-    assert layout_of([REGISTRY["noise/dual"], REGISTRY["noise/independent"]], "Mine") == {
-        "Mine": {"noise in the dual norm across layers": band("noise/dual")}
+    layout = chart_layout(quantities_of("gradient"))["2 Gradients"]
+    assert layout["dual norm across layers"] == band_chart("gradient/dual")
+    assert layout["global norm, before and after clipping"] == line_chart("gradient/norm", "gradient/norm_clipped")
+    assert chart_layout([REGISTRY["noise/dual"], REGISTRY["noise/independent"]], "Mine") == {
+        "Mine": {"noise in the dual norm across layers": band_chart("noise/dual")}
     }
     for one in REGISTRY.values():  # a chart holds one quantity per layer, or scalars
         own = [other for other in quantities_of(one.cadence) if one.chart and other.chart == one.chart]

@@ -23,7 +23,16 @@ from tests.models import gpt
 from tests.shards import in_group
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ITERATIVE = ("operator", "update", "ratio", "sigma_max", "sigma_lower", "sigma_upper", "stable_rank", "deviation")
+ITERATIVE = (
+    "operator",
+    "update",
+    "ratio",
+    "sigma_max",
+    "sigma_lower",
+    "sigma_upper",
+    "stable_rank",
+    "log2_spectral_condition",
+)
 SUMS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6}
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamon.layers import describe_layers
-from dynamon.quantities.weight_decay import DecayMemory, decoupled_decay
+from dynamon.quantities.weight_decay import DecayRetention, decoupled_decay
 from tests.launches import Launches
 
 
@@ -54,7 +54,7 @@ def test_memory_is_what_is_left_of_the_weights(as_tensor: bool) -> None:
     groups = [{"params": list(model[0].parameters()), "weight_decay": 0.5}, {"params": list(model[1].parameters())}]
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    memory = DecayMemory()
+    memory = DecayRetention()
     for step in range(12):
         for name, p in model.named_parameters():
             p.grad = None if name == "0.bias" and step % 3 == 0 else torch.zeros_like(p)
@@ -64,7 +64,7 @@ def test_memory_is_what_is_left_of_the_weights(as_tensor: bool) -> None:
         assert memory.is_waiting
         memory.after_steps({})
         if step == 5:  # as a checkpoint does
-            state, memory = memory.state_dict(), DecayMemory()
+            state, memory = memory.state_dict(), DecayRetention()
             memory.load_state_dict(state)
     row = memory.row(list(start))
     assert row.dtype == torch.float32
@@ -82,7 +82,7 @@ def test_ratios_scale_the_decay() -> None:
         p.grad = torch.zeros_like(p)
     for rate in (0.1, torch.tensor(0.1, dtype=torch.float64)):
         optimizer = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.5)
-        memory = DecayMemory()
+        memory = DecayRetention()
         for _ in range(2):  # one step, said twice, as where a closure is evaluated twice
             memory.before_step(optimizer, {id(layer.weight): "weight", id(layer.bias): "bias"}, key=7)
         memory.after_steps({"weight": 0.5})
@@ -102,7 +102,7 @@ def test_a_rate_on_a_device_is_never_read() -> None:
     for p in layer.parameters():
         p.grad = torch.zeros_like(p)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.5)
-    memory = DecayMemory()
+    memory = DecayRetention()
     with Waits():
         for _ in range(3):
             memory.before_step(optimizer, {id(layer.weight): "weight", id(layer.bias): "bias"})
@@ -120,7 +120,7 @@ def test_steps_that_a_device_skips_cost_no_calls_until_somebody_asks(many: int) 
         p.grad = torch.zeros_like(p)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
     flags = [torch.tensor(float(step % 3 == 1)) for step in range(many)]
-    memory, names = DecayMemory(), {id(layer.weight): "weight", id(layer.bias): "bias"}
+    memory, names = DecayRetention(), {id(layer.weight): "weight", id(layer.bias): "bias"}
     with Launches() as launches:
         for flag in flags:
             optimizer.param_groups[0]["lr"] *= 0.99
@@ -131,6 +131,6 @@ def test_steps_that_a_device_skips_cost_no_calls_until_somebody_asks(many: int) 
     taken = [rate for rate, flag in zip(rates, flags, strict=True) if not flag]
     expected = [math.prod(1 - 0.5 * scale * rate for rate in taken) for scale in (0.5, 1.0)]
     assert memory.row(["weight", "bias"]).tolist() == pytest.approx(expected, rel=1e-6)
-    resumed = DecayMemory()
+    resumed = DecayRetention()
     resumed.load_state_dict(memory.state_dict())
     assert torch.equal(resumed.row(["weight", "bias"]), memory.row(["weight", "bias"]))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dynamon.callbacks.copies import copied
 from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer, describe_layers
+from dynamon.monitoring.weight_copies import copied
 from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.updates import compare_updates
 from dynamon.quantities.weights import ENTRYWISE, weight_readings
@@ -99,7 +99,7 @@ def test_zero_weights():
     nn.init.zeros_(layers[0].parameter)
     found = weight_readings(layers, {"weight": torch.ones(4, 3)})
     assert found.operator[0] == found.frobenius[0] == found.sigma_max[0] == 0
-    assert found.stable_rank[0].isnan() and found.deviation[0].isnan()
+    assert found.stable_rank[0].isnan() and found.log2_spectral_condition[0].isnan()
     assert found.update[0] > 0 and found.ratio[0].isnan()
 
 
@@ -134,7 +134,10 @@ def test_another_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:
         found = weight_readings(describe_layers(nn.Linear(3, 2)), {"weight": torch.zeros(2, 3)})
-        assert found.sigma_max.isfinite().tolist() == [True, False] and found.deviation.dtype == torch.float32
+        assert (
+            found.sigma_max.isfinite().tolist() == [True, False]
+            and found.log2_spectral_condition.dtype == torch.float32
+        )
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.rates import FixedRates, NoiseAdaptiveRates, Rule
-from dynamon.rates.merging import Merging, clustered, count, error
+from dynamon.rates.merging import RatioMerging, cluster_ratios, count_groups, relative_error
 from tests.launches import fill_gradients, gpt2
 
 AdamW, SGD, Muon = torch.optim.AdamW, torch.optim.SGD, torch.optim.Muon
@@ -62,10 +62,10 @@ def test_the_largest_error_is_the_smallest_that_so_many_groups_allow(seed):
     for ratios in draws(3, seed):
         places = np.zeros(len(ratios), int)
         inner = (ratios < 1) & (ratios > 0.1)
-        exact = count(ratios[~inner], places[~inner])
-        merged = clustered(ratios, places, 8, np.array([0.1, 1.0]))
-        assert count(merged, places) <= 8
-        assert error(merged, ratios) == pytest.approx(smallest_error(ratios[inner], 8 - exact), rel=1e-6)
+        exact = count_groups(ratios[~inner], places[~inner])
+        merged = cluster_ratios(ratios, places, 8, np.array([0.1, 1.0]))
+        assert count_groups(merged, places) <= 8
+        assert relative_error(merged, ratios) == pytest.approx(smallest_error(ratios[inner], 8 - exact), rel=1e-6)
         assert (merged[~inner] == ratios[~inner]).all()  # 1 and the bound, to the bit
         assert merged.min() >= ratios.min() and merged.max() <= ratios.max()
 
@@ -73,59 +73,59 @@ def test_the_largest_error_is_the_smallest_that_so_many_groups_allow(seed):
 def test_the_error_that_is_stated():
     """16 groups, one of the optimizer's own, ratios evenly over 0.1 to 1: 9 %, and 19 % before they change."""
     ratios = np.exp(np.linspace(np.log(0.1), 0, 5000))
-    merging, places = Merging(16, (0.1,)), np.zeros(5000, int)
-    assert error(merging.take(ratios, places), ratios) < 0.09 and np.expm1(merging.slack) < 0.19
+    merging, places = RatioMerging(16, (0.1,)), np.zeros(5000, int)
+    assert relative_error(merging.apply(ratios, places), ratios) < 0.09 and np.expm1(merging.slack) < 0.19
 
 
 def test_groups_of_the_optimizer_count():
     ratios = draws(1)[0]
     places = np.arange(len(ratios)) % 3
-    assert count(Merging(16).take(ratios, places), places) <= 16
+    assert count_groups(RatioMerging(16).apply(ratios, places), places) <= 16
     places = np.arange(len(ratios)) % 20  # more than there may be: one each, and what must stay exact
-    merged = Merging(16).take(ratios, places)
-    assert count(merged, places) <= 20 + len(set(places[ratios == 1.0]))
+    merged = RatioMerging(16).apply(ratios, places)
+    assert count_groups(merged, places) <= 20 + len(set(places[ratios == 1.0]))
 
 
 def test_ratios_that_have_no_logarithm_stay():
     ratios = np.append(np.exp(-np.random.default_rng(0).uniform(0, 2, 60)), [0.0, 0.0, np.nan])
-    merging, places = Merging(16), np.zeros(63, int)
+    merging, places = RatioMerging(16), np.zeros(63, int)
     for _ in range(2):
-        taken = merging.take(ratios, places)
-        assert (taken[60:62] == 0).all() and np.isnan(taken[62]) and count(taken[:62], places[:62]) <= 16
-    assert error(taken[:62], ratios[:62]) < 0.1
+        taken = merging.apply(ratios, places)
+        assert (taken[60:62] == 0).all() and np.isnan(taken[62]) and count_groups(taken[:62], places[:62]) <= 16
+    assert relative_error(taken[:62], ratios[:62]) < 0.1
     nothing = np.zeros(20)
-    assert clustered(nothing, np.arange(20), 16, np.ones(1)) is nothing
+    assert cluster_ratios(nothing, np.arange(20), 16, np.ones(1)) is nothing
 
 
 def test_few_ratios_are_left_alone():
     ratios = np.tile(np.linspace(0.3, 0.9, 16), 10)
-    assert (Merging(16).take(ratios, np.zeros(160, int)) == ratios).all()
+    assert (RatioMerging(16).apply(ratios, np.zeros(160, int)) == ratios).all()
 
 
 def test_a_clustering_stays_through_jitter_and_goes_when_it_is_off():
     rng, ratios = np.random.default_rng(0), np.exp(-np.random.default_rng(1).uniform(0, 2, 100))
-    merging, places = Merging(16), np.zeros(100, int)
-    first = merging.take(ratios, places)
+    merging, places = RatioMerging(16), np.zeros(100, int)
+    first = merging.apply(ratios, places)
     for _ in range(20):
-        assert merging.take(ratios * (1 + 0.01 * rng.standard_normal(100)), places) is first
+        assert merging.apply(ratios * (1 + 0.01 * rng.standard_normal(100)), places) is first
     moved = ratios.copy()
     moved[0] *= 1.5
-    assert (merging.merged(moved, places) != first).any() and merging.kept is first  # asked, not taken
-    again = merging.take(moved, places)
-    assert abs(again[0] / moved[0] - 1) < 0.1 and merging.kept is again
+    assert (merging.preview(moved, places) != first).any() and merging.current is first  # asked, not taken
+    again = merging.apply(moved, places)
+    assert abs(again[0] / moved[0] - 1) < 0.1 and merging.current is again
     for drift in range(200):
         wanted = moved * (1 + 0.002 * drift)
-        taken = merging.take(wanted, places)
-        assert error(taken, wanted) <= np.expm1(merging.slack) + 1e-12 and count(taken, places) <= 16
+        taken = merging.apply(wanted, places)
+        assert relative_error(taken, wanted) <= np.expm1(merging.slack) + 1e-12 and count_groups(taken, places) <= 16
 
 
 def test_a_layer_whose_ratio_becomes_exactly_one_has_it_at_once():
     ratios = np.exp(-np.random.default_rng(1).uniform(0.001, 2, 100))
-    merging, places = Merging(16), np.zeros(100, int)
-    merging.take(ratios, places)
+    merging, places = RatioMerging(16), np.zeros(100, int)
+    merging.apply(ratios, places)
     nearest = int(ratios.argmax())
     ratios[nearest] = 1.0
-    assert merging.take(ratios, places)[nearest] == 1.0
+    assert merging.apply(ratios, places)[nearest] == 1.0
 
 
 @pytest.mark.parametrize("most", [0, -1, 2.0, True])

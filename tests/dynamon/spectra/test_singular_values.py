@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamon.spectra import SigmaTracker, by_shape, per_stack, spectral_extremes, weight_spectra, weight_spectrum
+from dynamon.spectra import (
+    SigmaTracker,
+    batched_by_shape,
+    reduce_blocks,
+    spectral_extremes,
+    weight_spectra,
+    weight_spectrum,
+)
 from dynamon.spectra.power_law import power_law
 
 MEASURES = {
@@ -117,7 +124,7 @@ def test_many_shapes_and_dtypes_keep_their_order(kind, at_once, monkeypatch):
     shapes = [(4, 6), (9, 2), (4, 6), (1, 5), (9, 2), (6, 4), (4, 6)]
     weights = [gaussian(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     weights += [gaussian(4, 6, dtype=torch.float64), gaussian(4, 6, seed=9, dtype=torch.bfloat16)]
-    found = by_shape(weights, MEASURES[kind])
+    found = batched_by_shape(weights, MEASURES[kind])
     for i, weight in enumerate(weights):
         alone = MEASURES[kind](weight)
         for name in SHARED:
@@ -130,10 +137,10 @@ def test_stacks_and_their_members():
     """Members of one shape are one batch wherever they come from, and a stack is read as the block-diagonal matrix."""
     stacks = [gaussian(3, 8, 5), gaussian(6, 4, seed=1), gaussian(2, 8, 5, seed=2), gaussian(1, 6, 4, seed=3)]
     members = [m for stack in stacks for m in stack.reshape(-1, *stack.shape[-2:])]
-    found, alone = by_shape(stacks, weight_spectrum), by_shape(members, weight_spectrum)
+    found, alone = batched_by_shape(stacks, weight_spectrum), batched_by_shape(members, weight_spectrum)
     for name in (*ALL, "condition"):
         torch.testing.assert_close(getattr(found, name), getattr(alone, name))
-    together = per_stack(found, [3, 1, 2, 1])
+    together = reduce_blocks(found, [3, 1, 2, 1])
     blocks = [torch.block_diag(*stack.reshape(-1, *stack.shape[-2:])).double() for stack in stacks]
     sigmas = [torch.linalg.svdvals(block) for block in blocks]
     torch.testing.assert_close(together.sigma_max.double(), torch.stack([s[0] for s in sigmas]), rtol=1e-5, atol=0)
@@ -141,9 +148,9 @@ def test_stacks_and_their_members():
     for name, reduce in (("stable_rank", torch.mean), ("effective_rank", torch.mean), ("condition", torch.amax)):
         expected = torch.stack([reduce(part) for part in getattr(alone, name).split([3, 1, 2, 1])])
         torch.testing.assert_close(getattr(together, name), expected)
-    assert per_stack(alone, [1] * 7) is alone
+    assert reduce_blocks(alone, [1] * 7) is alone
     with pytest.raises(ValueError, match="at least one matrix"):
-        by_shape([], weight_spectrum)
+        batched_by_shape([], weight_spectrum)
 
 
 @EVERY
@@ -160,7 +167,7 @@ def test_power_laws_are_found(exponent):
     found = power_law(draws ** (-1 / (exponent - 1)))
     assert (~found.exponent.isnan()).double().mean() >= 0.9
     assert float(found.exponent.nanmedian()) == pytest.approx(exponent, rel=0.05)
-    assert (found.distance < 0.1).all()
+    assert (found.ks_distance < 0.1).all()
 
 
 def test_spectra_without_a_power_law_have_no_exponent():

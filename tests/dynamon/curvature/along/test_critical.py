@@ -61,7 +61,7 @@ def test_any_downhill_step_of_a_quadratic(n, seed, exponent):
     hessian = HessianOperator(loss, [w])
     d = torch.randn(n, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     direct = directional_sharpness(hessian, d if hessian.gradient @ d < 0 else -d)
-    step = (d if hessian.gradient @ d < 0 else -d) * direct.greedy_multiple / 10**exponent
+    step = (d if hessian.gradient @ d < 0 else -d) * direct.best_multiple / 10**exponent
     found = critical_sharpness(loss, [w], step)
     assert found.multiple == pytest.approx(2 * 10**exponent, rel=1e-4)
     assert found.rate is None and math.isnan(found.sharpness)

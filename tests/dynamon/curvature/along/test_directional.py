@@ -48,11 +48,11 @@ def test_on_quadratics(n, seed, exponent, sign):
 
 @PROPERTY
 @given(st.integers(1, 30), st.integers(0, 2**31), st.integers(-6, 6))
-def test_the_greedy_multiple_is_the_best_length(n, seed, exponent):
+def test_the_best_multiple_is_the_best_length(n, seed, exponent):
     """No multiple of the step has a lower loss, and twice the multiple is where the loss is back."""
     w, loss, _, _ = quadratic(n, seed)
     d = 10.0**exponent * gaussian(n, seed=seed + 3)
-    best = directional_sharpness(HessianOperator(loss, [w]), d).greedy_multiple
+    best = directional_sharpness(HessianOperator(loss, [w]), d).best_multiple
     start = w.detach().clone()
 
     def at(multiple):
@@ -64,29 +64,29 @@ def test_the_greedy_multiple_is_the_best_length(n, seed, exponent):
     assert losses[2.0] == pytest.approx(losses[0.0], rel=1e-6, abs=1e-9 * max(1, abs(losses[1.0])))
 
 
-def test_the_greedy_multiple_of_a_step_just_taken():
+def test_the_best_multiple_of_a_step_just_taken():
     """1 for a step that went to the minimum along its line, 2 for one that came out at the same height."""
     w, loss, _, _ = quadratic(8, 0)
     start, d = w.detach().clone(), gaussian(8, seed=9)
-    best = directional_sharpness(HessianOperator(loss, [w]), d).greedy_multiple
+    best = directional_sharpness(HessianOperator(loss, [w]), d).best_multiple
     for share in (0.25, 0.5, 1.0, 4.0):
         step = share * best * d
         w.data = start + step
         found = directional_sharpness(HessianOperator(loss, [w]), step)
-        assert found.greedy_multiple_of_last_step == pytest.approx(1 / share)
+        assert found.best_multiple_of_last_step == pytest.approx(1 / share)
 
 
 def test_uphill_and_downward_curves():
     w, loss, matrix, offset = quadratic(6, 0)
     hessian = HessianOperator(loss, [w])
     uphill = directional_sharpness(hessian, hessian.gradient)
-    assert uphill.slope > 0 and uphill.greedy_multiple < 0
+    assert uphill.slope > 0 and uphill.best_multiple < 0
     w, loss, _, _ = quadratic(6, 0, sign=-1.0)
     hessian = HessianOperator(loss, [w])
     found = directional_sharpness(hessian, -hessian.gradient)
-    assert found.sharpness < 0 and found.greedy_multiple == math.inf
+    assert found.sharpness < 0 and found.best_multiple == math.inf
     flat = directional_sharpness(Diagonal(torch.zeros(3)), torch.ones(3), gradient=-torch.ones(3))
-    assert flat.sharpness == 0 and flat.greedy_multiple == math.inf
+    assert flat.sharpness == 0 and flat.best_multiple == math.inf
 
 
 @pytest.mark.parametrize("backend", ["double_backward", "finite_difference"])

@@ -25,7 +25,7 @@ from dynamon.curvature import (
     trace,
     unsharded,
 )
-from dynamon.curvature.distributed.fsdp import is_rounded, why_not_whole
+from dynamon.curvature.distributed.fsdp import is_rounded, unsupported_reason
 from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from tests.models import dense_hessian, mlp, samples
@@ -108,9 +108,9 @@ def measure(rank: int, processes: int) -> dict:
     found["share"] = eigenspace_share(top.vectors[:, :3], hessian.gradient, params.space)
     blocks = blockwise_sharpness(hessian, {"first": "0.*", "second": "2.*"}, tol=1e-7, max_matvecs=60)
     found["blocks"] = [float(pairs.values[0]) for pairs in blocks.values()]
-    traced = trace(hessian, samples=24)
+    traced = trace(hessian, num_vectors=24)
     found["trace"] = [traced.value, traced.standard_error]
-    found["mean"] = spectral_density(hessian, steps=20, probes=2).mean
+    found["mean"] = spectral_density(hessian, steps=20, num_vectors=2).mean
     scale = part(whole.abs(), params, model)
     found["scaled"] = top_eigenvalues(hessian.scaled(scale), tol=1e-7, max_matvecs=80).values
     step = -0.3 * hessian.gradient
@@ -125,8 +125,8 @@ def measure(rank: int, processes: int) -> dict:
     found["after"] = [
         torch.equal(a, b) for a, b in zip(train(model, own), train_on(plain, processes, own), strict=True)
     ]
-    found["refused"] = [why_not_whole(model, list(model.parameters()), processes), is_rounded(model)]
-    found["other mesh"] = why_not_whole(model, list(model.parameters()), processes + 1)
+    found["refused"] = [unsupported_reason(model, list(model.parameters()), processes), is_rounded(model)]
+    found["other mesh"] = unsupported_reason(model, list(model.parameters()), processes + 1)
     if processes == 4:
         found["replicated"] = replicated(rank, own)
     return found
@@ -147,7 +147,7 @@ def replicated(rank: int, own: slice) -> list:
     """Two replicas of two shards each."""
     model = dealt_out(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
     weights = train(model, own)
-    assert why_not_whole(model, list(model.parameters()), 4) is None
+    assert unsupported_reason(model, list(model.parameters()), 4) is None
     with unsharded(model):
         mean = HessianOperator(lambda: cross_entropy(model(X[own]), Y[own]), list(model.parameters()))
         value = top_eigenvalues(MeanOverRanks(mean, len(X[own])), tol=1e-7).values

@@ -457,7 +457,7 @@ def test_weights_gradients_and_graphs_are_what_they_were(backend, with_grad):
     assert all(torch.equal(a, b) for a, b in zip(after, expected, strict=True))
 
 
-@pytest.mark.parametrize("reentrant", [None, False])  # reentrant backward reaches all; `undisturbed` is for that
+@pytest.mark.parametrize("reentrant", [None, False])  # reentrant backward reaches all; `preserve_state` is for that
 def test_gradients_of_parameters_left_out_are_untouched(reentrant):
     """A Hessian in some of the parameters; the rest of the network has gradients and hooks of its own."""
     model = made(Checkpointed, reentrant)

@@ -27,14 +27,14 @@ def semicircle(n, radius=1.0):
 
 @PROPERTY
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(0, 2**31))
-def test_exact_where_there_are_as_many_steps_as_dimensions(n, probes, seed):
+def test_exact_where_there_are_as_many_steps_as_dimensions(n, num_vectors, seed):
     """Every node is an eigenvalue, and the weights of a start are its squared parts along the eigenvectors."""
     matrix = gaussian(n, n, seed=seed)
     matrix = matrix + matrix.mT
     truth = torch.linalg.eigvalsh(matrix).flip(0).numpy()
-    found = spectral_density(matrix, steps=80, probes=probes, seed=seed % 1000)
+    found = spectral_density(matrix, steps=80, num_vectors=num_vectors, seed=seed % 1000)
     scale = np.abs(truth).max()
-    assert found.nodes.shape == found.weights.shape == (probes, n) and found.matvecs == n * probes
+    assert found.nodes.shape == found.weights.shape == (num_vectors, n) and found.matvecs == n * num_vectors
     for nodes, weights in zip(found.nodes, found.weights, strict=True):
         np.testing.assert_allclose(nodes, truth, atol=1e-9 * scale)
         assert (weights >= 0).all() and weights.sum() == pytest.approx(1)
@@ -44,7 +44,7 @@ def test_exact_where_there_are_as_many_steps_as_dimensions(n, probes, seed):
 def test_moments_of_every_start_are_those_of_its_vector(steps):
     """Gauss quadrature with m nodes is exact to degree 2m - 1: ``sum tau^2 theta^p = q.A^p q``."""
     values = semicircle(300)
-    found = spectral_density(Diagonal(values), steps=steps, probes=3, seed=5)
+    found = spectral_density(Diagonal(values), steps=steps, num_vectors=3, seed=5)
     for run in range(3):
         q = random_start(Diagonal(values), None, 5 + run)
         for power in range(min(2 * steps, 8)):
@@ -54,7 +54,7 @@ def test_moments_of_every_start_are_those_of_its_vector(steps):
 
 def test_the_mean_is_the_trace_over_n():
     values = torch.cat([torch.tensor([30.0, 20.0]), semicircle(998) + 0.5])
-    found = spectral_density(Diagonal(values), steps=40, probes=200)
+    found = spectral_density(Diagonal(values), steps=40, num_vectors=200)
     spread = float(values.std()) * math.sqrt(2 / (1000 * 200))
     assert found.mean == pytest.approx(float(values.mean()), abs=4 * spread)
     assert abs(found.mean - float(values.mean())) > 0
@@ -66,11 +66,11 @@ def test_the_mean_of_a_network():
     loss = lambda model: torch.nn.functional.cross_entropy(model(inputs), labels)  # noqa: E731
     truth = dense_hessian(model, loss)
     operator = HessianOperator(lambda: loss(model), list(model.parameters()))
-    found = spectral_density(operator, steps=3, probes=150)
+    found = spectral_density(operator, steps=3, num_vectors=150)
     spread = math.sqrt(2 * float(truth.square().sum()) / 150) / len(truth)
     assert found.mean == pytest.approx(float(truth.trace()) / len(truth), abs=4 * spread)
     assert found.backend == "double_backward" and found.size == len(truth)
-    values = trace(operator, samples=150).value / len(truth)
+    values = trace(operator, num_vectors=150).value / len(truth)
     assert found.mean == pytest.approx(values, abs=6 * spread)
 
 
@@ -85,7 +85,7 @@ def test_the_density_integrates_to_one(width):
 
 
 def test_the_density_is_that_of_the_semicircle():
-    found = spectral_density(Diagonal(semicircle(3000)), steps=60, probes=8)
+    found = spectral_density(Diagonal(semicircle(3000)), steps=60, num_vectors=8)
     points = np.linspace(-0.8, 0.8, 33)
     expected = 2 / np.pi * np.sqrt(1 - points**2)
     np.testing.assert_allclose(found.density(points, 0.08), expected, atol=0.08)
@@ -150,8 +150,8 @@ def test_it_is_seeded_and_leaves_global_streams():
 
 
 def test_bad_input():
-    for arguments in ({"steps": 0}, {"probes": 0}):
-        with pytest.raises(ValueError, match="steps and probes must be at least 1, got"):
+    for arguments in ({"steps": 0}, {"num_vectors": 0}):
+        with pytest.raises(ValueError, match="steps and num_vectors must be at least 1, got"):
             spectral_density(torch.eye(3), **arguments)
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
         spectral_density(Diagonal(torch.tensor([1.0, math.nan])))

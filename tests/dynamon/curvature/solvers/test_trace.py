@@ -27,7 +27,7 @@ def off_diagonal(matrix):
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(0, 2**31))
 def test_exact_on_diagonals(n, count, seed):
     values = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = trace(Diagonal(values), samples=count, seed=seed % 1000)
+    found = trace(Diagonal(values), num_vectors=count, seed=seed % 1000)
     assert found.value == pytest.approx(float(values.sum()), abs=1e-10) and found.matvecs == count
     assert math.isnan(found.standard_error) if count == 1 else found.standard_error < 1e-10
 
@@ -35,7 +35,7 @@ def test_exact_on_diagonals(n, count, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_unbiased(seed):
     matrix = symmetric(40, seed)
-    found = trace(matrix, samples=4000, seed=seed)
+    found = trace(matrix, num_vectors=4000, seed=seed)
     spread = math.sqrt(off_diagonal(matrix) / 4000)
     assert found.value == pytest.approx(float(matrix.trace()), abs=4 * spread)
     assert found.standard_error == pytest.approx(spread, rel=0.1)
@@ -44,7 +44,7 @@ def test_unbiased(seed):
 def test_the_error_shrinks_like_the_root_of_the_samples():
     matrix = symmetric(60)
     few, many = (
-        [trace(matrix, samples=count, seed=seed).value - float(matrix.trace()) for seed in range(200)]
+        [trace(matrix, num_vectors=count, seed=seed).value - float(matrix.trace()) for seed in range(200)]
         for count in (4, 64)
     )
     size = [math.sqrt(sum(e * e for e in errors) / len(errors)) for errors in (few, many)]
@@ -55,14 +55,14 @@ def test_the_error_shrinks_like_the_root_of_the_samples():
 def test_the_standard_error_covers_the_truth():
     """Within two standard errors in about 95 runs of 100."""
     matrix = symmetric(50)
-    runs = [trace(matrix, samples=40, seed=seed) for seed in range(300)]
+    runs = [trace(matrix, num_vectors=40, seed=seed) for seed in range(300)]
     inside = sum(abs(run.value - float(matrix.trace())) <= 2 * run.standard_error for run in runs)
     assert 270 <= inside <= 299
 
 
 def test_samples_of_a_run_are_not_those_of_the_next():
     matrix = symmetric(50)
-    values = [trace(matrix, samples=1, seed=seed).value for seed in range(50)]
+    values = [trace(matrix, num_vectors=1, seed=seed).value for seed in range(50)]
     assert len({round(v, 9) for v in values}) == 50
 
 
@@ -72,18 +72,18 @@ def test_of_a_network(backend):
     model = mlp(5, 7, 3).double()
     loss = lambda model: torch.nn.functional.cross_entropy(model(inputs), labels)  # noqa: E731
     truth = dense_hessian(model, loss)
-    found = trace(HessianOperator(lambda: loss(model), list(model.parameters()), backend=backend), samples=300)
+    found = trace(HessianOperator(lambda: loss(model), list(model.parameters()), backend=backend), num_vectors=300)
     assert found.value == pytest.approx(float(truth.trace()), abs=4 * math.sqrt(off_diagonal(truth) / 300))
     ggn = GGNOperator(
         lambda: model(inputs), lambda z: torch.nn.functional.cross_entropy(z, labels), list(model.parameters())
     )
-    assert trace(ggn, samples=20).value > 0
+    assert trace(ggn, num_vectors=20).value > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_narrow_operators_are_summed_in_float64(dtype):
     values = torch.ones(5000, dtype=dtype)
-    assert trace(Diagonal(values), samples=3).value == 5000
+    assert trace(Diagonal(values), num_vectors=3).value == 5000
 
 
 def test_it_is_seeded_and_leaves_global_streams():
@@ -94,5 +94,5 @@ def test_it_is_seeded_and_leaves_global_streams():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-        trace(torch.eye(3), samples=0)
+    with pytest.raises(ValueError, match="num_vectors must be at least 1, got 0"):
+        trace(torch.eye(3), num_vectors=0)

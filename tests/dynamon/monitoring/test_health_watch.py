@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import dynamon.callbacks.health as live
+import dynamon.monitoring.health_watch as live
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, WeightMonitor
 from tests.helpers import Classifier, fit, mlp, same_weights
 

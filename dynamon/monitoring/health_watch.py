@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from dynamon.callbacks.base import callbacks_of
-from dynamon.callbacks.meter import Run
 from dynamon.health import SEVERITIES, Finding, findings
+from dynamon.monitoring.base import callbacks_of
+from dynamon.monitoring.run_context import RunContext
 from dynamon.runs.history import History, RunData
 
 _SHARE = 0.01  # of the run's time, where measurements have no budget
@@ -46,7 +46,7 @@ class HealthWatch:
         """What the rules find in what some callbacks have measured, the worst first."""
         return findings(RunData.of(*histories))
 
-    def see(self, run: Run, *histories: History) -> None:
+    def see(self, run: RunContext, *histories: History) -> None:
         """A step was measured: look at everything if that has been earned."""
         self._readings += 1
         waited, budget = time.monotonic() - self._looked_at, run.budget.fraction
@@ -54,7 +54,7 @@ class HealthWatch:
         if self._readings >= _EVERY and waited * share >= self._took:
             self.look(run, *histories)
 
-    def look(self, run: Run, *histories: History, is_last: bool = False) -> None:
+    def look(self, run: RunContext, *histories: History, is_last: bool = False) -> None:
         """Say what is new; a rule that fails costs a warning and ends the watch."""
         if self._is_off:
             return
@@ -106,7 +106,7 @@ class StepLoss:
         outputs: As for :func:`returned_loss`.
     """
 
-    def __init__(self, run: Run, outputs: Any) -> None:
+    def __init__(self, run: RunContext, outputs: Any) -> None:
         """Have it go along."""
         self._run, self._outputs = run, outputs
         run.ranks.attach_values(self._sum_and_count)

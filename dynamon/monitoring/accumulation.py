@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.base import callbacks_of, unscales_in_step
-from dynamon.callbacks.decisions import averages_gradients, is_sharded_run
-from dynamon.callbacks.samples import batch_sizes
 from dynamon.distributed.dtensor import any_sharded, to_local
-from dynamon.isolation.batches import likely_samples
+from dynamon.isolation.batches import guess_samples
+from dynamon.monitoring.base import callbacks_of, unscales_in_step
+from dynamon.monitoring.rank_decisions import averages_gradients, is_sharded_run
+from dynamon.monitoring.samples import batch_sizes
 from dynamon.quantities.scales import Scale, inverse_scale
 from dynamon.quantities.windows import Window
 
@@ -120,7 +120,7 @@ class Windows:
             self._sizes, self._form = (loader, batch_sizes(trainer)), None
         form = _form(batch)
         if form is None or form != self._form:
-            self._form, self._found = form, likely_samples(batch, self._sizes[1])
+            self._form, self._found = form, guess_samples(batch, self._sizes[1])
         return self._found
 
     def before_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

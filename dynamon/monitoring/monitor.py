@@ -13,20 +13,22 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import Layout, combined, layout_of
-from dynamon.callbacks.accumulation import begin_windows
-from dynamon.callbacks.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
-from dynamon.callbacks.budget import Budget, overhead_of
-from dynamon.callbacks.decisions import ranks_of
-from dynamon.callbacks.health import HealthWatch, StepLoss, histories_of
-from dynamon.callbacks.meter import PAUSE_AFTER, Failures, Meter, Run, forget_frames
-from dynamon.callbacks.recorder import Recorder, Row
-from dynamon.callbacks.stepping import SkippedSteps
-from dynamon.callbacks.watchers import warnings_of
+from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
 from dynamon.curvature.memory import empty_cache
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.health import LOSS_TAG, Finding
 from dynamon.layers import Layer, is_measurable, known_layers, select
+from dynamon.monitoring.accumulation import begin_windows
+from dynamon.monitoring.base import DynamonCallback, SteeringError, callbacks_of, is_tryout, off_reason
+from dynamon.monitoring.budget import Budget, overhead_of
+from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
+from dynamon.monitoring.health_watch import HealthWatch, StepLoss, histories_of
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.rank_decisions import ranks_of
+from dynamon.monitoring.recorder import Recorder, Row
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.stepping import SkippedSteps
+from dynamon.monitoring.watchers import warnings_of
 from dynamon.quantities import quantities_of
 from dynamon.quantities.names import plain_name
 from dynamon.runs.history import History
@@ -70,7 +72,7 @@ class Monitor(DynamonCallback):
         """Charts of what the meters measure, for TensorBoard's Custom Scalars tab."""
         if self._panels is not None:
             return self._panels
-        return combined([*(meter.panels for meter in self._meters), layout_of(quantities_of("monitor"))])
+        return merge_layouts([*(meter.panels for meter in self._meters), chart_layout(quantities_of("monitor"))])
 
     @panels.setter
     def panels(self, layout: Layout) -> None:
@@ -82,7 +84,7 @@ class Monitor(DynamonCallback):
         self._budget = Budget(self._fraction)
         self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
         self._detach()
-        self._run: Run | None = None
+        self._run: RunContext | None = None
         self._failures = 0
         self._in_a_row, self._resting = Failures(), set[str]()
         self._causes: set[str] = set()
@@ -171,7 +173,7 @@ class Monitor(DynamonCallback):
         if trainer.barebones:
             return
         with ranks_of(trainer, pl_module).collective_section():  # off on all processes, or on none
-            run = Run(trainer, pl_module, self._budget, self._recorder, self._patterns)
+            run = RunContext(trainer, pl_module, self._budget, self._recorder, self._patterns)
         run.strict, run.steps_seen = self._strict, steps_seen
         lazy = [plain_name(name) for name, p in pl_module.named_parameters() if is_lazy(p)]
         if not run.layers and not lazy:
@@ -199,7 +201,7 @@ class Monitor(DynamonCallback):
                 self._call(meter, "start")
         return self._started
 
-    def _say_nothing_there(self, run: Run) -> None:
+    def _say_nothing_there(self, run: RunContext) -> None:
         """Nothing can be measured, or nothing of what was asked for, which is an argument out of range."""
         chosen = select(known_layers(run.module), self._patterns)
         if not chosen:
@@ -356,7 +358,7 @@ class Monitor(DynamonCallback):
 
     def _detach(self) -> None:
         """Leave no hook on the optimizers."""
-        run: Run | None = getattr(self, "_run", None)
+        run: RunContext | None = getattr(self, "_run", None)
         if run is not None:
             run.steps.remove()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dynamon.runs.folders import newest_run, readable
+from dynamon.runs.folders import newest_run, printable
 
 _Read = TypeVar("_Read")
 RUN_HELP = (
@@ -43,4 +43,4 @@ def choice(folder: Path, run: Path) -> str | None:
     """Say which run was taken; None where the folder is the run."""
     if run == folder:
         return None
-    return f"run           {readable(run)}, the newest that can be shown below {readable(folder)}"
+    return f"run           {printable(run)}, the newest that can be shown below {printable(folder)}"

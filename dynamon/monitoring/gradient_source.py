@@ -4,26 +4,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.callbacks.accumulation import compares_independent, scale_before_step, windows_of
-from dynamon.callbacks.base import SteeringError, gradient_scale, say_geometry
-from dynamon.callbacks.copies import matching, whole_copies
-from dynamon.callbacks.layerwise_lr import is_read_by_callback
-from dynamon.callbacks.meter import Run
-from dynamon.distributed.dtensor import holders, to_local
+from dynamon.distributed.dtensor import to_local
 from dynamon.layers import Layer, is_steerable
 from dynamon.layers.complex_pairs import as_real
+from dynamon.monitoring.accumulation import compares_independent, scale_before_step, windows_of
+from dynamon.monitoring.base import SteeringError, gradient_scale, is_read_by_callback, say_geometry
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.weight_copies import matching, whole_copies
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.noise import SOURCES, NoiseEstimator, SignalToNoise
-from dynamon.quantities.primal_norms import StepNorms
 from dynamon.quantities.readings import GradientReadings, PendingReadings
 from dynamon.quantities.scales import Scale
-from dynamon.quantities.updates import differences
+from dynamon.quantities.sharded_gradients import gradient_reader
+from dynamon.quantities.sharded_norms import StepParts
+from dynamon.quantities.updates import differences, primal_norms
 from dynamon.quantities.windows import Window
 
 
@@ -38,7 +40,9 @@ class SourceReading:
         independent: Their noise by halves of accumulation windows or by processes, NaN where this step had none.
         snr: Signal to noise of each, by the same where the run has them, else by successive gradients; NaN likewise.
         signal: Signal and noise of the whole gradient, by the same; None where this step had nothing to compare.
-        steps: The steps since the gradient before, as far as they are known here, still on the device.
+        moved: Positions of the M layers whose step since the gradient before is known.
+        steps: Norms of those steps ``[M]``, still on the device.
+        parts: What is known here of those steps where several processes hold a part of each; ``steps`` is then empty.
     """
 
     layers: list[Layer]
@@ -47,11 +51,19 @@ class SourceReading:
     independent: NDArray[Any]
     snr: NDArray[Any]
     signal: SignalToNoise | None
-    steps: StepNorms
+    moved: NDArray[Any]
+    steps: Tensor
+    parts: StepParts | None = None
 
     def row(self, values: NDArray[Any]) -> dict[str, float]:
         """Numbers ``[L]`` by layer name."""
         return dict(zip([layer.name for layer in self.layers], values.tolist(), strict=True))
+
+    def step_row(self, steps: NDArray[Any]) -> NDArray[Any]:
+        """Norms ``[M]`` in their places among L, NaN for layers whose step is not known."""
+        row = np.full(len(self.layers), np.nan)
+        row[self.moved] = steps
+        return row
 
 
 class AwaitedReading:
@@ -60,13 +72,15 @@ class AwaitedReading:
     Args:
         source: Where it comes from.
         pending: The gradients.
-        steps: The steps since the gradient before.
+        steps: What :class:`SourceReading` says of steps: ``moved``, ``steps`` and ``parts``.
 
     Attributes:
         layers: The L layers.
     """
 
-    def __init__(self, source: "GradientSource", pending: PendingReadings, steps: StepNorms) -> None:
+    def __init__(
+        self, source: "GradientSource", pending: PendingReadings, steps: tuple[NDArray[Any], Tensor, StepParts | None]
+    ) -> None:
         """Nothing has arrived."""
         self._source, self._pending, self._steps = source, pending, steps
         self._found: SourceReading | None = None
@@ -75,14 +89,15 @@ class AwaitedReading:
     def wait(self) -> SourceReading:
         """The reading, once it has arrived; noise and signal know of it from then on."""
         if self._found is None:
-            self._found = self._source.arrived(self._pending.wait(), self.layers, self._steps)
+            moved, steps, parts = self._steps
+            self._found = self._source.arrived(self._pending.wait(), self.layers, moved, steps, parts)
         return self._found
 
 
 class GradientSource:
     """An optimizer's gradients: from a reader of our own, or from the steering's, so that nothing is read twice."""
 
-    def __init__(self, run: Run, optimizer: Optimizer) -> None:
+    def __init__(self, run: RunContext, optimizer: Optimizer) -> None:
         """Find the optimizer's layers and who reads them."""
         say_geometry(optimizer)
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -93,7 +108,7 @@ class GradientSource:
         shared = rates is not None and reads_all and is_read_by_callback(run.trainer, rates)
         self._rates: LayerwiseRates | None = rates if shared else None
         self._steered = self._rates is not None
-        self._reader = GradientReader(layers, optimizer_family(optimizer))
+        self._reader = gradient_reader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
         self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}
@@ -115,7 +130,7 @@ class GradientSource:
         """Whether the optimizer holds anything that can be measured."""
         return bool(self._reader.layers)
 
-    def is_complete(self, run: Run, optimizer: Optimizer, looks: bool) -> bool:
+    def is_complete(self, run: RunContext, optimizer: Optimizer, looks: bool) -> bool:
         """Whether the optimizer still holds the parameters it held, by their number, or if asked by a look at them."""
         if len(self._own) != sum(len(group["params"]) for group in optimizer.param_groups):
             return False
@@ -152,7 +167,7 @@ class GradientSource:
         if not self._steered:
             self.reader.begin(key)
 
-    def keep_half(self, run: Run, share: float) -> None:
+    def keep_half(self, run: RunContext, share: float) -> None:
         """Keep the gradients of a part of the window, for a comparison with the rest of it."""
         self.reader.store_part(share, scale_before_step(run.trainer))
 
@@ -165,14 +180,14 @@ class GradientSource:
         if not self._steered:  # the steering reads by itself
             self._reader.give_up_ranks()
 
-    def keep(self, run: Run, optimizer: Optimizer, moved: bool = False) -> None:
+    def keep(self, run: RunContext, optimizer: Optimizer, moved: bool = False) -> None:
         """Keep gradients and weights of this step for a comparison at the next, see :meth:`keep_weights`."""
         if not self._steered:  # the steering keeps them itself
             window = windows_of(run.trainer).before_step(run.trainer, run.module, optimizer)
             self.reader.store(gradient_scale(run.trainer, optimizer), window)
         self.keep_weights(run, moved)
 
-    def keep_weights(self, run: Run, moved: bool = False) -> None:
+    def keep_weights(self, run: RunContext, moved: bool = False) -> None:
         """Keep the weights at which this step's gradients were taken for a comparison at the next.
 
         Args:
@@ -191,7 +206,7 @@ class GradientSource:
         named = {id(layer.parameter): layer for layer in self._reader.layers}
         return [named.get(id(layer.parameter), layer) for layer in self.reader.layers]
 
-    def read(self, run: Run, optimizer: Optimizer) -> AwaitedReading:
+    def read(self, run: RunContext, optimizer: Optimizer) -> AwaitedReading:
         """Read the gradients, and how far the weights have moved since those before; waits for no device."""
         self.settle()
         windows = windows_of(run.trainer)
@@ -210,7 +225,14 @@ class GradientSource:
             self._awaited.wait()
             self._awaited = None
 
-    def arrived(self, readings: GradientReadings, layers: list[Layer], steps: StepNorms) -> SourceReading:
+    def arrived(
+        self,
+        readings: GradientReadings,
+        layers: list[Layer],
+        moved: NDArray[Any],
+        steps: Tensor,
+        parts: StepParts | None,
+    ) -> SourceReading:
         """Count a reading that is on the host; see :class:`SourceReading`."""
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
         if self._rates is None:
@@ -225,10 +247,14 @@ class GradientSource:
             independent=self._independent.shown(readings, self._independent.values),
             snr=signal.shown(readings, signal.ratios),
             signal=signal if known else None,
+            moved=moved,
             steps=steps,
+            parts=parts,
         )
 
-    def _observe(self, run: Run, rates: LayerwiseRates, scale: Scale, local_scale: Scale, window: Window) -> None:
+    def _observe(
+        self, run: RunContext, rates: LayerwiseRates, scale: Scale, local_scale: Scale, window: Window
+    ) -> None:
         try:
             if not rates.is_observed:
                 # By the steering callback's key, but for steps it does not hear of.
@@ -238,15 +264,19 @@ class GradientSource:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
             raise
 
-    def _measure_steps(self, run: Run) -> StepNorms:
-        """Measure the steps since the gradients before, of the layers whose weights at those are known."""
+    def _measure_steps(self, run: RunContext) -> tuple[NDArray[Any], Tensor, StepParts | None]:
+        """Positions of the layers whose weights one step before are known, and the norms of the steps between."""
         before, self._weights = self._weights, {}
-        layers = self.reader.layers
-        known = [i for i, la in enumerate(layers) if la.name in before and self._kept_at == self._step - 1]
-        now = [to_local(layers[i].parameter) for i in known]
-        steps = map(as_real, differences(now, [before[layers[i].name] for i in known]))
-        holding = holders([layer.parameter for layer in run.all_layers], run.ranks)
-        return StepNorms(layers, self.reader.norms, dict(zip(known, steps, strict=True)), holding)
+        layers, norms = self.reader.layers, self.reader.norms
+        moved = [i for i, la in enumerate(layers) if la.name in before and self._kept_at == self._step - 1]
+        now = [to_local(layers[i].parameter.detach()) for i in moved]
+        steps = dict(zip(moved, map(as_real, differences(now, [before[layers[i].name] for i in moved])), strict=True))
+        if run.is_sharded:
+            everything = range(len(layers))
+            parts = StepParts(layers, norms, [steps.get(i) for i in everything])
+            return np.array(everything, dtype=np.int64), torch.zeros(0), parts
+        sizes = primal_norms([layers[i] for i in moved], [norms[i] for i in moved], list(steps.values()))
+        return np.array(moved, dtype=np.int64), sizes, None
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
         """Noise and the kept gradients, where no steering callback saves them, and the kept weights.

@@ -6,10 +6,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from dynamon.callbacks.meter import Run
-from dynamon.callbacks.probe import ProbeMeter
 from dynamon.curvature import GGNOperator, LinearOperator, MeanOverRanks, OutputsOfLoss
 from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.monitoring.probe import ProbeMeter
+from dynamon.monitoring.run_context import RunContext
 
 OutputsFn = Callable[[Any, Any], tuple[Any, Tensor]]
 _BESIDE = 1e-3  # share of the gradient beside the outputs that is not rounding
@@ -29,7 +29,7 @@ class GaussNewton:
         self._probe, self._outputs = probe, outputs
         self._told = False
 
-    def operator(self, run: Run, params: FlatParameters) -> LinearOperator | MeanOverRanks:
+    def operator(self, run: RunContext, params: FlatParameters) -> LinearOperator | MeanOverRanks:
         """The matrix on the samples of all processes; the first time it says what was found and what it misses."""
         held: dict[str, Tensor] = {}
 
@@ -47,7 +47,7 @@ class GaussNewton:
         self._told = True
         return self._probe.over_ranks(run, operator)
 
-    def _find(self, run: Run, held: dict[str, Tensor]) -> list[Tensor]:
+    def _find(self, run: RunContext, held: dict[str, Tensor]) -> list[Tensor]:
         with OutputsOfLoss() as watch:
             held["loss"] = self._probe.loss(run)
         found, names = watch.of(held["loss"])
@@ -55,7 +55,7 @@ class GaussNewton:
             rank_zero_info(f"ggn: the outputs are what goes into {names} ({len(found)} tensors in the probe).")
         return found
 
-    def _ask(self, run: Run, held: dict[str, Tensor]) -> list[Tensor]:
+    def _ask(self, run: RunContext, held: dict[str, Tensor]) -> list[Tensor]:
         found: list[Tensor] = []
 
         def evaluate(batch: Any, index: int) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 from dynamon.health.finding import Finding
 from dynamon.health.limits import LONG
 from dynamon.health.loss import Loss
-from dynamon.health.series import to_the_end
+from dynamon.health.series import final_stretch
 from dynamon.runs.history import RunData
 
 _RAISE = "raise budget, set every_n_steps, or measure fewer quantities; a run of some hundred steps needs more."
@@ -21,7 +21,7 @@ def steering_at_bounds(data: RunData, loss: Loss) -> Iterator[Finding]:
         return
     layers = len(table.layers or ())
     most = bounded.values >= max(layers / 2, 1)
-    start = to_the_end(most)
+    start = final_stretch(most)
     if len(most) - start < max(LONG, len(most) / 4):
         return
     count, low = float(np.median(bounded.values[start:])), float(np.nanmin(table.values))

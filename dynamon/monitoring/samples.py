@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 
-from dynamon.isolation.saved_batches import restored, saved
+from dynamon.isolation.saved_batches import pack_batch, unpack_batch
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Kept:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         names = ("index", "samples", "weight", "is_cut", "is_tried", "numbers")
-        return {"batch": saved(self.batch), **{name: getattr(self, name) for name in names}}
+        return {"batch": pack_batch(self.batch), **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device, like: Any) -> "Kept":
         """The same again; ``like`` is a batch of the run."""
-        return cls(**{**state, "batch": restored(state["batch"], device, like)})
+        return cls(**{**state, "batch": unpack_batch(state["batch"], device, like)})
 
 
 def numbers_of(batch: Any) -> int | None:
     """How many numbers a checkpoint would hold of a batch, None where it cannot hold it."""
-    state = saved(batch)
+    state = pack_batch(batch)
     return None if state is None else int(state["numbers"])
 
 

@@ -9,21 +9,23 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor
 
-from dynamon.callbacks.meter import Run
 from dynamon.curvature import ShardedParameters, unsharded
 from dynamon.curvature.distributed.fsdp import at_rest, is_rounded, whole_parameters
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.curvature.operators.vector_space import GatheredSpace, Shards
 from dynamon.distributed.dtensor import is_sharded
-from dynamon.isolation.equality import differing
-from dynamon.isolation.preserve import undisturbed
-from dynamon.isolation.trackers import is_muted, trackers_muted
+from dynamon.isolation.equality import find_changed
+from dynamon.isolation.preserve import preserve_state
+from dynamon.isolation.trackers import is_muted, mute_trackers
+from dynamon.monitoring.run_context import RunContext
 
 _SEED = 20_240_801
 
 
 @contextmanager
-def evaluation(run: Run, owned: Mapping[str, Tensor], gathers: bool, moves: bool = False) -> Iterator[FlatParameters]:
+def evaluation(
+    run: RunContext, owned: Mapping[str, Tensor], gathers: bool, moves: bool = False
+) -> Iterator[FlatParameters]:
     """Where the training loss may be evaluated again: nothing inside leaves a trace on the run.
 
     All processes must enter it together, inside of a measurement.
@@ -42,9 +44,9 @@ def evaluation(run: Run, owned: Mapping[str, Tensor], gathers: bool, moves: bool
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(at_rest(run.module))
-        stack.enter_context(undisturbed(run.module, _SEED + run.ranks.rank))
+        stack.enter_context(preserve_state(run.module, _SEED + run.ranks.rank))
         stack.enter_context(_optimizers_untouched(run.trainer))
-        stack.enter_context(trackers_muted())
+        stack.enter_context(mute_trackers())
         stack.enter_context(_loggers_muted(run.trainer))
         stack.enter_context(run.trainer.precision_plugin.train_step_context())
         if not any(is_sharded(p) for p in owned.values()):
@@ -56,7 +58,7 @@ def evaluation(run: Run, owned: Mapping[str, Tensor], gathers: bool, moves: bool
 
 
 @contextmanager
-def _made_whole(run: Run, owned: Mapping[str, Tensor]) -> Iterator[FlatParameters]:
+def _made_whole(run: RunContext, owned: Mapping[str, Tensor]) -> Iterator[FlatParameters]:
     """Parameters that FSDP2 has dealt out come together for a while."""
     shards = Shards(list(owned.values()), run.ranks)
     # A process that runs out of memory between two messages would leave the others waiting: have it do so before.
@@ -67,7 +69,7 @@ def _made_whole(run: Run, owned: Mapping[str, Tensor]) -> Iterator[FlatParameter
         yield FlatParameters({name: whole[name] for name in owned}, GatheredSpace(shards))
 
 
-def trained_parameters(run: Run) -> dict[str, Tensor]:
+def trained_parameters(run: RunContext) -> dict[str, Tensor]:
     """The parameters that the optimizers move, by the names of their layers."""
     moving = {id(p) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
     tensors = {layer.name: layer.parameter for layer in run.all_layers}
@@ -97,7 +99,7 @@ def _optimizers_untouched(trainer: pl.Trainer) -> Iterator[None]:
         for held_list, items in saved[1]:
             held_list[:] = items
         with torch.no_grad():
-            for (tensor, value), differs in zip(values, differing(values), strict=True):
+            for (tensor, value), differs in zip(values, find_changed(values), strict=True):
                 if differs:
                     tensor.copy_(value)
 

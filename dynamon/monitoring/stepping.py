@@ -14,8 +14,8 @@ from dynamon.optim import steering_of
 from dynamon.optim.stepping import GONE, StepWatch, has_gradients, steps_in_backward, uses_gradients_at_once
 
 if TYPE_CHECKING:
-    from dynamon.callbacks.meter import Run
     from dynamon.distributed.ranks import Ranks
+    from dynamon.monitoring.run_context import RunContext
 
 _MANY = 50  # steps in a row: a scaler that begins at 2^16 has halved its scale to nothing by then
 _Told = Callable[[Optimizer], None]
@@ -205,7 +205,7 @@ class SkippedSteps:
         self._name, self._said, self._in_a_row = name, False, 0
         self._none_said = False
 
-    def see(self, run: "Run") -> None:
+    def see(self, run: "RunContext") -> None:
         """A batch is over in which steps were begun; asks no device."""
         self._in_a_row = 0 if run.steps.may_have_stepped else self._in_a_row + 1
         if self._in_a_row == _MANY:
@@ -221,7 +221,7 @@ class SkippedSteps:
             "module. Steps that are not taken have no readings; the next one that is stands in for them."
         )
 
-    def see_none(self, run: "Run", is_over: bool = False) -> None:
+    def see_none(self, run: "RunContext", is_over: bool = False) -> None:
         """No step was begun in a batch, or in the whole fit: say once where none ever was, and one was due.
 
         By hand a window may be of any length, so that only the end tells.

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from dynamon.callbacks import DynamicsMonitor, WeightMonitor
-from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.decisions import Decisions
-from dynamon.callbacks.meter import Cadence, Meter
-from dynamon.callbacks.stepping import Steps
+from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.rank_decisions import Decisions
+from dynamon.monitoring.stepping import Steps
 from dynamon.optim import LayerwiseRates
 from dynamon.rates import NoiseAdaptiveRates
 from tests.helpers import Classifier, fit, mlp
@@ -21,7 +22,7 @@ STEP = 0.1
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(ranks=SimpleNamespace(several=False), now=0.0)
-    monkeypatch.setattr("dynamon.callbacks.budget.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("dynamon.monitoring.budget.time.perf_counter", lambda: clock.now)
     return clock
 
 
@@ -209,8 +210,8 @@ CARD = torch.device("cuda", 1)
 @pytest.fixture
 def stream(clock, monkeypatch) -> Stream:
     stream = Stream(clock)
-    monkeypatch.setattr("dynamon.callbacks.budget.torch.cuda.Event", stream.event)
-    monkeypatch.setattr("dynamon.callbacks.budget.torch.cuda.current_stream", stream.current)
+    monkeypatch.setattr("dynamon.monitoring.budget.torch.cuda.Event", stream.event)
+    monkeypatch.setattr("dynamon.monitoring.budget.torch.cuda.current_stream", stream.current)
     return stream
 
 

@@ -7,19 +7,19 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from dynamon.callbacks.meter import Run
 from dynamon.curvature.distributed.fsdp import is_rounded
 from dynamon.curvature.memory import basis_memory, free_memory
 from dynamon.distributed.dtensor import is_sharded, to_local
 from dynamon.kernels import widest_dtype
-from dynamon.layers.complex_pairs import real_dtype, real_size
+from dynamon.layers.complex_pairs import real_dtype, real_numel
+from dynamon.monitoring.run_context import RunContext
 
 _WHOLE = 4  # copies beside the solver's vectors: gathered parameters, their gradient with its graph, a product
 _PRECISE = ("32-true", "64-true")  # precisions in which neighbouring weights are close enough for differences
 
 
 @dataclass(frozen=True)
-class Room:
+class CurvatureMemoryPlan:
     """What fits, the same on all processes.
 
     Attributes:
@@ -43,7 +43,9 @@ class Room:
     differences: bool
 
 
-def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, memory_limit: float | None) -> Room:
+def plan_memory(
+    run: RunContext, trained: Sequence[Tensor], k: int, density_vectors: int, memory_limit: float | None
+) -> CurvatureMemoryPlan:
     """Compare what vectors take with what is allowed, on all processes together.
 
     Args:
@@ -61,15 +63,15 @@ def room_for(run: Run, trained: Sequence[Tensor], k: int, density_vectors: int, 
     differences = not gathers and _why_no_differences(run, trained) is None
     tensors = [to_local(p) for p in trained] if differences else list(trained)
     needed = basis_memory(tensors, k)
-    density = density_vectors * sum(real_size(p) * max(real_dtype(p).itemsize, 4) for p in tensors)
+    density = density_vectors * sum(real_numel(p) * max(real_dtype(p).itemsize, 4) for p in tensors)
     impossible = not gathers and not differences
     lacks = [impossible or size > limit for size in (needed, basis_memory(tensors, certify=True), density)]
     lacks = run.ranks.maximum(torch.tensor(lacks, dtype=widest_dtype(device), device=device)).bool().tolist()
     solves, certifies, has_density = (not lack for lack in lacks)
-    return Room(limit, needed, density, solves, certifies, has_density, gathers, differences)
+    return CurvatureMemoryPlan(limit, needed, density, solves, certifies, has_density, gathers, differences)
 
 
-def _are_gathered(run: Run, trained: Sequence[Tensor], k: int, limit: float) -> bool:
+def _are_gathered(run: RunContext, trained: Sequence[Tensor], k: int, limit: float) -> bool:
     """Whether whole parameters and vectors fit on every process; says so, or what happens instead."""
     needed = basis_memory(trained, k) + _WHOLE * sum(p.numel() * p.element_size() for p in trained)
     device = run.module.device
@@ -89,7 +91,7 @@ def _are_gathered(run: Run, trained: Sequence[Tensor], k: int, limit: float) -> 
     return fits
 
 
-def _why_no_differences(run: Run, trained: Sequence[Tensor]) -> str | None:
+def _why_no_differences(run: RunContext, trained: Sequence[Tensor]) -> str | None:
     """Why sharded parameters cannot be moved a little for a difference of gradients; None where they can."""
     if run.trainer.precision not in _PRECISE or is_rounded(run.module):
         return f"at precision {run.trainer.precision} gradients are too coarse"

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from dynamon.callbacks.base import callbacks_of, is_tryout
-from dynamon.callbacks.meter import Meter
+from dynamon.monitoring.base import callbacks_of, is_tryout
+from dynamon.monitoring.meter import Meter
 
 
 def warnings_of(trainer: pl.Trainer, monitor: str, meters: Iterable[Meter]) -> list[str]:

@@ -9,11 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
-from dynamon.callbacks.base import say_geometry
-from dynamon.callbacks.evaluation import trained_parameters
-from dynamon.callbacks.meter import Cadence, Meter, Run
-from dynamon.callbacks.probe import ProbeMeter, why_never, why_not
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import (
     DirectionalSharpness,
     HessianOperator,
@@ -28,12 +24,18 @@ from dynamon.distributed.dtensor import to_local
 from dynamon.isolation.preserve import NoLossError
 from dynamon.kernels import widened
 from dynamon.layers.complex_pairs import as_real
+from dynamon.monitoring.base import say_geometry
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.evaluation import trained_parameters
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.probe import ProbeMeter, why_never, why_not
+from dynamon.monitoring.run_context import RunContext
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.optim import steering_of
 from dynamon.quantities import meanings, quantities_of
 
 
-class StepMeter(Meter):
+class UpdateCurvatureMeter(Meter):
     """Measures along the update that the optimizer has just made: one or two products, or forward passes only.
 
     Args:
@@ -63,7 +65,7 @@ class StepMeter(Meter):
         """Measure one more."""
         self._wanted |= {quantity}
         declared = [one for one in quantities_of("steps") if one.choice in self._wanted]
-        self.tags, self.panels = meanings(declared), layout_of(declared)
+        self.tags, self.panels = meanings(declared), chart_layout(declared)
 
     def is_off(self) -> bool:
         """Where nothing was asked for, or sharpness is off."""
@@ -73,7 +75,7 @@ class StepMeter(Meter):
         """Not where nothing was asked for."""
         return super().is_missed() and bool(self._wanted) and not self._probe.off
 
-    def expected(self, run: Run) -> float:
+    def expected(self, run: RunContext) -> float:
         """Seconds a measurement took last; forward passes and products on the probe for the first."""
         steps = 1 + 3 * ("critical" in self._wanted) + 4 * ("directional" in self._wanted)  # 1 to check the loss
         guess = run.seconds_per_step * (0.1 + steps * self._probe.share + 5 * ("batch" in self._wanted))
@@ -91,7 +93,7 @@ class StepMeter(Meter):
         assert update is not None
         return update
 
-    def batch_start(self, run: Run, batch: Any) -> None:
+    def batch_start(self, run: RunContext, batch: Any) -> None:
         """Measure what concerns the batch before it is trained on."""
         self._batch = None
         self._update = {}
@@ -114,7 +116,7 @@ class StepMeter(Meter):
                 raise
         self._on_batch = False
 
-    def make_room(self, run: Run) -> str | None:
+    def make_room(self, run: RunContext) -> str | None:
         """Halve the probe; where a whole batch was too large, leave that quantity out."""
         if not self._on_batch:
             return self._probe.halve(run)
@@ -122,15 +124,15 @@ class StepMeter(Meter):
         self._wanted -= {"batch"}
         return "Batch sharpness, which takes a whole batch, is left out from now on."
 
-    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+    def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Copy the weights that are about to change."""
         if not run.steps.in_backward and self._compares(run):
             self.copy_weights(run)
 
-    def _compares(self, run: Run) -> bool:
+    def _compares(self, run: RunContext) -> bool:
         return bool(self._wanted & {"directional", "critical"}) and self._is_due(run)
 
-    def copy_weights(self, run: Run) -> None:
+    def copy_weights(self, run: RunContext) -> None:
         """Copy the weights as they are now, unless that was done for this step; the next update is then known."""
         self._planned = True
         if not self._before:
@@ -142,10 +144,10 @@ class StepMeter(Meter):
         """Nothing is saved; what was kept of a step that is undone is dropped."""
         self._before, self._update, self._planned, self._batch = {}, {}, False, None
 
-    def _is_due(self, run: Run) -> bool:
+    def _is_due(self, run: RunContext) -> bool:
         return not self._probe.off and self.cadence.due(run, self.name, self.expected, run.step)
 
-    def batch_end(self, run: Run) -> None:
+    def batch_end(self, run: RunContext) -> None:
         """Measure along the update, if the weights were copied."""
         before, self._before = self._before, {}
         planned, self._planned = self._planned and (bool(before) or run.ranks.is_distributed), False
@@ -161,7 +163,7 @@ class StepMeter(Meter):
             self._seconds = run.budget.spent_on[self.name] - spent
             self.done(run)
 
-    def _along_update(self, run: Run, before: Mapping[str, Tensor]) -> dict[str, float]:
+    def _along_update(self, run: RunContext, before: Mapping[str, Tensor]) -> dict[str, float]:
         weights = {name: to_local(p) for name, p in trained_parameters(run).items() if name in before}
         with torch.no_grad():
             pairs = list(weights.values()), [to_local(before[name]) for name in weights]
@@ -180,7 +182,7 @@ class StepMeter(Meter):
                 readings |= self._critical(run, params)
         return readings
 
-    def _has_moved(self, run: Run) -> bool:
+    def _has_moved(self, run: RunContext) -> bool:
         """Whether the last step changed anything, on any process."""
         device = run.module.device
         steps = [step for step in self._update.values() if step.numel()]
@@ -191,7 +193,7 @@ class StepMeter(Meter):
             moved = torch.stack(each).any() if each else torch.tensor(0.0, device=device)
         return bool(run.ranks.maximum(widened(moved)))
 
-    def _directional(self, run: Run, params: FlatParameters) -> dict[str, float]:
+    def _directional(self, run: RunContext, params: FlatParameters) -> dict[str, float]:
         update = self._known_update(params)
         hessian = self._probe.hessian(run, params)
         if not self._is_trusted(hessian, update, "directional"):
@@ -202,7 +204,7 @@ class StepMeter(Meter):
             "sharpness/directional_norm": self._in_own_norm(run, params, update, found),
         }
         if found.curvature > 0:
-            readings["sharpness/greedy_multiple"] = found.greedy_multiple_of_last_step
+            readings["sharpness/best_multiple"] = found.best_multiple_of_last_step
         return readings
 
     def _is_trusted(self, hessian: HessianOperator | MeanOverRanks, vector: Tensor, quantity: str) -> bool:
@@ -216,7 +218,9 @@ class StepMeter(Meter):
             self._wanted -= {quantity}
         return reason is None
 
-    def _in_own_norm(self, run: Run, params: FlatParameters, update: Tensor, found: DirectionalSharpness) -> float:
+    def _in_own_norm(
+        self, run: RunContext, params: FlatParameters, update: Tensor, found: DirectionalSharpness
+    ) -> float:
         layers = {layer.name: layer for layer in run.all_layers}
         say_geometry(run.trainer.optimizers[0])
         family = optimizer_family(run.trainer.optimizers[0])
@@ -226,15 +230,15 @@ class StepMeter(Meter):
         steps = [as_real(step) for step in params.split(update)]
         return norm_sharpness(found.product, steps, norms, params.space).sharpness
 
-    def _critical(self, run: Run, params: FlatParameters) -> dict[str, float]:
+    def _critical(self, run: RunContext, params: FlatParameters) -> dict[str, float]:
         rate, update = _one_rate(run), self._known_update(params)
-        with params.moved(-update):  # where the step came from
+        with params.perturbed(-update):  # where the step came from
             found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
         return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})
 
 
-def _one_rate(run: Run) -> float | None:
+def _one_rate(run: RunContext) -> float | None:
     """The learning rate, where all layers of all optimizers have the same, steering included."""
     rates = {float(group["lr"]) for optimizer in run.trainer.optimizers for group in optimizer.param_groups}
     steered = (steering_of(optimizer) for optimizer in run.trainer.optimizers)

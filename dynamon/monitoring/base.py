@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import Layout, combined
-from dynamon.callbacks.recorder import Row
-from dynamon.norms.geometry import assumption
-from dynamon.optim import spread_reason
+from dynamon.board.custom_scalars import Layout, merge_layouts
+from dynamon.monitoring.recorder import Row
+from dynamon.norms.geometry import geometry_assumption
+from dynamon.optim import LayerwiseRates, several_devices_reason
 from dynamon.quantities.scales import Scale, inverse_scale
 
 # What FSDP2 (ModelParallelStrategy) does with parameters can be followed, what these do cannot.
@@ -119,7 +119,7 @@ class DynamonCallback(pl.Callback):
         ours = [c for c in callbacks_of(trainer) if isinstance(c, DynamonCallback)]
         if ours[-1] is not self or trainer.barebones or not trainer.is_global_zero or is_tryout(trainer):
             return
-        layout = combined(callback.panels for callback in ours)
+        layout = merge_layouts(callback.panels for callback in ours)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 try:
@@ -147,7 +147,7 @@ def unscales_in_step(optimizer: Optimizer) -> bool:
 
 def say_geometry(optimizer: Optimizer) -> None:
     """Say once of an optimizer what is assumed of it, where its geometry is a guess."""
-    guessed = None if optimizer in _told else assumption(optimizer)
+    guessed = None if optimizer in _told else geometry_assumption(optimizer)
     _told.add(optimizer)
     if guessed is not None:
         rank_zero_info(guessed)
@@ -171,7 +171,7 @@ def is_tryout(trainer: pl.Trainer) -> bool:
 def off_reason(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
     """Why dynamon cannot measure this run at all, in one sentence; None where it can."""
     trained = (p for p in module.parameters() if p.requires_grad and not is_lazy(p))
-    return nothing_there(module) or strategy_reason(trainer) or spread_reason(trained)
+    return nothing_there(module) or strategy_reason(trainer) or several_devices_reason(trained)
 
 
 def nothing_there(module: pl.LightningModule) -> str | None:
@@ -189,3 +189,14 @@ def strategy_reason(trainer: pl.Trainer) -> str | None:
             if word in cls.__name__:
                 return f"{strategy.__name__} {reason}"
     return None
+
+
+def is_read_by_callback(trainer: pl.Trainer, rates: LayerwiseRates) -> bool:
+    """Whether a steering callback reads an optimizer's gradients, as a monitor does: one of them can read for both.
+
+    An optimizer that steers itself reads when its step begins and knows no windows: a monitor that read for it would
+    change what it learns, and so the run.
+    """
+    return any(
+        (find := getattr(c, "rates_for", None)) and find(rates.optimizer) is rates for c in callbacks_of(trainer)
+    )

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from dynamon.callbacks.budget import Budget
-from dynamon.callbacks.writers import Writer, writer_for
+from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.writers import Writer, writer_for
 from dynamon.quantities.histograms import Histogram
 from dynamon.runs.history import History
 

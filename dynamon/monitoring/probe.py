@@ -10,20 +10,23 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from dynamon.callbacks.evaluation import evaluation, trained_parameters
-from dynamon.callbacks.meter import Cadence, Meter, Run, forget_frames
-from dynamon.callbacks.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
-from dynamon.curvature.distributed.fsdp import why_not_whole
+from dynamon.curvature.distributed.fsdp import unsupported_reason
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.isolation.batches import NoWeightError, batch_weight, count_samples, take_samples
 from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
-from dynamon.isolation.random_streams import are_kept
-from dynamon.isolation.saved_batches import UnknownClassError, on_host
-from dynamon.isolation.side_effects import changes, outside_state
+from dynamon.isolation.random_streams import is_restorable
+from dynamon.isolation.saved_batches import UnknownClassError, move_to_host
+from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.kernels import widest_dtype
 from dynamon.kernels.devices import reads_are_free
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.evaluation import evaluation, trained_parameters
+from dynamon.monitoring.failures import forget_frames
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
 NOISY = 0.1  # relative error of a product from which on nothing is shown
@@ -94,7 +97,7 @@ class ProbeMeter(Meter):
         self._losses: list[float] = []
         self._told: set[str] = set()
 
-    def start(self, run: Run) -> None:
+    def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and take up what a checkpoint held."""
         self.off = True
         if run.trainer.world_size > 1 and not run.ranks.is_distributed:
@@ -102,7 +105,9 @@ class ProbeMeter(Meter):
             rank_zero_warn(
                 f"sharpness is off: of several processes it is measured under DDP and FSDP2 only, and this is {name}."
             )
-        elif (split := why_not_whole(run.module, list(trained_parameters(run).values()), run.ranks.size)) is not None:
+        elif (
+            split := unsupported_reason(run.module, list(trained_parameters(run).values()), run.ranks.size)
+        ) is not None:
             rank_zero_warn(f"sharpness is off: {split}.")
         elif run.ranks.is_distributed and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
             rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")
@@ -111,7 +116,7 @@ class ProbeMeter(Meter):
                 "sharpness is off: Transformer Engine keeps the scales of its FP8 numbers outside of the module, where "
                 "they cannot be put back after an evaluation."
             )
-        elif not are_kept(run.module.device):
+        elif not is_restorable(run.module.device):
             rank_zero_warn(
                 f"sharpness is off: torch cannot put back the random numbers of {run.module.device.type}, so that "
                 "training would go on with others."
@@ -125,7 +130,7 @@ class ProbeMeter(Meter):
             self.off = False
             self._take_up(run)
 
-    def _take_up(self, run: Run, like: Any = None) -> None:
+    def _take_up(self, run: RunContext, like: Any = None) -> None:
         """This process's part of a saved probe: what it had, or where their number has changed, as many as others.
 
         What is made of the run's own classes waits for ``like``, a batch of the run, that has them.
@@ -149,7 +154,7 @@ class ProbeMeter(Meter):
         """It has no readings of its own."""
         return False
 
-    def batch_start(self, run: Run, batch: Any) -> None:
+    def batch_start(self, run: RunContext, batch: Any) -> None:
         """Keep a share of the first batches."""
         if self.off:
             return
@@ -177,12 +182,12 @@ class ProbeMeter(Meter):
         if part.reason is not None:
             self._say("whole", f"the probe holds whole batches: {part.reason}. A loss_fn can take less of them.")
 
-    def after_backward(self, run: Run) -> None:
+    def after_backward(self, run: RunContext) -> None:
         """The batch that was kept last has a loss, if anything was passed back."""
         if self._newest is not None and any(p.grad is not None for p in run.module.parameters()):
             self._newest = None
 
-    def _leave_skipped(self, run: Run) -> None:
+    def _leave_skipped(self, run: RunContext) -> None:
         """What was kept of a batch that training has skipped gives way to the next one."""
         skipped, self._newest = self._newest, None
         if skipped is None or self.loss_fn is not None or run.ranks.is_distributed:  # Lightning refuses it under DDP
@@ -209,11 +214,11 @@ class ProbeMeter(Meter):
         """Whether there is something to measure on, on this process."""
         return not self.off and bool(self._sets[0])
 
-    def is_expected(self, run: Run) -> bool:
+    def is_expected(self, run: RunContext) -> bool:
         """Whether there should be something to measure on: the same on all processes."""
         return not self.off and not self._let_go and (run.ranks.is_distributed or self.ready)
 
-    def agree(self, run: Run) -> None:
+    def agree(self, run: RunContext) -> None:
         """At the begin of a measurement, see that all processes have something to measure on.
 
         Raises:
@@ -232,16 +237,18 @@ class ProbeMeter(Meter):
             small = sum(found[: len(numbers)]) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
             self._gather(run, [is_full and small for is_full in are_full])
 
-    def _require_samples(self, run: Run) -> None:
+    def _require_samples(self, run: RunContext) -> None:
         if not self._sets[0]:
             raise LookupError("there is no batch for the probe.") from run.unsettled.get(self.name)
 
-    def _gather(self, run: Run, wanted: Sequence[bool]) -> None:
+    def _gather(self, run: RunContext, wanted: Sequence[bool]) -> None:
         """Have the parts of all processes here, once: a checkpoint holds what the first process saves."""
         for place, (kept, is_wanted) in enumerate(zip(self._sets, wanted, strict=True)):
             if is_wanted and not self._parts[place]:
                 states = [one.state() for one in kept]
-                self._parts[place] = run.ranks.all_gather_object([{**s, "batch": on_host(s["batch"])} for s in states])
+                self._parts[place] = run.ranks.all_gather_object(
+                    [{**s, "batch": move_to_host(s["batch"])} for s in states]
+                )
 
     @property
     def samples(self) -> int | None:
@@ -253,14 +260,14 @@ class ProbeMeter(Meter):
         """Whether all of it is here, on this process."""
         return self._is_full(self._sets[0])
 
-    def is_everything(self, run: Run) -> bool:
+    def is_everything(self, run: RunContext) -> bool:
         """Whether the probe is the whole training set."""
         return is_whole_training_set(run.trainer, self._sets[0])
 
     def evaluation(
-        self, run: Run, names: Collection[str] | None = None, moves: bool = False
+        self, run: RunContext, names: Collection[str] | None = None, moves: bool = False
     ) -> AbstractContextManager[FlatParameters]:
-        """Where the loss may be evaluated again: :func:`dynamon.callbacks.evaluation.evaluation`.
+        """Where the loss may be evaluated again: :func:`dynamon.monitoring.evaluation.evaluation`.
 
         Args:
             run: The run.
@@ -270,7 +277,7 @@ class ProbeMeter(Meter):
         owned = {name: p for name, p in trained_parameters(run).items() if names is None or name in names}
         return evaluation(run, owned, self.gathers, moves)
 
-    def loss(self, run: Run, second: bool = False) -> Tensor:
+    def loss(self, run: RunContext, second: bool = False) -> Tensor:
         """Mean loss over this process's batches of the probe by their weights."""
         try:
             return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
@@ -278,22 +285,22 @@ class ProbeMeter(Meter):
             self._sets = [[replace(one, is_tried=False) for one in kept] for kept in self._sets]
             raise
 
-    def mean_loss(self, run: Run) -> Tensor:
+    def mean_loss(self, run: RunContext) -> Tensor:
         """The same over the batches of all processes, without a graph where there are several."""
         return run.ranks.mean(self.loss(run), self._total())
 
-    def hessian(self, run: Run, params: FlatParameters, second: bool = False) -> HessianOperator | MeanOverRanks:
+    def hessian(self, run: RunContext, params: FlatParameters, second: bool = False) -> HessianOperator | MeanOverRanks:
         """The Hessian of the mean loss over the probe of all processes."""
         if isinstance(params, ShardedParameters):
             share = self._share(run, self._total(second))
             return ShardedHessian(lambda: share * self.loss(run, second), params)
         return self.over_ranks(run, HessianOperator(lambda: self.loss(run, second), params), second)
 
-    def over_ranks(self, run: Run, operator: OperatorT, second: bool = False) -> OperatorT | MeanOverRanks:
+    def over_ranks(self, run: RunContext, operator: OperatorT, second: bool = False) -> OperatorT | MeanOverRanks:
         """From an operator of this process's part of the probe to that of the whole."""
         return MeanOverRanks(operator, self._total(second), run.ranks) if run.ranks.is_distributed else operator
 
-    def batch_hessian(self, run: Run, params: FlatParameters, batch: Any) -> HessianOperator | MeanOverRanks:
+    def batch_hessian(self, run: RunContext, params: FlatParameters, batch: Any) -> HessianOperator | MeanOverRanks:
         """The Hessian of the loss on a batch, that of all processes together."""
         index, weight = (
             run.trainer.fit_loop.epoch_loop.batch_idx,
@@ -305,7 +312,7 @@ class ProbeMeter(Meter):
         own = HessianOperator(lambda: training_loss(run.module, batch, self.loss_fn, index), params)
         return MeanOverRanks(own, weight, run.ranks) if run.ranks.is_distributed else own
 
-    def _share(self, run: Run, weight: float) -> float:
+    def _share(self, run: RunContext, weight: float) -> float:
         """What this process's loss counts in the mean over the processes that FSDP2 takes."""
         total = run.ranks.sum(torch.tensor(weight, dtype=widest_dtype(run.module.device), device=run.module.device))
         return weight * run.ranks.size / float(total)
@@ -323,7 +330,7 @@ class ProbeMeter(Meter):
         weights = values.new_tensor([one.weight for one in kept])
         return (values * weights).sum() / weights.sum()
 
-    def check(self, run: Run) -> bool:
+    def check(self, run: RunContext) -> bool:
         """Whether there is something to measure on, the same on all processes; asked before each measurement.
 
         Where something was kept since the last time the loss is evaluated once. If it has none the next batch is taken
@@ -357,7 +364,7 @@ class ProbeMeter(Meter):
         rank_zero_warn(sentence)
         return False
 
-    def _try_out(self, run: Run) -> bool:
+    def _try_out(self, run: RunContext) -> bool:
         """Evaluate the loss on what has not been tried; whether the first set is good."""
         found = torch.zeros(len(self._sets), 2, dtype=widest_dtype(_where(run)), device=_where(run))
         for place, kept in enumerate(self._sets):
@@ -383,7 +390,7 @@ class ProbeMeter(Meter):
         self._let_go = verdicts[0] != _GOOD
         return not self._let_go
 
-    def _verdict(self, run: Run, place: int) -> float:
+    def _verdict(self, run: RunContext, place: int) -> float:
         """What the loss on a set says of it.
 
         Raises:
@@ -414,30 +421,30 @@ class ProbeMeter(Meter):
             return _NO_LOSS
         return _GOOD
 
-    def _look(self, run: Run, place: int) -> float:
+    def _look(self, run: RunContext, place: int) -> float:
         """The loss on a set; what is outside of the module is marked before the first evaluations of the first set."""
         if place == 0 and not self._checked:
-            self._marks.append(outside_state(run.module, run.module.training_step))
+            self._marks.append(external_state(run.module, run.module.training_step))
         with self.evaluation(run):
             loss = float(self.loss(run, second=place == 1).detach())
         if place == 0 and not self._checked:
             self._losses.append(loss)
         return loss
 
-    def _effect(self, run: Run) -> str | None:
+    def _effect(self, run: RunContext) -> str | None:
         """What two evaluations change outside of the module, in words; None where there is nothing."""
         self._marks, self._losses = self._marks[-1:], self._losses[-1:]  # of the evaluation that tried it, if any
         while len(self._losses) < 2:
             self._look(run, 0)
-        marks = [*self._marks, outside_state(run.module, run.module.training_step)]
+        marks = [*self._marks, external_state(run.module, run.module.training_step)]
         # What changed the first time only is a cache that has been filled.
-        changed = [name for name in changes(*marks[1:]) if name in changes(*marks[:2])]
+        changed = [name for name in changed_names(*marks[1:]) if name in changed_names(*marks[:2])]
         if changed:
             return f"it changes {', '.join(changed[:3])}"
         first, second = self._losses
         return _difference(first, second, run.module.device)
 
-    def halve(self, run: Run) -> str | None:
+    def halve(self, run: RunContext) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
 
         Several processes call it together, whichever of them ran out of memory. One that has two samples keeps them.
@@ -535,12 +542,12 @@ def check_probe(
         raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")
 
 
-def _has_transformer_engine(run: Run) -> bool:
+def _has_transformer_engine(run: RunContext) -> bool:
     own = any(type(m).__module__.split(".")[0] == "transformer_engine" for m in run.module.modules())
     return own or str(run.trainer.precision).startswith("transformer-engine")
 
 
-def _where(run: Run) -> torch.device:
+def _where(run: RunContext) -> torch.device:
     """Where a few numbers are reduced: on the host where there is nobody to reduce with."""
     return run.module.device if run.ranks.is_distributed else torch.device("cpu")
 

@@ -12,13 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.board.custom_scalars import layout_of
-from dynamon.callbacks.evaluation import trained_parameters
-from dynamon.callbacks.gauss_newton import GaussNewton, OutputsFn
-from dynamon.callbacks.meter import PAUSE_AFTER, Cadence, Failures, Meter, Run, forget_frames
-from dynamon.callbacks.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
-from dynamon.callbacks.room import room_for
-from dynamon.callbacks.steps import StepMeter
+from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import (
     Eigenpairs,
     EigenTracker,
@@ -43,6 +37,15 @@ from dynamon.curvature.operators.preconditioner import (
 from dynamon.curvature.solvers.lanczos import random_start
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.distributed.ranks import ran_out_of_memory
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.evaluation import trained_parameters
+from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
+from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
+from dynamon.monitoring.memory_plan import plan_memory
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.optim import steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.entries.sharpness import SUBSPACE
@@ -55,8 +58,8 @@ from dynamon.stability import (
 )
 
 _TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})  # with a warm start of their own
-_TRACE_SAMPLES = 16
-_DENSITY_STEPS, _DENSITY_PROBES = 60, 2
+_TRACE_VECTORS = 16
+_DENSITY_STEPS, _DENSITY_VECTORS = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
@@ -64,7 +67,7 @@ _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe
 class _Point:
     """One measurement in the making."""
 
-    run: Run
+    run: RunContext
     params: FlatParameters  # as the loss sees them
     owned: list[Tensor]  # as the optimizers do
     hessian: HessianOperator | MeanOverRanks
@@ -96,7 +99,7 @@ class EigenvalueMeter(Meter):
         self,
         cadence: Cadence,
         probe: ProbeMeter,
-        steps: StepMeter,
+        steps: UpdateCurvatureMeter,
         quantities: Sequence[str],
         tol: float,
         max_matvecs: int,
@@ -112,7 +115,7 @@ class EigenvalueMeter(Meter):
         declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
         self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
         self.quantities = meanings(one for one in declared if one.scope is Scope.PER_LAYER)
-        self.panels = layout_of(declared)
+        self.panels = chart_layout(declared)
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None
@@ -125,7 +128,7 @@ class EigenvalueMeter(Meter):
         self._failures = Failures()
         self._last_loss = math.inf
 
-    def start(self, run: Run) -> None:
+    def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and what is measured instead."""
         if self._probe.off:
             return
@@ -147,18 +150,18 @@ class EigenvalueMeter(Meter):
         whole = not any(is_sharded(p) for p in trained_parameters(run).values())
         self._is_guess = run.module.device.type != "cpu" and not self._memory_limit and whole
 
-    def _fits(self, run: Run) -> bool:
+    def _fits(self, run: RunContext) -> bool:
         """Whether the vectors of a solve fit beside what training holds, asked once more before the first one."""
         if self._is_guess:
             self._is_guess = False
             self._check_memory(run)
         return not self._too_large
 
-    def _check_memory(self, run: Run) -> None:
+    def _check_memory(self, run: RunContext) -> None:
         trained = list(trained_parameters(run).values())
         if not trained:
             return
-        room = room_for(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
+        room = plan_memory(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
         self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
         self._needed = room.needed
         allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
@@ -191,7 +194,7 @@ class EigenvalueMeter(Meter):
         """Not where it is off for another reason."""
         return super().is_missed() and not self.is_off()
 
-    def expected(self, run: Run) -> float:
+    def expected(self, run: RunContext) -> float:
         """Products of the coming measurement at what they took lately.
 
         A guess of two training steps for a product on a full batch counts as one experience, so that a single
@@ -199,27 +202,27 @@ class EigenvalueMeter(Meter):
         """
         trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
         products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
-        products += _TRACE_SAMPLES * ("trace" in self._wanted)
+        products += _TRACE_VECTORS * ("trace" in self._wanted)
         products += 6 * len(run.layers) if "blocks" in self._wanted else 0
-        products += _DENSITY_STEPS * _DENSITY_PROBES * ("density" in self._wanted)
+        products += _DENSITY_STEPS * _DENSITY_VECTORS * ("density" in self._wanted)
         guess = 2 * run.seconds_per_step * self._probe.share
         if not self._product_seconds:  # the first one also chooses how products are made, and checks them
             return 2 * products * guess
         return products * median([guess, *self._product_seconds])
 
-    def _is_due(self, run: Run) -> bool:
+    def _is_due(self, run: RunContext) -> bool:
         return (
             not self.is_off()
             and self._probe.is_expected(run)
             and self.cadence.due(run, self.name, self.expected, run.step)
         )
 
-    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+    def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
         if "subspace" in self._wanted and self._is_due(run):
             self._steps.copy_weights(run)
 
-    def make_room(self, run: Run) -> str | None:
+    def make_room(self, run: RunContext) -> str | None:
         """Halve the probe; give up solves where it is not to blame, of one process."""
         alone, share = not run.ranks.is_distributed, self._probe.share
         fits = free_memory(run.module.device) > self._needed
@@ -230,7 +233,7 @@ class EigenvalueMeter(Meter):
         self._steps.also("critical")
         return "Eigenvalues are left out: critical sharpness, which needs forward passes only, is shown instead."
 
-    def batch_end(self, run: Run) -> None:
+    def batch_end(self, run: RunContext) -> None:
         """Measure when due."""
         if not self._is_due(run) or not run.steps.any_taken():
             return
@@ -250,7 +253,7 @@ class EigenvalueMeter(Meter):
         self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
         self.done(run)
 
-    def _measure(self, run: Run) -> int:
+    def _measure(self, run: RunContext) -> int:
         self._is_solving = False
         if not self._fits(run):
             return 0
@@ -275,12 +278,12 @@ class EigenvalueMeter(Meter):
             if "ggn" in self._wanted:
                 self._attempt(point, "ggn", self._ggn)
             self._judge(point)
-            point.readings["sharpness/products"] = float(point.products)
+            point.readings["sharpness/matvecs"] = float(point.products)
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
         return point.products
 
-    def _leave_out(self, run: Run, reason: str) -> None:
+    def _leave_out(self, run: RunContext, reason: str) -> None:
         """Measure nothing any more: what is in the way stays there.
 
         Raises:
@@ -330,7 +333,7 @@ class EigenvalueMeter(Meter):
             point.failed[quantity] = error
             self._start_anew(point.run)
 
-    def _start_anew(self, run: Run) -> None:
+    def _start_anew(self, run: RunContext) -> None:
         """After a failure some of several processes may have come further than others: all track from nothing."""
         if run.ranks.is_distributed:
             self._trackers, self._blocks, self._space = {}, {}, None
@@ -359,7 +362,7 @@ class EigenvalueMeter(Meter):
         ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
         factors = [ratio_of.get(id(p), 1.0) for p in point.owned]
         scaling = stability_scaling(optimizer, point.owned, factors, point.params.space)
-        point.readings["sharpness/left_out"] = float(scaling.left_out)
+        point.readings["sharpness/excluded_coordinates"] = float(scaling.excluded)
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
             found = self._solve_hessian(point)
@@ -381,7 +384,7 @@ class EigenvalueMeter(Meter):
 
     def _trace(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = trace(point.hessian, samples=_TRACE_SAMPLES, seed=self.points)
+        found = trace(point.hessian, num_vectors=_TRACE_VECTORS, seed=self.points)
         point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
         point.products += found.matvecs
 
@@ -439,7 +442,7 @@ class EigenvalueMeter(Meter):
 
     def _density(self, point: _Point) -> None:
         _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, probes=_DENSITY_PROBES, seed=self.points)
+        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, num_vectors=_DENSITY_VECTORS, seed=self.points)
         point.products += found.matvecs
         self.last_density = found
         point.readings["sharpness/outliers"] = float(len(found.outliers))
@@ -473,7 +476,7 @@ class EigenvalueMeter(Meter):
             after = ", the whole training set." if are_all else _SMALL_PROBE
             rank_zero_info(f"sharpness is measured on {self._probe.samples_in_all} samples{after}")
 
-    def _warn(self, run: Run, readings: Mapping[str, float]) -> None:
+    def _warn(self, run: RunContext, readings: Mapping[str, float]) -> None:
         missed = [tag for tag in readings if tag.endswith("_unconverged")]
         if missed and "unconverged" not in self._told:
             self._told.add("unconverged")

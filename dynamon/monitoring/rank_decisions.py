@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from dynamon.distributed.ranks import Ranks
 
 if TYPE_CHECKING:
-    from dynamon.callbacks.meter import Meter, Run
+    from dynamon.monitoring.meter import Meter
+    from dynamon.monitoring.run_context import RunContext
 
 _LONGEST = 10_000  # steps between two decisions at most
 _SHARE = 0.1  # most of the budget that decisions may take
@@ -35,7 +36,7 @@ class Decisions:
         self._next, self._at = -math.inf, -1
         self._allowed: frozenset[str] = frozenset()
 
-    def batch_start(self, run: "Run", meters: Iterable["Meter"]) -> None:
+    def batch_start(self, run: "RunContext", meters: Iterable["Meter"]) -> None:
         """Decide, if this is the step for it; the same on all processes."""
         if not run.ranks.is_distributed or run.step < self._next:
             return
@@ -53,7 +54,7 @@ class Decisions:
         """Whether the last decision allows a meter to begin at ``step``, or at the one before."""
         return name in self._allowed and self._at <= step <= self._at + 1
 
-    def _say(self, run: "Run", waiting: Sequence["Meter"]) -> list[float]:
+    def _say(self, run: "RunContext", waiting: Sequence["Meter"]) -> list[float]:
         """What the first process has to say; the others wait for it, so it must say something."""
         said = [0.0] * len(waiting) + [run.step + 1.0]
         if run.ranks.rank == 0:
@@ -64,7 +65,7 @@ class Decisions:
                 run.unsettled.setdefault(waiting[0].name, error)
         return said
 
-    def _decide(self, run: "Run", waiting: Iterable["Meter"]) -> list[float]:
+    def _decide(self, run: "RunContext", waiting: Iterable["Meter"]) -> list[float]:
         """For each meter whether it may begin now, and the step of the next decision."""
         allowed, steps = [], [float(_LONGEST)]
         costs = {meter: meter.expected(run) for meter in waiting}
@@ -78,7 +79,7 @@ class Decisions:
         known = max(run.steps_seen, 1)  # what few steps took says little of more than as many
         return [*map(float, allowed), run.step + min(wait, known, _LONGEST)]
 
-    def _steps_that_pay(self, run: "Run") -> float:
+    def _steps_that_pay(self, run: "RunContext") -> float:
         """Steps in which a decision is earned."""
         assert run.budget.fraction is not None
         return math.ceil(self._seconds / max(_SHARE * run.budget.fraction * run.seconds_per_step, 1e-9))

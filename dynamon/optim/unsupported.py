@@ -27,7 +27,7 @@ _PACKAGES = {
 }  # whose optimizers are all of that kind
 
 
-def refusal(optimizer: object) -> str | None:
+def unsupported_reason(optimizer: object) -> str | None:
     """Why layerwise rates cannot be applied to an optimizer, in one sentence; None where they can."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
@@ -66,7 +66,7 @@ def _overrides_by_place(optimizer: Optimizer) -> bool:
     return any(getattr(manager, name, None) for name in ("index2config", "pid2config", "module_weight_config_triple"))
 
 
-def spread_reason(parameters: Iterable[Tensor]) -> str | None:
+def several_devices_reason(parameters: Iterable[Tensor]) -> str | None:
     """Why the gradients of some parameters cannot be read for a rule, in one sentence; None where they can."""
     devices = sorted({str(p.device) for p in parameters})
     if len(devices) < 2:
@@ -74,7 +74,7 @@ def spread_reason(parameters: Iterable[Tensor]) -> str | None:
     return f"the model's parameters are on {' and '.join(devices)}, and gradients are read on one device."
 
 
-def refuse_step(optimizer: Optimizer, applies: bool) -> None:
+def check_step(optimizer: Optimizer, applies: bool) -> None:
     """Raise where the rates of a step that begins would be frozen in it, for every step to come.
 
     Args:
@@ -95,7 +95,7 @@ def _refuse(optimizer: Optimizer, reason: str) -> None:
     raise RuntimeError(f"{type(optimizer).__name__} cannot take layerwise rates in a step that {reason}.")
 
 
-def check_decay(optimizer: Optimizer) -> None:
+def check_decoupled_decay(optimizer: Optimizer) -> None:
     """Raise where weight decay is part of the gradient, so that dividing it by the ratio would not undo the rate's."""
     if any(group.get("weight_decay") and not is_decoupled(optimizer, group) for group in optimizer.param_groups):
         raise ValueError(

@@ -1,0 +1,133 @@
+"""What a meter may know of the run that it measures."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynamon.distributed.dtensor import any_sharded
+from dynamon.layers import Layer
+from dynamon.monitoring.base import is_tryout, step_of
+from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.layer_set import LayerSet
+from dynamon.monitoring.rank_decisions import Decisions, ranks_of
+from dynamon.monitoring.recorder import Recorder
+from dynamon.monitoring.stepping import Steps
+from dynamon.monitoring.weight_copies import copied
+
+
+class RunContext:
+    """What a meter may know of the run it measures.
+
+    Attributes:
+        trainer: The Trainer.
+        module: The LightningModule.
+        budget: Times measurements.
+        recorder: Takes readings.
+        ranks: The processes that measure together, this one alone where there is no other.
+        decisions: When they measure under a budget.
+        steps: Which optimizers really step.
+        begun_at: The step at which this fit began.
+        unsettled: What went wrong in a meter on this process and has yet to be said to the others, by its name.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        budget: Budget,
+        recorder: Recorder,
+        patterns: Sequence[str] | None = None,
+    ) -> None:
+        """Remember them, and read the layers."""
+        self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
+        self._set = LayerSet(module, patterns)
+        self.ranks, self.decisions = ranks_of(trainer, module), Decisions()
+        self.steps = Steps(trainer, module, self.ranks, budget.waiting)
+        self.begun_at = self.step
+        self.unsettled: dict[str, Exception] = {}
+        self._copies: dict[str, Tensor] = {}
+        self._copied_at = (-1, -1)
+
+    @property
+    def all_layers(self) -> list[Layer]:
+        """Every layer of the module that can be measured, as they are now."""
+        return self._set.every
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Those that per-layer readings are wanted for."""
+        return self._set.chosen
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Names of all layers by the ``id`` of their parameter, as they were when they were looked at last."""
+        return self._set.names
+
+    @property
+    def layers_version(self) -> int:
+        """A number that changes whenever the layers do."""
+        return self._set.version
+
+    def hook(self, optimizer: Optimizer | None = None) -> None:
+        """A hook begins: what is measured in it and after it looks at the layers once more."""
+        self._set.hook(optimizer)
+
+    @property
+    def step(self) -> int:
+        """The x axis of Lightning's own monitors; constant from the start of a batch to its end."""
+        return step_of(self.trainer)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold parameters in parts (FSDP2), so that every measurement takes all of them."""
+        return any_sharded([layer.parameter for layer in self.all_layers])
+
+    @property
+    def trying_out(self) -> bool:
+        """Whether this is a ``fast_dev_run``, in which everything is measured at once."""
+        return is_tryout(self.trainer)
+
+    def go_back(self) -> None:
+        """Training goes on from an earlier step."""
+        self.decisions, self.begun_at = Decisions(), min(self.begun_at, self.step)
+        self.unsettled.clear()
+        self.forget_copies()
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean training time of a step, measurements not counted."""
+        return self.budget.training / max(self.steps_seen, 1)
+
+    steps_seen = 0  # optimizer steps since training began
+    failures = 0  # of single quantities in measurements that went on without them
+    strict = False  # whether a failure is to be raised
+
+    def copies(self, layers: Iterable[Layer]) -> dict[str, Tensor]:
+        """Weights by layer name as they are before this optimizer step, copied once whoever asks; not to be written."""
+        step = self.trainer.global_step, self.step
+        if step != self._copied_at:
+            self._copies, self._copied_at = {}, step
+        own = {layer.name: layer.parameter for layer in layers}
+        self._copies |= copied({name: p.detach() for name, p in own.items() if name not in self._copies})
+        return {name: self._copies[name] for name in own}
+
+    def forget_copies(self) -> None:
+        """Leave the copies to those who hold them."""
+        self._copies, self._copied_at = {}, (-1, -1)
+
+    @contextmanager
+    def charge(self, name: str, waits: bool = False) -> Iterator[None]:
+        """Book the time inside to a measurement; ``waits`` where the host reads something of the device in it."""
+        with self.budget.charge(name, self.module.device, waits):
+            yield
+
+    @contextmanager
+    def together(self, name: str) -> Iterator[None]:
+        """Book the time of a measurement that succeeds on all processes, or on none."""
+        with self.charge(name, waits=True), self.ranks.collective_section():
+            if name in self.unsettled:
+                raise self.unsettled.pop(name)
+            yield

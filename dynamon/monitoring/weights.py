@@ -1,0 +1,280 @@
+"""Sizes of weights and updates, how updates turn, the spectrum's extremes, and what decay leaves."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynamon.board.custom_scalars import chart_layout
+from dynamon.distributed.dtensor import to_local
+from dynamon.layers import Layer
+from dynamon.layers.complex_pairs import as_real
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.failures import PAUSE_AFTER, forget_frames
+from dynamon.monitoring.meter import FULL_EVERY
+from dynamon.monitoring.pair_meter import PairMeter
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.weight_copies import matching, whole_copies
+from dynamon.optim import steering_of
+from dynamon.quantities import Scope, meanings, quantities_of
+from dynamon.quantities.entrywise import entrywise_readings
+from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
+from dynamon.quantities.sharded_weights import sharded_weight_readings
+from dynamon.quantities.updates import joint_cosine
+from dynamon.quantities.weight_decay import DecayRetention, decay_assumption, decoupled_decay
+from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, layer_spectra, warm_up_spectra, weight_readings
+from dynamon.spectra.convolution import layer_convolution_bounds
+
+_TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
+_COMPARED = ("cosine", "last", "previous")  # of the last two steps
+_FULL = "full spectra"  # under which their time is booked
+_FULL_TO_PLAIN = 10
+
+
+class WeightMeter(PairMeter):
+    """Copies the weights before a step and the one before it, and measures them, and the steps, afterwards.
+
+    Args:
+        cadence: When.
+        with_histograms: Whether to take histograms, every tenth reading.
+        with_convolutions: Whether to bound the norms of convolutions, every tenth reading.
+    """
+
+    name = "weight"
+    panels = chart_layout(quantities_of("weight"))
+    tags = meanings(quantities_of("weight", scope=Scope.SCALAR))
+    histograms = meanings(quantities_of("weight", scope=Scope.HISTOGRAMS))
+    quantities = meanings(quantities_of("weight", scope=Scope.PER_LAYER))
+
+    def __init__(self, cadence: Cadence, with_histograms: bool = False, with_convolutions: bool = False) -> None:
+        """Nothing copied."""
+        super().__init__(cadence)
+        self._with_histograms, self._with_convolutions = with_histograms, with_convolutions
+        self._full_at: int | None = None  # the number of the last full reading
+        self._full_failures = 0  # in a row
+        self._before: dict[str, Tensor] = {}
+        self._earlier: dict[str, Tensor] = {}  # before the step that preceded
+        self._rates: dict[str, tuple[float, float]] = {}
+        self._reading = False  # this step is measured
+        self._memory = DecayRetention()
+        self._layers: list[Layer] = []
+
+    def start(self, run: RunContext) -> None:
+        """Take up saved weights of the layers that are there still."""
+        for assumed in map(decay_assumption, run.trainer.optimizers):
+            if assumed is not None:
+                rank_zero_info(assumed)
+        self._layers = run.layers
+        self._earlier = matching(run.layers, self._earlier)
+        warm_up_spectra(run.layers)
+
+    def batch_start(self, run: RunContext, batch: Any) -> None:
+        """Copy the weights here where they change in backward."""
+        if not run.steps.in_backward:
+            return
+        self._reading = self.reads(run)
+        if not self._before and (self._reading or self.keeps(run)):
+            trained = [la for la in run.layers if la.parameter.requires_grad]
+            with run.charge(self.name):
+                self._before = {name: to_local(weight) for name, weight in run.copies(trained).items()}
+
+    def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
+        """Follow this optimizer's decay, and copy the weights it is about to change."""
+        reads, keeps = self.reads(run), self.keeps(run)
+        self._reading = reads
+        key = (run.trainer.global_step, len(run.steps.of(optimizer).outcomes))
+        self._memory.before_step(optimizer, run.names, key)
+        if not reads and not keeps:
+            return
+        with run.charge(self.name):
+            self._layers = run.layers
+            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            # Where an optimizer steps twice in a batch, its update is that of the batch.
+            # What is frozen takes no step, which is another thing than a step of zero.
+            trained = [la for la in run.layers if id(la.parameter) in own and la.parameter.requires_grad]
+            wanted = [la for la in trained if la.name not in self._before]
+            if run.steps.in_backward:  # too late, where it was not known before
+                wanted = []
+            self._before |= {name: to_local(weight) for name, weight in run.copies(wanted).items()}
+            if reads:
+                self._rates |= _rates(optimizer, run.names)
+
+    def batch_end(self, run: RunContext) -> None:
+        """Measure, if weights were copied for that."""
+        before, earlier, self._before, self._earlier = self._before, self._earlier, {}, {}
+        rates, self._rates = self._rates, {}
+        reads, self._reading = self._reading, False
+        ratios, decay_ratios = self._ratios(run) if rates or self._memory.is_waiting else ({}, {})
+        self._memory.after_steps(decay_ratios, run.steps.outcomes())
+        if before and not run.steps.any_taken():
+            self._earlier = earlier  # as if there had been no step
+            return
+        before = self._of_those_taken(run, before)
+        try:
+            if reads and (before or run.ranks.is_distributed):
+                with run.together(self.name):
+                    steered = {
+                        name: (rate * ratios.get(name, 1.0), rate * decay * decay_ratios.get(name, 1.0))
+                        for name, (rate, decay) in rates.items()
+                    }
+                    self._measure(run, before, earlier, steered)
+                if self._full_is_due(run):
+                    self._try_full(run)
+                self.done(run)
+        finally:
+            self.turn(run)
+        self._earlier = before if self._armed else {}
+
+    @staticmethod
+    def _of_those_taken(run: RunContext, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights before the step of the layers whose optimizer took one."""
+        if not before or run.steps.in_backward:
+            return before
+        own = {id(p) for o in run.steps.taken() for group in o.param_groups for p in group["params"]}
+        return {la.name: before[la.name] for la in run.layers if la.name in before and id(la.parameter) in own}
+
+    def wake(self, run: RunContext) -> None:
+        """What was kept is of another step."""
+        super().wake(run)
+        self._earlier, self._before = {}, {}
+
+    def expected(self, run: RunContext) -> float:
+        """The mean so far without full readings; half a step for the first."""
+        return super().expected(run) if self._timed else run.seconds_per_step / 2
+
+    def _full_is_due(self, run: RunContext) -> bool:
+        """Whether this reading brings what is dear; the first of those is taken to cost so many plain ones."""
+        if self._full_failures >= PAUSE_AFTER:
+            return False
+        if self._is_fixed(run) or run.ranks.is_distributed:  # several processes must all come to the same answer
+            return self.points % FULL_EVERY == 0
+        if self._full_at is not None and self.points - self._full_at < FULL_EVERY:
+            return False
+        guess = _FULL_TO_PLAIN * run.budget.last.get(self.name, 0.0)
+        return run.budget.allows(_FULL, run.budget.last.get(_FULL, guess), self.cadence.share)
+
+    def _try_full(self, run: RunContext) -> None:
+        """Take what is dear; where that fails, the plain reading goes on without, and after three times for good."""
+        self._full_at = self.points
+        try:
+            with run.together(_FULL):
+                self._full(run)
+            self._full_failures = 0
+        except Exception as error:
+            if run.strict or not run.ranks.is_collective_failure(error):
+                raise
+            forget_frames(error)
+            run.failures += 1
+            self._full_failures += 1
+            if self._full_failures in (1, PAUSE_AFTER):
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                paused = self._full_failures == PAUSE_AFTER
+                after = "They are left out from now on." if paused else "The other weight readings go on."
+                rank_zero_warn(f"step {run.step}: full spectra could not be measured: {line} {after}")
+
+    def _ratios(self, run: RunContext) -> tuple[dict[str, float], dict[str, float]]:
+        """The factors that steering has on each layer's rate and on its decay, an optimizer's own steering included."""
+        on_rate: dict[str, float] = {}
+        on_decay: dict[str, float] = {}
+        for optimizer in run.trainer.optimizers:
+            rates = steering_of(optimizer)
+            if rates is not None:
+                ratios = rates.applied
+                found = {run.names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
+                on_rate |= found
+                on_decay |= found if rates.scale_weight_decay else {}
+        return on_rate, on_decay
+
+    def _measure(
+        self,
+        run: RunContext,
+        before: Mapping[str, Tensor],
+        earlier: Mapping[str, Tensor],
+        rates: Mapping[str, tuple[float, float]],
+    ) -> None:
+        names = [layer.name for layer in run.layers]
+        if run.is_sharded:
+            readings = sharded_weight_readings(run.layers, before, earlier, run.ranks)
+        else:
+            readings = weight_readings(run.layers, before, earlier)
+        memory = self._memory.row(names)
+        columns = [getattr(readings, field) for field in FIELDS.values()]
+        columns += entrywise_readings(run.layers, ENTRYWISE, run.ranks if run.is_sharded else None)
+        columns += [getattr(readings, field) for field in _COMPARED]
+        if memory.device == columns[0].device:
+            host = torch.stack([*columns, memory]).cpu().numpy()  # the one copy
+        else:  # on the host already
+            host = np.concatenate([torch.stack(columns).cpu().numpy(), memory[None].numpy()])
+        table = dict(zip(_TAGS, host, strict=False))
+        updates, left = host[len(_TAGS) : -1], host[-1]
+        cosine = joint_cosine(updates)
+        if np.isfinite(cosine):
+            run.recorder.scalars({"update/cosine": cosine}, headline=True)
+        table |= _rate_readings(names, rates, table)
+        optional = {"update/layer_cosine": updates[0], "weight/initial_fraction": left}
+        for quantity, row in (table | {q: row for q, row in optional.items() if np.isfinite(row).any()}).items():
+            run.recorder.layers(quantity, row, names)
+
+    def _full(self, run: RunContext) -> None:
+        """What needs all singular values, histograms, and what convolutions do to whole inputs."""
+        names, spectra = layer_spectra(run.layers, group=run.ranks if run.ranks.is_distributed else None)
+        if spectra is not None:
+            table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
+            for field, row in zip(FULL_SPECTRUM, table, strict=True):
+                run.recorder.layers(f"spectrum/{field}", row, names)
+        if self._with_histograms:
+            binned = read_histograms(self._binned(run))
+            run.recorder.histograms("weight/histogram", binned, [layer.name for layer in run.layers])
+        if self._with_convolutions:
+            names, bounds = layer_convolution_bounds(run.layers, run.ranks)
+            for side, row in zip(("lower", "upper"), bounds.cpu().numpy(), strict=True):
+                if names:
+                    run.recorder.layers(f"spectrum/convolution_{side}", row, names)
+
+    def _binned(self, run: RunContext) -> Tensor:
+        weights = [as_real(to_local(layer.parameter.detach())) for layer in run.layers]
+        table = histogram_table(weights)
+        return reduce_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decay has left, and where the next step is read, the weights before the last one."""
+        earlier = whole_copies(self._earlier, self._layers) if self.saves_copies else {}
+        return {**super().state_dict(), "memory": self._memory.state_dict(), "earlier": earlier}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state)
+        self._before, self._rates, self._reading = {}, {}, False
+        self._memory.load_state_dict(state.get("memory", {}))
+        self._earlier = dict(state.get("earlier", {}))
+        if self._layers:  # in the middle of a run
+            self._earlier = matching(self._layers, self._earlier)
+
+
+def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[float, float]]:
+    """Learning rate and decoupled decay by layer, before a scheduler moves on."""
+    return {
+        names[id(p)]: (float(group.get("lr", np.nan)), float(decoupled_decay(optimizer, group)))
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in names and p.requires_grad
+    }
+
+
+def _rate_readings(
+    names: Sequence[str], rates: Mapping[str, tuple[float, float]], table: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Learning rate and rate x decay of each layer, as in force, against its norms."""
+    rate, shrink = np.array([rates.get(name, (np.nan, np.nan)) for name in names]).T
+    size, step = table["weight/frobenius"].astype(np.float64), table["update/operator"].astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        usage = shrink * table["weight/operator"] / step
+        return {
+            "weight/effective_rate": np.where(size > 0, rate / np.square(size), np.nan),
+            "weight/constraint_usage": np.where((shrink > 0) & (step > 0), usage, np.nan),
+        }
