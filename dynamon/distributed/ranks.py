@@ -36,8 +36,8 @@ class Ranks:
 
     - Inside :meth:`collective_section` the flags are reduced and read before each collective (:meth:`check`). A process
       that raises sends its flags in place of its next check; every process then leaves the section with an exception.
-    - :meth:`sum_or_nan` reduces the flags along with the numbers, whose count all processes know. Nothing is read on the
-      host: where a process failed, the others receive NaN.
+    - :meth:`sum_or_nan` reduces the flags along with the numbers, whose count all processes know. Nothing is read on
+      the host: where a process failed, the others receive NaN.
 
     Args:
         device: Where reductions take place: that of the parameters.
@@ -93,8 +93,8 @@ class Ranks:
             count: How many, the same on every process.
 
         Returns:
-            ``[count]``, the same on every process, in float64 where the device has it; NaN where another process failed.
-            Alone: what ``measure`` returns, flattened.
+            ``[count]``, the same on every process, in the widest dtype of the device; NaN where another process failed.
+            On a process alone what ``measure`` returns, flattened.
 
         Raises:
             Exception: What ``measure`` raised, on this process only.

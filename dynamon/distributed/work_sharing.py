@@ -20,8 +20,9 @@ def share_work(
 ) -> Tensor:
     """Measure T items, each on one process, where the whole tensors that it takes are gathered.
 
-    Every process must call this with the same costs, inside :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Sharded
-    tensors are gathered a few at a time (:func:`dynamon.distributed.dtensor.gather_rounds`).
+    Every process must call this with the same costs, inside
+    :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Sharded tensors are gathered a few at a time
+    (:func:`dynamon.distributed.dtensor.gather_rounds`).
 
     Args:
         measure: From the positions of N items and their whole tensors to their readings ``[rows, N]``.

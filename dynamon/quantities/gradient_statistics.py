@@ -103,8 +103,8 @@ class GradientStatistics:
     def reduce(self, measure: Callable[[], PartialStats]) -> PartialStats:
         """Reduce what :meth:`measure` returns on each process, by one message.
 
-        Where matrices are gathered, the processes first check that none has failed, which is a host read. Else a process
-        that failed tells the others by NaN.
+        Where matrices are gathered, the processes first check that none has failed, which is a host read. Else a
+        process that failed tells the others by NaN.
         """
         if not self._owned:
             return self._reduction.reduce_or_nan(measure)
@@ -112,7 +112,7 @@ class GradientStatistics:
             return self._reduction.reduce(measure())
 
     def norms(self, indices: Sequence[int], found: PartialStats) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn reduced statistics into l1, Euclidean and dual norms, each ``[3, I]``: own, of the change, of the parts."""
+        """Turn reduced statistics into l1, Euclidean and dual norms, each ``[3, I]``: own, of change and parts."""
         l1, l2 = found.sums[:_COMPARED], found.sums[_COMPARED : 2 * _COMPARED].sqrt()
         matrices = found.owned.view(_COMPARED, len(self._duals.places(indices)))
         return l1, l2, self._duals.of(indices, l1, l2, matrices)
@@ -127,7 +127,7 @@ class GradientStatistics:
         return self._duals.of(indices, l1, l2, matrices[0])
 
     def of_tensors(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Take the dual and Euclidean norms ``[2, L]`` of whole tensors, in the widest dtype; zero where there is none."""
+        """Take the dual and Euclidean norms ``[2, L]`` of whole tensors; zero where there is none."""
         indices = [i for i, tensor in enumerate(tensors) if tensor is not None]
         given = [tensor for tensor in tensors if tensor is not None]
         device = self._layers[0].parameter.device

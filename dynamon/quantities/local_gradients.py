@@ -23,8 +23,8 @@ class LocalGradients:
 
     .. math:: \frac1R \sum_r \frac{2}{R-1} \|g_r - G\|_*^2
 
-    has the unit of :class:`dynamon.quantities.noise.NoiseEstimator`: the mean square of the difference of two independent
-    gradients of all processes' samples. All are taken at the same weights, so there is no curvature in it.
+    has the unit of :class:`dynamon.quantities.noise.NoiseEstimator`: the mean square of the difference of two
+    independent gradients of all processes' samples. All are taken at the same weights, so there is no curvature in it.
 
     Hooks on the parameters see ``.grad`` when it has been accumulated (under ``no_sync`` over several batches) and
     before DDP's reducer averages it. They are there between :meth:`open` and :meth:`compare` only and keep copies, so

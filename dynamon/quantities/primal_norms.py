@@ -112,23 +112,23 @@ class StepNorms:
         if ranks.is_distributed:  # the processes must agree on which steps there are
             weights = [as_real(to_local(layer.parameter)) for layer in layers]
             steps = {i: steps[i] if i in steps else torch.zeros_like(weight) for i, weight in enumerate(weights)}
-        self.lengths = self._row(BY_LENGTH, steps, lambda _, __, tensors: l2_norms(tensors))
-        self.maxima = self._row(BY_MAXIMUM, steps, maxima_of_shards)
-        self.kept = {i: step for i, step in steps.items() if self.statistics[i] == BY_WHOLE}
-        self.wholes: Tensor | None = None
+        device = layers[0].parameter.device
+        nothing = torch.zeros(len(layers), dtype=widest_dtype(device), device=device)
+        self.lengths = self._row(BY_LENGTH, steps, lambda _, __, tensors: l2_norms(tensors), nothing)
+        self.maxima = self._row(BY_MAXIMUM, steps, maxima_of_shards, nothing)
+        self.wholes, self.kept = nothing, {i: step for i, step in steps.items() if self.statistics[i] == BY_WHOLE}
         if not ranks.is_distributed:
-            self.wholes, self.kept = self._row(BY_WHOLE, steps, primal_norms), {}
+            self.wholes, self.kept = self._row(BY_WHOLE, steps, primal_norms, nothing), {}
 
-    def _row(self, statistic: int, steps: Mapping[int, Tensor], measure: Callable[..., Tensor]) -> Tensor:
+    def _row(
+        self, statistic: int, steps: Mapping[int, Tensor], measure: Callable[..., Tensor], nothing: Tensor
+    ) -> Tensor:
+        """Take one statistic of the steps whose norm follows from it, zeros for the others."""
         chosen = [i for i in steps if self.statistics[i] == statistic]
-        device = self.layers[0].parameter.device
-        row = torch.zeros(len(self.layers), dtype=widest_dtype(device), device=device)
-        if chosen:
-            values = measure(
-                [self.layers[i] for i in chosen], [self.norms[i] for i in chosen], [steps[i] for i in chosen]
-            )
-            row = spread(values.to(row), chosen, len(row), 0.0)
-        return row
+        if not chosen:
+            return nothing
+        layers, norms = [self.layers[i] for i in chosen], [self.norms[i] for i in chosen]
+        return spread(measure(layers, norms, [steps[i] for i in chosen]).to(nothing), chosen, len(nothing), 0.0)
 
 
 def reduce_steps(sets: Sequence[StepNorms], gradients: Tensor, ranks: Ranks) -> Tensor:
@@ -150,8 +150,8 @@ def reduce_steps(sets: Sequence[StepNorms], gradients: Tensor, ranks: Ranks) -> 
     layers, norms = [la for one in sets for la in one.layers], [norm for one in sets for norm in one.norms]
     statistics, known = [s for one in sets for s in one.statistics], [flag for one in sets for flag in one.known]
     stats = PartialStats(
-        lengths=torch.stack([gradients, torch.cat([one.lengths for one in sets])]),
-        maxima=torch.cat([one.maxima for one in sets])[None],
+        lengths=torch.stack([gradients, _joined([one.lengths for one in sets])]),
+        maxima=_joined([one.maxima for one in sets])[None],
         known=on_device(known, gradients.device, torch.bool)[None],
         owned=_wholes(sets, layers, norms, ranks),
     )
@@ -167,7 +167,7 @@ def _wholes(sets: Sequence[StepNorms], layers: Sequence[Layer], norms: Sequence[
     offsets = [0, *accumulate(len(one.layers) for one in sets)]
     kept = {first + i: step for first, one in zip(offsets, sets, strict=False) for i, step in one.kept.items()}
     if not ranks.is_distributed:
-        return torch.cat([one.wholes for one in sets if one.wholes is not None])
+        return _joined([one.wholes for one in sets])
     places = list(kept)
 
     def measure(chosen: list[int], wholes: list[Sequence[Tensor]]) -> Tensor:
@@ -177,3 +177,8 @@ def _wholes(sets: Sequence[StepNorms], layers: Sequence[Layer], norms: Sequence[
     likes = [layers[i].parameter for i in places]
     costs = [layers[i].parameter.numel() * min(layers[i].matrix_shape[1:]) for i in places]
     return spread(share_work(measure, [[kept[i]] for i in places], likes, costs, 1, ranks)[0], places, len(layers), 0.0)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """Join rows; a single one is not copied."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))

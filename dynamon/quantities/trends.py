@@ -115,16 +115,14 @@ class Trends:
         if len(flat) == len(indices) * ENTRIES:
             return flat.view(-1, ENTRIES)
         if tuple(indices) != self._columns[0]:
-            columns = [self._sampled[i].columns + row * ENTRIES for row, i in enumerate(indices)]
-            self._columns = tuple(indices), torch.cat(columns).to(self._device)
+            columns = [row * ENTRIES + column for row, i in enumerate(indices) for column in self._sampled[i].columns]
+            self._columns = tuple(indices), torch.tensor(columns, dtype=torch.int64, device=self._device)
         return flat.new_zeros(len(indices) * ENTRIES).index_copy(0, self._columns[1], flat).view(-1, ENTRIES)
 
     def _held(self) -> Tensor:
         """Mark each entry that is here by 1, ``[L, 64]``."""
-        held = torch.zeros(len(self._sampled), ENTRIES, device="cpu")
-        for row, sampled in zip(held, self._sampled, strict=True):
-            row[sampled.columns] = 1.0
-        return held.to(self._device)
+        held = [[float(column in sampled.columns) for column in range(ENTRIES)] for sampled in self._sampled]
+        return torch.tensor(held, device=self._device)
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the kept changes and their squares by layer name, of whole gradients.
@@ -155,24 +153,23 @@ class _Sampled:
     """The sampled entries of one gradient that are here.
 
     Attributes:
-        columns: Which of the sampled entries these are, on the host.
+        columns: Which of the sampled entries these are.
     """
 
     def __init__(self, like: Tensor) -> None:
         self._start, self._step = 0, max(1, like.numel() // ENTRIES)
         self._chosen: Tensor | None = None  # positions in the shard, where they are not evenly spaced
-        self.columns = torch.arange(min(like.numel(), ENTRIES), device="cpu")
+        self.columns: Sequence[int] = range(min(like.numel(), ENTRIES))
         if is_sharded(like):
             self._find(like)
         self._count = len(self.columns)
 
     def _find(self, like: Tensor) -> None:
         marks = torch.zeros(like.shape, dtype=torch.int8, device=to_local(like).device)
-        marks.view(-1)[:: self._step][:ENTRIES].copy_((self.columns + 1).to(torch.int8))
+        marks.view(-1)[:: self._step][:ENTRIES].copy_(torch.arange(1, len(self.columns) + 1, dtype=torch.int8))
         shard = shard_like(marks, like).reshape(-1)
         found = shard.nonzero()[:, 0]
-        self.columns = shard[found].long().cpu() - 1
-        places = found.tolist()
+        self.columns, places = (shard[found].long() - 1).tolist(), found.tolist()
         steps = {after - before for before, after in zip(places, places[1:], strict=False)} or {1}
         if len(steps) > 1:
             self._chosen = found

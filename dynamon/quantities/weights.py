@@ -45,7 +45,7 @@ class WeightReadings:
         update: The last step in the norm by role.
         ratio: ``update / operator``; NaN for a zero weight.
         rotation: Angle between the weight before and after the step, in radians; NaN where one of them is zero.
-        cosine: Cosine between the last two steps (:func:`dynamon.quantities.updates.compare_updates`); NaN where one is
+        cosine: Cosine between the last two steps (:func:`dynamon.quantities.updates.cosines`); NaN where one is
             zero or 1e5 times the other.
         last: Euclidean norm of the last step, where the one before is known too.
         previous: That of the one before.
@@ -53,9 +53,9 @@ class WeightReadings:
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
         stable_rank: Squared Frobenius norm over squared ``sigma_max``; NaN for vectors and for a zero matrix.
-        log2_spectral_condition: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral condition
-            :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one, and the
-            same number at every width where it holds with another; NaN for vectors and for a zero matrix.
+        log2_spectral_condition: Logarithm to base 2 of the RMS-to-RMS norm of any matrix: 0 where the spectral
+            condition :math:`\sigma_1 = \sqrt{out / in}` (Yang et al., arXiv 2310.17813) holds with a constant of one,
+            and the same number at every width where it holds with another; NaN for vectors and for a zero matrix.
     """
 
     operator: Tensor
@@ -289,7 +289,7 @@ def _by_role(
     sigmas: Tensor,
     at: Sequence[int],
 ) -> Tensor:
-    """Take the norms of whole weights: multiples of the largest singular values ``at`` some places, or by themselves."""
+    """Take the norms of whole weights, as multiples of the largest singular values ``at`` their places or afresh."""
     if len(at) < len(sigmas):
         sigmas = sigmas.index_select(0, on_device(at, sigmas.device, torch.int64))
     found = sigmas * on_device([factor or 1.0 for factor in factors], sigmas.device, sigmas.dtype)

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, gradients
+from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR
+from dynamon.monitoring import gradients
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.readings import PendingReadings
 from tests.helpers import Classifier, batches, fit, mlp

@@ -11,7 +11,6 @@ from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer, describe_layers
 from dynamon.monitoring.weight_copies import copied
 from dynamon.quantities.entrywise import entrywise_readings
-from dynamon.quantities.updates import compare_updates
 from dynamon.quantities.weights import ENTRYWISE, weight_readings
 from tests.launches import Launches, gpt2
 from tests.models import cnn, gpt, mlp
@@ -177,11 +176,13 @@ def test_two_steps_of_some_layers_are_compared():
     del before["0.bias"], earlier["2.weight"]
     found = weight_readings(layers, before, earlier)
     known = [i for i, la in enumerate(layers) if la.name in before and la.name in earlier]
-    names = [layers[i].name for i in known]
-    now = [layers[i].parameter.detach() for i in known]
-    expected = compare_updates(now, [before[n] for n in names], [earlier[n] for n in names])
+    expected = []
+    for layer in (layers[i] for i in known):
+        last = layer.parameter.detach().double() - before[layer.name].double()
+        previous = before[layer.name].double() - earlier[layer.name].double()
+        expected.append([float((last * previous).sum() / last.norm() / previous.norm()), last.norm(), previous.norm()])
     compared = torch.stack([found.cosine, found.last, found.previous])
-    torch.testing.assert_close(compared[:, known], expected)
+    torch.testing.assert_close(compared[:, known].double(), torch.tensor(expected).T, rtol=1e-5, atol=1e-6)
     assert compared.isnan().all(0).tolist() == [i not in known for i in range(len(layers))]
 
 
