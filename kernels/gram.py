@@ -23,14 +23,12 @@ class Extremes:
         lower: Lower bound on :math:`\sigma_1`.
         upper: Upper bound on it.
         energy: :math:`\sum \sigma_i^2`.
-        fourth: The root of :math:`\sum \sigma_i^4`.
         scale: The largest entry; zero for a zero matrix, NaN for one that holds NaN or infinity.
     """
 
     lower: Tensor
     upper: Tensor
     energy: Tensor
-    fourth: Tensor
     scale: Tensor
 
 
@@ -148,7 +146,7 @@ def _of_one_side(shapes: Sequence[Sequence[Tensor]], steps: int, half: bool = Fa
     with own_dtype(shapes[0][0]):
         matrices, scales = zip(*(_scaled(_joined(shape), half) for shape in shapes), strict=True)
         gram = _joined([_gram(matrix) for matrix in matrices])
-        energy, fourth = _trace(gram), _length(gram)[..., 0, 0]
+        energy = _trace(gram)
         gram, log_scale = _squared(gram, steps - 1)
         root = 0.5**steps
         log_length = _above_zero(_length(gram)[..., 0, 0]).log()
@@ -156,12 +154,12 @@ def _of_one_side(shapes: Sequence[Sequence[Tensor]], steps: int, half: bool = Fa
         schatten_lower = torch.exp(root * (2 * log_length - _above_zero(_trace(gram)).log() + log_scale))
         lower = schatten_lower if half else torch.maximum(schatten_lower, _rayleigh(matrices, gram))
     if half:
-        return Extremes(lower, upper, energy, fourth, _joined(scales))
+        return Extremes(lower, upper, energy, _joined(scales))
     if len(matrices) == 1:
         spare: float | Tensor = _allowance(matrices[0])
     else:
         spare = on_device([_allowance(m) for m in matrices for _ in range(len(m))], lower.device, lower.dtype)
-    return Extremes(lower * (1 - spare), upper * (1 + spare), energy, fourth, _joined(scales))
+    return Extremes(lower * (1 - spare), upper * (1 + spare), energy, _joined(scales))
 
 
 def _allowance(matrix: Tensor) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, display_hints, pack_scalar, pack_table
 from dynamon.health import findings, loss_tag
 from dynamon.runs import assemble_run
-from dynamon.runs.event_files import Curve, EventFile, EventLog, RowCurve, event_paths
+from dynamon.runs.event_files import EventFile, event_paths
+from dynamon.runs.event_log import Curve, EventLog, RowCurve
 from dynamon.runs.folders import RunContents, find_runs, printable, select_runs
 from dynamon.runs.history import RunData, Series
 
@@ -79,7 +80,7 @@ class LiveFolder:
 
 
 class LoggedRun:
-    """One run, read piece by piece by the rule of :mod:`dynamon.runs.event_files`.
+    """One run, read piece by piece by the rule of :mod:`dynamon.runs.event_log`.
 
     Answers hold what came after ``since``, a count of values read, where it can be appended; and all of a series where
     it cannot, because steps were written anew or the series is thinned. ``epoch`` changes when a file was replaced or

@@ -1,17 +1,7 @@
 """Layers of a model: one weight tensor each, with its name and its role."""
 
-from dynamon.layers.roles import (
-    ROLES,
-    ConvGeometry,
-    Layer,
-    describe_layers,
-    is_measurable,
-    is_steerable,
-    known_layers,
-    layer_table,
-    measurable_layers,
-    select,
-)
+from dynamon.layers.layer import ROLES, ConvGeometry, Layer, is_measurable, is_steerable, layer_table, select
+from dynamon.layers.roles import describe_layers, known_layers, measurable_layers
 
 __all__ = [
     "ROLES",

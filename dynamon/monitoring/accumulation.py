@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.distributed.dtensor import any_sharded, to_local
-from dynamon.isolation.batches import guess_samples
+from dynamon.isolation.samples import guess_samples
 from dynamon.monitoring.base import callbacks_of, unscales_in_step
 from dynamon.monitoring.rank_decisions import averages_gradients, is_sharded_run
 from dynamon.monitoring.samples import batch_sizes

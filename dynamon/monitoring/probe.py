@@ -14,9 +14,10 @@ from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, Sh
 from dynamon.curvature.distributed.fsdp import unsupported_reason
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
-from dynamon.isolation.batches import NoWeightError, batch_weight, count_samples, take_samples
+from dynamon.isolation.batches import NoWeightError, batch_weight
 from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
 from dynamon.isolation.random_streams import is_restorable
+from dynamon.isolation.samples import count_samples, take_samples
 from dynamon.isolation.saved_batches import UnknownClassError, move_to_host
 from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.kernels import widest_dtype

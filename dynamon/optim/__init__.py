@@ -1,7 +1,8 @@
 """Optimizers, and what applies rates to them."""
 
 from dynamon.optim.lanton import Lanton
-from dynamon.optim.layerwise import LayerwiseRates, steerable_layers, steering_of
+from dynamon.optim.layerwise import LayerwiseRates
+from dynamon.optim.steering import steerable_layers, steering_of
 from dynamon.optim.unsupported import several_devices_reason, unsupported_reason
 
 __all__ = [

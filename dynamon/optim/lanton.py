@@ -3,17 +3,18 @@
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import gather, shard_like, to_local, to_local_as
+from dynamon.distributed.dtensor import to_local, to_local_as
 from dynamon.kernels import step_polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
-from dynamon.norms import NORMS, UPDATE_NORMS, Norm, get_norm, optimizer_family
+from dynamon.norms import optimizer_family
+from dynamon.optim.assignment import parameters_of
+from dynamon.optim.directions import GEOMETRY, SCALINGS, Item, directions, update_averages
 from dynamon.optim.layerwise import LayerwiseRates
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.scales import Scale
@@ -21,26 +22,8 @@ from dynamon.quantities.windows import Window
 from dynamon.rates import NoiseAdaptiveRates, Rule
 
 RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
-_SCALINGS: dict[str, Callable[[int, int], float]] = {
-    "rms_to_rms": get_norm("rms_to_rms").dual_factor,
-    "original": lambda outputs, inputs: math.sqrt(max(1.0, outputs / inputs)),
-    "match_rms_adamw": lambda outputs, inputs: 0.2 * math.sqrt(max(outputs, inputs)),
-}
 _OWN = "lanton"  # what a copy has beside an optimizer's state and groups
 _OF_CONV = ("conv", "vector")  # what the weight of a convolution can be
-_MOST = 2**26  # entries in one batched call; beyond, a device is busy anyway and memory counts
-
-
-@dataclass
-class _Item:
-    """One parameter in one step; of a sharded parameter the tensors are this process's part."""
-
-    layer: Layer
-    place: int
-    group: dict[str, Any]
-    weight: Tensor
-    gradient: Tensor
-    average: Tensor
 
 
 class Lanton(Optimizer):
@@ -133,7 +116,7 @@ class Lanton(Optimizer):
     Newhouse, arXiv 2409.20325; Amsel et al. (polar factors), arXiv 2505.16932.
     """
 
-    dynamon_geometry = "spectral"
+    dynamon_geometry = GEOMETRY
 
     def __init__(
         self,
@@ -162,8 +145,8 @@ class Lanton(Optimizer):
             raise ValueError("roles are globs on the names of a module: give it as model.")
         if rule is not None and not noise_adaptive:
             raise ValueError("a rule sets rates only with noise_adaptive=True.")
-        if isinstance(scaling, str) and scaling not in _SCALINGS:
-            raise ValueError(f"scaling must be one of {', '.join(_SCALINGS)} or a function, got {scaling!r}.")
+        if isinstance(scaling, str) and scaling not in SCALINGS:
+            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)} or a function, got {scaling!r}.")
         self.radii = {**RADII, **_checked_radii(radii or {})}
         self.polar, self.scaling = polar, scaling
         self.rates: LayerwiseRates | None = None
@@ -240,9 +223,9 @@ class Lanton(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # By the order of joining and not of the groups: steering regroups, and must not change a batch.
-        items = sorted(self._items(), key=lambda item: item.place)
+        items = sorted(self._items(), key=lambda item: item.index)
         if items:
-            self._update(items, _averages(items))
+            self._update(items, update_averages(items))
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -308,7 +291,7 @@ class Lanton(Optimizer):
             layers = describe_layers(self._model, {**(self._roles or {}), **{la.name: role for la in fitting}})
         return {layer.parameter: layer for layer in layers}
 
-    def _items(self) -> Iterable[_Item]:
+    def _items(self) -> Iterable[Item]:
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
@@ -323,55 +306,26 @@ class Lanton(Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 own = to_local_as(gradient.detach(), parameter).to(parameter.dtype)
-                yield _Item(layer, place, group, to_local(parameter.detach()), own, to_local(state["momentum_buffer"]))
+                yield Item(layer, place, group, to_local(parameter.detach()), own, to_local(state["momentum_buffer"]))
 
-    def _update(self, items: Sequence[_Item], averages: Sequence[Tensor]) -> None:
-        directions = self._directions(items, averages)
+    def _update(self, items: Sequence[Item], averages: Sequence[Tensor]) -> None:
+        steepest = directions(items, averages, self.polar, self.scaling)
         rates = [float(item.group["lr"]) for item in items]
         decayed = [(item, rate) for item, rate in zip(items, rates, strict=True) if item.group["weight_decay"]]
         if decayed:
             kept = [1 - rate * item.group["weight_decay"] for item, rate in decayed]
             torch._foreach_mul_([item.weight for item, _ in decayed], kept)
         # A factor rounded to bfloat16 would be off by up to 0.4 % for good.
-        steps = [direction.to(torch.promote_types(direction.dtype, torch.float32)) for direction, _ in directions]
+        steps = [direction.to(torch.promote_types(direction.dtype, torch.float32)) for direction, _ in steepest]
         factors = [
-            rate * self._radius(item) * factor for rate, item, (_, factor) in zip(rates, items, directions, strict=True)
+            rate * self._radius(item) * factor for rate, item, (_, factor) in zip(rates, items, steepest, strict=True)
         ]
         torch._foreach_mul_(steps, factors)
         torch._foreach_add_([item.weight for item in items], steps)
 
-    def _radius(self, item: _Item) -> float:
+    def _radius(self, item: Item) -> float:
         own = item.group["radius"]
         return float(self.radii[item.layer.role] if own is None else own)
-
-    def _directions(self, items: Sequence[_Item], averages: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        """The direction of each item, new memory, and what is still to be multiplied to it."""
-        found: dict[int, tuple[Tensor, float]] = {}
-        by_norm: dict[str, list[int]] = {}
-        for i, item in enumerate(items):
-            by_norm.setdefault(UPDATE_NORMS[Lanton.dynamon_geometry][item.layer.role], []).append(i)
-        for name, members in by_norm.items():
-            norm = get_norm(name)
-            if norm.oracle == "sign":
-                signs = _signs([averages[i] for i in members])
-                for i, sign in zip(members, signs, strict=True):
-                    found[i] = sign, -1.0 / (_inputs(items[i].layer) if items[i].layer.role == "head" else 1)
-                continue
-            is_polar = norm.oracle == "polar"
-            layers = [items[i].layer for i in members]
-            wholes = [gather(averages[i], items[i].layer.parameter) for i in members]
-            stacks = [_stack(norm, layer, tensor) for layer, tensor in zip(layers, wholes, strict=True)]
-            steps = _batched(self.polar if is_polar else norm.lmo, stacks)
-            for i, layer, stack in zip(members, layers, steps, strict=True):
-                factor = -self._scale(layer, stack) if is_polar else 1.0
-                found[i] = shard_like(_unstack(norm, layer, stack), layer.parameter), factor
-        return [found[i] for i in range(len(items))]
-
-    def _scale(self, layer: Layer, stack: Tensor) -> float:
-        if not isinstance(self.scaling, str):
-            return self.scaling(stack.shape[-2], stack.shape[-1])
-        window = get_norm(self.scaling).window(layer) if self.scaling in NORMS else 1.0
-        return _SCALINGS[self.scaling](stack.shape[-2], stack.shape[-1]) / window
 
 
 class _OwnRates(LayerwiseRates):
@@ -385,7 +339,7 @@ class _OwnRates(LayerwiseRates):
         )
 
     def _attach(self) -> None:
-        self._held, self._lazy = self._parameters(), []
+        self._held, self._lazy = parameters_of(self.optimizer), []
         if not self._checked:
             self.rule.check(describe_layers(self.model))
             self._checked = True
@@ -405,56 +359,6 @@ class _Listed(nn.Module):
         return iter(self._named)
 
 
-def _averages(items: Sequence[_Item]) -> list[Tensor]:
-    """Update the averages, and return what the directions are taken of."""
-    found: dict[int, Tensor] = {}
-    batches: dict[tuple[object, ...], list[int]] = {}
-    for i, item in enumerate(items):
-        key = item.group["momentum"], item.group["nesterov"], item.weight.dtype, item.weight.device
-        batches.setdefault(key, []).append(i)
-    for members in batches.values():
-        group = items[members[0]].group
-        averages, gradients = [items[i].average for i in members], [items[i].gradient for i in members]
-        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
-        found.update(zip(members, ahead, strict=True))
-    return [found[i] for i in range(len(items))]
-
-
-def _signs(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Signs, NaN where a tensor is not finite: ``torch.sign`` takes NaN to zero, and the layer would stand still."""
-    if not tensors:
-        return []
-    signs = torch._foreach_sign(tensors)
-    torch._foreach_add_(signs, torch._foreach_mul(tensors, 0.0))
-    return signs
-
-
-def _stack(norm: Norm, layer: Layer, tensor: Tensor) -> Tensor:
-    """A tensor as the matrices ``[n, out, in]`` it holds; as ``[1, 1, size]`` for a norm that sees all entries."""
-    return layer.matrices(tensor) if norm.on_matrices else tensor.reshape(1, 1, -1)
-
-
-def _unstack(norm: Norm, layer: Layer, stack: Tensor) -> Tensor:
-    return layer.from_matrices(stack) if norm.on_matrices else stack.reshape(layer.parameter.shape)
-
-
-def _batched(function: Callable[[Tensor], Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
-    """A function of matrices, called once for all stacks whose matrices have one shape."""
-    found: dict[int, Tensor] = {}
-    batches: dict[tuple[object, ...], list[list[int]]] = {}
-    for i, stack in enumerate(stacks):
-        calls = batches.setdefault((*stack.shape[1:], stack.dtype, stack.device), [[]])
-        if calls[-1] and sum(stacks[j].numel() for j in calls[-1]) + stack.numel() > _MOST:
-            calls.append([])
-        calls[-1].append(i)
-    for members in (call for calls in batches.values() for call in calls):
-        joined = torch.cat([stacks[i] for i in members])  # a copy always: the function may work in place
-        parts = function(joined).split([len(stacks[i]) for i in members])
-        found.update(zip(members, parts, strict=True))
-    return [found[i] for i in range(len(stacks))]
-
-
 def _plain_layer(name: str, parameter: Tensor, role: str | None) -> Layer:
     """A layer known by its shape and perhaps its role."""
     dims = parameter.ndim
@@ -465,10 +369,6 @@ def _plain_layer(name: str, parameter: Tensor, role: str | None) -> Layer:
     stacked = dims > 2 and role not in ("conv", "vector")
     blocks = math.prod(parameter.shape[:-2]) if stacked else 1
     return Layer(name, role, parameter, rows_are_tokens=role == "embedding", blocks=blocks)
-
-
-def _inputs(layer: Layer) -> int:
-    return layer.parameter.shape[-2 if layer.inputs_first else -1]
 
 
 def _checked_radii(radii: Mapping[str, float]) -> Mapping[str, float]:

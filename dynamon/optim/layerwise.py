@@ -1,25 +1,26 @@
 """Layerwise learning rates on top of any optimizer, without touching its parameter groups."""
 
-import operator
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.distributed.dtensor import reshard
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.kernels import waiter
-from dynamon.layers import Layer, is_steerable, known_layers
+from dynamon.layers import known_layers
 from dynamon.norms import optimizer_family
+from dynamon.optim.assignment import RatioAssignment, parameters_of
+from dynamon.optim.steering import steerable_layers, steered
 from dynamon.optim.stepping import (
     Nesting,
     StepWatch,
@@ -30,28 +31,13 @@ from dynamon.optim.stepping import (
     wrapped_optimizers,
 )
 from dynamon.optim.unsupported import check_decoupled_decay, check_step, several_devices_reason, unsupported_reason
-from dynamon.optim.views import GroupViews
+from dynamon.optim.views import GroupViews, are_same
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.readings import PendingReadings
 from dynamon.quantities.scales import Scale
 from dynamon.quantities.windows import Window
 from dynamon.rates import Rule
 from dynamon.rates.merging import RatioMerging, relative_error
-
-# Weak on both sides: the optimizer's hooks keep its steering alive, and nothing here keeps either.
-_steered: "WeakKeyDictionary[Optimizer, ref[LayerwiseRates]]" = WeakKeyDictionary()
-
-
-def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
-    """What steers an optimizer now, or None."""
-    found = _steered.get(optimizer)
-    return None if found is None else found()
-
-
-def steerable_layers(model: nn.Module, optimizer: Optimizer) -> list[Layer]:
-    """The layers of a model that an optimizer holds and a rule can steer: those of real floating point weights."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [layer for layer in known_layers(model) if id(layer.parameter) in own and is_steerable(layer)]
 
 
 class LayerwiseRates:
@@ -128,7 +114,7 @@ class LayerwiseRates:
         reason = unsupported_reason(optimizer)
         if reason is not None:
             raise ValueError(reason)
-        if optimizer in _steered:
+        if optimizer in steered:
             raise ValueError(f"this {type(optimizer).__name__} is steered already; remove the other steering first.")
         if lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1, got {lag}.")
@@ -140,7 +126,7 @@ class LayerwiseRates:
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.in_half_precision = self.agrees_with_others = False
         merging = None if max_groups is None else RatioMerging(max_groups, rule.bounds)
-        self._merging = None if rule.exact else merging
+        self._assignment = RatioAssignment(None if rule.exact else merging)
         self._phase = 0  # steps observed, modulo read_every
         self._checked = self._spared = False
         self._attach()
@@ -157,7 +143,7 @@ class LayerwiseRates:
         self._taken: tuple[list[str], NDArray[Any], NDArray[Any]] | None = (
             None  # names, and in the last step: asked for, taken
         )
-        _steered[optimizer] = ref(self)
+        steered[optimizer] = ref(self)
         self.watch = StepWatch(optimizer)
         hooked = list(filter(runs_hooks, (optimizer, *wrapped_optimizers(optimizer))))
         self._handles = [
@@ -169,7 +155,7 @@ class LayerwiseRates:
 
     def _attach(self) -> None:
         """Take up the parameters that the optimizer holds now; those that cannot be steered keep the base rate."""
-        self._held = self._parameters()
+        self._held = parameters_of(self.optimizer)
         self._lazy = [p for p in self._held if is_lazy(p)]  # they get their shape in a first batch
         reshard(self.model)
         known = known_layers(self.model)
@@ -185,37 +171,10 @@ class LayerwiseRates:
 
     def _start_rule(self) -> None:
         self._names = [layer.name for layer in self.layers]
-        self._place(self._held)
+        self._assignment.assign(self.optimizer, self.layers)
         self.rule.start(self.layers, self.reader.norms)
         if self.rule.noise is not None and self.rule.noise.source == "successive":
             self.reader.follow_trends()
-
-    def _parameters(self) -> list[Tensor]:
-        found: list[Tensor] = []
-        for group in self.optimizer.param_groups:
-            found += group["params"]
-        return found
-
-    def _place(self, parameters: list[Tensor]) -> None:
-        """Find the layer of each parameter of the optimizer, L for those that are not steered, and its group.
-
-        What was merged is forgotten, since it belonged to other parameters or groups.
-        """
-        if self._merging is not None:
-            self._merging.forget()
-        at = {id(layer.parameter): place for place, layer in enumerate(self.layers)}
-        self._placed = parameters
-        self._layer_at = np.array([at.get(id(p), len(at)) for p in parameters], np.int64)
-        self._sizes = self._sizes_now()
-        self._group_at = np.repeat(np.arange(len(self._sizes)), self._sizes)
-
-    def _sizes_now(self) -> list[int]:
-        """How many parameters each of the optimizer's groups has."""
-        return [len(group["params"]) for group in self.optimizer.param_groups]
-
-    def _by_parameter(self, ratios: NDArray[Any]) -> NDArray[Any]:
-        """Ratios of layers ``[L]`` as those of the optimizer's parameters ``[P]``, in the order of its groups."""
-        return np.append(ratios, 1.0)[self._layer_at]
 
     def _asked_for(self) -> NDArray[Any]:
         """The rule's ratios ``[L]``."""
@@ -225,19 +184,9 @@ class LayerwiseRates:
             raise ValueError(f"{rule}.ratios() must be [L] for {len(self.layers)} layers, got {list(ratios.shape)}.")
         return ratios
 
-    def _merged(self, ratios: NDArray[Any], is_taken: bool = False) -> NDArray[Any]:
-        """Ratios ``[L]`` as a step takes them, which may be the one that is taken now."""
-        if self._merging is None:
-            return ratios
-        merge = self._merging.apply if is_taken else self._merging.preview
-        found = np.append(ratios, 1.0)
-        found[self._layer_at] = merge(self._by_parameter(ratios), self._group_at)
-        return found[:-1]
-
     def _follow_optimizer(self) -> None:
         """Notice parameters that joined, left, were replaced or got their shape; what was learned of others stays."""
-        now = self._parameters()
-        if _are_same(now, self._held) and all(map(is_lazy, self._lazy)):
+        if are_same(parameters_of(self.optimizer), self._held) and all(map(is_lazy, self._lazy)):
             return
         self.settle()
         self.reader.forget_ranks()
@@ -278,7 +227,7 @@ class LayerwiseRates:
     @property
     def wanted(self) -> dict[str, float]:
         """The ratio that the rule asks for, merged, by parameter name; :attr:`ratios` unless this is a dry run."""
-        return dict(zip(self._names, self._merged(self._asked_for()).tolist(), strict=True))
+        return dict(zip(self._names, self._assignment.merge(self._asked_for()).tolist(), strict=True))
 
     def __repr__(self) -> str:
         """What steers what."""
@@ -410,7 +359,7 @@ class LayerwiseRates:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _steered.pop(self.optimizer, None)
+        steered.pop(self.optimizer, None)
 
     def state_dict(self, save_gradient: bool = True, everywhere: bool = True) -> dict[str, Any]:
         """The rule's state and the stored gradient, loadable under ``weights_only=True``.
@@ -426,25 +375,10 @@ class LayerwiseRates:
         self.settle()
         stored = self.reader.state_dict(everywhere) if save_gradient and self.rule.needs_gradients else {"previous": {}}
         rule = self.rule.state_dict()
-        state = {"kind": type(self.rule).__name__, "rule": rule, "gradients": stored, **self._saved_merging()}
+        state = {"kind": type(self.rule).__name__, "rule": rule, "gradients": stored}
+        if merged := self._assignment.state_dict():
+            state["merged"] = merged
         return state if self.read_every == 1 else {**state, "phase": self._phase}
-
-    def _saved_merging(self) -> dict[str, Any]:
-        """The ratios in force, where they are not those that the rule asks for."""
-        if self._merging is None or self._merging.current is None:
-            return {}
-        ratios = np.ones(len(self.layers) + 1)
-        ratios[self._layer_at] = self._merging.current
-        kept = dict(zip(self._names, ratios[:-1].tolist(), strict=True))
-        return {"merged": {"ratios": kept, **self._merging.state(self._group_at)}}
-
-    def _load_merging(self, state: Mapping[str, Any] | None) -> None:
-        if self._merging is None:
-            return
-        self._merging.forget()
-        if state is not None and state["ratios"].keys() == set(self._names):
-            ratios = np.array([state["ratios"][name] for name in self._names])
-            self._merging.load(self._by_parameter(ratios), state, self._group_at)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that :meth:`state_dict` made; another rule than the one that was saved starts anew."""
@@ -454,7 +388,7 @@ class LayerwiseRates:
         self.rule.load_state_dict(state["rule"])
         self.reader.load_state_dict(state["gradients"])
         self._phase = int(state.get("phase", 0)) % self.read_every
-        self._load_merging(state.get("merged"))
+        self._assignment.load_state_dict(state.get("merged", {}))
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -486,13 +420,12 @@ class LayerwiseRates:
         self._views.leave()
         if has_gradients(self.optimizer):  # else nothing moves
             self._tell_rule()
-        parameters = self._parameters()
-        if not _are_same(parameters, self._placed) or self._sizes_now() != self._sizes:
-            self._place(parameters)
+        if not self._assignment.fits(self.optimizer):
+            self._assignment.assign(self.optimizer, self.layers)
         asked = self._asked_for()
-        self._taken = self._names, asked, self._merged(asked, is_taken=True)
+        self._taken = self._names, asked, self._assignment.merge(asked, is_taken=True)
         if self.apply:
-            self._views.enter(self._by_parameter(self._taken[2]))
+            self._views.enter(self._assignment.by_parameter(self._taken[2]))
 
     def _tell_rule(self) -> None:
         """Have the gradients read, if nobody did, and the rule know of the step, once."""
@@ -507,10 +440,6 @@ class LayerwiseRates:
         if self._nesting.ends(sys._getframe(1)):
             self._views.leave()
             self._observed = self._begun = False
-
-
-def _are_same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _several_processes() -> bool:

@@ -95,7 +95,7 @@ class GroupViews:
         """The parameters of each group by ratio: those that share one stay together, so that foreach stays fast."""
         members = [group["params"] for group in groups]
         known = self._members
-        if ratios == self._ratios and len(members) == len(known) and all(map(_are_same, members, known)):
+        if ratios == self._ratios and len(members) == len(known) and all(map(are_same, members, known)):
             return
         at = iter(ratios)
         self._buckets = []
@@ -126,5 +126,6 @@ class GroupViews:
         torch._foreach_mul_(scaled, [self._buckets[place][at][0] for place, at in keys])
 
 
-def _are_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+def are_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Return whether two lists hold the same tensors, by identity."""
     return len(one) == len(other) and all(map(operator.is_, one, other))

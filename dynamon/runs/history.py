@@ -1,4 +1,4 @@
-"""What was measured during a run, as arrays."""
+"""Readings of a run as arrays."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynamon.runs.frames import plot_series, scalars_frame, series_frame
 from dynamon.runs.renamed import current_tag
 
-READINGS = ("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")  # how the tags of what dynamon reads begin
-_LIMIT = 4096  # points a quantity; beyond it every second point is dropped, so memory stays bounded
-_BYTES = 2**22  # ... and bytes: a table of 500 layers keeps about 1,000 points
-_FEWEST = 64  # points that any table keeps
+READINGS = ("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")  # prefixes of the tags of readings
+_MAX_POINTS = 4096  # per quantity; beyond, every second point is dropped, so that memory stays bounded
+_MAX_BYTES = 2**22  # per quantity: a table of 500 layers keeps about 1,000 points
+_MIN_POINTS = 64  # that any table keeps
 _Row = tuple[int, Any, tuple[str, ...] | None]  # step, number or numbers, names of their layers
 
 
@@ -22,9 +23,15 @@ class Series:
     """One quantity over a run.
 
     Attributes:
-        steps: ``[T]`` integers, the x axis of Lightning's own monitors.
-        values: ``[T]`` floats, or ``[T, L]`` with one column a layer.
-        layers: The L layer names, or None.
+        steps: ``[T]`` integers, on the axis of Lightning's own monitors.
+        values: ``[T]`` floats, or ``[T, L]`` with one column per layer.
+        layers: The L layer names, or None for a scalar.
+
+    Example:
+        >>> import numpy as np
+        >>> from dynamon.runs import Series
+        >>> Series(np.array([0, 10]), np.array([2.5, 1.5]))
+        Series(2 points, steps 0 to 10, last 1.5)
     """
 
     steps: NDArray[Any]
@@ -32,24 +39,50 @@ class Series:
     layers: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
-        """Number of points."""
+        """Return the number of points."""
         return len(self.steps)
 
     def __repr__(self) -> str:
-        """How much there is, and the last value of a single line."""
+        """Summarise the points, with the last value of a scalar."""
         if not len(self):
             return "Series(empty)"
         extent = _extent(len(self), int(self.steps[0]), int(self.steps[-1]), self.layers)
         return f"Series({extent}{f', last {self.values[-1]:.6g}' if self.layers is None else ''})"
 
+    def to_dataframe(self, name: str = "value") -> Any:
+        """Convert to a ``pandas.DataFrame`` indexed by step.
+
+        Args:
+            name: The column of a scalar; a table has one column per layer.
+
+        Raises:
+            ImportError: Without pandas.
+        """
+        return series_frame(self, name)
+
+    def plot(self, label: str = "", axes: Any = None) -> Any:
+        """Draw the values over the steps; of more than ten layers the median and the 10 % and 90 % quantiles.
+
+        Args:
+            label: What the vertical axis shows.
+            axes: Matplotlib axes, or None for a figure of their own.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: Without matplotlib, which ``pip install "lightning-dynamon[demo]"`` brings.
+        """
+        return plot_series(self, label, axes=axes)
+
 
 @dataclass(frozen=True)
 class RunData:
-    """What is known of a run: the same for one that is going on and one that was read from its files.
+    """Everything known of a run, whether it is still going on or was read from its files.
 
     Attributes:
-        scalars: Series by tag, ``gradient/norm``.
-        tables: Series with one column a layer by quantity, ``gradient/dual``.
+        scalars: Series by tag, such as ``gradient/norm``.
+        tables: Series with one column per layer by quantity, such as ``gradient/dual``.
     """
 
     scalars: dict[str, Series]
@@ -57,9 +90,10 @@ class RunData:
 
     @classmethod
     def of(cls, *histories: Mapping[str, Series]) -> "RunData":
-        """Sort what callbacks keep: ``RunData.of(monitor.history, steering.history)``.
+        """Join the histories of callbacks: ``RunData.of(monitor.history, steering.history)``.
 
-        A scalar that several keep has the points of all; of a step, and of a table, those of the last one count.
+        A scalar in several of them has the points of all. At a step that several have, and for tables, the last
+        history counts.
         """
         known: dict[str, Series] = {}
         for history in histories:
@@ -71,22 +105,26 @@ class RunData:
             {name: series for name, series in known.items() if series.layers is not None},
         )
 
+    def __repr__(self) -> str:
+        """Count the quantities."""
+        return f"RunData({len(self.scalars)} scalars, {len(self.tables)} tables, last step {self.last_step})"
+
     @property
     def has_readings(self) -> bool:
-        """Whether anything in it was measured by dynamon."""
+        """Whether dynamon measured anything in it."""
         return any(tag.startswith(READINGS) for tag in (*self.scalars, *self.tables))
 
     @property
     def last_step(self) -> int:
-        """The last step of the run as :func:`last_step` tells it, -1 where nothing is known."""
+        """The last step of the run as :func:`last_step` returns it, -1 where nothing is known."""
         return last_step({**self.scalars, **self.tables})
 
 
 def last_step(series: Mapping[str, Series]) -> int:
-    """Give the last step of a run, -1 where nothing is known.
+    """Return the last step of a run, -1 where nothing is known.
 
-    Readings and losses have the axis of optimizer steps. A tag that goes on far beyond them has another one, as of
-    samples, which ``self.log("step", ...)`` makes, and does not count.
+    Readings and losses count optimizer steps. A tag that goes on far beyond them has another axis, such as samples,
+    which ``self.log("step", ...)`` makes, and does not count.
     """
     ends = {tag: int(one.steps[-1]) for tag, one in series.items() if len(one)}
     own = [end for tag, end in ends.items() if tag.startswith((*READINGS, "dynamon/")) or "loss" in tag.lower()]
@@ -95,7 +133,7 @@ def last_step(series: Mapping[str, Series]) -> int:
 
 
 def _joined(one: Series, other: Series) -> Series:
-    """The points of two series of a scalar, of the same step those of the other; of tables the other."""
+    """Join two series of a scalar; at a step of both, and for tables, the other counts."""
     if one.layers is not None or other.layers is not None:
         return other
     steps = np.concatenate([other.steps, one.steps])
@@ -106,22 +144,50 @@ def _joined(one: Series, other: Series) -> Series:
 class History(Mapping[str, Series]):
     """Everything a monitor measured, by quantity: ``history["noise/dual"].values`` is an array.
 
-    The columns of a table are all layers that ever had a reading, in the order in which they were met; NaN where a
-    layer had none at a step: before it joined, after it left. A tag that was renamed is found by its old name too.
+    A table has one column for each layer that ever had a reading, in the order in which they were first met. Its values
+    are NaN at the steps at which a layer had none: before it joined, or after it left. A renamed tag is found by its
+    old name, too.
 
-    Holds at most 4,096 points a quantity, and fewer where a table is wide: about 4 MiB of numbers. When that is reached
-    every second point is dropped and from then on every second one is recorded.
+    Memory is bounded: a quantity keeps at most 4,096 points, and a wide table fewer, about 4 MiB of numbers (with 500
+    layers at most 1,048 points, 112 MiB for 28 tables). At the limit every second point is dropped, and from then on
+    every second one is recorded.
+
+    Example:
+        >>> from dynamon.runs import History
+        >>> history = History()
+        >>> for step in (0, 10, 20):
+        ...     history.add("gradient/norm", step, 1.0 / (1 + step))
+        ...     history.add("gradient/l2", step, [0.5, 0.25], ["weight", "bias"])
+        >>> history
+        History of 2 quantities
+          gradient/norm: 3 points, steps 0 to 20
+          gradient/l2: 3 points, steps 0 to 20, 2 layers
+        >>> history["gradient/l2"].values.shape
+        (3, 2)
     """
 
     def __init__(self) -> None:
-        """Start empty."""
+        """Create an empty history."""
         self._rows: dict[str, list[_Row]] = {}
         self._layers: dict[str, tuple[str, ...]] = {}
         self._stride: dict[str, int] = {}
         self._offered: dict[str, int] = {}
 
-    def add(self, quantity: str, step: int, value: float | NDArray[Any], layers: Sequence[str] | None = None) -> None:
-        """Append one point: a number, or one number a layer with their names; rows before it stay as they are."""
+    def add(
+        self,
+        quantity: str,
+        step: int,
+        value: float | Sequence[float] | NDArray[Any],
+        layers: Sequence[str] | None = None,
+    ) -> None:
+        """Append a point.
+
+        Args:
+            quantity: Its tag.
+            step: The step.
+            value: A number, or one number per layer.
+            layers: The names of the layers; earlier rows keep theirs.
+        """
         offered = self._offered[quantity] = self._offered.get(quantity, -1) + 1
         if offered % self._stride.get(quantity, 1):
             return
@@ -133,7 +199,7 @@ class History(Mapping[str, Series]):
             self._stride[quantity] = 2 * self._stride.get(quantity, 1)
 
     def _known(self, quantity: str, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Names of a row, as one object where they are those of the row before; new ones become columns."""
+        """Return the names of a row, the same object as of the row before where they agree; new ones become columns."""
         columns = self._layers.setdefault(quantity, names)
         if names == columns:
             return columns
@@ -142,12 +208,12 @@ class History(Mapping[str, Series]):
         return last if last == names else names
 
     def _most(self, quantity: str) -> int:
-        """Points that a quantity may have."""
+        """Return how many points a quantity may have."""
         width = 8 * max(len(self._layers.get(quantity, ())), 1)
-        return min(_LIMIT, max(_BYTES // width, _FEWEST))
+        return min(_MAX_POINTS, max(_MAX_BYTES // width, _MIN_POINTS))
 
     def forget_from(self, step: int) -> None:
-        """Drop what was measured at a step and after it: training has gone back to there."""
+        """Drop the points at a step and after it, where training goes back to that step."""
         for quantity, rows in list(self._rows.items()):
             kept = [row for row in rows if row[0] < step]
             if len(kept) == len(rows):
@@ -160,13 +226,13 @@ class History(Mapping[str, Series]):
                     by_quantity.pop(quantity, None)
 
     def __getitem__(self, quantity: str) -> Series:
-        """The series of a quantity.
+        """Return the series of a quantity.
 
         Raises:
-            KeyError: Naming those that are called something like it.
+            KeyError: Naming quantities with similar names.
         """
         if quantity not in self:
-            raise KeyError(self._nothing_called(quantity))
+            raise KeyError(self._missing(quantity))
         quantity = current_tag(quantity)
         rows, columns = self._rows[quantity], self._layers.get(quantity)
         steps = np.array([step for step, *_ in rows], dtype=np.int64)
@@ -183,8 +249,8 @@ class History(Mapping[str, Series]):
                 row[places[names]] = value
         return Series(steps, values, columns)
 
-    def _nothing_called(self, quantity: str) -> str:
-        """What to say of a quantity that is not there."""
+    def _missing(self, quantity: str) -> str:
+        """Describe what there is in place of a quantity that is not there."""
         if not self._rows:
             return f"no {quantity!r}: nothing has been measured yet"
         parts = [part for part in str(quantity).split("/") if part]
@@ -195,21 +261,53 @@ class History(Mapping[str, Series]):
         return f"no {quantity!r} among {len(self._rows)} quantities, first {', '.join(list(self._rows)[:6])}"
 
     def __contains__(self, quantity: object) -> bool:
-        """Whether a quantity has been measured."""
+        """Return whether a quantity has been measured."""
         return isinstance(quantity, str) and current_tag(quantity) in self._rows
 
     def __iter__(self) -> Iterator[str]:
-        """The quantities, in the order they were first measured."""
+        """Iterate over the quantities, in the order they were first measured."""
         return iter(self._rows)
 
     def __len__(self) -> int:
-        """Number of quantities."""
+        """Return the number of quantities."""
         return len(self._rows)
 
     def __repr__(self) -> str:
-        """The quantities, with how many points each has."""
+        """List the quantities with how many points each has."""
         lines = [f"  {tag}: {self._extent(tag)}" for tag in self._rows]
         return "\n".join([f"History of {len(lines)} quantities", *lines])
+
+    def to_dataframe(self, quantity: str | None = None) -> Any:
+        """Convert to a ``pandas.DataFrame`` indexed by step.
+
+        Args:
+            quantity: A tag. A scalar becomes one column, a table one column per layer. None takes all scalars, one
+                column per tag, NaN where a tag has no point at a step.
+
+        Raises:
+            KeyError: If the quantity has not been measured.
+            ImportError: Without pandas.
+        """
+        return scalars_frame(self) if quantity is None else series_frame(self[quantity], quantity)
+
+    def plot(self, quantity: str, axes: Any = None) -> Any:
+        """Draw a quantity over the steps, on the scale that the registry has for it.
+
+        Args:
+            quantity: A tag. A table of more than ten layers is drawn as their median and 10 % and 90 % quantiles.
+            axes: Matplotlib axes, or None for a figure of their own.
+
+        Returns:
+            The axes.
+
+        Raises:
+            KeyError: If the quantity has not been measured.
+            ImportError: Without matplotlib, which ``pip install "lightning-dynamon[demo]"`` brings.
+        """
+        from dynamon.quantities import REGISTRY  # needs torch, which files of runs are read without
+
+        known = REGISTRY.get(quantity)
+        return plot_series(self[quantity], quantity, "linear" if known is None else known.scale, axes)
 
     def _extent(self, quantity: str) -> str:
         rows, columns = self._rows[quantity], self._layers.get(quantity)

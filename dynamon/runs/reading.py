@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamon.runs.event_files import EventLog, Point, event_files, natural_key
+from dynamon.runs.event_files import Point, event_files, natural_key
+from dynamon.runs.event_log import EventLog
 from dynamon.runs.folders import TABLE, find_runs, printable
 from dynamon.runs.history import RunData, Series
 from dynamon.runs.history import last_step as last_step  # it stays part of this module

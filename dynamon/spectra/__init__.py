@@ -1,7 +1,6 @@
 """Statistics of the singular values of weight matrices and convolutions."""
 
 from dynamon.spectra.singular_values import (
-    SigmaTracker,
     SpectralExtremes,
     WeightSpectrum,
     batched_by_shape,
@@ -15,7 +14,6 @@ from dynamon.spectra.singular_values import (
 )
 
 __all__ = [
-    "SigmaTracker",
     "SpectralExtremes",
     "WeightSpectrum",
     "batched_by_shape",

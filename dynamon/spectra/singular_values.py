@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from dynamon.kernels import decomposable, top_singular
+from dynamon.kernels import decomposable
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.gram import gram_extremes
 from dynamon.kernels.nuclear import gram_eigenvalues
@@ -30,15 +30,12 @@ class SpectralExtremes:
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
         stable_rank: :math:`\|W\|_F^2 / \sigma_1^2`, between 1 and the rank.
-        participation_ratio: :math:`(\sum \sigma_i^2)^2 / \sum \sigma_i^4`, the number of singular values
-            that carry the energy.
     """
 
     sigma_max: Tensor
     sigma_lower: Tensor
     sigma_upper: Tensor
     stable_rank: Tensor
-    participation_ratio: Tensor
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,6 @@ def extremes_of(stacks: Sequence[Tensor]) -> SpectralExtremes:
         sigma_lower=found.lower * found.scale,
         sigma_upper=found.upper * found.scale,
         stable_rank=found.energy / sigma.square(),
-        participation_ratio=(found.energy / found.fourth).square(),
     )
 
 
@@ -317,55 +313,6 @@ def weight_spectra(weights: Sequence[Tensor], exact: bool = False) -> WeightSpec
 def _joined(stacks: Sequence[Tensor]) -> Tensor:
     """One batch; a single stack is not copied."""
     return stacks[0] if len(stacks) == 1 else torch.cat(list(stacks))
-
-
-def _stacked(weights: Sequence[Tensor]) -> Tensor:
-    """One batch; a single matrix, an embedding say, is not copied."""
-    return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(list(weights))
-
-
-class SigmaTracker:
-    """The largest singular values of the same weights again and again, by two power steps from the last vectors.
-
-    Each value is a lower bound up to rounding; for weights that change slowly it is exact to about 1 %, to 1e-3 where
-    the largest singular value stands apart. Take
-    :func:`spectral_extremes` now and then for a certificate.
-
-    Args:
-        steps: Power steps a refresh; the first one takes twenty times as many.
-    """
-
-    def __init__(self, steps: int = 2) -> None:
-        """Nothing known yet."""
-        self._steps = steps
-        self._vectors: list[Tensor] = []
-
-    def update(self, weights: Sequence[Tensor]) -> Tensor:
-        """Refresh: ``[T]`` largest singular values of T matrices ``[m, n]``, in float32 (float64 for float64).
-
-        Raises:
-            ValueError: If a matrix has another shape than the last time.
-
-        Cost: each matrix is read five times. On a GPU matrices of one shape are stacked, so that launches are few.
-        """
-        first = not self._vectors
-        steps = self._steps * (20 if first else 1)
-        starts: list[Tensor | None] = list(self._vectors) if not first else [None] * len(weights)
-        if len(starts) != len(weights):
-            raise ValueError(f"there were {len(starts)} matrices the last time, now there are {len(weights)}.")
-        groups: dict[Any, list[int]] = {}
-        for i, weight in enumerate(weights):
-            groups.setdefault((weight.shape, weight.dtype) if weight.is_cuda else i, []).append(i)
-        values: list[Tensor] = [torch.empty(0)] * len(weights)
-        vectors = list(values)
-        for group in groups.values():
-            known = [start for i in group if (start := starts[i]) is not None]
-            batch = _stacked([weights[i] for i in group])
-            found, after = top_singular(batch, torch.stack(known) if known else None, steps)
-            for i, value, vector in zip(group, found, after, strict=True):
-                values[i], vectors[i] = value, vector
-        self._vectors = vectors
-        return torch.stack(values)
 
 
 def _check(weight: Tensor) -> None:

@@ -17,15 +17,13 @@ from dynamon.callbacks import (
     NoiseAdaptiveLR,
     SharpnessMonitor,
     WeightMonitor,
-    eigenvalues,
-    monitor,
-    weights,
 )
 from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import HessianOperator
 from dynamon.curvature.solvers import lanczos
 from dynamon.distributed import work_sharing
-from dynamon.isolation.batches import Part
+from dynamon.isolation.samples import Part
+from dynamon.monitoring import eigenvalues, monitor, weights
 from dynamon.monitoring.budget import Budget
 from dynamon.quantities import gradient_reader, gradient_statistics
 from tests.helpers import Classifier, mlp

@@ -28,8 +28,9 @@ from dynamon.curvature import (
 )
 from dynamon.curvature.operators.preconditioner import preconditioned, preconditioner
 from dynamon.distributed.ranks import Ranks
-from dynamon.isolation.batches import batch_weight, clone, take_samples
+from dynamon.isolation.batches import batch_weight, clone
 from dynamon.isolation.preserve import preserve_state
+from dynamon.isolation.samples import take_samples
 from dynamon.isolation.saved_batches import pack_batch, unpack_batch
 from dynamon.isolation.side_effects import external_state
 from dynamon.stability import stability_ratio

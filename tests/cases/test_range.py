@@ -219,7 +219,8 @@ def test_a_zero_matrix_has_no_rank_and_no_deviation():
     for measure_one in (spectral_extremes, weight_spectrum):
         stack = torch.stack([torch.zeros(3, 4), torch.eye(3, 4), torch.eye(3, 4) * 2])
         alone = measure_one(stack)
-        assert alone.stable_rank[0].isnan() and alone.participation_ratio[0].isnan() and alone.sigma_max[0] == 0
+        assert alone.stable_rank[0].isnan() and alone.sigma_max[0] == 0
+        assert measure_one is spectral_extremes or alone.participation_ratio[0].isnan()
         together = reduce_blocks(batched_by_shape([stack, stack[1:]], measure_one), [3, 2])
         assert together.stable_rank.tolist() == pytest.approx([3.0, 3.0], rel=1e-2, abs=0)  # of those that have one
 

@@ -23,10 +23,7 @@ class VectorSpace:
     Attributes:
         size: The dimension n.
         length: How many of the n numbers of a vector are here.
-        saved: Whether one process can save a vector for all of them.
     """
-
-    saved = True
 
     def __init__(self, size: int, length: int | None = None) -> None:
         """Remember the dimension."""
@@ -126,8 +123,6 @@ class ShardedSpace(VectorSpace):
 
     Cost: a reduction and a check for each inner product (or several at once).
     """
-
-    saved = False
 
     def __init__(self, shards: Shards, ranks: Ranks) -> None:
         """Count."""

@@ -20,15 +20,13 @@ class EigenTracker:
 
     Args:
         k: How many eigenvalues to follow.
-        threshold: Follow one more as soon as the smallest one followed exceeds this, so that all above the threshold
-            are known; None keeps k.
         certify: Take the cold runs after the first with an upper bound.
         tol: As in :func:`top_eigenvalues`, like the two that follow.
         max_matvecs: Upper limit on products.
         seed: Seed of the start vectors; each measurement has its own.
 
     Attributes:
-        k: How many eigenvalues are followed now.
+        k: Number of eigenvalues that are followed.
         taken: Measurements so far.
         vectors: What the next warm start begins from, or None.
     """
@@ -37,7 +35,6 @@ class EigenTracker:
         self,
         k: int = 1,
         *,
-        threshold: float | None = None,
         certify: bool = False,
         tol: float = 1e-2,
         max_matvecs: int = 40,
@@ -50,7 +47,7 @@ class EigenTracker:
             raise ValueError(
                 f"tol must lie between 0 and 1 and max_matvecs be at least {max(2, k)}, got {tol} and {max_matvecs}."
             )
-        self.k, self.threshold, self._certify = k, threshold, certify
+        self.k, self._certify = k, certify
         self._tol, self._max_matvecs, self._seed = tol, max_matvecs, seed
         self.taken = 0
         self.vectors: Tensor | None = None
@@ -86,8 +83,6 @@ class EigenTracker:
         )
         self.taken += 1
         self.vectors = found.vectors
-        if self.threshold is not None and float(found.values[-1]) > self.threshold and self.k < operator.shape[0]:
-            self.k += 1
         return found
 
     def state_dict(self, most: int | None = None) -> dict[str, Any]:

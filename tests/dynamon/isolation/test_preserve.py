@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dynamon.isolation.batches import take_samples
 from dynamon.isolation.preserve import preserve_state, training_loss
+from dynamon.isolation.samples import take_samples
 from tests.models import cnn, mlp, samples
 
 

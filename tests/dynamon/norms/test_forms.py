@@ -15,7 +15,7 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_along
 from dynamon.layers import Layer, describe_layers
 from dynamon.norms import Norm, dual_norms, get_norm, iid_dual_norm, norm_for_layer, update_norm
-from dynamon.norms import records as norms_module
+from dynamon.norms import table as norms_module
 from dynamon.norms.forms import each_dual, each_primal, normalized
 from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.quantities.gradient_reader import GradientReader

@@ -229,7 +229,7 @@ def test_ratios_by_hand_and_the_published_rule_are_exact(rule, most):
 
 
 def test_lanton_is_as_published():
-    assert Lanton(matrices(), lr=0.01).rates._merging is None
+    assert Lanton(matrices(), lr=0.01).rates._assignment.merging is None
 
 
 @pytest.mark.parametrize("own", [1, 20])

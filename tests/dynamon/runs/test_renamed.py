@@ -58,7 +58,7 @@ def test_an_old_event_file(old_run):
 
 def test_the_tab_shows_it_under_the_new_names(old_run):
     run = LiveFolder(old_run).run(".")
-    news = run.news(0, 0, read_for=60.0)
+    news = run.updates(0, 0, read_for=60.0)
     assert news["quantities"] == ["weight/initial_fraction"] and "sharpness/matvecs" in news["scalars"]
     assert run.table("weight/initial_fraction", news["epoch"], 0)["layers"] == LAYERS
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamon.spectra import (
-    SigmaTracker,
     batched_by_shape,
     reduce_blocks,
     spectral_extremes,
@@ -23,8 +22,8 @@ MEASURES = {
     "spectrum": weight_spectrum,
     "exact": partial(weight_spectrum, exact=True),
 }
-SHARED = ("sigma_max", "sigma_lower", "sigma_upper", "stable_rank", "participation_ratio")
-ALL = (*SHARED, "effective_rank", "nuclear")
+SHARED = ("sigma_max", "sigma_lower", "sigma_upper", "stable_rank")
+ALL = (*SHARED, "participation_ratio", "effective_rank", "nuclear")
 EVERY = pytest.mark.parametrize("kind", MEASURES)
 
 
@@ -45,12 +44,12 @@ def assert_matches(found, weight, kind):
     assert (found.sigma_lower.double() <= sigma[..., 0] * (1 + 1e-12)).all()
     assert (found.sigma_upper.double() >= sigma[..., 0] * (1 - 1e-12)).all()
     assert (found.sigma_upper <= found.sigma_lower * 1.01).all()
-    single, rank, ratio = {"extremes": (5e-3, 1.3e-2, 1e-5), "spectrum": (1e-3, 1e-2, 1e-2), "exact": (1e-6,) * 3}[kind]
+    single, rank = {"extremes": (5e-3, 1.3e-2), "spectrum": (1e-3, 1e-2), "exact": (1e-6, 1e-6)}[kind]
     same = partial(torch.testing.assert_close, atol=0)
     same(found.sigma_max.double(), sigma[..., 0], rtol=single)
     same(found.stable_rank.double(), energy / sigma[..., 0] ** 2, rtol=rank)
-    same(found.participation_ratio.double(), energy**2 / (sigma**4).sum(-1), rtol=ratio)
     if kind != "extremes":
+        same(found.participation_ratio.double(), energy**2 / (sigma**4).sum(-1), rtol=rank)
         shares = sigma / sigma.sum(-1, keepdim=True)
         same(found.nuclear.double(), sigma.sum(-1), rtol=rank)
         same(found.effective_rank.double(), torch.special.entr(shares).sum(-1).exp(), rtol=max(rank, 1e-5))
@@ -81,11 +80,12 @@ def test_known_spectra(kind):
     identity = MEASURES[kind](3 * torch.eye(7))
     assert float(identity.sigma_max) == pytest.approx(3, rel=0.005)
     assert float(identity.stable_rank) == pytest.approx(7, rel=0.01)
-    assert float(identity.participation_ratio) == pytest.approx(7)
     rank_one = MEASURES[kind](torch.outer(torch.arange(1.0, 5), torch.ones(9)))
     assert float(rank_one.sigma_max) == pytest.approx(3 * math.sqrt(30))
-    assert float(rank_one.stable_rank) == pytest.approx(1) == float(rank_one.participation_ratio)
+    assert float(rank_one.stable_rank) == pytest.approx(1)
     if kind != "extremes":
+        assert float(identity.participation_ratio) == pytest.approx(7)
+        assert float(rank_one.participation_ratio) == pytest.approx(1)
         assert float(identity.effective_rank) == pytest.approx(7) and float(identity.condition) == pytest.approx(1)
         assert float(rank_one.effective_rank) == pytest.approx(1, rel=1e-3) and math.isnan(float(rank_one.condition))
 
@@ -192,13 +192,3 @@ def test_degenerate_tails():
     assert power_law(torch.ones(5)).exponent.isnan()  # too few
     assert power_law(torch.zeros(50)).exponent.isnan()
     assert power_law(torch.full((50,), math.nan)).exponent.isnan()
-
-
-def test_the_tracker_follows_weights_that_train():
-    weights, tracker = [gaussian(30, 20), gaussian(20, 30, seed=1), gaussian(30, 20, seed=2)], SigmaTracker()
-    for step in range(15):
-        exact = torch.stack([torch.linalg.svdvals(w.double())[0] for w in weights])
-        torch.testing.assert_close(tracker.update(weights).double(), exact, rtol=1e-2, atol=0)
-        weights = [w + 0.01 * gaussian(*w.shape, seed=10 * step + i) for i, w in enumerate(weights)]
-    with pytest.raises(ValueError, match="there were 3 matrices the last time, now there are 2"):
-        tracker.update(weights[:2])
