@@ -128,8 +128,8 @@ def joint_cosine(rows: NDArray[Any]) -> float:
     """The cosine between the last two updates of all tensors together.
 
     Args:
-        rows: ``[3, T]``, on the host: the cosine between the last two updates of each tensor, and their lengths. Columns
-            of NaN are left out, and those of two steps whose cosine is not known.
+        rows: ``[3, T]``, on the host: the cosine between the last two updates of each tensor, and their lengths.
+            Columns of NaN are left out, and those of two steps whose cosine is not known.
 
     Returns:
         The cosine; NaN where one of the two updates is zero or not finite, or nothing is known.
