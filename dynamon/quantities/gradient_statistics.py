@@ -154,7 +154,7 @@ class GradientStatistics:
         rows = dict(zip(tensors, self._duals.of_matrices(step.indices, list(tensors.values())), strict=True))
         if 2 in rows:
             rows[2] = _unit(step) * rows[2]
-        missing = None if len(rows) == _COMPARED else torch.full((len(places),), torch.nan, device=own[0].device)
+        missing = own[0] if len(rows) == _COMPARED else torch.full((len(places),), torch.nan, device=own[0].device)
         return torch.stack([rows.get(row, missing) for row in range(_COMPARED)])
 
 

@@ -39,7 +39,7 @@ class Trends:
         self._squares: Tensor | None = None  # [L], of whole changes; zero where none is known
         self._now: Tensor | None = None
         self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
-        self._columns: tuple[tuple[int, ...], Tensor | None] = ((), None)
+        self._columns: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
         self._seen: tuple[tuple[int, ...], Tensor] | None = None  # entries of the gradients of the last call
 
     def products(
