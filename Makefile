@@ -1,8 +1,11 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer with pip: each sets up .venv first.
+# `make demo` and `make test` need nothing but Python 3.11 or newer with pip: each sets up in .venv what it needs.
 
 VENV := .venv
 BIN := $(VENV)/bin
+# What is installed: for the demo, and on top of it for everything else.
+DEMO_READY := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # The first new enough Python on the path; `make PYTHON=/path/to/python` names another.
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -19,7 +22,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
-demo: $(READY) ## Train a small model under the monitor and show what it finds
+demo: $(DEMO_READY) ## Train a small model under the monitor and show what it finds
 	@$(BIN)/dynamon demo
 
 test: lint ## Check the style, then run the tests, as many at once as there are processors
@@ -56,13 +59,18 @@ clean: ## Remove .venv, caches and build products
 	@rm -rf $(VENV) build dist site docs/generated docs/gallery/[a-z]*_*.md htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Made again only when the package table or a pinned version changes.
+# Each is made again only when the package table or a pinned version changes.
 # Debian's Python comes without ensurepip; there pip installs itself from outside.
-$(READY): pyproject.toml constraints.txt
+$(DEMO_READY): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) $(NEW_ENOUGH) 2>/dev/null || { echo >&2 "dynamon needs Python 3.11 or newer," \
 	"which $(or $(PYTHON),the Python on this path) is not: name one with 'make PYTHON=/path/to/python3.11'."; exit 1; }
 	@echo "Setting up $(VENV), a few minutes the first time ..."
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --without-pip $(VENV) && \
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,docs,test]"
+	@$(PIP) -e ".[demo]"
+	@touch $@
+
+$(READY): $(DEMO_READY)
+	@echo "Installing what tests and documentation need ..."
+	@$(PIP) -e ".[demo,docs,test]"
 	@touch $@

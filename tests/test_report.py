@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -297,6 +298,71 @@ def test_errors(tmp_path, capsys, runs):
     assert "holds no my/loss; tags with 'loss' in their name: dynamon/loss, sharpness/probe_loss, train/loss" in says(
         runs / "csv", "--loss", "my/loss"
     )
-    assert "one run, or two to compare; got 3" in says(*[runs / "csv"] * 3)
+    assert "give one run, or two to compare; got 3" in says(*[runs / "csv"] * 3)
     assert "--text and --json print, so leave it out" in says(runs / "csv", "--text", "-o", tmp_path / "x.html")
-    assert "No such file or directory" in says(runs / "csv", "-o", tmp_path / "missing" / "x.html")
+
+
+def test_without_o_no_file_is_replaced(tmp_path, capsys, monkeypatch, runs):
+    """The page goes to the first name that is free, and the one that was kept is named."""
+    monkeypatch.chdir(tmp_path)
+    Path("report.html").write_text("mine")
+    Path("report-2.html").write_text("mine too")
+    for name in ("report-1.html", "report-3.html"):
+        assert main(["report", str(runs / "tb")]) == 0
+        told = capsys.readouterr().out
+        assert f"report        {name} (" in told and "report.html was kept, -o report.html replaces it)" in told
+        assert Page(Path(name).read_text(encoding="utf-8")).data()[0]["name"] == "run/tb"
+    assert Path("report.html").read_text() == "mine" and Path("report-2.html").read_text() == "mine too"
+    assert main(["report", str(runs / "tb"), "-o", "report.html"]) == 0
+    assert "kept" not in capsys.readouterr().out and Page(Path("report.html").read_text(encoding="utf-8")).data()
+    Path("report.html").unlink()
+    assert main(["report", str(runs / "tb")]) == 0
+    assert "report        report.html (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", [[], ["--text"], ["--json"]], ids=lambda form: "".join(form) or "page")
+def test_of_a_folder_above_runs_the_newest_is_shown_and_named(tmp_path, capsys, monkeypatch, runs, form):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("version_1", "version_2", "version_0")):  # the newest first
+        shutil.copytree(runs / "csv", tmp_path / "logs" / name)
+        written = 1e9 - age
+        os.utime(tmp_path / "logs" / name / "metrics.csv", (written, written))
+    assert main(["report", "logs", *form]) == 0
+    told = capsys.readouterr()
+    line = "run           logs/version_1, the newest that can be shown below logs\n"
+    assert line in (told.err if form == ["--json"] else told.out)
+    assert main(["report", "logs/version_0", *form]) == 0
+    told = capsys.readouterr()
+    assert "the newest" not in told.out + told.err
+
+
+REFUSALS = {
+    "no such folder": (["nowhere"], "nowhere is not a folder"),
+    "nothing in it": (["empty"], "empty holds neither event files nor metrics.csv."),
+    "no values": (["valueless"], "valueless holds a run without a single value: nothing was logged, or training has"),
+    "not a folder": (["file"], "file is not a folder"),
+    "no folder for the output": (["run", "-o", "missing/x.{}"], "missing/x.{} cannot be opened: No such file or"),
+    "output is a folder": (["run", "-o", "empty.{}"], "empty.{} is a folder: name a file in it."),
+    "output below a file": (["run", "-o", "file/x.{}"], "file/x.{} cannot be opened: there is a file where a folder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_both_commands_refuse_alike(tmp_path, capsys, monkeypatch, runs, case):
+    """Status 2, one sentence, nothing printed beside it."""
+    monkeypatch.chdir(tmp_path)
+    (arguments, sentence), said = REFUSALS[case], []
+    for name in ("empty", "empty.html", "empty.npy", "valueless"):
+        Path(name).mkdir()
+    Path("file").write_text("")
+    Path("valueless/metrics.csv").write_text("step,loss\n")
+    rows = ["step,gradient/norm,train/loss", *(f"{i},{1 + i % 3},0.5" for i in range(40))]
+    Path("run").mkdir()
+    Path("run/metrics.csv").write_text("\n".join(rows) + "\n")
+    for command, suffix in (("report", "html"), ("schedule", "npy")):
+        assert main([command, *(word.format(suffix) for word in arguments)]) == 2
+        told = capsys.readouterr()
+        assert told.err.startswith(f"dynamon {command}: {sentence.format(suffix)}")
+        assert told.err.count("\n") == 1 and not told.out
+        said.append(told.err.removeprefix(f"dynamon {command}: ").replace(f".{suffix}", ""))
+    assert said[0] == said[1]

@@ -123,7 +123,7 @@ def test_errors(tmp_path, capsys, monkeypatch) -> None:
     assert "holds no gradient/norm_l1" in says(run, "--norm", "l1")
     few = write(tmp_path / "few", [1.0] * 9 + ["nan"] * 5)
     assert "9 readings of gradient/norm that are finite and not zero, and it takes 10" in says(few)
-    assert "No such file or directory" in says(run, "--output", tmp_path / "missing" / "s.npy")
+    assert "s.png cannot be opened: No such file or directory" in says(run, "--plot", tmp_path / "missing" / "s.png")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "needs matplotlib: pip install 'lightning-dynamon[demo]'" in says(run, "--plot", tmp_path / "s.png")
 

@@ -1,9 +1,13 @@
 """The ``dynamon`` command."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from dynamon.cli import demo, report, schedule
+from dynamon.cli.refusal import RefusalError
+
+_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; ``sys.argv`` by default.
 
     Returns:
-        The exit status: 0, 1 where a command did not reach what it promises, or 2 where it refuses what it was given.
+        The exit status: 0; 1 if the demo's results are not what it promises; 2 if a command refuses what it was given,
+        with the reason printed; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="dynamon", description="Training dynamics for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -21,5 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_parser(commands)
     schedule.add_parser(commands)
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+    except RefusalError as error:
+        print(f"dynamon {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dynamon {options.command}: stopped by Ctrl-C.", file=sys.stderr)
+        return _INTERRUPTED
     return status

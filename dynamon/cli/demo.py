@@ -1,4 +1,4 @@
-"""``dynamon demo``: watch and steer a real training run, in about two minutes on two cores."""
+"""``dynamon demo``: monitor and steer a real training run whose length is chosen to take about 90 seconds."""
 
 import argparse
 import importlib.util
@@ -8,232 +8,265 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.callbacks.dynamics import PRESETS
 from dynamon.cli import plots
 from dynamon.cli.demo_data import standard_library_text, training_batches, validation_batches
+from dynamon.cli.demo_plan import SIZES, VALIDATION_BATCHES, VALIDATIONS, Plan, Size, make_plan, thread_counts
+from dynamon.cli.demo_summary import Outcome, shortfalls, summary
 from dynamon.cli.language_model import LanguageModel
-from dynamon.layers import describe_layers
-from dynamon.norms import iid_dual_norm, update_norm
+from dynamon.cli.refusal import refusing
 
-_STEPS, _BUDGET, _BATCH, _CONTEXT = 750, 0.35, 16, 128
-# A picture worth looking at; how many more there are is up to the machine.
-_SHARPNESS_POINTS, _NOISE_POINTS = 5, 20
-_SETTLED = 300  # steps after which a budget must hold, start-up included
-_TOLERANCE = 1.1  # of the budget: the reading under way when it is used up, and clocks on a busy machine
+_SECONDS = 90.0
+_RESERVED = 8.0  # of them for imports, before the clock starts, and for the picture
+_TRIAL_SECONDS, _FEWEST_TRIAL_STEPS, _MOST_TRIAL_STEPS = 1.5, 3, 20  # the first step of a trial is not counted
+_FIRST_STEP = 3.0  # a first step may take so many times as long as those after it
 
 
 def add_parser(commands: Any) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser(
         "demo",
-        help="train a small language model with everything on, and draw what was seen",
+        help="train a small language model with everything on, and draw what was measured",
         description="Train a byte-level GPT of about one million parameters on the source of the Python standard "
-        "library, with DynamicsMonitor and NoiseAdaptiveLR on. Nothing is downloaded.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "library, with DynamicsMonitor and NoiseAdaptiveLR on. Nothing is downloaded. The demo times a step first and "
+        f"trains for as long as fits into about {_SECONDS:.0f} seconds; the options --steps, --size and --threads are "
+        "taken as given. With --steps nothing is timed, and the same seed gives the same training.",
     )
-    parser.add_argument("--no-adaptive", action="store_true", help="monitor only: leave the learning rates alone")
-    parser.add_argument("--steps", type=_positive_int, default=_STEPS, help="optimizer steps")
-    parser.add_argument("--preset", choices=list(PRESETS), default="economy", help="what is measured how often")
-    parser.add_argument("--budget", type=_positive_float, default=_BUDGET, help="share of training time for monitoring")
-    parser.add_argument("--logdir", type=Path, default=Path("dynamon_demo"), help="folder for event files and picture")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order")
-    parser.add_argument("--accelerator", default="cpu", help="what Lightning trains on: cpu, gpu, auto")
+    parser.add_argument("--no-adaptive", action="store_true", help="monitor only: do not change the learning rates")
+    parser.add_argument("--steps", type=_positive_int, help="optimizer steps (default: as many as fit)")
+    parser.add_argument(
+        "--size",
+        choices=list(SIZES),
+        help="size of model and batches (default: the largest with which enough steps fit; with --steps: full)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_positive_int,
+        help="threads of PyTorch (default: the number with which a step is fastest; with --steps: PyTorch's own)",
+    )
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="economy", help="what is measured how often (default: economy)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=_positive_float,
+        default=0.35,
+        help="time of monitoring as a share of the time of training (default: 0.35)",
+    )
+    parser.add_argument(
+        "--logdir",
+        type=Path,
+        default=Path("dynamon_demo"),
+        help="folder for event files and picture (default: dynamon_demo)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
+    parser.add_argument("--accelerator", default="cpu", help="accelerator for Lightning: cpu, gpu, auto (default: cpu)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, draw, sum up.
+    """Time a step, train, draw, print a summary.
 
     Args:
         options: The parsed options.
 
     Returns:
-        0, or 1 with the reason printed where the run fell short of what the demo promises.
+        0, or 1 with the reasons printed if the results are not what the demo promises. A slow machine is no reason.
+
+    Raises:
+        RefusalError: If matplotlib, the text, the accelerator or the folder cannot be used.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        print(
-            "dynamon demo draws a picture and needs matplotlib: pip install 'lightning-dynamon[demo]'",
-            file=sys.stderr,
-        )
-        return 1
     begin = time.perf_counter()
-    pl.seed_everything(options.seed, verbose=False)
-    training, validation = standard_library_text()
-    module = LanguageModel(options.steps, context=_CONTEXT)
-    monitor = DynamicsMonitor(preset=options.preset, budget=options.budget)
-    steering = None if options.no_adaptive else NoiseAdaptiveLR()
-    progress, losses = _Progress(monitor), _Losses()
-    logger = TensorBoardLogger(options.logdir, name=None)
-    print(
-        f"training {sum(p.numel() for p in module.parameters()):,} parameters on {len(training) / 1e6:.1f} MB of "
-        f"Python source, {options.steps} steps of {_BATCH} x {_CONTEXT} bytes; Ctrl-C stops early",
-        flush=True,
-    )
-    with _quiet():
-        trainer = pl.Trainer(
-            accelerator=options.accelerator,
-            devices=1,
-            max_steps=options.steps,
-            val_check_interval=max(options.steps // 5, 1),
-            log_every_n_steps=min(5, options.steps),
-            gradient_clip_val=1.0,
-            num_sanity_val_steps=0,
-            logger=logger,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            callbacks=[monitor, *([] if steering is None else [steering]), progress, losses],
-        )
-        with _stop_on_interrupt(trainer) as interrupted:
-            trainer.fit(
-                module,
-                training_batches(training, _BATCH, _CONTEXT, options.steps, options.seed),
-                validation_batches(validation, _BATCH, _CONTEXT, batches=8),
-            )
-    steps = trainer.global_step
+    with refusing():
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("the picture needs matplotlib: pip install 'lightning-dynamon[demo]'")
+        text = standard_library_text()
+        options.logdir.mkdir(parents=True, exist_ok=True)
+    with _quiet(), _threads_restored():
+        plan = _plan(options, text[0], begin)
+        print(_announcement(options, plan, text[0]), flush=True)
+        outcome, logger, interrupted = _train(options, plan, text, begin)
     path = Path(logger.log_dir) / "dynamon.png"
-    title = (
-        f"dynamon demo: {steps} steps, {'uniform' if steering is None else 'noise-adaptive'} rates, seed {options.seed}"
-    )
-    histories = (monitor.history, None if steering is None else steering.history)
-    plots.draw(path, title, losses.training, losses.validation, *histories, strip="network.")
-    seconds = time.perf_counter() - begin
-    print()
-    for line in summary(module, monitor, steering, losses, seconds, steps):
-        print(line)
-    print(f"\npicture       {path}\npanels        tensorboard --logdir {options.logdir}")
+    rates = "uniform" if outcome.steering is None else "noise-adaptive"
+    title = f"dynamon demo: {outcome.steps} steps, {rates} rates, seed {options.seed}"
+    histories = outcome.monitor.history, None if outcome.steering is None else outcome.steering.history
+    plots.draw_run(path, title, outcome.training, outcome.validation, *histories, strip="network.")
+    print("", *summary(outcome), "", sep="\n")
+    print(f"picture       {path}\npanels        tensorboard --logdir {options.logdir}")
     if interrupted:
         print("stopped early by Ctrl-C; everything above is what there was until then.")
         return 0
-    problems = shortfalls(options, monitor)
+    print(f"again         {_command(options, plan)}")
+    problems = list(shortfalls(outcome))
     for problem in problems:
         print(f"dynamon demo fell short: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def summary(
-    module: pl.LightningModule,
-    monitor: DynamicsMonitor,
-    steering: NoiseAdaptiveLR | None,
-    losses: "_Losses",
-    seconds: float,
-    steps: int,
-) -> list[str]:
-    """What the run showed, in plain sentences.
-
-    Args:
-        module: The trained module.
-        monitor: The monitor.
-        steering: The steering callback, or None.
-        losses: The recorded losses.
-        seconds: Wall time.
-        steps: Optimizer steps taken.
-    """
-    lines = [f"{steps} steps in {seconds:.0f} s"]
-    if len(losses.training[1]):
-        validation = f", validation {losses.validation[1][-1]:.3f}" if len(losses.validation[1]) else ""
-        tail = np.mean(losses.training[1][-20:])
-        lines.append(f"loss          {losses.training[1][0]:.3f} -> {tail:.3f} (mean of the last steps){validation}")
-    history = monitor.history
-    lines += _stability_lines(monitor)
-    if "noise/dual" in history:
-        lines += _noise_lines(module, monitor, steering)
-    if "spectrum/sigma_max" in history:
-        sigma, rank = history["spectrum/sigma_max"], history["spectrum/stable_rank"]
-        names = _short(sigma.layers or ())
-        top, low = int(np.nanargmax(sigma.values[-1])), int(np.nanargmin(rank.values[-1]))
-        gap = np.nanmax(history["spectrum/sigma_upper"].values[-1] / history["spectrum/sigma_lower"].values[-1]) - 1
-        lines.append(
-            f"spectra       largest singular value {sigma.values[-1][top]:.3g} in {names[top]} "
-            f"(certified to {gap:.1%}), lowest stable rank {rank.values[-1][low]:.3g} in {names[low]}"
-        )
-    cost = (
-        f"cost          monitoring took {monitor.overhead:.2%} of training time (budget {monitor._budget.fraction:.0%})"
-    )
-    lines.append(cost + ("" if steering is None else f", steering {steering.overhead:.1%}"))
-    if monitor.failures:
-        lines.append(f"failures      {monitor.failures} measurements failed; the warnings above say why")
-    return lines
-
-
-def _stability_lines(monitor: DynamicsMonitor) -> list[str]:
-    history = monitor.history
-    if "sharpness/stability_ratio" not in history:
-        return ["stability     no converged reading yet: the budget or the number of steps was too small"]
-    ratio = history["sharpness/stability_ratio"].values
-    if ratio.max() < 1:
-        verdict = "below 1 all the time: steps were smaller than the curvature allows"
-    elif ratio[-1] < 1:
-        verdict = "at or above 1 for a while, below it at the end"
+def _plan(options: argparse.Namespace, text: Tensor, begin: float) -> Plan:
+    """Take size, threads and steps from the options; time a step for what they leave open."""
+    own = torch.get_num_threads()
+    if options.steps is not None:
+        return Plan(options.size or "full", options.threads or own, options.steps)
+    if options.threads is not None:
+        threads = [options.threads]
     else:
-        verdict = "at or above 1: at the edge of stability, where training often settles"
-    products = history["sharpness/matvecs"].values
-    return [
-        f"stability     ratio {ratio.min():.2f} to {ratio.max():.2f}, last {ratio[-1]:.2f} "
-        "(1 is the largest stable step)",
-        f"              {verdict}",
-        f"              {len(ratio)} readings on {history['sharpness/probe_samples'].values[-1]:.0f} sequences, "
-        f"{np.median(products):.0f} Hessian products each in the median; a small probe reads high",
-    ]
+        threads = thread_counts(own) if options.accelerator == "cpu" else [own]
+
+    def step_seconds(size: str, count: int, too_slow: float) -> float:
+        print(f"timing a step of the {size} model, {_threads(count)} ...", flush=True)
+        return _step_seconds(options, text, SIZES[size], count, too_slow)
+
+    def seconds_left() -> float:
+        return _SECONDS - _RESERVED - (time.perf_counter() - begin)
+
+    sizes = list(SIZES) if options.size is None else [options.size]
+    return make_plan(step_seconds, sizes, threads, seconds_left, options.budget)
 
 
-def _noise_lines(module: pl.LightningModule, monitor: DynamicsMonitor, steering: NoiseAdaptiveLR | None) -> list[str]:
-    series = monitor.history["noise/dual"]
-    by_name = {layer.name: layer for layer in describe_layers(module)}
-    layers = [by_name[name] for name in series.layers or ()]
-    # Relative to what the shape alone would give: raw dual norms grow with the number of entries.
-    factor = np.array([iid_dual_norm(update_norm(layer, "sign"), layer) for layer in layers])
-    order = np.argsort(series.values[-1] / factor)
-    names = _short(series.layers or ())
-    ratios = {} if steering is None else steering.ratios
-
-    def shown(indices: NDArray[Any]) -> str:
-        rate = {i: f" (rate x {ratios[layers[i].name]:.2f})" if ratios else "" for i in indices}
-        return ", ".join(f"{names[i]}{rate[i]}" for i in indices)
-
-    return [
-        f"noisiest      {shown(order[::-1][:3])}",
-        f"quietest      {shown(order[:3])}",
-        f"              noise for the layer's size, {len(series)} readings",
-    ]
+def _step_seconds(options: argparse.Namespace, text: Tensor, size: Size, threads: int, too_slow: float) -> float:
+    """Train a throw-away model as the run does, without the monitor; return the mean time of a step."""
+    torch.set_num_threads(threads)
+    pl.seed_everything(options.seed, verbose=False)
+    clock = _Clock(too_slow)
+    trainer = _trainer(
+        options, _MOST_TRIAL_STEPS, [*_steering(options), _Losses(), clock], logger=False, enable_progress_bar=False
+    )
+    batches = training_batches(text, size.batch, size.context, _MOST_TRIAL_STEPS, options.seed)
+    with _stop_on_interrupt(trainer) as interrupts:
+        trainer.fit(_module(size, _MOST_TRIAL_STEPS), batches)
+    if interrupts:
+        raise KeyboardInterrupt
+    return clock.seconds
 
 
-def shortfalls(options: argparse.Namespace, monitor: DynamicsMonitor) -> list[str]:
-    """List the results that a run did not reach; a slow machine is none of them.
+def _train(
+    options: argparse.Namespace, plan: Plan, text: tuple[Tensor, Tensor], begin: float
+) -> tuple[Outcome, TensorBoardLogger, bool]:
+    """Train with monitor and steering on."""
+    torch.set_num_threads(plan.threads)
+    pl.seed_everything(options.seed, verbose=False)
+    size = SIZES[plan.size]
+    module = _module(size, plan.steps)
+    monitor = DynamicsMonitor(preset=options.preset, budget=options.budget)
+    steering = _steering(options)
+    losses, logger = _Losses(), TensorBoardLogger(options.logdir, name=None)
+    trainer = _trainer(
+        options,
+        plan.steps,
+        [monitor, *steering, _Progress(monitor), losses],
+        logger=logger,
+        val_check_interval=max(plan.steps // VALIDATIONS, 1),
+    )
+    batches = training_batches(text[0], size.batch, size.context, plan.steps, options.seed)
+    held_out = validation_batches(text[1], size.batch, size.context, VALIDATION_BATCHES)
+    fit_begin = time.perf_counter()
+    with _stop_on_interrupt(trainer) as interrupts:
+        trainer.fit(module, batches, held_out)
+    now = time.perf_counter()
+    outcome = Outcome(
+        module=module,
+        monitor=monitor,
+        steering=steering[0] if steering else None,
+        training=losses.training,
+        validation=losses.validation,
+        steps=trainer.global_step,
+        seconds=now - begin,
+        fit_seconds=now - fit_begin,
+        budget=options.budget,
+    )
+    return outcome, logger, bool(interrupts)
 
-    A run of the default length and budget or more must give enough points for a picture; any run must read every
-    quantity once and keep its budget.
-    """
-    history = monitor.history
-    found = []
-    full = options.steps >= _STEPS and options.budget >= _BUDGET
-    sharpness = len(history.get("sharpness/stability_ratio", ()))
-    noise = history.get("noise/dual")
-    points = 0 if noise is None else int(np.isfinite(noise.values).sum(0).min())
-    if sharpness < (_SHARPNESS_POINTS if full else 1):
-        found.append(f"{sharpness} sharpness points, {_SHARPNESS_POINTS if full else 1} were expected.")
-    if points < (_NOISE_POINTS if full else 1):
-        found.append(f"a noise series has {points} points, {_NOISE_POINTS if full else 1} were expected.")
-    if "spectrum/sigma_max" not in history:
-        found.append("no reading of the weights.")
-    if options.steps >= _SETTLED and monitor.overhead > _TOLERANCE * options.budget:
-        found.append(f"monitoring took {monitor.overhead:.2%}, above the budget of {options.budget:.0%}.")
-    return found
+
+def _trainer(options: argparse.Namespace, steps: int, callbacks: Sequence[Callback], **more: Any) -> pl.Trainer:
+    with refusing(MisconfigurationException):
+        return pl.Trainer(
+            accelerator=options.accelerator,
+            devices=1,
+            max_steps=steps,
+            log_every_n_steps=min(5, steps),
+            gradient_clip_val=1.0,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+            **more,
+        )
+
+
+def _steering(options: argparse.Namespace) -> list[NoiseAdaptiveLR]:
+    return [] if options.no_adaptive else [NoiseAdaptiveLR()]
+
+
+def _module(size: Size, steps: int) -> LanguageModel:
+    return LanguageModel(steps, context=size.context, width=size.width, depth=size.depth)
+
+
+def _announcement(options: argparse.Namespace, plan: Plan, text: Tensor) -> str:
+    size = SIZES[plan.size]
+    line = (
+        f"training the {plan.size} model on {len(text) / 1e6:.1f} MB of Python source: {plan.steps} steps of "
+        f"{size.batch} x {size.context} bytes, {_threads(plan.threads)}; Ctrl-C stops early"
+    )
+    if plan.step_seconds is None:
+        return line
+    seconds = plan.steps * plan.step_seconds * (1 + options.budget)
+    return f"a step takes {plan.step_seconds:.2g} s: {plan.steps} of them and monitoring, about {seconds:.0f} s\n{line}"
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _command(options: argparse.Namespace, plan: Plan) -> str:
+    """The command that trains the same again."""
+    extra = (" --no-adaptive" * options.no_adaptive) + (
+        f" --accelerator {options.accelerator}" if options.accelerator != "cpu" else ""
+    )
+    return f"dynamon demo --steps {plan.steps} --size {plan.size} --threads {plan.threads} --seed {options.seed}{extra}"
+
+
+class _Clock(Callback):
+    """Measure the mean time of all steps but the first, and end the trial after enough of them."""
+
+    def __init__(self, too_slow: float) -> None:
+        self._too_slow = too_slow
+        self._times: list[float] = []  # when the first step began, and when each ended
+
+    @property
+    def seconds(self) -> float:
+        if len(self._times) == 2:
+            return self._times[1] - self._times[0]
+        return (self._times[-1] - self._times[1]) / (len(self._times) - 2)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._times = self._times or [time.perf_counter()]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._times.append(time.perf_counter())
+        steps, counted = len(self._times) - 1, self._times[-1] - self._times[1]
+        hopeless = steps == 1 and self.seconds > _FIRST_STEP * self._too_slow
+        if hopeless or (steps >= _FEWEST_TRIAL_STEPS and counted >= _TRIAL_SECONDS):
+            trainer.should_stop = True
 
 
 class _Progress(TQDMProgressBar):
-    """A bar with loss, stability ratio and overhead."""
+    """Progress bar with loss, stability ratio and overhead."""
 
     def __init__(self, monitor: DynamicsMonitor) -> None:
         super().__init__(refresh_rate=10)
@@ -249,7 +282,7 @@ class _Progress(TQDMProgressBar):
 
 
 class _Losses(Callback):
-    """Keeps every training loss and each validation loss."""
+    """Record every training and validation loss."""
 
     def __init__(self) -> None:
         self._training: list[tuple[int, float]] = []
@@ -275,13 +308,9 @@ def _columns(rows: list[tuple[int, float]]) -> tuple[NDArray[Any], NDArray[Any]]
     return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
 
 
-def _short(names: tuple[str, ...]) -> list[str]:
-    return [name.removeprefix("network.").removesuffix(".weight") for name in names]
-
-
 @contextmanager
 def _stop_on_interrupt(trainer: pl.Trainer) -> Iterator[list[int]]:
-    """Ctrl-C ends training after the running step; a second one ends at once."""
+    """Stop training after the current step on Ctrl-C, and at once on a second one."""
     seen: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
@@ -298,8 +327,17 @@ def _stop_on_interrupt(trainer: pl.Trainer) -> Iterator[list[int]]:
 
 
 @contextmanager
+def _threads_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide Lightning's advice on workers and hardware; warnings of ours stay."""
+    """Hide Lightning's advice on workers and hardware; our warnings stay."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -308,20 +346,24 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            warnings.filterwarnings("ignore", message=".*`validation_step` but have no `val_dataloader`.*")
             yield
     finally:
         log.setLevel(level)
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.lstrip("+-").isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text}")
     return value
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return value

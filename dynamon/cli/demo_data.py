@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source of the Python standard library."""
+"""Training text that every machine has: the source of the Python standard library."""
 
 import sysconfig
 from pathlib import Path
@@ -13,10 +13,10 @@ _VALIDATION_EVERY = 10  # every tenth file
 
 
 def standard_library_text() -> tuple[Tensor, Tensor]:
-    """Bytes of the running interpreter's standard library, split into training and validation by file.
+    """Read the running interpreter's standard library, split into training and validation by file.
 
     Returns:
-        Two uint8 tensors.
+        Training and validation bytes, two uint8 tensors.
 
     Raises:
         FileNotFoundError: If the interpreter ships without its source.
@@ -34,14 +34,14 @@ def standard_library_text() -> tuple[Tensor, Tensor]:
 
 
 def training_batches(text: Tensor, batch: int, context: int, steps: int, seed: int) -> DataLoader[Tensor]:
-    """Random windows of ``context + 1`` bytes, ``steps`` batches of them, the same for the same seed."""
+    """Draw ``steps`` batches of random windows of ``context + 1`` bytes, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(text) - context - 1, (steps * batch,), generator=generator)
     return DataLoader(_Windows(text, starts, context), batch_size=batch)
 
 
 def validation_batches(text: Tensor, batch: int, context: int, batches: int) -> DataLoader[Tensor]:
-    """Windows spread evenly over the text."""
+    """Spread windows evenly over the text."""
     starts = torch.linspace(0, len(text) - context - 2, batches * batch).long()
     return DataLoader(_Windows(text, starts, context), batch_size=batch)
 

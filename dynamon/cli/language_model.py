@@ -1,4 +1,4 @@
-"""A byte-level GPT of about one million parameters, as a LightningModule like any other."""
+"""A byte-level GPT of about one million parameters and its LightningModule."""
 
 import math
 from typing import Any
@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, time, width]`` to the same."""
+        """Map ``[batch, time, width]`` to the same shape."""
         batch, time, width = x.shape
         heads = self.qkv(self.attention_norm(x)).view(batch, time, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Byte embeddings, learned positions, blocks, a head.
+    """Byte-level transformer: embeddings, learned positions, blocks, a head.
 
     Args:
         width: Model width.
@@ -60,7 +60,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if residual else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[batch, time]`` to logits ``[batch, time, 256]``."""
+        """Map tokens ``[batch, time]`` to logits ``[batch, time, 256]``."""
         x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -75,26 +75,28 @@ class LanguageModel(pl.LightningModule):
         steps: Length of the schedule.
         rate: Peak learning rate.
         context: Bytes of context.
+        width: Model width.
+        depth: Number of blocks.
     """
 
-    def __init__(self, steps: int, rate: float = 3e-3, context: int = 128) -> None:
+    def __init__(self, steps: int, rate: float = 3e-3, context: int = 128, width: int = 144, depth: int = 4) -> None:
         """Make the network."""
         super().__init__()
-        self.network = GPT(context=context)
+        self.network = GPT(width=width, depth=depth, context=context)
         self.steps, self.rate = steps, rate
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Cross-entropy in nats a byte."""
+        """Return the cross-entropy in nats per byte."""
         loss = self._loss(batch)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """The same on held-out files."""
+        """Log the cross-entropy on held-out files."""
         self.log("validation/loss", self._loss(batch))
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule."""
+        """Make AdamW and its schedule."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.1)
         return {
             "optimizer": optimizer,
@@ -106,7 +108,7 @@ class LanguageModel(pl.LightningModule):
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     def _rate(self, step: int) -> float:
-        """Warm-up over a tenth of the run, then cosine to a tenth of the peak."""
+        """Warm up over a tenth of the run, then decay along a cosine to a tenth of the peak."""
         warmup = max(self.steps // 10, 1)
         if step < warmup:
             return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""One picture of a run: loss, stability, and layer x step maps."""
+"""Plots of the commands: a run of the demo, and a refined schedule. They need matplotlib, the ``demo`` extra."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamon.runs.history import Series
+from dynamon.schedule import linear_decay, smoothed_norms
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # distinct for colour-blind readers
+_DPI = 110
 
 
-def draw(
+def draw_run(
     path: Path,
     title: str,
     loss: tuple[NDArray[Any], NDArray[Any]],
@@ -21,23 +23,18 @@ def draw(
     steering: Mapping[str, Series] | None,
     strip: str = "",
 ) -> None:
-    """Write the picture as a PNG.
+    """Draw loss, stability ratio, and maps of noise and rate ratio over layers and steps.
 
     Args:
-        path: Where to.
-        title: Written above.
+        path: The PNG to write.
+        title: Title of the figure.
         loss: Steps and training loss.
         validation: Steps and validation loss.
         monitor: History of the monitor.
         steering: History of the steering callback, or None.
         strip: Prefix to leave out of layer names.
-
-    Raises:
-        ImportError: Without matplotlib, which the ``demo`` extra brings.
     """
     from matplotlib import colors
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     maps: list[tuple[str, str, Mapping[str, Series], Any, str]] = [
         ("noise/dual", "gradient noise sqrt(H), dual norm", monitor, colors.LogNorm(), "viridis")
@@ -45,16 +42,48 @@ def draw(
     if steering is not None:
         maps.append(("lr/ratio", "learning-rate ratio", steering, colors.Normalize(0, 1), "cividis"))
     maps = [m for m in maps if m[0] in m[2]]
-    figure = Figure(figsize=(13, 4.2 + 4.4 * bool(maps)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(13, 4.2 + 4.4 * bool(maps))
     figure.suptitle(title, fontsize=12)
     grid = figure.add_gridspec(1 + bool(maps), 2, height_ratios=[1, 1.25][: 1 + bool(maps)])
     _draw_loss(figure.add_subplot(grid[0, 0]), loss, validation)
-    _draw_stability(figure.add_subplot(grid[0, 1]), monitor)
+    _draw_stability(figure.add_subplot(grid[0, 1]), monitor, len(loss[0]))
     for column, (quantity, label, history, norm, palette) in enumerate(maps):
         where = grid[1, column] if len(maps) == 2 else grid[1, :]
         _draw_map(figure, figure.add_subplot(where), history[quantity], label, norm, palette, strip)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=_DPI)
+
+
+def draw_schedule(path: Path, schedule: NDArray[Any], readings: Series, norm: str, tag: str) -> None:
+    """Draw a refined schedule beside the gradient norms that it was computed from.
+
+    Args:
+        path: The PNG to write.
+        schedule: A factor for each step.
+        readings: The norms.
+        norm: Which norm they are.
+        tag: Their tag.
+    """
+    figure = _figure(11, 4)
+    left, right = figure.subplots(1, 2)
+    total = len(schedule)
+    left.plot(readings.steps, readings.values, ".", color=_GREY, ms=2.5, label=tag)
+    left.plot(smoothed_norms(readings.values, readings.steps, total), color=_BLUE, label="running median")
+    left.set(title=f"{norm} norm of the gradient", xlabel="step", yscale="log")
+    right.plot(schedule, color=_BLUE, label="refined")
+    right.plot(linear_decay(total), color=_ORANGE, ls="--", lw=1, label="linear decay")
+    right.set(title="factor on the learning rate", xlabel="step", ylim=(0, 1.05))
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _draw_loss(
@@ -63,11 +92,11 @@ def _draw_loss(
     axes.plot(*loss, color=_BLUE, lw=0.8, label="training")
     if len(validation[0]):
         axes.plot(*validation, "o-", color=_ORANGE, ms=4, lw=1.2, label="validation")
-    axes.set(title="loss", xlabel="step", ylabel="nats a byte")
+    axes.set(title="loss", xlabel="step", ylabel="nats per byte")
     axes.legend(frameon=False)
 
 
-def _draw_stability(axes: Any, history: Mapping[str, Series]) -> None:
+def _draw_stability(axes: Any, history: Mapping[str, Series], steps: int) -> None:
     axes.axhline(1, color=_GREY, ls="--", lw=1, label="largest stable step")
     for tag, style, label in (
         (
@@ -87,7 +116,7 @@ def _draw_stability(axes: Any, history: Mapping[str, Series]) -> None:
             axes.plot(series.steps, series.values, label=label, **style)
     axes.set(title="stability ratio", xlabel="step")
     axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(steps, 1))
     axes.legend(frameon=False)
 
 

@@ -1,9 +1,10 @@
-"""``dynamon report``: a run as one HTML file, as text, or what looks wrong in it as JSON."""
+"""``dynamon report``: show a run as one HTML file or as text, or print its health findings as JSON."""
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,14 +13,15 @@ from numpy.typing import NDArray
 
 from dynamon.board.page import page
 from dynamon.board.payload import payload
-from dynamon.cli.run_argument import RUN_HELP, choice, read
+from dynamon.cli.refusal import refusing
+from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
 from dynamon.health import Finding, findings, judged_loss, loss_tag
 from dynamon.quantities import REGISTRY, Scope
 from dynamon.runs import read_run_data
 from dynamon.runs.folders import printable
 from dynamon.runs.history import RunData, Series
 
-_WIDTH = 48  # columns of a row of blocks
+_WIDTH = 48  # columns of a sparkline
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "_.-~+=*#"
 _ROWS = [
     (one.row, f"{one.tag}_median" if one.scope is Scope.PER_LAYER else one.tag) for one in REGISTRY.values() if one.row
@@ -32,9 +34,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="show a run: stability, layers, rates and health, as one HTML file or as text",
-        description="Show what DynamicsMonitor and its like logged to TensorBoard or CSVLogger: an HTML file that "
-        "needs no network, a summary for the terminal, or what looks wrong as JSON. A run that was restarted in its "
-        "folder is shown as TensorBoard shows it: without what the newer writer made void.",
+        description="Show what dynamon's callbacks logged to TensorBoard or CSVLogger: as an HTML file that needs no "
+        "network, as a summary for the terminal, or what looks wrong as JSON. A run that was restarted in its folder "
+        "is shown as TensorBoard shows it, without the points that the restart made invalid.",
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help=f"{RUN_HELP}; two are compared")
     parser.add_argument(
@@ -42,10 +44,10 @@ def add_parser(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the page goes (report.html, in the place of the report before it)",
+        help="write the page to FILE, replacing it (default: report.html, or report-1.html and so on if it exists)",
     )
     parser.add_argument(
-        "--loss", metavar="TAG", help="tag of the training loss; found by its name by default, and named"
+        "--loss", metavar="TAG", help="tag of the training loss; by default it is found by its name, and printed"
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--text", action="store_true", help="print a summary instead")
@@ -54,49 +56,51 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read, check, show.
+    """Read one or two runs, check their health, show them.
 
     Args:
         options: The parsed options.
 
     Returns:
-        0 whatever the health of the run, or 2 with the reason printed where it cannot be read or written, or holds
-        nothing of dynamon.
+        0 whatever the health of the run.
+
+    Raises:
+        RefusalError: If a run cannot be read or holds no readings of dynamon, or the page cannot be written.
     """
-    try:
+    with refusing():
         _check(options)
-        read_runs = [_read(folder, options.loss) for folder in options.folders]
-        runs = [(_name(folder), data) for folder, data in read_runs]
+        found = [_read(folder, options.loss) for folder in options.folders]
+        runs = [(_name(folder), data) for folder, data in found]
         _require_readings(runs)
-        pairs = zip(options.folders, read_runs, strict=True)
-        chosen = [said for folder, (run, _) in pairs if (said := choice(folder, run))]
+        pairs = zip(options.folders, found, strict=True)
+        selected = [line for folder, (run, _) in pairs if (line := selection_line(folder, run))]
         if options.json:
-            _print(iter(chosen), sys.stderr)
+            _print(iter(selected), sys.stderr)
             print(json.dumps(_health(runs, options.loss), indent=2, allow_nan=False))
         elif options.text:
-            _print(iter(chosen))
+            _print(iter(selected))
             _print(line for name, data in runs for line in summary(data, name, options.loss))
         else:
             content = page([payload(data, name, options.loss) for name, data in runs])
             written = _write(content, options.output)
-            _print(iter([*chosen, written, *_told(runs, options.loss)]))
-    except (ValueError, OSError) as error:
-        print(f"dynamon report: {error}", file=sys.stderr)
-        return 2
+            _print(iter([*selected, written, *_health_lines(runs, options.loss)]))
     return 0
 
 
 def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
-    """A run in lines for a terminal: rows of blocks over its steps, layers that stand out, what looks wrong.
+    """Describe a run in lines for a terminal: sparklines over its steps, extreme layers, health findings.
 
     Args:
-        run: What is known of it.
-        name: What to call it.
+        run: Its scalars and per-layer tables.
+        name: Its name in the first line.
         loss: Tag of the training loss; None looks for one.
+
+    Yields:
+        The lines.
     """
     yield f"{name}: {run.last_step + 1} steps, {len(run.scalars)} scalars, {len(run.tables)} per-layer quantities"
     judged = judged_loss(run.scalars, loss)
-    yield f"  loss: {_judged(run, loss)}"
+    yield f"  loss: {_loss_source(run, loss)}"
     rows = [*([("loss", judged.tag)] if judged else []), *_ROWS]
     known = [(label, run.scalars[key]) for label, key in rows if key in run.scalars]
     if known:
@@ -111,7 +115,7 @@ def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
         yield ""
         yield "  layers, median of the last readings"
     for quantity, table in tables:
-        yield f"  {quantity:20}  {_outstanding(table)}"
+        yield f"  {quantity:20}  {_extremes(table)}"
     yield ""
     found = findings(run, loss)
     if not found:
@@ -121,9 +125,9 @@ def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
 
 
 def sparkline(series: Series, last_step: int, width: int = _WIDTH) -> str:
-    """The series over steps 0 to ``last_step`` in blocks of eight heights; a blank where there is no reading.
+    """Draw a series over steps 0 to ``last_step`` with blocks of eight heights.
 
-    A column shows the median of its readings, ``x`` where one of them is not finite.
+    A column shows the median of its readings, a blank without any, and ``x`` if one of them is not finite.
     """
     column = np.minimum(series.steps * width // (last_step + 1), width - 1)
     finite = np.isfinite(series.values)
@@ -141,8 +145,8 @@ def sparkline(series: Series, last_step: int, width: int = _WIDTH) -> str:
     return "".join(map(block, range(width)))
 
 
-def _outstanding(table: Series) -> str:
-    """The layers with the highest and the lowest value at the end."""
+def _extremes(table: Series) -> str:
+    """Name the layers with the highest and the lowest value at the end."""
     recent = table.values[-5:]
     known = np.isfinite(recent).any(0)
     if not known.any():
@@ -163,33 +167,47 @@ def _lines(finding: Finding) -> Iterator[str]:
 
 
 def _write(content: str, output: Path | None) -> str:
-    """Write the page and say where; without ``--output`` nothing but a report is replaced."""
-    path = output or Path("report.html")
-    replaces = output is None and path.exists()
-    if replaces and b"<title>dynamon: " not in path.read_bytes()[:4096]:
-        raise ValueError(f"{path} is there and no report of dynamon: give --output FILE, or move it away.")
-    path.write_text(content, encoding="utf-8")
-    place = ", in the place of the one before" if replaces else ""
-    return f"report        {printable(path)} ({path.stat().st_size / 1e6:.1f} MB, opens in any browser{place})"
+    """Write the page and say where; only a file that ``--output`` names is replaced."""
+    if output is None:
+        path, kept = _write_new(content)
+        note = f"; {kept} was kept, -o {kept} replaces it" if kept else ""
+    else:
+        output.write_text(content, encoding="utf-8")
+        path, note = output, ""
+    return f"report        {printable(path)} ({path.stat().st_size / 1e6:.1f} MB, opens in any browser{note})"
 
 
-def _judged(run: RunData, loss: str | None) -> str:
-    """Which series was taken for the training loss, and why."""
+def _write_new(content: str) -> tuple[Path, Path | None]:
+    """Write to the first of report.html, report-1.html, ... that does not exist; return it and the first that did."""
+    first = path = Path("report.html")
+    for number in count(1):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(content)
+        except FileExistsError:
+            path = first.with_stem(f"{first.stem}-{number}")
+        else:
+            break
+    return path, None if path == first else first
+
+
+def _loss_source(run: RunData, loss: str | None) -> str:
+    """Say which series is taken for the training loss, and why."""
     judged = judged_loss(run.scalars, loss)
     if judged is None:
         return "no tag looks like the training loss; name it with --loss TAG"
     return judged.reason if judged.source in ("returned", "stated") else f"{judged.reason}; --loss TAG takes another"
 
 
-def _told(runs: list[tuple[str, RunData]], loss: str | None) -> Iterator[str]:
+def _health_lines(runs: list[tuple[str, RunData]], loss: str | None) -> Iterator[str]:
     for name, data in runs:
         found = findings(data, loss)
         counts = [
             (kind, sum(one.severity == kind for one in found)) for kind in dict.fromkeys(f.severity for f in found)
         ]
-        health = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "nothing looks wrong"
+        health = ", ".join(f"{number} {kind}{'s' * (number > 1)}" for kind, number in counts) or "nothing looks wrong"
         yield f"health        {name}: {health}"
-        yield f"loss          {name}: {_judged(data, loss)}"
+        yield f"loss          {name}: {_loss_source(data, loss)}"
 
 
 def _health(runs: list[tuple[str, RunData]], loss: str | None) -> list[dict[str, Any]]:
@@ -205,39 +223,39 @@ def _health(runs: list[tuple[str, RunData]], loss: str | None) -> list[dict[str,
 
 def _check(options: argparse.Namespace) -> None:
     if len(options.folders) > 2:
-        raise ValueError(f"one run, or two to compare; got {len(options.folders)}.")
+        raise ValueError(f"give one run, or two to compare; got {len(options.folders)}.")
     if options.output is not None and (options.text or options.json):
-        raise ValueError("--output is where the page goes; --text and --json print, so leave it out.")
+        raise ValueError("--output names the file of the page; --text and --json print, so leave it out.")
 
 
 def _read(folder: Path, loss: str | None) -> tuple[Path, RunData]:
-    run, data = read("report", folder, read_run_data)
+    run, data = read_run_argument("report", folder, read_run_data)
     if not data.scalars and not data.tables:
         raise ValueError(
-            f"{printable(run)} holds a run without a single value: it logged nothing, or has only just begun."
+            f"{printable(run)} holds a run without a single value: nothing was logged, or training has just begun."
         )
     if loss is not None and loss not in data.scalars:
-        there = ", ".join(sorted(tag for tag in data.scalars if "loss" in tag.lower())[:12])
-        raise ValueError(f"{printable(run)} holds no {loss}; tags with 'loss' in their name: {there or 'none'}.")
+        tags = ", ".join(sorted(tag for tag in data.scalars if "loss" in tag.lower())[:12])
+        raise ValueError(f"{printable(run)} holds no {loss}; tags with 'loss' in their name: {tags or 'none'}.")
     return run, data
 
 
 def _require_readings(runs: list[tuple[str, RunData]]) -> None:
-    """Refuse runs that all are without dynamon; one of two may be, as a baseline."""
-    nothing = [[one for one in findings(data) if one.rule == "dynamon/nothing"] for _, data in runs]
-    if all(nothing):
-        what = nothing[0][0]
+    """Refuse if no run holds readings of dynamon; one of two may hold none, as a baseline."""
+    missing = [[one for one in findings(data) if one.rule == "dynamon/nothing"] for _, data in runs]
+    if all(missing):
+        finding = missing[0][0]
         names = " and ".join(name for name, _ in runs)
-        raise ValueError(f"{names}: {what.message} {what.advice}")
+        raise ValueError(f"{names}: {finding.message} {finding.advice}")
 
 
 def _name(folder: Path) -> str:
-    """The last two parts: the last alone is often ``version_0``."""
+    """Return the last two parts of the path; the last alone is often ``version_0``."""
     return printable("/".join(folder.resolve().parts[-2:]).lstrip("/"))
 
 
 def _print(lines: Iterator[str], stream: TextIO | None = None) -> None:
-    """Names of tags and layers may hold anything: what is not printable, or not in the terminal's set, is replaced."""
+    """Print lines; characters of tag and layer names that the terminal cannot show are replaced."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     for line in lines:

@@ -1,4 +1,4 @@
-"""What the commands have in common: which run a folder stands for, and what is said while it is read."""
+"""The argument RUN of the commands: which run a folder stands for, and the warnings while it is read."""
 
 import sys
 import warnings
@@ -10,13 +10,13 @@ from dynamon.runs.folders import newest_run, printable
 
 _Read = TypeVar("_Read")
 RUN_HELP = (
-    "folder of a run, which holds event files or metrics.csv; of a folder above runs the newest one with readings "
-    "is taken, and named"
+    "folder of a run, with event files or metrics.csv; for a folder above runs the newest run with readings is taken, "
+    "and named"
 )
 
 
-def read(command: str, folder: Path, reader: Callable[[Path], _Read]) -> tuple[Path, _Read]:
-    """Read the run that a folder stands for; what of it is damaged is printed as an error.
+def read_run_argument(command: str, folder: Path, reader: Callable[[Path], _Read]) -> tuple[Path, _Read]:
+    """Read the run that a folder stands for, and print what of it is damaged as an error.
 
     Args:
         command: The name of the command, for what is printed.
@@ -31,16 +31,16 @@ def read(command: str, folder: Path, reader: Callable[[Path], _Read]) -> tuple[P
         OSError: Likewise.
     """
     run = newest_run(folder)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = reader(run)
-    for one in said:
-        print(f"dynamon {command}: {one.message}", file=sys.stderr)
-    return run, found
+        data = reader(run)
+    for warning in caught:
+        print(f"dynamon {command}: {warning.message}", file=sys.stderr)
+    return run, data
 
 
-def choice(folder: Path, run: Path) -> str | None:
-    """Say which run was taken; None where the folder is the run."""
+def selection_line(folder: Path, run: Path) -> str | None:
+    """Say which run was taken; None if the folder is the run."""
     if run == folder:
         return None
     return f"run           {printable(run)}, the newest that can be shown below {printable(folder)}"

@@ -1,10 +1,9 @@
-"""``dynamon schedule``: the learning-rate schedule that the gradients of a finished run call for."""
+"""``dynamon schedule``: compute a learning-rate schedule from the gradient norms of a finished run."""
 
 import argparse
 import csv
 import importlib.util
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.cli.run_argument import RUN_HELP, choice, read
+from dynamon.cli.plots import draw_schedule
+from dynamon.cli.refusal import refusing
+from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
 from dynamon.runs import last_step, read_run
 from dynamon.runs.folders import printable
 from dynamon.runs.history import Series
@@ -20,7 +21,6 @@ from dynamon.schedule import (
     FEWEST_READINGS,
     linear_decay,
     refined_schedule,
-    smoothed_norms,
     usable_readings,
     warmup_end,
 )
@@ -31,7 +31,6 @@ _LOADERS = {
     ".json": ("import json, pathlib", "json.loads(pathlib.Path({!r}).read_text())"),
     ".csv": ("import numpy as np", 'np.loadtxt({!r}, delimiter=",", skiprows=1)[:, 1]'),
 }
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
 
 
 def add_parser(commands: Any) -> None:
@@ -47,53 +46,57 @@ def add_parser(commands: Any) -> None:
         "--norm",
         choices=["auto", *_TAGS],
         default="auto",
-        help="norm of the gradients: l1 for Adam and its like, l2 for SGD; auto tells by what was logged",
+        help="norm of the gradients: l1 for Adam and its variants, l2 for SGD; auto decides by what was logged",
     )
-    parser.add_argument("-o", "--output", type=_output, metavar="FILE", help="write the factors: .npy, .csv or .json")
-    parser.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw schedule and norms (needs matplotlib)")
+    parser.add_argument(
+        "-o", "--output", type=_output, metavar="FILE", help="write the factors to FILE: .npy, .csv or .json"
+    )
+    parser.add_argument("--plot", type=_png, metavar="FILE.png", help="draw schedule and norms (needs matplotlib)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read, refine, print, write.
+    """Read a run, refine the schedule, write and print it.
 
     Args:
         options: The parsed options.
 
     Returns:
-        0, or 2 with the reason printed.
+        0.
+
+    Raises:
+        RefusalError: If the run cannot be read or has too few readings, or a file cannot be written.
     """
-    try:
+    with refusing():
         if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot draws a picture and needs matplotlib: pip install 'lightning-dynamon[demo]'")
-        found = _find(options.folder, options.norm)
-        _write(options.output, found.schedule)
+            raise ValueError("--plot needs matplotlib: pip install 'lightning-dynamon[demo]'")
+        refined = _refine(options.folder, options.norm)
+        if options.output is not None:
+            _write(options.output, refined.schedule)
         if options.plot is not None:
-            _draw(options.plot, found)
-    except (ValueError, OSError) as error:
-        print(f"dynamon schedule: {error}", file=sys.stderr)
-        return 2
-    for line in _summary(found, options):
+            tag = _TAGS[refined.norm]
+            draw_schedule(options.plot, refined.schedule, refined.readings, refined.norm, tag)
+    for line in _summary(refined, options):
         print(line)
     return 0
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The schedule and what it rests on."""
+class _Refined:
+    """A refined schedule and the readings that it was computed from."""
 
     run: Path
     norm: str
-    reason: str
-    readings: Series  # those that can be used
-    left_out: int
+    reason: str  # for the norm
+    readings: Series  # finite and not zero
+    excluded: int
     total: int
     schedule: NDArray[Any]
 
 
-def _find(folder: Path, asked: str) -> _Found:
-    run, logged = read("schedule", folder, read_run)
-    norm, reason = _choose(logged, asked)
+def _refine(folder: Path, requested: str) -> _Refined:
+    run, logged = read_run_argument("schedule", folder, read_run)
+    norm, reason = _choose_norm(logged, requested)
     tag = _TAGS[norm]
     if tag not in logged:
         raise ValueError(_missing(run, logged, tag))
@@ -102,70 +105,71 @@ def _find(folder: Path, asked: str) -> _Found:
     if usable.sum() < FEWEST_READINGS:
         raise ValueError(
             f"{printable(run)} holds {usable.sum()} readings of {tag} that are finite and not zero, and it takes "
-            f"{FEWEST_READINGS}. Log more of them with GradientMonitor(every_n_steps=...) or a larger budget; without "
-            "any, linear decay is what to use."
+            f"{FEWEST_READINGS}. Log more with GradientMonitor(every_n_steps=...) or a larger budget; linear decay "
+            "needs none."
         )
     series = Series(series.steps[usable], series.values[usable])
     schedule = refined_schedule(series.values, norm=norm, steps=series.steps, total=total)
-    return _Found(run, norm, reason, series, int((~usable).sum()), total, schedule)
+    return _Refined(run, norm, reason, series, int((~usable).sum()), total, schedule)
 
 
-def _choose(logged: dict[str, Series], asked: str) -> tuple[str, str]:
-    """The norm and why; under Adam and its like the dual norms that were logged are l1 norms."""
-    if asked != "auto":
-        return asked, "as asked"
+def _choose_norm(logged: dict[str, Series], requested: str) -> tuple[str, str]:
+    """Return the norm and the reason; for Adam and its variants the logged dual norms are l1 norms."""
+    if requested != "auto":
+        return requested, "given by --norm"
     dual, l1 = logged.get("gradient/norm_dual"), logged.get(_TAGS["l1"])
     if dual is None or l1 is None:
         return "l2", f"{_TAGS['l1']} was not logged"
     if dual.values.shape == l1.values.shape and np.allclose(dual.values, l1.values, rtol=1e-4, equal_nan=True):
-        return "l1", "the optimizer's dual norm is the l1 norm, as Adam's is"
-    return "l2", "the optimizer's dual norm is not the l1 norm, as Adam's is"
+        return "l1", "the optimizer's dual norm is the l1 norm, as for Adam"
+    return "l2", "the optimizer's dual norm is not the l1 norm"
 
 
 def _missing(folder: Path, logged: dict[str, Series], tag: str) -> str:
-    there = sorted(t for t in logged if "/" not in t or t.startswith(("gradient/", "train")))
-    shown = ", ".join(there[:12]) + (", ..." if len(there) > 12 or len(there) < len(logged) else "")
+    tags = sorted(t for t in logged if "/" not in t or t.startswith(("gradient/", "train")))
+    shown = ", ".join(tags[:12]) + (", ..." if len(tags) > 12 or len(tags) < len(logged) else "")
     return (
         f"{printable(folder)} holds no {tag}. It holds: {shown or 'no scalars'}. Add GradientMonitor() or "
         "DynamicsMonitor() to the Trainer's callbacks and train again."
     )
 
 
-def _summary(found: _Found, options: argparse.Namespace) -> list[str]:
-    peak = warmup_end(found.schedule)
-    left_out = f", {found.left_out} more were zero or not finite" if found.left_out else ""
-    chosen = choice(options.folder, found.run)
+def _summary(refined: _Refined, options: argparse.Namespace) -> list[str]:
+    peak = warmup_end(refined.schedule)
+    excluded = f", {refined.excluded} more were zero or not finite" if refined.excluded else ""
+    selected = selection_line(options.folder, refined.run)
+    readings = f"{len(refined.readings)} readings of {_TAGS[refined.norm]}{excluded}"
     lines = [
-        *([chosen] if chosen else []),
-        f"schedule      {found.total} steps, from {len(found.readings)} readings of {_TAGS[found.norm]}{left_out}",
-        f"norm          {found.norm}: {found.reason}",
-        *_held(found),
-        f"warm-up       ends at step {peak} ({peak / found.total:.0%} of the run)",
+        *([selected] if selected else []),
+        f"schedule      {refined.total} steps, from {readings}",
+        f"norm          {refined.norm}: {refined.reason}",
+        *_extrapolation_lines(refined),
+        f"warm-up       ends at step {peak} ({peak / refined.total:.0%} of the run)",
         "",
         "  of the run   factor   linear decay",
     ]
-    decay = linear_decay(found.total)
+    decay = linear_decay(refined.total)
     for share in np.linspace(0, 1, 11):
-        step = round(float(share) * (found.total - 1))
-        lines.append(f"  {share:10.0%}   {found.schedule[step]:6.3f}   {decay[step]:12.3f}")
+        step = round(float(share) * (refined.total - 1))
+        lines.append(f"  {share:10.0%}   {refined.schedule[step]:6.3f}   {decay[step]:12.3f}")
     written = [f"{what:<13} {path}" for what, path in (("factors", options.output), ("picture", options.plot)) if path]
-    return [*lines, "", *written, *_usage(options.output, found.total)]
+    return [*lines, "", *written, *_usage(options.output, refined.total)]
 
 
-def _held(found: _Found) -> list[str]:
-    """Say so where the readings end long before the run does."""
-    last = int(found.readings.steps[-1])
-    if found.total <= 1.5 * last + 100:
+def _extrapolation_lines(refined: _Refined) -> list[str]:
+    """Warn if the readings end long before the run does."""
+    last = int(refined.readings.steps[-1])
+    if refined.total <= 1.5 * last + 100:
         return []
     return [
-        f"beware        the readings end at step {last}, other tags at step {found.total - 1}: the last norm is held",
-        "              from there on. If those tags have another x axis, as of samples, the schedule is wrong.",
+        f"warning       the readings end at step {last}, other tags at step {refined.total - 1}: the last norm is used",
+        "              from there on. If those tags count something else than steps, the schedule is wrong.",
     ]
 
 
 def _usage(output: Path | None, total: int) -> list[str]:
     if output is None:
-        return ["to use it     give --output schedule.npy; the factors multiply the peak learning rate of your own"]
+        return ["to use it     give --output schedule.npy; the factors multiply your own peak learning rate"]
     module, loader = _LOADERS[output.suffix]
     return [
         "to use it     in a run of any length:",
@@ -195,25 +199,6 @@ def _write(path: Path | None, schedule: NDArray[Any]) -> None:
             writer.writerows(enumerate(schedule.tolist()))
 
 
-def _draw(path: Path, found: _Found) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    steps, norms = found.readings.steps, found.readings.values
-    left.plot(steps, norms, ".", color=_GREY, ms=2.5, label=_TAGS[found.norm])
-    left.plot(smoothed_norms(norms, steps, found.total), color=_BLUE, label="running median")
-    left.set(title=f"{found.norm} norm of the gradient", xlabel="step", yscale="log")
-    right.plot(found.schedule, color=_BLUE, label="refined")
-    right.plot(linear_decay(found.total), color=_ORANGE, ls="--", lw=1, label="linear decay")
-    right.set(title="factor on the learning rate", xlabel="step", ylim=(0, 1.05))
-    for axes in (left, right):
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
 def _output(text: str) -> Path:
     path = Path(text)
     if path.suffix not in _LOADERS:
@@ -221,7 +206,7 @@ def _output(text: str) -> Path:
     return path
 
 
-def _picture(text: str) -> Path:
+def _png(text: str) -> Path:
     path = Path(text)
     if path.suffix != ".png":
         raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")

@@ -4,22 +4,9 @@ A weight is ``[out, in]``. For a norm :math:`\|W\|` the dual is :math:`\|G\|_* =
 W \rangle`, and the oracle :math:`\mathrm{lmo}(G) = \arg\min_{\|W\| \le 1} \langle G, W \rangle`, so that
 :math:`\langle G, \mathrm{lmo}(G) \rangle = -\|G\|_*`.
 
-========================  ==========================================  ========================================
-name                      primal                                      dual
-========================  ==========================================  ========================================
-``rms_to_rms``            sqrt(in/out) * sigma_max                    sqrt(out/in) * sum of singular values
-``spectral``              sigma_max                                   sum of singular values
-``one_to_rms``            max over columns of l2 / sqrt(out)          sqrt(out) * sum over columns of l2
-``rms_to_inf``            sqrt(in) * max over rows of l2              sum over rows of l2 / sqrt(in)
-``one_to_inf``            max of entries                              sum of entries (l1)
-``rms``                   l2 / sqrt(size)                             sqrt(size) * l2
-``frobenius``             l2                                          l2
-========================  ==========================================  ========================================
-
-All act on the last two dimensions (on all, where there are fewer) and are batched over the others.
-:func:`norm_for_layer` gives them for a tensor as a layer stores it. All that is known of a norm is its record,
-:class:`Norm`; a new one is an entry of ``NORMS``, and a role takes it by its line in ``OPERATOR_NORMS`` or
-``UPDATE_NORMS``.
+All norms of :mod:`dynamon.norms.table` act on the last two dimensions (on all, where there are fewer) and are batched
+over the others. :func:`norm_for_layer` gives them for a tensor as a layer stores it. All that is known of a norm is its
+record, :class:`Norm`.
 References: Bernstein and Newhouse, arXiv 2409.20325; Pethick et al. (Scion), arXiv 2502.07529.
 """
 

@@ -83,7 +83,7 @@ def optimizer_geometry(optimizer: Optimizer) -> Geometry:
 
 
 def optimizer_family(optimizer: Optimizer) -> str:
-    """Which geometry the optimizer descends in, see :func:`optimizer_geometry`.
+    """Which geometry the optimizer descends in, see :func:`dynamon.norms.geometry.optimizer_geometry`.
 
     Returns:
         ``"sign"`` for optimizers that divide by the gradient's own size entry by entry or take its sign,

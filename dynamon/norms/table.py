@@ -1,4 +1,19 @@
-"""The norms there are, one record each, and which of them fits a role and an optimizer."""
+"""The norms, one record each, and which of them fits a role and an optimizer.
+
+========================  ==========================================  ========================================
+name                      primal                                      dual
+========================  ==========================================  ========================================
+``rms_to_rms``            sqrt(in/out) * sigma_max                    sqrt(out/in) * sum of singular values
+``spectral``              sigma_max                                   sum of singular values
+``one_to_rms``            max over columns of l2 / sqrt(out)          sqrt(out) * sum over columns of l2
+``rms_to_inf``            sqrt(in) * max over rows of l2              sum over rows of l2 / sqrt(in)
+``one_to_inf``            max of entries                              sum of entries (l1)
+``rms``                   l2 / sqrt(size)                             sqrt(size) * l2
+``frobenius``             l2                                          l2
+========================  ==========================================  ========================================
+
+A new norm is an entry of ``NORMS``; a role takes it by its line in ``OPERATOR_NORMS`` or ``UPDATE_NORMS``.
+"""
 
 import math
 
@@ -174,7 +189,7 @@ def get_norm(name: str) -> Norm:
     """Look a norm up by the name in the table of :mod:`dynamon.norms`.
 
     Args:
-        name: One of the seven names.
+        name: One of the names in that table.
 
     Raises:
         ValueError: On any other name; the message lists them.

@@ -529,18 +529,6 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     assert "r\\xffun" in capsys.readouterr().out
 
 
-def test_a_report_replaces_reports_only(tmp_path, capsys, monkeypatch):
-    run = fill(tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-    assert main(["report", str(run)]) == 0 and "in the place of" not in capsys.readouterr().out
-    assert main(["report", str(run)]) == 0 and "in the place of the one before" in capsys.readouterr().out
-    (tmp_path / "report.html").write_text("<html>of somebody</html>")
-    assert main(["report", str(run)]) == 2
-    assert "report.html is there and no report of dynamon: give --output FILE" in capsys.readouterr().err
-    assert (tmp_path / "report.html").read_text() == "<html>of somebody</html>"
-    assert main(["report", str(run), "-o", "report.html"]) == 0
-
-
 def test_tags_with_another_axis_do_not_lengthen_the_run(tmp_path, capsys):
     """``self.log("step", samples)`` puts what is logged with it at samples."""
     with SummaryWriter(str(tmp_path)) as writer:

@@ -1,0 +1,1 @@
+../../dynamon/__init__.py
