@@ -75,6 +75,22 @@ def same_readings(one: GradientReadings, other: GradientReadings, rtol: float, i
         np.testing.assert_allclose(b, a, rtol=within, atol=within * size * 0.1, err_msg=field.name)
 
 
+def follow_formulas(found: GradientReadings, gradients: list, before: list, dtype: torch.dtype) -> None:
+    """What follows from sums over entries, written out in float64; of shards as of whole gradients."""
+    rtol = 1e-5 if dtype == torch.bfloat16 else SUMS[dtype]
+    for i, (g, p) in enumerate(zip(gradients, before, strict=True)):
+        if g is None:
+            assert not found.present[i] and np.isnan(found.l2[i])
+            continue
+        g = g.double()
+        np.testing.assert_allclose([found.l1[i], found.l2[i]], [g.abs().sum(), g.norm()], rtol=rtol)
+        assert found.compared[i] == (p is not None)
+        if p is not None:
+            change = g - p.double()
+            np.testing.assert_allclose(found.difference_l2[i], change.norm(), rtol=rtol)
+            np.testing.assert_allclose(found.inner[i], (g * p.double()).sum(), atol=rtol * float(g.norm() * p.norm()))
+
+
 def check_gradients(twins: Twins, family: str, dtype: torch.dtype) -> None:
     one, other = GradientReader(twins.whole, family), GradientReader(twins.parted, family)
     rtol, iterative = SUMS[dtype], 1e-4 if dtype != torch.float64 else 1e-6
@@ -83,6 +99,7 @@ def check_gradients(twins: Twins, family: str, dtype: torch.dtype) -> None:
         reader.store_part(0.25, 2.0)
     with pytest.raises(ValueError, match="summed over the processes"):
         other.watch_ranks()
+    before = [None] * len(twins.whole)
     for step in range(4):
         twins.set_gradients(without=3 if step == 2 else -1)
         found = []
@@ -91,6 +108,10 @@ def check_gradients(twins: Twins, family: str, dtype: torch.dtype) -> None:
             pending = reader.read(dual=step != 1)
             found.append((reader.read() if step == 3 else pending).wait())
         same_readings(*found, rtol=rtol, iterative=iterative)
+        gradients = [layer.parameter.grad for layer in twins.whole]
+        for readings in found:
+            follow_formulas(readings, gradients, before, dtype)
+        before = gradients
     later = twins.whole[0].parameter.grad.abs().sum()
     assert float(later) > 0 and not np.isnan(found[0].difference_dual).all()
     state = other.state_dict()["previous"]
