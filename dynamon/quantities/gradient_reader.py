@@ -1,4 +1,4 @@
-"""Reading the gradients of a model's layers: one pass, one copy to the host, shared by all who ask."""
+"""Reads the gradients of a model's layers: one pass and one copy to the host, shared by all that ask."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,24 +31,28 @@ _ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in hal
 
 
 class GradientReader:
-    """Reads the gradients of a list of layers, at most once an optimizer step whoever asks.
+    """Reads the gradients of a list of layers, at most once per optimizer step.
+
+    A gradient is whole, or sharded over several processes (DTensor, as FSDP2 and tensor parallelism make them): each
+    measures its shard, one reduction brings the statistics together, and one formula finishes both. Every process must
+    then read and store at the same steps; what is stored are shards.
 
     Args:
         layers: The layers, each with a floating parameter; sparse gradients are made dense.
         family: The optimizer's geometry, see :func:`dynamon.norms.geometry.optimizer_family`; with the layer's role it
             chooses the norm whose dual is taken.
 
-    The gradient of one step before is stored (one copy, in the gradient's dtype) while differences are
-    asked for; the memory is kept for the next one.
+    The gradient of the step before is stored (one copy, in the gradient's dtype); its memory is used again.
 
     Cost: :func:`dynamon.kernels.gradient_stats` and some ten small calls, some twenty-five with trends; nuclear norms
-    of gradients and changes on top where the family needs them. Nothing waits for the device.
+    of gradients and changes on top where the family needs them. Nothing waits for the device. Sharded: see
+    :class:`dynamon.quantities.gradient_statistics.GradientStatistics`.
 
     Attributes:
-        trends: Tells changes that go on from noise, for who asks; None for nobody.
+        trends: Tells changes that continue from noise; None where nobody asked for it.
         in_half_precision: Whether gradients come out of autocast to sixteen bits, which their dtype does not say.
-        agrees_with_others: Whether the processes of a DDP run, which all read, find out together if the windows of all
-            of them are alike: by an all-reduce of one number, without a host read.
+        agrees_with_others: Whether the processes of a DDP run, which all read, check together that their windows are
+            alike: by an all-reduce of three numbers, without a host read.
     """
 
     def __init__(self, layers: Sequence[Layer], family: str) -> None:
@@ -74,10 +78,10 @@ class GradientReader:
         self._everyone: Ranks | None = None  # the processes of a DDP run
 
     def begin(self, key: Hashable) -> bool:
-        """Say that an optimizer step is being taken.
+        """Begin an optimizer step.
 
         Returns:
-            Whether it is a new one; the same key twice in a row is the same step.
+            Whether it is a new one; the same key twice is the same step.
         """
         if key == self._key:
             return False
@@ -86,25 +90,25 @@ class GradientReader:
         return True
 
     def again(self) -> None:
-        """The gradients of this step were not those that it uses: forget what was read or stored of them."""
+        """Discard what was read or stored of this step, which uses other gradients."""
         self._pending = None
         self.forget()
 
     def forget(self) -> None:
-        """Compare this step's gradients with no others."""
+        """Discard the stored gradients, so that those of this step are compared with none."""
         self._previous, self._stored_at, self._followed_at = {}, -1, -1
 
     def follow_trends(self) -> None:
-        """From here on tell changes that go on from noise."""
+        """Tell changes that continue from noise, from the next reading on."""
         likes = [as_real(layer.parameter.detach()) for layer in self.layers]
         self.trends = Trends(likes, self._ranks) if likes else None
 
     def store(self, scale: Scale = 1.0, window: Window | None = None) -> None:
-        """Keep this step's gradients, for a difference at the next step, without measuring them.
+        """Store this step's gradients for the difference at the next step, without measuring them.
 
         Args:
             scale: As for :meth:`read`.
-            window: Likewise.
+            window: As for :meth:`read`.
         """
         if self._stored_at == self.step:
             return
@@ -118,7 +122,7 @@ class GradientReader:
         self._stored_at, self._stored_window = self.step, window
 
     def store_part(self, share: float, scale: Scale = 1.0) -> None:
-        r"""Keep what has been accumulated so far of the gradients of the step to come.
+        r"""Store what has been accumulated so far of the gradients of the next step.
 
         Where gradients are accumulated over several batches, two parts of the window are independent: with a share s
         of the samples in :math:`S`, and :math:`G` the whole,
@@ -140,12 +144,12 @@ class GradientReader:
         if not 0 < share < 1:
             raise ValueError(f"share must lie in (0, 1), got {share}.")
         if self._part is not None and self._part[:2] == (self.step + 1, share):
-            return  # somebody else has asked for it
+            return  # another caller has asked for it
         gradients = {i: g for i, g in enumerate(self._gradients()) if g is not None}
         self._part = (self.step + 1, share, copied(gradients, {}, scale))
 
     def settle_part(self, share: float | None) -> None:
-        """Say which share of the window the part that was kept has turned out to be.
+        """Correct the share of the window that the stored part has.
 
         Args:
             share: As for :meth:`store_part`; None where the window is not the sum of that part and a like one.
@@ -154,10 +158,10 @@ class GradientReader:
             self._part = None if share is None else (self._part[0], share, self._part[2])
 
     def watch_ranks(self, group: "ProcessGroup | None" = None) -> None:
-        """Compare the gradients of the processes of a DDP run at the step to come.
+        """Compare the gradients of the processes of a DDP run at the next step.
 
-        To be called on all of them before the first backward pass of that step, which all must then read, or give up:
-        see :class:`dynamon.quantities.local_gradients.LocalGradients`, which says what is compared and in which unit.
+        All of them must call this before the first backward pass of that step, and then read it or give up. See
+        :class:`dynamon.quantities.local_gradients.LocalGradients` for what is compared and in which unit.
 
         Args:
             group: The processes; all if None.
@@ -175,12 +179,12 @@ class GradientReader:
         self._local.open()
 
     def give_up_ranks(self) -> None:
-        """Leave no other process waiting, where this one was watched and could not be read."""
+        """Take part in the comparison without a gradient, where this process could not read its own."""
         if self._local is not None:
             self._local.give_up()
 
     def forget_ranks(self) -> None:
-        """Stop watching, on all processes at once."""
+        """Stop watching; all processes must call this at the same step."""
         if self._local is not None:
             self._local.close()
 
@@ -191,17 +195,17 @@ class GradientReader:
         local_scale: Scale | None = None,
         window: Window | None = None,
     ) -> PendingReadings:
-        """Measure this step's gradients and their change, and keep them for the next step.
+        """Measure this step's gradients and their change, and store them for the next step.
 
         Args:
             scale: Factor on the gradients, for those an AMP scaler has not unscaled yet: a number, or a tensor of one
-                entry on their device, which spares the host a wait.
+                entry on their device, which the host does not wait for.
             dual: Whether the dual norm of the gradients themselves is wanted. Without, it is NaN where it takes a
-                nuclear norm, which is half of the cost there; who asks for it later in the same step gets it.
+                nuclear norm, which is half of the cost there; a later call in the same step can still ask for it.
             local_scale: ``scale`` for what :meth:`watch_ranks` kept, which an AMP scaler never unscales; None for the
                 same.
             window: What the gradients were accumulated over. They are compared with those of the step before only
-                where it is the same; who says nothing says that it always is.
+                where it is the same; None everywhere: always.
         """
         if self._pending is None:
             try:
@@ -214,7 +218,7 @@ class GradientReader:
         return self._pending
 
     def warm_up(self) -> None:
-        """Before training, compile what readings launch, so that no step pays for it; nothing where there is nothing.
+        """Compile what readings launch, before training, so that no step pays for it.
 
         Cost: some seconds where it has never been compiled.
         """
@@ -239,9 +243,9 @@ class GradientReader:
         ]
 
     def _comparable(self, window: Window | None) -> dict[int, Tensor]:
-        """The gradients of one step before, if they were accumulated over a window like this one.
+        """Return the gradients of the step before, if they were accumulated over a window like this one.
 
-        What is left in ``.grad`` of a layer that is not trained is compared with nothing, now or later.
+        What is left in ``.grad`` of a frozen layer is never compared.
         """
         if self._stored_at != self.step - 1 or self._stored_window != window:
             return {}
@@ -338,7 +342,7 @@ class GradientReader:
         return PendingReadings(rows, pending.context)
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
-        """Return the stored gradient by parameter name, if it is this step's; of shards whole ones, in main memory.
+        """Return the stored gradients by parameter name, if they are this step's; sharded ones whole, in main memory.
 
         Where parameters are sharded every process must call this. Cost: a gather of each gradient, one after the other.
 
@@ -355,12 +359,12 @@ class GradientReader:
         return {} if self.trends is None else {"trends": self.trends.state_dict([la.name for la in self.layers])}
 
     def _saved_windows(self) -> dict[str, Any]:
-        """The window of each stored gradient: of one optimizer it is one, but states of several are put together."""
+        """Return the window of each stored gradient: one per optimizer, but states of several are merged."""
         window = window_state(self._stored_window)
         return {} if window is None else {self.layers[i].name: window for i in self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a stored gradient in place of what is here; names and shapes that no longer exist are left out."""
+        """Load stored gradients; those whose name or shape no longer exists are left out."""
         self._key, self._pending, self._part, self._followed_at = None, None, None, -1
         own = {layer.name: (i, layer.parameter) for i, layer in enumerate(self.layers)}
         known = {name: g for name, g in state["previous"].items() if name in own}
