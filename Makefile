@@ -32,7 +32,7 @@ quick: $(READY) ## Run the tests of the two lower floors that start no processes
 	@$(PYTEST) $(PARALLEL) -m "not slow and not processes" tests/kernels tests/dynamon
 
 slow: $(READY) ## Run the tests that take minutes, the browser, the wheel and the documentation among them
-	@$(PYTEST) -m slow --timeout 3600 --ignore tests/conformance
+	@$(PYTEST) -m slow --timeout 3600
 
 conformance: $(READY) ## Run every callback in every set-up on every model, and write docs/conformance.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance

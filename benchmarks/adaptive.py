@@ -10,12 +10,10 @@ until the best rate is inside, then refined by half an octave; figures are of ot
 All arms see the same initial weights and batches for the same seed, so they are compared seed by seed.
 """
 
-import argparse
 import json
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -39,8 +37,8 @@ from benchmarks.controls import (
     time_and_group,
     time_only,
 )
-from benchmarks.environment import environment
-from benchmarks.study_tasks import TASKS, Task
+from benchmarks.environment import RESULTS, environment, parser
+from benchmarks.study_tasks import TASKS, TINY, Task, available
 from dynamon.curvature import HessianOperator, top_eigenvalues
 from dynamon.layers import describe_layers
 from dynamon.optim import Lanton, LayerwiseRates
@@ -49,7 +47,6 @@ from dynamon.rates import NoiseAdaptiveRates, Rule, SpectralTailRates
 
 TUNING, REPORTED = (100, 101), (0, 1, 2, 3, 4)
 _FEW = REPORTED[:3]
-RESULTS = Path(__file__).parent / "results" / "adaptive.json"
 _EVERY = 20  # steps between two validations
 _WARMUP = 0.05  # of the run
 
@@ -136,7 +133,7 @@ class Job:
 
 @cache
 def _task(name: str) -> Task:
-    return TASKS[name]()
+    return (TASKS | TINY)[name]()
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -222,9 +219,9 @@ def _or_null(loss: float) -> float | None:
 class Book:
     """Results by job, in a file; runs what is missing."""
 
-    def __init__(self, path: Path, fresh: bool, pool: ProcessPoolExecutor) -> None:
-        """Read what is there."""
-        self.runs: dict[str, Any] = load(path) if path.exists() and not fresh else {}
+    def __init__(self, path: Path | None, fresh: bool, pool: ProcessPoolExecutor) -> None:
+        """Read what is there; with no path nothing is kept."""
+        self.runs: dict[str, Any] = load(path) if path is not None and path.exists() and not fresh else {}
         self.best: dict[str, float] = {}
         self._path, self._pool = path, pool
 
@@ -241,6 +238,8 @@ class Book:
 
     def save(self) -> None:
         """Write the file."""
+        if self._path is None:
+            return
         runs = {key: {**r, "final": _or_null(r["final"]), "losses": [[s, _or_null(v)] for s, v in r["losses"]]}
                 for key, r in self.runs.items()}  # fmt: skip
         content = {"environment": environment("adaptive"), "best_rates": self.best, "runs": runs}
@@ -338,9 +337,18 @@ def width_of_good_rates(runs: dict[str, Any], task: str, arm: str, batch: int, s
     return min(good), max(good)
 
 
+def smallest(book: Book) -> None:
+    """A few steps of each arm, and of tuning and reporting two of them."""
+    for name in available(TINY):
+        batch, steps = 4, 4
+        best = book.tune(name, ["LMO", "Lanton"], batch, steps, seeds=TUNING[:1])
+        print(table(f"{name}, {steps} steps, batch {batch}", best, book.report(name, best, batch, steps, seeds=[0])))
+        book.run(Job(name, arm, EVERY_ARM[arm].guess, TUNING[0], batch, steps) for arm in EVERY_ARM)
+
+
 def quick(book: Book) -> None:
     """The main arms, one reported seed, half the steps."""
-    for name in TASKS:
+    for name in available(TASKS):
         task = _task(name)
         best = book.tune(name, ARMS, task.batch, task.steps // 2)
         found = book.report(name, best, task.batch, task.steps // 2, seeds=REPORTED[:1])
@@ -349,7 +357,7 @@ def quick(book: Book) -> None:
 
 def full(book: Book) -> None:
     """Everything that docs/evidence.md rests on."""
-    for name in TASKS:
+    for name in available(TASKS):
         task = _task(name)
         steps, batch = task.steps, task.batch
         best = book.tune(name, ARMS | CONTROLS, batch, steps)
@@ -391,22 +399,23 @@ def _ranges(book: Book, name: str, best: dict[str, float], batch: int, steps: in
         print(f"{name}, {arm}: within 2 % of the best loss from {low:.4g} to {high:.4g}, a factor of {high / low:.1f}")
 
 
-def main() -> int:
+def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the main arms only, shorter")
-    parser.add_argument("--fresh", action="store_true", help="run again what is in the results")
-    parser.add_argument("--output", type=Path, default=None, help="where results go")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
-    options = parser.parse_args()
-    path = options.output or (RESULTS.with_name("adaptive_quick.json") if options.quick else RESULTS)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    command = parser("adaptive", __doc__)
+    command.add_argument("--quick", action="store_true", help="the main arms only, shorter; to adaptive_quick.json")
+    command.add_argument("--fresh", action="store_true", help="run again what is in the results")
+    command.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
+    options = command.parse_args()
+    path = options.output or RESULTS / ("adaptive_quick.json" if options.quick else "adaptive.json")
+    if options.smallest and options.output is None:
+        path = None
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(options.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         book = Book(path, options.fresh, pool)
-        (quick if options.quick else full)(book)
+        (smallest if options.smallest else quick if options.quick else full)(book)
         book.save()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,19 +1,21 @@
 """Pictures of the study of adaptive rates, from its results: ``python -m benchmarks.adaptive_plot``."""
 
+import io
 import math
 import statistics
-import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from benchmarks.adaptive import ARMS, CONTROLS, REPORTED, RESULTS, TUNING, load
+from benchmarks.adaptive import ARMS, CONTROLS, REPORTED, TUNING, load
+from benchmarks.environment import RESULTS, parser, skip
 
 PICTURE = Path(__file__).parents[1] / "docs" / "adaptive.png"
 _COLOURS = {"AdamW": "#4477aa", "AdamW + noise": "#66ccee", "LMO": "#cc6677", "Lanton": "#882255"}
 Run = tuple[str, str, float, int, int, int, str]  # task, arm, rate, seed, batch, steps, decay
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any], path: Path | IO[bytes]) -> None:
     """Final loss against the base rate, the course of the best runs, and the controls, for the main task."""
     import matplotlib
 
@@ -70,14 +72,17 @@ def _finals(runs: dict[Run, Any], arm: str) -> list[float]:
     return [r["final"] for k, r in runs.items() if k[1] == arm and k[2] == best and k[3] in REPORTED]
 
 
-def main() -> int:
+def main() -> None:
     """Draw them."""
+    options = parser("adaptive_plot", __doc__, default="docs/adaptive.png").parse_args()
+    if find_spec("matplotlib") is None:
+        skip('the pictures need matplotlib: pip install -c constraints.txt -e ".[demo]".')
     if not set(_COLOURS) <= set(ARMS):
         raise ValueError("a colour for an arm that does not exist.")
-    draw(load(RESULTS), PICTURE)
-    print(f"drew {PICTURE}")
-    return 0
+    path = options.output or (None if options.smallest else PICTURE)
+    draw(load(RESULTS / "adaptive.json"), path or io.BytesIO())
+    print(f"drew {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,7 +6,6 @@ reading sends under FSDP2. A difference is the largest of a tag's series relativ
 values beside it are those of the last reading, the mean over layers. Takes a few minutes on two cores.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -32,10 +31,10 @@ from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, parser, write
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.distributed.ranks import Ranks
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.optim import Lanton
 
 GLOBAL_BATCH, BATCHES = 32, 6
@@ -198,7 +197,7 @@ def monitors(case: Case, every: int = 3) -> list[Any]:
     return found
 
 
-def measured(case: Case, steps: int = 13) -> dict[str, Any]:
+def measured(case: Case, steps: int) -> dict[str, Any]:
     """Every tag's values."""
     callbacks = monitors(case)
 
@@ -337,6 +336,7 @@ CASES = [
     Case("mlp", torch.float64, "FSDP2", 2, orthogonal=True),
     Case("mlp", torch.float64, "FSDP2", 4, orthogonal=True),
 ]
+SMALLEST = [Case("mlp", torch.float64, "DDP", 2), Case("mlp", torch.float64, "FSDP2", 2)]
 
 
 def show(name: str, table: dict[str, dict[str, float]]) -> None:
@@ -349,24 +349,26 @@ def show(name: str, table: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     """Compare, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="of the run under a budget")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "distributed.json")
-    options = parser.parse_args()
+    command = parser("distributed", __doc__)
+    command.add_argument("--steps", type=int, default=1000, help="of the run under a budget")
+    options = command.parse_args()
+    steps, cases, budgets = 13, CASES, [0.02, 0.1]
+    if options.smallest:
+        steps, cases, budgets, options.steps = 4, SMALLEST, [0.1], 5
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     torch.set_num_threads(1)
     alone: dict[Case, dict[str, Any]] = {}
     tables: dict[str, dict[str, dict[str, float]]] = {}
-    for case in CASES:
+    for case in cases:
         one = replace(case, ranks=1)
         if one not in alone:
-            alone[one] = measured(one)
-        tables[case.name] = differences(alone[one], measured(case))
+            alone[one] = measured(one, steps)
+        tables[case.name] = differences(alone[one], measured(case, steps))
         show(case.name, tables[case.name])
-    sent = {case.name: messages(case) for case in CASES if case.strategy == "FSDP2" and case.dtype == torch.float64}
-    cost = [agreeing(2, options.steps, budget) for budget in (0.02, 0.1)]
+    sent = {case.name: messages(case) for case in cases if case.strategy == "FSDP2" and case.dtype == torch.float64}
+    cost = [agreeing(2, options.steps, budget) for budget in budgets]
     print(json.dumps([sent, cost], indent=2))
     largest = {name: max(row["difference"] for row in table.values()) for name, table in tables.items()}
     rounded = {
@@ -379,10 +381,8 @@ def main() -> None:
         "one reading sends, FSDP2": sent,
         "agreeing, 2 processes": cost,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    written = {"environment": environment("distributed", lightning=pl.__version__), "results": results}
-    options.output.write_text(json.dumps(written, indent=2) + "\n")
-    print(f"wrote {options.output}")
+    content = {"environment": environment("distributed", lightning=pl.__version__), "results": results}
+    write(options, "distributed", content)
 
 
 if __name__ == "__main__":

@@ -5,31 +5,26 @@ NVIDIA GPU with Triton and says so elsewhere. The methods of one table take turn
 cache emptied in between, and ratios are of medians over all turns. ``--sweep`` tries other tilings of the Gram kernel.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python benchmarks/kernels.py`
-
-from benchmarks.environment import environment  # noqa: E402
-from benchmarks.spectra import gpt2_shapes  # noqa: E402
-from dynamon.kernels import (  # noqa: E402
+from benchmarks.environment import environment, parser, skip, write
+from benchmarks.spectra import gpt2_shapes
+from dynamon.kernels import (
     gradient_stats,
     gradient_stats_triton,
     gram_triton,
     polar_factor,
     step_polar_factor,
 )
-from dynamon.kernels.thresholds import GRAM_TWIN, HOST_EIGENVALUES  # noqa: E402
+from dynamon.kernels.thresholds import GRAM_TWIN, HOST_EIGENVALUES
 
 GRAM_BAR, GRAM_SIDE = 1.5, GRAM_TWIN[torch.float32]  # times faster than cuBLAS from this side on
 COPY_BAR, FOREACH_BAR = 0.8, 2.5  # share of the copy bandwidth, times faster than the foreach composition
@@ -60,11 +55,11 @@ def gaussian(side: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(side, side, generator=generator, device="cuda").to(dtype)
 
 
-def gram(rounds: int) -> list[dict[str, Any]]:
+def gram(rounds: int, sides: Sequence[int] = SIDES) -> list[dict[str, Any]]:
     """``symmetric_gram`` against one full product, which in half precision rounds what it returns."""
     rows = []
     for dtype, precisions in PRECISIONS.items():
-        for side in SIDES:
+        for side in sides:
             matrix = gaussian(side, dtype)
             methods: dict[str, Callable[[], Any]] = {"cuBLAS": lambda matrix=matrix: matrix.mT @ matrix}
             for precision in precisions:
@@ -107,7 +102,9 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["dtype"], row["precision"], row["milliseconds"]))
 
 
-def polar(rounds: int) -> list[dict[str, Any]]:
+def polar(
+    rounds: int, shapes: Sequence[tuple[int, int]] = ((1024, 1024), (4096, 1024), (4096, 4096))
+) -> list[dict[str, Any]]:
     """``polar_factor`` and the Newton-Schulz iteration of ``torch.optim.Muon``, five steps each."""
     try:
         from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _zeropower_via_newtonschulz
@@ -120,7 +117,7 @@ def polar(rounds: int) -> list[dict[str, Any]]:
             return _zeropower_via_newtonschulz(matrix, (DEFAULT_A, DEFAULT_B, DEFAULT_C), 5, 1e-7)
 
     rows = []
-    for shape in ((1024, 1024), (4096, 1024), (4096, 4096)):
+    for shape in shapes:
         matrix = gaussian(max(shape), torch.float32)[: shape[0], : shape[1]].contiguous()
         methods: dict[str, Callable[[], Any]] = {
             "polar_factor": lambda matrix=matrix: polar_factor(matrix),
@@ -143,10 +140,10 @@ def polar(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def eigenvalues(rounds: int) -> list[dict[str, Any]]:
+def eigenvalues(rounds: int, sides: Sequence[int] = (32, 64, 128, 256, 512, 768, 1024)) -> list[dict[str, Any]]:
     """Eigenvalues of Gram matrices on the GPU and, the way there and back included, on the host, eight at a time."""
     rows = []
-    for side in (32, 64, 128, 256, 512, 768, 1024):
+    for side in sides:
         matrices = torch.stack([gaussian(side, torch.float32) for _ in range(8)])
         matrices = matrices.mT @ matrices
         methods: dict[str, Callable[[], Any]] = {
@@ -174,11 +171,11 @@ def _once(method: Callable[[], Any], rounds: int) -> float:
     return statistics.median(times)
 
 
-def stats(rounds: int) -> list[dict[str, Any]]:
+def stats(rounds: int, scale: int = 1) -> list[dict[str, Any]]:
     """The twin against the foreach reference and a plain copy, on the gradients of GPT-2 124M."""
     rows = []
     for dtype, stored in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)):
-        gradients = [torch.randn(shape, device="cuda").to(dtype) for shape in gpt2_shapes()]
+        gradients = [torch.randn(shape, device="cuda").to(dtype) for shape in gpt2_shapes(scale)]
         previous = [torch.randn_like(g, dtype=stored) for g in gradients]
         entries = sum(g.numel() for g in gradients)
         moved = entries * (dtype.itemsize + 2 * stored.itemsize)  # two reads, one write
@@ -230,7 +227,7 @@ def bars(results: dict[str, list[dict[str, Any]]]) -> list[str]:
 
     for dtype in PRECISIONS:
         name = str(dtype).removeprefix("torch.")
-        for side in (side for side in SIDES if side >= GRAM_SIDE):
+        for side in sorted({r["side"] for r in results["gram"] if r["side"] >= GRAM_SIDE}):
             rows = [r for r in results["gram"] if (r["dtype"], r["side"]) == (name, side) and r["method"] != "cuBLAS"]
             best = max(rows, key=lambda row: row["times_faster"])
             judge(f"Gram {name} {side} ({best['method']}), times cuBLAS", best["times_faster"], GRAM_BAR)
@@ -244,30 +241,35 @@ def bars(results: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sweep", action="store_true", help="also time other tilings of the Gram kernel")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
-    chosen = parser.parse_args()
+    command = parser("kernels", __doc__)
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--sweep", action="store_true", help="also time other tilings of the Gram kernel")
+    options = command.parse_args()
     if not gram_triton.can_run(torch.device("cuda")) or not torch.cuda.is_available():
-        print("benchmarks.kernels needs an NVIDIA GPU and Triton; nothing was measured.")
-        return
+        skip("benchmarks.kernels needs an NVIDIA GPU and Triton.")
+    measured: dict[str, Callable[[int], list[dict[str, Any]]]]
     measured = {"gram": gram, "polar": polar, "eigenvalues": eigenvalues, "gradient_stats": stats}
-    results = {name: measure(chosen.rounds) for name, measure in measured.items()}
-    if chosen.sweep:
+    if options.smallest:
+        options.rounds = 1
+        measured = {
+            "gram": partial(gram, sides=(GRAM_SIDE,)),
+            "polar": partial(polar, shapes=((128, 64),)),
+            "eigenvalues": partial(eigenvalues, sides=(32,)),
+            "gradient_stats": partial(stats, scale=32),
+        }
+    results = {name: measure(options.rounds) for name, measure in measured.items()}
+    if options.sweep:
         results["sweep"] = sweep(1)
     for name, rows in results.items():
         table(name, rows)
     judged = bars(results)
     print("", *judged, sep="\n")
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
     import triton
 
     versions = {"triton": triton.__version__, "cuda": torch.version.cuda}
     precision = torch.get_float32_matmul_precision()
     place = environment("kernels", "cuda", **versions, float32_matmul_precision=precision)
-    found = {"environment": place, "bars": judged, "results": results}
-    chosen.out.write_text(json.dumps(found, indent=1) + "\n")
+    write(options, "kernels", {"environment": place, "bars": judged, "results": results})
 
 
 if __name__ == "__main__":

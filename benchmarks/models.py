@@ -98,10 +98,11 @@ class FlatGPT(GPT):
         return super().forward(tokens).flatten(0, 1)
 
 
-def mlp(seed: int = 0) -> Problem:
+def mlp(seed: int = 0, *, width: int = 256) -> Problem:
     """Three linear layers with tanh, 101k parameters, on noisy clusters of 128 features."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, _CLASSES))
+    hidden = [nn.Linear(128, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+    model = nn.Sequential(*hidden, nn.Linear(width, _CLASSES))
     return Problem("MLP", model, *_clusters((128,), noise=3.0))
 
 

@@ -1,16 +1,11 @@
 """What each monitor costs on the model of the demo: milliseconds a reading, and in training steps.
 
-Run ``python benchmarks/monitoring_cost.py``; the result goes to ``benchmarks/results/monitoring_cost.json``. The
+Run ``python -m benchmarks.monitoring_cost``; the result goes to ``benchmarks/results/monitoring_cost.json``. The
 time each monitor states is held against the whole run's time measured from outside.
 """
 
-import argparse
-import json
-import platform
-import subprocess
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -18,9 +13,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from benchmarks.environment import environment, parser, write
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.cli.demo_data import standard_library_text, training_batches
-from dynamon.cli.language_model import LanguageModel
+from dynamon.cli.language_model import GPT, LanguageModel
 
 CASES: dict[str, Any] = {
     "none": lambda: None,
@@ -35,8 +31,9 @@ CASES: dict[str, Any] = {
 }
 
 
-def train(callback: Any, steps: int, text: torch.Tensor, accelerator: str) -> float:
+def train(callback: Any, steps: int, text: torch.Tensor, accelerator: str, smallest: bool) -> float:
     """Seconds of a run with one callback, without start-up."""
+    context, batch = (8, 2) if smallest else (128, 16)
 
     class Clock(pl.Callback):
         begin = end = 0.0
@@ -63,7 +60,10 @@ def train(callback: Any, steps: int, text: torch.Tensor, accelerator: str) -> fl
             callbacks=[clock, *([] if callback is None else [callback])],
         )
         torch.manual_seed(0)
-        trainer.fit(LanguageModel(steps), training_batches(text, 16, 128, steps, 0))
+        module = LanguageModel(steps, context=context)
+        if smallest:
+            module.network = GPT(16, 1, 2, context)
+        trainer.fit(module, training_batches(text, batch, context, steps, 0))
     return clock.end - clock.begin
 
 
@@ -85,38 +85,31 @@ def summary(runs: list[tuple[float, Any]], base: float, steps: int) -> dict[str,
 
 def main() -> None:
     """Measure all cases side by side and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--accelerator", default="cpu")
-    default = Path(__file__).parent / "results" / "monitoring_cost.json"
-    parser.add_argument("--output", type=Path, default=default)
-    options = parser.parse_args()
+    command = parser("monitoring_cost", __doc__)
+    command.add_argument("--steps", type=int, default=120)
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--accelerator", default="cpu")
+    options = command.parse_args()
+    if options.smallest:
+        options.steps, options.rounds = 21, 1  # the longest interval between readings, and one
     text, _ = standard_library_text()
-    train(None, 20, text, options.accelerator)  # warm up
+
+    def seconds(callback: Any, steps: int) -> float:
+        return train(callback, steps, text, options.accelerator, options.smallest)
+
+    seconds(None, 20)  # warm up
     runs: dict[str, list[tuple[float, Any]]] = {name: [] for name in CASES}
     for _ in range(options.rounds):  # side by side: a slow minute of the machine meets every case
         for name, make in CASES.items():
             callback = make()
-            runs[name].append((train(callback, options.steps, text, options.accelerator), callback))
+            runs[name].append((seconds(callback, options.steps), callback))
             print(f"{name}: {runs[name][-1][0]:.2f} s", flush=True)
     base = min(seconds for seconds, _ in runs["none"])
     results = {name: summary(done, base, options.steps) for name, done in runs.items()}
-    environment = {
-        "command": f"python benchmarks/monitoring_cost.py --steps {options.steps} --rounds {options.rounds}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if options.accelerator != "cpu" else platform.machine(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "ms a training step": round(1000 * base / options.steps, 1),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
-    print(f"wrote {options.output}")
+    device = "cpu" if options.accelerator == "cpu" else "cuda"
+    more = {"lightning": lightning.__version__, "ms a training step": round(1000 * base / options.steps, 1)}
+    content = {"environment": environment("monitoring_cost", device, **more), "results": results}
+    write(options, "monitoring_cost", content)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,13 @@ slow minute of the machine meets all. The first block holds the start-up. Two st
 - with the budget off, where it costs 10 % or more, what the monitor states is within 25 % of what is measured.
 """
 
-import argparse
-import json
 import random
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -28,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, parser, write
 from dynamon.callbacks import DynamicsMonitor
 from dynamon.cli.demo_data import standard_library_text, training_batches
 from dynamon.cli.language_model import GPT, LanguageModel
@@ -277,38 +274,26 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure the models and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="1000, and 500 of the GPT with 10M parameters")
-    parser.add_argument("--block", type=int, default=10, help="steps an arm takes before the next one's turn")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--gpt2", action="store_true", help="the shape of GPT-2 124M too (bf16 on a GPU)")
-    parser.add_argument("--quick", action="store_true", help="few steps on short texts: it works, no more than that")
-    default = Path(__file__).parent / "results" / "overhead.json"
-    parser.add_argument("--output", type=Path, help=f"{default.relative_to(default.parents[2])} unless --quick")
-    options = parser.parse_args()
+    command = parser("overhead", __doc__)
+    command.add_argument("--steps", type=int, help="1000, and 500 of the GPT with 10M parameters")
+    command.add_argument("--block", type=int, default=10, help="steps an arm takes before the next one's turn")
+    command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    command.add_argument("--gpt2", action="store_true", help="the shape of GPT-2 124M too (bf16 on a GPU)")
+    options = command.parse_args()
     warnings.simplefilter("ignore")
     text, _ = standard_library_text()
-    output = options.output or (None if options.quick else default)
     results: dict[str, Any] = {}
-    for name, shape in SHAPES.items():
+    shapes = {"tiny GPT": Shape(16, 1, 2, 8, 2, steps=30)} if options.smallest else SHAPES
+    for name, shape in shapes.items():
         if name == "GPT-2 124M" and not options.gpt2:
             continue
-        steps = 120 if options.quick else (options.steps or shape.steps) // options.block * options.block
-        shape = replace(shape, batch=4, context=32) if options.quick else shape
+        steps = (options.steps or shape.steps) // options.block * options.block
         run_in_turn(shape, 2 * options.block, options.block, options.device, text)  # warm up
         runs = run_in_turn(shape, steps, options.block, options.device, text)
         results[name] = summary(runs, steps, options.block, shape)
         show(name, results[name])
-        if output is not None:  # after each model, since they take long
-            write(output, results, options.device)
-
-
-def write(output: Path, results: dict[str, Any], device: str) -> None:
-    """The results so far, with their environment."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    noted = environment("overhead", device)
-    output.write_text(json.dumps({"environment": noted, "results": results}, indent=2) + "\n")
-    print(f"wrote {output}")
+        # After each model, since they take long.
+        write(options, "overhead", {"environment": environment("overhead", options.device), "results": results})
 
 
 if __name__ == "__main__":

@@ -120,5 +120,5 @@ def installed(names: list[str]) -> list[str]:
             metadata.version(package or "torch")
             kept.append(name)
         except metadata.PackageNotFoundError:
-            print(f'{name} is skipped: {package} is missing; pip install -c constraints.txt -e ".[bench]".')
+            print(f'skipped: {name}, since {package} is missing: pip install -c constraints.txt -e ".[bench]".')
     return kept

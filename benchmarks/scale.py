@@ -4,10 +4,7 @@ Run ``python -m benchmarks.scale``; it takes a minute and counts, so a busy mach
 ``benchmarks/results/scale.json``.
 """
 
-import argparse
-import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, parser, write
 from dynamon.callbacks import SharpnessMonitor
 from dynamon.cli.language_model import GPT, LanguageModel
 from dynamon.curvature import HessianOperator
@@ -74,8 +71,9 @@ def _gram(weight: Tensor) -> int:
     return 2 * small**2 * (large + small)
 
 
-def products() -> dict[str, list[float]]:
+def products(smallest: bool) -> dict[str, list[float]]:
     """Hessian products of each reading of a short run."""
+    steps, width, depth = (6, 8, 1) if smallest else (50, 32, 2)
     warnings.simplefilter("ignore")
     found = {}
     for quantity in ("stability_ratio", "hessian", "trace", "density", "blocks", "subspace"):
@@ -83,7 +81,7 @@ def products() -> dict[str, list[float]]:
         monitor = SharpnessMonitor(every_n_steps=5, quantities=[quantity])
         rows = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(0))
         trainer = pl.Trainer(
-            max_steps=50,
+            max_steps=steps,
             max_epochs=-1,
             accelerator="cpu",
             callbacks=[monitor],
@@ -92,8 +90,8 @@ def products() -> dict[str, list[float]]:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        module = LanguageModel(50, context=16)
-        module.network = GPT(32, 2, 4, 16)
+        module = LanguageModel(steps, context=16)
+        module.network = GPT(width, depth, 4, 16)
         trainer.fit(module, DataLoader(rows, 8))
         found[quantity] = monitor.history["sharpness/matvecs"].values.tolist()
     return found
@@ -101,19 +99,15 @@ def products() -> dict[str, list[float]]:
 
 def main() -> None:
     """Count, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(__file__).parent / "results" / "scale.json"
-    parser.add_argument("--output", type=Path, default=default)
-    options = parser.parse_args()
-    results: dict[str, Any] = {"operations": {}, "products": products()}
-    for name, (width, depth) in SHAPES.items():
+    options = parser("scale", __doc__).parse_args()
+    shapes = {"width 16": (16, 1)} if options.smallest else SHAPES
+    results: dict[str, Any] = {"operations": {}, "products": products(options.smallest)}
+    for name, (width, depth) in shapes.items():
         results["operations"][name] = operations(width, depth)
         print(name, results["operations"][name], flush=True)
     for quantity, counts in results["products"].items():
         print(quantity, counts)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"environment": environment("scale"), "results": results}, indent=2) + "\n")
-    print(f"wrote {options.output}")
+    write(options, "scale", {"environment": environment("scale"), "results": results})
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import start_processes
 
 from benchmarks.distributed import Module, data, differences, quiet_trainer
+from benchmarks.environment import environment, parser, write
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 
 NOT_IN_SHARDS = ("ggn", "density")  # the first needs gathered parameters, the second the memory for them
 BY_CHANCE = ("_upper", "_min", "/trace", "/trace_error")  # of random vectors, which shards draw by themselves
@@ -52,23 +53,26 @@ class Sharded(Module):
             fully_shard(self.network, mesh=mesh)
 
 
-def sharpness_rows(processes: int = 2, dtype: torch.dtype = torch.float64, gathered: bool = True) -> list[Row]:
+def sharpness_rows(
+    processes: int = 2, dtype: torch.dtype = torch.float64, gathered: bool = True, steps: int = 7
+) -> list[Row]:
     """What one process and several measure.
 
     Args:
         processes: How many.
         dtype: Of the parameters.
         gathered: Whether memory is allowed for whole parameters and vectors.
+        steps: Of training; sharpness is read at every third.
     """
     quantities = [q for q in QUANTITIES if gathered or q not in NOT_IN_SHARDS]
     size = sum(p.nbytes for p in Module("mlp", dtype).parameters())
     limit = 100 if gathered else 25  # copies of the parameters; a solve for five takes 25, and 4 gathered
     # Differences in float32 are as coarse as the default tolerance, and would not converge to a finer one.
     tolerance = 1e-6 if dtype == torch.float64 else 1e-4 if gathered else 1e-2
-    one = _measured(dtype, 1, quantities, 1.0, tolerance)
+    one = _measured(dtype, 1, quantities, 1.0, tolerance, steps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tables.pt"
-        given = (path, _free_port(), processes, dtype, quantities, limit * size / 2**30, tolerance)
+        given = (path, _free_port(), processes, dtype, quantities, limit * size / 2**30, tolerance, steps)
         start_processes(_work, given, nprocs=processes, start_method="fork")
         several = torch.load(path, weights_only=False)
     skipped = ("dynamon/", *(() if gathered else ("sharpness/trace",)))
@@ -80,7 +84,7 @@ def sharpness_rows(processes: int = 2, dtype: torch.dtype = torch.float64, gathe
 
 
 def _measured(
-    dtype: torch.dtype, processes: int, quantities: Sequence[str], limit: float, tolerance: float, steps: int = 7
+    dtype: torch.dtype, processes: int, quantities: Sequence[str], limit: float, tolerance: float, steps: int
 ) -> dict[str, Any]:
     monitor = SharpnessMonitor(
         3, quantities=quantities, probe_fraction=1.0, tol=tolerance, max_matvecs=150, memory_limit=limit, strict=True
@@ -90,14 +94,13 @@ def _measured(
     return {tag: np.asarray(monitor.history[tag].values) for tag in monitor.history}
 
 
-def _work(rank: int, path: Path, port: int, processes: int, *given: Any) -> None:
+def _work(rank: int, path: Path, port: int, processes: int, dtype: torch.dtype, *given: Any) -> None:
     # LOCAL_RANK tells Lightning that somebody else has made the processes.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dtype, quantities, limit, tolerance = given
     try:
-        found = _measured(dtype, processes, quantities, limit, tolerance)
+        found = _measured(dtype, processes, *given)
         if rank == 0:
             torch.save(found, path)
     finally:
@@ -113,18 +116,24 @@ def _free_port() -> int:
 
 def main() -> None:
     """Compare and print."""
+    options = parser("sharded_sharpness", __doc__).parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name, dtype, gathered in (
+    cases = [
         ("float64, gathered", torch.float64, True),
         ("float64, shards", torch.float64, False),
         ("float32, gathered", torch.float32, True),
         ("float32, shards", torch.float32, False),
-    ):
+    ]
+    tables = {}
+    for name, dtype, gathered in cases[:1] if options.smallest else cases:
         print(f"\n2 processes, {name}\n\n| tag | one process | two processes | relative difference |")
         print("| --- |" + " --- |" * 3)
-        for row in sharpness_rows(2, dtype, gathered):
+        rows = sharpness_rows(2, dtype, gathered, 1 if options.smallest else 7)
+        for row in rows:
             print(f"| `{row.tag}` | {row.one:.6g} | {row.several:.6g} | {row.difference:.0e} |")
+        tables[name] = [row._asdict() for row in rows]
+    write(options, "sharded_sharpness", {"environment": environment("sharded_sharpness"), "results": tables})
 
 
 if __name__ == "__main__":

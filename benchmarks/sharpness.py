@@ -11,14 +11,12 @@ with errors against a tight run of dynamon in float32.
 import argparse
 import ctypes
 import gc
-import json
 import multiprocessing
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -29,12 +27,10 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python benchmarks/sharpness.py`
-
-from benchmarks.environment import environment  # noqa: E402
-from benchmarks.models import Problem, cnn, gpt, gpt2, mlp  # noqa: E402
-from benchmarks.peers import COLD, METHODS, PACKAGES, TRACKING, Reading, hessian_of, installed, reading  # noqa: E402
-from dynamon.curvature import EigenTracker, top_eigenvalues  # noqa: E402
+from benchmarks.environment import environment, parser, write
+from benchmarks.models import Problem, cnn, gpt, gpt2, mlp
+from benchmarks.peers import COLD, METHODS, PACKAGES, TRACKING, Reading, hessian_of, installed, reading
+from dynamon.curvature import EigenTracker, top_eigenvalues
 
 SPEED_BARS = {"curvlinops eigsh": 3.0, "curvlinops eigsh ncv=8": 3.0, "PyHessian": 2.0, "eigenthings Lanczos 20": 1.0}
 SPACING, MEASUREMENTS = 10, 11  # of the tracker: one cold start, then a full cycle of ten with its one cold run
@@ -317,8 +313,10 @@ def measure(problem: Problem, stage: str, names: list[str], options: argparse.Na
 def cases(options: argparse.Namespace) -> Iterator[tuple[Problem, str]]:
     """The models at initialisation and in training, on the device."""
     makers: list[Callable[[], Problem]] = [mlp, cnn, gpt]
+    if options.smallest:
+        makers = [lambda: replace(mlp(width=8), probe_size=16)]
     if options.gpt2:
-        makers = [lambda: gpt2(tiny=options.tiny, batch=options.batch, context=options.context)]
+        makers = [lambda: gpt2(tiny=options.smallest, batch=options.batch, context=options.context)]
     for make in makers:
         problem = make().copy(device=options.device)
         for stage, steps in (("init", 0), ("mid", options.steps)):
@@ -331,30 +329,27 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[Problem, str]]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/sharpness.json or sharpness_gpt2.json")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=2, help="how often every seed is timed")
-    parser.add_argument("--steps", type=int, help="of training before the second stage, default 250 (GPT-2: 60)")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, TRACKING], choices=[*METHODS, TRACKING])
-    parser.add_argument("--quick", action="store_true", help="one round, one seed, 50 steps: does it run at all?")
-    parser.add_argument("--gpt2", action="store_true", help="the shape of GPT-2 124M, float32 and bfloat16")
-    parser.add_argument("--tiny", action="store_true", help="with --gpt2: a thousandth of it")
-    parser.add_argument("--batch", type=int, default=4, help="with --gpt2")
-    parser.add_argument("--context", type=int, default=256, help="with --gpt2")
-    options = parser.parse_args()
-    if options.quick:
+    command = parser("sharpness", __doc__)
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--rounds", type=int, default=2, help="how often every seed is timed")
+    command.add_argument("--steps", type=int, help="of training before the second stage, default 250 (GPT-2: 60)")
+    command.add_argument("--methods", nargs="+", default=[*METHODS, TRACKING], choices=[*METHODS, TRACKING])
+    command.add_argument("--gpt2", action="store_true", help="the shape of GPT-2 124M, float32 and bfloat16")
+    command.add_argument("--batch", type=int, default=4, help="with --gpt2")
+    command.add_argument("--context", type=int, default=256, help="with --gpt2")
+    options = command.parse_args()
+    if options.smallest:
         options.seeds = options.rounds = 1
-    options.steps = options.steps or (50 if options.quick else 60 if options.gpt2 else 250)
-    results = Path(__file__).parent / "results"
-    options.out = options.out or results / ("sharpness_gpt2.json" if options.gpt2 else "sharpness.json")
+        options.batch, options.context = 2, 8
+    options.steps = options.steps or (2 if options.smallest else 60 if options.gpt2 else 250)
     return options
 
 
 def main() -> None:
     """Measure, print, check the bars, and write the result after every cell."""
     options = parse()
+    gc.freeze()  # what is imported stays: collecting before each timing need not look at it
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # TensorFloat-32 would hide the errors compared here
     names = installed([name for name in options.methods if name in METHODS])
     place = environment("sharpness", options.device, packages=package_versions())
@@ -364,10 +359,9 @@ def main() -> None:
         result["cells"].append(measure(problem, stage, names, options))
         result["bars"] = bars(result["cells"])
         result["environment"]["seconds in all"] = round(time.perf_counter() - begin)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(options, "sharpness_gpt2" if options.gpt2 else "sharpness", result)
     print_bars(result["bars"])
-    print(f"\nwrote {options.out} after {time.perf_counter() - begin:.0f} s")
+    print(f"\n{time.perf_counter() - begin:.0f} s in all")
 
 
 if __name__ == "__main__":

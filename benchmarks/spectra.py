@@ -8,19 +8,15 @@ computes all singular values and fits power laws to them, is measured where it i
 arrays.
 """
 
-import argparse
-import json
 import logging
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, parser, write
 from dynamon.kernels import top_singular
 from dynamon.spectra import extremes_of, largest_singular_values, weight_spectra
 
@@ -109,7 +105,7 @@ def weightwatcher_details(weights: list[Tensor]) -> Callable[[], Tensor] | None:
     try:
         from weightwatcher import WeightWatcher
     except ImportError:
-        print("WeightWatcher is not installed and left out: pip install -e '.[bench]'", file=sys.stderr)
+        print('skipped: WeightWatcher, since weightwatcher is missing: pip install -c constraints.txt -e ".[bench]".')
         return None
     model = nn.ModuleList([nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta") for w in weights])
     for layer, weight in zip(model, weights, strict=True):
@@ -213,20 +209,18 @@ def report(results: list[dict[str, Any]], device: torch.device) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a quick look")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "spectra.json")
-    chosen = parser.parse_args()
-    device = torch.device(chosen.device)
-    shapes = {"GPT-2 124M": gpt2_shapes(chosen.scale), "ResNet-50": resnet50_shapes(chosen.scale)}
-    results = [compare(name, found, device, chosen.rounds) for name, found in shapes.items()]
+    command = parser("spectra", __doc__)
+    command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a quick look")
+    options = command.parse_args()
+    if options.smallest:
+        options.rounds, options.scale = 1, 64
+    device = torch.device(options.device)
+    shapes = {"GPT-2 124M": gpt2_shapes(options.scale), "ResNet-50": resnet50_shapes(options.scale)}
+    results = [compare(name, found, device, options.rounds) for name, found in shapes.items()]
     report(results, device)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(
-        json.dumps({"environment": environment("spectra", device.type), "results": results}, indent=1) + "\n"
-    )
+    write(options, "spectra", {"environment": environment("spectra", device.type), "results": results})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -129,3 +131,12 @@ class Digits(Task):
 
 
 TASKS = {"bytes": Bytes, "digits": Digits}
+TINY = {"tiny bytes": partial(Bytes, 16, 1), "digits": Digits}
+
+
+def available(names: Iterable[str]) -> list[str]:
+    """Those tasks whose data is there; says so of the others."""
+    if find_spec("sklearn") is not None:
+        return [*names]
+    print('skipped: digits, since scikit-learn is missing: pip install -c constraints.txt -e ".[bench]".')
+    return [name for name in names if name != "digits"]

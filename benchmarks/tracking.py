@@ -11,12 +11,11 @@ that has been trained from another seed, once from every point.
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, AdamW
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, parser, write
 from benchmarks.models import Problem, cnn, gpt, mlp
 from dynamon.curvature import EigenTracker, HessianOperator, LinearOperator, top_eigenvalues
 from dynamon.stability import StabilityScaling, stability_operator, stability_scaling
@@ -57,6 +56,7 @@ COURSES = (
     Course(gpt, "AdamW", (5, 5, 100), probe=16),
     Course(gpt, "SGD", (2, 5, 100), probe=16, rate=0.1),
 )
+SMALLEST = Course(partial(mlp, width=8), "AdamW", (5, 5, 100), probe=16)
 
 
 @dataclass(frozen=True)
@@ -268,14 +268,12 @@ def run(course: Course, spacings: list[int], points: int) -> list[dict[str, Any]
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tracking.json")
-    parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "gpt"], choices=["mlp", "cnn", "gpt"])
-    parser.add_argument("--spacings", nargs="+", type=int, default=list(SPACINGS), choices=SPACINGS)
-    parser.add_argument("--quick", action="store_true", help="12 points, no spacing of 100: does it run at all?")
-    options = parser.parse_args()
-    if options.quick:
-        options.spacings = [spacing for spacing in options.spacings if spacing < 100]
+    command = parser("tracking", __doc__)
+    command.add_argument("--models", nargs="+", default=["mlp", "cnn", "gpt"], choices=["mlp", "cnn", "gpt"])
+    command.add_argument("--spacings", nargs="+", type=int, default=list(SPACINGS), choices=SPACINGS)
+    options = command.parse_args()
+    if options.smallest:
+        options.spacings = [1]
     return options
 
 
@@ -285,14 +283,13 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment("tracking"), "rows": []}
     begin = time.perf_counter()
     print_header()
-    for course in COURSES:
-        if course.make.__name__ in options.models:
-            result["rows"] += run(course, options.spacings, 12 if options.quick else POINTS)
-            result["environment"]["seconds in all"] = round(time.perf_counter() - begin)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    chosen = [course for course in COURSES if course.make.__name__ in options.models]
+    for course in [SMALLEST] if options.smallest else chosen:
+        result["rows"] += run(course, options.spacings, 3 if options.smallest else POINTS)
+        result["environment"]["seconds in all"] = round(time.perf_counter() - begin)
+        write(options, "tracking", result)
     print_jumps(result["rows"])
-    print(f"\nwrote {options.out} after {time.perf_counter() - begin:.0f} s")
+    print(f"\n{time.perf_counter() - begin:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -1,81 +1,10 @@
-"""Gradient norms, gradient noise, clipping, and how quickly gradients turn."""
+"""The gradient monitor as a Lightning callback."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
-
-from dynamon.monitoring.cadence import Cadence
-from dynamon.monitoring.gradients import GradientMeter
-from dynamon.monitoring.meter import Meter
-from dynamon.monitoring.monitor import Monitor, check_arguments
-from dynamon.quantities import quantities_of, with_tag_table
+from dynamon.callbacks.monitor import Monitor
+from dynamon.monitoring import gradient_monitor
 
 
-@with_tag_table(quantities_of("gradient", "monitor"))
-class GradientMonitor(Monitor):
-    """Gradient norms by layer and as a whole, gradient noise, what clipping does, and how quickly gradients turn.
+class GradientMonitor(gradient_monitor.GradientMonitor, Monitor):
+    """The callback has the documentation of the monitor."""
 
-    Gradients are read accumulated, reduced, unscaled and before clipping; the clipped norm is read when the step
-    begins. Of a closure that runs twice in a step (SAM) the second gradient is shown, which the step uses; where a step
-    uses more than one (L-BFGS), or its gradients are gone before they can be read, they are left out, and that is said.
-    Dual norms are those of the optimizer's geometry and the layer's role (:func:`dynamon.norms.update_norm`): the sum
-    of magnitudes under Adam, the Frobenius norm under SGD.
-
-    Tags (headlines are also in ``trainer.callback_metrics``):
-
-    {tags}
-
-    A per-layer quantity ``a/b`` is written as the quantiles ``a/b_p10``, ``a/b_median``, ``a/b_p90``, as
-    ``a.b/<layer>`` for each layer while that makes at most 400 tags in all, and as one tensor summary
-    ``a/b/layers``. Histograms are ``gradient/histogram/<layer>``, in TensorBoard only.
-
-    The local smoothness is the layerwise trajectory smoothness of Gluon (arXiv 2505.13416): how quickly a layer's
-    gradient turns along the run, in the norms of the layer's update. Two successive gradients are of two batches, and
-    on small batches their difference, and so this number, is dominated by gradient noise.
-
-    The noise is the change between successive gradients, curvature included. Where the Trainer accumulates gradients
-    over two or more batches, the halves of a window are compared as well, and under DDP the gradients of the processes
-    with their mean (both with automatic optimisation; under FSDP2 gradients arrive summed, and only windows have
-    halves); ``noise/scale`` and ``noise/snr`` (arXiv 1812.06162) then rest on that at every step, or are left out.
-
-    Gradients are compared only where they are accumulated over alike windows
-    (:class:`dynamon.quantities.windows.Window`): not across the short window at the end of an epoch, a skipped batch, a
-    smaller last batch, or a change of ``.grad`` between two backward passes. What cannot be compared at a step is NaN
-    or left out there, and averages stay.
-
-    Args:
-        every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
-            that is. None: as often as ``budget`` allows, every fourth step at most.
-        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
-        layers: Globs for the layers shown one by one, ``!`` excludes: ``["blocks.*", "!*.bias"]``.
-        loggers: Loggers to write to by part of the class name, class or object (``["tensorboard"]``); None for all.
-        strict: Raise where a measurement fails, instead of warning and going on.
-        histograms: Write a histogram of each layer's gradient to TensorBoard, every tenth reading.
-
-    Raises:
-        ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
-            fit starts.
-
-    Cost: a few passes over the gradients and a copy of gradients and weights for the length of one step; two copies
-    of small tables to the host. Memory: 4 copies of the parameters at a peak, 2 in between. With ``every_n_steps``,
-    checkpoints hold these copies where the next step is read. Under FSDP2 the copies are of this process's part; a
-    reading sends one small all-reduce before the step and one after it, and for orthogonalised steps gathers each
-    hidden gradient, its change and the step on one process.
-    """
-
-    def __init__(
-        self,
-        every_n_steps: int | None = None,
-        budget: float | None = 0.02,
-        layers: Sequence[str] | None = None,
-        loggers: Sequence[Any] | None = None,
-        strict: bool = False,
-        histograms: bool = False,
-    ) -> None:
-        """Check the arguments."""
-        check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
-        super().__init__(partial(_meters, every_n_steps, histograms), budget, layers, loggers, strict)
-
-
-def _meters(every_n_steps: int | None, with_histograms: bool) -> list[Meter]:
-    return [GradientMeter(Cadence(every_n_steps, interval=4, share=1.0), with_histograms)]
+    __doc__ = gradient_monitor.GradientMonitor.__doc__

@@ -7,39 +7,32 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import chart_layout, merge_layouts
+from dynamon.callbacks.lightning.callback import DynamonCallback
+from dynamon.callbacks.lightning.loop import TrainerLoop, step_of
+from dynamon.callbacks.lightning.steering import (
+    can_be_steered,
+    holds_some_of,
+    noise_is_shown,
+    unsteerable_reason,
+    wants_parts,
+)
+from dynamon.callbacks.lightning.strategy import averages_gradients
 from dynamon.distributed.dtensor import any_sharded
 from dynamon.layers import select
-from dynamon.monitoring.accumulation import (
-    begin_windows,
-    begins_window,
-    compares_ranks,
-    has_windows,
-    longest_window,
-    scale_before_step,
-    windows_of,
-)
-from dynamon.monitoring.base import (
-    DynamonCallback,
-    callbacks_of,
-    gradient_scale,
-    nothing_there,
-    say_geometry,
-    step_of,
-    strategy_reason,
-)
+from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows
 from dynamon.monitoring.budget import Budget
-from dynamon.monitoring.rank_decisions import averages_gradients, is_sharded_run
-from dynamon.monitoring.recorder import Recorder, Row
-from dynamon.optim import LayerwiseRates, several_devices_reason, steerable_layers, unsupported_reason
+from dynamon.monitoring.loop import nothing_to_train
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
+from dynamon.monitoring.recorder import Recorder
+from dynamon.monitoring.run_context import say_geometry
+from dynamon.optim import LayerwiseRates, unsupported_reason
 from dynamon.optim.stepping import GONE, has_gradients
 from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
-from dynamon.rates import NoiseAdaptiveRates, Rule
+from dynamon.rates import Rule
 from dynamon.rates.merging import RatioMerging
 from dynamon.runs.history import History
 
@@ -161,11 +154,11 @@ class LayerwiseLR(DynamonCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the surroundings."""
-        self._shows_noise = self.rule.needs_gradients and not _noise_is_shown(trainer)
+        self._shows_noise = self.rule.needs_gradients and not noise_is_shown(trainer)
         super().setup(trainer, pl_module, stage)
         self.panels = merge_layouts([_RATES, chart_layout([_NOISE], "3 Rates")]) if self._shows_noise else _RATES
         if stage == "fit" and not trainer.barebones:
-            self._recorder.check(trainer)
+            self._recorder.check(TrainerLoop(trainer, pl_module))
 
     def begin_turn(self, goes_on: bool) -> None:
         """Begin anew; a fit that goes on takes up what was learned, as from a checkpoint, and keeps its history."""
@@ -185,19 +178,20 @@ class LayerwiseLR(DynamonCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse optimizers that cannot be steered, before anything runs."""
         for optimizer in trainer.optimizers:
-            reason = unsupported_reason(optimizer) if _holds_some_of(pl_module, optimizer) else None
+            reason = unsupported_reason(optimizer) if holds_some_of(pl_module, optimizer) else None
             if reason is not None:
                 raise ValueError(f"{type(self).__name__}: {reason}")
-        reason = strategy_reason(trainer) or _no_parts(self.rule, trainer, pl_module) or _spread(self.rule, pl_module)
+        reason = unsteerable_reason(self.rule, TrainerLoop(trainer, pl_module))
         if reason is not None:
             raise ValueError(f"{type(self).__name__} cannot steer this run: {reason}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers and take up a saved state."""
         self._passes, self._gone, self._is_off = 0, 0, False
-        begin_windows(trainer)
+        loop = TrainerLoop(trainer, pl_module)
+        loop.begin_windows()
         self._go_back_to(step_of(trainer))
-        nothing = nothing_there(pl_module)
+        nothing = nothing_to_train(pl_module)
         if nothing is not None:
             rank_zero_warn(f"{type(self).__name__} steers nothing: {nothing}")
             return
@@ -206,7 +200,7 @@ class LayerwiseLR(DynamonCallback):
             if self.rule.needs_gradients:
                 rates.reader.warm_up()
         self._is_steering = True
-        self.write_layout(trainer)
+        self.write_layout(loop)
 
     def _go_back_to(self, step: int) -> None:
         """What was recorded at a step that is yet to come, before a checkpoint was loaded, is undone."""
@@ -218,15 +212,16 @@ class LayerwiseLR(DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The clock runs; a rule that compares the processes has their own gradients kept."""
-        Row.of(trainer).close()
+        loop = TrainerLoop(trainer, pl_module)
+        loop.row.close()
         self._budget.start()
         self._go_back_to(step_of(trainer))
         if any(self._is_new(trainer, optimizer) for optimizer in trainer.optimizers):
             self._attach(trainer, pl_module)  # the strategy was given new optimizers
         if not self.rule.needs_gradients:
             return
-        windows_of(trainer).batch_start(trainer, batch)
-        if _wants_parts(self.rule) and compares_ranks(trainer, pl_module) and begins_window(trainer):
+        loop.windows.batch_start(loop, batch)
+        if wants_parts(self.rule) and compares_ranks(loop) and begins_window(loop):
             with self._budget.charge("steering", pl_module.device):
                 for rates in self._steered.values():
                     rates.watch_ranks()
@@ -234,22 +229,23 @@ class LayerwiseLR(DynamonCallback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Follow what gradients are accumulated over."""
         if self.rule.needs_gradients:
-            windows_of(trainer).before_backward(trainer, pl_module)
+            loop = TrainerLoop(trainer, pl_module)
+            loop.windows.before_backward(loop)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the first half of an accumulation window, for a rule that compares the halves."""
         self._passes += 1
         if not self.rule.needs_gradients:
             return
-        windows = windows_of(trainer)
-        windows.after_backward(trainer)
-        if not _wants_parts(self.rule) or not has_windows(trainer, pl_module):
+        loop = TrainerLoop(trainer, pl_module)
+        loop.windows.after_backward(loop)
+        if not wants_parts(self.rule) or not has_windows(loop):
             return
         for optimizer, rates in self._steered.items():
-            share = windows.half(trainer, optimizer)
+            share = loop.windows.half(loop, optimizer)
             if share is not None:
                 with self._budget.charge("steering", pl_module.device):
-                    rates.observe_part(share, scale_before_step(trainer))
+                    rates.observe_part(share, loop.scale_before_step())
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -261,15 +257,13 @@ class LayerwiseLR(DynamonCallback):
             rates = self._steered.get(optimizer)
             if rates is None or not self._has_gradients(trainer, optimizer):
                 return
-            window = None
+            window, loop = None, TrainerLoop(trainer, pl_module)
             if self.rule.needs_gradients:
-                windows = windows_of(trainer)
-                window = windows.before_step(trainer, pl_module, optimizer)
-                rates.reader.settle_part(windows.share(trainer, optimizer, window))
-            step = step_of(trainer)
-            compares = _wants_parts(self.rule) and compares_ranks(trainer, pl_module)
-            local = scale_before_step(trainer) if compares else None
-            rates.observe(gradient_scale(trainer, optimizer), (trainer.global_step, step), local, window)
+                window = loop.windows.before_step(loop, optimizer)
+                rates.reader.settle_part(loop.windows.share(loop, optimizer, window))
+            compares = wants_parts(self.rule) and compares_ranks(loop)
+            local = loop.scale_before_step() if compares else None
+            rates.observe(loop.gradient_scale(optimizer), (trainer.global_step, loop.step), local, window)
             if self._is_shown(trainer):
                 # Before the step: the scheduler has moved on by the time it is over.
                 self._in_force[optimizer] = rates.base_rates()
@@ -321,10 +315,10 @@ class LayerwiseLR(DynamonCallback):
         self._budget.start()
         if any(in_force.values()):
             with self._budget.charge("steering"):
-                self._record(trainer, in_force)
-        self.send_row(trainer)
+                self._record(TrainerLoop(trainer, pl_module), in_force)
+        self.send_row(TrainerLoop(trainer, pl_module))
 
-    def _record(self, trainer: pl.Trainer, in_force: dict[Optimizer, dict[str, float]]) -> None:
+    def _record(self, loop: TrainerLoop, in_force: dict[Optimizer, dict[str, float]]) -> None:
         # All optimizers each time, also those that did not step: rows of a table must line up.
         known = {
             o: (in_force[o], rates.asked) if o in in_force else (rates.base_rates(), rates.wanted)
@@ -345,7 +339,7 @@ class LayerwiseLR(DynamonCallback):
         self._recorder.layers("lr/effective", np.array([base[name] * ratio[name] for name in names]), names)
         if self._shows_noise:
             self._record_noise(list(self._steered.values()), names)
-        self._recorder.flush(trainer, step_of(trainer), self._budget)
+        self._recorder.flush(loop, loop.step, self._budget)
 
     def _record_noise(self, steered: list[LayerwiseRates], names: list[str]) -> None:
         estimators = [rates.rule.noise for rates in steered if rates.rule.noise is not None]
@@ -369,7 +363,7 @@ class LayerwiseLR(DynamonCallback):
         """Give the optimizers back as they were. A reading that is still on its way is lost if the device is."""
         self._budget.stop()
         self._let_go()
-        self.send_rest(trainer)
+        self.send_rest(TrainerLoop(trainer, pl_module))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing behind, however the fit has ended."""
@@ -422,7 +416,7 @@ class LayerwiseLR(DynamonCallback):
         self._release()
         self._state = []
         for optimizer in trainer.optimizers:
-            if not _can_be_steered(pl_module, optimizer):
+            if not can_be_steered(pl_module, optimizer):
                 self._left_alone.append(optimizer)
                 continue
             index = len(self._steered)
@@ -454,7 +448,7 @@ class LayerwiseLR(DynamonCallback):
         names = [name for name, p in module.named_parameters() if p.is_complex() and p.requires_grad]
         if names:
             rank_zero_info(f"{type(self).__name__}: {len(names)} complex weights keep ratio 1, first {names[0]}.")
-        alone = [optimizer for optimizer in self._left_alone if _holds_some_of(module, optimizer)]
+        alone = [optimizer for optimizer in self._left_alone if holds_some_of(module, optimizer)]
         reasons = [reason for optimizer in alone if (reason := unsupported_reason(optimizer)) is not None]
         if alone and not reasons:
             rank_zero_warn(
@@ -471,117 +465,7 @@ class LayerwiseLR(DynamonCallback):
         self._steered, self._left_alone, self._in_force = {}, [], {}
 
 
-class NoiseAdaptiveLR(LayerwiseLR):
-    r"""Layers with noisier gradients take smaller steps: LANTON's rule on top of your optimizer.
-
-    With H the noise of a layer in the dual norm of its update, per group of layers of one role,
-    :math:`r_l = ((a^2 + H_{min}) / (a^2 + H_l))^{1/4}`: the quietest layer keeps your learning rate, the others
-    go below it, never under ``floor``. Noise is measured as the change between successive gradients, before
-    clipping. See :class:`dynamon.rates.NoiseAdaptiveRates` for the formula in full and the reasons for the
-    defaults, and :class:`LayerwiseLR` for how rates are applied and the tags that are written.
-
-    Args:
-        lag: 1: readings of a step act at the next. 0: they act at once, as published.
-        save_gradient: Keep the previous gradient in checkpoints.
-        layers: Globs for the layers shown one by one.
-        loggers: Loggers to write to by part of the class name, class or object; None for all.
-        apply: False for a dry run, which computes and logs and changes nothing.
-        scale_weight_decay: Decoupled weight decay scales with the rate; False keeps it at the base rate.
-        read_every: Read the noise at every so many-th step only.
-        max_groups: Groups of parameters in a step at most: near ratios are brought together. None as published.
-        **rule: The rule's own arguments, those of :class:`dynamon.rates.NoiseAdaptiveRates`: ``alpha``, ``beta2``,
-            ``group_by``, ``normalize_shape``, ``floor``, ``warmup`` and, where the paper leaves a choice open,
-            ``exponent``, ``relative_to``, ``cap``, ``dead_band``, ``refresh``, ``source``, ``bias_correction``.
-
-    Raises:
-        ValueError: Naming the argument that is out of range, or the optimizer that cannot be steered.
-        TypeError: On an argument that the rule does not have.
-
-    Cost: one pass over the gradients at each step that is read. Memory: 2 copies of the parameters at a peak, 1 in
-    between, the previous gradient. Under FSDP2 these are of this process's part, and reading sends one small all-reduce
-    without a host read; for orthogonalised steps it gathers each hidden gradient's change on one process.
-
-    Reference: Hao et al., "Noise-Adaptive Layerwise Learning Rates", arXiv 2510.14009.
-    """
-
-    def __init__(
-        self,
-        *,
-        lag: int = 1,
-        save_gradient: bool = True,
-        layers: Sequence[str] | None = None,
-        loggers: Sequence[Any] | None = None,
-        apply: bool = True,
-        scale_weight_decay: bool = True,
-        read_every: int = 1,
-        max_groups: int | None = 16,
-        **rule: Any,
-    ) -> None:
-        """Make the rule."""
-        super().__init__(
-            NoiseAdaptiveRates(**rule),
-            lag,
-            save_gradient,
-            layers,
-            loggers,
-            apply=apply,
-            scale_weight_decay=scale_weight_decay,
-            read_every=read_every,
-            max_groups=max_groups,
-        )
-
-
 def _range_of(rates: Collection[float]) -> dict[str, float]:
     """The largest base rate, and the smallest where groups have different ones."""
     highest, lowest = max(rates), min(rates)
     return {"lr/base": highest} if lowest == highest else {"lr/base": highest, "lr/base_min": lowest}
-
-
-def _holds_some_of(module: pl.LightningModule, optimizer: Optimizer) -> bool:
-    """Whether an optimizer moves parameters of the module; one that stands in for none does not."""
-    own = {id(p) for p in module.parameters()}
-    groups = getattr(optimizer, "param_groups", None)
-    return groups is None or any(id(p) in own for group in groups for p in group["params"])
-
-
-def _can_be_steered(module: pl.LightningModule, optimizer: Optimizer) -> bool:
-    """Whether an optimizer holds layers that can be steered, or may when lazy modules have seen a batch."""
-    waits = any(is_lazy(p) for group in optimizer.param_groups for p in group["params"])
-    return unsupported_reason(optimizer) is None and (waits or bool(steerable_layers(module, optimizer)))
-
-
-def _wants_parts(rule: Rule) -> bool:
-    return getattr(rule, "source", "") == "independent"
-
-
-def _no_parts(rule: Rule, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
-    """Why a rule that compares independent gradients cannot have them; None where it can."""
-    if not _wants_parts(rule):
-        return None
-    if not module.automatic_optimization:
-        return "source='independent' needs automatic optimisation, which says where an accumulation window begins."
-    if compares_ranks(trainer, module):
-        return None
-    if trainer.world_size > 1 and not is_sharded_run(trainer):
-        name = type(trainer.strategy).__name__
-        return f"source='independent' compares the processes of a DDP run, and this is {name}; take 'successive'."
-    if longest_window(trainer) < 2:
-        return (
-            "source='independent' compares halves of an accumulation window, or processes under DDP; "
-            "set accumulate_grad_batches=2 or more."
-        )
-    return None
-
-
-def _spread(rule: Rule, module: pl.LightningModule) -> str | None:
-    """Why the gradients that a rule wants cannot be read together; None where they can, or it wants none."""
-    if not rule.needs_gradients:
-        return None
-    return several_devices_reason(p for p in module.parameters() if p.requires_grad and not is_lazy(p))
-
-
-def _noise_is_shown(trainer: pl.Trainer) -> bool:
-    """Whether a monitor in the Trainer logs the noise of each layer."""
-    # By what they measure: callbacks.monitor's meters import this module.
-    meters = (meter for callback in callbacks_of(trainer) for meter in getattr(callback, "_meters", ()))
-    return any("noise/dual" in meter.quantities for meter in meters)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dynamon import cli
-from dynamon.callbacks.dynamics import PRESETS
+from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.quantities import REGISTRY, Quantity
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +110,7 @@ def provenance(environment: Mapping[str, Any]) -> str:
     packages = environment.get("packages", {})
     parts += [f"{name} {v}" for name, v in packages.items() if name not in ("torch", "numpy", "scipy", "lightning")]
     parts += [f"{environment['device']}, {environment['threads']} thread(s)", f"commit {environment['commit']}"]
+    parts += [environment["date"]] if "date" in environment else []
     return f"*{'; '.join(parts)}.*\n"
 
 

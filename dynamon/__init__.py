@@ -1,4 +1,4 @@
-"""Training dynamics for PyTorch Lightning: measured, shown, and fed back into the learning rates."""
+"""Training dynamics for PyTorch and Lightning: measured, shown, and fed back into the learning rates."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynamon.layers import describe_layers
     from dynamon.monitoring.snapshot import measure
+    from dynamon.monitoring.watch import Watch
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "describe_layers", "measure"]
+__all__ = ["Watch", "__version__", "describe_layers", "measure"]
 
-_HOMES = {"describe_layers": "dynamon.layers", "measure": "dynamon.monitoring.snapshot"}
+_HOMES = {
+    "Watch": "dynamon.monitoring.watch",
+    "describe_layers": "dynamon.layers",
+    "measure": "dynamon.monitoring.snapshot",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -115,6 +115,27 @@ def _row_of(index):  # type: ignore[no-untyped-def]  # the types are Triton's
 
 
 @jit
+def _tile_of(index, tiles, BAND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row and column of a tile.
+
+    The tiles are counted in bands of BAND rows, within a band column by column, so that programs that run at the same
+    time share their columns in the cache. As many tiles lie above a band as in a triangle that ends there.
+    """
+    top = _row_of(index) // BAND * BAND
+    height = tl.minimum(BAND, tiles - top)
+    index -= top * (top + 1) // 2
+    if index < top * height:  # left of the diagonal: a rectangle
+        i = top + index % height
+        j = index // height
+    else:  # the last BAND columns: a small triangle
+        index -= top * height
+        row = _row_of(index)
+        i = top + row
+        j = top + index - row * (row + 1) // 2
+    return i, j
+
+
+@jit
 def _lower_tiles(  # type: ignore[no-untyped-def]
     matrix,
     out,
@@ -135,19 +156,7 @@ def _lower_tiles(  # type: ignore[no-untyped-def]
     member = (tl.program_id(0) // lower).to(tl.int64)
     index = tl.program_id(0) % lower
 
-    # The tiles are counted in bands of BAND rows, within a band column by column, so that programs that run at the
-    # same time share their columns in the cache. As many tiles lie above a band as in a triangle that ends there.
-    top = _row_of(index) // BAND * BAND
-    height = tl.minimum(BAND, tiles - top)
-    index -= top * (top + 1) // 2
-    if index < top * height:  # left of the diagonal: a rectangle
-        i = top + index % height
-        j = index // height
-    else:  # the last BAND columns: a small triangle
-        index -= top * height
-        row = _row_of(index)
-        i = top + row
-        j = top + index - row * (row + 1) // 2
+    i, j = _tile_of(index, tiles, BAND)
 
     # A tensor can have more entries than 32 bits count, a tile has not: 64 bits for where it begins, 32 within it,
     # as addresses of 64 bits for every entry would fill the registers.

@@ -13,7 +13,7 @@ tested anywhere::
 
     with Launches(device="meta") as launches:  # leaves out what the host computes for itself on its own tensors
         ...
-    launches.calls                             # Counter: "_foreach_mul_.Scalar" -> 2, "triton _chunk_stats" -> 1
+    launches.calls                             # Counter: "_foreach_mul_.Scalar" -> 2, "triton chunk_stats" -> 1
     launches.waits                             # how often the host asked for a number; on meta tensors asking raises
     launches.reset()                           # between two steps
 
@@ -155,7 +155,7 @@ def pretended(launches: Launches) -> Iterator[None]:
 
         def launch(self, *args: Any, **kwargs: Any) -> None:
             launches.add(f"triton {self.name}")
-            if self.name == "_tensor_stats":
+            if self.name == "tensor_stats":
                 launches._inside = True
                 args[2].fill_(1.0)[2].zero_()  # nothing that is not finite
                 launches._inside = False
@@ -171,8 +171,8 @@ def pretended(launches: Launches) -> Iterator[None]:
         mock.patch("dynamon.norms.forms.reads_are_free", lambda device: False),
         mock.patch.object(twin, "can_run", lambda device: True),
         mock.patch.object(twin, "_triton_dtype", lambda dtype: dtype),
-        mock.patch.object(twin, "_chunk_stats", Kernel("_chunk_stats")),
-        mock.patch.object(twin, "_tensor_stats", Kernel("_tensor_stats")),
+        mock.patch.object(twin, "chunk_stats", Kernel("chunk_stats")),
+        mock.patch.object(twin, "tensor_stats", Kernel("tensor_stats")),
         mock.patch.object(twin, "_runs", {}),
         mock.patch.object(twin, "_plans", {}),
     ):

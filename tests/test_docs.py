@@ -133,6 +133,14 @@ def test_sentences_of_the_comparison_hold_in_the_benchmarks() -> None:
     assert faster["torch spectral_norm"] > faster["refresh"]
 
 
+def test_contributing_names_every_folder_and_no_file_that_is_not_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = {folder.parent.name for folder in (ROOT / "dynamon").glob("*/__init__.py")}
+    assert {name for name in folders if f"| `dynamon/{name}/` |" not in text} == set()
+    named = set(re.findall(r"`((?:callbacks|docs|dynamon|kernels|tests|examples|benchmarks)/[\w/.]*)`", text))
+    assert len(named) > 40 and {name for name in named if not (ROOT / name).exists()} == set()
+
+
 def test_a_changed_example_asks_for_a_new_recording(tmp_path) -> None:
     script = tmp_path / "edge_of_stability.py"
     script.write_text((generated.EXAMPLES / "edge_of_stability.py").read_text() + "\n")

@@ -17,7 +17,6 @@ FLOORS = {
         "allowed": ("dynamon.kernels", "torch.nn.functional"),
     },
     "dynamon": {"forbidden": (*LIGHTNING, "dynamon.callbacks", "dynamon.cli"), "allowed": ()},
-    "dynamon/monitoring": {"forbidden": ("dynamon.callbacks", "dynamon.cli"), "allowed": ()},  # until it has a protocol
     "callbacks": {"forbidden": ("dynamon.cli",), "allowed": ()},
     "dynamon/cli": {"forbidden": (), "allowed": ()},
 }
@@ -57,7 +56,7 @@ def violations(source: str, package: str, forbidden: tuple[str, ...], allowed: t
 def floor(path: Path) -> str:
     """Return the floor a file of the package belongs to."""
     parts = path.relative_to(ROOT).parts
-    return "/".join(parts[:2]) if parts[:2] in (("dynamon", "cli"), ("dynamon", "monitoring")) else parts[0]
+    return "dynamon/cli" if parts[:2] == ("dynamon", "cli") else parts[0]
 
 
 def package(path: Path) -> str:

@@ -16,20 +16,20 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
-from dynamon.callbacks.dynamics import PRESETS
 from dynamon.cli import plots
 from dynamon.cli.demo_data import standard_library_text, training_batches, validation_batches
 from dynamon.cli.demo_plan import SIZES, VALIDATION_BATCHES, VALIDATIONS, Plan, Size, make_plan, thread_counts
 from dynamon.cli.demo_summary import Outcome, shortfalls, summary
 from dynamon.cli.language_model import LanguageModel
 from dynamon.cli.refusal import refusing
+from dynamon.monitoring.dynamics_monitor import PRESETS
 
 _SECONDS = 90.0
 _RESERVED = 8.0  # of them for imports, before the clock starts, and for the picture

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
-from dynamon.callbacks.dynamics import PRESETS
 from dynamon.layers import describe_layers
+from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.norms import iid_dual_norm, update_norm
 
 _PROMISED = {

@@ -20,11 +20,12 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
     Raises:
         RefusalError: In the place of these exceptions, with one sentence.
     """
+    caught: tuple[type[Exception], ...] = (ValueError, *kinds)
     try:
         yield
     except OSError as error:
         raise RefusalError(_sentence(error)) from error
-    except (ValueError, *kinds) as error:
+    except caught as error:
         raise RefusalError(str(error)) from error
 
 

@@ -180,7 +180,7 @@ class Ranks:
         """
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever failed here, the other processes must hear of it
             if self.is_distributed and not self.is_collective_failure(error):
                 self._report(error)
             raise

@@ -61,7 +61,7 @@ def take_samples(batch: Any, fraction: float, most: int | None = None, sizes: Se
         cut.visit(batch)
         part = rebuild(batch, cut.replaced)
         _Cut(count, count).visit(part)  # whoever makes its entries anew each time was not cut
-    except Exception as error:
+    except Exception as error:  # a user's container may raise anything; the whole batch is kept then
         told = str(error) if isinstance(error, _UnclearError) else ""
         return Part(clone(batch), size, reason=told or f"a {type(batch).__name__} cannot be cut")
     return Part(part, count, is_cut=True)
@@ -220,7 +220,7 @@ def _size(batch: Any, sizes: Sequence[int]) -> tuple[int | None, str]:
                 if not _is_square(batch, size, sizes):
                     return size, ""
                 reason = "time and samples cannot be told apart by size"
-        except Exception as error:
+        except Exception as error:  # a user's container may raise anything; the next size is tried
             reason = reason or str(error)
     agreed, other = _agreed(batch)
     if agreed is None and not reason and sizes and (firsts := _firsts(batch)):
@@ -255,7 +255,7 @@ def _agreed(batch: Any) -> tuple[int | None, str]:
     try:
         size = firsts.pop()
         return (size, "") if _Cut(size, size).visit(batch) else (None, f"a {type(batch).__name__} cannot be cut")
-    except Exception as error:
+    except Exception as error:  # a user's container may raise anything: it cannot be cut then
         return None, str(error)
 
 

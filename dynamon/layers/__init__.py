@@ -1,4 +1,4 @@
-"""Layers of a model: one weight tensor each, with its name and its role."""
+"""Layers of a model: one weight tensor each, with its name and role."""
 
 from dynamon.layers.layer import ROLES, ConvGeometry, Layer, is_measurable, is_steerable, layer_table, select
 from dynamon.layers.roles import describe_layers, known_layers, measurable_layers

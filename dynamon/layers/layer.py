@@ -15,7 +15,7 @@ ROLES = ("hidden", "embedding", "head", "conv", "vector")
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """How a convolution applies its kernel, as the module's arguments of the same names say."""
+    """How a convolution applies its kernel; the fields are the module's arguments of the same names."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
@@ -30,16 +30,16 @@ class Layer:
     """One weight tensor of a model.
 
     Attributes:
-        name: Parameter name, the first one where the weight is tied, without the segments that
-            ``torch.compile`` and checkpoint wrappers insert.
+        name: Parameter name, the first one if the weight is tied, without the segments that ``torch.compile`` and
+            checkpoint wrappers insert.
         role: ``"hidden"``, ``"embedding"``, ``"head"``, ``"conv"`` or ``"vector"``.
         parameter: The tensor itself.
         aliases: Further names of the same tensor (tied weights).
         rows_are_tokens: True for embeddings stored ``[tokens, d]``, whose linear map is the transpose.
-        blocks: How many matrices the tensor holds: packed along the outputs (queries, keys and values in one, the
-            gates of an LSTM), stacked along the first dimension (experts), or the groups of a convolution.
-        conv: The geometry where the tensor is the weight of a convolution.
-        inputs_first: True for matrices stored ``[in, out]``, as ``Conv1D`` of Hugging Face does.
+        blocks: Number of matrices in the tensor: packed along the outputs (queries, keys and values in one, the gates
+            of an LSTM), stacked along the first dimension (experts), or the groups of a convolution.
+        conv: The geometry if the tensor is the weight of a convolution.
+        inputs_first: True for matrices stored ``[in, out]``, as in Hugging Face's ``Conv1D``.
     """
 
     name: str
@@ -52,25 +52,25 @@ class Layer:
     inputs_first: bool = False
 
     def __repr__(self) -> str:
-        """Name, role and shape; not the weights."""
+        """Show name, role and shape, and no weights."""
         shape = " x ".join(map(str, self.parameter.shape)) or "scalar"
         further = f", {self.blocks} blocks" if self.blocks > 1 else ""
         further += f", also {', '.join(self.aliases)}" if self.aliases else ""
         return f"Layer({self.name!r}, {self.role}, {shape}{further})"
 
     def matrices(self, tensor: Tensor | None = None) -> Tensor:
-        """A tensor stored as the weight is, as the matrices of the linear maps it stands for.
+        """Return the matrices of the linear maps in a tensor that is stored as the weight is.
 
         Args:
-            tensor: A gradient, a step, anything of the parameter's shape; the weight itself by default.
+            tensor: A gradient, a step, or any tensor of the parameter's shape; the weight itself by default.
 
         Returns:
-            ``[blocks, out, in]``, a view where that is possible. A convolution gives ``[groups, out / groups,
-            in / groups * prod(k)]``, what it does with one patch of its input; a transposed one the same, with the
-            kernel not flipped. An embedding gives ``[1, d, tokens]``, whose columns are the tokens.
+            ``[blocks, out, in]``, a view if possible. A convolution gives ``[groups, out / groups, in / groups *
+            prod(k)]``, its map of one patch of the input; a transposed one the same, with the kernel not flipped. An
+            embedding gives ``[1, d, tokens]``, whose columns are the tokens.
 
         Raises:
-            ValueError: For a vector.
+            ValueError: If the layer is a vector.
         """
         weight = self.parameter if tensor is None else tensor
         if self.role == "vector" or weight.ndim < 2:
@@ -87,17 +87,17 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Real numbers in the weight, of which a complex entry holds two."""
+        """Number of real numbers in the weight; a complex entry holds two."""
         return real_numel(self.parameter)
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
-        """``(blocks, out, in)`` of :meth:`matrices`; told without the weight, of which this process may hold a part."""
+        """``(blocks, out, in)`` of :meth:`matrices`, without access to the weight, which may be sharded."""
         blocks, outputs, inputs = self.matrices(torch.empty(self.parameter.shape, device="meta")).shape
         return blocks, outputs, inputs
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
-        """The inverse of :meth:`matrices`: ``[blocks, out, in]`` in the shape in which the weight is stored."""
+        """Convert ``[blocks, out, in]`` to the stored shape; the inverse of :meth:`matrices`."""
         shape = self.parameter.shape
         if self.conv is not None and self.conv.transposed:
             groups, outputs = matrices.shape[:2]
@@ -115,13 +115,21 @@ class Layer:
 
 
 def layer_table(layers: Iterable[Layer]) -> str:
-    """What :func:`describe_layers` found, to be printed.
+    """Format layers as a table.
 
     Args:
         layers: The layers, one line each.
 
     Returns:
-        Aligned columns: name, role, shape, blocks where there are several, aliases.
+        Aligned columns: name, role, shape, blocks if there are several, aliases.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.layers import describe_layers, layer_table
+        >>> print(layer_table(describe_layers(torch.nn.Linear(4, 2))))
+        name    role    shape  blocks  aliases
+        weight  head    2 x 4
+        bias    vector  2
     """
     rows = [("name", "role", "shape", "blocks", "aliases")]
     for layer in layers:
@@ -134,7 +142,7 @@ def layer_table(layers: Iterable[Layer]) -> str:
 
 
 def is_measurable(layer: Layer) -> bool:
-    """Whether a layer holds numbers to calculate with, real or complex: no integers, no eight-bit floats."""
+    """Return whether a layer holds real or complex numbers; integers and eight-bit floats are not measured."""
     weight = layer.parameter
     if weight.is_complex():
         return weight.dtype in COMPLEX and not is_sharded(weight)
@@ -142,20 +150,26 @@ def is_measurable(layer: Layer) -> bool:
 
 
 def is_steerable(layer: Layer) -> bool:
-    """Whether rules for learning rates know what to do with a layer: not where it is complex."""
+    """Return whether rules for learning rates can handle a layer; they cannot if it is complex."""
     return is_measurable(layer) and not layer.parameter.is_complex()
 
 
 def select(layers: Iterable[Layer], patterns: Sequence[str] | None) -> list[Layer]:
-    """Keep the layers that the globs ask for.
+    """Keep the layers that match globs.
 
     Args:
         layers: What to choose from.
-        patterns: Globs on names and aliases (``"blocks.*.attn.*"``); one that begins with ``!`` excludes.
-            With only excluding globs everything else stays. None keeps all.
+        patterns: Globs on names and aliases (``"blocks.*.attn.*"``); one that begins with ``!`` excludes. If all
+            exclude, everything else is kept. None keeps all.
 
     Returns:
         The chosen layers in their order.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.layers import describe_layers, select
+        >>> select(describe_layers(torch.nn.Linear(4, 2)), ["!*bias"])
+        [Layer('weight', head, 2 x 4)]
     """
     layers = list(layers)
     if patterns is None:

@@ -1,4 +1,4 @@
-"""What the weight tensors of a model are: their names and roles."""
+"""Describe the weight tensors of a model: names, roles and blocks."""
 
 import math
 import re
@@ -39,20 +39,20 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
 
     1. fewer than two dimensions (biases, scalars), or complex (measured as pairs of real numbers): ``vector``;
     2. a matrix called ``lora_A``, ``lora_B`` or ``lora_embedding_A`` and ``_B`` (a LoRA factor): ``hidden``;
-    3. what acts entry by entry and is not the weight of an ``nn.Linear``, ``nn.Bilinear``, embedding, convolution,
-       recurrent layer or Hugging Face ``Conv1D``: ``vector``. That is what has at most one dimension larger than one
-       (gains, class tokens), or belongs to a normalisation (one of ``torch.nn``, or a class whose name ends in "Norm")
-       or a PReLU, or has gain, gamma, beta, scale, layer_scale, scale_shift_table, bias, biases or A_log at the end of
-       its name;
+    3. an entrywise parameter that is not the weight of an ``nn.Linear``, ``nn.Bilinear``, embedding, convolution,
+       recurrent layer or Hugging Face ``Conv1D``: ``vector``. Entrywise is a parameter that has at most one dimension
+       larger than one (gains, class tokens), or belongs to a normalisation (one of ``torch.nn``, or a class whose name
+       ends in "Norm") or a PReLU, or whose name ends in gain, gamma, beta, scale, layer_scale, scale_shift_table, bias,
+       biases or A_log;
     4. the weight of ``nn.Embedding`` or ``nn.EmbeddingBag``: ``embedding``. A head tied to it is an alias;
     5. the weight of a convolution: ``conv``;
-    6. a learned position (``pos``, ``position``, ``positional``, ``pos_emb``, ``pos_embed``, ``posemb`` or ``wpe`` as
-       a part of its name) or several learned tokens (``tokens``, ``prompts``, ``queries``, ``query_embed`` or
+    6. a learned position (``pos``, ``position``, ``positional``, ``pos_emb``, ``pos_embed``, ``posemb`` or ``wpe`` in
+       its name) or several learned tokens (``tokens``, ``prompts``, ``queries``, ``query_embed`` or
        ``latents`` at its end) that are not the weight of an ``nn.Linear`` or ``Conv1D``: ``embedding``;
     7. the output layer: ``head``. That is, outside numbered blocks, the last ``nn.Linear`` of each module called head,
-       lm_head, classifier, logits, output_projection, score or fc_out, which may be the ``nn.Linear`` itself; if there
-       is none, the last ``nn.Linear`` with such a name anywhere; if there is none, the last ``nn.Linear`` of the
-       model where it is part neither of a numbered block nor of a ``pooler``. LoRA factors do not count here;
+       lm_head, classifier, logits, output_projection, score or fc_out, which may be the ``nn.Linear`` itself; else the
+       last ``nn.Linear`` with such a name anywhere; else the last ``nn.Linear`` of the model, unless it is part of a
+       numbered block or of a ``pooler``. LoRA factors do not count here;
     8. everything else: ``hidden``.
 
     The rules for the number of blocks, first match wins:
@@ -61,7 +61,7 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
     2. a convolution: its groups;
     3. three or more dimensions (stacked experts ``[experts, out, in]``): the product of all but the last two;
     4. ``weight_ih`` and ``weight_hh`` of recurrent layers: the gates, 4 for LSTM, 3 for GRU, 1 for a plain RNN;
-    5. queries, keys and values in one, side by side (``qkv``, ``to_qkv``, ``qkv_proj``, ``Wqkv``, ``c_attn`` or
+    5. queries, keys and values packed in one matrix (``qkv``, ``to_qkv``, ``qkv_proj``, ``Wqkv``, ``c_attn`` or
        ``in_proj`` at the end of its name, with three times as many outputs as inputs): 3;
     6. everything else: 1.
 
@@ -69,17 +69,28 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
 
     Args:
         model: Any module.
-        overrides: Roles by glob on names and aliases (``{"backbone.stem.*": "embedding"}``); the later wins. What
-            cannot have the role is passed over: less than two dimensions is always a vector, the weight of a
-            convolution ``conv`` or ``vector``.
+        overrides: Roles by glob on names and aliases (``{"backbone.stem.*": "embedding"}``); the last match wins.
+            Parameters that cannot have the role are skipped: less than two dimensions is always a vector, the weight
+            of a convolution is ``conv`` or ``vector``.
 
     Returns:
-        One :class:`Layer` a tensor.
+        One :class:`Layer` per tensor.
 
     Raises:
-        ValueError: On a role that does not exist; on a glob that matches nothing, or nothing that can have its role;
-            on a lazy module that has not seen a batch.
+        TypeError: If ``model`` is not a module.
+        ValueError: If a role does not exist; if a glob matches nothing, or nothing that can have its role; if a lazy
+            module has not seen a batch.
+
+    Example:
+        >>> import torch
+        >>> from dynamon import describe_layers
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 10))
+        >>> describe_layers(model, {"1.bias": "vector"})  # doctest: +NORMALIZE_WHITESPACE
+        [Layer('0.weight', embedding, 10 x 4), Layer('1.weight', vector, 4), Layer('1.bias', vector, 4),
+         Layer('2.weight', head, 10 x 4), Layer('2.bias', vector, 10)]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if is_lazy(parameter):
             raise ValueError(f"{plain_name(name)} has no shape yet: run the model on a batch once, then describe it.")
@@ -87,7 +98,7 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
 
 
 def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[Layer]:
-    """What :func:`describe_layers` says of the tensors that have a shape: those of lazy modules may have none yet.
+    """Describe the tensors that have a shape, as :func:`describe_layers` does; lazy modules may have others.
 
     Args:
         model: Any module.
@@ -102,7 +113,7 @@ def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -
     names = {key: list(dict.fromkeys(own)) for key, own in names.items()}
     uses = {key: held for key, held in _uses(model).items() if key in parameters}
     heads = _head_weights(model, uses)
-    geometries = {key: _geometry(parameter, uses.get(key, [])) for key, parameter in parameters.items()}
+    geometries = {key: _conv_geometry(parameter, uses.get(key, [])) for key, parameter in parameters.items()}
     roles = {key: _role(names[key], p, uses.get(key, []), is_head=key in heads) for key, p in parameters.items()}
     for glob, role in (overrides or {}).items():
         if role not in ROLES:
@@ -136,12 +147,12 @@ def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -
 
 
 def measurable_layers(model: nn.Module) -> list[Layer]:
-    """The layers that can be measured as things are: those of :func:`known_layers` that :func:`is_measurable` takes."""
+    """List the layers of :func:`known_layers` that :func:`is_measurable` accepts."""
     return [layer for layer in known_layers(model) if is_measurable(layer)]
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:
-    """Which modules hold each parameter, and under which name; a parametrized one counts as the module's own."""
+    """Map each parameter to the modules that hold it and its names there; a parametrized one is the module's own."""
     parents: dict[int, _Use] = {}
     for module in model.modules():
         for child in module.children():
@@ -159,7 +170,7 @@ def _uses(model: nn.Module) -> dict[int, list[_Use]]:
 
 
 def _head_weights(model: nn.Module, uses: Mapping[int, Sequence[_Use]]) -> set[int]:
-    """The ids of the weights of output layers, by rule 7 of :func:`describe_layers`."""
+    """Return the ids of the weights of output layers, by rule 7 of :func:`describe_layers`."""
     weights = {id(module): key for key, held in uses.items() for module, name in held if name == "weight"}
     linears: list[tuple[list[str], int]] = []
     for name, module in model.named_modules():
@@ -188,7 +199,7 @@ def _role(names: Sequence[str], parameter: Tensor, uses: Sequence[_Use], is_head
         return "hidden"
     linear = any(_is_weight_of(use, nn.Linear) or _is_inputs_first(use, parameter) for use in uses)
     embedding = any(_is_weight_of(use, nn.Embedding, nn.EmbeddingBag) for use in uses)
-    convolution = _geometry(parameter, uses) is not None
+    convolution = _conv_geometry(parameter, uses) is not None
     linear = linear or any(_is_weight_of(use, nn.Bilinear) for use in uses)
     if not (linear or embedding or convolution or _gates(uses)) and _is_elementwise(names, parameter, uses):
         return "vector"
@@ -202,7 +213,7 @@ def _role(names: Sequence[str], parameter: Tensor, uses: Sequence[_Use], is_head
 
 
 def _is_elementwise(names: Sequence[str], parameter: Tensor, uses: Sequence[_Use]) -> bool:
-    """Whether a parameter scales or shifts entry by entry, by its shape, its module, or its name."""
+    """Return whether a parameter scales or shifts entry by entry, by its shape, module, or name."""
     if sum(side > 1 for side in parameter.shape) <= 1 or any(_GAIN_NAMES.search(name) for name in names):
         return True
     return any(isinstance(module, _ELEMENTWISE) or _NORM_CLASSES.search(type(module).__name__) for module, _ in uses)
@@ -238,27 +249,27 @@ def _is_weight_of(use: _Use, *classes: type[nn.Module]) -> bool:
 
 
 def _is_inputs_first(use: _Use, parameter: Tensor) -> bool:
-    """Whether it is the weight ``[in, out]`` of Hugging Face's ``Conv1D``, told by the name of the class."""
+    """Return whether it is the weight ``[in, out]`` of Hugging Face's ``Conv1D``, by the name of the class."""
     module, name = use
     return name == "weight" and parameter.ndim == 2 and any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
 
 
 def _has_rows_of_tokens(uses: Sequence[_Use]) -> bool:
-    """How an embedding is stored: the weight of an ``nn.Linear`` alone (an override) is ``[d, tokens]``."""
+    """Return whether an embedding is stored ``[tokens, d]``; the weight of an ``nn.Linear`` (overridden) is not."""
     return any(_is_weight_of(use, nn.Embedding, nn.EmbeddingBag) for use in uses) or not any(
         _is_weight_of(use, nn.Linear) for use in uses
     )
 
 
 def _gates(uses: Sequence[_Use]) -> int:
-    """The number of outputs of one gate where a recurrent layer stacks its gates, else 0."""
+    """Return the number of outputs per gate if a recurrent layer stacks its gates, else 0."""
     for module, name in uses:
         if isinstance(module, nn.RNNBase | nn.RNNCellBase) and name.startswith(("weight_ih", "weight_hh")):
             return module.hidden_size
     return 0
 
 
-def _geometry(parameter: Tensor, uses: Sequence[_Use]) -> ConvGeometry | None:
+def _conv_geometry(parameter: Tensor, uses: Sequence[_Use]) -> ConvGeometry | None:
     for module, name in uses:
         if isinstance(module, _ConvNd) and name == "weight" and parameter.ndim == 2 + len(module.kernel_size):
             padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)

@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -42,6 +41,7 @@ from dynamon.monitoring.evaluation import trained_parameters
 from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
 from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
 from dynamon.monitoring.memory_plan import plan_memory
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
 from dynamon.monitoring.run_context import RunContext
@@ -132,8 +132,8 @@ class EigenvalueMeter(Meter):
         """Say what cannot be measured, and what is measured instead."""
         if self._probe.off:
             return
-        optimizer = _only(run.trainer.optimizers)
-        if self._wanted & {"stability_ratio", "preconditioned"} and _is_spread(run.trainer.optimizers):
+        optimizer = _only(run.loop.optimizers)
+        if self._wanted & {"stability_ratio", "preconditioned"} and _is_spread(run.loop.optimizers):
             self._wanted -= {"stability_ratio", "preconditioned"}
             rank_zero_warn("no stability ratio: ZeroRedundancyOptimizer keeps a part of its state on each process.")
         if optimizer is None and self._wanted & {"stability_ratio", "preconditioned"}:
@@ -148,7 +148,7 @@ class EigenvalueMeter(Meter):
             self._check_memory(run)
         # On a device of its own memory is not what it will be: activations and states of optimizers come with training.
         whole = not any(is_sharded(p) for p in trained_parameters(run).values())
-        self._is_guess = run.module.device.type != "cpu" and not self._memory_limit and whole
+        self._is_guess = run.device.type != "cpu" and not self._memory_limit and whole
 
     def _fits(self, run: RunContext) -> bool:
         """Whether the vectors of a solve fit beside what training holds, asked once more before the first one."""
@@ -225,7 +225,7 @@ class EigenvalueMeter(Meter):
     def make_room(self, run: RunContext) -> str | None:
         """Halve the probe; give up solves where it is not to blame, of one process."""
         alone, share = not run.ranks.is_distributed, self._probe.share
-        fits = free_memory(run.module.device) > self._needed
+        fits = free_memory(run.device) > self._needed
         said = self._probe.halve(run) if fits or not self._is_solving or not alone else None
         if not alone or not self._is_solving or self._probe.share < share:
             return said
@@ -245,7 +245,7 @@ class EigenvalueMeter(Meter):
         try:
             with run.together(self.name):
                 products = self._measure(run)
-        except Exception:
+        except Exception:  # whatever it was, what is tracked belongs to a measurement that did not end
             self._start_anew(run)
             raise
         if self.is_off():
@@ -265,7 +265,7 @@ class EigenvalueMeter(Meter):
                 self._leave_out(run, never)
                 return 0
             owned = list(trained_parameters(run).values())
-            point = _Point(run, params, owned, hessian, _only(run.trainer.optimizers))
+            point = _Point(run, params, owned, hessian, _only(run.loop.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
             if not math.isfinite(point.readings["sharpness/probe_loss"]):
                 raise FloatingPointError("the loss on the probe is not finite.")
@@ -326,7 +326,7 @@ class EigenvalueMeter(Meter):
             self._failures.clear(quantity)
         except NoSecondMomentError:
             return  # not yet: it comes with the optimizer's first steps
-        except Exception as error:
+        except Exception as error:  # one quantity fails, the others are measured all the same
             if point.run.strict or ran_out_of_memory(error):
                 raise
             forget_frames(error)  # this point is one of their variables: together they would keep the graph alive

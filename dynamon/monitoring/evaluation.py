@@ -4,9 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor
 
 from dynamon.curvature import ShardedParameters, unsharded
@@ -16,7 +14,8 @@ from dynamon.curvature.operators.vector_space import GatheredSpace, Shards
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.isolation.equality import find_changed
 from dynamon.isolation.preserve import preserve_state
-from dynamon.isolation.trackers import is_muted, mute_trackers
+from dynamon.isolation.trackers import mute_trackers
+from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.run_context import RunContext
 
 _SEED = 20_240_801
@@ -45,10 +44,9 @@ def evaluation(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(at_rest(run.module))
         stack.enter_context(preserve_state(run.module, _SEED + run.ranks.rank))
-        stack.enter_context(_optimizers_untouched(run.trainer))
+        stack.enter_context(_optimizers_untouched(run.loop))
         stack.enter_context(mute_trackers())
-        stack.enter_context(_loggers_muted(run.trainer))
-        stack.enter_context(run.trainer.precision_plugin.train_step_context())
+        stack.enter_context(run.loop.evaluation())
         if not any(is_sharded(p) for p in owned.values()):
             yield FlatParameters(owned)
         elif gathers and not (moves and is_rounded(run.module)):
@@ -62,7 +60,7 @@ def _made_whole(run: RunContext, owned: Mapping[str, Tensor]) -> Iterator[FlatPa
     """Parameters that FSDP2 has dealt out come together for a while."""
     shards = Shards(list(owned.values()), run.ranks)
     # A process that runs out of memory between two messages would leave the others waiting: have it do so before.
-    torch.empty(shards.size, dtype=next(iter(owned.values())).dtype, device=run.module.device)
+    torch.empty(shards.size, dtype=next(iter(owned.values())).dtype, device=run.device)
     run.ranks.check()
     with unsharded(run.module):
         whole = whole_parameters(run.module)
@@ -71,18 +69,17 @@ def _made_whole(run: RunContext, owned: Mapping[str, Tensor]) -> Iterator[FlatPa
 
 def trained_parameters(run: RunContext) -> dict[str, Tensor]:
     """The parameters that the optimizers move, by the names of their layers."""
-    moving = {id(p) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
+    moving = {id(p) for o in run.loop.optimizers for group in o.param_groups for p in group["params"]}
     tensors = {layer.name: layer.parameter for layer in run.all_layers}
     return {name: p for name, p in tensors.items() if p.requires_grad and id(p) in moving}
 
 
 @contextmanager
-def _optimizers_untouched(trainer: pl.Trainer) -> Iterator[None]:
-    """Rates that ``training_step`` sets, groups that it adds and schedulers that it steps are what they were."""
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    dicts: list[dict[Any, Any]] = [vars(scheduler) for scheduler in schedulers]
+def _optimizers_untouched(loop: Loop) -> Iterator[None]:
+    """Put back rates that the loss function sets, groups that it adds and schedulers that it steps."""
+    dicts: list[dict[Any, Any]] = [vars(scheduler) for scheduler in loop.schedulers]
     lists: list[list[Any]] = [values for held in dicts for values in held.values() if isinstance(values, list)]
-    for optimizer in trainer.optimizers:
+    for optimizer in loop.optimizers:
         groups = optimizer.param_groups
         dicts += groups
         lists += [groups, *(group["params"] for group in groups)]
@@ -102,27 +99,3 @@ def _optimizers_untouched(trainer: pl.Trainer) -> Iterator[None]:
             for (tensor, value), differs in zip(values, find_changed(values), strict=True):
                 if differs:
                     tensor.copy_(value)
-
-
-@contextmanager
-def _loggers_muted(trainer: pl.Trainer) -> Iterator[None]:
-    """What ``training_step`` writes to ``self.logger`` itself is written for its own batches only."""
-    loggers = trainer.loggers
-    trainer.loggers = [_Muted(logger) for logger in loggers]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
-
-
-class _Muted(DummyLogger):
-    """A logger that is one for other threads only."""
-
-    def __init__(self, logger: Logger) -> None:
-        super().__init__()
-        self._real = logger
-
-    def __getattribute__(self, name: str) -> Any:
-        if is_muted() or name in ("_real", "__class__", "__dict__"):
-            return super().__getattribute__(name)
-        return getattr(super().__getattribute__("_real"), name)

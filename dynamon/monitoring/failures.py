@@ -6,6 +6,15 @@ PAUSE_AFTER = 3  # failures in a row
 _FIRST_REST = 10  # readings that a paused measurement leaves out before it is tried again; then twice as many
 
 
+class SteeringError(RuntimeError):
+    """Steering failed on one of several processes: going on would let their weights part, so this is not caught."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def forget_frames(error: BaseException | None) -> None:
     """Let go of what the functions that failed held, graphs above all; the sentence of the error stays."""
     while error is not None:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dynamon.curvature import GGNOperator, LinearOperator, MeanOverRanks, OutputsOfLoss
 from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.run_context import RunContext
 
@@ -59,7 +59,7 @@ class GaussNewton:
         found: list[Tensor] = []
 
         def evaluate(batch: Any, index: int) -> Tensor:
-            given, loss = self._outputs(run.module, batch)  # type: ignore[misc]
+            given, loss = self._outputs(run.loop.model, batch)  # type: ignore[misc]
             found.extend([given] if isinstance(given, Tensor) else given)
             return loss
 

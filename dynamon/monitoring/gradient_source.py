@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from dynamon.distributed.dtensor import holders, to_local
 from dynamon.layers import Layer, is_steerable
 from dynamon.layers.complex_pairs import as_real
-from dynamon.monitoring.accumulation import compares_independent, scale_before_step, windows_of
-from dynamon.monitoring.base import SteeringError, gradient_scale, is_read_by_callback, say_geometry
-from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.accumulation import compares_independent
+from dynamon.monitoring.failures import SteeringError
+from dynamon.monitoring.run_context import RunContext, say_geometry
 from dynamon.monitoring.weight_copies import matching, whole_copies
 from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates, steering_of
@@ -89,7 +89,7 @@ class GradientSource:
         layers = [la for la in run.all_layers if id(la.parameter) in self._own]
         rates = steering_of(optimizer)
         reads_all = rates is not None and rates.rule.needs_gradients and all(is_steerable(la) for la in layers)
-        shared = rates is not None and reads_all and is_read_by_callback(run.trainer, rates)
+        shared = rates is not None and reads_all and run.loop.reads_for_steering(rates)
         self._rates: LayerwiseRates | None = rates if shared else None
         self._steered = self._rates is not None
         self._reader = GradientReader(layers, optimizer_family(optimizer))
@@ -97,7 +97,7 @@ class GradientSource:
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
         self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}
         self._key: tuple[int, int, int] = (-1, -1, -1)
-        self.has_independent = compares_independent(run.trainer, run.module)
+        self.has_independent = compares_independent(run.loop)
         self._shown = "independent" if self.has_independent else "successive"
         self._step = 0
         self._weights: dict[str, Tensor] = {}
@@ -144,7 +144,7 @@ class GradientSource:
         """Say that an optimizer step is being taken; the same key twice in a row is the same step.
 
         Args:
-            key: Lightning's counts of steps and of batches that stepped, and the steps in this batch before.
+            key: Counts of optimizer steps and of batches that stepped, and the steps in this batch before.
         """
         if key != self._key:
             self._key, self._step = key, self._step + 1
@@ -153,7 +153,7 @@ class GradientSource:
 
     def keep_half(self, run: RunContext, share: float) -> None:
         """Keep the gradients of a part of the window, for a comparison with the rest of it."""
-        self.reader.store_part(share, scale_before_step(run.trainer))
+        self.reader.store_part(share, run.loop.scale_before_step())
 
     def watch_ranks(self) -> None:
         """Have the gradients of the processes compared at the step to come."""
@@ -167,8 +167,8 @@ class GradientSource:
     def keep(self, run: RunContext, optimizer: Optimizer, moved: bool = False) -> None:
         """Keep gradients and weights of this step for a comparison at the next, see :meth:`keep_weights`."""
         if not self._steered:  # the steering keeps them itself
-            window = windows_of(run.trainer).before_step(run.trainer, run.module, optimizer)
-            self.reader.store(gradient_scale(run.trainer, optimizer), window)
+            window = run.loop.windows.before_step(run.loop, optimizer)
+            self.reader.store(run.loop.gradient_scale(optimizer), window)
         self.keep_weights(run, moved)
 
     def keep_weights(self, run: RunContext, moved: bool = False) -> None:
@@ -193,10 +193,10 @@ class GradientSource:
     def read(self, run: RunContext, optimizer: Optimizer) -> AwaitedReading:
         """Read the gradients, and how far the weights have moved since those before; waits for no device."""
         self.settle()
-        windows = windows_of(run.trainer)
-        window = windows.before_step(run.trainer, run.module, optimizer)
-        self.reader.settle_part(windows.share(run.trainer, optimizer, window))
-        scale, local_scale = gradient_scale(run.trainer, optimizer), scale_before_step(run.trainer)
+        windows = run.loop.windows
+        window = windows.before_step(run.loop, optimizer)
+        self.reader.settle_part(windows.share(run.loop, optimizer, window))
+        scale, local_scale = run.loop.gradient_scale(optimizer), run.loop.scale_before_step()
         if self._rates is not None:
             self._observe(run, self._rates, scale, local_scale, window)
         pending = self.reader.read(scale, local_scale=local_scale, window=window)
@@ -234,7 +234,7 @@ class GradientSource:
             if not rates.is_observed:
                 # By the steering callback's key, but for steps it does not hear of.
                 rates.observe(scale, self._key if self._key[2] else self._key[:2], local_scale, window)
-        except Exception as error:
+        except Exception as error:  # whatever it was, it is told as a failure of steering, on all processes
             if run.ranks.is_distributed:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
             raise

@@ -1,15 +1,10 @@
 """The health rules while training goes on: what they find is said once, as a warning."""
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-
 from dynamon.health import SEVERITIES, Finding, findings
-from dynamon.monitoring.base import callbacks_of
+from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.run_context import RunContext
 from dynamon.runs.history import History, RunData
 
@@ -81,20 +76,6 @@ class HealthWatch:
                 rank_zero_warn(f"{self._name}: {one.message} {one.advice}")
 
 
-def returned_loss(trainer: pl.Trainer, outputs: Any) -> float | None:
-    """The loss that ``training_step`` returned for a batch; None where it returned none. Waits for the device.
-
-    Args:
-        trainer: The Trainer.
-        outputs: What Lightning hands to ``on_train_batch_end``: with automatic optimisation, and only there it may
-            accumulate, over the number of batches accumulated.
-    """
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
-        return None
-    return float(loss.detach()) * trainer.accumulate_grad_batches
-
-
 class StepLoss:
     """The loss of a batch: its mean over the processes that have one, whose gradient they descend.
 
@@ -103,7 +84,7 @@ class StepLoss:
 
     Args:
         run: The run.
-        outputs: As for :func:`returned_loss`.
+        outputs: As for :meth:`dynamon.monitoring.loop.Loop.loss_of`.
     """
 
     def __init__(self, run: RunContext, outputs: Any) -> None:
@@ -121,10 +102,5 @@ class StepLoss:
         self._run.ranks.detach_values()
 
     def _sum_and_count(self) -> list[float]:
-        loss = returned_loss(self._run.trainer, self._outputs)
+        loss = self._run.loop.loss_of(self._outputs)
         return [0.0, 0.0] if loss is None else [loss, 1.0]
-
-
-def histories_of(trainer: pl.Trainer) -> list[History]:
-    """Those of all dynamon callbacks of a Trainer."""
-    return [h for callback in callbacks_of(trainer) if isinstance(h := getattr(callback, "history", None), History)]

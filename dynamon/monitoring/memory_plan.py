@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dynamon.curvature.distributed.fsdp import is_rounded
@@ -12,6 +11,7 @@ from dynamon.curvature.memory import basis_memory, free_memory
 from dynamon.distributed.dtensor import is_sharded, to_local
 from dynamon.kernels import widest_dtype
 from dynamon.layers.complex_pairs import real_dtype, real_numel
+from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.run_context import RunContext
 
 _WHOLE = 4  # copies beside the solver's vectors: gathered parameters, their gradient with its graph, a product
@@ -56,8 +56,8 @@ def plan_memory(
         memory_limit: GiB that are allowed; None for half of what is free: activations take the rest. Processes that
             share the memory of a host share that half.
     """
-    device = run.module.device
-    shared = 1 if device.type != "cpu" else run.trainer.num_devices
+    device = run.device
+    shared = 1 if device.type != "cpu" else run.loop.processes_on_host
     limit = memory_limit * 2**30 if memory_limit else free_memory(device) / 2 / shared
     gathers = not any(is_sharded(p) for p in trained) or _are_gathered(run, trained, k, limit)
     differences = not gathers and _why_no_differences(run, trained) is None
@@ -74,7 +74,7 @@ def plan_memory(
 def _are_gathered(run: RunContext, trained: Sequence[Tensor], k: int, limit: float) -> bool:
     """Whether whole parameters and vectors fit on every process; says so, or what happens instead."""
     needed = basis_memory(trained, k) + _WHOLE * sum(p.numel() * p.element_size() for p in trained)
-    device = run.module.device
+    device = run.device
     too_much = torch.tensor(float(needed > limit), dtype=widest_dtype(device), device=device)
     fits = not bool(run.ranks.maximum(too_much))
     said = f"{needed / 2**30:.3g} GiB on each process, and {limit / 2**30:.3g} are allowed"
@@ -93,8 +93,8 @@ def _are_gathered(run: RunContext, trained: Sequence[Tensor], k: int, limit: flo
 
 def _why_no_differences(run: RunContext, trained: Sequence[Tensor]) -> str | None:
     """Why sharded parameters cannot be moved a little for a difference of gradients; None where they can."""
-    if run.trainer.precision not in _PRECISE or is_rounded(run.module):
-        return f"at precision {run.trainer.precision} gradients are too coarse"
+    if run.loop.precision not in _PRECISE or is_rounded(run.module):
+        return f"at precision {run.loop.precision} gradients are too coarse"
     whole = sum(not is_sharded(p) for p in trained)
     if whole:  # a vector's part here would hold them on every process
         return f"{whole} trained parameters are not sharded"

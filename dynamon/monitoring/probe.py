@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
@@ -25,6 +24,7 @@ from dynamon.kernels.devices import reads_are_free
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.evaluation import evaluation, trained_parameters
 from dynamon.monitoring.failures import forget_frames
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
@@ -101,8 +101,8 @@ class ProbeMeter(Meter):
     def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and take up what a checkpoint held."""
         self.off = True
-        if run.trainer.world_size > 1 and not run.ranks.is_distributed:
-            name = type(run.trainer.strategy).__name__
+        if run.loop.world_size > 1 and not run.ranks.is_distributed:
+            name = run.loop.strategy
             rank_zero_warn(
                 f"sharpness is off: of several processes it is measured under DDP and FSDP2 only, and this is {name}."
             )
@@ -117,18 +117,15 @@ class ProbeMeter(Meter):
                 "sharpness is off: Transformer Engine keeps the scales of its FP8 numbers outside of the module, where "
                 "they cannot be put back after an evaluation."
             )
-        elif not is_restorable(run.module.device):
+        elif not is_restorable(run.device):
             rank_zero_warn(
-                f"sharpness is off: torch cannot put back the random numbers of {run.module.device.type}, so that "
+                f"sharpness is off: torch cannot put back the random numbers of {run.device.type}, so that "
                 "training would go on with others."
             )
-        elif self.loss_fn is None and not run.module.automatic_optimization:
-            rank_zero_warn(
-                "sharpness is off: with manual optimisation training_step would train; "
-                "pass loss_fn=lambda module, batch: ... to have it measured."
-            )
+        elif self.loss_fn is None and (reason := run.loop.no_loss_reason()) is not None:
+            rank_zero_warn(f"sharpness is off: {reason}")
         else:
-            self.off = False
+            self.off, self._checked = False, self._checked or run.loop.loss_source is None
             self._take_up(run)
 
     def _take_up(self, run: RunContext, like: Any = None) -> None:
@@ -140,7 +137,7 @@ class ProbeMeter(Meter):
             return
         own = [dealt(parts, run.ranks.rank, run.ranks.size) for parts in self._loaded[: len(self._sets)]]
         try:
-            found = [[Kept.from_state(state, run.module.device, like) for state in states] for states in own]
+            found = [[Kept.from_state(state, run.device, like) for state in states] for states in own]
         except Exception as error:  # made of something else than the batches of this run
             if like is None and isinstance(error, UnknownClassError):
                 return
@@ -173,8 +170,8 @@ class ProbeMeter(Meter):
         with run.charge(self.name):
             kept = waiting[0]
             most = None if self._size is None else self._size - _size(kept)
-            part = take_samples(batch, 1.0 if self._size else self._fraction, most, batch_sizes(run.trainer))
-            index = run.trainer.fit_loop.epoch_loop.batch_idx
+            part = take_samples(batch, 1.0 if self._size else self._fraction, most, batch_sizes(run.loop.loaders))
+            index = run.loop.batch_index
             try:
                 self._newest = self._kept(part.batch, part.samples, part.is_cut, index)
                 kept.append(self._newest)
@@ -263,7 +260,7 @@ class ProbeMeter(Meter):
 
     def is_everything(self, run: RunContext) -> bool:
         """Whether the probe is the whole training set."""
-        return is_whole_training_set(run.trainer, self._sets[0])
+        return is_whole_training_set(run.loop, self._sets[0])
 
     def evaluation(
         self, run: RunContext, names: Collection[str] | None = None, moves: bool = False
@@ -281,10 +278,16 @@ class ProbeMeter(Meter):
     def loss(self, run: RunContext, second: bool = False) -> Tensor:
         """Mean loss over this process's batches of the probe by their weights."""
         try:
-            return self.weighted(lambda batch, index: training_loss(run.module, batch, self.loss_fn, index), second)
+            return self.weighted(lambda batch, index: self._evaluate(run, batch, index), second)
         except NoLossError:  # it had one before: the next measurement finds out whether it has one again
             self._sets = [[replace(one, is_tried=False) for one in kept] for kept in self._sets]
             raise
+
+    def _evaluate(self, run: RunContext, batch: Any, index: int) -> Tensor:
+        """Evaluate the loss of a batch: the function that was given, or that of the loop."""
+        return (
+            run.loop.loss(batch, index) if self.loss_fn is None else training_loss(run.loop.model, batch, self.loss_fn)
+        )
 
     def mean_loss(self, run: RunContext) -> Tensor:
         """The same over the batches of all processes, without a graph where there are several."""
@@ -304,18 +307,18 @@ class ProbeMeter(Meter):
     def batch_hessian(self, run: RunContext, params: FlatParameters, batch: Any) -> HessianOperator | MeanOverRanks:
         """The Hessian of the loss on a batch, that of all processes together."""
         index, weight = (
-            run.trainer.fit_loop.epoch_loop.batch_idx,
-            self._weight_of(batch, count_samples(batch, batch_sizes(run.trainer))),
+            run.loop.batch_index,
+            self._weight_of(batch, count_samples(batch, batch_sizes(run.loop.loaders))),
         )
         if isinstance(params, ShardedParameters):
             share = self._share(run, weight)
-            return ShardedHessian(lambda: share * training_loss(run.module, batch, self.loss_fn, index), params)
-        own = HessianOperator(lambda: training_loss(run.module, batch, self.loss_fn, index), params)
+            return ShardedHessian(lambda: share * self._evaluate(run, batch, index), params)
+        own = HessianOperator(lambda: self._evaluate(run, batch, index), params)
         return MeanOverRanks(own, weight, run.ranks) if run.ranks.is_distributed else own
 
     def _share(self, run: RunContext, weight: float) -> float:
         """What this process's loss counts in the mean over the processes that FSDP2 takes."""
-        total = run.ranks.sum(torch.tensor(weight, dtype=widest_dtype(run.module.device), device=run.module.device))
+        total = run.ranks.sum(torch.tensor(weight, dtype=widest_dtype(run.device), device=run.device))
         return weight * run.ranks.size / float(total)
 
     def _weight_of(self, part: Any, samples: int | None) -> float:
@@ -408,7 +411,7 @@ class ProbeMeter(Meter):
                 return _PART_FAILS
             self._say("no loss", _NO_LOSS_SENTENCE)
             return _NO_LOSS
-        except Exception as error:
+        except Exception as error:  # a user's training_step may raise anything on a part of a batch
             if not is_cut or isinstance(error, LossError) or ran_out_of_memory(error):
                 raise
             self._part_error = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -425,7 +428,7 @@ class ProbeMeter(Meter):
     def _look(self, run: RunContext, place: int) -> float:
         """The loss on a set; what is outside of the module is marked before the first evaluations of the first set."""
         if place == 0 and not self._checked:
-            self._marks.append(external_state(run.module, run.module.training_step))
+            self._marks.append(external_state(run.module, run.loop.loss_source))
         with self.evaluation(run):
             loss = float(self.loss(run, second=place == 1).detach())
         if place == 0 and not self._checked:
@@ -437,13 +440,13 @@ class ProbeMeter(Meter):
         self._marks, self._losses = self._marks[-1:], self._losses[-1:]  # of the evaluation that tried it, if any
         while len(self._losses) < 2:
             self._look(run, 0)
-        marks = [*self._marks, external_state(run.module, run.module.training_step)]
+        marks = [*self._marks, external_state(run.module, run.loop.loss_source)]
         # What changed the first time only is a cache that has been filled.
         changed = [name for name in changed_names(*marks[1:]) if name in changed_names(*marks[:2])]
         if changed:
             return f"it changes {', '.join(changed[:3])}"
         first, second = self._losses
-        return _difference(first, second, run.module.device)
+        return _difference(first, second, run.device)
 
     def halve(self, run: RunContext) -> str | None:
         """Keep half of the samples, or of the batches where there are no samples to leave out.
@@ -545,12 +548,12 @@ def check_probe(
 
 def _has_transformer_engine(run: RunContext) -> bool:
     own = any(type(m).__module__.split(".")[0] == "transformer_engine" for m in run.module.modules())
-    return own or str(run.trainer.precision).startswith("transformer-engine")
+    return own or run.loop.precision.startswith("transformer-engine")
 
 
 def _where(run: RunContext) -> torch.device:
     """Where a few numbers are reduced: on the host where there is nobody to reduce with."""
-    return run.module.device if run.ranks.is_distributed else torch.device("cpu")
+    return run.device if run.ranks.is_distributed else torch.device("cpu")
 
 
 def _size(kept: Sequence[Kept]) -> int:

@@ -4,11 +4,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-
-from dynamon.distributed.ranks import Ranks
-
 if TYPE_CHECKING:
     from dynamon.monitoring.meter import Meter
     from dynamon.monitoring.run_context import RunContext
@@ -60,7 +55,7 @@ class Decisions:
         if run.ranks.rank == 0:
             try:
                 said = self._decide(run, waiting)
-            except Exception as error:
+            except Exception as error:  # the other processes wait for the decision
                 said[-1] = run.step + _AFTER_FAILURE
                 run.unsettled.setdefault(waiting[0].name, error)
         return said
@@ -83,23 +78,3 @@ class Decisions:
         """Steps in which a decision is earned."""
         assert run.budget.fraction is not None
         return math.ceil(self._seconds / max(_SHARE * run.budget.fraction * run.seconds_per_step, 1e-9))
-
-
-def ranks_of(trainer: pl.Trainer, module: pl.LightningModule) -> Ranks:
-    """The processes of a DDP or FSDP2 run, or this one alone."""
-    return Ranks(module.device, alone=not is_distributed(trainer))
-
-
-def is_distributed(trainer: pl.Trainer) -> bool:
-    """Whether several processes measure together: under DDP, and under FSDP2 and tensor parallelism."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy)
-
-
-def averages_gradients(trainer: pl.Trainer) -> bool:
-    """Whether each of several processes has gradients of its own before they are averaged, which DDP does."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
-
-
-def is_sharded_run(trainer: pl.Trainer) -> bool:
-    """Whether gradients are summed over the processes in every backward pass, each keeping its part (FSDP2)."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy)

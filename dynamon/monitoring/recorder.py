@@ -1,24 +1,17 @@
-"""Where readings go: every logger, the history, and Lightning's own metrics."""
+"""Collect the readings of a step for the history, the loop's own metrics, and the row that is written."""
 
-import json
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import lightning.pytorch as pl
 import numpy as np
-import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
-from tensorboard.util.tensor_util import make_tensor_proto
 
 from dynamon.monitoring.budget import Budget
-from dynamon.monitoring.writers import Writer, writer_for
+from dynamon.monitoring.failures import first_line
+from dynamon.monitoring.loop import Loop
+from dynamon.monitoring.messages import rank_zero_warn
+from dynamon.monitoring.writers import Writer
 from dynamon.quantities.histograms import Histogram
 from dynamon.runs.history import History
 
@@ -27,11 +20,11 @@ _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
 class Recorder:
-    """Collects the readings of one step, and hands them on together: one row a step for each logger.
+    """Collects the readings of one step, and hands them on together: one row per step for each logger.
 
     What is collected belongs to one measurement, until :meth:`keep` says that it came to its end or :meth:`forget`
-    that it did not. :meth:`flush` writes what was kept to the history and to Lightning's metrics, and adds it to the
-    row that the callbacks of a Trainer send to its loggers together, see :class:`Row`.
+    that it did not. :meth:`flush` writes what was kept to the history and to the metrics of the loop, and adds it to
+    the row that all monitors of the loop send together, see :class:`dynamon.monitoring.row.Row`.
 
     Args:
         loggers: Names of loggers to write to (``"tensorboard"``, ``"csv"``, a class name or a part of it), classes or
@@ -52,21 +45,21 @@ class Recorder:
         self.strict, self._told = strict, set[str]()
         self._wanted = loggers
         self._quantities = max(quantities, 1)
-        self._collected, self._kept = _Readings(), _Readings()
+        self._collected, self._kept = Readings(), Readings()
 
-    def check(self, trainer: pl.Trainer) -> None:
-        """Say which asked-for logger the Trainer does not have.
+    def check(self, loop: Loop) -> None:
+        """Say which logger was asked for that the loop does not have.
 
         Raises:
             ValueError: Naming it and those there are.
         """
         for wanted in self._wanted or ():
-            if not any(_is_called(logger, wanted) for logger in trainer.loggers):
-                there = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
-                raise ValueError(f"loggers={wanted!r} matches no logger of the Trainer, which has: {there}.")
+            if not any(writer.is_called(wanted) for writer in loop.writers):
+                there = ", ".join(writer.name for writer in loop.writers) or "none"
+                raise ValueError(f"loggers={wanted!r} matches no logger of {loop.name}, which has: {there}.")
 
     def scalars(self, values: Mapping[str, float], headline: bool = False) -> None:
-        """Add scalars by tag; headlines also enter ``trainer.callback_metrics``."""
+        """Add scalars by tag; headlines also enter the metrics of the loop."""
         self._collected.scalars.update(values)
         if headline:
             self._collected.headlines.update(values)
@@ -83,26 +76,26 @@ class Recorder:
     def keep(self) -> None:
         """What was collected is complete."""
         self._kept.add(self._collected)
-        self._collected = _Readings()
+        self._collected = Readings()
 
     def forget(self) -> None:
         """Drop what was collected: the measurement did not come to its end."""
-        self._collected = _Readings()
+        self._collected = Readings()
 
     def forget_step(self) -> None:
         """Drop what was kept as well: the step did not come to its end, or is undone."""
-        self._collected, self._kept = _Readings(), _Readings()
+        self._collected, self._kept = Readings(), Readings()
 
-    def flush(self, trainer: pl.Trainer, step: int, budget: Budget) -> None:
+    def flush(self, loop: Loop, step: int, budget: Budget) -> None:
         """Write what was kept to the history and the metrics, and add it to the row of this step.
 
         Args:
-            trainer: The Trainer.
+            loop: The training loop.
             step: The step.
             budget: Books what the loggers take.
         """
         self.keep()
-        kept, self._kept = self._kept, _Readings()
+        kept, self._kept = self._kept, Readings()
         for quantity, (values, names) in kept.tables.items():
             self.history.add(quantity, step, values, names)
             known = values[np.isfinite(values)]
@@ -113,10 +106,10 @@ class Recorder:
             self.history.add(tag, step, value)
         if not kept.scalars and not kept.tables:
             return
-        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in kept.headlines.items()})
-        Row.of(trainer).add(self, step, self._with_layers(kept), kept, budget)
+        loop.publish(kept.headlines)
+        loop.row.add(self, step, self._with_layers(kept), kept, budget)
 
-    def _with_layers(self, kept: "_Readings") -> dict[str, float]:
+    def _with_layers(self, kept: "Readings") -> dict[str, float]:
         """The scalars, and those of single layers where they are not too many."""
         found = dict(kept.scalars)
         for quantity, (values, names) in kept.tables.items():
@@ -125,25 +118,23 @@ class Recorder:
                 found |= {layer_tag(quantity, name): v for name, v in pairs if np.isfinite(v)}
         return found
 
-    def writes_to(self, logger: Logger) -> bool:
-        """Whether a logger is one of those that were asked for."""
-        return self._wanted is None or any(_is_called(logger, wanted) for wanted in self._wanted)
+    def writes_to(self, writer: Writer) -> bool:
+        """Return whether a writer is one of those that were asked for."""
+        return self._wanted is None or any(writer.is_called(wanted) for wanted in self._wanted)
 
-    def failed(self, logger: Logger, error: Exception) -> None:
-        """A logger that fails costs a count, one warning, and what it should have written."""
+    def failed(self, writer: Writer, error: Exception) -> None:
+        """Count a logger that failed, and say so once; what it should have written is lost to it."""
         self.failures += 1
-        name = type(logger).__name__
-        if name not in self._told:
-            self._told.add(name)
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if writer.name not in self._told:
+            self._told.add(writer.name)
             rank_zero_warn(
-                f"{name} failed to write dynamon's readings: {line} Training goes on, and so do other loggers; "
-                "every reading is in .history."
+                f"{writer.name} failed to write dynamon's readings: {first_line(error)} Training goes on, and so do "
+                "other loggers; every reading is in .history."
             )
 
 
 @dataclass
-class _Readings:
+class Readings:
     """What was read at one step."""
 
     scalars: dict[str, float] = field(default_factory=dict)
@@ -151,139 +142,21 @@ class _Readings:
     tables: dict[str, tuple[NDArray[Any], tuple[str, ...]]] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)
 
-    def add(self, other: "_Readings") -> None:
+    def add(self, other: "Readings") -> None:
+        """Join the readings of another measurement."""
         self.scalars |= other.scalars
         self.headlines |= other.headlines
         self.tables |= other.tables
         self.histograms |= other.histograms
 
-
-@dataclass
-class _Part:
-    """What one callback adds to a row."""
-
-    recorder: Recorder
-    scalars: dict[str, float]  # those of single layers included
-    readings: _Readings
-    budget: Budget
-
-
-class Row:
-    """What all dynamon callbacks of a Trainer have measured at a step, on its way to the loggers.
-
-    Trackers that count rows (W&B) and tables with a row a call (CSV) get one for a step, whoever measured.
-    """
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self._step = 0
-        self._parts: list[_Part] = []
-        self._writers: WeakKeyDictionary[Logger, Writer] = WeakKeyDictionary()
-
-    @staticmethod
-    def of(trainer: pl.Trainer) -> "Row":
-        """The one of a Trainer."""
-        if trainer not in _rows:
-            _rows[trainer] = Row()
-        return _rows[trainer]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing waits to be sent."""
-        return not self._parts
-
-    def add(
-        self, recorder: Recorder, step: int, scalars: dict[str, float], readings: _Readings, budget: Budget
-    ) -> None:
-        """Add what a callback has measured; a later one at the same step joins it."""
-        self._step = step
-        self._parts.append(_Part(recorder, scalars, readings, budget))
-
-    def send(self, trainer: pl.Trainer) -> None:
-        """Write to every logger; each callback's budget is charged by how much of the row is its own.
-
-        Raises:
-            Exception: What a logger raised, where one of the callbacks is strict.
-        """
-        parts, self._parts = self._parts, []
-        if not parts:
-            return
-        begin = time.perf_counter()
-        try:
-            for logger in trainer.loggers:
-                self._send_to(logger, [part for part in parts if part.recorder.writes_to(logger)], trainer)
-        finally:
-            seconds, everything = time.perf_counter() - begin, sum(len(part.scalars) for part in parts)
-            for part in parts:
-                part.budget.book("loggers", seconds * len(part.scalars) / max(everything, 1))
-
-    def _send_to(self, logger: Logger, parts: Sequence[_Part], trainer: pl.Trainer) -> None:
-        if not parts:
-            return
-        try:
-            writer = self._writers.setdefault(logger, writer_for(logger))
-            writer.write({tag: value for part in parts for tag, value in part.scalars.items()}, self._step)
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                for part in parts:
-                    _add_to_tensorboard(logger, part.readings, self._step)
-        except Exception as error:
-            if any(part.recorder.strict for part in parts):
-                raise
-            parts[0].recorder.failed(logger, error)
-
-    def close(self) -> None:
-        """The step is over: what a tracker still holds open ends here, before the user writes the next row."""
-        for writer in list(self._writers.values()):
-            with suppress(Exception):  # the row itself was written
-                writer.close()
-
-
-_rows: "WeakKeyDictionary[pl.Trainer, Row]" = WeakKeyDictionary()
+    def write_layers(self, writer: Writer, step: int) -> None:
+        """Write tables and histograms, for which not every writer has a place."""
+        for quantity, (values, names) in self.tables.items():
+            writer.write_table(quantity, values, names, step)
+        for tag, histogram in self.histograms.items():
+            writer.write_histogram(tag, histogram, step)
 
 
 def layer_tag(quantity: str, layer: str) -> str:
     """The scalar tag of one layer: ``gradient/dual`` of ``head.weight`` is ``gradient.dual/head.weight``."""
     return f"{quantity.replace('/', '.')}/{layer}"
-
-
-def _is_called(logger: Logger, wanted: Any) -> bool:
-    if isinstance(wanted, type):
-        return isinstance(logger, wanted)
-    return wanted.lower() in type(logger).__name__.lower() if isinstance(wanted, str) else logger is wanted
-
-
-def _add_to_tensorboard(logger: TensorBoardLogger, readings: _Readings, step: int) -> None:
-    """Tables and histograms, which other loggers cannot take."""
-    for quantity, (values, names) in readings.tables.items():
-        _add_table(logger, quantity, values, names, step)
-    for tag, histogram in readings.histograms.items():
-        _add_histogram(logger, tag, histogram, step)
-
-
-def _add_table(logger: TensorBoardLogger, quantity: str, values: NDArray[Any], names: Sequence[str], step: int) -> None:
-    """All layers of a quantity as one tensor summary, their names in its metadata."""
-    metadata = SummaryMetadata(
-        plugin_data=SummaryMetadata.PluginData(
-            plugin_name="dynamon", content=json.dumps({"layers": list(names)}).encode()
-        ),
-        data_class=DATA_CLASS_TENSOR,
-    )
-    proto = make_tensor_proto(values.astype(np.float32))
-    summary = Summary(value=[Summary.Value(tag=f"{quantity}/layers", tensor=proto, metadata=metadata)])
-    writer: Any = logger.experiment
-    writer._get_file_writer().add_summary(summary, step)
-
-
-def _add_histogram(logger: TensorBoardLogger, tag: str, histogram: Histogram, step: int) -> None:
-    limits, counts = histogram.buckets()
-    logger.experiment.add_histogram_raw(
-        tag,
-        min=histogram.minimum,
-        max=histogram.maximum,
-        num=histogram.count,
-        sum=histogram.total,
-        sum_squares=histogram.squares,
-        bucket_limits=limits.tolist(),
-        bucket_counts=counts.tolist(),
-        global_step=step,
-    )

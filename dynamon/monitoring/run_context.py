@@ -2,28 +2,31 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakSet
 
-import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.distributed.dtensor import any_sharded
 from dynamon.layers import Layer
-from dynamon.monitoring.base import is_tryout, step_of
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.layer_set import LayerSet
-from dynamon.monitoring.rank_decisions import Decisions, ranks_of
+from dynamon.monitoring.loop import Loop
+from dynamon.monitoring.messages import rank_zero_info
+from dynamon.monitoring.rank_decisions import Decisions
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.stepping import Steps
 from dynamon.monitoring.weight_copies import copied
+from dynamon.norms.geometry import geometry_assumption
 
 
 class RunContext:
     """What a meter may know of the run it measures.
 
     Attributes:
-        trainer: The Trainer.
-        module: The LightningModule.
+        loop: The training loop.
+        module: The module that it trains.
         budget: Times measurements.
         recorder: Takes readings.
         ranks: The processes that measure together, this one alone where there is no other.
@@ -35,17 +38,16 @@ class RunContext:
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
+        loop: Loop,
         budget: Budget,
         recorder: Recorder,
         patterns: Sequence[str] | None = None,
     ) -> None:
         """Remember them, and read the layers."""
-        self.trainer, self.module, self.budget, self.recorder = trainer, module, budget, recorder
-        self._set = LayerSet(module, patterns)
-        self.ranks, self.decisions = ranks_of(trainer, module), Decisions()
-        self.steps = Steps(trainer, module, self.ranks, budget.waiting)
+        self.loop, self.module, self.budget, self.recorder = loop, loop.module, budget, recorder
+        self._set = LayerSet(loop.module, patterns)
+        self.ranks, self.decisions = loop.ranks(), Decisions()
+        self.steps = Steps(loop, self.ranks, budget.waiting)
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
         self._copies: dict[str, Tensor] = {}
@@ -77,8 +79,13 @@ class RunContext:
 
     @property
     def step(self) -> int:
-        """The x axis of Lightning's own monitors; constant from the start of a batch to its end."""
-        return step_of(self.trainer)
+        """The x axis; constant from the start of a batch to its end."""
+        return self.loop.step
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return self.loop.device
 
     @property
     def is_sharded(self) -> bool:
@@ -87,8 +94,8 @@ class RunContext:
 
     @property
     def trying_out(self) -> bool:
-        """Whether this is a ``fast_dev_run``, in which everything is measured at once."""
-        return is_tryout(self.trainer)
+        """Whether a few batches are tried out only, so that everything is measured at once."""
+        return self.loop.is_trial
 
     def go_back(self) -> None:
         """Training goes on from an earlier step."""
@@ -107,7 +114,7 @@ class RunContext:
 
     def copies(self, layers: Iterable[Layer]) -> dict[str, Tensor]:
         """Weights by layer name as they are before this optimizer step, copied once whoever asks; not to be written."""
-        step = self.trainer.global_step, self.step
+        step = self.loop.optimizer_steps, self.step
         if step != self._copied_at:
             self._copies, self._copied_at = {}, step
         own = {layer.name: layer.parameter for layer in layers}
@@ -121,7 +128,7 @@ class RunContext:
     @contextmanager
     def charge(self, name: str, waits: bool = False) -> Iterator[None]:
         """Book the time inside to a measurement; ``waits`` where the host reads something of the device in it."""
-        with self.budget.charge(name, self.module.device, waits):
+        with self.budget.charge(name, self.device, waits):
             yield
 
     @contextmanager
@@ -131,3 +138,14 @@ class RunContext:
             if name in self.unsettled:
                 raise self.unsettled.pop(name)
             yield
+
+
+_told: "WeakSet[Optimizer]" = WeakSet()  # whose geometry was spoken of
+
+
+def say_geometry(optimizer: Optimizer) -> None:
+    """Say once of an optimizer what is assumed of it, where its geometry is a guess."""
+    guessed = None if optimizer in _told else geometry_assumption(optimizer)
+    _told.add(optimizer)
+    if guessed is not None:
+        rank_zero_info(guessed)

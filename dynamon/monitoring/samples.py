@@ -1,15 +1,13 @@
 """The samples of a batch that are kept for a probe, and what the loaders say of batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.utilities import CombinedLoader
 
 from dynamon.isolation.saved_batches import pack_batch, unpack_batch
+from dynamon.monitoring.loop import Loop
 
 
 @dataclass(frozen=True)
@@ -51,38 +49,34 @@ def numbers_of(batch: Any) -> int | None:
     return None if state is None else int(state["numbers"])
 
 
-def batch_sizes(trainer: pl.Trainer) -> tuple[int, ...]:
-    """How many samples a batch may have by what the loaders of training say: full ones first, then last ones."""
+def batch_sizes(loaders: Iterable[Any]) -> tuple[int, ...]:
+    """Return how many samples a batch may have by what the loaders say: full batches first, then last ones."""
     full, last = [], []
-    for loader in _loaders(trainer.train_dataloader):
+    for loader in loaders:
         sampler = next((s for n in ("batch_sampler", "sampler") if (s := getattr(loader, n, None)) is not None), None)
         size = next((s for o in (loader, sampler) if (s := getattr(o, "batch_size", None)) is not None), None)
         if type(size) is not int or size < 1:
             continue
         full.append(size)
-        drawn = sized_len(getattr(sampler, "sampler", None))
+        drawn = _length(getattr(sampler, "sampler", None))
         if drawn is not None and drawn % size:
             last.append(drawn % size)
     return tuple(dict.fromkeys([*full, *last]))
 
 
-def is_whole_training_set(trainer: pl.Trainer, kept: Sequence[Kept]) -> bool:
-    """Whether these are all batches that training sees, so that nothing is left that they could differ from."""
-    loaders = list(_loaders(trainer.train_dataloader))
-    if any(one.is_cut for one in kept) or len(kept) < trainer.num_training_batches or len(loaders) != 1:
+def is_whole_training_set(loop: Loop, kept: Sequence[Kept]) -> bool:
+    """Return whether these are all batches that training sees, so that there are none that they could differ from."""
+    loaders = list(loop.loaders)
+    if any(one.is_cut for one in kept) or len(kept) < loop.batches_per_epoch or len(loaders) != 1:
         return False
-    is_limited = (sized_len(loaders[0]) or 0) > trainer.num_training_batches
-    return not is_limited or getattr(trainer, "overfit_batches", 0) > 0
+    return loop.repeats_batches or (_length(loaders[0]) or 0) <= loop.batches_per_epoch
 
 
-def _loaders(value: Any) -> Iterator[Any]:
-    """The loaders in whatever collection the Trainer was given."""
-    inner = value.iterables if isinstance(value, CombinedLoader) else value
-    if isinstance(inner, Mapping | list | tuple):
-        for item in inner.values() if isinstance(inner, Mapping) else inner:
-            yield from _loaders(item)
-    else:
-        yield inner
+def _length(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def dealt(parts: Sequence[Sequence[Any]], rank: int, size: int) -> list[Any]:

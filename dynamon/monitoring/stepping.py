@@ -4,17 +4,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynamon.distributed.ranks import Ranks
+from dynamon.monitoring.loop import Loop
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.optim import steering_of
 from dynamon.optim.stepping import GONE, StepWatch, has_gradients, steps_in_backward, uses_gradients_at_once
 
 if TYPE_CHECKING:
-    from dynamon.distributed.ranks import Ranks
     from dynamon.monitoring.run_context import RunContext
 
 _MANY = 50  # steps in a row: a scaler that begins at 2^16 has halved its scale to nothing by then
@@ -29,30 +29,28 @@ _NOT_CALLED = (
 class Steps:
     """What happens between two batches: backward passes, and steps that are announced, begun and taken.
 
-    A step that leaves the weights alone on purpose is none: where ``training_step`` returned None, a gradient scaler
-    skipped it, or nothing was passed back to an optimizer.
+    A step that leaves the weights alone on purpose is none: where a batch was skipped, a gradient scaler skipped the
+    step, or nothing was passed back to an optimizer.
 
     Args:
-        trainer: The Trainer.
-        module: The LightningModule.
+        loop: The training loop.
         ranks: The processes that measure together.
         waiting: A context in which the host waits for what training has queued on the device.
 
     Attributes:
-        passes: Backward passes since the last step, as far as Lightning runs them.
+        passes: Backward passes since the last step, as far as the loop tells of them.
         in_backward: Whether weights may change before the step, because hooks work in backward.
         frees_gradients: Whether an optimizer works there, so that gradients are gone by the time they could be read.
     """
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        ranks: "Ranks",
+        loop: Loop,
+        ranks: Ranks,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Nothing seen."""
-        self._trainer, self._module, self._ranks, self._waiting = trainer, module, ranks, waiting
+        self._loop, self._ranks, self._waiting = loop, ranks, waiting
         self._watches: dict[Optimizer, StepWatch] = {}
         self._begins: _Told | None = None
         self._uses: _Told | None = None
@@ -60,16 +58,16 @@ class Steps:
         self._taken: frozenset[Optimizer] | None = None
         self.passes = 0
         self._gone: int | None = 0  # steps without gradients after a backward pass; None once there were some
-        self.frees_gradients = any(steps_in_backward(p) for p in module.parameters())
-        self.in_backward = any(uses_gradients_at_once(p) for p in module.parameters())
+        self.frees_gradients = any(steps_in_backward(p) for p in loop.module.parameters())
+        self.in_backward = any(uses_gradients_at_once(p) for p in loop.module.parameters())
 
     def listen(self, begins: _Told, uses: _Told) -> None:
-        """Have somebody told of steps that Lightning does not announce, and of the gradients that a step uses."""
+        """Have somebody told of steps that the loop does not announce, and of the gradients that a step uses."""
         self._begins, self._uses = begins, uses
 
     def batch_start(self) -> None:
-        """A batch begins: follow the Trainer's optimizers, which may have changed."""
-        optimizers = self._trainer.optimizers
+        """A batch begins: follow the loop's optimizers, which may have changed."""
+        optimizers = self._loop.optimizers
         for gone in [o for o in self._watches if not any(o is one for one in optimizers)]:
             self._watches.pop(gone).remove()
         for optimizer in optimizers:
@@ -100,7 +98,7 @@ class Steps:
         """A step is about to be taken; whether there is something to take it with."""
         self.of(optimizer).is_announced = True
         if not has_gradients(optimizer):
-            if not self.passes or any(has_gradients(other) for other in self._trainer.optimizers):
+            if not self.passes or any(has_gradients(other) for other in self._loop.optimizers):
                 return False
             self._note_gone()
             if not self.frees_gradients:
@@ -124,8 +122,8 @@ class Steps:
 
     def has_gradients(self, optimizer: Optimizer) -> bool:
         """Whether there are gradients, of backward passes since the last step: others are left over, or zeros."""
-        by_hand = not self._module.automatic_optimization  # passes may be run without Lightning's knowing
-        return (by_hand or self.passes > 0) and has_gradients(optimizer)
+        # Where the loop does not run them itself, there may be passes that it knows nothing of.
+        return (not self._loop.drives_steps or self.passes > 0) and has_gradients(optimizer)
 
     @property
     def may_have_stepped(self) -> bool:
@@ -140,7 +138,7 @@ class Steps:
     @property
     def _only_in_backward(self) -> bool:
         """Whether weights have changed in backward and nobody has called a step."""
-        return self.frees_gradients and self.passes > 0 and not self._module.automatic_optimization
+        return self.frees_gradients and self.passes > 0 and not self._loop.drives_steps
 
     def taken(self) -> frozenset[Optimizer]:
         """The optimizers that have stepped in this batch; may wait for the device, once.
@@ -148,7 +146,7 @@ class Steps:
         Several processes ask together, in measurements that all of them take.
         """
         if self._taken is None:
-            begun = [o for o in self._trainer.optimizers if o in self._begun]
+            begun = [o for o in self._loop.optimizers if o in self._begun]
             self._taken = frozenset(o for o, taken in zip(begun, self._ask(begun), strict=True) if taken)
         return self._taken
 
@@ -170,7 +168,7 @@ class Steps:
         if not self._ranks.is_distributed:
             return self._taken_here(watches)
         # What is on one process is on all, but for what a scaler found in its part of the gradients.
-        if _scaler(self._trainer) is None and not any(watch.was_told for watch in watches):
+        if self._loop.scaler is None and not any(watch.was_told for watch in watches):
             return [True] * len(begun)
         own = [float(taken) for taken in self._taken_here(watches)]
         found = self._ranks.sum_or_nan(lambda: torch.tensor(own, dtype=torch.float64), len(own))
@@ -209,7 +207,7 @@ class SkippedSteps:
         """A batch is over in which steps were begun; asks no device."""
         self._in_a_row = 0 if run.steps.may_have_stepped else self._in_a_row + 1
         if self._in_a_row == _MANY:
-            why = _NOT_FINITE if _scaler(run.trainer) is not None else _NOT_CALLED
+            why = _NOT_FINITE if run.loop.scaler is not None else _NOT_CALLED
             rank_zero_warn(
                 f"{self._name}: none of the last {_MANY} steps was taken, so nothing is learned or measured: {why}"
             )
@@ -224,17 +222,13 @@ class SkippedSteps:
     def see_none(self, run: "RunContext", is_over: bool = False) -> None:
         """No step was begun in a batch, or in the whole fit: say once where none ever was, and one was due.
 
-        By hand a window may be of any length, so that only the end tells.
+        Where the loop does not run the steps itself a window may be of any length, so that only the end tells.
         """
-        due = 0 if is_over else _MANY * run.trainer.accumulate_grad_batches
-        is_due = run.steps.passes > due and (is_over or run.module.automatic_optimization)
+        due = 0 if is_over else _MANY * run.loop.accumulates
+        is_due = run.steps.passes > due and (is_over or run.loop.drives_steps)
         if not run.steps_seen and is_due and not self._none_said:
             self._none_said = True
             rank_zero_warn(
                 f"{self._name}: no optimizer has taken a step in {run.steps.passes} backward passes, so nothing is "
                 f"learned or measured: {_NOT_CALLED}"
             )
-
-
-def _scaler(trainer: pl.Trainer) -> object | None:
-    return getattr(trainer.precision_plugin, "scaler", None)

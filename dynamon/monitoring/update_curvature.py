@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,12 +23,12 @@ from dynamon.distributed.dtensor import to_local
 from dynamon.isolation.preserve import NoLossError
 from dynamon.kernels import widened
 from dynamon.layers.complex_pairs import as_real
-from dynamon.monitoring.base import say_geometry
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.evaluation import trained_parameters
+from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.probe import ProbeMeter, why_never, why_not
-from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.run_context import RunContext, say_geometry
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.optim import steering_of
 from dynamon.quantities import meanings, quantities_of
@@ -184,7 +183,7 @@ class UpdateCurvatureMeter(Meter):
 
     def _has_moved(self, run: RunContext) -> bool:
         """Whether the last step changed anything, on any process."""
-        device = run.module.device
+        device = run.device
         steps = [step for step in self._update.values() if step.numel()]
         if len({(step.device, step.dtype) for step in steps}) == 1:
             moved = torch.stack(torch._foreach_norm(steps, math.inf)).any().to(device)
@@ -222,8 +221,8 @@ class UpdateCurvatureMeter(Meter):
         self, run: RunContext, params: FlatParameters, update: Tensor, found: DirectionalSharpness
     ) -> float:
         layers = {layer.name: layer for layer in run.all_layers}
-        say_geometry(run.trainer.optimizers[0])
-        family = optimizer_family(run.trainer.optimizers[0])
+        say_geometry(run.loop.optimizers[0])
+        family = optimizer_family(run.loop.optimizers[0])
         if family == "euclidean":  # one norm for all layers together
             return found.sharpness
         norms = {name: update_norm(layers[name], family).primal for name in params.names or []}
@@ -240,7 +239,7 @@ class UpdateCurvatureMeter(Meter):
 
 def _one_rate(run: RunContext) -> float | None:
     """The learning rate, where all layers of all optimizers have the same, steering included."""
-    rates = {float(group["lr"]) for optimizer in run.trainer.optimizers for group in optimizer.param_groups}
-    steered = (steering_of(optimizer) for optimizer in run.trainer.optimizers)
+    rates = {float(group["lr"]) for optimizer in run.loop.optimizers for group in optimizer.param_groups}
+    steered = (steering_of(optimizer) for optimizer in run.loop.optimizers)
     ratios = {ratio for one in steered if one is not None for ratio in one.applied.values()}
     return rates.pop() if len(rates) == 1 and ratios <= {1.0} else None

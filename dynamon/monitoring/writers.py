@@ -1,136 +1,124 @@
-"""How a row of readings is written to a logger, where trackers have ways of their own."""
+"""Where rows of readings are written: the protocol, and event files for TensorBoard."""
 
-import hashlib
-import re
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+from tensorboard.util.tensor_util import make_tensor_proto
 
-_X_AXIS = "trainer/global_step"  # what Lightning writes beside the metrics of a row
-_FORBIDDEN = re.compile(r"[^a-zA-Z0-9_/. -]")  # in MLflow's names
-_LONGEST = 250  # of MLflow's names
+from dynamon.board.custom_scalars import Layout
+from dynamon.quantities.histograms import Histogram
 
 
 class Writer:
-    """Writes rows to any logger.
+    """Writes rows of numbers; a subclass knows to what.
 
     Args:
-        logger: The logger.
+        target: What is written to. Users choose it by (part of) its class name, its class, or itself.
     """
 
-    def __init__(self, logger: Any) -> None:
+    def __init__(self, target: Any) -> None:
         """Remember it."""
-        self.logger = logger
+        self.target = target
+
+    @property
+    def name(self) -> str:
+        """Class name of the target, for messages."""
+        return type(self.target).__name__
+
+    def is_called(self, wanted: Any) -> bool:
+        """Return whether a user means this writer by a class, (part of) a class name, or an object."""
+        if isinstance(wanted, type):
+            return isinstance(self.target, wanted)
+        return wanted.lower() in self.name.lower() if isinstance(wanted, str) else self.target is wanted
 
     def write(self, row: Mapping[str, float], step: int) -> None:
         """Write numbers by tag."""
-        self.logger.log_metrics(row, step=step)
 
-    def close(self) -> None:
+    def write_table(self, quantity: str, values: NDArray[Any], names: Sequence[str], step: int) -> None:
+        """Write one number a layer; for writers that have a place for it."""
+
+    def write_histogram(self, tag: str, histogram: Histogram, step: int) -> None:
+        """Write a histogram; for writers that have a place for it."""
+
+    def write_layout(self, layout: Layout) -> None:
+        """Write which charts there are; for writers that have a place for it."""
+
+    def close_row(self) -> None:
         """End what is still open of the row."""
 
 
-class CSVWriter(Writer):
-    """Saves at once: a new column makes the table be written anew, which belongs to what monitoring costs."""
+class EventWriter(Writer):
+    """Writes event files through a ``SummaryWriter``: scalars, one tensor per quantity for all layers, histograms."""
+
+    @property
+    def events(self) -> Any:
+        """The ``SummaryWriter``."""
+        return self.target
 
     def write(self, row: Mapping[str, float], step: int) -> None:
         """Write numbers by tag."""
-        super().write(row, step)
-        self.logger.save()
+        for tag, value in row.items():
+            self.events.add_scalar(tag, value, step)
+
+    def write_table(self, quantity: str, values: NDArray[Any], names: Sequence[str], step: int) -> None:
+        """Write all layers of a quantity as one tensor summary, their names in its metadata."""
+        content = json.dumps({"layers": list(names)}).encode()
+        metadata = SummaryMetadata(
+            plugin_data=SummaryMetadata.PluginData(plugin_name="dynamon", content=content),
+            data_class=DATA_CLASS_TENSOR,
+        )
+        proto = make_tensor_proto(values.astype(np.float32))
+        summary = Summary(value=[Summary.Value(tag=f"{quantity}/layers", tensor=proto, metadata=metadata)])
+        self.events._get_file_writer().add_summary(summary, step)
+
+    def write_histogram(self, tag: str, histogram: Histogram, step: int) -> None:
+        """Write the bins."""
+        limits, counts = histogram.buckets()
+        self.events.add_histogram_raw(
+            tag,
+            min=histogram.minimum,
+            max=histogram.maximum,
+            num=histogram.count,
+            sum=histogram.total,
+            sum_squares=histogram.squares,
+            bucket_limits=limits.tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def write_layout(self, layout: Layout) -> None:
+        """Write the charts of the Custom Scalars tab."""
+        self.events.add_custom_scalars(layout)
 
 
-class MLflowWriter(Writer):
-    """Writes names that MLflow takes as they are, so that two layers never become one metric.
-
-    A character that MLflow removes is written as its code: ``a->b`` is ``a-_x3e_b``. A file store keeps a metric in a
-    file and a group in a folder, so that ``lr/base`` and a metric ``lr`` of the user's exclude each other: there the
-    group is divided by a dot, ``lr.base``. The end of a name that MLflow finds too long, and refuses the whole row for,
-    is replaced by a code of that name.
-    """
-
-    def write(self, row: Mapping[str, float], step: int) -> None:
-        """Write numbers by tag."""
-        in_files, longest = _is_file_store(self.logger), _LONGEST - len(_prefix(self.logger))
-        super().write({mlflow_name(tag, in_files, longest): value for tag, value in row.items()}, step)
-
-
-class WandbWriter(Writer):
-    """Joins the row that is open, and ends it before the next step, unless somebody else has.
-
-    W&B counts rows, and drops points of the user's whose ``step=`` lies behind that count. A row of our own beside
-    those of Lightning and the user would let it run ahead.
-    """
-
-    def __init__(self, logger: Any) -> None:
-        """Nothing open."""
-        super().__init__(logger)
-        self._open_at: int | None = None
-
-    def write(self, row: Mapping[str, float], step: int) -> None:
-        """Write numbers by tag."""
-        run = self.logger.experiment
-        count = _row_count(run)
-        if count is None:
-            return super().write(row, step)
-        given = {f"{_prefix(self.logger)}{tag}": value for tag, value in row.items()}
-        run.log({**given, _X_AXIS: step}, commit=False)
-        self._open_at = count
-
-    def close(self) -> None:
-        """End the row, if it is still open."""
-        if self._open_at is None:
-            return
-        run, open_at, self._open_at = self.logger.experiment, self._open_at, None
-        if _row_count(run) == open_at:
-            run.log({}, commit=True)
-
-
-_WRITERS: dict[type[Logger], type[Writer]] = {
-    CSVLogger: CSVWriter,
-    MLFlowLogger: MLflowWriter,
-    WandbLogger: WandbWriter,
-}
-
-
-def writer_for(logger: Logger) -> Writer:
-    """What writes to a logger."""
-    kind = next((writer for cls, writer in _WRITERS.items() if isinstance(logger, cls)), Writer)
-    return kind(logger)
-
-
-def mlflow_name(tag: str, in_files: bool = False, longest: int = _LONGEST) -> str:
-    """A tag as MLflow takes it; different ones for different tags.
+class FolderWriter(EventWriter):
+    """Writes event files into a folder, for loops that have no logger.
 
     Args:
-        tag: The tag.
-        in_files: Whether the store keeps metrics in files.
-        longest: Characters that a name may have.
+        folder: Where; made with the first row.
     """
-    group, _, name = tag.partition("/")
-    name = name.replace("/", "_x2f_")  # a name inside a group is no group
-    name = _FORBIDDEN.sub(lambda found: f"_x{ord(found[0]):x}_", f"{group}{'.' if in_files else '/'}{name}")
-    code = f"_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return name if len(name) <= longest else f"{name[: longest - len(code)]}{code}"
 
+    def __init__(self, folder: str | Path) -> None:
+        """Nothing written yet."""
+        super().__init__(self)
+        self.folder = Path(folder)
+        self._events: Any = None
 
-def _prefix(logger: Any) -> str:
-    """What Lightning puts before each name."""
-    prefix = getattr(logger, "_prefix", "")
-    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""
+    @property
+    def events(self) -> Any:
+        """The ``SummaryWriter``."""
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes long to import
 
+            self._events = SummaryWriter(str(self.folder), flush_secs=10)
+        return self._events
 
-def _is_file_store(logger: Any) -> bool:
-    uri = str(getattr(logger, "_tracking_uri", "") or "")
-    return "://" not in uri or uri.startswith("file:")
-
-
-def _row_count(run: Any) -> int | None:
-    """How many rows there are; None where W&B does not say: shared, disabled, or synchronised from TensorBoard."""
-    try:
-        import wandb
-
-        count = run.step
-    except Exception:
-        return None
-    return count if isinstance(count, int) and not wandb.patched["tensorboard"] else None
+    def close(self) -> None:
+        """Write what is still in memory."""
+        if self._events is not None:
+            self._events.close()

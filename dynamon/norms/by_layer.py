@@ -14,14 +14,14 @@ from dynamon.norms.table import NORMS, OPERATOR_NORMS, UPDATE_NORMS, get_norm
 
 
 def norm_for_layer(name: str, layer: Layer) -> Norm:
-    r"""The named norm for tensors as a layer stores them.
+    r"""Return the named norm for tensors stored as a layer's weight.
 
-    A layer of several blocks (:class:`dynamon.layers.Layer`) has the largest of their norms, whose dual is the sum
-    of their duals. For convolutions ``rms_to_rms`` is multiplied by ``sqrt(prod(k))``, which gives
-    :math:`\mathrm{prod}(k) \sqrt{in/out}\, \sigma_{max}` of the flattening, the norm whose unit ball Scion's
-    convolution update fills. Its dual is divided by it. What a convolution does to a whole input is another norm,
-    without a closed dual: :func:`dynamon.spectra.convolution.convolution_bounds`. The entrywise norms and ``rms`` and
-    ``frobenius`` see all entries at once.
+    A layer of several blocks (:class:`dynamon.layers.Layer`) has the largest of their norms; its dual is the sum of
+    their duals. For convolutions ``rms_to_rms`` is multiplied by ``sqrt(prod(k))``, which gives
+    :math:`\mathrm{prod}(k) \sqrt{in/out}\, \sigma_{max}` of the flattening, the norm whose unit ball is filled by
+    Scion's convolution update. Its dual is divided by the same factor. The norm of a convolution on a whole input is
+    another one, without a closed-form dual: :func:`dynamon.spectra.convolution.convolution_bounds`. The entrywise
+    norms, ``rms`` and ``frobenius`` take all entries together.
 
     Args:
         name: As for :func:`get_norm`.
@@ -31,7 +31,7 @@ def norm_for_layer(name: str, layer: Layer) -> Norm:
         A :class:`Norm` whose ``primal`` and ``dual`` are 0-d.
 
     Raises:
-        ValueError: On an unknown name, and on a norm of matrices for a vector.
+        ValueError: If the name is unknown, or the norm is one of matrices and the layer a vector.
     """
     norm = get_norm(name)
     if not norm.on_matrices:
@@ -55,16 +55,16 @@ def norm_for_layer(name: str, layer: Layer) -> Norm:
 
 
 def operator_norm(layer: Layer) -> Norm:
-    """The norm that fits what the layer does with its input.
+    """Return the norm that fits the layer's map.
 
-    Hidden weights act between RMS-normalised activations (``rms_to_rms``), an embedding picks a column
+    Hidden weights act between RMS-normalised activations (``rms_to_rms``), an embedding selects a column
     (``one_to_rms``), the head's outputs count one by one (``rms_to_inf``), vectors have an RMS size.
     """
     return norm_for_layer(OPERATOR_NORMS[layer.role], layer)
 
 
 def sigma_factor(layer: Layer) -> float | None:
-    """What multiplies sigma_max to give :func:`operator_norm`, or None where that is not a spectral norm."""
+    """Return the factor from sigma_max to :func:`operator_norm`, or None if that is not a spectral norm."""
     norm = get_norm(OPERATOR_NORMS[layer.role])
     return _primal_factor(norm, layer) if norm.batched_primal is spectral_norms else None
 
@@ -74,13 +74,13 @@ def _primal_factor(norm: Norm, layer: Layer) -> float:
 
 
 def rms_factors(layers: Sequence[Layer]) -> list[float]:
-    """Return what multiplies each layer's sigma_max to give its RMS-to-RMS norm; NaN for vectors."""
+    """Return each layer's factor from sigma_max to its RMS-to-RMS norm; NaN for vectors."""
     norm = get_norm("rms_to_rms")
     return [math.nan if layer.role == "vector" else _primal_factor(norm, layer) for layer in layers]
 
 
 def update_norm(layer: Layer, family: str) -> Norm:
-    """The norm in which the optimizer takes steepest-descent steps; its dual is the one for gradient noise.
+    """Return the norm in which the optimizer takes steepest-descent steps; its dual measures gradient noise.
 
     ============  ==============  =============  ==============
     role          ``sign``        ``euclidean``  ``spectral``
@@ -93,11 +93,11 @@ def update_norm(layer: Layer, family: str) -> Norm:
 
     Args:
         layer: The layer.
-        family: What :func:`dynamon.norms.geometry.optimizer_family` returns: ``"sign"`` (Adam, Lion and others),
+        family: From :func:`dynamon.norms.geometry.optimizer_family`: ``"sign"`` (Adam, Lion and others),
             ``"euclidean"`` (SGD) or ``"spectral"`` (Muon, Scion, Lanton).
 
     Raises:
-        ValueError: On an unknown family.
+        ValueError: If the family is unknown.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be 'sign', 'euclidean' or 'spectral', got {family!r}.")
@@ -105,16 +105,16 @@ def update_norm(layer: Layer, family: str) -> Norm:
 
 
 def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The dual norm of one tensor a layer, for readings.
+    """Compute the dual norm of one tensor per layer, for readings.
 
     Nuclear norms of matrices of one shape, or its transpose, are one batch. They are those of
-    :func:`dynamon.kernels.nuclear_norm` with ``"estimate"``: within 0.6 % on GPUs with units for bfloat16
-    (:mod:`dynamon.kernels.thresholds`), exact on a CPU, 3e-4 elsewhere.
+    :func:`dynamon.kernels.nuclear_norm` with ``"estimate"``: within 0.6 % on GPUs with bfloat16 units
+    (:mod:`dynamon.kernels.thresholds`), exact on a CPU, within 3e-4 elsewhere.
 
     Args:
         layers: L layers.
-        norms: The norm of each, as :func:`norm_for_layer` gives it.
-        tensors: One a layer, stored as its weight is; those of one shape on one device.
+        norms: The norm of each, from :func:`norm_for_layer`.
+        tensors: One per layer, stored as its weight is; those of one shape on one device.
 
     Returns:
         L numbers, 0-d.
@@ -127,14 +127,15 @@ def dual_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence
 
 
 def iid_dual_norm(norm: Norm, layer: Layer) -> float:
-    r"""Dual norm of noise with i.i.d. entries of mean square one, to leading order in the size.
+    r"""Return the dual norm of noise with i.i.d. entries of mean square one, to leading order in the size.
 
-    What a layer's dual-norm noise owes to its shape alone. For the spectral duals the singular values of an
-    ``[m, n]`` matrix with i.i.d. entries are taken at :math:`\sqrt{\max(m, n)}`; the rest are closed forms.
+    This is the part of a layer's dual-norm noise that its shape alone causes. For the spectral duals, all singular
+    values of an ``[m, n]`` matrix with i.i.d. entries are taken to be :math:`\sqrt{\max(m, n)}`; the others are closed
+    forms.
 
     Args:
-        norm: The norm, fitted to the layer.
-        layer: The layer; the duals of its blocks add up.
+        norm: The norm, from :func:`norm_for_layer`.
+        layer: The layer; the duals of its blocks are added.
     """
     if not norm.on_matrices:
         return norm.iid_dual(1, 1, layer.size)

@@ -1,4 +1,4 @@
-"""What the records of norms are made of: closed forms on the last two dimensions, and forms for many layers at once."""
+"""Building blocks of norms: closed forms on the last two dimensions, and batched forms over layers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from dynamon.norms import Norm
 
 _Function = TypeVar("_Function")
-_MOST_ENTRIES = 2**26  # of matrices that are iterated together, where a single one is not larger
+_MAX_ENTRIES = 2**26  # of matrices in one batch, unless a single one is larger
 
 
 def sigma_max(w: Tensor) -> Tensor:
-    """The largest singular value; NaN where an entry is not finite."""
+    """Compute the largest singular value; NaN if an entry is not finite."""
     clean, finite = _without_nonfinite(_wide(w))
     sigma = torch.linalg.matrix_norm(decomposable(clean), ord=2).to(w.device)
     return torch.where(finite, sigma, torch.full_like(sigma, torch.nan))
 
 
 def polar(g: Tensor) -> Tensor:
-    """The polar factor, of the singular values above rounding; NaN where an entry is not finite."""
+    """Compute the polar factor of the singular values above rounding; NaN if an entry is not finite."""
     clean, finite = _without_nonfinite(_wide(g))
     u, s, vh = torch.linalg.svd(decomposable(clean), full_matrices=False)
     keep = s > s[..., :1] * torch.finfo(s.dtype).eps * max(g.shape[-2:])
@@ -39,7 +39,7 @@ def polar(g: Tensor) -> Tensor:
 
 
 def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor]:
-    """LAPACK raises on NaN; a diverging run must get NaN back, not an exception."""
+    """Replace members that are not finite by zeros, on which LAPACK does not raise, and mark the others."""
     finite = torch.isfinite(x).all(-1).all(-1)
     return torch.where(finite[..., None, None], x, torch.zeros_like(x)), finite
 
@@ -49,27 +49,27 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def aspect(x: Tensor) -> float:
-    """sqrt(out / in)."""
+    """Return sqrt(out / in)."""
     return math.sqrt(x.shape[-2] / x.shape[-1])
 
 
 def size_of(x: Tensor) -> int:
-    """Entries of one member."""
+    """Return the number of entries of one member."""
     return math.prod(x.shape[-2:])
 
 
 def dims_of(x: Tensor) -> tuple[int, ...] | None:
-    """The dimensions a norm acts on: the last two."""
+    """Return the dimensions that a norm acts on: the last two, None for all."""
     return (-2, -1) if x.ndim > 2 else None
 
 
 def l2(x: Tensor) -> Tensor:
-    """The Euclidean norm of each member."""
+    """Compute the Euclidean norm of each member."""
     return l2_along(x, dims_of(x))
 
 
 def normalized(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
-    """Divide by the length along the dimensions, by the largest entry first, lest squares vanish; zero for zero."""
+    """Divide by the length along ``dim``, by the largest entry first, so that squares do not underflow; 0 for 0."""
     wide = _wide(x)
     largest = wide.abs().amax(() if dim is None else dim, keepdim=True)
     scaled = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
@@ -78,13 +78,13 @@ def normalized(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
 
 
 def reduce_magnitudes(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    """A reduction of the magnitudes over the dimensions a norm acts on."""
+    """Reduce the magnitudes over the dimensions that a norm acts on."""
     dims = dims_of(x)
     return _wide(reduce(_wide(x).abs()) if dims is None else reduce(_wide(x).abs(), dims))
 
 
 def spectral_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    """Multiples of sigma_max, an estimate within 1 %."""
+    """Compute multiples of sigma_max, estimated within 1 %."""
     stacks = [layer.matrices(tensor) for layer, tensor in zip(layers, tensors, strict=True)]
     factors = [
         norm.primal_factor(*stack.shape[-2:]) * norm.window(layer)
@@ -95,14 +95,14 @@ def spectral_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequ
 
 
 def euclidean_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    """Multiples of l2."""
+    """Compute multiples of l2."""
     lengths = l2_norms(tensors)
     factors = [norm.primal_factor(1, t.numel()) for norm, t in zip(norms, tensors, strict=True)]
     return lengths * on_device(factors, lengths.device, lengths.dtype)
 
 
 def largest_entries(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    """Largest magnitudes."""
+    """Compute the largest magnitudes."""
     if reads_are_free(tensors[0].device):  # where calls cost nothing, norms of order infinity are slower than this
         return torch.stack(
             [tensor.abs().amax().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
@@ -111,17 +111,17 @@ def largest_entries(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Seq
 
 
 def each_primal(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    """Primal norms, one after the other."""
+    """Compute primal norms one by one."""
     return torch.stack([norm.primal(tensor).amax() for norm, tensor in zip(norms, tensors, strict=True)])
 
 
 def each_dual(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Dual norms, one after the other."""
+    """Compute dual norms one by one."""
     return [norm.dual(tensor) for norm, tensor in zip(norms, tensors, strict=True)]
 
 
 def nuclear_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Multiples of sums of singular values, as :func:`dual_norms` says."""
+    """Compute multiples of sums of singular values, as described at :func:`dynamon.norms.dual_norms`."""
     found: dict[int, Tensor] = {}
     batches: dict[tuple[object, ...], list[int]] = {}
     matrices = [layer.matrices(tensor) for layer, tensor in zip(layers, tensors, strict=True)]
@@ -144,13 +144,13 @@ def nuclear_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Seque
 
 
 def _parts(batch: list[int], tensors: Sequence[Tensor]) -> list[list[int]]:
-    """A batch in parts whose copies a device has room for."""
-    most = max(_MOST_ENTRIES // max(tensors[batch[0]].numel(), 1), 1)
+    """Split a batch into parts whose copies fit into device memory."""
+    most = max(_MAX_ENTRIES // max(tensors[batch[0]].numel(), 1), 1)
     return [batch[begin : begin + most] for begin in range(0, len(batch), most)]
 
 
 def group_by_function(functions: Sequence[_Function]) -> list[tuple[_Function, list[int]]]:
-    """Functions once each, with the positions of those they stand at."""
+    """List each function once, with the positions at which it stands."""
     groups: dict[_Function, list[int]] = {}
     for i, function in enumerate(functions):
         groups.setdefault(function, []).append(i)

@@ -1,4 +1,4 @@
-"""In which geometry an optimizer descends: stated, told from its class, from its name, or assumed."""
+"""Find out in which geometry an optimizer descends: stated, from its class, from its name, or assumed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ _CLASSES = {
     for name in names.split()
     if hasattr(torch.optim, name)
 }
-# Of classes that are not torch's, as whole words of their names. Shampoo and SOAP are steepest descent in the spectral
-# norm, Prodigy in that of Adam: Bernstein and Newhouse, arXiv 2409.20325. Of several words the first row counts.
+# Whole words in the names of classes that are not torch's. Shampoo and SOAP are steepest descent in the spectral norm,
+# Prodigy in that of Adam: Bernstein and Newhouse, arXiv 2409.20325. If several words match, the first row counts.
 _WORDS = {
     "spectral": "muon scion lanton dion shampoo soap",
     "sign": "adam adamw nadam radam adamax adamp adan adema ademamix adafactor adabelief adabound adamod yogi laprop "
@@ -48,26 +48,29 @@ class Geometry:
 
     @property
     def is_guess(self) -> bool:
-        """Whether nothing but a name speaks for it, or not even that."""
+        """Whether only a name indicates it, or nothing."""
         return self.source in ("name", "nothing")
 
 
-def optimizer_geometry(optimizer: Optimizer) -> Geometry:
-    """The geometry an optimizer descends in.
+def optimizer_geometry(optimizer: Optimizer, stated: str | None = None) -> Geometry:
+    """Return the geometry an optimizer descends in.
 
-    In this order: the attribute ``dynamon_geometry`` of the optimizer or its class; torch's class that it is or derives
-    from, unless the deriving class has the name of another optimizer; the optimizer it wraps; whole words of the names
-    of its classes; ``"euclidean"``.
+    In this order: ``stated``; the attribute ``dynamon_geometry`` of the optimizer or its class; torch's class that it
+    is or derives from, unless the deriving class is named like another optimizer; the optimizer it wraps; whole words
+    in the names of its classes; ``"euclidean"``.
+
+    Args:
+        optimizer: Any optimizer.
+        stated: The family, if the caller knows it.
 
     Raises:
-        ValueError: If ``dynamon_geometry`` is not one of the three.
+        ValueError: If what is stated is not one of the three families.
     """
-    stated = getattr(optimizer, STATED, None)
+    source = "geometry" if stated is not None else f"{STATED} of {type(optimizer).__name__}"
+    stated = getattr(optimizer, STATED, None) if stated is None else stated
     if stated is not None:
         if stated not in FAMILIES:
-            raise ValueError(
-                f"{STATED} of {type(optimizer).__name__} must be 'sign', 'euclidean' or 'spectral', got {stated!r}."
-            )
+            raise ValueError(f"{source} must be 'sign', 'euclidean' or 'spectral', got {stated!r}.")
         return Geometry(stated, "stated")
     for cls in type(optimizer).__mro__:
         if cls in _CLASSES:
@@ -82,26 +85,37 @@ def optimizer_geometry(optimizer: Optimizer) -> Geometry:
     return Geometry("euclidean", "nothing") if known is None else Geometry(known, "name")
 
 
-def optimizer_family(optimizer: Optimizer) -> str:
-    """Which geometry the optimizer descends in, see :func:`dynamon.norms.geometry.optimizer_geometry`.
+def optimizer_family(optimizer: Optimizer, stated: str | None = None) -> str:
+    """Return the family of an optimizer's geometry, see :func:`dynamon.norms.geometry.optimizer_geometry`.
+
+    Args:
+        optimizer: Any optimizer.
+        stated: The family, if the caller knows it.
 
     Returns:
-        ``"sign"`` for optimizers that divide by the gradient's own size entry by entry or take its sign,
-        ``"spectral"`` for those that orthogonalise, ``"euclidean"`` for SGD and whatever is not known.
+        ``"sign"`` for optimizers that divide by the gradient's own size entry by entry or take its sign, ``"spectral"``
+        for those that orthogonalise, ``"euclidean"`` for SGD and unknown ones.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.norms import optimizer_family
+        >>> optimizer = torch.optim.AdamW([torch.zeros(2, 2, requires_grad=True)])
+        >>> optimizer_family(optimizer), optimizer_family(optimizer, "spectral")
+        ('sign', 'spectral')
     """
-    return optimizer_geometry(optimizer).family
+    return optimizer_geometry(optimizer, stated).family
 
 
 def geometry_assumption(optimizer: Optimizer) -> str | None:
-    """What is assumed of an optimizer whose geometry is a guess, and how to state it; None where it is known."""
+    """Return what is assumed of an optimizer whose geometry is a guess, and how to state it; None if it is known."""
     found = optimizer_geometry(optimizer)
     if not found.is_guess:
         return None
     name = type(optimizer).__name__
-    why = "by its name" if found.source == "name" else "as SGD is, since nothing is known of it"
+    why = "by its name" if found.source == "name" else "like SGD, since it is unknown"
     return (
-        f"{name} is taken to descend in {found.family!r} geometry, {why}: gradient/dual and noise are in its norms. "
-        f"Set {STATED} = 'sign', 'euclidean' or 'spectral' on the class to state it."
+        f"{name} is assumed to descend in {found.family!r} geometry, {why}: gradient/dual and noise use its norms. "
+        f"To state it, set {STATED} = 'sign', 'euclidean' or 'spectral' on its class."
     )
 
 

@@ -1,4 +1,4 @@
-"""The record of a norm: all that is known of it."""
+"""The record of a norm: everything known of it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,39 +16,40 @@ ORACLES = ("polar", "sign", "own")
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """The record of a norm on weight tensors: all that is known of it, so that nothing else asks for its name.
+    """The record of a norm on weight tensors: everything known of it, so that no other code depends on its name.
 
-    Norms are in float32 (float64 for float64), the oracle in the dtype of its argument, all computed in at
-    least float32, on its device, without waiting for it. ``primal(lmo(g)) == 1`` for ``g != 0``; ``lmo(0) == 0``.
+    Norms are in float32 (float64 for float64), the oracle in the dtype of its argument. All are computed in at least
+    float32, on the argument's device, without waiting for it. ``primal(lmo(g)) == 1`` for ``g != 0``; ``lmo(0) == 0``.
 
-    No piece has a default. Below a norm of matrices sees one ``[m, n]``; any other sees all entries as ``[1, size]``.
+    No field has a default. In the following, a norm of matrices takes one ``[m, n]``; any other takes all entries as
+    ``[1, size]``.
 
     Attributes:
-        name: The norm's name, as :func:`get_norm` takes it.
+        name: The norm's name, as for :func:`get_norm`.
         primal: Norm of a weight.
         dual: Dual norm of a gradient.
         lmo: The unit-ball minimiser of ``<g, .>``.
-        on_matrices: Whether it is one of matrices, of which a layer may hold several; it does not fit vectors.
-        per_window: Whether a convolution's is multiplied by ``sqrt(prod(k))``, see :func:`norm_for_layer`.
-        primal_factor: From m and n to what multiplies the statistic that ``batched_primal`` rests on, if any.
-        dual_factor: The same for the statistic named by ``dual_of``.
-        dual_of: The statistic that the dual is a multiple of: ``"l1"`` or ``"l2"`` of all entries; ``"matrix"`` where
-            it takes the tensor itself.
-        reduces: How the primal norm of a tensor follows from parts on several processes: ``"sum"`` of squares, of which
-            it is the root over ``dual_factor``; the largest of those of the parts, however they are cut (``"max over
-            entries"``), or where rows or columns of the map are not cut (``"max over rows"``, ``"max over columns"``);
-            ``"whole"`` where the tensor is gathered.
+        on_matrices: Whether it is a norm of matrices, of which a layer may hold several; it does not fit vectors.
+        per_window: Whether it is multiplied by ``sqrt(prod(k))`` for convolutions, see :func:`norm_for_layer`.
+        primal_factor: From m and n to the multiple of the statistic behind ``batched_primal``, if any.
+        dual_factor: From m and n to the multiple of the statistic named by ``dual_of``.
+        dual_of: The statistic that the dual is a multiple of: ``"l1"`` or ``"l2"`` of all entries; ``"matrix"`` if it
+            needs the tensor itself.
+        reduces: How the primal norm of a sharded tensor follows from its shards: ``"sum"`` of squares, the norm being
+            its root over ``dual_factor``; the largest of the shards' norms, for any sharding (``"max over entries"``),
+            or if rows or columns of the map are not split (``"max over rows"``, ``"max over columns"``); ``"whole"`` if
+            the tensor is gathered.
         iid_dual: From blocks, m and n to the dual norm of noise with i.i.d. entries of mean square one, to leading
             order.
         oracle: The batched form of ``lmo``: minus a multiple of the ``"polar"`` factor, minus the ``"sign"``, or its
             ``"own"`` function of stacked matrices.
-        batched_primal: From layers, their norms and tensors to primal norms ``[L]``: norms with the same function share
-            its calls. ``each_primal`` where there is none.
-        batched_dual: The same for dual norms, 0-d tensors. ``each_dual`` where there is none.
+        batched_primal: From layers, their norms and tensors to primal norms ``[L]``; norms with the same function share
+            its calls. ``each_primal`` if there is none.
+        batched_dual: From the same to dual norms, 0-d tensors. ``each_dual`` if there is none.
 
     Raises:
-        TypeError: Where a piece is missing.
-        ValueError: Where one is not what it should be, or two contradict each other.
+        TypeError: If a field is missing.
+        ValueError: If a field is invalid, or two contradict each other.
     """
 
     name: str
@@ -67,10 +68,10 @@ class Norm:
     batched_dual: Callable[[Sequence[Layer], Sequence["Norm"], Sequence[Tensor]], list[Tensor]]
 
     def __post_init__(self) -> None:
-        """Refuse a record that lacks a piece."""
+        """Check that the fields are valid and consistent."""
         for name in _FUNCTIONS:
             if not callable(getattr(self, name)):
-                raise ValueError(f"the norm {self.name!r} lacks a piece: {name} must be a function.")
+                raise ValueError(f"the norm {self.name!r} is incomplete: {name} must be a function.")
         for name, allowed in (("dual_of", STATISTICS), ("reduces", REDUCTIONS), ("oracle", ORACLES)):
             given = getattr(self, name)
             if given not in allowed:
@@ -90,18 +91,22 @@ class Norm:
         if self.on_matrices and not self.needs_matrix:
             raise ValueError(f"the norm {self.name!r} is one of matrices: dual_of must be 'matrix'.")
 
+    def __repr__(self) -> str:
+        """Show the name; the other fields are functions and follow from it."""
+        return f"Norm({self.name!r})"
+
     @property
     def needs_matrix(self) -> bool:
         """Whether the dual norm takes the tensor itself, and not only sums over its entries."""
         return self.dual_of == "matrix"
 
     def dual_multiples(self, size: int) -> tuple[float, float]:
-        """What multiplies l1 and l2 of so many entries to give the dual norm; zeros where that takes the tensor."""
+        """Return the multiples of l1 and l2 of ``size`` entries in the dual norm; zeros if it needs the tensor."""
         factor = 0.0 if self.needs_matrix else self.dual_factor(1, size)
         return (factor, 0.0) if self.dual_of == "l1" else (0.0, factor)
 
     def window(self, layer: Layer) -> float:
-        """What a convolution's window multiplies the norm by: ``sqrt(prod(k))`` where it counts, else 1."""
+        """Return the factor for a convolution's window: ``sqrt(prod(k))`` if it counts, else 1."""
         return math.sqrt(math.prod(layer.parameter.shape[2:])) if self.per_window and layer.role == "conv" else 1.0
 
 

@@ -186,13 +186,23 @@ UPDATE_NORMS = {
 
 
 def get_norm(name: str) -> Norm:
-    """Look a norm up by the name in the table of :mod:`dynamon.norms`.
+    """Return the norm of a name in the table of :mod:`dynamon.norms.table`.
 
     Args:
         name: One of the names in that table.
 
     Raises:
-        ValueError: On any other name; the message lists them.
+        ValueError: If the name is unknown; the message lists the known ones.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.norms import get_norm
+        >>> norm, gradient = get_norm("rms_to_rms"), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+        >>> norm.dual(gradient).item()
+        7.0
+        >>> step = norm.lmo(gradient)
+        >>> (gradient * step).sum().item(), norm.primal(step).item()
+        (-7.0, 1.0)
     """
     if name not in NORMS:
         raise ValueError(f"unknown norm {name!r}; choose one of {', '.join(sorted(NORMS))}.")

@@ -1,4 +1,4 @@
-"""Optimizers, and what applies rates to them."""
+"""Optimizers, and the steering that applies layerwise rates to them."""
 
 from dynamon.optim.lanton import Lanton
 from dynamon.optim.layerwise import LayerwiseRates

@@ -1,4 +1,4 @@
-"""Ratios of layers as those of an optimizer's parameters, merged where there would be too many groups."""
+"""Map ratios of layers to an optimizer's parameters, merged where there would be too many groups."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from dynamon.rates.merging import RatioMerging
 
 
 class RatioAssignment:
-    """Maps ratios ``[L]`` of layers to ratios ``[P]`` of an optimizer's parameters; those of no layer have 1.
+    """Maps ratios ``[L]`` of layers to ratios ``[P]`` of an optimizer's parameters; parameters of no layer have 1.
 
     Args:
         merging: Limits the number of groups of a step; None leaves all ratios as they are.
@@ -24,11 +24,11 @@ class RatioAssignment:
     """
 
     def __init__(self, merging: RatioMerging | None) -> None:
-        """Wait for :meth:`assign`."""
+        """Leave the parameters to :meth:`assign`."""
         self.merging = merging
 
     def assign(self, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Find the layer and the group of each parameter. Merged ratios are forgotten: they belonged to others."""
+        """Find the layer and the group of each parameter, and forget merged ratios, which belonged to others."""
         if self.merging is not None:
             self.merging.forget()
         self._layers = [layer.name for layer in layers]
@@ -46,7 +46,7 @@ class RatioAssignment:
         return np.append(ratios, 1.0)[self._layer_at]
 
     def merge(self, ratios: NDArray[Any], is_taken: bool = False) -> NDArray[Any]:
-        """Return the ratios ``[L]`` as a step takes them, which may be the one that is taken now."""
+        """Merge ratios ``[L]`` for the next step; ``is_taken`` where it is taken now."""
         if self.merging is None:
             return ratios
         merge = self.merging.apply if is_taken else self.merging.preview

@@ -1,4 +1,4 @@
-"""Lanton's arithmetic: gradient averages, and the direction of each layer from the oracle of its norm."""
+"""Compute Lanton's gradient averages, and each layer's direction from the oracle of its norm."""
 
 import math
 from collections.abc import Callable, Sequence

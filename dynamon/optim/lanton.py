@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from dynamon.distributed.dtensor import to_local, to_local_as
 from dynamon.kernels import step_polar_factor
 from dynamon.layers import ROLES, Layer, describe_layers
-from dynamon.norms import optimizer_family
 from dynamon.optim.assignment import parameters_of
 from dynamon.optim.directions import GEOMETRY, SCALINGS, Item, directions, update_averages
 from dynamon.optim.layerwise import LayerwiseRates
@@ -22,7 +21,7 @@ from dynamon.quantities.windows import Window
 from dynamon.rates import NoiseAdaptiveRates, Rule
 
 RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
-_OWN = "lanton"  # what a copy has beside an optimizer's state and groups
+_OWN = "lanton"  # key of what a copy holds beside an optimizer's state and groups
 _OF_CONV = ("conv", "vector")  # what the weight of a convolution can be
 
 
@@ -47,9 +46,10 @@ class Lanton(Optimizer):
     =========  ==================================================================  ======
 
     Tensors that hold several matrices (:meth:`dynamon.layers.Layer.matrices`: packed queries, keys and values, gates,
-    experts, groups of a convolution) are taken matrix by matrix. A zero gradient gives a zero direction. With
+    experts, groups of a convolution) are handled matrix by matrix. A zero gradient gives a zero direction. With
     ``noise_adaptive=False`` all r are 1: the same optimizer without feedback, in the spirit of Muon and Scion, and
-    the baseline to compare with. It can be steered by :class:`LayerwiseRates`; one that adapts itself refuses that.
+    the baseline to compare with. It can be steered by :class:`LayerwiseRates`; with ``noise_adaptive=True`` that is
+    refused.
 
     "LANTON-style": no code of the paper is public. From it come the average, the directions, and the rule with noise
     as the change between successive gradients in the dual norm. It leaves open, and here: the size of alpha and
@@ -59,8 +59,8 @@ class Lanton(Optimizer):
     multiplies weight decay (it does); gradients before or after clipping (:meth:`observe`); head and embedding as
     one group with plain signs (paper), or each with its own scale (here).
 
-    In Lightning give ``Lanton(self, lr=...)`` back from ``configure_optimizers``. Where gradients are clipped, let the
-    rule see them before::
+    In Lightning return ``Lanton(self, lr=...)`` from ``configure_optimizers``. If gradients are clipped, let the rule
+    read them before::
 
         def on_before_optimizer_step(self, optimizer):
             optimizer.observe()
@@ -69,26 +69,27 @@ class Lanton(Optimizer):
         params_or_model: A module: its trainable parameters, with roles from
             :func:`dynamon.layers.describe_layers`. Or what any torch optimizer takes: parameters, named parameters or
             groups; or a mapping from names to parameters. Without a module the role is the group's ``"role"`` (less
-            than two dimensions is always a vector), else told by shape: at most one dimension larger than one: vector;
-            two dimensions: hidden; three to five: conv; more: hidden, a stack of matrices. Embeddings, heads and
-            stacked experts need the name of their role.
+            than two dimensions is always a vector), else inferred from the shape: at most one dimension larger than
+            one: vector; two dimensions: hidden; three to five: conv; more: hidden, a stack of matrices. Embeddings,
+            heads and stacked experts need the name of their role.
         lr: Base learning rate: how far a layer of radius 1 moves in its norm. A tensor is read on the host.
         momentum: :math:`\beta_1`, in [0, 1).
         nesterov: Take the direction from :math:`\beta_1 B + (1 - \beta_1) G` after the average is updated.
         weight_decay: :math:`\lambda`, decoupled.
-        radii: Step size by role relative to ``lr``; roles left out keep the default. The first thing to tune: norms of
-            different roles are not comparable by themselves. Scion's settings for GPTs hold the head at 60 times the
-            radius of hidden layers; 32 is the cautious side of it.
-        polar: Polar factors of ``[n, out, in]``; must be safe for zero matrices. By default
+        radii: Step size by role relative to ``lr``; missing roles keep the default. Tune these first: norms of
+            different roles are not comparable. Scion's settings for GPTs hold the head at 60 times the radius of hidden
+            layers; 32 is cautious.
+        polar: Polar factors of ``[n, out, in]``; zero matrices must not fail. By default
             :func:`dynamon.kernels.step_polar_factor`: five steps, in bfloat16 on GPUs with units for it, in float32
-            elsewhere. In float32 everywhere: ``polar_factor``; closer: ``functools.partial(polar_factor, steps=8)``.
+            elsewhere. ``polar_factor`` is float32 everywhere, ``functools.partial(polar_factor, steps=8)`` more
+            accurate.
         scaling: Factor on polar factors by ``(outputs, inputs)`` of the matrix: ``"rms_to_rms"`` (as above),
             ``"original"`` or ``"match_rms_adamw"`` (as in ``torch.optim.Muon``; no division for kernels), or a
             function.
         noise_adaptive: Whether rates follow the noise.
-        rule: What sets the ratios; ``NoiseAdaptiveRates()`` by default. A rule of its own, not shared.
+        rule: Sets the ratios; ``NoiseAdaptiveRates()`` by default. Not shared with another optimizer.
         lag: 1: readings of a step act at the next, so that nothing waits for the device. 0: they act at once.
-        model: Where roles and names come from if ``params_or_model`` holds parameters or groups.
+        model: Gives roles and names if ``params_or_model`` holds parameters or groups.
         roles: Roles by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`; needs a module.
 
     Groups may have their own ``lr``, ``momentum``, ``nesterov``, ``weight_decay``, ``radius`` and ``role``.
@@ -97,20 +98,36 @@ class Lanton(Optimizer):
         rates: The :class:`LayerwiseRates` that sets the ratios, or None.
 
     Raises:
-        ValueError: On arguments out of range, complex parameters, roles that do not exist.
+        TypeError: If ``rule``, ``polar``, ``scaling`` or ``model`` is of the wrong type.
+        ValueError: If an argument is out of range, a parameter is complex, or a role does not exist.
 
     Averages have the parameter's dtype, polar factors are returned in at least float32; bfloat16 parameters work.
 
     Cost of a step: the average by one foreach call; one batched call of ``polar`` for all matrices of a shape
     (:func:`dynamon.kernels.polar_factor`: 5 steps of 3 products), of which up to 2^26 entries are copied at a time;
-    for GPT-2 124M fewer than 130 device calls; no host synchronisation on a GPU. Memory: one buffer a parameter. The
-    noise costs what :class:`dynamon.quantities.gradient_reader.GradientReader` does: two nuclear norms a matrix and one
-    stored gradient.
+    for GPT-2 124M fewer than 130 device calls; no host synchronisation on a GPU. Memory: one buffer per parameter. The
+    noise costs what :class:`dynamon.quantities.gradient_reader.GradientReader` does: two nuclear norms per matrix and
+    one stored gradient.
 
     Sharded parameters (FSDP2, DTensor) work: a step gathers the average of every matrix and vector, one all-gather
-    each, and each process repeats the same polar factors. The noise deals gradients out, each gathered on one process,
-    and stores parts; its state holds whole ones. Make the optimizer after ``fully_shard``.
-    ``torch.distributed.checkpoint`` keeps averages only.
+    each, and each process repeats the same polar factors. For the noise each gradient is gathered on one process, and
+    shards are stored; the state holds whole gradients. Create the optimizer after ``fully_shard``.
+
+    ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` returns averages and groups only. Save
+    ``rates.state_dict()`` beside it, as one object (bytes of ``torch.save``), and load it into ``rates`` afterwards.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.optim import Lanton
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = Lanton(model, lr=0.02, noise_adaptive=False)
+        >>> [(layer.name, layer.role) for layer in optimizer.layers]
+        [('0.weight', 'hidden'), ('0.bias', 'vector'), ('2.weight', 'head'), ('2.bias', 'vector')]
+        >>> before = model[2].bias.detach().clone()
+        >>> model(torch.ones(3, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> round((model[2].bias - before).square().mean().sqrt().item(), 6)  # a step of size lr in the norm "rms"
+        0.02
 
     References: Hao et al. (LANTON), arXiv 2510.14009; Pethick et al. (Scion), arXiv 2502.07529; Bernstein and
     Newhouse, arXiv 2409.20325; Amsel et al. (polar factors), arXiv 2505.16932.
@@ -135,14 +152,15 @@ class Lanton(Optimizer):
         model: nn.Module | None = None,
         roles: Mapping[str, str] | None = None,
     ) -> None:
-        """Take up the parameters and, if rates are to follow the noise, the rule."""
+        """Describe the parameters, and attach the rule if rates follow the noise."""
+        _check_types(rule, polar, scaling, model)
         if isinstance(params_or_model, nn.Module):
             model = params_or_model
             params_or_model = [p for p in model.parameters() if p.requires_grad and p.numel()]
         elif isinstance(params_or_model, Mapping):
             params_or_model = list(params_or_model.values())
         if roles is not None and model is None:
-            raise ValueError("roles are globs on the names of a module: give it as model.")
+            raise ValueError("roles are globs on the names of a module: pass it as model.")
         if rule is not None and not noise_adaptive:
             raise ValueError("a rule sets rates only with noise_adaptive=True.")
         if isinstance(scaling, str) and scaling not in SCALINGS:
@@ -178,22 +196,22 @@ class Lanton(Optimizer):
         """Read the gradients now, before they are clipped, for the step that follows.
 
         Args:
-            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
-            key: Names the step, so that several who observe the same one read it once.
+            scale: Factor on the gradients, if an AMP scaler has not unscaled them yet.
+            key: Identifies the step, so that several callers read it once.
             window: What the gradients were accumulated over, as for :meth:`LayerwiseRates.observe`.
         """
         if self.rates is not None:
             self.rates.observe(scale, key, window=window)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take up further parameters, also in the middle of a run; what was learned of the others stays.
+        """Add parameters, also during a run; the state of the others is kept.
 
         Args:
             param_group: ``params`` and, where they differ, ``lr``, ``momentum``, ``nesterov``, ``weight_decay``,
                 ``radius`` and ``role``.
 
         Raises:
-            ValueError: On values out of range, complex parameters, a role that does not exist.
+            ValueError: If a value is out of range, a parameter is complex, or a role does not exist.
         """
         super().add_param_group(param_group)
         try:
@@ -207,7 +225,7 @@ class Lanton(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; parameters without a gradient stay as they are.
+        """Take one step; parameters without a gradient are not changed.
 
         Args:
             closure: Evaluates the loss again and returns it.
@@ -216,22 +234,22 @@ class Lanton(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: On a sparse gradient.
+            RuntimeError: If a gradient is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # By the order of joining and not of the groups: steering regroups, and must not change a batch.
+        # In the order of joining, not of the groups: steering regroups, and must not change a batch.
         items = sorted(self._items(), key=lambda item: item.index)
         if items:
             self._update(items, update_averages(items))
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """State and groups as of any optimizer, and under ``"rates"`` the rule's state and the previous gradient.
+        """Return state and groups, and under ``"rates"`` the rule's state and the previous gradient.
 
-        It loads under ``torch.load(weights_only=True)``; a resumed run is bitwise the one that never stopped.
+        It loads under ``torch.load(weights_only=True)``. A resumed run is bitwise equal to an uninterrupted one.
         """
         state = super().state_dict()
         if self.rates is not None:
@@ -239,22 +257,22 @@ class Lanton(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state; without ``"rates"`` in it the rule goes on from what it has."""
+        """Restore a state; without ``"rates"`` in it the rule keeps its own."""
         own = {key: value for key, value in state_dict.items() if key != "rates"}
         super().load_state_dict(own)
         if self.rates is not None and "rates" in state_dict:
             self.rates.load_state_dict(state_dict["rates"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the hooks, as any optimizer is copied and pickled; the rule goes with it."""
+        """Return everything but the hooks, for copies and pickles; the rule is included."""
         own = {name: getattr(self, name) for name in ("radii", "polar", "scaling", "_model", "_roles", "layers")}
         if self.rates is not None:
-            # A copy of the rule starts anew, and takes up what this one has learned.
+            # A copy of the rule starts anew, and loads the state of this one.
             own["rates"] = copy(self.rates.rule), self.rates.lag, self.rates.apply, self.rates.state_dict()
         return {**super().__getstate__(), _OWN: own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up a copy's parts, or only state and groups, as :meth:`load_state_dict` asks for."""
+        """Restore a copy, or only state and groups, as :meth:`load_state_dict` asks for."""
         super().__setstate__({key: value for key, value in state.items() if key != _OWN})
         if _OWN not in state:
             return
@@ -270,7 +288,7 @@ class Lanton(Optimizer):
             self.rates.load_state_dict(learned)
 
     def _describe(self, group: Mapping[str, Any]) -> list[Layer]:
-        """The layers of a new group: those of the model, else by the group's role or the shape."""
+        """Describe the parameters of a new group from the model, else by the group's role or their shapes."""
         members, role = group["params"], group["role"]
         known = {} if self._model is None else self._known(members, role)
         first = len(self._layers)
@@ -282,7 +300,7 @@ class Lanton(Optimizer):
         ]
 
     def _known(self, members: Sequence[Tensor], role: str | None) -> dict[Tensor, Layer]:
-        """The layers of the model, those of a group with the group's role where they can have it."""
+        """Describe the model's layers, those of a group with the group's role where it fits."""
         assert self._model is not None
         layers = describe_layers(self._model, self._roles)
         if role is not None:
@@ -329,7 +347,7 @@ class Lanton(Optimizer):
 
 
 class _OwnRates(LayerwiseRates):
-    """Steering of a :class:`Lanton` by itself: its layers are those that the optimizer knows."""
+    """Lets a :class:`Lanton` steer itself: the layers are those that the optimizer knows."""
 
     optimizer: Lanton
 
@@ -344,12 +362,12 @@ class _OwnRates(LayerwiseRates):
             self.rule.check(describe_layers(self.model))
             self._checked = True
         self.layers = self.optimizer.layers
-        self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
+        self.reader = GradientReader(self.layers, self._family)
         self._start_rule()
 
 
 class _Listed(nn.Module):
-    """Layers that came without a module, for a rule that checks names."""
+    """Lists layers that came without a module, for a rule that checks names."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
@@ -360,7 +378,7 @@ class _Listed(nn.Module):
 
 
 def _plain_layer(name: str, parameter: Tensor, role: str | None) -> Layer:
-    """A layer known by its shape and perhaps its role."""
+    """Describe a parameter by its shape, and by its role if that is given."""
     dims = parameter.ndim
     if role is None:
         flat = dims < 2 or sum(side > 1 for side in parameter.shape) <= 1
@@ -369,6 +387,17 @@ def _plain_layer(name: str, parameter: Tensor, role: str | None) -> Layer:
     stacked = dims > 2 and role not in ("conv", "vector")
     blocks = math.prod(parameter.shape[:-2]) if stacked else 1
     return Layer(name, role, parameter, rows_are_tokens=role == "embedding", blocks=blocks)
+
+
+def _check_types(rule: Any, polar: Any, scaling: Any, model: Any) -> None:
+    if rule is not None and not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a dynamon.rates.Rule, got {type(rule).__name__}.")
+    if not callable(polar):
+        raise TypeError(f"polar must be a function of matrices, got {type(polar).__name__}.")
+    if not isinstance(scaling, str) and not callable(scaling):
+        raise TypeError(f"scaling must be a name or a function, got {type(scaling).__name__}.")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def _checked_radii(radii: Mapping[str, float]) -> Mapping[str, float]:

@@ -1,4 +1,4 @@
-"""Layerwise learning rates on top of any optimizer, without touching its parameter groups."""
+"""Apply layerwise learning rates on top of any optimizer, without touching its parameter groups."""
 
 import sys
 import warnings
@@ -30,7 +30,7 @@ from dynamon.optim.stepping import (
     with_closure,
     wrapped_optimizers,
 )
-from dynamon.optim.unsupported import check_decoupled_decay, check_step, several_devices_reason, unsupported_reason
+from dynamon.optim.unsupported import check_arguments, check_decoupled_decay, check_devices, check_step
 from dynamon.optim.views import GroupViews, are_same
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.readings import PendingReadings
@@ -41,61 +41,71 @@ from dynamon.rates.merging import RatioMerging, relative_error
 
 
 class LayerwiseRates:
-    """Steers ``optimizer.step()`` with one learning-rate ratio a layer.
+    """Scales the learning rate of each layer during ``optimizer.step()``.
 
-    For the duration of a step the optimizer sees a view of its ``param_groups`` in which parameters are
-    regrouped by ratio, with scaled rates; right after it the original list is back (after a step that raised: from the
-    next step or ``state_dict`` on, with what was changed in between). So schedulers, ``state_dict``, checkpoints and
-    gradient clipping see only the groups the user made. The view goes in after the closure has returned. Entries that
-    the optimizer writes into its groups are carried back. With all ratios 1 no view is made.
+    For the duration of a step the optimizer sees a view of its ``param_groups`` in which parameters are regrouped by
+    ratio, with scaled rates. The original groups are restored when the step returns. If the step raised, they are
+    restored at the next step or ``state_dict()`` call, keeping changes made in between. So schedulers, ``state_dict``,
+    checkpoints and gradient clipping see only the user's groups. The view is made after the closure has returned.
+    Entries that the optimizer writes into its groups are carried back. With all ratios 1 no view is made.
 
-    A step has at most ``max_groups`` groups: where ratios ask for more, near ones are brought together
-    (:class:`dynamon.rates.merging.RatioMerging`; :attr:`merging_error` says how far from what the rule asked for).
-    Ratios of exactly 1 and at a bound of the rule stay.
+    A step has at most ``max_groups`` groups. Where ratios ask for more, similar ones are merged
+    (:class:`dynamon.rates.merging.RatioMerging`), and :attr:`merging_error` gives the distance from the rule's ratios.
+    Ratios of exactly 1 and at a bound of the rule are not merged.
 
-    Works without Lightning: make it once, then train as before. Gradients are read when the step begins;
-    where they are clipped before, call :meth:`observe` between ``backward`` and clipping.
+    Works without Lightning: create it once, then train as before. Gradients are read when the step begins. If they are
+    clipped before, call :meth:`observe` between ``backward`` and clipping.
 
-    Sharded parameters (FSDP2, DTensor) work: make it after ``fully_shard`` and the optimizer, on every process.
-    Readings are brought together by one all-reduce, so that all processes take the same ratios to the bit.
+    Sharded parameters (FSDP2, DTensor) work: create it after ``fully_shard`` and the optimizer, on every process.
+    Readings are reduced by one all-reduce, so that all processes use bitwise the same ratios.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer`` whose groups have an ``lr``.
-        rule: A :class:`dynamon.rates.Rule` of its own (one a ``LayerwiseRates``).
-        model: The module whose parameters are steered; parameters of the optimizer that it does not hold, and
+        rule: A :class:`dynamon.rates.Rule`, not shared with another ``LayerwiseRates``.
+        model: The module whose parameters are steered. Parameters of the optimizer that the module does not hold, and
             complex ones, keep ratio 1.
-        lag: 1 (default): the readings of a step act at the next, so nothing waits for the device. 0: they
-            act at once, as published.
-        apply: False for a dry run: the rule follows the run, :attr:`wanted` says what it asks for, and nothing is
-            changed.
-        scale_weight_decay: Decoupled weight decay, which AdamW and its like multiply by the rate, scales with the
-            rate. False divides ``weight_decay`` by the ratio, so that weights decay at the base rate.
-        read_every: Read the gradients for the rule at every so many-th step only. What the rule counts as updates is
-            then so many steps. At 10 reading costs about a fifth.
-        max_groups: Groups of parameters in a step, at most; an optimizer that has as many of its own gets one for each
-            of these, and one where ratios in it are 1. None: every layer has its own ratio to the bit, as in the
-            published rule. Rules that are :attr:`exact <dynamon.rates.Rule.exact>`, ratios by hand, are never merged.
+        lag: 1 (default): readings of a step act at the next, so that nothing waits for the device. 0: as published.
+        apply: False for a dry run: the rule follows the run, :attr:`wanted` holds its ratios, and nothing is changed.
+        scale_weight_decay: Decoupled weight decay, which AdamW and similar optimizers multiply by the rate, scales with
+            the rate. False divides ``weight_decay`` by the ratio, so that weights decay at the base rate.
+        read_every: Read the gradients for the rule at every k-th step only. What the rule counts as updates is then k
+            steps. At 10, reading costs about a fifth.
+        max_groups: Largest number of parameter groups in a step. An optimizer with as many groups of its own gets one
+            for each of them, and a second one where some of its ratios are 1. None: every layer has exactly its own
+            ratio, as in the published rule. Rules that are :attr:`exact <dynamon.rates.Rule.exact>` are never merged.
+        roles: Roles by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`.
+        geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``, the geometry that chooses the norms of the readings. By
+            default :func:`dynamon.norms.optimizer_family` tells it from the optimizer.
 
     Attributes:
         layers: The steered layers.
         reader: Reads their gradients.
         rule: The rule.
         watch: Watches the optimizer's steps.
-        charge: Books the time of the rule in a step; may be set.
-        idle: Is around a wait for what training has queued on a device without CUDA's events; may be set.
-        in_half_precision: To be set where training runs under autocast to sixteen bits, whose rounding is no noise.
-        agrees_with_others: To be set under DDP where windows are given to :meth:`observe`, on every process: batches
-            may be of other sizes there, and all must take the same ratios.
+        charge: Context manager factory around the rule's work in a step, for timing; may be set.
+        idle: Context manager factory around waits for queued training work, on devices without CUDA events; may be set.
+        in_half_precision: Set it where training runs under 16-bit autocast, whose rounding is not noise.
+        agrees_with_others: Set it on every process under DDP where windows are given to :meth:`observe`: batch sizes
+            may differ between processes, and all must use the same ratios.
 
     Raises:
-        ValueError: If the optimizer cannot take layerwise rates (the reason is in the message), is steered already or
-            shares no parameter with the model, or the rule reads gradients and they are on several devices; on a
-            ``lag``, ``read_every`` or ``max_groups`` out of range; with ``scale_weight_decay=False`` if its weight
-            decay is not decoupled.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If the optimizer does not support layerwise rates (the message has the reason), is already steered
+            or shares no parameter with the model; if the gradients to be read are on several devices; if an argument is
+            out of range; or on ``scale_weight_decay=False`` without decoupled weight decay.
         RuntimeError: In a step that is compiled or captured in a CUDA graph.
 
-    Cost: what the rule reads (noise: one pass over gradients and one stored copy), and an optimizer call
-    with as many groups as there are different ratios.
+    Cost: the rule's readings (noise: a pass over the gradients, a stored copy), and more groups per optimizer call.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.optim import LayerwiseRates
+        >>> from dynamon.rates import FixedRates
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> rates = LayerwiseRates(optimizer, FixedRates({"1.*": 0.5}), model)
+        >>> rates.ratios
+        {'0.weight': 1.0, '0.bias': 1.0, '1.weight': 0.5, '1.bias': 0.5}
     """
 
     def __init__(
@@ -109,22 +119,19 @@ class LayerwiseRates:
         scale_weight_decay: bool = True,
         read_every: int = 1,
         max_groups: int | None = 16,
+        roles: Mapping[str, str] | None = None,
+        geometry: str | None = None,
     ) -> None:
         """Attach to the optimizer's step."""
-        reason = unsupported_reason(optimizer)
-        if reason is not None:
-            raise ValueError(reason)
+        check_arguments(optimizer, rule, model, lag, read_every)
         if optimizer in steered:
             raise ValueError(f"this {type(optimizer).__name__} is steered already; remove the other steering first.")
-        if lag not in (0, 1):
-            raise ValueError(f"lag must be 0 or 1, got {lag}.")
-        if type(read_every) is not int or read_every < 1:
-            raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
         if not scale_weight_decay:
             check_decoupled_decay(optimizer)
         self.optimizer, self.rule, self.model, self.lag = optimizer, rule, model, lag
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.in_half_precision = self.agrees_with_others = False
+        self._roles, self._family = roles, optimizer_family(optimizer, geometry)
         merging = None if max_groups is None else RatioMerging(max_groups, rule.bounds)
         self._assignment = RatioAssignment(None if rule.exact else merging)
         self._phase = 0  # steps observed, modulo read_every
@@ -140,9 +147,7 @@ class LayerwiseRates:
         self.charge: Callable[[], AbstractContextManager[None]] = nullcontext
         self.idle: Callable[[], AbstractContextManager[None]] = nullcontext
         self._views = GroupViews(optimizer, scale_weight_decay)
-        self._taken: tuple[list[str], NDArray[Any], NDArray[Any]] | None = (
-            None  # names, and in the last step: asked for, taken
-        )
+        self._taken: tuple[list[str], NDArray[Any], NDArray[Any]] | None = None  # names; ratios asked for, taken
         steered[optimizer] = ref(self)
         self.watch = StepWatch(optimizer)
         hooked = list(filter(runs_hooks, (optimizer, *wrapped_optimizers(optimizer))))
@@ -154,19 +159,17 @@ class LayerwiseRates:
         ]
 
     def _attach(self) -> None:
-        """Take up the parameters that the optimizer holds now; those that cannot be steered keep the base rate."""
+        """Describe the parameters that the optimizer holds now; those that cannot be steered keep the base rate."""
         self._held = parameters_of(self.optimizer)
         self._lazy = [p for p in self._held if is_lazy(p)]  # they get their shape in a first batch
         reshard(self.model)
-        known = known_layers(self.model)
         if not self._lazy and not self._checked:
-            self.rule.check(known)
+            self.rule.check(known_layers(self.model, self._roles))
             self._checked = True
-        self.layers = steerable_layers(self.model, self.optimizer)
-        spread = several_devices_reason(layer.parameter for layer in self.layers) if self.rule.needs_gradients else None
-        if spread is not None:
-            raise ValueError(f"{type(self.optimizer).__name__} cannot take rates that follow gradients: {spread}")
-        self.reader = GradientReader(self.layers, optimizer_family(self.optimizer))
+        self.layers = steerable_layers(self.model, self.optimizer, self._roles)
+        if self.rule.needs_gradients:
+            check_devices(self.optimizer, self.layers)
+        self.reader = GradientReader(self.layers, self._family)
         self._start_rule()
 
     def _start_rule(self) -> None:
@@ -177,7 +180,7 @@ class LayerwiseRates:
             self.reader.follow_trends()
 
     def _asked_for(self) -> NDArray[Any]:
-        """The rule's ratios ``[L]``."""
+        """Return the rule's ratios ``[L]``, checked."""
         ratios = np.array(self.rule.ratios(), np.float64)
         if ratios.shape != (len(self.layers),):
             rule = type(self.rule).__name__
@@ -185,7 +188,7 @@ class LayerwiseRates:
         return ratios
 
     def _follow_optimizer(self) -> None:
-        """Notice parameters that joined, left, were replaced or got their shape; what was learned of others stays."""
+        """Attach again if parameters joined, left, were replaced or got a shape; other layers keep their state."""
         if are_same(parameters_of(self.optimizer), self._held) and all(map(is_lazy, self._lazy)):
             return
         self.settle()
@@ -198,17 +201,17 @@ class LayerwiseRates:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The ratio of each layer, by parameter name, that the next step takes unless readings change it."""
+        """The ratio of each layer in the next step, by parameter name, unless readings change it."""
         return self.wanted if self.apply else dict.fromkeys(self._names, 1.0)
 
     @property
     def applied(self) -> dict[str, float]:
-        """The ratio of each layer, by parameter name, in the step that was taken last; 1 before the first."""
+        """The ratio of each layer in the last step, by parameter name; 1 before the first."""
         return self.asked if self.apply else dict.fromkeys(self._names, 1.0)
 
     @property
     def asked(self) -> dict[str, float]:
-        """The ratio of each layer in the step that was taken last, in a dry run the one it would have been."""
+        """The same, but in a dry run the ratio that the step would have had."""
         if self._taken is None:
             return dict.fromkeys(self._names, 1.0)
         names, _, taken = self._taken
@@ -216,26 +219,26 @@ class LayerwiseRates:
 
     @property
     def merging_error(self) -> float:
-        """How far a ratio of the step that was taken last is from what the rule asked for, relatively, at most."""
+        """Largest relative error that merging made in the ratios of the last step."""
         return 0.0 if self._taken is None else relative_error(self._taken[2], self._taken[1])
 
     @property
     def is_observed(self) -> bool:
-        """Whether the gradients of the step to come have been read, or need not be."""
+        """Whether the gradients of the coming step have been read, or need not be."""
         return self._observed
 
     @property
     def wanted(self) -> dict[str, float]:
-        """The ratio that the rule asks for, merged, by parameter name; :attr:`ratios` unless this is a dry run."""
+        """The rule's ratio of each layer, merged, by parameter name; :attr:`ratios` unless this is a dry run."""
         return dict(zip(self._names, self._assignment.merge(self._asked_for()).tolist(), strict=True))
 
     def __repr__(self) -> str:
-        """What steers what."""
+        """Name the rule and the optimizer."""
         rule, what = type(self.rule).__name__, f"{len(self.layers)} layers of {type(self.optimizer).__name__}"
         return f"LayerwiseRates({rule} on {what}{'' if self.apply else ', dry run'})"
 
     def base_rates(self) -> dict[str, float]:
-        """The learning rate of each layer's group, before the ratio."""
+        """Return the learning rate of each layer's group, before the ratio."""
         rate = {id(p): float(group["lr"]) for group in self._views.groups for p in group["params"]}
         return {layer.name: rate[id(layer.parameter)] for layer in self.layers}
 
@@ -249,13 +252,12 @@ class LayerwiseRates:
         """Read the gradients now, for the step that follows.
 
         Args:
-            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet; a number, or a tensor of no
-                dimensions on their device, which nobody then waits for.
-            key: Names the step, so that several who observe the same one read it once. Without a key every
-                call is a new step.
+            scale: Factor on the gradients, if an AMP scaler has not unscaled them yet: a number, or a 0-d tensor on
+                their device, which is not waited for.
+            key: Identifies the step, so that several callers read it once. Without a key every call is a new step.
             local_scale: The same factor for the gradients that :meth:`watch_ranks` kept; None for ``scale``.
-            window: What the gradients were accumulated over: a rule sees the change between two steps only where it
-                is the same. To be given in a loop with windows of different lengths.
+            window: What the gradients were accumulated over. A rule compares the gradients of two steps only if their
+                windows are equal. Pass it in a loop with windows of different lengths.
         """
         if not self.watch.is_last:
             return  # the closure will run again, and the step uses what it leaves then
@@ -282,11 +284,11 @@ class LayerwiseRates:
                     self.settle()
             elif self._phase == self.read_every - 1:
                 self.reader.store(scale, window)
-        except Exception as relative_error:
-            self._go_without(relative_error)
+        except Exception as error:  # what may go on and what may not is sorted out there
+            self._go_without(error)
 
     def _go_without(self, error: Exception) -> None:
-        """Where reading runs out of memory ratios stay, and training goes on; of several processes all must read."""
+        """Keep the ratios if a single process ran out of memory; with several processes raise, since all must read."""
         if _several_processes() or not ran_out_of_memory(error):
             raise error
         self._waiting = None
@@ -295,47 +297,49 @@ class LayerwiseRates:
         if not self._spared:
             self._spared = True
             warnings.warn(
-                f"{type(self.rule).__name__}: the gradients of a step could not be read for want of memory; ratios "
-                "stay as they are at such steps. read_every=10 reads fewer.",
+                f"{type(self.rule).__name__}: the gradients of a step could not be read: out of memory. Ratios "
+                "stay unchanged at such steps. read_every=10 reads fewer of them.",
                 stacklevel=2,
             )
 
     def give_up(self) -> None:
-        """The step that was observed is not taken: the next one is observed anew."""
+        """Discard the observation of a step that is not taken, so that the next step is observed."""
         self._observed = False
 
     def observe_part(self, share: float, scale: Scale = 1.0) -> None:
-        """Between the backward passes of an accumulation window, keep what has been accumulated so far.
+        """Store the gradients accumulated so far, between the backward passes of an accumulation window.
 
-        For rules that compare two independent parts of a window (``NoiseAdaptiveRates(source="independent")``); does
-        nothing for others, nor in windows that are not read.
+        For rules that compare two independent parts of a window (``NoiseAdaptiveRates(source="independent")``). Does
+        nothing for other rules, and in windows that are not read.
 
         Args:
-            share: Samples accumulated so far over those of the whole window, in (0, 1); half is best.
-            scale: Factor on the gradients, for those an AMP scaler has not unscaled yet.
+            share: Samples accumulated so far divided by those of the whole window, in (0, 1); 0.5 is best.
+            scale: Factor on the gradients, if an AMP scaler has not unscaled them yet.
         """
-        noise = self.rule.noise
-        if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
+        if self._compares_parts():
             try:
                 self.reader.store_part(share, scale)
-            except Exception as relative_error:
-                self._go_without(relative_error)
+            except Exception as error:  # what may go on and what may not is sorted out there
+                self._go_without(error)
 
     def watch_ranks(self, group: Any = None) -> None:
-        """Under DDP, before the first backward pass of a step, have the gradients of the processes compared at it.
+        """Compare the gradients of the processes at the coming step; under DDP, before its first backward pass.
 
-        For rules that compare independent gradients (``NoiseAdaptiveRates(source="independent")``); does nothing for
-        others, nor at steps that are not read. All processes call it at the same steps.
+        For rules that compare independent gradients (``NoiseAdaptiveRates(source="independent")``). Does nothing for
+        other rules, and at steps that are not read. All processes must call it at the same steps.
 
         Args:
-            group: The processes; all if None.
+            group: The process group; None for all processes.
         """
-        noise = self.rule.noise
-        if noise is not None and noise.source == "independent" and self._phase == self.read_every - 1:
+        if self._compares_parts():
             self.reader.watch_ranks(group)
 
+    def _compares_parts(self) -> bool:
+        noise = self.rule.noise
+        return noise is not None and noise.source == "independent" and self._phase == self.read_every - 1
+
     def settle(self) -> None:
-        """Hand readings that are still waiting to the rule, so that its state is complete."""
+        """Pass pending readings to the rule, so that its state is complete."""
         if self._waiting is not None:
             wait = waiter(self.layers[0].parameter.device)
             if wait is not None:  # the copy would wait for all that training has queued
@@ -345,14 +349,14 @@ class LayerwiseRates:
             self._waiting = None
 
     def restore(self) -> None:
-        """Put the original groups back after a step that raised; what changed since, the user did."""
+        """Put the original groups back after a step that raised, keeping what the user changed since."""
         self._nesting.clear()
         if self._views.are_shown:
             self._views.recover()
             self._observed = self._begun = False
 
     def remove(self) -> None:
-        """Detach from the optimizer; it then steps with its own rates."""
+        """Detach from the optimizer, which then steps with its own rates."""
         self.restore()
         self.reader.forget_ranks()
         self.watch.remove()
@@ -362,14 +366,14 @@ class LayerwiseRates:
         steered.pop(self.optimizer, None)
 
     def state_dict(self, save_gradient: bool = True, everywhere: bool = True) -> dict[str, Any]:
-        """The rule's state and the stored gradient, loadable under ``weights_only=True``.
+        """Return the rule's state and the stored gradient, loadable under ``weights_only=True``.
 
-        The gradient of sharded parameters is whole, in main memory, and every process must call this.
+        The gradient of sharded parameters is gathered into host memory, so every process must call this.
 
         Args:
-            save_gradient: Without the gradient the file is smaller, and a resumed run skips one noise
-                update, so that it is not bitwise the run that never stopped.
-            everywhere: Without the gradient of sharded parameters on processes other than the first, which writes
+            save_gradient: False makes the state smaller. A resumed run then skips one noise update, so that it is not
+                bitwise equal to an uninterrupted one.
+            everywhere: False leaves out the gradient of sharded parameters on all processes but the first, which writes
                 checkpoints.
         """
         self.settle()
@@ -381,7 +385,7 @@ class LayerwiseRates:
         return state if self.read_every == 1 else {**state, "phase": self._phase}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that :meth:`state_dict` made; another rule than the one that was saved starts anew."""
+        """Restore a state from :meth:`state_dict`; one of another rule is ignored."""
         self._waiting = None
         if state["kind"] != type(self.rule).__name__:
             return
@@ -416,7 +420,7 @@ class LayerwiseRates:
         return closure_then_view
 
     def _enter(self) -> None:
-        """Show the optimizer its groups with the ratios in force."""
+        """Replace the optimizer's groups by views with the current ratios."""
         self._views.leave()
         if has_gradients(self.optimizer):  # else nothing moves
             self._tell_rule()
@@ -428,7 +432,7 @@ class LayerwiseRates:
             self._views.enter(self._assignment.by_parameter(self._taken[2]))
 
     def _tell_rule(self) -> None:
-        """Have the gradients read, if nobody did, and the rule know of the step, once."""
+        """Read the gradients unless they have been read, and call the rule's ``begin_step`` once."""
         if not self._observed or self.watch.is_repeated and self._read_at != self.watch.evaluation:
             self.observe(key=self._key if self._observed else None)
         if not self._begun and self.layers:

@@ -1,5 +1,6 @@
-"""Which optimizers are steered, and which of their layers can be."""
+"""Find the steering of an optimizer, and the layers that can be steered."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, ref
 
@@ -34,7 +35,13 @@ def steering_of(optimizer: Optimizer) -> "LayerwiseRates | None":
     return None if found is None else found()
 
 
-def steerable_layers(model: nn.Module, optimizer: Optimizer) -> list[Layer]:
-    """Return the layers of a model that an optimizer holds and a rule can steer: real floating-point weights."""
+def steerable_layers(model: nn.Module, optimizer: Optimizer, roles: Mapping[str, str] | None = None) -> list[Layer]:
+    """List the layers of a model that an optimizer holds and a rule can steer: real floating-point weights.
+
+    Args:
+        model: The module.
+        optimizer: The optimizer.
+        roles: As ``overrides`` of :func:`dynamon.layers.describe_layers`.
+    """
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [layer for layer in known_layers(model) if id(layer.parameter) in own and is_steerable(layer)]
+    return [layer for layer in known_layers(model, roles) if id(layer.parameter) in own and is_steerable(layer)]

@@ -1,4 +1,4 @@
-"""What optimizers really do: which steps are taken, how often a closure runs in one, and which gradients are used."""
+"""Watch what optimizers do: which steps are taken, how often a step runs its closure, and which gradients it uses."""
 
 import sys
 from collections import OrderedDict, deque
@@ -18,32 +18,32 @@ _Changed = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Nesting:
-    """Tells a step inside of a step, of a class whose ``step`` calls that of its base class, from one that follows.
+    """Distinguishes a nested step, of a class whose ``step`` calls its base class's, from the next step.
 
-    Hooks run around both, and an exception runs none: so the frame that ran the hooks of the outer step is kept, and
-    a step is inside of it where that frame is still running. Give :func:`sys._getframe` of the hook's caller.
+    Hooks run around both, and an exception runs none. So the frame that ran the hooks of the outer step is kept, and a
+    step is nested if that frame is still running. Pass :func:`sys._getframe` of the hook's caller.
     """
 
     def __init__(self) -> None:
-        """No step under way."""
+        """Start outside of any step."""
         self._outer: FrameType | None = None
 
     def begins(self, frame: FrameType) -> bool:
-        """A step begins; whether it is an outer one."""
+        """Note the begin of a step, and return whether it is an outer one."""
         if self._outer is not None and _is_running(self._outer):
             return False
         self._outer = frame
         return True
 
     def ends(self, frame: FrameType) -> bool:
-        """A step is over; whether it is the outer one."""
+        """Note the end of a step, and return whether it is the outer one."""
         if self._outer is not None and frame is not self._outer:
             return False
         self._outer = None
         return True
 
     def clear(self) -> None:
-        """Let go of a step that raised; one that is running goes on."""
+        """Forget a step that raised; a running one goes on."""
         if self._outer is not None and not _is_running(self._outer):
             self._outer = None
 
@@ -56,32 +56,32 @@ def _is_running(wanted: FrameType) -> bool:
 
 
 class StepWatch:
-    """Watches the steps of an optimizer, and of those that it wraps, by hooks that read and change nothing.
+    """Watches the steps of an optimizer, and of those that it wraps, by hooks that change nothing.
 
-    A step counts where the optimizer, or one inside of it, had gradients and has come to its end: a gradient scaler
-    that skips a step does not call it, or, where the optimizer unscales gradients itself (``fused=True``), hands over
-    ``found_inf``. Nothing waits for a device but :attr:`taken`, and that only where there is such a tensor.
+    A step counts if the optimizer, or a nested one, had gradients and completed. A gradient scaler that skips a step
+    does not call it, or passes ``found_inf`` if the optimizer unscales gradients itself (``fused=True``). Only
+    :attr:`taken` may wait for a device, and only where there is such a tensor.
 
     Args:
-        optimizer: What to watch. One inside of it is found where it is an attribute, as in wrappers that sharpen (SAM)
-            or average.
-        begins: Called before a step that nobody has announced (:attr:`is_announced`), when its gradients are there.
-        uses: Called when a step, or an evaluation of its closure, has the gradients that it uses, clipped ones.
+        optimizer: What to watch. A wrapped optimizer is found if it is an attribute, as in sharpness-aware (SAM) or
+            averaging wrappers.
+        begins: Called before a step that was not announced (:attr:`is_announced`), when its gradients are there.
+        uses: Called when a step, or an evaluation of its closure, has the (clipped) gradients that it uses.
 
     Attributes:
         evaluation: Which evaluation of its closure a step is at; 0 outside of one.
         evaluations: Evaluations in the last step; 1 where there was no closure.
-        outcomes: For each step that came to its end since :meth:`clear`, the tensor that is not zero where it left the
-            weights alone, on its device; None where nobody said.
-        is_blind: Whether its steps cannot be watched: neither its class nor that of one inside of it ever called
+        outcomes: For each step completed since :meth:`clear`, a device tensor that is not zero if the weights were left
+            alone, or None where nothing is known.
+        is_blind: Whether its steps cannot be watched: neither its class nor that of a wrapped optimizer ever called
             ``Optimizer.__init__``, or it is compiled.
-        is_announced: Whether somebody has said that the step is about to be taken.
+        is_announced: Whether a caller has announced the coming step.
     """
 
     def __init__(
         self, optimizer: Optimizer, begins: Callable[[], None] | None = None, uses: Callable[[], None] | None = None
     ) -> None:
-        """Attach to the steps."""
+        """Attach to the optimizer's step hooks."""
         self._begins, self._uses = begins, uses
         self._nesting = Nesting()
         self.evaluations = 1
@@ -96,7 +96,7 @@ class StepWatch:
         self.is_blind = not self._handles
 
     def clear(self) -> None:
-        """Begin anew: no step was taken."""
+        """Forget all steps."""
         self._nesting.clear()
         self.evaluation = 0
         self.outcomes: deque[Tensor | None] = deque(maxlen=_MOST)
@@ -111,29 +111,29 @@ class StepWatch:
 
     @property
     def is_last(self) -> bool:
-        """Whether the closure is not expected to run again in this step, as many times as in the last one."""
+        """Whether the closure has run as often as in the last step, so that it is not expected to run again."""
         return self.evaluation == 0 or self.evaluation >= self.evaluations
 
     @property
     def is_repeated(self) -> bool:
-        """Whether the closure ran once more than was expected, so that what was read before it is not used."""
+        """Whether the closure ran more often than expected, so that gradients read before are not the ones used."""
         return self.evaluation > self.evaluations
 
     @property
     def taken(self) -> bool:
-        """Whether a step was taken since :meth:`clear`; one that cannot be watched is taken to be."""
+        """Whether a step was taken since :meth:`clear`; True if the optimizer cannot be watched."""
         if self.is_blind:
             return True
         return any(found_inf is None or not bool(found_inf) for found_inf in self.outcomes)
 
     @property
     def was_told(self) -> bool:
-        """Whether somebody said on the device whether a step was taken."""
+        """Whether a device tensor tells if a step was taken."""
         return any(found_inf is not None for found_inf in self.outcomes)
 
     @property
     def may_have_stepped(self) -> bool:
-        """The same without asking the device: a step that was skipped there counts."""
+        """Like :attr:`taken`, without waiting for the device: steps skipped there count."""
         return self.is_blind or bool(self.outcomes)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Changed | None:
@@ -176,7 +176,7 @@ class StepWatch:
 
 
 def closure_of(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
-    """The closure among the arguments that a step hook is given."""
+    """Return the closure among the arguments of a step hook."""
     if "closure" in kwargs:
         return kwargs["closure"]
     position = _position(optimizer, args)
@@ -186,7 +186,7 @@ def closure_of(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, An
 def with_closure(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], wrap: Callable[[Closure], Closure]
 ) -> _Changed:
-    """The arguments with the closure wrapped, for a step pre-hook to return."""
+    """Return the arguments with the closure wrapped, as a step pre-hook returns them."""
     if "closure" in kwargs:
         return args, {**kwargs, "closure": wrap(kwargs["closure"])}
     position = _position(optimizer, args)
@@ -198,7 +198,7 @@ def _position(optimizer: Optimizer, args: tuple[Any, ...]) -> int:
 
 
 def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that one holds as attributes and steps itself: the base of a sharpening or averaging wrapper."""
+    """List the optimizers that an optimizer holds as attributes and steps itself, as SAM and averaging wrappers do."""
     found, waiting = [optimizer], [optimizer]
     while waiting:
         for value in list(vars(waiting.pop()).values()):
@@ -209,9 +209,9 @@ def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether an optimizer's steps run hooks.
+    """Return whether an optimizer's steps run hooks.
 
-    Wrappers that never call ``Optimizer.__init__`` have nothing that would run them, whatever they put in their place.
+    Wrappers that never call ``Optimizer.__init__`` do not.
     """
     places = (getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
     step = getattr(type(optimizer), "step", None)
@@ -219,7 +219,7 @@ def runs_hooks(optimizer: Optimizer) -> bool:
 
 
 def has_gradients(optimizer: Optimizer) -> bool:
-    """Whether any parameter of an optimizer has a gradient, so that there is something to take a step with."""
+    """Return whether any parameter of an optimizer has a gradient."""
     for group in optimizer.param_groups:  # asked several times a step: without a call for each parameter
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -228,12 +228,12 @@ def has_gradients(optimizer: Optimizer) -> bool:
 
 
 def uses_gradients_at_once(parameter: Tensor) -> bool:
-    """Whether something sees a parameter's gradient as it arrives in backward: to take a step, or only to look."""
+    """Return whether a hook sees a parameter's gradient during backward, be it to step or only to look."""
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None)) or hasattr(parameter, _IN_BACKWARD)
 
 
 def steps_in_backward(parameter: Tensor) -> bool:
-    """Whether an optimizer steps as soon as a parameter's gradient arrives, as far as its hooks show it."""
+    """Return whether an optimizer steps when a parameter's gradient arrives, as far as its hooks show it."""
     hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
     return hasattr(parameter, _IN_BACKWARD) or any(_holds_optimizer(hook) for hook in hooks.values())
 
@@ -242,7 +242,7 @@ _IN_BACKWARD = "_in_backward_optimizers"  # set by torch.distributed.optim
 
 
 def _holds_optimizer(hook: Any) -> bool:
-    """Whether a hook has an optimizer at hand: in its closure, its arguments or the object it is a method of."""
+    """Return whether a hook refers to an optimizer: in its closure, arguments, or the object that it is a method of."""
     held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if not _is_empty(cell)]
     held += [*getattr(hook, "args", ()), *getattr(hook, "keywords", {}).values()]  # functools.partial
     held += [*(getattr(hook, "__defaults__", None) or ()), getattr(hook, "__self__", None), getattr(hook, "func", None)]

@@ -1,4 +1,4 @@
-"""An optimizer's groups regrouped by ratio, for the time of one step."""
+"""Regroup an optimizer's parameters by ratio for the duration of one step."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -13,22 +13,22 @@ _Bucket = tuple[float, list[Tensor]]
 
 
 class GroupViews:
-    """Puts groups with scaled rates in the place of an optimizer's own, and its own back.
+    """Replaces an optimizer's groups by views with scaled rates, and restores them.
 
     Args:
-        optimizer: Whose ``param_groups``.
+        optimizer: The owner of the ``param_groups``.
         scale_weight_decay: Whether decoupled weight decay scales with the rate; else it is divided by the ratio.
 
-    Cost: a few dictionaries a group, and where the rate is a tensor two calls of its device a step.
+    Cost: a few dictionaries per group; where the rate is a tensor, two device calls per step.
     """
 
     def __init__(self, optimizer: Optimizer, scale_weight_decay: bool) -> None:
-        """The groups are the optimizer's own."""
+        """Leave the optimizer's own groups in place."""
         self._optimizer, self._scale_weight_decay = optimizer, scale_weight_decay
         self._original: list[dict[str, Any]] | None = None
-        # What stands in for which group: the view, what was in it, the group, and factors on its entries.
+        # The view, what was put into it, the group it stands for, and the factors on its entries.
         self._views: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, float]]] = []
-        self._ratios: list[float] | None = None  # what the buckets were made for
+        self._ratios: list[float] | None = None  # those of the buckets
         self._members: list[list[Tensor]] = []
         self._buckets: list[list[_Bucket]] = []
         self._rates: dict[tuple[int, int], Tensor] = {}  # tensor rates must stay the same objects
@@ -44,7 +44,7 @@ class GroupViews:
         return self._original if self._original is not None else self._optimizer.param_groups
 
     def enter(self, ratios: NDArray[Any]) -> None:
-        """Show the optimizer its groups with scaled rates; with ratios of 1 only there is no view.
+        """Replace the groups by views with scaled rates; if all ratios are 1, do nothing.
 
         Args:
             ratios: The factor on the rate of each parameter ``[P]``, in the order of the groups.
@@ -82,7 +82,7 @@ class GroupViews:
         self._original, self._views = None, []
 
     def recover(self) -> None:
-        """The same after a step that raised: what changed since, the user did, to groups and to their number."""
+        """Put the original groups back after a step that raised; changes since then are the user's and are kept."""
         if self._original is None:
             return
         views = {id(view) for view, *_ in self._views}
@@ -92,7 +92,7 @@ class GroupViews:
         self._optimizer.param_groups.extend(joined)
 
     def _sort(self, groups: Sequence[Mapping[str, Any]], ratios: list[float]) -> None:
-        """The parameters of each group by ratio: those that share one stay together, so that foreach stays fast."""
+        """Sort the parameters of each group by ratio. Those of one ratio stay together, so that foreach stays fast."""
         members = [group["params"] for group in groups]
         known = self._members
         if ratios == self._ratios and len(members) == len(known) and all(map(are_same, members, known)):
@@ -108,7 +108,7 @@ class GroupViews:
 
     @torch.no_grad()
     def _scale_tensor_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Rates that are tensors (capturable, compiled), times the ratios, in the objects of the steps before."""
+        """Scale rates that are tensors (capturable, compiled), in the same tensor objects at every step."""
         keys = [
             (place, at)
             for place, (group, buckets) in enumerate(zip(groups, self._buckets, strict=True))

@@ -210,7 +210,7 @@ class GradientReader:
         if self._pending is None:
             try:
                 self._pending = self._measure(scale, dual, scale if local_scale is None else local_scale, window)
-            except Exception:
+            except Exception:  # whatever it was, other processes must not wait
                 self.give_up_ranks()
                 raise
         elif dual and not self._pending.has_dual:

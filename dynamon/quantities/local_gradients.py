@@ -59,7 +59,7 @@ class LocalGradients:
             for index, layer in enumerate(self._layers):
                 if layer.parameter.requires_grad:
                     self._handles.append(layer.parameter.register_post_accumulate_grad_hook(self._keeper(index)))
-        except Exception as error:
+        except Exception as error:  # told at the reduction, where all processes hear of it
             self._error = error
 
     def close(self) -> None:

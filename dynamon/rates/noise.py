@@ -1,4 +1,4 @@
-"""Smaller steps where gradients are noisier."""
+"""Reduce learning rates where gradients are noisier."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,57 +20,72 @@ _REFERENCES = ("quietest", "mean")
 class NoiseAdaptiveRates(Rule):
     r"""LANTON-style rates: layers with noisier gradients take smaller steps.
 
-    With H the noise of a layer (:class:`dynamon.quantities.noise.NoiseEstimator`), divided by what its shape alone
-    would give, within each group of layers
+    With H the noise of a layer (:class:`dynamon.quantities.noise.NoiseEstimator`), divided by that of i.i.d. noise of
+    its shape, within each group of layers
 
     .. math:: r_l = \left(\frac{a^2 + H_{min}}{a^2 + H_l}\right)^{1/4}, \qquad
               a^2 = \alpha^2\, \mathrm{median}(H), \qquad r_l \ge \mathrm{floor}.
 
-    The quietest layer of a group keeps the base rate, the others go below it: for :math:`H \gg a^2` this is
+    The quietest layer of a group keeps the base rate, the others get less: for :math:`H \gg a^2` this is
     :math:`\sqrt{\sigma_{min} / \sigma_l}` in the noise :math:`\sigma = \sqrt H`, 0.32 at ten times the noise and 0.1 at
     a hundred times. A layer with less than a thousandth of the group's median noise (a bias before BatchNorm) keeps the
-    base rate and is no yardstick for the others; so does one without a reading, and one that is alone in its group, and
-    one whose differences are no noise (:attr:`dynamon.quantities.noise.NoiseEstimator.is_noise`): rounding, or, of
-    successive gradients, a change that goes on or swings because the weights move, as in full-batch training. At the
-    first update the latter cannot be told.
+    base rate and is not a reference for the others. So does one without a reading, one that is alone in its group, and
+    one whose differences are not noise (:attr:`dynamon.quantities.noise.NoiseEstimator.is_noise`): rounding, or,
+    between successive gradients, a drift or oscillation because the weights move, as in full-batch training. At the
+    first update the latter cannot be detected.
 
     Args:
-        alpha: Noise floor relative to the group's median noise. The paper's is absolute; relative, ratios do
-            not depend on the scale of the loss. Larger values pull ratios to 1.
+        alpha: Noise floor relative to the group's median noise, so that ratios do not depend on the scale of the loss;
+            the paper's is absolute. Larger values pull ratios to 1.
         beta2: Decay of the noise average.
         group_by: ``"role"``: layers of one role are compared with each other, as the paper does by norm;
             ``"role_and_shape"``: only layers of one shape; ``"all"``: everything with everything.
-        normalize_shape: Divide the noise by the dual norm of i.i.d. noise of the layer's shape. The paper does
-            not say; without it a matrix of four times the entries gets half the rate from its shape alone.
+        normalize_shape: Divide the noise by the dual norm of i.i.d. noise of the layer's shape. The paper does not say.
+            Without it, a matrix of four times the entries gets half the rate from its shape alone.
         floor: Smallest ratio, in (0, 1].
-        warmup: Noise updates before steering begins; ratios then go over from 1 in as many updates again.
-        exponent: Power of the quotient of two H, 1/4 as published: the square root of the quotient of two noises
+        warmup: Noise updates before steering begins; ratios then move from 1 to the rule's in as many updates.
+        exponent: Power of the ratio of two H, 1/4 as published: the square root of the ratio of two noises
             :math:`\sigma`. 1/2 makes the rate inversely proportional to :math:`\sigma`.
         relative_to: ``"quietest"`` as published, or ``"mean"``: the geometric mean of :math:`a^2 + H` in the group
-            takes the place of :math:`a^2 + H_{min}`, so that the geometric mean of the group's ratios is 1, unless
-            floor or cap cut one off. Half of the layers then go above the base rate.
-        cap: Largest ratio, at least 1; it can only be reached under ``relative_to="mean"``.
-        dead_band: Relative change of a layer's ratio that is too small to act on: the ratio in force stays, to the
-            bit, until the rule's is further from it than this. So rates do not follow the jitter of the noise, and a
-            layer that stays this close to 1 keeps the base rate exactly.
-        refresh: Noise updates between two changes of the ratios in force. Above 1 a change is spread linearly over
-            the first half of the time until the next one.
-        source: What the noise is the difference of: ``"successive"`` gradients, as published in practice, which count
-            the change of the mean gradient as noise, or ``"independent"`` ones (the paper's second option): those of
-            the processes under DDP, or two parts of one accumulation window. Outside Lightning that takes a call of
-            :meth:`dynamon.optim.LayerwiseRates.watch_ranks` before each step's first backward pass, or of
-            :meth:`dynamon.optim.LayerwiseRates.observe_part` in each window. Without either ratios stay 1.
-        bias_correction: Divide the noise average by the weight of what it has seen. It cancels in the ratios of
-            layers that have been seen equally often, because the noise floor is relative; without it a layer that
-            joined late or has few gradients passes for quiet.
+            replaces :math:`a^2 + H_{min}`, so that the geometric mean of the group's ratios is 1, unless floor or cap
+            limit one. About half of the layers then exceed the base rate.
+        cap: Largest ratio, at least 1; only reachable with ``relative_to="mean"``.
+        dead_band: Relative change of a ratio that is ignored: the ratio in force stays, bitwise, until the rule's
+            differs by more. So rates do not follow the jitter of the noise, and a layer within this of 1 keeps the base
+            rate exactly.
+        refresh: Noise updates between two changes of the ratios in force. Above 1, a change is spread linearly over the
+            first half of that interval.
+        source: Which gradients are subtracted: ``"successive"`` ones, as published in practice, which count the change
+            of the mean gradient as noise, or ``"independent"`` ones (the paper's second option): those of the processes
+            under DDP, or two parts of one accumulation window. Outside Lightning, call
+            :meth:`dynamon.optim.LayerwiseRates.watch_ranks` before each step's first backward pass, or
+            :meth:`dynamon.optim.LayerwiseRates.observe_part` in each window. Without either, ratios stay 1.
+        bias_correction: Divide the noise average by its total weight. That cancels in the ratios of layers that have
+            been read equally often, because the noise floor is relative. Without it, a layer that joined late or has
+            few gradients appears quiet.
 
     Raises:
         ValueError: Naming the argument that is out of range.
 
-    Cost: nothing on the device beyond the readings; for L layers a few operations on arrays ``[L]`` a step.
+    Cost: nothing on the device beyond the readings; for L layers a few operations on arrays ``[L]`` per step.
 
-    Reference: Hao et al., arXiv 2510.14009. Its code is not public, and the exponents are put together from
-    secondary sources and a sibling paper (2509.15399). Reference, cap, dead band and refresh are ours.
+    Example:
+        >>> import torch
+        >>> from dynamon.optim import LayerwiseRates
+        >>> from dynamon.rates import NoiseAdaptiveRates
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(floor=0.2, warmup=2, group_by="all"), model)
+        >>> for step in range(6):
+        ...     optimizer.zero_grad()
+        ...     inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        ...     model(inputs).square().mean().backward()
+        ...     optimizer.step()
+        >>> max(rates.ratios.values()), min(rates.ratios.values()) >= 0.2
+        (1.0, True)
+
+    Reference: Hao et al., arXiv 2510.14009. Its code is not public; the exponents are inferred from secondary sources
+    and a related paper (2509.15399). ``relative_to``, cap, dead band and refresh are additions.
     """
 
     needs_gradients = True
@@ -122,7 +137,7 @@ class NoiseAdaptiveRates(Rule):
         self.source, self.updates = source, 0
 
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
-        """Form the groups and the shape factors."""
+        """Form the groups and compute the shape factors."""
         super().start(layers, norms)
         names = [layer.name for layer in layers]
         self.noise = NoiseEstimator(names, self.beta2, self.source)
@@ -153,8 +168,8 @@ class NoiseAdaptiveRates(Rule):
         there = (noise > 0) & self.noise.is_noise
         self._target = np.ones(len(self.layers))
         for group in self._groups:
-            # A layer without a gradient, or with nothing but rounding in it (a bias before BatchNorm), has no noise
-            # to be compared by: it keeps the base rate and is no yardstick for the others.
+            # A layer without a gradient, or with rounding only (a bias before BatchNorm), keeps the base rate and is
+            # not a reference for the others.
             known = group[there[group]]
             if len(known):
                 known = known[noise[known] > _SILENT * _median(noise[known])]
@@ -165,36 +180,36 @@ class NoiseAdaptiveRates(Rule):
                 self._target[known] = ratio.clip(self.floor, self.cap)
 
     def _squared(self) -> NDArray[Any]:
-        """The noise average of each layer, not positive where there is none."""
+        """Return the noise average of each layer, not positive where there is none."""
         assert self.noise is not None
         if self.bias_correction:
             return self.noise.squared
         return self.noise.mean
 
     def _reference(self, floor: float, noise: NDArray[Any]) -> float:
-        """What a layer's noise is compared with."""
+        """Return what a layer's noise is compared with."""
         if self.relative_to == "quietest":
             return floor + float(noise.min())
         middle = _median(floor + noise)  # equal layers, or a single one, then get exactly 1
         return middle * float(np.exp(np.log((floor + noise) / middle).mean()))
 
     def ratios(self) -> NDArray[Any]:
-        """The ratios in force: ones during warm-up, then a geometric transition to the rule's."""
+        """Return the ratios in force: ones during warm-up, then a geometric transition to the rule's."""
         share = (self.updates - self.warmup) / max(self.warmup, 1)
         return np.asarray(self._ramp.ratios() ** float(np.clip(share if self.warmup else 1.0, 0.0, 1.0)))
 
     def bounded(self) -> int:
-        """How many layers sit at floor or cap."""
+        """Return how many layers sit at floor or cap."""
         at_floor = (self._target <= self.floor) & (self.floor < 1)
         return int((at_floor | (self._target >= self.cap) & (self.cap > 1)).sum())
 
     def state_dict(self) -> dict[str, Any]:
-        """Noise averages, the ratios in force and the number of updates."""
+        """Return noise averages, the ratios in force and the number of updates."""
         assert self.noise is not None
         return {"noise": self.noise.state_dict(), "updates": self.updates, "ramp": self._ramp.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         assert self.noise is not None
         self.noise.load_state_dict(state["noise"])
         self.updates = int(state["updates"])
@@ -206,7 +221,7 @@ class NoiseAdaptiveRates(Rule):
 
 
 def _median(values: NDArray[Any]) -> float:
-    """The median of a few finite numbers, without what makes numpy's slow: arrays here are short, and many."""
+    """Compute the median of a few finite numbers, faster than numpy: there are many short arrays."""
     line = np.sort(values)
     middle = len(line) // 2
     return float(line[middle] if len(line) % 2 else (line[middle - 1] + line[middle]) / 2)

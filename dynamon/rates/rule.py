@@ -1,5 +1,6 @@
-"""What a rule is, and the simplest one: ratios by hand."""
+"""The base class of rules, and the simplest rule: fixed ratios."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,18 +18,25 @@ GROUPINGS = ("role", "role_and_shape", "all")
 
 
 class Rule(ABC):
-    """What turns readings into a ratio a layer; :class:`dynamon.optim.LayerwiseRates` applies it.
+    """Turns readings into one learning-rate ratio per layer, which :class:`dynamon.optim.LayerwiseRates` applies.
 
-    A subclass implements :meth:`ratios`, and where it follows the run :meth:`start`, :meth:`begin_step` (for weights)
-    or :meth:`update` (for gradients), and the state.
+    A subclass implements :meth:`ratios`. If it follows the run, it also implements :meth:`start`, :meth:`begin_step`
+    (for weights) or :meth:`update` (for gradients), and the state.
 
     Attributes:
-        needs_gradients: Whether :meth:`update` wants readings; without, no gradient is read.
-        noise: The estimator a panel can show, or None.
-        exact: Whether each layer gets its ratio to the bit, however many groups of parameters that takes in a step.
-            Otherwise :class:`dynamon.optim.LayerwiseRates` brings many different ratios down to few.
-        bounds: Ratios that a layer keeps to the bit in any case, beside 1.
-        layers: The layers, with the weights as they are now in ``layers[i].parameter``.
+        needs_gradients: Whether :meth:`update` needs readings; otherwise no gradient is read.
+        noise: The noise estimator, for display, or None.
+        exact: Whether each layer gets exactly its ratio, however many parameter groups a step then has. Otherwise
+            :class:`dynamon.optim.LayerwiseRates` merges similar ratios.
+        bounds: Ratios that are never merged, besides 1.
+        layers: The layers, with the current weights in ``layers[i].parameter``.
+
+    Example:
+        >>> import numpy as np
+        >>> from dynamon.rates import Rule
+        >>> class SlowEmbeddings(Rule):
+        ...     def ratios(self):
+        ...         return np.array([0.5 if layer.role == "embedding" else 1.0 for layer in self.layers])
     """
 
     needs_gradients = False
@@ -37,78 +45,102 @@ class Rule(ABC):
     bounds: tuple[float, ...] = ()
 
     def check(self, layers: Sequence[Layer]) -> None:
-        """Raise ValueError where the rule does not fit a model's layers, those of other optimizers included."""
+        """Raise ValueError if the rule does not fit a model's layers, those of other optimizers included."""
 
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
-        """Learn which layers the optimizer holds, and the update norm of each."""
+        """Receive the layers that the optimizer holds, and the update norm of each."""
         self.layers = list(layers)
 
     def begin_step(self) -> None:
-        """An optimizer step is about to be taken, from the weights in :attr:`layers`; called once a step."""
+        """Prepare for an optimizer step from the weights in :attr:`layers`; called once per step."""
 
     def update(self, readings: GradientReadings) -> None:
-        """Take in the readings of one step."""
+        """Process the readings of one step."""
 
     @abstractmethod
     def ratios(self) -> NDArray[Any]:
-        """The factor on the learning rate of each layer, ``[L]``."""
+        """Return the factor on the learning rate of each layer, ``[L]``."""
 
     def bounded(self) -> int:
-        """How many layers sit at a bound of the rule."""
+        """Return how many layers sit at a bound of the rule."""
         return 0
 
+    def __repr__(self) -> str:
+        """Show the arguments that differ from their defaults."""
+        known = inspect.signature(type(self)).parameters.values()
+        given = [(p.name, getattr(self, p.name)) for p in known if p.name in vars(self)]
+        defaults = {p.name: p.default for p in known}
+        shown = ", ".join(f"{name}={value!r}" for name, value in given if value != defaults[name])
+        return f"{type(self).__name__}({shown})"
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain numbers by parameter name."""
+        """Return what a resumed run needs, as plain numbers by parameter name."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
 
 
 class FixedRates(Rule):
-    """Constant ratios by layer name, role or glob, applied as they are given.
+    """Constant ratios by layer name, role or glob, never merged.
 
     Args:
-        ratios: Ratio by parameter name, glob on names (``"blocks.*.attn.*"``) or ``"role:embedding"``; the
-            first key that matches a layer counts, layers that none matches keep 1.
+        ratios: Ratio by parameter name, glob on names (``"blocks.*.attn.*"``) or ``"role:embedding"``. The first key
+            that matches a layer counts. Layers that no key matches have ratio 1.
 
     Raises:
-        ValueError: If a ratio is not a positive finite number, or, when steering begins, if a key matches no layer.
+        TypeError: If ``ratios`` is not a mapping.
+        ValueError: If a ratio is not positive and finite, or, when steering begins, if a key matches no layer.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.optim import LayerwiseRates
+        >>> from dynamon.rates import FixedRates
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> LayerwiseRates(optimizer, FixedRates({"role:embedding": 0.1, "*.bias": 2.0}), model).ratios
+        {'0.weight': 0.1, '1.weight': 1.0, '1.bias': 2.0}
     """
 
     exact = True
 
     def __init__(self, ratios: Mapping[str, float]) -> None:
         """Check the ratios."""
+        if not isinstance(ratios, Mapping):
+            raise TypeError(f"ratios must be a mapping from names to numbers, got {type(ratios).__name__}.")
         for key, ratio in ratios.items():
             if not (0 < ratio < float("inf")):
                 raise ValueError(f"the ratio for {key!r} must be positive and finite, got {ratio}.")
         self._by_key = dict(ratios)
 
+    def __repr__(self) -> str:
+        """Show the ratios by key."""
+        return f"FixedRates({self._by_key})"
+
     def check(self, layers: Sequence[Layer]) -> None:
-        """Every key must match a layer of the model."""
+        """Raise ValueError if a key matches no layer of the model."""
         for key in self._by_key:
             if not any(_matches(layer, key) for layer in layers):
                 raise ValueError(f"FixedRates: {key!r} matches no layer; print(describe_layers(model)) lists them.")
 
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
-        """Match the keys, once."""
+        """Match the keys."""
         super().start(layers, norms)
         self._ratios = np.array(
             [next((r for key, r in self._by_key.items() if _matches(layer, key)), 1.0) for layer in layers]
         )
 
     def ratios(self) -> NDArray[Any]:
-        """The matched ratios."""
+        """Return the matched ratios."""
         return self._ratios
 
 
 def group_indices(layers: Sequence[Layer], norms: Sequence[Norm], group_by: str) -> list[NDArray[Any]]:
-    """Which layers are compared with each other: the indices of each group.
+    """Group the layers that are compared with each other, and return the indices of each group.
 
     Args:
         layers: L layers.
-        norms: The update norm of each; layers of one role and different norms are not compared by role.
+        norms: The update norm of each. By role, layers with different norms are not compared.
         group_by: One of ``GROUPINGS``.
     """
     keys = [_group_key(layer, norm, group_by) for layer, norm in zip(layers, norms, strict=True)]
@@ -116,7 +148,7 @@ def group_indices(layers: Sequence[Layer], norms: Sequence[Norm], group_by: str)
 
 
 def check_grouping(group_by: str) -> None:
-    """Raise ValueError for a grouping that does not exist."""
+    """Raise ValueError for an unknown grouping."""
     if group_by not in GROUPINGS:
         raise ValueError(f"group_by must be one of {GROUPINGS}, got {group_by!r}.")
 

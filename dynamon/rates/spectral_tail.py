@@ -1,4 +1,4 @@
-"""Larger steps where the spectrum of the weights has a lighter tail."""
+"""Increase learning rates where the spectrum of the weights has a lighter tail."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from dynamon.rates.rule import Rule, check_grouping, group_indices
 
 
 class SpectralTailRates(Rule):
-    r"""Layers whose spectrum has a heavier tail take smaller steps.
+    r"""Smaller steps for layers whose spectrum has a heavier tail.
 
-    The eigenvalues of a layer's Gram matrix fall off like :math:`\lambda^{-\alpha}` in their tail
-    (:func:`dynamon.spectra.power_law.power_law`). Training builds that tail up: a small exponent, a heavy tail, is
-    taken for a layer that has learned much, a large one for a layer that lags behind and may take larger steps. Within
-    a group
+    The tail of the eigenvalues of a layer's Gram matrix decays like :math:`\lambda^{-\alpha}`
+    (:func:`dynamon.spectra.power_law.power_law`). The tail builds up during training: a small exponent, a heavy tail,
+    is taken to mean a layer that has learned much, a large one a layer that lags behind and may take larger steps.
+    Within a group
 
     .. math:: r_l = \mathrm{low} + (\mathrm{high} - \mathrm{low})
               \frac{\alpha_l - \alpha_{min}}{\alpha_{max} - \alpha_{min}}.
@@ -28,25 +28,25 @@ class SpectralTailRates(Rule):
     which fewer than two exponents differ keep the base rate. Only weights are read, never gradients.
 
     Args:
-        low: Ratio of the smallest exponent of a group, positive. TempBalance has 0.5, LLR 1.
-        high: Ratio of the largest, at least ``low``. TempBalance has 1.5, LLR 3 to 5.
+        low: Ratio at the smallest exponent of a group, positive. TempBalance uses 0.5, LLR 1.
+        high: Ratio at the largest, at least ``low``. TempBalance uses 1.5, LLR 3 to 5.
         group_by: ``"all"`` as published: all matrices are compared; ``"role"``: those of one role;
             ``"role_and_shape"``: those of one role and shape.
-        refresh: Steps between two readings of the spectra; the first comes after as many steps.
-        ramp: Steps over which ratios go over linearly to the new ones, at most ``refresh``.
+        refresh: Steps between two readings of the spectra; the first is after as many steps.
+        ramp: Steps over which ratios move linearly to new ones, at most ``refresh``.
 
     Attributes:
-        exponents: The exponents of the last reading by layer name, those that were found.
+        exponents: The exponents of the last reading by layer name, where one was found.
 
     Raises:
         ValueError: Naming the argument that is out of range.
 
-    Cost: every ``refresh`` steps the eigenvalues of one Gram matrix a layer, which wait for the device: as
+    Cost: every ``refresh`` steps the eigenvalues of one Gram matrix per layer, which wait for the device: as
     :func:`dynamon.spectra.weight_spectrum`.
 
-    References: Zhou et al. (TempBalance), NeurIPS 2023, arXiv 2312.00359; LLR, arXiv 2605.22297, whose intervals these
-    are. Both take a Hill estimate over a fixed part of the spectrum, which gives a number for every matrix; the fit
-    here chooses where the tail begins and says where there is none.
+    References: Zhou et al. (TempBalance), NeurIPS 2023, arXiv 2312.00359; LLR, arXiv 2605.22297, the source of
+    these intervals. Both use a Hill estimate over a fixed part of the spectrum, which gives a number for every matrix;
+    the fit here chooses where the tail begins, and reports where there is none.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SpectralTailRates(Rule):
         self._ramp = Ramp([layer.name for layer in layers], self.ramp)
 
     def begin_step(self) -> None:
-        """Read the spectra when it is time, else go on towards the ratios of the last reading."""
+        """Read the spectra when they are due, else move on towards the ratios of the last reading."""
         self._ramp.advance()
         if self.steps and self.steps % self.refresh == 0:
             self.exponents = self._read()
@@ -82,7 +82,7 @@ class SpectralTailRates(Rule):
         self.steps += 1
 
     def _read(self) -> dict[str, float]:
-        """The exponents by layer name, where there are any."""
+        """Return the exponents by layer name, where there are any."""
         names, spectra = layer_spectra([layer for layer in self.layers if layer.parameter.requires_grad])
         values = [] if spectra is None else spectra.tail_exponent.tolist()
         return {name: value for name, value in zip(names, values, strict=True) if np.isfinite(value)}
@@ -99,14 +99,14 @@ class SpectralTailRates(Rule):
         return goals
 
     def ratios(self) -> NDArray[Any]:
-        """The ratios in force, on their way to those of the last reading."""
+        """Return the ratios in force, which move towards those of the last reading."""
         return self._ramp.ratios()
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps taken, the exponents and the ratios in force."""
+        """Return the number of steps, the exponents and the ratios in force."""
         return {"steps": self.steps, "exponents": dict(self.exponents), "ramp": self._ramp.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         self.steps, self.exponents = int(state["steps"]), dict(state["exponents"])
         self._ramp.load_state_dict(state["ramp"], min(self.low, 1.0), max(self.high, 1.0))

@@ -11,20 +11,15 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn.functional import cross_entropy
 
-from dynamon.callbacks import (
-    DynamicsMonitor,
-    GradientMonitor,
-    NoiseAdaptiveLR,
-    SharpnessMonitor,
-    WeightMonitor,
-)
-from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.curvature import HessianOperator
 from dynamon.curvature.solvers import lanczos
 from dynamon.distributed import work_sharing
 from dynamon.isolation.samples import Part
-from dynamon.monitoring import eigenvalues, monitor, weights
+from dynamon.monitoring import eigenvalues, monitor
+from dynamon.monitoring import weight_meter as weights
 from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.quantities import gradient_reader, gradient_statistics
 from tests.helpers import Classifier, mlp
 from tests.ranks import Breaks, fit_ranks, loader, rank

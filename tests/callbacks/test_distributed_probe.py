@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from dynamon.callbacks import SharpnessMonitor, probe
+from dynamon.callbacks import SharpnessMonitor
+from dynamon.monitoring import probe
 from tests.helpers import Classifier
 from tests.models import dense_hessian
 from tests.processes import dist_rank, fit_here, in_processes, same, small, values

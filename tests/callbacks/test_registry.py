@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynamon.callbacks import GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.quantities import REGISTRY, Condition
 from dynamon.rates import FixedRates
 from tests.helpers import Classifier, batches, cnn, fit, mlp

@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, WeightMonitor
+from dynamon.callbacks.lightning.loop import TrainerLoop
 from dynamon.distributed import work_sharing as dealing
-from dynamon.monitoring.base import off_reason
 from dynamon.optim import Lanton
 from dynamon.quantities import dual_norms, gradient_statistics, weights
 from dynamon.quantities.gradient_reader import GradientReader
@@ -114,9 +114,9 @@ def test_under_a_budget_the_first_process_decides(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_strategies_that_hide_their_parameters_say_what_to_take_instead(name: str) -> None:
     strategy = type("Own" + name, (type(name, (), {}),), {})()
-    reason = off_reason(SimpleNamespace(strategy=strategy), mlp())
+    reason = TrainerLoop(SimpleNamespace(strategy=strategy), mlp()).off_reason()
     assert reason is not None and reason.startswith(f"Own{name} ") and "ModelParallelStrategy" in reason
-    assert off_reason(SimpleNamespace(strategy=ModelParallelStrategy()), mlp()) is None
+    assert TrainerLoop(SimpleNamespace(strategy=ModelParallelStrategy()), mlp()).off_reason() is None
 
 
 # One reduction before the step and one after it, for what is clipped in between. Of two matrices the head's norm by

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.monitoring.memory_plan import _why_no_differences
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.models import dense_hessian
 from tests.processes import Sharded, dist_rank, fit_here, in_processes, same, small, values
 from tests.ranks import regression
@@ -111,8 +111,8 @@ def resumed(folder: Path, limit: dict[str, float]) -> tuple[dict[str, Any], dict
     return whole, fit_here(Sharded(small()), [callback()], steps=10, ckpt_path=path)
 
 
-def fits(folder: Path) -> dict[str, Any]:
-    """Every fit of this file, in one fork."""
+def fits() -> dict[str, Any]:
+    """Every fit of this file but the resumed ones, in one fork."""
     found = {f"plain {steps}": fit_here(Sharded(small()), [], steps=steps) for steps in (4, 6)}
     for name, limit, quantities in (("gathered", GATHERED, QUANTITIES), ("shards", DEALT_OUT, IN_SHARDS)):
         found[name] = fit_here(Sharded(small()), [monitor(3, quantities, **limit)], steps=4)
@@ -129,15 +129,12 @@ def fits(folder: Path) -> dict[str, Any]:
     callback = monitor(1, ["hessian", "directional", "critical"], tol=1e-2)
     found["rounded"] = fit_here(rounded(), [callback], steps=3)
     found["neither"] = fit_here(rounded(), [monitor(1, ["hessian"], **copies(1))], steps=3)
-    for name, limit in (("gathered", GATHERED), ("shards", DEALT_OUT)):
-        found[f"{name} whole run"], found[f"{name} resumed"] = resumed(folder / name, limit)
     return found
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("fits")
-    return in_processes(folder, partial(fits, folder))
+    return in_processes(tmp_path_factory.mktemp("fits"), fits)
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +221,11 @@ def test_what_is_done_about_memory_is_said_once(both) -> None:
     assert "sharpness/hessian_max" not in both[0]["neither"]["tables"]
 
 
-@pytest.mark.parametrize("name", ["gathered", "shards"])
-def test_a_resumed_run_measures_what_the_whole_one_did(both, name: str) -> None:
+@pytest.mark.parametrize("name", [pytest.param("gathered", marks=pytest.mark.slow), "shards"])
+def test_a_resumed_run_measures_what_the_whole_one_did(tmp_path: Path, name: str) -> None:
     """Bitwise, but for eigenvalues of shards, whose vectors are not saved: they agree within the tolerance."""
-    for found in both:
-        whole, rest = found[f"{name} whole run"], found[f"{name} resumed"]
+    limit = {"gathered": GATHERED, "shards": DEALT_OUT}[name]
+    for whole, rest in in_processes(tmp_path, partial(resumed, tmp_path, limit)):
         assert same(whole, rest) and rest["failures"] == 0
         for tag in ("hessian_max", "stability_ratio", "directional", "batch", "probe_loss"):
             before, after = values(whole, f"sharpness/{tag}")[-2:], values(rest, f"sharpness/{tag}")
@@ -245,6 +242,6 @@ def test_mixed_precision_rounds_products_but_not_steps(both, one) -> None:
 def test_differences_need_every_trained_parameter_sharded() -> None:
     """A vector's part on each process would hold a whole parameter as often as there are processes."""
     module = small()
-    run = SimpleNamespace(module=module, trainer=SimpleNamespace(precision="64-true"))
+    run = SimpleNamespace(module=module, loop=SimpleNamespace(precision="64-true"))
     assert _why_no_differences(run, list(module.parameters())) == "4 trained parameters are not sharded"
     assert _why_no_differences(run, []) is None

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_atte
 from torch.utils.data import DataLoader, Dataset
 
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import GGNOperator, HessianOperator, top_eigenvalues
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.helpers import Classifier, batches, cnn, fit, mlp, same_weights
 
 SGD = torch.optim.SGD

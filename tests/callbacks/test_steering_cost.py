@@ -14,8 +14,8 @@ from torch import nn
 
 import dynamon
 from dynamon.callbacks import LayerwiseLR, NoiseAdaptiveLR
+from dynamon.callbacks.lightning.loop import TrainerLoop
 from dynamon.kernels import GradientStats
-from dynamon.monitoring.base import off_reason
 from dynamon.optim import LayerwiseRates
 from dynamon.quantities.readings import GradientReadings, PendingReadings
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
@@ -172,5 +172,5 @@ def test_monitor_and_steering_are_one_sentence_on_several_devices() -> None:
 
     model = network()
     model[2].weight = nn.Parameter(model[2].weight.detach().to("meta"))
-    reason = off_reason(SimpleNamespace(strategy=object()), Classifier(model))
+    reason = TrainerLoop(SimpleNamespace(strategy=object()), Classifier(model)).off_reason()
     assert reason == "the model's parameters are on cpu and meta, and gradients are read on one device."

@@ -19,9 +19,9 @@ from dynamon.callbacks import (
     SharpnessMonitor,
     WeightMonitor,
 )
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.layers import describe_layers
 from dynamon.monitoring.recorder import layer_tag
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.quantities import REGISTRY, Condition, quantities_of
 from tests.helpers import Classifier, documented, fit, mlp
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.nn.functional import cross_entropy
 
+import dynamon
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, SharpnessMonitor, WeightMonitor
 from dynamon.layers import describe_layers
 from dynamon.rates import FixedRates
@@ -237,3 +238,15 @@ def test_signal_to_noise_of_an_accumulated_run() -> None:
     if square.sum() > variance.sum():
         expected = variance.sum() / (square.sum() - variance.sum())
         assert monitor.history["noise/scale"].values[-1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_kurtosis_of_a_run_and_of_measure() -> None:
+    module, monitor = Classifier(mlp()), WeightMonitor(every_n_steps=1, strict=True)
+    fit(module, [monitor], steps=3)
+    series = monitor.history["weight/kurtosis"]
+    weights = {name: p.detach().double() / p.detach().abs().max() for name, p in module.named_parameters()}
+    expected = {name: float(w.pow(4).mean() / w.square().mean() ** 2) for name, w in weights.items()}
+    np.testing.assert_allclose(series.values[-1], [expected[name] for name in series.layers], rtol=1e-6)
+    found = dynamon.measure(module, next(iter(batches())), loss_fn=lambda m, b: cross_entropy(m.network(b[0]), b[1]))
+    assert found["weight/kurtosis"] == pytest.approx(expected, rel=1e-6)
+    assert "kurtosis of the weights across layers" in monitor.panels["4 Weights"]

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, SharpnessMonitor
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import EigenTracker, top_eigenvalues
 from dynamon.isolation.batches import batch_weight, clone, items_of
 from dynamon.isolation.samples import count_samples, take_samples
 from dynamon.isolation.saved_batches import UnknownClassError, pack_batch, unpack_batch
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.helpers import Classifier, batches, cnn, fit
 from tests.models import dense_hessian
 

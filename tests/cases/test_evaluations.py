@@ -829,7 +829,7 @@ def test_every_reading_has_a_deterministic_implementation(preset):
 @pytest.mark.parametrize("at", [1, 2, 10**9])
 def test_a_full_spectrum_that_fails_leaves_the_plain_reading_alone(monkeypatch, at):
     """It fails ``at`` times: counted by itself, paused by itself after three in a row."""
-    from dynamon.callbacks import weights
+    from dynamon.monitoring import weight_meter as weights
 
     calls, real = [], weights.layer_spectra
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, WeightMonitor
+from dynamon.callbacks.lightning.loop import TrainerLoop
 from dynamon.cli import main
 from dynamon.health import findings, judged_loss
 from dynamon.norms.geometry import geometry_assumption, optimizer_family, optimizer_geometry
@@ -101,10 +102,8 @@ def test_the_logged_loss_is_the_one_returned(kind, window, settings):
 
 
 def test_steps_that_measure_nothing_read_no_loss(monkeypatch):
-    import dynamon.monitoring.health_watch as health
-
     read = []
-    monkeypatch.setattr(health, "returned_loss", lambda *_: read.append(0))
+    monkeypatch.setattr(TrainerLoop, "loss_of", lambda *_: read.append(0))
     fit(Classifier(mlp()), [GradientMonitor(every_n_steps=5)], steps=20, max_epochs=-1)
     assert len(read) == 4
 
@@ -274,7 +273,7 @@ def test_what_is_assumed_is_said_once(caplog):
     with caplog.at_level(logging.INFO):
         callbacks = [GradientMonitor(every_n_steps=1), NoiseAdaptiveLR(warmup=0)]
         fit(Classifier(mlp(), lambda p: Unheard(p, lr=0.1)), callbacks, steps=4)
-    assert len([r for r in caplog.records if "Unheard is taken to descend in 'euclidean' geometry" in r.message]) == 1
+    assert len([r for r in caplog.records if "Unheard is assumed to descend in 'euclidean' geometry" in r.message]) == 1
     caplog.clear()
     with caplog.at_level(logging.INFO):
         fit(Classifier(mlp(), lambda p: torch.optim.SGD(p, lr=0.1)), [GradientMonitor(every_n_steps=1)], steps=4)

@@ -345,7 +345,7 @@ def test_callbacks_can_be_copied_at_any_time(kind: str, way: Any) -> None:
 def test_monitors_say_one_overhead_and_one_number_of_failures(tmp_path: Any, monkeypatch: Any) -> None:
     logger = TensorBoardLogger(tmp_path)
     monitors = [GradientMonitor(every_n_steps=4), WeightMonitor(every_n_steps=4), SharpnessMonitor(every_n_steps=4)]
-    monkeypatch.setattr("dynamon.monitoring.weights.weight_readings", lambda *_: 1 / 0)
+    monkeypatch.setattr("dynamon.monitoring.weight_meter.weight_readings", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="the weight measurement failed"):
         train(monitors, epochs=1, logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()

@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader
 
 from dynamon import measure
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
-from dynamon.callbacks.dynamics import PRESETS
-from dynamon.callbacks.sharpness import QUANTITIES
 from dynamon.curvature import (
     GGNOperator,
     HessianOperator,
@@ -35,6 +33,8 @@ from dynamon.curvature import (
 from dynamon.distributed.ranks import Ranks
 from dynamon.isolation.preserve import preserve_state
 from dynamon.kernels import nuclear_norm, widest_dtype
+from dynamon.monitoring.dynamics_monitor import PRESETS
+from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.norms import get_norm
 from dynamon.optim import Lanton, LayerwiseRates
@@ -360,7 +360,7 @@ class Waits(TorchDispatchMode):
 def test_whether_a_step_moved_anything_is_read_once(steps: list[float]) -> None:
     cpu = torch.device("cpu")
     meter: Any = SimpleNamespace(_update={str(i): torch.full((2, 3), step) for i, step in enumerate(steps)})
-    run: Any = SimpleNamespace(ranks=Ranks(cpu, alone=True), module=SimpleNamespace(device=cpu))
+    run: Any = SimpleNamespace(ranks=Ranks(cpu, alone=True), device=cpu)
     with Waits() as waits:
         moved = UpdateCurvatureMeter._has_moved(meter, run)
     assert moved == any(step != 0 for step in steps)

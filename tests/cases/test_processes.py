@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.distributed.ranks import Ranks
-from dynamon.monitoring import gradients as gradients_module
-from dynamon.monitoring import weights as weights_module
+from dynamon.monitoring import gradient_meter as gradients_module
+from dynamon.monitoring import weight_meter as weights_module
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.quantities.trends import Trends
 from tests.helpers import Classifier, mlp

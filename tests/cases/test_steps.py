@@ -590,7 +590,7 @@ def test_what_fails_for_a_while_comes_back() -> None:
 
 
 def test_rests_grow(monkeypatch) -> None:
-    from dynamon.callbacks import weights
+    from dynamon.monitoring import weight_meter as weights
 
     tried: list[int] = []
 
@@ -607,7 +607,7 @@ def test_rests_grow(monkeypatch) -> None:
 
 
 def test_a_comparison_does_not_bridge_a_rest(monkeypatch) -> None:
-    from dynamon.callbacks import gradients as module
+    from dynamon.monitoring import gradient_meter as module
 
     real, monitor = module._to_host, GradientMonitor(every_n_steps=1)
 

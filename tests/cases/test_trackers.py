@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor
+from dynamon.callbacks.lightning.loggers import mlflow_name
 from dynamon.isolation.trackers import mute_trackers
-from dynamon.monitoring.writers import mlflow_name
 from dynamon.rates import FixedRates
 from dynamon.runs import read_run
 from tests.helpers import Classifier, batches, fit, mlp
@@ -89,7 +89,7 @@ def test_one_overhead_a_step_in_the_history() -> None:
 
 
 def test_a_failed_meter_takes_nothing_of_the_others_with_it(monkeypatch) -> None:
-    monkeypatch.setattr("dynamon.monitoring.weights.weight_readings", lambda *_: 1 / 0)
+    monkeypatch.setattr("dynamon.monitoring.weight_meter.weight_readings", lambda *_: 1 / 0)
     monitor, logger = DynamicsMonitor(every_n_steps=2), Counting()
     with pytest.warns(UserWarning, match="weight measurement failed"):
         fit(Classifier(mlp()), [monitor], steps=6, logger=logger)

@@ -1,6 +1,7 @@
 """Run every cell and write what held to docs/conformance.md."""
 
 import argparse
+import os
 import platform
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from tests.conformance.subjects import MODELS
 from tests.conformance.tables import (
     CALLBACKS,
+    EVERY_CELL,
     IMPOSSIBLE,
     KNOWN,
     SAME,
@@ -24,6 +26,7 @@ from tests.conformance.tables import (
     all_cells,
     cells,
     covering,
+    every_row,
     seconds_of,
 )
 
@@ -80,8 +83,8 @@ class Table:
             f"{len(possible)} of them exist, and {len(self.outcomes)} were run in {self.seconds / 60:.0f} minutes on "
             f"one thread: {counts['passed']} passed, {counts['skipped']} cannot run here without dynamon either, "
             f"{counts['known']} have a known fault, {counts['failed']} failed. "
-            f"`make conformance` writes this page; `make test` runs the {len(covering(possible))} cells that hold "
-            "every pair of rows.",
+            f"`make conformance` writes this page; `make test` runs {len(every_row(possible))} cells that hold every "
+            f"row, `make slow` the {len(covering(possible))} that hold every pair of rows.",
             "",
             f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}, CPU.",
             "",
@@ -156,6 +159,7 @@ def main() -> int:
     own, others = parser.parse_known_args()
     table = Table(own.minutes)
     folder = str(Path(__file__).parent)
+    os.environ[EVERY_CELL] = "1"
     code = pytest.main([folder, "-m", "", "-q", "--tb", "short", "-p", "no:cacheprovider", *others], plugins=[table])
     TARGET.write_text(table.text())
     return int(code)

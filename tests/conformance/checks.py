@@ -20,8 +20,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynamon.callbacks
-from dynamon.monitoring.base import DynamonCallback
-from dynamon.monitoring.monitor import Monitor
+from dynamon.callbacks import Monitor
+from dynamon.callbacks.lightning.callback import DynamonCallback
 from dynamon.quantities import ALWAYS, REGISTRY, Condition, quantities_of
 from tests.conformance.subjects import MODELS, Data, MemoryLogger, Subject, Witness, is_users, loss_fn, metric_states
 from tests.conformance.tables import CALLBACKS, SETUPS, STEPS, Cell

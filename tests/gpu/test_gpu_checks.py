@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import GPT2, counted
 from tests.gpu.__main__ import Results, arguments
-from tests.gpu.report import CHECKS, Record, Report, status
+from tests.gpu.report import CHECKS, PARTS, Record, Report, status
 from tests.gpu.runner import Runner, Worker
 from tests.gpu.worker import load
 
@@ -73,11 +73,11 @@ def test_a_clone_that_is_not_installed_will_do() -> None:
     """With the installed package's own finder gone."""
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        "import tests.gpu.place, dynamon.callbacks, dynamon.kernels; from dynamon.callbacks import budget\n"
-        "print(budget.__file__, dynamon.kernels.__file__)"
+        "import tests.gpu.place, dynamon.callbacks, dynamon.kernels; from dynamon.callbacks import monitor\n"
+        "print(monitor.__file__, dynamon.kernels.__file__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(ROOT / "callbacks" / "budget.py"), str(ROOT / "kernels" / "__init__.py")]
+    assert done.stdout.split() == [str(ROOT / "callbacks" / "monitor.py"), str(ROOT / "kernels" / "__init__.py")]
 
 
 def test_a_worker_ends_with_its_processes(fakes) -> None:
@@ -209,10 +209,20 @@ def test_the_file_is_whole_at_any_time(tmp_path) -> None:
     assert not results.failed and "2 passed" in results.table()
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(1200)  # on a machine with much else to do
-def test_make_gpu_runs_to_its_end_without_a_gpu(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(PARTS, marks=pytest.mark.slow, id="all"),
+        pytest.param(
+            [p for p in PARTS if p != "neutral"], id="but neutral"
+        ),  # it trains each model twice, some compiled
+    ],
+)
+def test_make_gpu_runs_to_its_end_without_a_gpu(tmp_path, parts) -> None:
     out = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--out", str(out)]
+    command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--out", str(out), "--parts", *parts]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     found = json.loads(out.read_text())

@@ -9,8 +9,8 @@ from torch import nn
 from dynamon.isolation import equality
 from dynamon.isolation.equality import clone_tensors, find_changed
 from dynamon.isolation.preserve import preserve_state
-from tests.helpers import cnn
 from tests.launches import Launches
+from tests.models import cnn
 
 TENSORS = {
     "float32": torch.randn(3, 4),
@@ -77,7 +77,7 @@ def test_views_of_one_memory_are_put_back_together():
 
 def test_putting_a_network_back_waits_once(monkeypatch):
     monkeypatch.setattr(equality, "reads_are_free", lambda device: False)
-    network, x = cnn(), torch.randn(4, 2, 8, 8)
+    network, x = cnn(), torch.randn(4, 2, 6, 6)
     with Launches() as launches:
         with preserve_state(network, seed=1):
             assert launches.calls["clone.default"] == 0 and launches.calls["_foreach_copy_.default"] == 2  # by dtype

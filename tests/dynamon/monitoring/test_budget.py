@@ -21,7 +21,7 @@ STEP = 0.1
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
-    clock = SimpleNamespace(ranks=SimpleNamespace(several=False), now=0.0)
+    clock = SimpleNamespace(ranks=SimpleNamespace(is_distributed=False), now=0.0)
     monkeypatch.setattr("dynamon.monitoring.budget.time.perf_counter", lambda: clock.now)
     return clock
 
@@ -31,7 +31,7 @@ def readings(clock, budget: Budget, costs: list[tuple[int, float]], hooks: float
     meter = Meter(Cadence(None, interval=20, share=1.0))
     meter.name = "it"
     run = SimpleNamespace(
-        ranks=SimpleNamespace(several=False),
+        ranks=SimpleNamespace(is_distributed=False),
         budget=budget,
         step=0,
         begun_at=0,
@@ -92,7 +92,7 @@ def several(clock, budget: Budget, meters: dict[str, tuple[float, float]], steps
     """With meters of given costs, in steps of a tenth of a second, and shares: the steps at which each is read."""
     made = {name: Meter(Cadence(None, interval=4, share=share)) for name, (_, share) in meters.items()}
     run = SimpleNamespace(
-        ranks=SimpleNamespace(several=False), budget=budget, begun_at=0, trying_out=False, seconds_per_step=STEP
+        ranks=SimpleNamespace(is_distributed=False), budget=budget, begun_at=0, trying_out=False, seconds_per_step=STEP
     )
     read: dict[str, list[int]] = {name: [] for name in meters}
     for run.step in range(steps):
@@ -144,7 +144,7 @@ def test_several_processes_decide_again_soon_after_the_start(clock, seen, latest
     meter.name = "it"
     with budget.watch():
         clock.now += 30.0
-    several = SimpleNamespace(several=True)
+    several = SimpleNamespace(is_distributed=True)
     run = SimpleNamespace(
         ranks=several, budget=budget, step=seen, begun_at=0, steps_seen=seen, seconds_per_step=1e-4, trying_out=False
     )
@@ -297,9 +297,9 @@ def test_asking_a_scaler_whether_it_skipped_the_step_is_a_wait(monkeypatch) -> N
         waits.append(0)
         yield
 
-    trainer = SimpleNamespace(optimizers=[optimizer], precision_plugin=SimpleNamespace(scaler=object()))
-    module = SimpleNamespace(parameters=lambda: iter(()), automatic_optimization=True)
-    steps = Steps(trainer, module, SimpleNamespace(several=False), waiting)
+    module = SimpleNamespace(parameters=lambda: iter(()))
+    loop = SimpleNamespace(module=module, optimizers=[optimizer], scaler=object(), drives_steps=True)
+    steps = Steps(loop, SimpleNamespace(is_distributed=False), waiting)
     for found_inf, expected in ((None, 0), (torch.zeros(()), 1)):
         optimizer.found_inf = found_inf
         steps.batch_start()

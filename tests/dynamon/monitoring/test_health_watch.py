@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dynamon.monitoring.health_watch as live
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, WeightMonitor
+from dynamon.callbacks.lightning.loop import TrainerLoop
 from tests.helpers import Classifier, fit, mlp, same_weights
 
 ROUNDS = {"every_n_steps": 1}
@@ -123,6 +124,7 @@ def test_the_loss_of_an_accumulated_step_is_that_of_a_batch():
     class trainer:
         accumulate_grad_batches = 4
 
-    assert live.returned_loss(trainer, {"loss": torch.tensor(0.5)}) == 2.0
-    assert live.returned_loss(trainer, None) is None  # manual optimisation may return nothing
-    assert live.returned_loss(trainer, {"loss": torch.ones(3)}) is None
+    loop = TrainerLoop(trainer, mlp())
+    assert loop.loss_of({"loss": torch.tensor(0.5)}) == 2.0
+    assert loop.loss_of(None) is None  # manual optimisation may return nothing
+    assert loop.loss_of({"loss": torch.ones(3)}) is None

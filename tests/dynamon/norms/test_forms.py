@@ -187,8 +187,8 @@ def test_a_record_that_lacks_a_piece_is_refused(piece: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"iid_dual": None}, "the norm 'columns' lacks a piece: iid_dual must be a function"),
-        ({"batched_dual": None}, "lacks a piece: batched_dual"),
+        ({"iid_dual": None}, "the norm 'columns' is incomplete: iid_dual must be a function"),
+        ({"batched_dual": None}, "is incomplete: batched_dual"),
         ({"reduces": "mean"}, "reduces of the norm 'columns' must be one of sum, max over entries, .* got 'mean'"),
         ({"dual_of": "nuclear"}, "dual_of of the norm 'columns' must be one of l1, l2, matrix"),
         ({"oracle": "svd"}, "oracle of the norm 'columns' must be one of polar, sign, own"),

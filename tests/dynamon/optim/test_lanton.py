@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as checkpointing
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamon.kernels import polar_error, polar_factor
@@ -21,7 +21,6 @@ from dynamon.norms import optimizer_family
 from dynamon.optim import Lanton, LayerwiseRates, steering_of
 from dynamon.optim.lanton import RADII
 from dynamon.rates import FixedRates, NoiseAdaptiveRates
-from tests.helpers import Classifier, batches
 from tests.launches import Launches, fill_gradients, gpt2
 from tests.models import cnn, gpt, mlp, samples
 
@@ -451,7 +450,7 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             Lanton([{"params": model.parameters(), **group}], 0.1)
-    with pytest.raises(ValueError, match="give it as model"):
+    with pytest.raises(ValueError, match="pass it as model"):
         Lanton(model.parameters(), 0.1, roles={"*": "hidden"})
     with pytest.raises(ValueError, match="real floating parameters only"):
         Lanton([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], 0.1)
@@ -518,42 +517,6 @@ def test_a_model_in_bfloat16_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-
-
-class Observing(Classifier):
-    """Lanton over the module itself; gradients are read before Lightning clips them."""
-
-    def configure_optimizers(self):
-        optimizer = Lanton(self, 0.05, rule=NoiseAdaptiveRates(warmup=2, group_by="all", beta2=0.9))
-        return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 16), "interval": "step"}]
-
-    def on_before_optimizer_step(self, optimizer):
-        optimizer.observe()
-
-
-def lightning(folder, epochs, checkpoint=None, precision="32-true"):
-    torch.manual_seed(0)
-    module = Observing(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)))
-    trainer = Trainer(
-        max_epochs=epochs, default_root_dir=folder, accelerator="cpu", precision=precision, logger=False,
-        gradient_clip_val=0.5, accumulate_grad_batches=2, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(module, batches(), ckpt_path=checkpoint)
-    return module, trainer
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_in_lightning_with_a_schedule_clipping_accumulation_and_resume(tmp_path, precision):
-    whole, trainer = lightning(tmp_path, 4, precision=precision)
-    _, first = lightning(tmp_path, 2, precision=precision)
-    first.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
-    resumed, second = lightning(tmp_path, 4, tmp_path / "half.ckpt", precision)
-    assert same(whole, resumed)
-    (optimizer,), (other,) = trainer.optimizers, second.optimizers
-    assert optimizer.ratios == other.ratios and min(optimizer.ratios.values()) < 1
-    assert optimizer.rates.rule.updates == 4 * 4 - 2  # 4 epochs of 4 steps; the first has no change, the last waits
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(4, 40, 40), (3, 64, 16), (3, 16, 64)])
@@ -626,3 +589,53 @@ def test_a_step_of_gpt2_takes_few_device_calls(monkeypatch):
         optimizer.step()
     assert launches.total <= 130 and launches.waits == 0, launches
     assert launches.calls["bmm.default"] + launches.calls["baddbmm.default"] == 3 * (1 + 5 * 3)  # three shapes
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("noise_adaptive", [False, True])
+def test_a_distributed_checkpoint_resumes_bitwise(tmp_path, noise_adaptive, flatten):
+    """The recipe of the docstring: averages and groups by torch's functions, the state of the rates as bytes."""
+    options = checkpointing.StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def made():
+        model = cnn()
+        return model, Lanton(model, 0.02, noise_adaptive=noise_adaptive, rule=steep() if noise_adaptive else None)
+
+    def rates_of(optimizer):
+        held = io.BytesIO()
+        torch.save({} if optimizer.rates is None else optimizer.rates.state_dict(), held)
+        return held
+
+    model, optimizer = made()
+    train(model, optimizer, 4)
+    model_state, state = checkpointing.get_state_dict(model, optimizer, options=options)
+    checkpoint.save({"model": model_state, "optimizer": state, "rates": rates_of(optimizer)}, checkpoint_id=tmp_path)
+    train(model, optimizer, range(4, 8))
+
+    again, resumed = made()
+    model_state, state = checkpointing.get_state_dict(again, resumed, options=options)
+    loaded = {"model": model_state, "optimizer": state, "rates": io.BytesIO()}
+    checkpoint.load(loaded, checkpoint_id=tmp_path)
+    checkpointing.set_state_dict(
+        again, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=options
+    )
+    if noise_adaptive:
+        loaded["rates"].seek(0)
+        resumed.rates.load_state_dict(torch.load(loaded["rates"], weights_only=True))
+    train(again, resumed, range(4, 8))
+    assert same(model, again) and resumed.ratios == optimizer.ratios
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rule": "noise"}, "rule must be a dynamon.rates.Rule, got str"),
+        ({"polar": 5}, "polar must be a function of matrices, got int"),
+        ({"scaling": 0.2}, "scaling must be a name or a function, got float"),
+        ({"model": "mlp"}, "model must be a torch.nn.Module, got str"),
+    ],
+)
+def test_wrong_types_are_named(given, message):
+    with pytest.raises(TypeError, match=message):
+        Lanton(mlp(3, 4, 2).parameters(), 0.1, **given)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
-from dynamon.optim import LayerwiseRates, unsupported_reason
+from dynamon.optim import LayerwiseRates, steering_of, unsupported_reason
 from dynamon.rates import FixedRates, NoiseAdaptiveRates, Rule
 from tests.models import cnn, gpt, mlp, samples
 
@@ -749,7 +749,7 @@ def test_a_reading_that_runs_out_of_memory_leaves_the_ratios_and_training_goes_o
     train(model, optimizer, range(6))
     before = rates.ratios
     failing = NoMemory(monkeypatch, {1, 2})
-    with pytest.warns(UserWarning, match="could not be read for want of memory; ratios stay") as said:
+    with pytest.warns(UserWarning, match="could not be read: out of memory. Ratios stay unchanged") as said:
         train(model, optimizer, range(6, 7))
         kept = rates.ratios  # with the reading of the step before
         train(model, optimizer, range(7, 9))
@@ -786,7 +786,43 @@ def test_gradients_that_are_only_kept_may_run_out_of_memory_too(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     rates.reader.store = fail
-    with pytest.warns(UserWarning, match="for want of memory"):
+    with pytest.warns(UserWarning, match="out of memory"):
         train(model, optimizer, range(4, 8))
     rates.reader.store = store
     train(model, optimizer, range(8, 10))
+
+
+def test_roles_and_geometry_can_be_stated():
+    model = mlp(6, 8, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(), model, roles={"0.weight": "embedding"}, geometry="spectral")
+    assert [layer.role for layer in rates.layers] == ["embedding", "vector", "head", "vector"]
+    assert [norm.name for norm in rates.reader.norms] == ["one_to_inf", "rms", "one_to_inf", "rms"]
+    rates.remove()
+    rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(), model)
+    assert [layer.role for layer in rates.layers] == ["hidden", "vector", "head", "vector"]
+    assert {norm.name for norm in rates.reader.norms} == {"one_to_inf"}
+    rates.remove()
+    with pytest.raises(ValueError, match="geometry must be 'sign', 'euclidean' or 'spectral', got 'l2'"):
+        LayerwiseRates(optimizer, NoiseAdaptiveRates(), model, geometry="l2")
+    with pytest.raises(ValueError, match="unknown role 'tail'"):
+        LayerwiseRates(optimizer, NoiseAdaptiveRates(), model, roles={"0.weight": "tail"})
+    assert steering_of(optimizer) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "adam"}, "optimizer must be of type Optimizer, got str"),
+        ({"rule": "noise"}, "rule must be of type Rule, got str"),
+        ({"rule": FixedRates}, "rule must be of type Rule, got ABCMeta"),
+        ({"model": None}, "model must be of type Module, got NoneType"),
+        ({"read_every": 2.0}, "read_every must be an integer, got 2.0"),
+        ({"max_groups": 1.5}, "max_groups must be a whole number of 1 or more, or None, got 1.5"),
+    ],
+)
+def test_wrong_types_are_named(change, message):
+    model = mlp(6, 8, 4)
+    given = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "rule": FixedRates({}), "model": model}
+    with pytest.raises(TypeError, match=message):
+        LayerwiseRates(**{**given, **change})

@@ -46,7 +46,7 @@ def test_with_triton(family: str, steers: bool, most: int, scale: Any) -> None:
         made = reader(model, family, steers)
         made.warm_up()
         assert calls(model, made, launches, dual=not steers, scale=scale) <= most, launches
-        assert launches.calls["triton _chunk_stats"] == launches.calls["triton _tensor_stats"] == 1
+        assert launches.calls["triton chunk_stats"] == launches.calls["triton tensor_stats"] == 1
         assert launches.calls["_foreach_mul.Tensor"] == 0  # no copy of the gradients to their true size
 
 

@@ -1,16 +1,12 @@
-"""``weight/kurtosis``: against plain numbers, on a device, in a run and for a checkpoint."""
+"""``weight/kurtosis``: against plain numbers, and on a device."""
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
-import dynamon
-from dynamon.callbacks import WeightMonitor
 from dynamon.layers import describe_layers
 from dynamon.quantities import REGISTRY
 from dynamon.quantities.entrywise import entrywise_readings
-from tests.helpers import Classifier, batches, fit, mlp
 from tests.launches import Launches, gpt2
 
 KURTOSIS = REGISTRY["weight/kurtosis"]
@@ -48,14 +44,3 @@ def test_gpt2_takes_few_device_calls() -> None:
     with Launches("meta") as launches:
         entrywise_readings(layers, [KURTOSIS])
     assert launches.total <= 15 and launches.waits == 0, launches
-
-
-def test_a_run_and_measure_have_it() -> None:
-    module, monitor = Classifier(mlp()), WeightMonitor(every_n_steps=1, strict=True)
-    fit(module, [monitor], steps=3)
-    series = monitor.history["weight/kurtosis"]
-    expected = {name: oracle(p) for name, p in module.named_parameters()}
-    np.testing.assert_allclose(series.values[-1], [expected[name] for name in series.layers], rtol=1e-6)
-    found = dynamon.measure(module, next(iter(batches())), loss_fn=lambda m, b: cross_entropy(m.network(b[0]), b[1]))
-    assert found["weight/kurtosis"] == pytest.approx(expected, rel=1e-6)
-    assert "kurtosis of the weights across layers" in monitor.panels["4 Weights"]

@@ -14,7 +14,7 @@ import dynamon
 from dynamon.board.custom_scalars import band_chart, chart_layout, line_chart
 from dynamon.quantities import ALWAYS, REGISTRY, Condition, Quantity, Scope, choices, quantities_of, with_tag_table
 from dynamon.quantities.registry import by_tag
-from tests.helpers import batches, cnn
+from tests.models import cnn, samples
 
 ROOT = Path(dynamon.__file__).parents[1]
 SHOWN_AS = r"_(p10|median|p90)$"
@@ -119,7 +119,7 @@ def sources(folder: str) -> dict[str, str]:
 
 def test_measure_has_tags_of_the_registry():
     torch.manual_seed(0)
-    model, batch = cnn(), next(iter(batches(32, 32, (2, 8, 8))))
+    model, batch = cnn(), samples(32, 2, 6, 6)
     loss_fn = lambda m, b: cross_entropy(m(b[0]), b[1])  # noqa: E731
     found = dynamon.measure(model, batch, loss_fn=loss_fn, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert set(found) <= set(REGISTRY)

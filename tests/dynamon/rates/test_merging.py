@@ -131,7 +131,10 @@ def test_a_layer_whose_ratio_becomes_exactly_one_has_it_at_once():
 @pytest.mark.parametrize("most", [0, -1, 2.0, True])
 def test_bad_arguments(most):
     model = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="max_groups must be a whole number of 1 or more, or None, got"):
+    with pytest.raises(
+        ValueError if type(most) is int else TypeError,
+        match="max_groups must be a whole number of 1 or more, or None, got",
+    ):
         LayerwiseRates(SGD(model.parameters(), lr=0.1), Spread(), model, max_groups=most)
 
 
@@ -349,5 +352,5 @@ def test_more_groups_are_taken_at_once_by_a_resumed_run():
 @pytest.mark.parametrize("rule", [FixedRates({"*": 0.5}), Spread()])
 def test_numbers_of_groups_that_mean_nothing_are_refused(rule, most):
     model = matrices()
-    with pytest.raises(ValueError, match="max_groups must be a whole number"):
+    with pytest.raises(ValueError if type(most) is int else TypeError, match="max_groups must be a whole number"):
         LayerwiseRates(SGD(model.parameters(), lr=0.1), rule, model, max_groups=most)

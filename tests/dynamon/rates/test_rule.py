@@ -555,3 +555,12 @@ def test_missing_zero_unfrozen_and_new_layers_in_a_run(name):
         assert np.isfinite(found).all() and 0.1 <= found.min() <= found.max() <= 3.0
         assert len(found) == (4 if step < 6 else 6) and len(optimizer.param_groups) == (1 if step < 6 else 2)
     assert len(set(found.tolist())) > 1
+
+
+def test_rules_print_what_was_asked_for():
+    assert repr(NoiseAdaptiveRates()) == "NoiseAdaptiveRates()"
+    assert repr(NoiseAdaptiveRates(0.2, floor=0.5)) == "NoiseAdaptiveRates(alpha=0.2, floor=0.5)"
+    assert repr(FixedRates({"role:head": 0.5})) == "FixedRates({'role:head': 0.5})"
+    assert repr(SpectralTailRates(refresh=10, ramp=5)) == "SpectralTailRates(refresh=10, ramp=5)"
+    with pytest.raises(TypeError, match="ratios must be a mapping from names to numbers, got float"):
+        FixedRates(0.5)

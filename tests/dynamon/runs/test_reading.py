@@ -196,17 +196,27 @@ def test_a_history_sorts_into_the_same_shape():
     assert RunData.of().last_step == -1
 
 
-def test_long_tables_are_read_in_seconds(tmp_path):
-    """200 layers, 10 quantities: 4,000 rows here, 20,000 of them in a second or two."""
+def test_the_time_to_read_tables_grows_with_their_length(tmp_path):
     names, row = [f"network.blocks.{i}.weight" for i in range(200)], np.arange(200.0)
-    with SummaryWriter(str(tmp_path)) as writer:
-        for step in range(400):
-            for quantity in range(10):
-                add_row(writer, f"q/{quantity}", step, names, row + step)
-    begin = time.process_time()
-    tables = read_run_data(tmp_path).tables
-    assert time.process_time() - begin < 3
-    assert len(tables) == 10 and tables["q/9"].values.shape == (400, 200) and tables["q/9"].values[399, 199] == 598
+
+    def write(rows):
+        with SummaryWriter(str(tmp_path / str(rows))) as writer:
+            for step in range(rows):
+                for quantity in range(10):
+                    add_row(writer, f"q/{quantity}", step, names, row + step)
+
+    def seconds(rows):
+        begin = time.process_time()
+        tables = read_run_data(tmp_path / str(rows)).tables
+        taken = time.process_time() - begin
+        assert len(tables) == 10 and tables["q/9"].values.shape == (rows, 200)
+        assert tables["q/9"].values[-1, 199] == 199 + rows - 1
+        return taken
+
+    write(60)
+    write(240)
+    # A fourth of the rows should take a fourth; were it the square, the long tables would take 16 times as much.
+    assert min(seconds(240) for _ in range(2)) < 10 * max(seconds(60) for _ in range(2))
 
 
 def test_a_table_with_a_step_that_is_none(tmp_path):

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -15,10 +14,10 @@ from dynamon.distributed.dtensor import holders, to_local, to_local_as
 from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
-from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows, windows_of
-from dynamon.monitoring.base import gradient_scale
+from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gradient_source import AwaitedReading, GradientSource, SourceReading
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import FULL_EVERY
 from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.run_context import RunContext
@@ -69,7 +68,7 @@ class GradientMeter(PairMeter):
 
     def start(self, run: RunContext) -> None:
         """Have what a reading launches compiled before training."""
-        warm_up(run.module.device, [as_real(to_local(layer.parameter.detach())).dtype for layer in run.all_layers])
+        warm_up(run.device, [as_real(to_local(layer.parameter.detach())).dtype for layer in run.all_layers])
 
     def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Keep or read this optimizer's gradients: of a closure that runs twice, those of the second time."""
@@ -91,7 +90,7 @@ class GradientMeter(PairMeter):
         source = self._source(run, optimizer, looks=reads or keeps)
         if not source.has_layers:
             return
-        source.begin((run.trainer.global_step, run.step, len(watch.outcomes)))
+        source.begin((run.loop.optimizer_steps, run.step, len(watch.outcomes)))
         if watch.is_repeated:
             source.again()
         if reads:
@@ -100,7 +99,7 @@ class GradientMeter(PairMeter):
                 try:
                     self._used.pop(optimizer, None)
                     self._read[optimizer] = source.read(run, optimizer)
-                except Exception as error:
+                except Exception as error:  # whatever it was, what was read so far is given up
                     source.give_up()
                     self._reading = not run.ranks.is_collective_failure(error)  # else the others hear of it at the end
                     raise
@@ -115,7 +114,7 @@ class GradientMeter(PairMeter):
         """Measure the gradients that were read as they are after clipping."""
         if self._reading and optimizer in self._read and run.steps.of(optimizer).is_last:
             with run.charge(self.name):
-                scale = gradient_scale(run.trainer, optimizer)
+                scale = run.loop.gradient_scale(optimizer)
                 self._used[optimizer] = UsedGradients(self._read[optimizer], scale)
                 if run.steps.of(optimizer).evaluation > 1:
                     self._moved[optimizer] = [
@@ -127,13 +126,13 @@ class GradientMeter(PairMeter):
 
         Of several processes, have each one's own gradients kept at a step that will be read.
         """
-        # By hand a step may come at any batch, and takes up what came before.
-        by_hand = not run.module.automatic_optimization
-        if by_hand or begins_window(run.trainer):
-            self._watching = by_hand or self.reads(run) or self.keeps(run)
+        # Where a step may come at any batch, it takes up what came before.
+        is_open = not run.loop.knows_windows
+        if is_open or begins_window(run.loop):
+            self._watching = is_open or self.reads(run) or self.keeps(run)
         if self._watching:
-            windows_of(run.trainer).batch_start(run.trainer, batch)
-        if compares_ranks(run.trainer, run.module) and begins_window(run.trainer) and self.reads(run):
+            run.loop.windows.batch_start(run.loop, batch)
+        if compares_ranks(run.loop) and begins_window(run.loop) and self.reads(run):
             with run.charge(self.name):
                 for source in self._all_sources(run):
                     source.watch_ranks()
@@ -141,18 +140,18 @@ class GradientMeter(PairMeter):
     def before_backward(self, run: RunContext) -> None:
         """Follow the window."""
         if self._watching:
-            windows_of(run.trainer).before_backward(run.trainer, run.module)
+            run.loop.windows.before_backward(run.loop)
 
     def after_backward(self, run: RunContext) -> None:
         """Follow the window, and in the middle of one that will be read, keep its first half."""
         if not self._watching:
             return
-        windows = windows_of(run.trainer)
-        windows.after_backward(run.trainer)
-        if not has_windows(run.trainer, run.module) or not self.reads(run):
+        windows = run.loop.windows
+        windows.after_backward(run.loop)
+        if not has_windows(run.loop) or not self.reads(run):
             return
-        for optimizer in run.trainer.optimizers:
-            share = windows.half(run.trainer, optimizer)
+        for optimizer in run.loop.optimizers:
+            share = windows.half(run.loop, optimizer)
             if share is not None:
                 source = self._source(run, optimizer)
                 if source.has_layers:
@@ -235,7 +234,7 @@ class GradientMeter(PairMeter):
         return source
 
     def _all_sources(self, run: RunContext) -> list[GradientSource]:
-        sources = [self._source(run, optimizer) for optimizer in run.trainer.optimizers]
+        sources = [self._source(run, optimizer) for optimizer in run.loop.optimizers]
         return [source for source in sources if source.has_layers]
 
     def _bin(self, run: RunContext, optimizer: Optimizer) -> None:
@@ -246,7 +245,7 @@ class GradientMeter(PairMeter):
         layers = [la for la in run.layers if id(la.parameter) in own]
         dense = {la.name: _here(la, la.parameter.grad) for la in layers if la.parameter.grad is not None}
         if dense:
-            scale = gradient_scale(run.trainer, optimizer)
+            scale = run.loop.gradient_scale(optimizer)
             table = histogram_table([scaled(g, scale) for g in dense.values()])
             self._binned |= zip(dense, table, strict=True)
 
@@ -272,7 +271,7 @@ class GradientMeter(PairMeter):
             "gradient/norm_l1": _total(readings, "l1"),
             "gradient/nonfinite": sum(float(r.nonfinite.sum()) for r in readings),
         }
-        if run.module.automatic_optimization and clipped is not None:  # by hand they are read after clipping
+        if run.loop.reads_before_clipping and clipped is not None:
             coefficient = min(clipped / norm, 1.0) if norm > 0 else 1.0
             self._clippable += bool(np.isfinite(coefficient))
             self._clipped += coefficient < 1 - _ROUNDING

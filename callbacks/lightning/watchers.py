@@ -1,15 +1,14 @@
 """Callbacks and schedulers of others that watch what monitors log, and may ask for it before it is there."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from dynamon.monitoring.base import callbacks_of, is_tryout
 from dynamon.monitoring.meter import Meter
 
 
-def warnings_of(trainer: pl.Trainer, monitor: str, meters: Iterable[Meter]) -> list[str]:
+def warnings_of(trainer: Any, monitor: str, meters: Iterable[Meter]) -> list[str]:
     """What to say where Lightning ends a run with an error because a watched tag is not there when it is asked for.
 
     Args:
@@ -21,15 +20,13 @@ def warnings_of(trainer: pl.Trainer, monitor: str, meters: Iterable[Meter]) -> l
         One sentence for each that watches a tag of these meters which a budget may not have measured by then, or which
         never enters ``trainer.callback_metrics``.
     """
-    if is_tryout(trainer):
-        return []
     found = ((who, tag, remedy, _trouble(monitor, meters, tag)) for who, tag, remedy in _watched(trainer))
     return [f"{who} watches {tag}, {trouble}{remedy}." for who, tag, remedy, trouble in found if trouble]
 
 
-def _watched(trainer: pl.Trainer) -> Iterator[tuple[str, str, str]]:
+def _watched(trainer: Any) -> Iterator[tuple[str, str, str]]:
     """Who watches which tag, and what else they offer; those that go on without it are left out."""
-    for callback in callbacks_of(trainer):
+    for callback in trainer.callbacks:
         name = type(callback).__name__
         if isinstance(callback, EarlyStopping) and callback.strict:
             yield name, callback.monitor, f", or strict=False in {name}"

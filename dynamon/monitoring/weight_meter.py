@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,6 +15,7 @@ from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.failures import PAUSE_AFTER, forget_frames
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import FULL_EVERY
 from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.run_context import RunContext
@@ -65,7 +65,7 @@ class WeightMeter(PairMeter):
 
     def start(self, run: RunContext) -> None:
         """Take up saved weights of the layers that are there still."""
-        for assumed in map(decay_assumption, run.trainer.optimizers):
+        for assumed in map(decay_assumption, run.loop.optimizers):
             if assumed is not None:
                 rank_zero_info(assumed)
         self._layers = run.layers
@@ -86,7 +86,7 @@ class WeightMeter(PairMeter):
         """Follow this optimizer's decay, and copy the weights it is about to change."""
         reads, keeps = self.reads(run), self.keeps(run)
         self._reading = reads
-        key = (run.trainer.global_step, len(run.steps.of(optimizer).outcomes))
+        key = (run.loop.optimizer_steps, len(run.steps.of(optimizer).outcomes))
         self._memory.before_step(optimizer, run.names, key)
         if not reads and not keeps:
             return
@@ -164,7 +164,7 @@ class WeightMeter(PairMeter):
             with run.together(_FULL):
                 self._full(run)
             self._full_failures = 0
-        except Exception as error:
+        except Exception as error:  # the plain reading is there already, and training goes on
             if run.strict or not run.ranks.is_collective_failure(error):
                 raise
             forget_frames(error)
@@ -180,7 +180,7 @@ class WeightMeter(PairMeter):
         """The factors that steering has on each layer's rate and on its decay, an optimizer's own steering included."""
         on_rate: dict[str, float] = {}
         on_decay: dict[str, float] = {}
-        for optimizer in run.trainer.optimizers:
+        for optimizer in run.loop.optimizers:
             rates = steering_of(optimizer)
             if rates is not None:
                 ratios = rates.applied

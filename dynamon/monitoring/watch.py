@@ -1,0 +1,296 @@
+"""The monitors in a training loop of your own."""
+
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from weakref import finalize
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynamon.health import Finding
+from dynamon.isolation.preserve import LossFn
+from dynamon.monitoring.budget import overhead_of
+from dynamon.monitoring.dynamics_monitor import DynamicsMonitor
+from dynamon.monitoring.messages import rank_zero_info
+from dynamon.monitoring.monitor import Monitor
+from dynamon.monitoring.plain_loop import PlainLoop
+from dynamon.monitoring.row import write_layout
+from dynamon.monitoring.wrappers import unwrapped_optimizer
+from dynamon.monitoring.writers import FolderWriter
+from dynamon.optim.stepping import has_gradients
+from dynamon.runs.history import Series
+
+_AFTER_CLIPPING = (
+    "Watch: gradients are read when an optimizer steps. If you clip them, call watch.before_clipping() right before: "
+    "without it gradient/ and noise/ are of clipped gradients, and what clipping did is left out."
+)
+
+
+class Watch:
+    """Measures a training loop that you write yourself, in plain PyTorch or with Lightning Fabric.
+
+    The same monitors, tags, budget and event files as in a Lightning Trainer. Training is not changed: weights, random
+    numbers and buffers are bitwise those of the loop without it::
+
+        watch = dynamon.Watch(model, optimizer, loss_fn=loss_fn, logdir="runs/mine")
+        for batch in loader:
+            with watch.batch(batch):
+                loss_fn(model, batch).backward()
+                watch.before_clipping()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        watch.close()
+
+    Args:
+        model: The model, which ``DistributedDataParallel``, ``torch.compile`` or ``fabric.setup`` may have wrapped.
+        optimizer: The optimizer, or several in a list; also from ``fabric.setup``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, the mean loss of a batch, on which sharpness is measured. It is
+            called with the model inside of DDP, so it must reach the model through its argument. Put autocast into it
+            where training has it. Without it there is no sharpness.
+        total_steps: Optimizer steps of the whole run where you know them, over which readings are then spread.
+        accumulate: Batches whose gradients are accumulated for one step. Divide each loss by it.
+        scaler: Your ``torch.amp.GradScaler``. That of Fabric is found.
+        logdir: Folder for TensorBoard's event files, which ``dynamon report`` reads as well. None keeps readings in
+            :attr:`history` only.
+        monitors: Monitors of :mod:`dynamon.monitoring`; None for one ``DynamicsMonitor()``.
+        loader: The training loader, which tells how many samples a batch has: the probe cuts batches more safely.
+        schedulers: Schedulers that ``loss_fn`` may touch, if it does.
+
+    Attributes:
+        monitors: The monitors.
+        metrics: The latest numbers of the whole model, by tag.
+
+    Raises:
+        TypeError: On a model, optimizer, loss function or monitor of the wrong type.
+        ValueError: On an argument out of range, and on two monitors that measure the same.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        loss_fn: LossFn | None = None,
+        total_steps: int | None = None,
+        accumulate: int = 1,
+        scaler: Any = None,
+        logdir: str | Path | None = None,
+        *,
+        monitors: Sequence[Monitor] | None = None,
+        loader: Any = None,
+        schedulers: Sequence[Any] = (),
+    ) -> None:
+        """Check the arguments."""
+        given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        optimizers = [unwrapped_optimizer(one) for one in given if isinstance(one, Optimizer)]
+        self.monitors = [DynamicsMonitor()] if monitors is None else list(monitors)
+        _check_types(model, given, loss_fn, self.monitors)
+        for name, value in (("accumulate", accumulate), ("total_steps", total_steps)):
+            if (type(value) is not int or value < 1) and not (name == "total_steps" and value is None):
+                raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
+        _check_kinds(self.monitors)
+        writer = None if logdir is None else FolderWriter(logdir)
+        self._loop = PlainLoop(
+            model, optimizers, loss_fn, total_steps, accumulate, scaler, loader, schedulers, writer, self.monitors
+        )
+        self._writer = writer
+        self._is_inside = self._has_begun = self._is_closed = self._is_told = False
+        if writer is not None:
+            finalize(self, writer.close)  # where a script ends without closing
+        for monitor in self.monitors:
+            monitor.check(self._loop)
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The latest numbers of the whole model, by tag."""
+        return self._loop.metrics
+
+    @property
+    def history(self) -> Mapping[str, Series]:
+        """Everything measured so far, as arrays by quantity."""
+        histories = [monitor.history for monitor in self.monitors]
+        return histories[0] if len(histories) == 1 else ChainMap(*histories)  # type: ignore[arg-type]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What looks wrong in what was measured so far, see :mod:`dynamon.health`."""
+        return [finding for monitor in self.monitors for finding in monitor.findings]
+
+    @property
+    def failures(self) -> int:
+        """Measurements that failed so far."""
+        return sum(monitor.failures for monitor in self.monitors)
+
+    @property
+    def overhead(self) -> float:
+        """Time of monitoring over the time inside of batches without it."""
+        return overhead_of([monitor._budget for monitor in self.monitors])
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far, the x axis of all readings."""
+        return self._loop.step
+
+    def batch(self, batch: Any) -> "WatchedBatch":
+        """Return the context of one batch: around forward pass, backward pass and, where it comes, the step.
+
+        Args:
+            batch: What ``loss_fn`` gets. Samples of the first batches are copied as the probe.
+
+        The context gives an object whose ``loss`` you may set to the mean loss of the batch: it is then recorded beside
+        the readings, and the health rules judge by it.
+        """
+        return WatchedBatch(self, batch)
+
+    def before_clipping(self, optimizer: Optimizer | None = None) -> None:
+        """Read gradients before you clip them.
+
+        Call it after the last backward pass of a step, and after ``scaler.unscale_`` where you unscale.
+
+        Args:
+            optimizer: Which optimizer is about to step; None for all.
+
+        Raises:
+            RuntimeError: Outside of :meth:`batch`.
+        """
+        if not self._is_inside:
+            raise RuntimeError("call watch.before_clipping() inside of `with watch.batch(batch):`.")
+        self._loop.was_announced = True
+        self._loop.before_step()
+        chosen = self._loop.optimizers if optimizer is None else [unwrapped_optimizer(optimizer)]
+        for one in chosen:
+            if has_gradients(one):
+                for monitor in self.monitors:
+                    monitor.before_step(one)
+
+    def close(self) -> None:
+        """End the run: write what is left, and say what was never measured. No batch may follow."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._has_begun:
+            for monitor in self.monitors:
+                monitor.end()
+            self._loop.row.send(self._loop)
+            for monitor in self.monitors:
+                monitor.conclude()
+        self._let_go()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a ``with`` block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Where it is, and what watches."""
+        return f"Watch(step {self.step}, {', '.join(map(repr, self.monitors))})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: numbers and tensors by name."""
+        return {"loop": self._loop.state_dict(), "monitors": [monitor.state_dict() for monitor in self.monitors]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state, before the first batch or between two."""
+        self._loop.load_state_dict(state["loop"])
+        for monitor, own in zip(self.monitors, state["monitors"], strict=True):
+            monitor.take_state(own, at_once=self._has_begun)
+
+    def _begin_batch(self, batch: Any) -> None:
+        if self._is_inside or self._is_closed:
+            after = "after watch.close()" if self._is_closed else "inside of another one"
+            raise RuntimeError(f"watch.batch was entered {after}.")
+        self._is_inside = True
+        self._loop.begin_batch()
+        if not self._has_begun:
+            self._has_begun = True
+            for monitor in self.monitors:
+                monitor.begin(self._loop)
+            write_layout(self._loop)
+        self._loop.row.close()
+        for monitor in self.monitors:
+            monitor.batch_start(batch)
+        for monitor in self.monitors:
+            monitor.before_backward()
+
+    def _end_batch(self, loss: Any) -> None:
+        self._is_inside = False
+        self._loop.before_step()
+        for monitor in self.monitors:
+            monitor.batch_end(loss)
+        self._loop.row.send(self._loop)
+        if self._loop.end_batch() and not self._loop.was_announced and not self._is_told:
+            self._is_told = True
+            rank_zero_info(_AFTER_CLIPPING)
+        for monitor in self.monitors:
+            monitor.pause()  # what is between two batches is not counted as training
+
+    def _abort(self) -> None:
+        self._is_inside, self._is_closed = False, True
+        for monitor in self.monitors:
+            monitor.abort()
+        with suppress(Exception):  # none of a writer's own may hide the user's
+            self._loop.row.send(self._loop)
+        for monitor in self.monitors:
+            monitor.last_look()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for monitor in self.monitors:
+            monitor.close()
+        self._loop.remove()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WatchedBatch:
+    """The context of one batch.
+
+    Attributes:
+        loss: Mean loss of the batch, where the user sets it.
+    """
+
+    def __init__(self, watch: Watch, batch: Any) -> None:
+        """Nothing begun."""
+        self._watch, self._batch = watch, batch
+        self.loss: Tensor | float | None = None
+
+    def __enter__(self) -> Self:
+        """The batch begins."""
+        self._watch._begin_batch(self._batch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The batch is over; an exception ends the run."""
+        if kind is None:
+            self._watch._end_batch(self.loss)
+        else:
+            self._watch._abort()
+
+
+def _check_types(model: object, optimizers: Sequence[object], loss_fn: object, monitors: Sequence[object]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    wrong = next((one for one in optimizers if not isinstance(one, Optimizer)), None)
+    if wrong is not None or not optimizers:
+        raise TypeError(f"optimizer must be a torch optimizer or a list of them, got {type(wrong).__name__}.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}.")
+    for monitor in monitors:
+        if not isinstance(monitor, Monitor):
+            raise TypeError(f"monitors must be monitors of dynamon.monitoring, got {type(monitor).__name__}.")
+
+
+def _check_kinds(monitors: Sequence[Monitor]) -> None:
+    for monitor in monitors:
+        same = [type(other).__name__ for other in monitors if isinstance(other, monitor.one_of_a_kind())]
+        if len(same) > 1:
+            raise ValueError(f"monitors has {' and '.join(same)}, which measure the same; keep one of them.")

@@ -1,0 +1,69 @@
+"""Sizes of weights and updates, how updates turn, the spectrum's extremes, and what decay leaves."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from dynamon.monitoring.arguments import check_arguments
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.monitor import Monitor
+from dynamon.monitoring.weight_meter import WeightMeter
+from dynamon.quantities import quantities_of, with_tag_table
+
+
+@with_tag_table(quantities_of("weight", "monitor"))
+class WeightMonitor(Monitor):
+    """Weight and update sizes in the norm of each layer's role, and the extremes of the spectrum.
+
+    The norm by role (:func:`dynamon.norms.operator_norm`): hidden and convolution RMS->RMS, embedding 1->RMS,
+    head RMS->inf, vectors RMS. The largest singular value comes from Gram iteration with its certificate.
+
+    Tags, all but ``update/cosine`` (a headline) per layer, written as described in
+    :class:`dynamon.callbacks.GradientMonitor`:
+
+    {tags}
+
+    (*) matrices and flattened convolutions, every tenth reading: they need all singular values. Under DDP and FSDP2
+    each process takes a part of the layers.
+
+    Args:
+        every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
+            that is. None: as often as ``budget`` allows, every twentieth step at most.
+        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
+        layers: Globs for the layers measured, ``!`` excludes.
+        loggers: Loggers to write to by part of the class name, class or object; None for all.
+        strict: Raise where a measurement fails, instead of warning and going on.
+        histograms: Write a histogram of each layer's weights to TensorBoard, every tenth reading.
+        convolutions: Bound the norm of each convolution as a map of whole inputs, every tenth reading. Takes from
+            milliseconds to, for hundreds of channels on a CPU, seconds a layer.
+
+    Raises:
+        ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
+            fit starts.
+
+    Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix, that of the step
+    in bfloat16 where this pays (:mod:`dynamon.kernels.thresholds`). Memory: 7 copies of the parameters at a peak, 2 in
+    between, where matrices are square and have up to 2^27 entries together; larger and other ones take less. With
+    ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
+    microseconds. Under FSDP2 the copies are of this process's part; a reading sends one small all-reduce, and gathers
+    each matrix, with its step where it is a hidden weight or a convolution, on the process that takes it.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        budget: float | None = 0.02,
+        layers: Sequence[str] | None = None,
+        loggers: Sequence[Any] | None = None,
+        strict: bool = False,
+        histograms: bool = False,
+        convolutions: bool = False,
+    ) -> None:
+        """Check the arguments."""
+        check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
+        super().__init__(partial(_meters, every_n_steps, histograms, convolutions), budget, layers, loggers, strict)
+
+
+def _meters(every_n_steps: int | None, with_histograms: bool, with_convolutions: bool) -> list[Meter]:
+    return [WeightMeter(Cadence(every_n_steps, interval=20, share=1.0), with_histograms, with_convolutions)]
