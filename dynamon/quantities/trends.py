@@ -111,11 +111,17 @@ class Trends:
 
     def _entries(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
         """Sample some of the gradients, ``[P, 64]``, with zeros for entries that a gradient or its shard lacks."""
-        flat = torch.cat([self._sampled[i].of(tensor) for i, tensor in zip(indices, tensors, strict=True)]).float()
+        chosen = [self._sampled[i] for i in indices]
+        # At each step for every layer: a call only where it is not a plain view.
+        pieces = [
+            tensor.as_strided(*one.view) if one.view is not None and tensor.is_contiguous() else one.of(tensor)
+            for one, tensor in zip(chosen, tensors, strict=True)
+        ]
+        flat = torch.cat(pieces).float()
         if len(flat) == len(indices) * ENTRIES:
             return flat.view(-1, ENTRIES)
         if tuple(indices) != self._columns[0]:
-            columns = [row * ENTRIES + column for row, i in enumerate(indices) for column in self._sampled[i].columns]
+            columns = [row * ENTRIES + column for row, one in enumerate(chosen) for column in one.columns]
             self._columns = tuple(indices), torch.tensor(columns, dtype=torch.int64, device=self._device)
         return flat.new_zeros(len(indices) * ENTRIES).index_copy(0, self._columns[1], flat).view(-1, ENTRIES)
 
@@ -154,6 +160,7 @@ class _Sampled:
 
     Attributes:
         columns: Which of the sampled entries these are.
+        view: Size and stride of the view of a contiguous tensor that holds them; None where it begins further on.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -162,7 +169,8 @@ class _Sampled:
         self.columns: Sequence[int] = range(min(like.numel(), ENTRIES))
         if is_sharded(like):
             self._find(like)
-        self._count = len(self.columns)
+        plain = self._chosen is None and not self._start
+        self.view = ((len(self.columns),), (self._step,)) if plain else None
 
     def _find(self, like: Tensor) -> None:
         marks = torch.zeros(like.shape, dtype=torch.int8, device=to_local(like).device)
@@ -176,11 +184,7 @@ class _Sampled:
         self._start, self._step = places[0] if places else 0, steps.pop()
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the entries of a tensor, as a view where that is possible: called for every layer at each step."""
+        """Return the entries of any tensor."""
         if self._chosen is not None:
             return tensor.reshape(-1)[self._chosen]
-        if not tensor.is_contiguous():
-            return tensor.reshape(-1)[self._start : self._start + self._count * self._step : self._step]
-        if not self._start:
-            return tensor.as_strided((self._count,), (self._step,))
-        return tensor.as_strided((self._count,), (self._step,), tensor.storage_offset() + self._start)
+        return tensor.reshape(-1)[self._start : self._start + len(self.columns) * self._step : self._step]
