@@ -232,7 +232,7 @@ class _Here:
 
     def rotations(self, lengths: Tensor) -> Tensor:
         """Take the angles between weights and what they were, from the lengths of weight, weight before and step."""
-        if lengths.dtype == torch.float64 or not self.is_whole:
+        if lengths.dtype == torch.float64 or not self.is_whole or not self.starts:
             return angles(lengths[1], lengths[0], lengths[2])
         found = torch.stack([_angle(start, self.weights[i]) for i, start in self.starts.items()])
         return spread(found, list(self.starts), len(self.weights), torch.nan)  # in float32 lengths would cancel out
