@@ -1,4 +1,4 @@
-r"""How close a run is to the largest step its curvature allows.
+r"""The stability ratio: how close a run is to the largest step that its curvature allows.
 
 One number for every optimizer with a known stability condition, threshold 1:
 :math:`\lambda_{max}(D^{1/2} P^{-1/2} H P^{-1/2} D^{1/2})`. Under mini-batches a value below one is normal, and a
@@ -54,7 +54,7 @@ def stability_ratio(
     certify: bool = False,
     seed: int = 0,
 ) -> Eigenpairs:
-    r"""The stability ratio: 1 is where gradient descent with this optimizer starts to oscillate and grow.
+    r"""Compute the stability ratio: above 1, gradient descent with this optimizer oscillates and grows.
 
     :math:`\lambda_{max}(D^{1/2} P^{-1/2} H P^{-1/2} D^{1/2})` with, by optimizer,
 
@@ -96,7 +96,7 @@ def stability_ratio(
 
 
 def stability_operator(hessian: LinearOperator, scaling: StabilityScaling) -> LinearOperator:
-    """The operator whose largest eigenvalue is the stability ratio.
+    """Return the operator whose largest eigenvalue is the stability ratio.
 
     Args:
         hessian: The Hessian on the same flat coordinates.
@@ -114,7 +114,7 @@ def stability_scaling(
     ratios: Sequence[float] | Mapping[str, float] | None = None,
     space: VectorSpace | None = None,
 ) -> StabilityScaling:
-    """Read the scaling of :func:`stability_ratio` off an optimizer's groups and state.
+    """Read the scaling of :func:`stability_ratio` from an optimizer's groups and state.
 
     Args:
         optimizer: SGD, Adam, AdamW or RMSprop of ``torch.optim`` (subclasses included).
@@ -126,6 +126,8 @@ def stability_scaling(
     Raises:
         ValueError: As for :func:`stability_ratio`.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     if not has_stability_condition(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__} has no known stability condition; "
@@ -164,7 +166,7 @@ def stability_scaling(
 def _factors(
     names: Sequence[str] | None, count: int, ratios: Sequence[float] | Mapping[str, float] | None
 ) -> list[float]:
-    """A factor for each parameter."""
+    """Return one factor per parameter."""
     if not isinstance(ratios, Mapping):
         factors = [1.0] * count if ratios is None else list(ratios)
         if len(factors) != count:
@@ -179,7 +181,7 @@ def _factors(
 
 
 def has_stability_condition(optimizer: Optimizer) -> bool:
-    """Whether :func:`stability_ratio` knows the optimizer: by class, but for those of another geometry."""
+    """Return whether :func:`stability_ratio` knows the optimizer, by its class and its geometry."""
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     if not isinstance(optimizer, SGD | Adam | RMSprop) or names & {"NAdam", "RAdam"}:
         return False
@@ -187,7 +189,7 @@ def has_stability_condition(optimizer: Optimizer) -> bool:
 
 
 def stability_threshold(optimizer: Optimizer) -> float | None:
-    """The sharpness at which plain gradient descent becomes unstable, where one number exists.
+    """Return the sharpness at which plain gradient descent becomes unstable, where one number exists.
 
     Returns:
         2 / lr for SGD; with momentum b 2 (1 + b) / (lr (1 - dampening)), Nesterov 2 (1 + b) / (lr (1 + 2 b)),
@@ -214,7 +216,7 @@ def _sgd_factor(group: dict[str, object]) -> float:
 
 
 def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float) -> Tensor:
-    """D / P of one parameter, flat; NaN where the second moment is zero or there is none: nothing moves there."""
+    """Compute D / P of one parameter, flat; NaN where nothing moves: no second moment, or a second moment of zero."""
     wide = torch.promote_types(real_dtype(p), torch.float32)
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynamon.kernels.arguments import check_count, check_tensor
 from dynamon.kernels.constants import to_device
 from dynamon.kernels.gram import gram_iteration
 from dynamon.kernels.precision import convolution_rounding, own_dtype, product_allowance
@@ -62,6 +63,7 @@ def conv_gram_iteration(
         takes the direction that the power steps found as given.
 
     Raises:
+        TypeError: If ``kernel`` is not a tensor or ``steps`` not an int.
         ValueError: On shapes and arguments that no convolution has, or another padding mode.
 
     Cost: ``steps`` products of the smaller channel side for about half the frequencies, and 12 convolutions forward and
@@ -70,8 +72,7 @@ def conv_gram_iteration(
     supremum bounds are dynamon's own, checked against the explicit operator.
     """
     plan = _Plan(kernel, input_size, padding, padding_mode, stride, dilation, groups)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_count("steps", steps)
     work = kernel if kernel.dtype == torch.float64 else kernel.float()
     finite = torch.isfinite(work.detach()).all()
     scale = work.detach().abs().amax()
@@ -82,7 +83,7 @@ def conv_gram_iteration(
 
 
 def _bounds(kernel: Tensor, work: Tensor, plan: "_Plan", steps: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The bounds of a finite kernel whose largest entry is one, times a scale."""
+    """Bound a finite kernel whose largest entry is one, and multiply the bounds by a scale."""
     lower, upper = _over_frequencies(plan.polyphase(work), plan.grid, steps)
     if plan.size is None:
         if plan.circular and max(plan.stride) > 1:  # circles that the stride does not divide: drop no outputs
@@ -98,7 +99,7 @@ def _bounds(kernel: Tensor, work: Tensor, plan: "_Plan", steps: int, scale: Tens
 
 
 class _Plan:
-    """The geometry of a convolution: sizes a dimension, and the circular one that contains it."""
+    """Geometry of a convolution: sizes per dimension, and the circular convolution that contains it."""
 
     def __init__(
         self,
@@ -110,6 +111,7 @@ class _Plan:
         dilation: Size,
         groups: int,
     ) -> None:
+        check_tensor("kernel", kernel, "[out, in / groups, *k]")
         if not kernel.is_floating_point() or not 3 <= kernel.ndim <= 5 or kernel.numel() == 0:
             raise ValueError(
                 "conv_gram_iteration needs a floating point kernel [out, in / groups, *k] with one to three spatial "
@@ -139,18 +141,18 @@ class _Plan:
         self._rest = padding, padding_mode, dilation, groups
 
     def with_stride_one(self, kernel: Tensor) -> "_Plan":
-        """The same convolution of inputs of any size, none of whose outputs is dropped."""
+        """Return the same convolution at stride one, for inputs of any size."""
         padding, padding_mode, dilation, groups = self._rest
         return _Plan(kernel, None, padding, padding_mode, 1, dilation, groups)
 
     def _phase_stride(self) -> list[int]:
-        """The stride that is taken apart; where it does not divide a circle, dropping outputs is enough of a bound."""
+        """Return the stride to take apart; where it does not divide a circle, dropping outputs is bound enough."""
         if not self.circular or self.size is None:
             return self.stride
         return [s if n % s == 0 else 1 for s, n in zip(self.stride, self.size, strict=True)]
 
     def _grid(self) -> list[int]:
-        """Frequencies a dimension."""
+        """Return the number of frequencies per dimension."""
         lengths = [-(-e // s) for e, s in zip(self.extent, self.phase_stride, strict=True)]
         self.degrees = [length // 2 for length in lengths]
         if self.size is None:
@@ -162,12 +164,12 @@ class _Plan:
 
     @property
     def between_frequencies(self) -> float:
-        """What a trigonometric polynomial of the kernel's degree can add between the points of the grid."""
+        """Factor by which a polynomial of the kernel's degree can exceed its values on the grid."""
         return math.prod(1 / math.cos(math.pi * d / n) for d, n in zip(self.degrees, self.grid, strict=True))
 
     @property
     def repeats(self) -> float:
-        """Circular padding beyond the kernel repeats outputs, each at most so often."""
+        """Root of the most often that circular padding beyond the kernel repeats an output."""
         if not self.circular:
             return 1.0
         smallest = [max(p, 1) for p in self.padding]  # where outputs are repeated most often
@@ -175,7 +177,7 @@ class _Plan:
         return math.sqrt(math.prod(max(1, -(-(n + 2 * p - e + 1) // n)) for n, p, e in axes))
 
     def polyphase(self, kernel: Tensor) -> Tensor:
-        """The kernel ``[groups, out, in * phases, *taps]`` of the same map between phases of the input."""
+        """Return the kernel ``[groups, out, in * phases, *taps]`` of the same map between phases of the input."""
         out, channels = kernel.shape[:2]
         spread = kernel.new_zeros(out, channels, *self.extent)
         taps: list[Any] = [slice(None, None, d) for d in self.dilation]
@@ -191,7 +193,7 @@ class _Plan:
         return phases.reshape(self.groups, out // self.groups, *phases.shape[1:])
 
     def convolve(self, kernel: Tensor, inputs: Tensor) -> Tensor:
-        """The convolution itself."""
+        """Apply the convolution."""
         padding: list[int] | int = self.padding
         if self.circular and any(self.padding):
             inputs = F.pad(inputs, [p for p in reversed(self.padding) for _ in range(2)], mode="circular")
@@ -208,7 +210,7 @@ def _each(value: Size, dimensions: int, least: int, name: str) -> list[int]:
 
 
 def _over_frequencies(phases: Tensor, grid: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
-    """Largest bounds over a grid of frequencies; conjugate frequencies are taken once."""
+    """Return the largest bounds over a grid of frequencies, taking conjugate frequencies once."""
     bounds = [gram_iteration(part, steps=steps) for part in _transformed(phases, grid)]
     lower, upper = (torch.stack([part.amax() for part in side]).amax() for side in zip(*bounds, strict=True))
     # Rounding of the transform, which is a product where frequencies are taken some at a time.
@@ -217,7 +219,7 @@ def _over_frequencies(phases: Tensor, grid: Sequence[int], steps: int) -> tuple[
 
 
 def _transformed(phases: Tensor, grid: Sequence[int]) -> Iterator[Tensor]:
-    """Matrices ``[n, out, in]`` of the frequencies, a chunk at a time: of all at once they would be 500 kernels."""
+    """Yield the matrices ``[n, out, in]`` of the frequencies in chunks: all at once would be 500 kernels."""
     groups, out, channels, *taps = phases.shape
     frequencies = [*grid[:-1], grid[-1] // 2 + 1]
     count, entries = math.prod(frequencies), groups * out * channels
@@ -236,7 +238,7 @@ def _transformed(phases: Tensor, grid: Sequence[int]) -> Iterator[Tensor]:
 def _waves(
     chosen: range, frequencies: Sequence[int], taps: Sequence[int], grid: Sequence[int], like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and negative sine ``[taps, n]`` of some frequencies at all taps."""
+    """Compute cosine and negative sine ``[taps, n]`` of some frequencies at all taps."""
     turns = torch.zeros(math.prod(taps), len(chosen), dtype=torch.float64, device="cpu")
     places = torch.unravel_index(torch.arange(len(turns), device="cpu"), list(taps))
     points = torch.unravel_index(torch.arange(chosen.start, chosen.stop, device="cpu"), list(frequencies))
@@ -249,7 +251,7 @@ def _waves(
 
 
 def _folded(phases: Tensor, grid: Sequence[int]) -> Tensor:
-    """Taps beyond the circle's length come round again."""
+    """Wrap taps beyond the circle's length around."""
     for axis, length in enumerate(grid, start=3):
         taps = phases.shape[axis]
         if taps > length:
@@ -261,7 +263,7 @@ def _folded(phases: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def _rayleigh(kernel: Tensor, plan: _Plan) -> Tensor:
-    """||A x|| / ||x|| after some power steps with the convolution and its adjoint."""
+    """Compute ||A x|| / ||x|| after some power steps with the convolution and its adjoint."""
     assert plan.size is not None
     frozen = kernel.detach()
     generator = torch.Generator(kernel.device).manual_seed(0)

@@ -12,7 +12,7 @@ L2_SAFE = _SMALL, _LARGE = 2.0**-48, 2.0**60
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of each of some tensors, also where the squares of its entries overflow or vanish.
+    """Compute the Euclidean norm of each tensor, also where squares of its entries overflow or vanish.
 
     Squares leave the range of float32 from 1.8e19 upwards and lose digits below 1e-19, long before their entries do.
 
@@ -40,7 +40,7 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def l2_on_host(tensor: Tensor, least: torch.dtype = torch.float32) -> float:
-    """The same of one tensor on a CPU, as a number: in ``least``, and where that is not enough in float64."""
+    """Compute the norm of one tensor on a CPU as a float: in ``least``, in float64 where that is not enough."""
     found = torch.linalg.vector_norm(tensor, dtype=least).item()
     if least == torch.float64 or _SMALL * max(tensor.numel(), 1) ** 0.5 < found < _LARGE:
         return float(found)
@@ -48,7 +48,7 @@ def l2_on_host(tensor: Tensor, least: torch.dtype = torch.float32) -> float:
 
 
 def l2_along(tensor: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
-    """The same along some dimensions of one tensor, or all of them: in float32, or float64 for float64.
+    """Compute norms along some dimensions of one tensor, or all: in float32, or float64 for float64.
 
     Args:
         tensor: A real floating point tensor.

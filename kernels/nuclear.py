@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dynamon.kernels.arguments import check_tensor
 from dynamon.kernels.devices import decomposable, in_double
 from dynamon.kernels.polar import polar_factor
 from dynamon.kernels.precision import own_dtype
@@ -15,7 +16,7 @@ _POLAR_STEPS, _HALF_STEPS = 8, 7
 
 
 def nuclear_norm(matrix: Tensor, method: str = "auto") -> Tensor:
-    r"""Sum of the singular values, :math:`\|W\|_{nuc} = \sum_i \sigma_i(W)`.
+    r"""Compute the sum of the singular values, :math:`\|W\|_{nuc} = \sum_i \sigma_i(W)`.
 
     Args:
         matrix: Matrices of shape ``[..., m, n]``, floating point; half precision is computed in float32.
@@ -33,6 +34,7 @@ def nuclear_norm(matrix: Tensor, method: str = "auto") -> Tensor:
         empty matrix, NaN where the matrix holds NaN or infinity.
 
     Raises:
+        TypeError: If ``matrix`` is not a tensor.
         ValueError: On an unknown method, fewer than two dimensions or another dtype.
 
     Cost: ``"gram"``: one product ``2 m n s`` and an eigenvalue problem of side ``s = min(m, n)``, in float64.
@@ -40,6 +42,7 @@ def nuclear_norm(matrix: Tensor, method: str = "auto") -> Tensor:
     """
     if method not in _METHODS:
         raise ValueError(f"method must be one of {_METHODS}, got {method!r}.")
+    check_tensor("matrix", matrix, "[..., m, n]")
     if matrix.ndim < 2:
         raise ValueError(f"nuclear_norm needs matrices [..., m, n], got shape {tuple(matrix.shape)}.")
     if not matrix.is_floating_point():
@@ -64,7 +67,7 @@ def nuclear_norm(matrix: Tensor, method: str = "auto") -> Tensor:
 
 
 def _of_gram(matrix: Tensor) -> Tensor:
-    """Square roots of the eigenvalues of the smaller Gram matrix, added up."""
+    """Sum the square roots of the eigenvalues of the smaller Gram matrix."""
     if matrix.numel() == 0:
         return matrix.new_zeros(matrix.shape[:-2])
     tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
@@ -74,7 +77,7 @@ def _of_gram(matrix: Tensor) -> Tensor:
 
 
 def gram_eigenvalues(tall: Tensor) -> Tensor:
-    """Eigenvalues of the Gram matrices of tall matrices, in ascending order.
+    """Compute the eigenvalues of the Gram matrices of tall matrices, in ascending order.
 
     Args:
         tall: ``[..., m, n]`` with m >= n, in float32 or float64, finite. Nothing in it may overflow when squared.
@@ -95,7 +98,7 @@ def gram_eigenvalues(tall: Tensor) -> Tensor:
 
 
 def eigenvalues(gram: Tensor, solve: Callable[[Tensor], Tensor] = torch.linalg.eigvalsh) -> Tensor:
-    """``torch.linalg.eigvalsh`` of any number of matrices ``[..., n, n]``, of which a call takes 32,768."""
+    """Compute ``torch.linalg.eigvalsh`` of any number of matrices ``[..., n, n]``, 32,768 per call."""
     flat = gram.reshape(-1, *gram.shape[-2:])
     if len(flat) <= EIGENVALUE_BATCH:
         return solve(gram)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamon.kernels.arguments import check_count, check_tensor
 from dynamon.kernels.precision import own_dtype, product_rounding
 from dynamon.kernels.thresholds import half_pays
 
@@ -16,7 +17,7 @@ _TALL = 2  # from this aspect ratio on the iteration runs on the small Gram matr
 
 
 def polar_factor(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    r"""The factor :math:`U V^\top` of :math:`W = U \Sigma V^\top`: every singular value taken to one.
+    r"""Compute the factor :math:`U V^\top` of :math:`W = U \Sigma V^\top`: every singular value becomes one.
 
     Each step applies the odd polynomial of degree five that is closest to one on the interval where the singular
     values can lie by then, which is the best sequence of such steps. Matrices with one side at least twice the other
@@ -39,16 +40,17 @@ def polar_factor(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
         infinity.
 
     Raises:
+        TypeError: If ``matrix`` is not a tensor or ``steps`` not an int.
         ValueError: If ``matrix`` or ``dtype`` is not floating point, the matrix has fewer than two dimensions, or
             ``steps`` is below one.
 
     Cost: three products of the smaller side a step, ``2 m n s + 4 s^3`` FLOP with s = min(m, n) on the Gram matrix
     (``4 m n s + 2 s^3`` else); no host synchronisation. Reference: Amsel et al., "The Polar Express", arXiv 2505.16932.
     """
+    check_tensor("matrix", matrix, "[..., m, n]")
     if not matrix.is_floating_point() or matrix.ndim < 2:
         raise ValueError(f"polar_factor needs floating point matrices, got {matrix.dtype} {tuple(matrix.shape)}.")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_count("steps", steps)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating point, got {dtype}.")
     work = matrix if matrix.dtype == torch.float64 else matrix.float()
@@ -68,7 +70,7 @@ def polar_factor(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
 
 
 def step_polar_factor(matrix: Tensor) -> Tensor:
-    """The polar factor for an optimizer's step: five steps of :func:`polar_factor`, in bfloat16 where that pays.
+    """Compute the polar factor of an optimizer's step: five steps, in bfloat16 where that pays.
 
     Singular values above a hundredth of the matrix's Schatten-4 norm are then within 25 % of one instead of 13 %. That
     is so on NVIDIA GPUs with units for bfloat16 (:mod:`dynamon.kernels.thresholds`); elsewhere it is float32.
@@ -84,7 +86,7 @@ def step_polar_factor(matrix: Tensor) -> Tensor:
 
 
 def polar_error(steps: int, ratio: float = _LOWER) -> float:
-    """Largest distance from one of a singular value that starts between ``ratio`` and 1, in exact arithmetic."""
+    """Return the largest distance from one of a singular value that starts in [``ratio``, 1], in exact arithmetic."""
     values = np.geomspace(ratio, 1.0, 2000)
     for a, b, c in coefficients(steps):
         values = a * values + b * values**3 + c * values**5
@@ -93,7 +95,7 @@ def polar_error(steps: int, ratio: float = _LOWER) -> float:
 
 @lru_cache
 def coefficients(steps: int, safety: float = _SAFETY) -> tuple[tuple[float, float, float], ...]:
-    """The polynomials ``a x + b x^3 + c x^5`` of each step, found by exchange (Remez) on shrinking intervals."""
+    """Compute the polynomials ``a x + b x^3 + c x^5`` of all steps by exchange (Remez) on shrinking intervals."""
     low, high = _LOWER, 1.0
     found = []
     for step in range(steps):
@@ -106,7 +108,7 @@ def coefficients(steps: int, safety: float = _SAFETY) -> tuple[tuple[float, floa
 
 
 def _closest_to_one(low: float, high: float) -> tuple[float, float, float, float]:
-    """The odd quintic with the smallest largest distance from one on an interval, and that distance."""
+    """Find the odd quintic with the smallest maximal distance from one on an interval, and that distance."""
     if high - low < 1e-7:  # the limit: Newton-Schulz of degree five
         return 15 / 8, -10 / 8, 3 / 8, 0.0
     inner = np.array([low + 0.25 * (high - low), low + 0.75 * (high - low)])
@@ -140,7 +142,7 @@ def _on_matrix(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ..
 
 
 def _on_gram(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """The same on ``s x s`` matrices: all factors are polynomials of one Gram matrix and commute."""
+    """Do the same on ``s x s`` matrices: all factors are polynomials of one Gram matrix and commute."""
     gram = matrix.mT @ matrix
     factor: Tensor | None = None
     for a, b, c in polynomials:

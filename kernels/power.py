@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dynamon.kernels.arguments import check_count, check_tensor
 from dynamon.kernels.constants import to_device
 from dynamon.kernels.precision import own_dtype, product_allowance
 
@@ -25,11 +26,14 @@ def top_singular(matrix: Tensor, start: Tensor | None = None, steps: int = 2) ->
         for a zero matrix, NaN where the matrix holds NaN or infinity.
 
     Raises:
+        TypeError: If ``matrix`` is not a tensor or ``steps`` not an int.
         ValueError: If ``matrix`` is not floating point, is empty or has fewer than two dimensions, or ``start`` does
             not fit.
 
     Cost: ``4 m n steps + 2 m n`` FLOP: the matrix is read twice a step. No host synchronisation.
     """
+    check_tensor("matrix", matrix, "[..., m, n]")
+    check_count("steps", steps, least=0)
     if not matrix.is_floating_point() or matrix.ndim < 2 or 0 in matrix.shape:
         raise ValueError(
             "top_singular needs floating point matrices [..., m, n] that are not empty, "
@@ -51,14 +55,14 @@ def top_singular(matrix: Tensor, start: Tensor | None = None, steps: int = 2) ->
 
 
 def _noise(matrix: Tensor) -> Tensor:
-    """The same vectors ``[..., n]`` whatever the device, also where another one is torch's default."""
+    """Draw the same vectors ``[..., n]`` on any device, also where another one is torch's default."""
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(matrix.shape[-1], generator=generator, dtype=torch.float64, device="cpu")
     return to_device(noise.to(matrix.dtype), matrix.device).expand(*matrix.shape[:-2], -1)
 
 
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors and lengths; entries of 1e-30 or 1e30 have squares too, once the largest is divided out."""
+    """Return unit vectors and lengths, dividing by the largest entry first so that squares of 1e-30 or 1e30 exist."""
     largest = vector.abs().amax(-2, keepdim=True)
     tiny = torch.finfo(vector.dtype).tiny
     vector = vector / largest.clamp_min(tiny)

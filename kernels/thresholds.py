@@ -1,4 +1,4 @@
-"""Which way of computing is taken where: one table of sizes and devices.
+"""Choices of algorithm by size and device, in one table.
 
 ================================  ============================================  ======================================
 choice                            taken                                         known from
@@ -35,16 +35,16 @@ EIGENVALUE_BATCH = 2**15  # matrices a call: cuSOLVER refuses more than 65,535
 
 
 def takes_gram_twin(matrix: Tensor) -> bool:
-    """Whether the Gram matrix of these matrices is quicker from half of its tiles; whether they can be is not asked."""
+    """Return whether half of the tiles is faster for the Gram matrix; whether the twin supports it is not checked."""
     least = GRAM_TWIN.get(matrix.dtype)
     return least is not None and matrix.is_cuda and min(matrix.shape[-2:]) >= least and not product_rounding(matrix)
 
 
 def half_pays(device: torch.device) -> bool:
-    """Whether products in bfloat16 are several times quicker than in float32 there."""
+    """Return whether products in bfloat16 are several times faster than in float32 there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= HALF_FROM
 
 
 def eigenvalues_on_host(matrix: Tensor) -> bool:
-    """Whether eigenvalues of these symmetric matrices come quicker from the host."""
+    """Return whether the host computes eigenvalues of these symmetric matrices faster."""
     return matrix.is_cuda and matrix.shape[-1] in HOST_EIGENVALUES

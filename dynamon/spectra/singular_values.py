@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamon.kernels import decomposable
+from dynamon.kernels.arguments import check_tensor
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.gram import gram_extremes
 from dynamon.kernels.nuclear import gram_eigenvalues
@@ -23,7 +24,7 @@ _STEPS = 8  # the gap between the bounds is then below 1 % for any rank up to 16
 
 @dataclass(frozen=True)
 class SpectralExtremes:
-    r"""What can be had of the singular values without computing them; every field is ``[...]``.
+    r"""Statistics of singular values that need no decomposition; every field is ``[...]``.
 
     Attributes:
         sigma_max: Best estimate of the largest singular value: the middle of the certificate.
@@ -40,7 +41,7 @@ class SpectralExtremes:
 
 @dataclass(frozen=True)
 class WeightSpectrum:
-    r"""Singular-value statistics of one matrix; every field is a 0-d tensor (or ``[...]`` for a batch).
+    r"""Singular-value statistics of one matrix; every field is a 0-d tensor (``[...]`` for a batch).
 
     Attributes:
         sigma_max: Largest singular value.
@@ -70,7 +71,7 @@ class WeightSpectrum:
 
 
 def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
-    """Singular-value statistics of a weight, from the eigenvalues of its smaller Gram matrix.
+    """Compute singular-value statistics of a weight from the eigenvalues of its smaller Gram matrix.
 
     Args:
         weight: Matrices ``[..., m, n]``. For a convolution pass the flattening ``weight.flatten(1)``.
@@ -115,7 +116,7 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
 
 
 def _statistics(energies: Tensor, rank_lost: Tensor) -> dict[str, Tensor]:
-    """Everything that follows from the eigenvalues ``[..., s]``, largest first, of the Gram matrix."""
+    """Compute everything that follows from the Gram matrix's eigenvalues ``[..., s]``, largest first."""
     sigmas = energies.sqrt()
     nuclear, energy = sigmas.sum(-1), energies.sum(-1)
     shares = sigmas / torch.where(nuclear > 0, nuclear, torch.ones_like(nuclear))[..., None]
@@ -134,7 +135,7 @@ def _statistics(energies: Tensor, rank_lost: Tensor) -> dict[str, Tensor]:
 
 
 def spectral_extremes(weight: Tensor) -> SpectralExtremes:
-    """The largest singular value with its certificate, and the ranks that need no other, without a decomposition.
+    """Bound the largest singular value and compute the stable rank, without a decomposition.
 
     Args:
         weight: Matrices ``[..., m, n]``. For a convolution pass the flattening ``weight.flatten(1)``.
@@ -154,7 +155,7 @@ def spectral_extremes(weight: Tensor) -> SpectralExtremes:
 
 
 def extremes_of(stacks: Sequence[Tensor]) -> SpectralExtremes:
-    """:func:`spectral_extremes` of many matrices in few calls.
+    """Compute :func:`spectral_extremes` of many matrices in few calls.
 
     Args:
         stacks: Matrices ``[..., m, n]`` of any shapes on one device, at least one.
@@ -181,7 +182,7 @@ def extremes_of(stacks: Sequence[Tensor]) -> SpectralExtremes:
 
 
 def largest_singular_values(stacks: Sequence[Tensor]) -> Tensor:
-    """Estimates of the largest singular values of many matrices, of steps say, whose bounds nobody reads.
+    """Estimate the largest singular values of many matrices whose bounds are not needed, such as updates.
 
     Args:
         stacks: S stacks ``[t, m, n]`` of matrices on one device, at least one.
@@ -199,7 +200,7 @@ def largest_singular_values(stacks: Sequence[Tensor]) -> Tensor:
 
 
 def largest_per_stack(stacks: Sequence[Tensor]) -> Tensor:
-    """The largest of :func:`largest_singular_values` in each of S stacks, ``[S]``."""
+    """Return the largest of :func:`largest_singular_values` in each of S stacks, ``[S]``."""
     values, sizes = largest_singular_values(stacks), [len(stack) for stack in stacks]
     if all(size == 1 for size in sizes):
         return values
@@ -211,7 +212,7 @@ Statistics = TypeVar("Statistics", SpectralExtremes, WeightSpectrum)
 
 
 def batched_by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics]) -> Statistics:
-    """Measure many matrices at once; those of one shape and dtype are one batch.
+    """Measure many matrices at once; those of one shape and dtype form one batch.
 
     Args:
         weights: Matrices ``[m, n]`` or stacks of them ``[..., m, n]`` on one device.
@@ -226,6 +227,8 @@ def batched_by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Stat
     """
     if not weights:
         raise ValueError("a spectrum needs at least one matrix.")
+    for weight in weights:
+        check_tensor("weights", weight, "[..., m, n] each")
     stacks = [weight.reshape(-1, *weight.shape[-2:]) for weight in weights]
     ends = list(accumulate(len(stack) for stack in stacks))
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
@@ -244,7 +247,7 @@ def batched_by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Stat
 
 
 def _calls(group: Sequence[int], stacks: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of stacks in portions whose copies a device has room for."""
+    """Divide stacks into portions whose copies fit into device memory."""
     found: list[list[int]] = [[]]
     for i in group:
         if found[-1] and sum(stacks[j].numel() for j in found[-1]) + stacks[i].numel() > _AT_ONCE:
@@ -254,7 +257,7 @@ def _calls(group: Sequence[int], stacks: Sequence[Tensor]) -> list[list[int]]:
 
 
 def reduce_blocks(found: Statistics, sizes: Sequence[int]) -> Statistics:
-    """One reading for each stack of matrices, of readings for each matrix.
+    """Reduce readings of single matrices to one reading per stack.
 
     Largest singular values and their bounds and the condition number are those of the worst member, the nuclear norm
     is the sum; ranks, tails and the rest are the mean over the members that have one.
@@ -287,7 +290,7 @@ def reduce_blocks(found: Statistics, sizes: Sequence[int]) -> Statistics:
 
 
 def _by_stack(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Readings ``[F, T]`` of members as ``[F, S, longest]``, whose sums have one order, and where there is a member."""
+    """Arrange readings ``[F, T]`` of members as ``[F, S, longest]`` with a mask; sums have a fixed order."""
     longest, device = max(sizes), values.device
     ends = accumulate(sizes)
     chosen = [end - size + min(j, size - 1) for end, size in zip(ends, sizes, strict=True) for j in range(longest)]
@@ -306,16 +309,17 @@ _BLOCK_REDUCTIONS = {
 
 
 def weight_spectra(weights: Sequence[Tensor], exact: bool = False) -> WeightSpectrum:
-    """:func:`weight_spectrum` of many matrices ``[..., m, n]``, batched by shape; fields have shape ``[T]``."""
+    """Compute :func:`weight_spectrum` of many matrices ``[..., m, n]``, batched by shape; fields have shape ``[T]``."""
     return batched_by_shape(weights, lambda batch: weight_spectrum(batch, exact))
 
 
 def _joined(stacks: Sequence[Tensor]) -> Tensor:
-    """One batch; a single stack is not copied."""
+    """Join stacks to one batch; a single stack is not copied."""
     return stacks[0] if len(stacks) == 1 else torch.cat(list(stacks))
 
 
 def _check(weight: Tensor) -> None:
+    check_tensor("weight", weight, "[..., m, n]")
     if not weight.is_floating_point():
         raise ValueError(f"a spectrum needs a floating point tensor, got {weight.dtype}.")
     if weight.ndim < 2 or 0 in weight.shape:

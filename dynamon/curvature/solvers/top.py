@@ -1,4 +1,4 @@
-"""The largest eigenvalues of an operator, by the method asked for."""
+"""The largest eigenvalues of an operator, by a choice of methods."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from dynamon.curvature.solvers.gram import gram_eigenpairs
 from dynamon.curvature.solvers.lanczos import lanczos_eigenpairs
 from dynamon.curvature.solvers.power import power_eigenpairs
 from dynamon.isolation.evaluations import full_precision
+from dynamon.kernels.arguments import check_count, check_tensor
 
 METHODS = ("lanczos", "power", "gram")
 
@@ -30,7 +31,7 @@ def top_eigenvalues(
     certify: bool = False,
     seed: int = 0,
 ) -> Eigenpairs:
-    r"""The k largest algebraic eigenvalues of a symmetric operator, with bounds.
+    r"""Compute the k largest algebraic eigenvalues of a symmetric operator, with bounds.
 
     ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm
     start mixes the given vectors with fresh noise, so that a direction which has overtaken the old one is found.
@@ -96,20 +97,16 @@ def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, war
         operator.is_floating_point() and torch.allclose(operator, operator.mT, equal_nan=True)
     ):
         raise ValueError("a matrix must be real, floating point and symmetric.")
-    if type(k) is not int or k < 1:
-        raise ValueError(f"k must be a whole number, 1 or more, got {k!r}.")
+    check_count("k", k)
     if operator.shape[0] < 1:
         raise ValueError("the operator has no eigenvalues: its shape is (0, 0).")
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-    if type(max_matvecs) is not int or max_matvecs < max(2, min(k, operator.shape[0])):
-        raise ValueError(
-            f"max_matvecs must be a whole number, at least {max(2, min(k, operator.shape[0]))}, got {max_matvecs!r}."
-        )
-    if warm_start is not None and not isinstance(warm_start, Tensor):
-        raise ValueError(f"warm_start must be a tensor [n] or [n, m], got {type(warm_start).__name__}.")
-    rows = space_of(operator).length
-    if warm_start is not None and warm_start.shape[0] != rows:
-        raise ValueError(
-            f"warm_start must have {rows} rows, got {warm_start.shape[0]}: it belongs to another operator."
-        )
+    check_count("max_matvecs", max_matvecs, least=max(2, min(k, operator.shape[0])))
+    if warm_start is not None:
+        check_tensor("warm_start", warm_start, "[n] or [n, m]")
+        rows = space_of(operator).length
+        if warm_start.shape[0] != rows:
+            raise ValueError(
+                f"warm_start must have {rows} rows, got {warm_start.shape[0]}: it belongs to another operator."
+            )

@@ -9,11 +9,12 @@ import torch
 from dynamon.curvature.operators.parameters import checked_once
 from dynamon.curvature.operators.vector_space import space_of, wide_inner
 from dynamon.isolation.evaluations import full_precision
+from dynamon.kernels.arguments import check_count
 
 
 @dataclass(frozen=True)
 class TraceEstimate:
-    """An estimate of a trace.
+    """An estimated trace with its standard error.
 
     Attributes:
         value: The estimate, unbiased.
@@ -29,7 +30,7 @@ class TraceEstimate:
 @checked_once()
 @full_precision()
 def trace(operator: Any, *, num_vectors: int = 16, seed: int = 0) -> TraceEstimate:
-    r"""The trace of a symmetric operator by Hutchinson's estimator.
+    r"""Estimate the trace of a symmetric operator by Hutchinson's method.
 
     :math:`\mathrm{tr} A = E[z^\top A z]` with z of independent signs; the variance of one sample is twice the sum of
     the squared off-diagonal entries.
@@ -44,8 +45,7 @@ def trace(operator: Any, *, num_vectors: int = 16, seed: int = 0) -> TraceEstima
 
     Cost: ``num_vectors`` products, one host read, memory of two vectors. Reference: Hutchinson, 1990.
     """
-    if num_vectors < 1:
-        raise ValueError(f"num_vectors must be at least 1, got {num_vectors}.")
+    check_count("num_vectors", num_vectors)
     device = getattr(operator, "device", torch.device("cpu"))
     dtype = getattr(operator, "dtype", torch.float32)
     space = space_of(operator)
