@@ -15,7 +15,7 @@ from dynamon.monitoring import monitor
 class Monitor(monitor.Monitor, DynamonCallback):
     """A monitor that a Trainer calls.
 
-    Everything that is no hook, its arguments too, is that of :class:`dynamon.monitoring.monitor.Monitor`.
+    Arguments are those of :class:`dynamon.monitoring.monitor.Monitor`, and so is everything that is no hook.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
