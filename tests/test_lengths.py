@@ -12,11 +12,6 @@ FUNCTION, FILE = 60, 450
 TABLES: dict[str, str] = {}
 # Too long, and to be cut: a name goes when its file or function fits. Path, or path::function.
 TO_BE_CUT = {
-    "callbacks/layerwise_lr.py",
-    "dynamon/monitoring/eigenvalues.py",
-    "dynamon/monitoring/gradient_meter.py",
-    "dynamon/monitoring/monitor.py",
-    "dynamon/monitoring/probe.py",
     "dynamon/quantities/gradient_reader.py",
 }
 
