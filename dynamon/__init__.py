@@ -21,9 +21,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a function or a module when it is asked for.
+    """Import a function or module when it is first used.
 
-    TensorBoard loads this package at every start, and what is here needs torch: seconds, and hundreds of megabytes.
+    TensorBoard imports this package at every start, and its contents need torch: seconds, and hundreds of megabytes.
     """
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
@@ -33,9 +33,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What can be asked for, imported or not."""
-    own = {module.name for module in iter_modules(__path__)} | {
-        "callbacks",
-        "kernels",
-    }  # these have folders of their own
-    return sorted({*__all__, *own, *(name for name in globals() if name.startswith("__"))})
+    """List what can be used, imported or not."""
+    own = {module.name for module in iter_modules(__path__)}
+    return sorted({*__all__, *own, "callbacks", "kernels", *(name for name in globals() if name.startswith("__"))})

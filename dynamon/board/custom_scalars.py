@@ -1,4 +1,4 @@
-"""Ready-made panels for TensorBoard's Custom Scalars tab. A panel computes nothing: it names tags."""
+"""Define the charts of TensorBoard's Custom Scalars tab, which name tags and compute nothing."""
 
 import re
 from collections.abc import Iterable
@@ -13,25 +13,25 @@ _CATEGORIES = {
     "steering": "3 Rates",
     "weight": "4 Weights",
     "monitor": "5 dynamon",
-}  # by the meter that takes a quantity
+}  # by the meter that measures a quantity
 
 
 def line_chart(*tags: str) -> list[object]:
-    """A chart with one line for each tag."""
+    """Define a chart with one line per tag."""
     return ["Multiline", [re.escape(tag) for tag in tags]]
 
 
 def band_chart(prefix: str) -> list[object]:
-    """The median across layers, with the 10 % and 90 % quantiles as a band."""
+    """Define a chart of the median across layers, with the 10 % and 90 % quantiles as a band."""
     return ["Margin", [f"{prefix}_median", f"{prefix}_p10", f"{prefix}_p90"]]
 
 
 def chart_layout(quantities: Iterable[Quantity], category: str | None = None) -> Layout:
-    """The charts of some quantities, as the registry names them: lines for scalars, a band for a per-layer quantity.
+    """Lay out the charts of quantities, as the registry names them: lines for scalars, a band for a per-layer quantity.
 
     Args:
         quantities: The quantities; those without a chart are left out.
-        category: Where to put them; None for the category of the meter that takes each.
+        category: Their category; None for that of the meter that measures each.
     """
     found: dict[str, dict[str, list[Quantity]]] = {}
     for one in quantities:
@@ -47,7 +47,7 @@ def chart_layout(quantities: Iterable[Quantity], category: str | None = None) ->
 
 
 def merge_layouts(layouts: Iterable[Layout]) -> Layout:
-    """One layout of several, categories in the order of their names."""
+    """Merge layouts into one, with categories sorted by name."""
     merged: Layout = {}
     for layout in layouts:
         for category, charts in layout.items():

@@ -1,4 +1,4 @@
-"""Runs below a folder while they are being written: what was read is kept, and only what is new is sent."""
+"""Read runs below a folder while they are being written, and send only what is new."""
 
 import threading
 import time
@@ -13,27 +13,38 @@ from dynamon.runs.event_log import Curve, EventLog, RowCurve
 from dynamon.runs.folders import RunContents, find_runs, printable, select_runs
 from dynamon.runs.history import RunData, Series
 
-_KEPT = 8  # runs held in memory: those asked for last
+_KEPT = 8  # runs held in memory: the last ones requested
 _SEARCH_EVERY = 4.0  # seconds between searches for runs
-_LOOK_FOR = 0.5  # seconds a search may look for readings in files that had none; it goes on with the next one
-_READ_FOR = 0.5  # seconds of reading an answer may wait for; the rest comes with the next one
+_LOOK_FOR = 0.5  # seconds per walk to search for readings in files that had none
+_READ_FOR = 0.5  # seconds of reading per answer; the rest follows with the next one
 
 
 class LiveFolder:
     """The runs below a folder, named as TensorBoard names them; bytes that are not UTF-8 are written as such.
 
-    Links to folders are followed, as TensorBoard does. A run is only ever looked up by its name among those that were
-    found, so no name leads out of the folder. Safe to use from several threads.
+    Links to folders are followed, as TensorBoard does. A run is only looked up by its name among those found, so that
+    no name leads out of the folder. Safe to use from several threads.
 
     Args:
         folder: What ``tensorboard --logdir`` was given.
 
     Attributes:
-        skipped: How many folders with event files the last search found that are not among the names.
+        skipped: Number of folders with event files in the last search that are not among the names.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> from dynamon.board.live import LiveFolder
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with SummaryWriter(Path(folder, "run 1")) as writer:
+        ...         writer.add_scalar("train/loss", 1.0, 0)
+        ...     LiveFolder(folder).names()
+        ['run 1']
     """
 
     def __init__(self, folder: Path | str) -> None:
-        """Nothing is searched yet."""
+        """Defer the search."""
         self.skipped = 0
         self._folder = Path(folder).expanduser()
         self._lock = threading.Lock()
@@ -43,13 +54,14 @@ class LiveFolder:
         self._open: dict[str, LoggedRun] = {}
 
     def names(self) -> list[str]:
-        """The names of the runs there are, ``"."`` for the folder itself.
+        """List the names of the runs, ``"."`` for the folder itself.
 
-        Those with readings of dynamon come first, of them the one written to last. Then those that have scalars only,
-        to compare with. Folders without a scalar are no runs, nor are those within a run that hold no reading, as
-        ``add_scalars`` and ``add_hparams`` write them.
+        Runs with readings of dynamon come first, the one last written to before the others. Then those that have
+        scalars only, to compare with. Folders without a scalar are not runs, nor are folders inside a run that hold no
+        reading, as ``add_scalars`` and ``add_hparams`` write them.
 
-        Cost: a walk, at most every four seconds; files of runs without readings are read for them once, 0.5 s a search.
+        Cost: a walk, at most every four seconds; files of runs without readings are searched for them once, 0.5 s per
+        walk.
         """
         with self._lock:
             if time.monotonic() - self._searched_at >= _SEARCH_EVERY:
@@ -63,7 +75,7 @@ class LiveFolder:
             return list(self._found)
 
     def run(self, name: str) -> "LoggedRun":
-        """Give a run, the one that was kept where there is one.
+        """Return a run, the same object while it is kept.
 
         Raises:
             KeyError: If there is no such run.
@@ -73,7 +85,7 @@ class LiveFolder:
             if name not in self._found:
                 raise KeyError(name)
             run = self._open.pop(name, None) or LoggedRun(self._found[name])
-            self._open[name] = run  # last, so that the ones not asked for come first
+            self._open[name] = run  # moved to the end: the least recently requested come first
             while len(self._open) > _KEPT:
                 del self._open[next(iter(self._open))]
             return run
@@ -82,16 +94,16 @@ class LiveFolder:
 class LoggedRun:
     """One run, read piece by piece by the rule of :mod:`dynamon.runs.event_log`.
 
-    Answers hold what came after ``since``, a count of values read, where it can be appended; and all of a series where
-    it cannot, because steps were written anew or the series is thinned. ``epoch`` changes when a file was replaced or
-    vanished, or a writer that goes on from an earlier step made points void; then everything before it is void.
+    Answers hold what came after ``since``, a count of values read, if it can be appended; otherwise the complete
+    series, because steps were rewritten or the series is thinned. ``epoch`` changes when a file was replaced or
+    vanished, or a writer that continues from an earlier step voided points; then everything before it is void.
 
     Args:
         folder: The run's own folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is read yet."""
+        """Defer reading."""
         self._folder = folder
         self._lock = threading.Lock()
         self._epoch = time.time_ns() // 1_000_000  # exact in the numbers of a browser, below 2**53
@@ -104,18 +116,18 @@ class LoggedRun:
         self._health: tuple[int, list[dict[str, Any]]] | None = None
 
     def updates(self, epoch: int, since: int, read_for: float = _READ_FOR) -> dict[str, Any]:
-        """Read on, and say what is new in the scalars.
+        """Read on, and return what is new in the scalars.
 
         Args:
-            epoch: That of the answer before, 0 the first time.
+            epoch: That of the previous answer, 0 the first time.
             since: Its ``count``.
             read_for: Seconds to read for.
 
         Returns:
-            ``epoch`` and ``count``, for the next time; ``share`` of the files' bytes that is read; ``damage``, what of
-            them could not be read; and where anything is new ``scalars`` as in
-            :func:`dynamon.board.payload.payload`, those to be appended with the index ``from`` which they begin;
-            ``quantities``, ``shown``, ``last_step`` and ``loss``.
+            ``epoch`` and ``count``, for the next call; ``share`` of the files' bytes that is read; ``damage``, what
+            could not be read; and if anything is new ``scalars`` as in :func:`dynamon.board.payload.payload`, those to
+            be appended with the index ``from`` at which they begin; ``quantities``, ``shown``, ``last_step`` and
+            ``loss``.
         """
         with self._lock:
             share = self._read(read_for)
@@ -144,7 +156,7 @@ class LoggedRun:
             }
 
     def table(self, quantity: str, epoch: int, since: int) -> dict[str, Any]:
-        """What is new in a table, of what was read so far: its rows, or nothing but ``epoch`` and ``count``.
+        """Return what is new in a table, as far as it is read: its rows, or only ``epoch`` and ``count``.
 
         Raises:
             KeyError: If there is no such quantity.
@@ -158,24 +170,24 @@ class LoggedRun:
             return answer | (news or {})
 
     def findings(self) -> list[dict[str, Any]]:
-        """What looks wrong in what was read so far, see :mod:`dynamon.health`."""
+        """Return the findings of :mod:`dynamon.health` in what was read so far."""
         with self._lock:
             count, data = self._log.count, self._data()
             if self._health is not None and self._health[0] == count:
                 return self._health[1]
-        found = [finding.as_dict() for finding in findings(data)]  # longer than others should wait
+        found = [finding.as_dict() for finding in findings(data)]  # without the lock, since it takes long
         with self._lock:
             self._health = count, found
         return found
 
     def _data(self, with_rows: bool = True) -> RunData:
-        """What was read so far; tables of tensor summaries without their rows where those are not needed."""
+        """Return what was read so far; tables of tensor summaries without their rows if those are not needed."""
         scalars = {tag: curve.series() for tag, curve in self._log.scalars.items() if curve}
         tables = {tag: rows.series() if with_rows else rows.bare() for tag, rows in self._log.tables.items() if rows}
         return assemble_run(scalars, tables)
 
     def _read(self, read_for: float) -> float:
-        """Read for so many seconds; give the share of all bytes that is read, 1 where there is nothing more to read."""
+        """Read for some seconds, and return the share of all bytes that is read, 1 if nothing is left."""
         paths = event_paths(self._folder)
         if not all(path in paths and _is_continued(file) for path, file in self._files.items()):
             self._start_anew()
@@ -205,7 +217,7 @@ def _is_continued(file: EventFile) -> bool:
 
 
 def _updates(curve: Curve | RowCurve, since: int, limit: int) -> dict[str, Any] | None:
-    """What came after ``since``, packed; the whole series where that cannot be appended, or the series is thinned."""
+    """Pack what came after ``since``; the complete series if it cannot be appended or is thinned."""
     new = curve.added_after(since)
     if not new and curve.rewritten <= since:
         return None

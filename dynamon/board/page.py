@@ -1,4 +1,4 @@
-"""The board as one HTML file that needs no network: styles, modules and data inside."""
+"""Make the board one HTML file that needs no network: styles, modules and data inside."""
 
 import base64
 import hashlib
@@ -45,10 +45,10 @@ style-src '{style_hash}'; img-src data:; base-uri 'none'; form-action 'none'">
 def page(runs: Sequence[dict[str, Any]]) -> str:
     """Make the page.
 
-    Names in the data are shown as text only; the policy in the page lets no script run but the one inside.
+    Names in the data are shown as text only. The page's content security policy lets no script run but the one inside.
 
     Args:
-        runs: What :func:`dynamon.board.payload.payload` gave, one or two of them.
+        runs: Results of :func:`dynamon.board.payload.payload`, one or two of them.
     """
     script, style = _script(), _file("board.css")
     title = "dynamon: " + " and ".join(str(run["name"]) for run in runs)
@@ -63,13 +63,13 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element or opens a comment."""
+    """Convert to JSON that can be put into a script element: nothing ends the element or opens a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _script() -> str:
-    """All modules as one: imports between them go, and so do the words that export."""
+    """Join all modules: their imports of each other are removed, and so is ``export``."""
     parts = [_IMPORT.sub("", _file(f"{name}.js")).replace("\nexport ", "\n") for name in MODULES]
     return "\n".join([*parts, _START])
 

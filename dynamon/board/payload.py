@@ -1,4 +1,4 @@
-"""A run as the front end takes it: plain JSON, arrays in base64."""
+"""Convert a run to what the front end reads: plain JSON, arrays in base64."""
 
 import base64
 from collections.abc import Iterable
@@ -19,16 +19,16 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
     """Pack a run for the board.
 
     Args:
-        run: What is known of it.
-        name: What to call it.
-        loss: Tag of the training loss; None looks for one.
+        run: The run.
+        name: Its name.
+        loss: Tag of the training loss; None searches for one.
 
     Returns:
         ``scalars`` by tag and ``tables`` by quantity with arrays as little-endian base64: ``steps`` of both and
-        ``values`` of scalars in float64, ``values`` of tables, ``[T, L]`` row by row, in float32; the number of
-        readings there were as ``total``; ``shown`` of the tables; ``findings``, taken from all of them.
+        ``values`` of scalars in float64, ``values`` of tables, ``[T, L]`` row by row, in float32; the original number
+        of readings as ``total``; ``shown`` of the tables; ``findings``, computed from all readings.
 
-    Cost: about 5 bytes a value of a table. Beyond 4,000 readings every so many-th of a table is packed; of more than
+    Cost: about 5 bytes per value of a table. Of more than 4,000 readings of a table every k-th is packed; of more than
     20,000 points of a scalar the lowest and the highest of each bucket. A table without a single value is left out.
     """
     tag = loss or loss_tag(run.scalars)
@@ -45,12 +45,12 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
 
 
 def display_hints(quantities: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Give the words and the scale of those per-layer quantities that the registry has; the board does without."""
+    """Return words and scale of the per-layer quantities in the registry; the board works without them."""
     return {tag: {"words": REGISTRY[tag].words, "scale": REGISTRY[tag].scale} for tag in quantities if tag in REGISTRY}
 
 
 def pack_scalar(series: Series) -> dict[str, Any]:
-    """A scalar of at most 20,000 points, see :func:`payload`."""
+    """Pack a scalar with at most 20,000 points, see :func:`payload`."""
     kept = _extremes(series.values, SCALAR_POINTS)
     return {
         "steps": _packed(series.steps[kept], "<f8"),
@@ -60,7 +60,7 @@ def pack_scalar(series: Series) -> dict[str, Any]:
 
 
 def pack_table(series: Series) -> dict[str, Any]:
-    """A table of at most 4,000 readings, see :func:`payload`."""
+    """Pack a table with at most 4,000 readings, see :func:`payload`."""
     stride = -(-len(series) // TABLE_POINTS) or 1
     return {
         "steps": _packed(series.steps[::stride], "<f8"),
@@ -71,7 +71,7 @@ def pack_table(series: Series) -> dict[str, Any]:
 
 
 def _extremes(values: NDArray[Any], limit: int) -> NDArray[Any]:
-    """Indices of at most ``limit`` values: the lowest and the highest of each bucket, NaN where one is in it."""
+    """Return the indices of at most ``limit`` values: lowest and highest of each bucket, NaN if one is in it."""
     if len(values) <= limit:
         return np.arange(len(values))
     edges = np.linspace(0, len(values), limit // 2 + 1).astype(int)

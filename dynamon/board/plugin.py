@@ -1,7 +1,7 @@
-"""The tab in TensorBoard.
+"""Serve the board as a tab in TensorBoard.
 
-TensorBoard imports this file at every start and must start whatever happens here, so what reads runs is imported with
-the first question.
+TensorBoard imports this file at every start and must start in any case, so the code that reads runs is imported at the
+first request.
 """
 
 import importlib
@@ -21,22 +21,22 @@ _Answer = Callable[[Any, Any], Any]  # from the runs and the arguments of the qu
 
 
 class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard ships no types
-    """Serves the board's modules and, as JSON, what it asks for about the runs below ``--logdir``.
+    """Serves the board's modules and, as JSON, its requests about the runs below ``--logdir``.
 
     Args:
-        context: What TensorBoard knows.
+        context: TensorBoard's context.
     """
 
     plugin_name = "dynamon"
 
     def __init__(self, context: base_plugin.TBContext) -> None:
-        """Touch nothing yet."""
+        """Defer everything to the first request."""
         self._logdir: str = context.logdir or ""
         self._lock = threading.Lock()
         self._folder: Any = None
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
-        """The routes: files of the board by their names, and four questions."""
+        """Return the routes: files of the board by name, and four requests."""
         files = [path.name for path in resources.files(__package__).iterdir() if path.name.endswith(tuple(_KINDS))]
         return {f"/{name}": _file(name) for name in files} | {
             "/runs": self._answers(lambda folder, _: _listing(folder, self._logdir)),
@@ -46,44 +46,44 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
         }
 
     def data_plugin_names(self) -> tuple[str, ...]:
-        """The tab is listed as active where there is any scalar, or a table of layers."""
+        """Name the data that make the tab active: any scalar, or a table of layers."""
         return "scalars", "dynamon"
 
     def is_active(self) -> bool:
-        """False: TensorBoard asks only where there is none of the above."""
+        """Return False: TensorBoard asks only if there is none of these data."""
         return False
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
-        """What TensorBoard loads into the frame of the tab."""
+        """Return what TensorBoard loads into the frame of the tab."""
         return base_plugin.FrontendMetadata(es_module_path="/tab.js", tab_name="Dynamon", disable_reload=True)
 
     def _answers(self, answer: _Answer) -> Callable[..., Any]:
-        """A question of the board. What goes wrong is answered as ``problem``, a sentence that the tab shows."""
+        """Answer a request of the board. Errors are answered as ``problem``, a sentence that the tab shows."""
 
         @Request.application
         def application(request: Request) -> Response:
             try:
                 content = answer(self._runs(), request.args)
-            except _Refused as refusal:
-                content = {"problem": str(refusal)}
-            except Exception as error:  # TensorBoard goes on, and so does the tab
+            except _Refused as reason:
+                content = {"problem": str(reason)}
+            except Exception as error:  # TensorBoard and the tab must keep working
                 content = {"problem": f"This could not be read ({type(error).__name__}: {error})."}
             return http_util.Respond(request, content, "application/json")
 
         return application
 
     def _runs(self) -> Any:
-        """What holds the runs, made with the first question.
+        """Return the folder of runs, created at the first request.
 
         Raises:
-            _Refused: If the folder is not one that can be read from here.
+            _Refused: If the folder cannot be read from here.
         """
         if not self._logdir:
             raise _Refused("The Dynamon tab reads the event files themselves: start TensorBoard with --logdir FOLDER.")
         if _REMOTE.match(self._logdir):
             raise _Refused(
-                f"The Dynamon tab reads event files of this machine only, and {self._logdir} lies elsewhere. "
-                "Copy the run to a local folder; the Custom Scalars tab shows its panels meanwhile."
+                f"The Dynamon tab reads local event files only, and {self._logdir} is remote. Copy the run "
+                "to a local folder; meanwhile the Custom Scalars tab shows its charts."
             )
         with self._lock:
             if self._folder is None:
@@ -92,11 +92,11 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
 
 
 class _Refused(Exception):
-    """Why a question has no answer, in a sentence for the reader."""
+    """A request has no answer; the message is for the user."""
 
 
 def _listing(folder: Any, logdir: str) -> dict[str, Any]:
-    """The runs, and where there is none how many folders hold event files nevertheless."""
+    """List the runs; if there is none, count the folders that hold event files nevertheless."""
     names = folder.names()
     unread = {} if names else {"unread": folder.skipped}
     return {"runs": names, "folder": logdir, **unread}
@@ -106,11 +106,11 @@ def _run(folder: Any, asked: Any) -> Any:
     try:
         return folder.run(asked.get("run", ""))
     except KeyError:
-        raise _Refused("There is no such run any more.") from None
+        raise _Refused("This run no longer exists.") from None
 
 
 def _known(asked: Any) -> tuple[int, int]:
-    """What the board has already: the epoch and the count of the answer before."""
+    """Return epoch and count of the previous answer."""
     return asked.get("epoch", 0, type=int), asked.get("since", 0, type=int)
 
 

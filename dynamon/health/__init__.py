@@ -1,12 +1,12 @@
-"""What looks wrong in a run, in plain words: rules over what was measured, while it goes on or afterwards.
+"""Find out what looks wrong in a run: rules over its readings, during the run or afterwards.
 
-A rule speaks when several readings in a row say the same, and compares medians, so that noise alone raises nothing. It
-sees what was wrong from the first reading on, and what is wrong everywhere. What it compares with stands in
-:mod:`dynamon.health.limits`. Sharpness at the threshold is normal training and no finding, and so is what was chosen: a
-layer that is frozen, a rate or a ratio of 0.
+A rule reports only what several consecutive readings show, and compares medians, so that noise alone raises nothing. It
+detects what was wrong from the first reading on, and what is wrong in all layers. Its thresholds are in
+:mod:`dynamon.health.limits`. Sharpness at the threshold is normal training and not a finding, and neither is what was
+chosen: a frozen layer, a rate or a ratio of 0.
 
-Rules rest on the loss that ``training_step`` returned; where only logged tags are known, :func:`judged_loss` says which
-one was taken, and why.
+Rules use the loss that ``training_step`` returned. If only logged tags are known, :func:`judged_loss` returns which one
+is used, and why.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -65,12 +65,26 @@ def findings(run: RunData | Mapping[str, Series], loss: str | None = None) -> li
     """Apply all rules.
 
     Args:
-        run: What is known of a run: :func:`dynamon.runs.read_run_data`, or a monitor's ``history`` while it trains.
+        run: A run: :func:`dynamon.runs.read_run_data`, or a monitor's ``history``, also during training.
         loss: Tag of the training loss; None leaves it to :func:`judged_loss`.
 
     Returns:
-        The findings, the worst first and of those the earliest.
+        The findings, the most severe first, and of equal ones the earliest.
+
+    Raises:
+        TypeError: If ``run`` is neither.
+
+    Example:
+        >>> import numpy as np
+        >>> from dynamon.health import findings
+        >>> from dynamon.runs import Series
+        >>> values = np.where(np.arange(20) < 12, 1.0, np.nan)
+        >>> found, *_ = findings({"train/loss": Series(np.arange(0, 200, 10), values)})
+        >>> found.rule, found.severity, found.step
+        ('loss/nonfinite', 'fault', 120)
     """
+    if not isinstance(run, RunData | Mapping):
+        raise TypeError(f"run must be RunData or a mapping of tags to series, got {type(run).__name__}.")
     data = run if isinstance(run, RunData) else RunData.of(run)
     known = Loss(data.scalars, judged_loss(data.scalars, loss))
     found = [finding for rule in RULES for finding in rule(data, known)]

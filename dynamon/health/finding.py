@@ -1,10 +1,10 @@
-"""What a rule says."""
+"""The result of a rule."""
 
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SEVERITIES = ("fault", "warning", "note")  # the worst first
+SEVERITIES = ("fault", "warning", "note")  # the most severe first
 
 
 @dataclass(frozen=True)
@@ -12,13 +12,12 @@ class Finding:
     """One thing that looks wrong.
 
     Attributes:
-        rule: Which rule found it.
-        severity: ``"fault"``: training is broken or about to be; ``"warning"``: worth a look; ``"note"``: good to
-            know.
+        rule: The rule that found it.
+        severity: ``"fault"``: training is broken or about to be; ``"warning"``: worth a look; ``"note"``: good to know.
         step: Where it began.
-        layers: The layers concerned, the earliest or the worst first; none where it is about the whole run.
+        layers: The layers concerned, the earliest or the worst first; none if it is about the whole run.
         message: What was seen, in a sentence with its numbers.
-        advice: What one usually does about it.
+        advice: The usual remedy.
         numbers: The numbers in the message, by name.
         tags: Tags and per-layer quantities that show it.
     """
@@ -33,11 +32,11 @@ class Finding:
     tags: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: numbers that are not finite become text."""
+        """Convert for JSON: numbers that are not finite become text."""
         numbers = {name: value if math.isfinite(value) else str(value) for name, value in self.numbers.items()}
         return {**asdict(self), "numbers": numbers}
 
 
 def name_layers(layers: tuple[str, ...]) -> str:
-    """One layer's name, or the first and how many more."""
+    """Name one layer, or the first and how many more."""
     return layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more layers"

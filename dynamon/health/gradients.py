@@ -1,4 +1,4 @@
-"""Gradients that are not finite, grow, vanish, never come, or are clipped away."""
+"""Rules on gradients that are not finite, grow, vanish, are absent, or are clipped away."""
 
 import math
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ from dynamon.runs.history import RunData
 
 
 def nonfinite_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """NaN and infinity in the gradient: a fault where it stays so, and no more than a note where it has passed."""
+    """Find NaN and infinity in the gradient: a fault if it lasts, at most a note if it has passed."""
     series = data.scalars.get("gradient/nonfinite")
     if series is None:
         return
@@ -68,7 +68,7 @@ def nonfinite_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def no_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Every gradient is exactly zero to the end."""
+    """Find gradients that are all exactly zero to the end."""
     norms = data.scalars.get("gradient/norm")
     table = data.tables.get("gradient/l2")
     if norms is not None:
@@ -101,7 +101,7 @@ def no_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """A layer that its optimizer holds, that is not frozen, and that no gradient comes to, while others have one."""
+    """Find layers in an optimizer, not frozen, that get no gradient while others do."""
     table, steps_taken = data.tables.get("gradient/l2"), data.tables.get("update/operator")
     if table is None or steps_taken is None:
         return
@@ -135,7 +135,7 @@ def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def hard_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Clipping that leaves next to nothing of every step."""
+    """Find clipping that leaves almost nothing of every step."""
     share = data.scalars.get("gradient/clip_coefficient")
     if share is None or not len(share):
         return
@@ -156,7 +156,7 @@ def hard_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def _layers_without_norm(data: RunData, step: int) -> tuple[str, ...]:
-    """Layers whose gradient has no finite norm at a step, but has one at another."""
+    """List the layers whose gradient has no finite norm at a step, but has one at another."""
     table = data.tables.get("gradient/l2")
     if table is None:
         return ()
@@ -169,7 +169,7 @@ def _layers_without_norm(data: RunData, step: int) -> tuple[str, ...]:
 
 
 def vanished_by_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Steps of which clipping left nothing: a fault where that is so at three readings in a row."""
+    """Find steps of which clipping left nothing: a fault at three consecutive readings."""
     before, after = data.scalars.get("gradient/norm"), data.scalars.get("gradient/norm_clipped")
     if before is None or after is None:
         return
@@ -194,7 +194,7 @@ def vanished_by_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """A layer's gradient ten times as large as its past, and beyond its noise."""
+    """Find layers whose gradient is ten times as large as in the past, and beyond its noise."""
     hits = []
     for name, steps, values in layer_columns(data, "gradient/l2"):
         steps, values = steps[values > 0], values[values > 0]
@@ -224,7 +224,7 @@ def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def _jump(logs: NDArray[Any]) -> tuple[int, float] | None:
-    """Where a series of logarithms first leaves its past upwards for good, and by which factor."""
+    """Find where a series of logarithms first leaves its past upwards for good, and by which factor."""
     if len(logs) < PAST + CONSECUTIVE:
         return None
     windows = np.lib.stride_tricks.sliding_window_view(logs, PAST + CONSECUTIVE)
@@ -241,7 +241,7 @@ def _jump(logs: NDArray[Any]) -> tuple[int, float] | None:
 
 
 def dead_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """A layer whose gradient is zero to the end while others have one."""
+    """Find layers whose gradient is zero to the end while others have one."""
     dead = dict(dead_columns(data))
     table = data.tables.get("gradient/l2")
     alive = set() if table is None else set(table.layers or ()) - dead.keys()
@@ -263,16 +263,16 @@ def dead_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def _cancels(name: str, alive: set[str]) -> bool:
-    """Whether it is the bias of a weight that has a gradient.
+    """Return whether a name is that of the bias of a weight with a gradient.
 
-    What flows back to a module reaches its bias as a sum over samples. It is zero where the loss does not change when
-    all outputs are shifted alike: comparisons of pairs, critics, contrastive losses. Nothing is wrong then.
+    A bias receives the sum over samples of the gradient at its module's output. That is zero if the loss does not
+    change when all outputs are shifted alike: comparisons of pairs, critics, contrastive losses. Nothing is wrong then.
     """
     return name.endswith("bias") and f"{name.removesuffix('bias')}weight" in alive
 
 
 def dead_columns(data: RunData) -> Iterator[tuple[str, int]]:
-    """Layers whose gradient is zero for long and to the end, and since when."""
+    """Yield the layers whose gradient is zero for long and to the end, and since when."""
     table = data.tables.get("gradient/l2")
     if table is None:
         return

@@ -1,20 +1,19 @@
-"""The numbers that rules compare with, all in one place.
+"""All thresholds of the rules.
 
-They are round numbers of ours, none from a paper, and none fitted. Each was set so that the healthy runs of
-``tests/dynamon/health/test_findings.py`` and ``tests/cases/test_rules.py`` give no finding: synthetic ones with noise
+They are round numbers, neither from a paper nor fitted. Each was chosen so that the healthy runs of
+``tests/dynamon/health/test_findings.py`` and ``tests/cases/test_rules.py`` give no finding (synthetic ones with noise
 of up to 60 % and a correlation of up to 0.9 between readings, Cauchy noise, random walks, six real networks, gradient
-descent at the edge of stability; and that the faults injected there are found. What an entry says beyond that is why it
-has its size.
+descent at the edge of stability), and that the faults injected there are found. The comments give further reasons.
 """
 
 # Readings.
-FEW = 3  # from the first reading on, so that there is no other state to fall back to
-CONSECUTIVE = 5  # that must agree: three bad batches in a row happen and pass
-LONG = 10  # to the end, for what may be a pause
-PAST = 20  # that a jump is compared with, and from which noise is known
-SETTLING = 20  # overflows in a row from the start: a gradient scaler halves its scale of 2^16 as often, to below 1
+FEW = 3  # readings from the first one on, when nothing else is known
+CONSECUTIVE = 5  # consecutive readings that must agree: three bad batches in a row happen and pass
+LONG = 10  # readings to the end, for what may be a pause
+PAST = 20  # readings that a jump is compared with, and from which noise is known
+SETTLING = 20  # consecutive overflows from the start: a gradient scaler halves its scale of 2^16 to below 1
 
-# Times.
+# Factors.
 JUMP = 10.0  # of a norm; learning alone changes gradients by a few times within a few readings
 MOVED_TIMES = 100  # above what rounding moves, for a layer that "moved": the bias before a BatchNorm moves by rounding
 GRADIENT_GROWTH = 3.0  # of the gradient's norm, beside a loss that rises: less than that is noise of batches

@@ -1,4 +1,4 @@
-"""What the loss says, alone and with the sharpness."""
+"""Rules on the loss, alone and with the sharpness."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,19 +36,20 @@ LOSS_TAG = "dynamon/loss"  # what training_step returned, as the monitors log it
 _PROBE = "sharpness/probe_loss"
 _OURS = ("dynamon/", "sharpness/", "gradient/", "progress/")
 _NO_LOSS = {"val", "valid", "validation", "test", "testing", "eval", "dev", "probe"}  # of other data
-_NO_LOSS |= {"scale", "scaler", "weight", "weights", "coefficient", "norm"}  # of a loss, and none
+_NO_LOSS |= {"scale", "scaler", "weight", "weights", "coefficient", "norm"}  # of a loss, but not one
 _TOTAL = {"total", "sum", "overall", "full", "all"}
 _SAY_NOTHING = _TOTAL | {"train", "training", "loss", "step", "epoch", "running", "avg", "mean", "smooth", "batch"}
 
 
 @dataclass(frozen=True)
 class JudgedLoss:
-    """Which series is taken for the training loss, and why.
+    """Which series is used as the training loss, and why.
 
     Attributes:
         tag: Its tag.
-        source: ``"returned"`` by ``training_step``, ``"stated"``, known by its ``"name"``, measured on the ``"probe"``;
-            or a ``"guess"``, the only tag that may be it, or a ``"part"``, one of several that may all be parts of it.
+        source: ``"returned"`` by ``training_step``, ``"stated"``, recognised by its ``"name"``, measured on the
+            ``"probe"``; or a ``"guess"``, the only candidate, or a ``"part"``, one of several that may all be parts of
+            it.
     """
 
     tag: str
@@ -61,7 +62,7 @@ class JudgedLoss:
             "returned": "what training_step returned",
             "stated": "as asked",
             "name": "by its name",
-            "probe": "the loss on the probe; no tag is called like the training loss",
+            "probe": "the loss on the probe; no tag has the name of a training loss",
             "guess": "a guess by its name: findings that rest on it count for less",
             "part": "the first of several that may be parts of the loss: findings that rest on it are notes",
         }
@@ -69,7 +70,7 @@ class JudgedLoss:
 
     @property
     def name(self) -> str:
-        """What to call it in a sentence."""
+        """Its name in a sentence."""
         if self.source == "returned":
             return "The training loss"
         if self.source == "probe":
@@ -79,17 +80,25 @@ class JudgedLoss:
 
 
 def judged_loss(scalars: Mapping[str, Series], stated: str | None = None) -> JudgedLoss | None:
-    """Which scalar the rules take for the training loss, the first of
+    """Choose the scalar that the rules use as the training loss.
 
-    what ``training_step`` returned; a tag whose words say that it is the training loss or the total and nothing else;
-    the loss on the probe; any other tag with loss in its name that is not of other data.
+    The first of: what ``training_step`` returned; a tag whose words only say that it is the training loss or the total;
+    the loss on the probe; any other tag with "loss" in its name that is not of other data.
 
     Args:
         scalars: By tag.
-        stated: The tag, where the user has said it.
+        stated: The tag, if the user has stated it.
 
     Returns:
-        The choice with its reason, None where nothing looks like a loss.
+        The choice with its reason, None if nothing looks like a loss.
+
+    Example:
+        >>> import numpy as np
+        >>> from dynamon.health import judged_loss
+        >>> from dynamon.runs import Series
+        >>> one = Series(np.arange(3), np.ones(3))
+        >>> print(judged_loss({"val/loss": one, "train/loss": one}).reason)
+        train/loss, by its name
     """  # noqa: D400, D415
     if stated is not None:
         return JudgedLoss(stated, "stated")
@@ -108,18 +117,18 @@ def judged_loss(scalars: Mapping[str, Series], stated: str | None = None) -> Jud
 
 
 def _unlikeliness(found: list[str]) -> tuple[int, bool, bool, bool]:
-    """Words that say something else, then: not called the total, not of training, of an epoch."""
+    """Count the words with another meaning; then: not called the total, not of training, of an epoch."""
     else_ = sum(word not in _SAY_NOTHING for word in found)
     return else_, not _TOTAL & set(found), not any("train" in word for word in found), "epoch" in found
 
 
 def _without_ends(names: Iterable[list[str]]) -> set[tuple[str, ...]]:
-    """Names without what Lightning appends: ``_step`` and ``_epoch`` are of one quantity."""
+    """Remove what Lightning appends to names: ``_step`` and ``_epoch`` are of one quantity."""
     return {tuple(w for w in name if w not in ("step", "epoch")) for name in names}
 
 
 def loss_tag(scalars: Mapping[str, Series]) -> str | None:
-    """The tag of :func:`judged_loss`."""
+    """Return the tag of :func:`judged_loss`."""
     judged = judged_loss(scalars)
     return None if judged is None else judged.tag
 
@@ -127,9 +136,9 @@ def loss_tag(scalars: Mapping[str, Series]) -> str | None:
 class Loss:
     """The training loss, smoothed.
 
-    ``level`` is its running median at each of ``steps``, ``noise`` the standard deviation of a single reading, rounding
-    included. Everything is compared by differences, against noise and what had been gained, so that a loss may be
-    negative or pass through zero; where it is positive throughout, ratios are looked at as well.
+    ``level`` is its running median at each of ``steps``, ``noise`` the standard deviation of a single reading,
+    including rounding. Everything is compared by differences, with noise and with what had been gained, so that a loss
+    may be negative or cross zero. If it is positive throughout, ratios are used as well.
     """
 
     def __init__(self, scalars: Mapping[str, Series], judged: JudgedLoss | None) -> None:
@@ -157,11 +166,11 @@ class Loss:
 
     @property
     def name(self) -> str:
-        """What to call it in a sentence."""
+        """Its name in a sentence."""
         return "The training loss" if self.judged is None else self.judged.name
 
     def severity(self, severity: str) -> str:
-        """How much a finding counts that rests on it: less where it is a guess."""
+        """Reduce a severity if the loss is a guess."""
         source = "" if self.judged is None else self.judged.source
         if source == "part":
             return "note"
@@ -169,7 +178,7 @@ class Loss:
         return SEVERITIES[min(lower, len(SEVERITIES) - 1)]
 
     def rise(self, begin: float, end: float) -> float:
-        """By how much the level at step ``end`` lies above the lowest up to ``begin``; 0 where that is noise.
+        """Return the rise of the level at step ``end`` above the lowest up to ``begin``; 0 if that is noise.
 
         A rise counts from a quarter of what had been gained by then, and above the noise.
         """
@@ -182,15 +191,15 @@ class Loss:
         return high - low if self.is_beyond(low, high, first) and high - low > gained / 4 else 0.0
 
     def is_beyond(self, low: float, high: float, first: int) -> bool:
-        """Whether one level lies above another by more than noise.
+        """Return whether one level is above another by more than noise.
 
-        Eight times that of all readings; or of those up to the ``first``-th, since the noise of a diverging loss grows
-        with it; or, where the loss is positive, of its logarithm, and then it has doubled at least.
+        That is eight times the noise of all readings; or of those up to the ``first``-th, since the noise of a
+        diverging loss grows with it; or, if the loss is positive, of its logarithm, and then it must have doubled.
         """
         rise = high - low
         if not rise > LOSS_ROUNDING * float(np.abs(self.values).max()):
             return False
-        is_known = len(self.values) >= PAST  # the noise, from a few readings it is not
+        is_known = len(self.values) >= PAST  # the noise is not known from fewer readings
         if is_known and rise > LOSS_NOISE_SIGMAS * self.noise:
             return True
         before = max(noise_level(self.values[:first]), self.resolution / 2) if first >= PAST else math.inf
@@ -202,10 +211,10 @@ class Loss:
 
     @property
     def is_lost(self) -> bool:
-        """Whether nine tenths of the last quarter of a positive loss lie far above the beginning, however it jumps.
+        """Whether 90 % of the last quarter of a positive loss are far above the beginning, however it jumps.
 
-        Twice as high as the first three readings, or eight times the very first, below which hardly any other lies: a
-        run may be lost with its first step. Both beyond the noise of the logarithm.
+        Twice as high as the first three readings, or eight times the very first, if hardly any other is below it: a run
+        may be lost with its first step. Both must exceed the noise of the logarithm.
         """
         last = self.values[-(len(self.values) // 4) :]
         if len(last) < LONG or self.values.min() <= 0:
@@ -218,7 +227,7 @@ class Loss:
 
 
 def broken_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """The loss is NaN or infinite to the end; a few such batches may pass."""
+    """Find a loss that is NaN or infinite to the end; a few such batches may pass."""
     if loss.broken_at is not None:
         lasts = loss.broken_for >= CONSECUTIVE
         yield Finding(
@@ -235,7 +244,7 @@ def broken_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def diverging(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """The loss rose and has not come back."""
+    """Find a loss that rose and has not come back."""
     if len(loss) < 2 * CONSECUTIVE:
         return
     lowest = int(np.argmin(loss.level))
@@ -267,14 +276,14 @@ def diverging(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def _is_steady(loss: Loss, lowest: int) -> bool:
-    """Whether no fifth of the readings since the lowest brought more than half of the rise."""
+    """Return whether no fifth of the readings since the lowest contributed more than half of the rise."""
     since = loss.level[lowest:]
     width = max(len(since) // 5, 1)
     return len(since) > PAST and float((since[width:] - since[:-width]).max()) <= (since[-1] - since[0]) / 2
 
 
 def _is_calm(data: RunData, loss: Loss, lowest: int) -> bool:
-    """Whether gradients are known and did not grow while the loss rose, and steps stayed within the curvature."""
+    """Return whether gradients are known and did not grow during the rise, and steps stayed within the curvature."""
     norms = data.scalars.get("gradient/norm")
     if norms is None:
         return False
@@ -288,7 +297,7 @@ def _is_calm(data: RunData, loss: Loss, lowest: int) -> bool:
 
 
 def constant_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """The loss is the same number to the end: zero, or any other in full precision."""
+    """Find a loss that is the same number to the end: zero, or any other in full precision."""
     values = loss.every_value
     if not len(values) or not np.isfinite(values[-1]):
         return
@@ -301,7 +310,7 @@ def constant_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
     since = loss.every_step[start:]
     norms = scalar_at(data, "gradient/norm", since)
     if rate_is_zero(data, since) or (norms == 0).all() or (start and not is_zero and loss.resolution):
-        return  # said by other rules, or rounding
+        return  # reported by other rules, or rounding
     step = int(since[0])
     yield Finding(
         "loss/constant",
@@ -316,7 +325,7 @@ def constant_loss(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def unstable(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Sharpness far above the threshold is a fault only where the loss rises with it."""
+    """Find sharpness far above the threshold while the loss rises; alone it is not a fault."""
     steps, values = merge_scalars(data.scalars, "sharpness/stability_ratio", "sharpness/stability_ratio_unconverged")
     for start, stop in find_stretches(values > FAR_ABOVE, 3):
         until = float(steps[stop]) if stop < len(steps) else math.inf
@@ -329,8 +338,8 @@ def unstable(data: RunData, loss: Loss) -> Iterator[Finding]:
                 "sharpness/unstable",
                 loss.severity("fault"),
                 int(steps[start]),
-                f"The stability ratio was {ratio:.3g} in the median of {stop - start} readings in a row, far above 1, "
-                f"while {rose}: steps are larger than the curvature allows.",
+                f"The stability ratio was {ratio:.3g} in the median of {stop - start} consecutive readings, far above "
+                f"1, while {rose}: steps are larger than the curvature allows.",
                 "Lower the learning rate (divide it by the ratio as a first guess) or lengthen the warm-up. A ratio "
                 "around 1 is normal; a loss that is not smooth need not obey it.",
                 numbers={"stability_ratio": ratio, "readings": stop - start, "rise": rise},

@@ -1,4 +1,4 @@
-"""Steering at its bounds, measurements that failed, and those that were never taken."""
+"""Rules on steering at its bounds, measurements that failed, and those that were never taken."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ _EIGENVALUES = ("stability_ratio", "hessian_max", "preconditioned_max", "ggn_max
 
 
 def steering_at_bounds(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Half of the layers sit at a bound of the rule for long."""
+    """Find steering that holds half of the layers at a bound of the rule for long."""
     bounded, table = data.scalars.get("lr/bounded"), data.tables.get("lr/ratio")
     if bounded is None or table is None or not len(bounded):
         return
@@ -32,8 +32,8 @@ def steering_at_bounds(data: RunData, loss: Loss) -> Iterator[Finding]:
         "warning",
         int(bounded.steps[start]),
         f"Steering holds {count:.0f} of {layers} layers at a bound of the rule, for {len(most) - start} readings.",
-        "Its wish is larger than the bounds allow: lower the base rate, or raise alpha for milder ratios, before "
-        "you widen the bounds.",
+        "The rule asks for more than its bounds allow: lower the base rate, or raise alpha for milder ratios, "
+        "before you widen the bounds.",
         tuple((table.layers or ())[i] for i in at_bound),
         {"layers": count, "ratio": low},
         ("lr/bounded", "lr/ratio"),
@@ -41,7 +41,7 @@ def steering_at_bounds(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def failed_measurements(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Measurements that failed."""
+    """Find measurements that failed."""
     series = data.scalars.get("dynamon/failures")
     if series is not None and len(series) and series.values.max() > 0:
         first, count = int(np.argmax(series.values > 0)), float(series.values.max())
@@ -49,16 +49,16 @@ def failed_measurements(data: RunData, loss: Loss) -> Iterator[Finding]:
             "dynamon/failures",
             "warning",
             int(series.steps[first]),
-            f"{count:.0f} measurements of dynamon failed; training was not touched.",
-            "The log of the run says why, once a cause; strict=True raises there. After three in a row a measurement "
-            "pauses.",
+            f"{count:.0f} measurements of dynamon failed; training was not affected.",
+            "The run's log gives each cause once; with strict=True it is raised instead. After three consecutive "
+            "failures a measurement pauses.",
             numbers={"failures": count},
             tags=("dynamon/failures",),
         )
 
 
 def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """What the budget did not carry. Only where its neighbours were measured: who did not ask for it misses nothing."""
+    """Find readings that the budget did not allow, only if related ones exist: else they were not requested."""
     scalars, overhead = data.scalars, data.scalars.get("dynamon/overhead")
     if not data.has_readings:
         yield Finding(
@@ -68,14 +68,14 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "This run holds no readings of dynamon.",
             "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks."
             if overhead is None
-            else "A monitor was there. Where optimizers took steps: " + _RAISE,
+            else "A monitor was present. If optimizers took steps: " + _RAISE,
         )
         return
     converged = sum(len(scalars.get(f"sharpness/{name}", ())) for name in _EIGENVALUES)
     unsolved = sum(len(scalars.get(f"sharpness/{name}_unconverged", ())) for name in _EIGENVALUES)
     along = any(f"sharpness/{name}" in scalars for name in ("directional", "critical", "critical_multiple"))
     everything = "gradient/norm" in scalars and "weight/operator" in data.tables
-    failed = "dynamon/failures" in scalars and scalars["dynamon/failures"].values[-1] > 0  # that says why
+    failed = "dynamon/failures" in scalars and scalars["dynamon/failures"].values[-1] > 0  # which gives the reason
     if overhead is not None and not converged and not unsolved and (along or everything) and not failed:
         share = float(overhead.values[-1])
         yield Finding(
@@ -83,7 +83,7 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "note",
             max(data.last_step, 0),
             f"There is no eigenvalue of the curvature in this run; monitoring took {share:.2%} of training time.",
-            "Where a monitor was to measure it, its budget did not reach: " + _RAISE,
+            "If a monitor was to measure it, its budget was too small: " + _RAISE,
             numbers={"overhead": share},
             tags=("dynamon/overhead",),
         )

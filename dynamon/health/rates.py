@@ -1,4 +1,4 @@
-"""What learning rates explain: a rate of zero is a choice, and not a fault of the layer."""
+"""Recognise what learning rates explain: a rate of zero is a choice, not a fault."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ _MONITORED = "lr-"
 
 
 def rate_is_zero(data: RunData, steps: NDArray[Any]) -> bool:
-    """Whether every learning rate that is known at some steps is 0, and one is known."""
+    """Return whether every known learning rate at some steps is 0, and one is known."""
     known = [values for values in _rates(data, steps) if not np.isnan(values).all()]
     return bool(known) and all(bool((values[~np.isnan(values)] == 0).all()) for values in known)
 
 
 def _rates(data: RunData, steps: NDArray[Any]) -> list[NDArray[Any]]:
-    """What is known of the rates at steps: of all layers or groups, one array a source."""
+    """List the known rates at some steps: of all layers or groups, one array per source."""
     found = []
     for quantity in _BY_LAYER:
         table = data.tables.get(quantity)
@@ -36,7 +36,7 @@ def _rates(data: RunData, steps: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def is_turned_off(data: RunData, layer: str, steps: NDArray[Any]) -> NDArray[Any]:
-    """Whether the rate of a layer is 0 at each of some steps, or the ratio that steering gives it next to nothing."""
+    """Return whether a layer's rate is 0 at each of some steps, or its steering ratio almost zero."""
     off = column_at(data, "lr/ratio", layer, steps) < ZERO_RATIO
     for quantity in _BY_LAYER:
         off |= column_at(data, quantity, layer, steps) == 0

@@ -1,4 +1,4 @@
-"""Columns, stretches, medians and noise of what was measured: what the rules have in common."""
+"""Columns, stretches, medians and noise of readings, shared by the rules."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ _HALF_BITS = (8, 11)  # significant bits of bfloat16 and float16
 
 
 def layer_columns(data: RunData, quantity: str) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
-    """Name, steps and finite values of each layer that has any; every so many-th of a very long run, and the last."""
+    """Yield name, steps and finite values of each layer that has any; of very long runs every k-th, and the last."""
     table = data.tables.get(quantity)
     if table is not None:
         for name, column in zip(table.layers or (), table.values.T, strict=True):
@@ -27,7 +27,7 @@ def layer_columns(data: RunData, quantity: str) -> Iterator[tuple[str, NDArray[A
 
 
 def column_at(data: RunData, quantity: str, layer: str, steps: NDArray[Any]) -> NDArray[Any]:
-    """A layer's values at some steps, each from the last reading up to there, or the first; NaN where it has none."""
+    """Return a layer's values at some steps, each from the last reading before it, or the first; NaN if it has none."""
     table = data.tables.get(quantity)
     if table is None or layer not in (table.layers or ()) or not len(table):
         return np.full(len(steps), np.nan)
@@ -36,7 +36,7 @@ def column_at(data: RunData, quantity: str, layer: str, steps: NDArray[Any]) -> 
 
 
 def median_at(data: RunData, quantity: str, steps: NDArray[Any]) -> NDArray[Any]:
-    """The median over layers at some steps, taken as by :func:`column_at`."""
+    """Return the median over layers at some steps, taken as by :func:`column_at`."""
     table = data.tables.get(quantity)
     if table is None or not len(table):
         return np.full(len(steps), np.nan)
@@ -44,7 +44,7 @@ def median_at(data: RunData, quantity: str, steps: NDArray[Any]) -> NDArray[Any]
 
 
 def scalar_at(data: RunData, tag: str, steps: NDArray[Any]) -> NDArray[Any]:
-    """The same of a scalar."""
+    """Return a scalar's values at some steps, taken as by :func:`column_at`."""
     series = data.scalars.get(tag)
     if series is None or not len(series):
         return np.full(len(steps), np.nan)
@@ -52,12 +52,12 @@ def scalar_at(data: RunData, tag: str, steps: NDArray[Any]) -> NDArray[Any]:
 
 
 def first_step(data: RunData, quantity: str) -> int:
-    """The first step of a quantity."""
+    """Return the first step of a quantity."""
     return int(data.tables[quantity].steps[0])
 
 
 def merge_scalars(scalars: Mapping[str, Series], *tags: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Steps and values of several tags as one series."""
+    """Merge several tags to one series, and return its steps and values."""
     series = [scalars[tag] for tag in tags if tag in scalars]
     if not series:
         return np.zeros(0), np.zeros(0)
@@ -67,20 +67,20 @@ def merge_scalars(scalars: Mapping[str, Series], *tags: str) -> tuple[NDArray[An
 
 
 def find_stretches(mask: NDArray[Any], least: int) -> list[tuple[int, int]]:
-    """Where a condition holds at least so many times in a row: ``(start, stop)``."""
+    """List where a condition holds at least ``least`` consecutive times: ``(start, stop)``."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     pairs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
     return [(start, stop) for start, stop in pairs if stop - start >= least]
 
 
 def final_stretch(mask: NDArray[Any]) -> int:
-    """Where the stretch begins that lasts to the end; the length where the last reading is not in one."""
+    """Return where the stretch that lasts to the end begins; the length if the last reading is not in one."""
     broken = np.flatnonzero(~mask)
     return int(broken[-1]) + 1 if len(broken) else 0
 
 
 def running_median(values: NDArray[Any], width: int) -> NDArray[Any]:
-    """The median of the last ``width`` values at each, of as many as there are at the beginning."""
+    """Return the median of the last ``width`` values at each, of fewer at the beginning."""
     if not len(values):
         return values
     padded = np.concatenate([np.full(width - 1, np.nan), values])
@@ -92,10 +92,10 @@ def running_median(values: NDArray[Any], width: int) -> NDArray[Any]:
 
 
 def noise_level(values: NDArray[Any]) -> float:
-    """Standard deviation of one reading, from what bends within a few: a trend does not enter, nor do a few jumps.
+    """Estimate the standard deviation of one reading from second differences; trends and few jumps do not matter.
 
-    The largest of neighbours and of readings a few apart: the first are alike where noise is slow, the others where
-    batches come back in the same order.
+    The largest of those between neighbours and between readings a few apart: neighbours are alike if noise is slow, the
+    others if batches come back in the same order.
     """
     apart = [lag for lag in (1, CONSECUTIVE, 2 * CONSECUTIVE) if lag == 1 or len(values) > 3 * lag]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -106,17 +106,17 @@ def noise_level(values: NDArray[Any]) -> float:
 
 
 def _spread(changes: NDArray[Any]) -> float:
-    """Standard deviation by the median, or by the mean where more than half of the changes are alike."""
+    """Estimate a standard deviation from the median, or from the mean if more than half of the changes are equal."""
     sizes = np.abs(changes - np.median(changes))
     found = float(1.4826 * np.median(sizes)) or float(1.2533 * np.mean(sizes))
     return math.inf if math.isnan(found) else found
 
 
 def resolution(values: NDArray[Any]) -> float:
-    """The distance between two values that can be told apart, where they were rounded coarsely; else 0.
+    """Return the distance between adjacent values if they were rounded coarsely, else 0.
 
-    Known by the significant bits that all of them get by with (half precision), or by how often the same ones come
-    (rounded to some decimals).
+    Rounding is recognised by the number of significant bits that suffices for all of them (half precision), or by
+    repeated values (rounded to some decimals).
     """
     if not len(values):
         return 0.0
@@ -129,17 +129,17 @@ def resolution(values: NDArray[Any]) -> float:
 
 
 def row_median(values: NDArray[Any]) -> NDArray[Any]:
-    """The median of each row's finite values; NaN where it has none."""
+    """Return the median of each row's finite values; NaN if it has none."""
     return np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in values])
 
 
 def finite_or_zero(values: NDArray[Any]) -> NDArray[Any]:
-    """Zero in the place of what is not finite."""
+    """Replace values that are not finite by zero."""
     return np.where(np.isfinite(values), values, 0.0)
 
 
 def all_zero(table: Series) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Steps at which any layer has a finite value, and whether all of those are zero there."""
+    """Return the steps at which any layer has a finite value, and whether all of those are zero there."""
     finite = np.isfinite(table.values)
     known = finite.any(1)
     return table.steps[known], (~finite | (table.values == 0)).all(1)[known]

@@ -1,4 +1,4 @@
-"""Weights that do not move, stop, move too far, explode, or lose their rank."""
+"""Rules on weights that do not move, stop, move too far, explode, or lose their rank."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ from dynamon.runs.history import RunData
 
 
 def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Every update is exactly zero to the end: a note where rates are zero, a fault where gradients arrive."""
+    """Find updates that are all exactly zero to the end: a note if rates are zero, a fault if gradients arrive."""
     table = data.tables.get("update/operator")
     if table is None:
         return
@@ -61,7 +61,7 @@ def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     clipped_away = scalar_at(data, "gradient/norm_clipped", since) == 0
     skipped = scalar_at(data, "gradient/nonfinite", since) > 0
     if (nothing_came | clipped_away | skipped).all():
-        return  # said by the rules on gradients
+        return  # reported by the rules on gradients
     yield Finding(
         "update/none",
         "fault",
@@ -75,9 +75,9 @@ def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """A layer that does not move, or not any more, while others do.
+    """Find layers that do not move, or no longer do, while others do.
 
-    Not one that is frozen, which has no update, one without a gradient, and one whose rate or ratio is 0.
+    Frozen layers, which have no update, are not included, nor those without a gradient or with a rate or ratio of 0.
     """
     table = data.tables.get("update/ratio")
     if table is None:
@@ -135,7 +135,7 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def large_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """The median layer changes by half of its weight and more at each step, for long and to the end."""
+    """Find a median layer that changes by half of its weight or more per step, for long and to the end."""
     table = data.tables.get("update/ratio")
     if table is None or not len(table):
         return
@@ -150,14 +150,14 @@ def large_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
         step,
         f"A step changes the median layer by {level:.2g} of its weight, in {len(middle) - start} readings from step "
         f"{step} on: next to nothing of a weight outlives a few steps.",
-        "Lower the learning rate: about 0.001 is usual.",
+        "Lower the learning rate: ratios of about 0.001 are usual.",
         numbers={"ratio": level},
         tags=("update/ratio",),
     )
 
 
 def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Ten times within ten readings, or a hundred times in all; layers that begin at zero are measured by the rest."""
+    """Find norms that grow 10 times within ten readings, or 100 times overall; those from zero against the others."""
     table = data.tables.get("weight/operator")
     if table is None or len(table) < 2 * CONSECUTIVE:
         return
@@ -194,10 +194,11 @@ def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def collapsed_ranks(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Both ranks must agree: a head soon has one strong direction, how frequent each class is, above a healthy rest.
+    """Find weights close to a single direction, by both ranks.
 
-    Without an effective rank, which is taken now and then only, the stable rank must say that nothing else is left. Who
-    has always had one direction is named where the matrix has room for more.
+    Both must agree, since a head soon has one strong direction, the class frequencies, above a healthy rest. Without an
+    effective rank, which is measured rarely, the stable rank must show that nothing else is left. A weight that has
+    always had one direction is reported only if the matrix has room for more.
     """
     effective = {name: values for name, _, values in layer_columns(data, "spectrum/effective_rank")}
     sides = _smaller_sides(data)
@@ -230,9 +231,9 @@ def collapsed_ranks(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def _smaller_sides(data: RunData) -> dict[str, float]:
-    """The smaller side of each matrix, from its size and what its norms say of its aspect; window counted out.
+    """Return the smaller side of each matrix, from its size and the aspect that its norms imply, without window.
 
-    Of a convolution with a window of k entries it is that of the flattening, up to a factor of k.
+    For a convolution with a window of k entries it is that of the flattening, up to a factor of k.
     """
     found = {}
     for name, steps, deviation in layer_columns(data, "spectrum/log2_spectral_condition"):

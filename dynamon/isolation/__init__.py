@@ -1,1 +1,1 @@
-"""Evaluations of the training loss beside training that leave no trace in it."""
+"""Evaluate the training loss beside training, without leaving a trace in it."""

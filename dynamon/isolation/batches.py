@@ -1,4 +1,4 @@
-"""Batches of any class: what they hold, copies, samples, and weights."""
+"""Handle batches of any class: their contents, copies, devices and weights."""
 
 import copy
 import dataclasses
@@ -17,13 +17,13 @@ PLAIN = (bool, int, float, complex, type(None), *_TEXT)
 
 
 class NoWeightError(ValueError):
-    """A batch counts nothing among others."""
+    """The weight of a batch is not positive."""
 
 
 def items_of(value: Any) -> dict[Any, Any] | None:
-    """What a container holds, by key, field or place; None for tensors, text, numbers and other objects.
+    """Return what a container holds, by key, field or index; None for tensors, text, numbers and other objects.
 
-    Containers are mappings, dataclasses and sequences of any class. A packed sequence is none: its tensors belong
+    Containers are mappings, dataclasses and sequences of any class. A packed sequence is not one: its tensors belong
     together.
     """
     if isinstance(value, _WHOLE):
@@ -37,7 +37,7 @@ def items_of(value: Any) -> dict[Any, Any] | None:
 
 
 def clone(batch: Any) -> Any:
-    """A copy that shares no tensor with the batch and carries no graph.
+    """Copy a batch, sharing no tensor and no graph with it.
 
     Classes are kept, and no constructor is called. What cannot be copied (locks, generators) is shared.
     """
@@ -45,24 +45,24 @@ def clone(batch: Any) -> Any:
 
 
 def get_entry(batch: Any, name: str) -> Any:
-    """The entry of that name in a mapping, or the attribute; None where there is none."""
+    """Return the entry of a mapping, or the attribute, of that name; None if there is none."""
     if isinstance(batch, Mapping) and name in batch:
         return batch[name]
     return getattr(batch, name, None)
 
 
 def batch_weight(batch: Any, name: str) -> float:
-    """The sum of a batch's entry of that name (a mask of tokens, say): its weight among others.
+    """Return a batch's weight: the sum of its entry of that name, such as a mask of tokens.
 
     Raises:
         ValueError: If the batch has no such entry or attribute.
-        NoWeightError: If it does not sum to a positive number.
+        NoWeightError: If the sum is not positive.
     """
     found = get_entry(batch, name)
     if found is None or callable(found):
         known = items_of(batch)
         told = sorted(map(str, known)) if known is not None else type(batch).__name__
-        raise ValueError(f"the batch has no {name!r} to weigh it by; it is {told}.")
+        raise ValueError(f"the batch has no {name!r} to weight it by; it is {told}.")
     weight = float(found.sum() if isinstance(found, Tensor) else np.sum(found))
     if not weight > 0:
         raise NoWeightError(f"the batch's {name!r} sums to {weight}; a weight must be positive.")
@@ -70,7 +70,7 @@ def batch_weight(batch: Any, name: str) -> float:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with all its tensors on a device: whatever has a method ``to`` is moved by it, as Lightning does."""
+    """Move a batch to a device. Objects with a method ``to`` are moved by it, as Lightning does."""
     if hasattr(batch, "to") and not isinstance(batch, type):
         result = batch.to(device)
         return batch if result is None else result
@@ -81,8 +81,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def rebuild(batch: Any, replaced: Mapping[int, Any]) -> Any:
-    """A deep copy with some of what is in it replaced, by identity: it suits any class and calls no constructor."""
-    found = list(leaves(batch, replaced))  # all alive, so that no identity is used twice
+    """Deep-copy a batch with some of its contents replaced, by identity; works for any class, without constructors."""
+    found = list(leaves(batch, replaced))  # kept alive, so that no identity is used twice
     memo = {**replaced, **{id(value): _copied(value) for value in found}}
     try:
         return copy.deepcopy(batch, {**memo})
@@ -91,7 +91,7 @@ def rebuild(batch: Any, replaced: Mapping[int, Any]) -> Any:
 
 
 def _made_anew(value: Any, known: Mapping[int, Any]) -> Any:
-    """Containers by their constructors, around what is known."""
+    """Rebuild containers by their constructors, around known contents."""
     held = None if id(value) in known else items_of(value)
     if held is None:
         return known.get(id(value), value)
@@ -113,7 +113,7 @@ def _made_anew(value: Any, known: Mapping[int, Any]) -> Any:
 
 
 def _made_dict(value: dict[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A dict of any class without a call of its constructor, which may want something else."""
+    """Rebuild a dict of any class without its constructor, which may expect other arguments."""
     made: Any = type(value).__new__(type(value))
     if hasattr(value, "__dict__"):
         made.__dict__.update(value.__dict__)
@@ -126,7 +126,7 @@ def _made_dict(value: dict[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any
 
 
 def leaves(value: Any, known: Mapping[int, Any]) -> Iterator[Any]:
-    """Everything in a batch that is no container and has not been replaced."""
+    """Yield everything in a batch that is not a container and not replaced."""
     if id(value) in known:
         return
     held = items_of(value)
@@ -150,7 +150,7 @@ def _copied(value: Any) -> Any:
 
 
 def of_class(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor as one of another's class, with its attributes."""
+    """Convert a tensor to the class of another, with its attributes."""
     if type(tensor) is not type(like):
         tensor = tensor.as_subclass(type(like))
         tensor.__dict__.update(like.__dict__)

@@ -1,4 +1,4 @@
-"""Copies of many tensors in a few calls, and which of the tensors still hold that, at one wait for a device."""
+"""Copy and compare many tensors in a few calls, with one wait per device."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from dynamon.kernels.devices import reads_are_free
 
-_AT_ONCE = 2**24  # entries that are subtracted together: a bound on the memory that takes
+_AT_ONCE = 2**24  # entries that are subtracted together, which bounds the memory
 
 
 def find_changed(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
-    """Whether the tensors of each pair differ in any entry, or are not known to agree, as NaN is not.
+    """Return for each pair whether the tensors differ in any entry, or may differ, as NaN does.
 
     Args:
-        pairs: Tensors of any devices, dtypes and shapes, two by two on one device.
+        pairs: Tensors of any device, dtype and shape; those of a pair on one device.
 
-    Cost: a device is waited for once, whatever the number of tensors, but for sparse and nested ones and subclasses.
-    Memory: 2^24 entries, or the largest tensor.
+    Cost: one wait per device, whatever the number of tensors, except for sparse and nested ones and subclasses. Memory:
+    2^24 entries, or the largest tensor.
     """
     found = [one.shape != other.shape or one.dtype != other.dtype for one, other in pairs]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
@@ -41,12 +41,12 @@ def find_changed(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
 
 @torch.no_grad()
 def clone_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies without graph, as ``tensor.detach().clone()``.
+    """Copy tensors without their graphs, as ``tensor.detach().clone()`` does.
 
     Args:
-        tensors: Of any devices, dtypes and shapes.
+        tensors: Of any device, dtype and shape.
 
-    Cost: of a device a few calls for each dtype, but for sparse and nested tensors and subclasses.
+    Cost: a few calls per device and dtype, except for sparse and nested tensors and subclasses.
     """
     found: list[Tensor] = []
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
@@ -62,7 +62,7 @@ def clone_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _flags(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The same of plain tensors of one device and dtype, on the device."""
+    """Return which pairs of plain tensors of one device and dtype differ, on the device."""
     if not pairs[0][0].is_floating_point():
         return torch.stack([(one != other).any() for one, other in pairs])
     largest: list[Tensor] = []
@@ -81,7 +81,7 @@ def _flags(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def _is_same(one: Tensor, other: Tensor) -> bool:
     try:
         return torch.equal(one, other)
-    except NotImplementedError:  # sparse ones cannot be compared everywhere
+    except NotImplementedError:  # no comparison of sparse tensors on this device
         return False
 
 

@@ -1,4 +1,4 @@
-"""Evaluations of a loss that all begin alike: random numbers, state of the module, code that runs, casts of weights."""
+"""Make all evaluations of a loss start alike: random numbers, module state, eager code, casts of weights."""
 
 import copy
 import sys
@@ -14,51 +14,51 @@ from dynamon.isolation.random_streams import RandomState
 
 
 class Rewindable(Protocol):
-    """State outside of the weights that evaluations of a loss move on."""
+    """State besides the weights that evaluations of a loss change."""
 
     def rewind(self) -> Callable[[], None] | None:
-        """Have it as it was at the begin, and return what undoes that; None where nothing had changed."""
+        """Restore the initial state, and return what undoes that; None if nothing had changed."""
 
 
-_KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices that autocast knows
+_KINDS = ("cpu", "cuda", "mps", "xpu")  # device types that support autocast
 _ACTIVE: ContextVar[tuple[Rewindable, ...]] = ContextVar("dynamon_rewindable", default=())
 _IS_PLAIN: ContextVar[bool] = ContextVar("dynamon_plain", default=False)
-_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # torch's own functions that may go to cuDNN
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # torch functions that may use cuDNN
 _BACKWARD = (torch.autograd.grad, torch.Tensor.backward)
 
 
 class Evaluations:
-    """All evaluations of one loss: each begins where the first one did.
+    """Makes all evaluations of one loss start as the first did.
 
-    That holds for random numbers anywhere, and for autocast, which is on where it was on at construction. Inside of
-    :func:`dynamon.isolation.preserve.preserve_state` it holds for the state of the module too (buffers, counters,
-    queues, averages), and every loss in there begins from the same.
+    That covers all random numbers, and autocast, which is on where it was on at construction. Inside
+    :func:`dynamon.isolation.preserve.preserve_state` it covers the state of the module, too (buffers, counters, queues,
+    averages), and every loss in there starts from the same state.
 
     Attributes:
-        autocast: By kind of device, the dtype of autocast where it is on.
+        autocast: The dtype of autocast by device type, where it is on.
     """
 
     def __init__(self) -> None:
-        """The first one begins here."""
+        """Start the first evaluation here."""
         _rewound()
         self._random = RandomState()
         self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS if is_autocast(torch.device(kind))}
 
     def in_full_precision(self) -> "Evaluations":
-        """The same without autocast."""
+        """Return the same without autocast."""
         other = copy.copy(self)
         other.autocast = {}
         return other
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Around the first evaluation, which moves state and random numbers on as any evaluation of the loss does."""
+        """Wrap the first evaluation, which changes state and random numbers like any evaluation of the loss."""
         with force_eager(), fresh_autocast_cache(), _autocast(self.autocast):
             yield
 
     @contextmanager
     def another(self) -> Iterator[None]:
-        """Around one more, its backward pass included; state that graphs made before may still look at comes back."""
+        """Wrap another evaluation and its backward pass; state that earlier graphs may use is restored afterwards."""
         outside = RandomState()
         undo = _rewound()
         self._random.restore()
@@ -70,19 +70,19 @@ class Evaluations:
             outside.restore()
 
     def mark(self) -> Callable[[], None]:
-        """What has the state as it is now again: for backward passes that compute a part of the loss once more."""
+        """Return a function that restores the present state, for backward passes that recompute a part of the loss."""
         undo = _rewound()
         _redo(undo)
         return lambda: _redo(undo) if undo else None
 
 
 def _rewound() -> list[Callable[[], None]]:
-    """Put all state back; return what undoes that."""
+    """Restore all state, and return what undoes that."""
     return [undo for undo in [state.rewind() for state in _ACTIVE.get()] if undo is not None]
 
 
 def _redo(undo: Sequence[Callable[[], None]]) -> None:
-    """From wherever it has come, have state as it was when it was last put back."""
+    """Restore state from before the last rewind, whatever it is now."""
     _rewound()
     for function in reversed(undo):
         function()
@@ -90,7 +90,7 @@ def _redo(undo: Sequence[Callable[[], None]]) -> None:
 
 @contextmanager
 def rewind_state(state: Rewindable) -> Iterator[None]:
-    """Inside, every :class:`Evaluations` has this state put back."""
+    """Register state that every :class:`Evaluations` inside restores."""
     token = _ACTIVE.set((*_ACTIVE.get(), state))
     try:
         yield
@@ -100,13 +100,13 @@ def rewind_state(state: Rewindable) -> Iterator[None]:
 
 @contextmanager
 def force_eager() -> Iterator[None]:
-    """Code runs as it was written.
+    """Run code inside as written.
 
-    Compiled code runs uncompiled, so that training keeps the graphs that it has. Recurrent layers run without cuDNN,
-    where they have no second derivative, and a state of dropout that nobody can read or put back.
+    Compiled code runs uncompiled, so that training keeps its graphs. Recurrent layers run without cuDNN, which has no
+    second derivative for them and a dropout state that cannot be read or restored.
     """
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.cuda.is_initialized() and not _IS_PLAIN.get():
             stack.callback(_IS_PLAIN.reset, _IS_PLAIN.set(True))
@@ -115,19 +115,19 @@ def force_eager() -> Iterator[None]:
 
 
 class _WithoutCudnn(TorchFunctionMode):
-    """Recurrent layers inside do not use cuDNN; convolutions, which have their derivatives there, do.
+    """Disables cuDNN for recurrent layers only: convolutions have their derivatives in cuDNN.
 
     Attributes:
-        seen: Whether there was any in this process.
+        seen: Whether there was a recurrent layer in this process.
     """
 
     seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call; with cuDNN off where it would be of no use."""
+        """Call the function, with cuDNN disabled where it cannot be used."""
         if getattr(func, "__name__", "") in _RECURRENT:
             _WithoutCudnn.seen = True
-        elif not (self.seen and func in _BACKWARD):  # a checkpoint computes its part again, and this mode is off there
+        elif not (self.seen and func in _BACKWARD):  # checkpoints recompute in backward, where this mode is off
             return func(*args, **(kwargs or {}))
         enabled = torch.backends.cudnn.enabled
         torch.backends.cudnn.enabled = False  # alone: flags() sets the others too
@@ -139,7 +139,7 @@ class _WithoutCudnn(TorchFunctionMode):
 
 @contextmanager
 def fresh_autocast_cache() -> Iterator[None]:
-    """Autocast casts weights inside anew and afterwards again: its cache does not see that they were exchanged."""
+    """Clear autocast's cache of cast weights before and after: it does not notice that weights were exchanged."""
     torch.clear_autocast_cache()
     try:
         yield
@@ -149,14 +149,14 @@ def fresh_autocast_cache() -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Autocast, where it is on, is off inside: for backward passes, as in training, and for what is made of them."""
+    """Disable autocast inside: for backward passes, as in training, and for computations on their results."""
     with _autocast({}):
         yield
 
 
 @contextmanager
 def _autocast(wanted: Mapping[str, torch.dtype]) -> Iterator[None]:
-    """Autocast is on inside for some kinds of devices, and off for all others."""
+    """Enable autocast inside for the given device types, and disable it for all others."""
     with ExitStack() as stack:
         for kind in _KINDS:
             now = torch.get_autocast_dtype(kind) if is_autocast(torch.device(kind)) else None
@@ -166,8 +166,8 @@ def _autocast(wanted: Mapping[str, torch.dtype]) -> Iterator[None]:
 
 
 def is_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for a kind of device."""
+    """Return whether autocast is on for a device type."""
     try:
         return torch.is_autocast_enabled(device.type)
-    except RuntimeError:  # a kind of device that it does not know
+    except RuntimeError:  # a device type without autocast
         return False

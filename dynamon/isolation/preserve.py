@@ -1,4 +1,4 @@
-"""Evaluating the training loss once more without leaving a trace."""
+"""Evaluate the training loss once more without leaving a trace."""
 
 import inspect
 import operator
@@ -24,11 +24,11 @@ from dynamon.isolation.random_streams import RandomState, seed_all, stream_of
 
 LossFn = Callable[[Any, Any], Tensor]
 _MUTED = ("log", "log_dict")
-_Contents = dict[int, tuple[Any, Any]]  # by identity: a tensor or container, and a copy of what it held
+_Contents = dict[int, tuple[Any, Any]]  # by identity: a tensor or container, and a copy of its contents
 
 
 class LossError(ValueError):
-    """What should be a loss is none, on any batch."""
+    """There is no valid loss, on any batch."""
 
 
 class NoLossError(LossError):
@@ -37,27 +37,36 @@ class NoLossError(LossError):
 
 @contextmanager
 def preserve_state(module: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Leave no trace of what happens inside on the module or on any random stream.
+    """Restore the module and all random streams on exit.
 
-    Put back at exit: the random streams of torch (CPU and all devices of the accelerator), numpy and python; every
-    parameter and buffer; submodules that joined, left or were replaced; train and eval modes; every plain attribute of
-    every submodule (numbers, strings, tensors, arrays, random generators, and the contents of lists, dicts, sets,
-    deques and namespaces, nested ones too), which covers counters, collected outputs, averaged teachers and states of
-    torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad`` is None inside and what it was at exit. Compiled
-    code runs uncompiled, so that training keeps the graphs it has. Not covered: files, dataloader iterators and objects
-    of the user's own classes. Memory: one copy of parameters and buffers.
+    Restored are: the random streams of torch (CPU and all devices of the accelerator), numpy and python; every
+    parameter and buffer; submodules that were added, removed or replaced; train and eval modes; every plain attribute
+    of every submodule (numbers, strings, tensors, arrays, random generators, and the contents of lists, dicts, sets,
+    deques and namespaces, also nested), which covers counters, collected outputs, averaged teachers and states of
+    torchmetrics. ``log`` and ``log_dict`` do nothing inside. ``.grad`` is None inside and restored on exit. Compiled
+    code runs uncompiled, so that training keeps its graphs. Not covered: files, dataloader iterators and objects of the
+    user's own classes. Memory: one copy of parameters and buffers.
 
-    The operators and searches of :mod:`dynamon.curvature` that are used inside have all of this, but for the weights
-    themselves, put back between any two evaluations of the loss too: a layer that moves a buffer in every forward pass
-    (spectral normalisation, a queue, a codebook) then has one loss, not another one each time.
+    The operators and searches of :mod:`dynamon.curvature` used inside also restore all of this, except the weights
+    themselves, between any two evaluations of the loss. So a layer that changes a buffer in every forward pass
+    (spectral normalisation, a queue, a codebook) has one loss, and not a new one each time.
 
     Args:
         module: The module.
         seed: Seeds torch, numpy and python inside, so that dropout draws the same masks each time; None leaves the
             streams.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.isolation.preserve import preserve_state
+        >>> module = torch.nn.BatchNorm1d(2)
+        >>> with preserve_state(module, seed=0):
+        ...     _ = module(torch.randn(8, 2))
+        >>> int(module.num_batches_tracked)
+        0
     """
     modules = list(module.modules())
-    classes = [type(m) for m in modules]  # parametrizations exchange them
+    classes = [type(m) for m in modules]  # parametrizations replace them
     saved = _snapshots(modules)
     gradients = [(p, p.grad) for p in module.parameters()]
     outside = RandomState()
@@ -84,16 +93,16 @@ def preserve_state(module: nn.Module, seed: int | None = None) -> Iterator[None]
 
 
 class _State:
-    """What evaluations of a loss move on: random numbers, and everything of a module but the weights it trains."""
+    """The state that evaluations of a loss change: random numbers, and all of a module but its trained weights."""
 
     def __init__(self, saved: Sequence[tuple[nn.Module, dict[str, Any], _Contents]]) -> None:
         self._saved, self._random = saved, RandomState()
-        # Whoever moves weights puts them back. A loss that writes to others (an averaged teacher's) does not.
+        # Callers that change weights restore them. A loss that writes to others (an averaged teacher's) does not.
         self._trained = {id(p) for m, *_ in saved for p in m._parameters.values() if p is not None and p.requires_grad}
-        self._trained |= {id(m._parameters) for m, *_ in saved}  # whole ones stand in for sharded ones meanwhile
+        self._trained |= {id(m._parameters) for m, *_ in saved}  # full tensors replace sharded ones meanwhile
 
     def rewind(self) -> Callable[[], None] | None:
-        """Have it again, and return what has it as it is now, but for random numbers."""
+        """Restore it, and return what brings back the present state, random numbers excepted."""
         now = _put_all_back(self._saved, self._trained, marks=False)
         self._random.restore()
         now = [(m, attributes, contents) for m, attributes, contents in now if attributes or contents]
@@ -105,20 +114,20 @@ class _State:
 
 
 def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_idx: int = 0) -> Tensor:
-    """The scalar training loss of a module on a batch.
+    """Compute the scalar training loss of a module on a batch.
 
     Args:
         module: A LightningModule, or any module when ``loss_fn`` is given.
-        batch: The batch, already on the module's device. A copy is passed on, so that a ``training_step``
-            which changes its batch does no harm.
-        loss_fn: ``loss_fn(module, batch)``; without it the module's own ``training_step`` is called, and
-            ``"loss"`` is taken out of a dict.
-        batch_idx: What ``training_step`` gets as the batch's index.
+        batch: The batch, already on the module's device. A copy is passed on, so that a ``training_step`` may change
+            it.
+        loss_fn: ``loss_fn(module, batch)``. Without it the module's own ``training_step`` is called, and ``"loss"`` is
+            taken from a dict.
+        batch_idx: The batch's index for ``training_step``.
 
     Raises:
-        NoLossError: Where there is no loss for this batch: None, or a number of its own that depends on nothing.
-        LossError: If there is neither a ``loss_fn`` nor a ``training_step``, or the result is not a scalar tensor
-            with a graph. Both are ValueErrors.
+        NoLossError: If this batch has no loss: None, or a constant that depends on nothing.
+        LossError: If there is neither a ``loss_fn`` nor a ``training_step``, or the result is not a scalar tensor with
+            a graph. Both are ValueErrors.
     """
     batch = clone(batch)
     if loss_fn is not None:
@@ -146,7 +155,7 @@ def training_loss(module: nn.Module, batch: Any, loss_fn: LossFn | None = None, 
 
 
 def _step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> list[Any]:
-    """``training_step`` may take a batch, or a batch and its index."""
+    """Return the arguments of ``training_step``: a batch, or a batch and its index."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = list(inspect.signature(step).parameters.values())
     names = [p.name for p in parameters if p.kind in kinds]
@@ -157,18 +166,18 @@ def _step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> lis
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:
-    """Stand in for ``log`` while the loss is evaluated for a probe."""
+    """Replace ``log`` while the loss is evaluated."""
 
 
 _CONTAINERS = (list, dict, set, deque)
-_HOLDERS = (UserDict, UserList, Namespace, SimpleNamespace)  # of Python's own: what they hold is in their attributes
-_SEARCHED = 1000  # what is inside longer containers (a data set, say) is not looked for
+_HOLDERS = (UserDict, UserList, Namespace, SimpleNamespace)  # standard classes that hold all in their attributes
+_SEARCHED = 1000  # longer containers (such as data sets) are not searched
 _STRUCTURE = frozenset(name for name in nn.Module().__dict__ if name != "training")
 _REGISTRIES = "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
 
 
 def _snapshots(modules: Sequence[nn.Module]) -> list[tuple[dict[str, Any], _Contents]]:
-    """Attributes by reference, and the contents of those that are tensors or containers."""
+    """Record the attributes of modules by reference, and copy those that are tensors or containers."""
     found = [_snapshot(m) for m in modules]
     every = {place: value for _, held in found for place, (value, _) in held.items() if isinstance(value, Tensor)}
     copies = dict(zip(every, clone_tensors([_here(value) for value in every.values()]), strict=True))
@@ -178,7 +187,7 @@ def _snapshots(modules: Sequence[nn.Module]) -> list[tuple[dict[str, Any], _Cont
 
 
 def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
-    """The same of one module, without copies of its tensors so far."""
+    """Record one module, without copying its tensors yet."""
     attributes = dict(module.__dict__)
     contents: _Contents = {}
     for name, value in attributes.items():
@@ -192,7 +201,7 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
 
 
 def _remember(value: Any, contents: _Contents) -> None:
-    """Add a tensor, an array, a generator, or a container and what is in it."""
+    """Add a tensor, an array, a generator, or a container and its contents."""
     if id(value) in contents:
         return
     content = value if isinstance(value, Tensor) and not is_lazy(value) else _content(value)
@@ -206,7 +215,7 @@ def _remember(value: Any, contents: _Contents) -> None:
 
 
 def _content(value: Any) -> Any:
-    """A copy of what something holds that an evaluation may change in place; None for what has no such content."""
+    """Copy what an object holds that an evaluation may change in place; None if it holds nothing of the kind."""
     if isinstance(value, Tensor):
         return None if is_lazy(value) else _here(value).detach().clone()  # it holds nothing yet
     if isinstance(value, np.ndarray):
@@ -221,14 +230,14 @@ def _content(value: Any) -> Any:
 
 
 def _of_numpy(stream: np.random.Generator | np.random.RandomState | np.random.BitGenerator) -> np.random.BitGenerator:
-    """What holds the state of one of numpy's random streams."""
+    """Return the bit generator that holds the state of a numpy random stream."""
     if isinstance(stream, np.random.RandomState):
         return stream._bit_generator
     return stream.bit_generator if isinstance(stream, np.random.Generator) else stream
 
 
 def _here(tensor: Tensor) -> Tensor:
-    return to_local(tensor) if is_sharded(tensor) else tensor  # comparing shards would be a message
+    return to_local(tensor) if is_sharded(tensor) else tensor  # comparing DTensors would communicate
 
 
 def _put_all_back(
@@ -237,20 +246,19 @@ def _put_all_back(
     marks: bool = True,
     keeps: bool = True,
 ) -> list[tuple[nn.Module, dict[str, Any], _Contents]]:
-    """Undo changes; ``marks=False`` hides that from the graphs that look at these tensors.
+    """Undo changes; ``marks=False`` hides that from graphs that hold these tensors.
 
     Returns:
-        A snapshot of what was there where anything of it had changed, of changed contents only, and not of tensors
-        where these need not be kept.
+        A snapshot of changed contents, for those that changed; of tensors only if ``keeps``.
     """
     held = {place: entry for *_, contents in saved for place, entry in contents.items() if place not in left_out}
     tensors = [(place, value, content) for place, (value, content) in held.items() if isinstance(value, Tensor)]
     with torch.no_grad():
         differs = find_changed([(_here(value), content) for _, value, content in tensors])
         changed = [entry for entry, is_other in zip(tensors, differs, strict=True) if is_other]
-        # All are copied before the first is written to: some may share their memory.
-        moved = {place: (value, _content(value) if keeps else None) for place, value, _ in changed}
-        return [(m, *_put_back(m, attributes, held, left_out, moved, marks)) for m, attributes, held in saved]
+        # All are copied before the first is written, since they may share memory.
+        changed_tensors = {place: (value, _content(value) if keeps else None) for place, value, _ in changed}
+        return [(m, *_put_back(m, attributes, held, left_out, changed_tensors, marks)) for m, attributes, held in saved]
 
 
 def _put_back(
@@ -258,15 +266,15 @@ def _put_back(
     attributes: dict[str, Any],
     contents: _Contents,
     left_out: Collection[int],
-    moved: _Contents,
+    changed_tensors: _Contents,
     marks: bool,
 ) -> tuple[dict[str, Any], _Contents]:
-    """The same of one module, of whose tensors it is known which are ``moved``, and what they hold now."""
+    """Undo changes of one module; its changed tensors, and what they held, are in ``changed_tensors``."""
     current, changed = module.__dict__, {}
     for place, (value, content) in contents.items():
         if isinstance(value, Tensor):
-            if place in moved:
-                changed[place] = moved[place]
+            if place in changed_tensors:
+                changed[place] = changed_tensors[place]
                 _refill(value, content, marks)
         elif place not in left_out and not _holds(value, content):
             changed[place] = value, _content(value)
@@ -281,14 +289,14 @@ def _put_back(
 
 
 def _holds(value: Any, content: Any) -> bool:
-    """Whether something other than a tensor still holds what it held."""
+    """Return whether an object other than a tensor still holds the same."""
     if isinstance(value, _CONTAINERS):
         return not value and not content or _same(_entries(value), content)
-    return False  # writing these again costs less than comparing them
+    return False  # rewriting these costs less than comparing them
 
 
 def _refill(value: Any, content: Any, marks: bool) -> None:
-    """Have something hold what it held, in place."""
+    """Write the recorded contents back, in place."""
     if isinstance(value, Tensor):
         here = _here(value)
         if here.shape != content.shape:
@@ -307,7 +315,7 @@ def _refill(value: Any, content: Any, marks: bool) -> None:
         value[:] = content
     else:
         value.clear()
-        if isinstance(value, dict):  # one by one: the update of a Counter adds
+        if isinstance(value, dict):  # one by one, since Counter.update adds
             for key, item in zip(content[::2], content[1::2], strict=True):
                 value[key] = item
         else:
@@ -315,7 +323,7 @@ def _refill(value: Any, content: Any, marks: bool) -> None:
 
 
 def _entries(container: Any) -> list[Any]:
-    """What a container holds, a dictionary as key, value, key, value."""
+    """List what a container holds; of a dictionary key, value, key, value."""
     return [x for item in container.items() for x in item] if isinstance(container, dict) else list(container)
 
 

@@ -1,4 +1,4 @@
-"""What a sample of a batch is: how many a batch has, and the first of them, copied."""
+"""Find out what a sample of a batch is: how many a batch has, and the first of them, copied."""
 
 from collections import UserDict
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dynamon.isolation.batches import PLAIN, clone, items_of, leaves, of_class, rebuild
 
-_SPREAD = 0.75  # integers that reach this share of the batch's size, and no further, may be places in it
+_SPREAD = 0.75  # integers that reach this share of the batch's size, but not the size, may be indices into it
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Part:
     """Samples of a batch, copied.
 
     Attributes:
-        batch: Of the class of the batch they are from.
-        samples: How many, None where that is not known.
+        batch: A batch of the original's class.
+        samples: Their number, None if it is not known.
         is_cut: Whether samples were left out.
-        reason: Why the whole batch was taken where a part was wanted; None where it was not.
+        reason: Why the whole batch was taken although a part was requested; None otherwise.
     """
 
     batch: Any
@@ -33,19 +33,19 @@ class Part:
 
 
 def take_samples(batch: Any, fraction: float, most: int | None = None, sizes: Sequence[int] = ()) -> Part:
-    """The first share of a batch's samples, copied; the whole batch where it is not certain what a sample is.
+    """Copy the first samples of a batch; the whole batch if it is not certain what a sample is.
 
-    Samples are certain where several signs agree: all tensors have the same first dimension, or all lists that hold
-    samples the same length, and that is one of ``sizes``. Where ``sizes`` is empty the first dimensions of several
-    tensors must agree and allow no other reading: no second dimension in which all agree too (time before samples), no
-    list of like tensors (one a sample). Batches stay whole that hold packed sequences, objects that only move
-    themselves (graphs), or integers that look like places in the batch.
+    It is certain if several signs agree: all tensors have the same first dimension, or all lists of samples the same
+    length, and that number is in ``sizes``. If ``sizes`` is empty, the first dimensions of several tensors must agree
+    and allow no other reading: no second dimension in which all agree, too (time before samples), and no list of
+    similar tensors (one per sample). Batches are not cut if they hold packed sequences, objects that can only move
+    themselves (graphs), or integers that look like indices into the batch.
 
     Args:
         batch: Tensors in containers of any class.
-        fraction: Share in (0, 1]; at least two samples are taken, which BatchNorm and contrastive losses need.
-        most: Upper limit on the samples, where there is one.
-        sizes: How many samples a batch has by what made it: the loader's ``batch_size``, and that of its last batch.
+        fraction: Share of the samples in (0, 1]; at least two are taken, which BatchNorm and contrastive losses need.
+        most: Largest number of samples, if limited.
+        sizes: Known batch sizes: the loader's ``batch_size``, and that of its last batch.
     """
     size, reason = _size(batch, sizes)
     if size is None:
@@ -55,29 +55,29 @@ def take_samples(batch: Any, fraction: float, most: int | None = None, sizes: Se
     if count == size:
         return Part(clone(batch), size)
     if _has_places(batch, size, count):
-        return Part(clone(batch), size, reason="its integers look like places in the batch")
+        return Part(clone(batch), size, reason="its integers look like indices into the batch")
     cut = _Cut(size, count)
     try:
         cut.visit(batch)
         part = rebuild(batch, cut.replaced)
-        _Cut(count, count).visit(part)  # whoever makes its entries anew each time was not cut
-    except Exception as error:  # a user's container may raise anything; the whole batch is kept then
+        _Cut(count, count).visit(part)  # a batch that creates its entries at each access was not cut
+    except Exception as error:  # a container of the user may raise anything; the whole batch is kept then
         told = str(error) if isinstance(error, _UnclearError) else ""
         return Part(clone(batch), size, reason=told or f"a {type(batch).__name__} cannot be cut")
     return Part(part, count, is_cut=True)
 
 
 def count_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
-    """How many samples a batch has, as :func:`take_samples` counts them; None where that is not known."""
+    """Return the number of samples of a batch as :func:`take_samples` counts them; None if it is not known."""
     size, _ = _size(batch, sizes)
     return _known(batch, sizes) if size is None else size
 
 
 def guess_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
-    """How many samples a batch probably has, which is enough to tell it from a smaller one; None where nothing says.
+    """Return the likely number of samples of a batch, to tell it from a smaller one; None if nothing indicates it.
 
-    The number that all tensors have as their first or second dimension, and lists of like tensors as their length, is
-    taken for it. Of several such numbers it is the one that made the batch; where nothing says, the first dimension.
+    That is the number that all tensors have as their first or second dimension, and lists of similar tensors as their
+    length. If there are several, one in ``sizes`` is taken; without ``sizes``, the first dimension.
 
     Args:
         batch: Tensors in containers of any class.
@@ -95,7 +95,7 @@ def guess_samples(batch: Any, sizes: Sequence[int] = ()) -> int | None:
 
 
 def _signs(value: Any) -> Iterator[tuple[int, ...]]:
-    """For each tensor or list of like things in a batch the numbers that may be its samples."""
+    """Yield, for each tensor or list of similar items in a batch, the possible numbers of samples."""
     if isinstance(value, Tensor):
         if value.ndim:
             yield (int(value.size(0)),) if value.is_nested else tuple(value.shape[:2])
@@ -112,16 +112,16 @@ def _signs(value: Any) -> Iterator[tuple[int, ...]]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether something holds the parts of a sample by name, as the boxes and labels of an image."""
+    """Return whether a value holds the parts of one sample by name, such as the boxes and labels of an image."""
     return not isinstance(value, list | tuple) and bool(items_of(value))
 
 
 class _UnclearError(Exception):
-    """Why a batch cannot be cut."""
+    """A batch cannot be cut; the message has the reason."""
 
 
 class _Cut:
-    """One reading of a batch as ``size`` samples, and what is left of it with ``count`` of them.
+    """Reads a batch as ``size`` samples, and keeps ``count`` of them.
 
     Attributes:
         replaced: The parts of tensors, lists and objects, by identity of the whole.
@@ -130,13 +130,13 @@ class _Cut:
     def __init__(self, size: int, count: int) -> None:
         self._size, self._count = size, count
         self.replaced: dict[int, Any] = {}
-        self._alive: list[Any] = []  # so that no identity is used twice
+        self._alive: list[Any] = []  # so that no identity is reused
 
     def visit(self, value: Any) -> int:
-        """Cut what is in a value, and count what told samples apart.
+        """Cut the contents of a value, and count what indicates samples.
 
         Raises:
-            _UnclearError: Where it does not have that many samples.
+            _UnclearError: If it does not have that many samples.
         """
         if isinstance(value, PLAIN):
             return 0
@@ -170,7 +170,7 @@ class _Cut:
         return 1
 
     def _visit_list(self, value: list[Any] | tuple[Any, ...]) -> int:
-        """As long as there are samples: one entry a sample, or entries that hold all samples each."""
+        """Cut a list as long as there are samples: one entry per sample, or entries that hold all samples."""
         inner = _Cut(self._size, self._count)
         try:
             told = sum(inner.visit(item) for item in value)
@@ -190,7 +190,7 @@ class _Cut:
         return 1
 
     def _own_part(self, value: Any) -> Any | None:
-        """What an object gives that can be indexed itself."""
+        """Return the slice of an object that can be indexed itself."""
         try:
             part: Any = value[: self._count] if len(value) == self._size else None
             return clone(part) if type(part) is type(value) and len(part) == self._count else None
@@ -203,7 +203,7 @@ class _Cut:
 
 
 def _head(tensor: Tensor, count: int) -> Tensor:
-    """The first entries of a tensor along its first dimension, copied; of sparse and nested ones too."""
+    """Copy the first entries of a tensor along its first dimension; sparse and nested ones too."""
     if tensor.is_nested:
         return torch.nested.nested_tensor(list(tensor.unbind()[:count]), layout=tensor.layout, device=tensor.device)
     if tensor.layout is not torch.strided:
@@ -212,7 +212,7 @@ def _head(tensor: Tensor, count: int) -> Tensor:
 
 
 def _size(batch: Any, sizes: Sequence[int]) -> tuple[int | None, str]:
-    """The number of samples, or None and why it is not certain."""
+    """Return the number of samples, or None and why it is not certain."""
     reason = ""
     for size in sizes:
         try:
@@ -227,19 +227,19 @@ def _size(batch: Any, sizes: Sequence[int]) -> tuple[int | None, str]:
         other = f"its tensors begin with {firsts} where the loader's batch_size is {sizes[0]}"
     if agreed is None or not sizes:
         return agreed, reason or other
-    if agreed < max(sizes):  # a last batch, or one that a collate function has taken broken samples from
+    if agreed < max(sizes):  # a last batch, or one whose collate function dropped broken samples
         return agreed, ""
     return None, f"its tensors begin with {agreed} where the loader's batch_size is {sizes[0]}"
 
 
 def _firsts(batch: Any) -> str:
-    """The first dimensions of its tensors, in words."""
+    """Describe the first dimensions of the tensors of a batch."""
     found = sorted({int(t.size(0)) for t in _tensors(batch) if t.ndim})
     return " and ".join(map(str, found[:4])) + (" and others" if len(found) > 4 else "")
 
 
 def _agreed(batch: Any) -> tuple[int | None, str]:
-    """The same without a word of what made the batch."""
+    """Return the number of samples, or None and the reason, without knowing the loader's batch size."""
     firsts = {int(t.size(0)) for t in _tensors(batch) if t.ndim}
     if not firsts:
         return None, f"a {type(batch).__name__} does not show its samples"
@@ -249,7 +249,7 @@ def _agreed(batch: Any) -> tuple[int | None, str]:
     if not others and not first.is_nested:
         return None, "a single tensor does not show its samples"
     if _has_alike(batch):
-        return None, "a list of like tensors may hold one a sample"
+        return None, "a list of similar tensors may hold one per sample"
     if _second(batch) is not None:
         return None, "its tensors agree in their first two dimensions, and either may be the samples"
     try:
@@ -260,7 +260,7 @@ def _agreed(batch: Any) -> tuple[int | None, str]:
 
 
 def _second(batch: Any) -> int | None:
-    """A second dimension in which all tensors agree too."""
+    """Return the second dimension, if all tensors have the same."""
     tensors = [t for t in _tensors(batch) if t.ndim]
     if not tensors or any(t.is_nested or t.ndim < 2 for t in tensors):
         return None
@@ -269,7 +269,7 @@ def _second(batch: Any) -> int | None:
 
 
 def _is_square(batch: Any, size: int, sizes: Sequence[int]) -> bool:
-    """Whether the second dimension of all tensors could be the samples as well as the first."""
+    """Return whether the second dimension of all tensors could be the samples as well as the first."""
     return _second(batch) in sizes and all(t.size(0) == size for t in _tensors(batch) if t.ndim)
 
 
@@ -278,14 +278,14 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def _are_one_kind(values: Sequence[Any]) -> bool:
-    """Whether each of these may be a sample."""
+    """Return whether each of the values may be a sample."""
     if any(isinstance(v, Tensor) for v in values):
         return len({(type(v), v.dtype, v.ndim) if isinstance(v, Tensor) else type(v) for v in values}) == 1
     return len({type(v) for v in values if v is not None}) <= 1
 
 
 def _are_alike(values: Sequence[Any]) -> bool:
-    """Whether these are several tensors of one kind."""
+    """Return whether the values are several tensors of one kind."""
     if len(values) < 2 or not all(isinstance(v, Tensor) and v.ndim for v in values):
         return False
     return _are_one_kind(values)
@@ -300,7 +300,7 @@ def _has_alike(value: Any) -> bool:
 
 
 def _has_places(batch: Any, size: int, count: int) -> bool:
-    """Whether integers seem to point to samples that would be left out: on a GPU that would end the run."""
+    """Return whether integers seem to index samples that would be left out: on a GPU that would end the run."""
     return any(_points(t, size, count) for t in _tensors(batch) if _is_integer(t))
 
 
@@ -310,7 +310,7 @@ def _is_integer(tensor: Tensor) -> bool:
 
 
 def _points(tensor: Tensor, size: int, count: int) -> bool:
-    """Integers up to the batch's size and none beyond, spread over it: class labels are fewer, words are more."""
+    """Return whether integers reach, but do not exceed, the batch's size and spread over it, unlike labels or words."""
     most = int(tensor.max())
     if not max(count, _SPREAD * size) <= most < size:
         return False
@@ -320,7 +320,7 @@ def _points(tensor: Tensor, size: int, count: int) -> bool:
 
 
 def _known(batch: Any, sizes: Sequence[int]) -> int | None:
-    """What is known of the number of samples where they cannot be told apart: what objects or the loader say."""
+    """Return the number of samples that objects or the loader state, where they cannot be cut."""
     said = {n for leaf in leaves(batch, {}) if (n := _said(leaf)) is not None}
     if len(said) == 1:
         return said.pop()
@@ -334,7 +334,7 @@ def _known(batch: Any, sizes: Sequence[int]) -> int | None:
 
 
 def _said(value: Any) -> int | None:
-    """What an object says of its samples."""
+    """Return the number of samples that an object states."""
     if isinstance(value, PackedSequence):
         return int(value.batch_sizes[0])
     if isinstance(value, Tensor) or not hasattr(value, "to"):

@@ -1,4 +1,4 @@
-"""Batches of any class in a checkpoint: plain tensors, and how they belong together."""
+"""Store batches of any class in checkpoints: plain tensors, and how they belong together."""
 
 import copyreg
 import io
@@ -15,17 +15,17 @@ from dynamon.isolation.batches import to_device
 
 
 class UnknownClassError(Exception):
-    """A saved batch holds objects of classes that the batch it is rebuilt from does not hold."""
+    """A saved batch holds objects of classes that are not in the batch it is rebuilt from."""
 
 
 def pack_batch(batch: Any) -> dict[str, Any] | None:
-    """A batch as plain tensors, which a checkpoint loads safely; None where it cannot be taken apart.
+    """Convert a batch to plain tensors, which load safely from a checkpoint; None if that is not possible.
 
-    Its classes are named and not stored: :func:`unpack_batch` takes them from another batch of the run.
+    Its classes are named, not stored: :func:`unpack_batch` takes them from another batch of the run.
 
     Returns:
-        ``tensors``, ``structure`` (a pickle without them, as ``uint8``), ``numbers`` (how many there are in all), and
-        ``host`` (whether all of them were in the host's memory).
+        ``tensors``, ``structure`` (a pickle without them, as ``uint8``), ``numbers`` (their total count), and ``host``
+        (whether all of them were in host memory).
     """
     file = io.BytesIO()
     packer = _Packer(file)
@@ -43,22 +43,22 @@ def pack_batch(batch: Any) -> dict[str, Any] | None:
 
 
 def unpack_batch(state: Mapping[str, Any], device: torch.device, like: Any = None) -> Any:
-    """The batch that :func:`pack_batch` took apart; tensors that were on a device are on ``device``.
+    """Rebuild the batch from :func:`pack_batch`; tensors that were on a device are moved to ``device``.
 
     Args:
-        state: What :func:`pack_batch` gave.
-        device: The run's.
-        like: A batch of the run. Only what this one is made of is called or imported.
+        state: The result of :func:`pack_batch`.
+        device: The run's device.
+        like: A batch of the run. Only its classes are called or imported.
 
     Raises:
-        UnknownClassError: Where that is not enough.
+        UnknownClassError: If other classes are needed.
     """
     batch = _Unpacker(state, device, _names(pack_batch(like))).load()
     return to_device(batch, device) if state["host"] and device.type != "cpu" else batch
 
 
 def move_to_host(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`pack_batch` gave, in the host's memory."""
+    """Move the tensors of a packed batch into host memory."""
     return {**state, "tensors": [t.cpu() for t in state["tensors"]]}
 
 
@@ -69,7 +69,7 @@ def _numbers(tensor: Tensor) -> int:
 
 
 def _names(state: Mapping[str, Any] | None) -> frozenset[tuple[str, str]]:
-    """Module and name of every class and function that a batch of the run refers to."""
+    """List module and name of every class and function that a batch of the run refers to."""
     if state is None:
         return frozenset()
     reader = _Reader(state, torch.device("cpu"))
@@ -78,14 +78,14 @@ def _names(state: Mapping[str, Any] | None) -> frozenset[tuple[str, str]]:
 
 
 class _Packer(pickle.Pickler):
-    """Puts tensors aside, into ``tensors``."""
+    """Stores tensors apart, in ``tensors``."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=4)
         self.tensors: list[Tensor] = []
 
     def persistent_id(self, value: Any) -> Any:
-        """Where a tensor is kept, and how it is made from that."""
+        """Return where a tensor is stored, and how it is rebuilt."""
         if not isinstance(value, Tensor):
             return None
         if value.is_nested:
@@ -96,7 +96,7 @@ class _Packer(pickle.Pickler):
         return "plain", self._keep(value)
 
     def reducer_override(self, value: Any) -> Any:
-        """Classes that derive from OrderedDict need no constructor, like all others."""
+        """Reduce classes derived from OrderedDict without their constructor, like all others."""
         kind: Any = type(value)
         if kind is not OrderedDict and isinstance(value, OrderedDict) and kind.__reduce__ is OrderedDict.__reduce__:
             return copyreg.__newobj__, (kind,), vars(value), None, iter(value.items())  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ class _Packer(pickle.Pickler):
 
 
 class _Unpacker(pickle.Unpickler):
-    """Puts them back, and calls nothing but what it is allowed to."""
+    """Restores the tensors, and calls nothing but what is allowed."""
 
     def __init__(
         self, state: Mapping[str, Any], device: torch.device, allowed: frozenset[tuple[str, str]] = frozenset()
@@ -117,7 +117,7 @@ class _Unpacker(pickle.Unpickler):
         self._tensors, self._device, self._allowed = state["tensors"], device, allowed
 
     def find_class(self, module: str, name: str) -> Any:
-        """Only what a batch of the run refers to as well."""
+        """Return a class or function, if a batch of the run refers to it as well."""
         if (module, name) not in self._allowed:
             raise UnknownClassError(f"{module}.{name}")
         found = super().find_class(module, name)
@@ -126,7 +126,7 @@ class _Unpacker(pickle.Unpickler):
         return found
 
     def persistent_load(self, where: Any) -> Tensor:
-        """The tensor that was put aside."""
+        """Return a stored tensor."""
         kind, place, *rest = where
         if kind in ("jagged", "strided"):
             parts = [self._tensor(p) for p in place]
@@ -144,13 +144,13 @@ class _Unpacker(pickle.Unpickler):
 
 
 class _Reader(_Unpacker):
-    """Notes the names in a batch of the run itself."""
+    """Collects the names in a batch of the run itself."""
 
     def __init__(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().__init__(state, device)
         self.names: set[tuple[str, str]] = set()
 
     def find_class(self, module: str, name: str) -> Any:
-        """Anything, since the run made it."""
+        """Return any class: the run made the batch."""
         self.names.add((module, name))
         return pickle.Unpickler.find_class(self, module, name)

@@ -1,4 +1,4 @@
-"""What a training step does that nobody can put back: to files, iterators and objects of the user's own classes."""
+"""Detect what a training step changes that cannot be restored: files, iterators, objects of the user's classes."""
 
 import io
 import itertools
@@ -18,15 +18,15 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, tuple, dict, set, deque)
 _STRUCTURE = frozenset(nn.Module().__dict__)
 _FRAMEWORKS = frozenset({"torch", "numpy", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics"})
-_DEEPEST, _LONGEST, _MOST = 4, 1000, 10_000  # levels, entries of a container, marks in all: a bound on the time
+_DEEPEST, _LONGEST, _MOST = 4, 1000, 10_000  # levels, entries of a container, fingerprints: bound the time
 
 
 def external_state(module: nn.Module, step: Callable[..., Any] | None = None) -> dict[str, str]:
-    """Mark what a module reaches and :func:`dynamon.isolation.preserve.preserve_state` does not put back.
+    """Fingerprint what a module reaches and :func:`dynamon.isolation.preserve.preserve_state` does not restore.
 
-    Looked at: attributes of objects of the user's own classes, positions of open files and of iterators, states of
-    random generators in such objects, versions of tensors and of modules that are not registered; and the same for the
-    globals and closures that ``step`` names. Not seen: files opened anew each time, attributes of classes, anything
+    Covered: attributes of objects of the user's own classes, positions of open files and iterators, states of random
+    generators in such objects, versions of tensors and of modules that are not registered; and the same for the globals
+    and closures that ``step`` names. Not covered: files opened anew each time, attributes of classes, and anything
     behind a function that ``step`` calls.
 
     Args:
@@ -34,7 +34,7 @@ def external_state(module: nn.Module, step: Callable[..., Any] | None = None) ->
         step: Its training step.
 
     Returns:
-        A mark by name, to be compared with one of another time by :func:`changed_names`.
+        A fingerprint by name, to be compared with a later one by :func:`changed_names`.
     """
     walk = _Walk(module)
     for path, part in module.named_modules():
@@ -48,12 +48,12 @@ def external_state(module: nn.Module, step: Callable[..., Any] | None = None) ->
 
 
 def changed_names(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """The names whose mark is another one now."""
+    """List the names whose fingerprint has changed."""
     return [name for name, mark in after.items() if before.get(name, mark) != mark]
 
 
 class _Walk:
-    """Goes through objects, each once."""
+    """Visits objects, each once."""
 
     def __init__(self, module: nn.Module) -> None:
         self.marks: dict[str, str] = {}
@@ -61,7 +61,7 @@ class _Walk:
         self._seen |= {id(t) for t in (*module.parameters(), *module.buffers())}
 
     def visit(self, value: Any, name: str, depth: int = 0, restored: bool = False) -> None:
-        """Mark a value and what is in it; ``restored`` says that plain values and containers here are put back."""
+        """Fingerprint a value and its contents; ``restored``: plain values and containers here are restored anyway."""
         if isinstance(value, _PLAIN):
             if not restored:
                 self.marks[name] = repr(value)
@@ -87,7 +87,7 @@ class _Walk:
 
 
 def _mark(value: Any, restored: bool) -> str | None:
-    """Where a tensor, module, generator, file or iterator stands; None for what has no such place."""
+    """Return the state of a tensor, module, generator, file or iterator; None for other objects."""
     if isinstance(value, nn.Module):
         return str([t._version for t in (*value.parameters(), *value.buffers()) if not t.is_inference()])
     if isinstance(value, Tensor | torch.Generator | random.Random | np.random.Generator):
@@ -95,7 +95,7 @@ def _mark(value: Any, restored: bool) -> str | None:
     if isinstance(value, io.IOBase):
         try:
             return str(value.tell())
-        except (OSError, ValueError):  # closed, a pipe, or in the middle of being read line by line
+        except (OSError, ValueError):  # closed, a pipe, or being read line by line
             return None
     if isinstance(value, itertools.count):
         return repr(value)
@@ -111,7 +111,7 @@ def _number_mark(value: Any) -> str:
 
 
 def _is_own(value: Any) -> bool:
-    """Whether an object's class is the user's (or a data loader's iterator), so that its attributes are looked at."""
+    """Return whether an object's class is the user's (or a data loader's iterator): its attributes are visited."""
     if isinstance(value, type | FunctionType | MethodType) or not hasattr(value, "__dict__"):
         return False
     module = type(value).__module__
@@ -121,7 +121,7 @@ def _is_own(value: Any) -> bool:
 
 
 def _names_of(step: Callable[..., Any] | None) -> dict[str, Any]:
-    """The globals and the closure that a function names, without functions, classes and modules."""
+    """Return the globals and closure variables that a function names, without functions, classes and modules."""
     function = getattr(step, "__func__", step)
     if not isinstance(function, FunctionType):
         return {}

@@ -1,4 +1,4 @@
-"""Experiment trackers, kept from seeing what happens while a loss is evaluated once more."""
+"""Mute experiment trackers while a loss is evaluated once more."""
 
 import sys
 import threading
@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from functools import wraps
 from typing import Any
 
-# Where a tracker's calls end up, those through its global functions too: module, class (None: the module itself),
-# and the names of what writes.
+# Where all calls of a tracker end up, including its global functions: module, class (None: the module itself), and the
+# names of the functions that write.
 _WRITERS: dict[str, tuple[tuple[str, str | None, tuple[str, ...]], ...]] = {
     "wandb": (
         ("wandb", None, ("log",)),
@@ -36,14 +36,14 @@ _WRITERS: dict[str, tuple[tuple[str, str | None, tuple[str, ...]], ...]] = {
     "aim": (("aim.sdk.run", "BasicRun", ("track",)),),
 }
 _lock = threading.RLock()
-_open = 0  # how many evaluations are going on, in all threads
+_open = 0  # evaluations in progress, in all threads
 _replaced: list[tuple[Any, str, Any]] = []
 _here = threading.local()
 _told: set[str] = set()
 
 
 class _Nothing:
-    """What a muted call returns: every attribute of it and every call is nothing again."""
+    """The result of a muted call: false, and every attribute and call of it is the same again."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -59,12 +59,12 @@ class _Nothing:
 
 @contextmanager
 def mute_trackers() -> Iterator[None]:
-    """Have experiment trackers ignore what this thread writes inside; other threads write on.
+    """Make experiment trackers ignore what this thread writes inside; other threads are not affected.
 
-    It reaches the calls that a ``training_step`` makes by itself: ``wandb.log``, ``mlflow.log_metric``, a
-    ``SummaryWriter``, Comet, Neptune, ClearML, SwanLab, Trackio, DVCLive, Aim. A call returns an object that is false,
-    and of which every attribute and call is such an object again. Only what is imported already is looked at. A
-    tracker whose writing functions are not where they are expected costs one warning.
+    This covers direct calls in a ``training_step``: ``wandb.log``, ``mlflow.log_metric``, a ``SummaryWriter``, Comet,
+    Neptune, ClearML, SwanLab, Trackio, DVCLive, Aim. A muted call returns an object that is false, and of which every
+    attribute and call is such an object again. Only trackers that are already imported are muted. If a tracker's
+    writing functions are not found, one warning says so.
 
     Example:
         >>> with mute_trackers():
@@ -87,7 +87,7 @@ def mute_trackers() -> Iterator[None]:
 
 
 def is_muted() -> bool:
-    """Whether this thread is inside of :func:`mute_trackers`."""
+    """Return whether this thread is inside :func:`mute_trackers`."""
     return getattr(_here, "depth", 0) > 0
 
 
@@ -102,7 +102,7 @@ def _replace() -> None:
             _told.add(tracker)
             warnings.warn(
                 f"{tracker} cannot be muted while sharpness evaluates the loss, so what training_step writes to it "
-                "arrives several times; pass loss_fn=lambda module, batch: ... that computes the loss alone.",
+                "is logged several times; pass loss_fn=lambda module, batch: ... that computes the loss alone.",
                 stacklevel=2,
             )
 
@@ -113,7 +113,7 @@ def _owner(module: str, name: str | None) -> Any:
 
 
 def _quieten(owner: Any, patterns: tuple[str, ...]) -> bool:
-    """Replace those functions of a class or module by ones that do nothing where they are muted."""
+    """Replace functions of a class or module by ones that do nothing while muted."""
     names = [n for n, value in vars(owner).items() if _writes(value) and any(fnmatchcase(n, p) for p in patterns)]
     for name in names:
         original = vars(owner)[name]
@@ -136,6 +136,6 @@ def _muted(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _restore() -> None:
     for owner, name, original in reversed(_replaced):
-        if getattr(vars(owner).get(name), "__wrapped__", None) is original:  # somebody else may have replaced it since
+        if getattr(vars(owner).get(name), "__wrapped__", None) is original:  # others may have replaced it since
             setattr(owner, name, original)
     _replaced.clear()

@@ -1,5 +1,6 @@
-"""Every quantity once, for a checkpoint or a notebook."""
+"""Measure every quantity once, for a checkpoint or a notebook."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +13,7 @@ from dynamon.isolation.evaluations import full_precision
 from dynamon.isolation.preserve import LossFn, preserve_state, training_loss
 from dynamon.layers import Layer, describe_layers, is_measurable
 from dynamon.norms import optimizer_family
+from dynamon.norms.geometry import FAMILIES
 from dynamon.optim import steering_of
 from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.gradient_reader import GradientReader
@@ -29,38 +31,56 @@ def measure(
     certify: bool = True,
     tol: float = 1e-2,
     seed: int = 0,
+    roles: Mapping[str, str] | None = None,
+    geometry: str | None = None,
 ) -> dict[str, Any]:
     """Measure gradients, weights and sharpness of a module on one batch.
 
-    The module is left as it was, ``.grad`` included, and so are all random streams. It is measured in the mode
-    it is in; call ``module.train()`` before for what training sees.
+    The module is left unchanged, including ``.grad``, and so are all random streams. It is measured in its present
+    mode; call ``module.train()`` before for what training sees.
 
     Args:
         module: A LightningModule (its ``training_step`` gives the loss), or any module with ``loss_fn``.
         batch: A batch on the module's device.
         loss_fn: ``loss_fn(module, batch) -> scalar``.
         optimizer: Adds the stability ratio (SGD; Adam, AdamW and RMSprop with state) at the rates in force, layerwise
-            steering included, and chooses the dual norms; without it they are those of Adam. Gradients and sharpness
-            are then of the parameters that it holds, which are those that are trained.
+            steering included, and selects the dual norms; without it they are those of Adam. Gradients and sharpness
+            then cover the parameters that it holds.
         certify: Take at least 20 Hessian products, which give an upper bound.
         tol: Relative tolerance of the eigenvalue.
         seed: Seed of dropout and of the solver's start.
+        roles: Roles by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`.
+        geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``, which selects the dual norms; by default told from the
+            optimizer (:func:`dynamon.norms.optimizer_family`).
 
     Returns:
-        Readings under the tags of the monitors: numbers for scalars, ``{layer name: number}`` for per-layer
-        quantities. An eigenvalue that did not converge stands under ``..._unconverged`` instead, a layer that takes
-        no part in the loss has NaN for its gradient. Noise needs two gradients and is not among them.
+        Readings under the tags of the monitors: floats for scalars, ``{layer name: float}`` for per-layer quantities.
+        An eigenvalue that did not converge is under ``..._unconverged`` instead. A layer that the loss does not depend
+        on has NaN for its gradient. Noise needs two gradients and is not included.
 
     Raises:
-        FloatingPointError: Where the loss or its curvature is not finite.
-        ValueError: Without a trainable parameter that can be measured, where ``optimizer`` holds none of them, or for a
-            loss that is not a differentiable scalar.
+        TypeError: If ``module``, ``loss_fn`` or ``optimizer`` is of the wrong type.
+        FloatingPointError: If the loss or its curvature is not finite.
+        ValueError: If no trainable parameter can be measured, ``optimizer`` holds none of them, or the loss is not a
+            differentiable scalar.
 
-    Cost: one gradient graph, 20 to 40 Hessian products (twice with a stability ratio), two Gram iterations and
-    the singular values of every matrix, Gram iterations at some hundred frequencies for each convolution. Memory:
-    up to 41 vectors of the size of the parameters when certified.
+    Cost: one gradient graph, 20 to 40 Hessian products (twice with a stability ratio), two Gram iterations and the
+    singular values of every matrix, Gram iterations at some hundred frequencies for each convolution. Memory: up to 41
+    vectors of the size of the parameters when certified.
+
+    Example:
+        >>> import torch
+        >>> from dynamon import measure
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> inputs = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> found = measure(model, inputs, loss_fn=lambda module, batch: module(batch).square().mean())
+        >>> round(found["sharpness/hessian_max"], 4)  # of inputs.T @ inputs
+        4.0
+        >>> sorted(found["weight/rms"])
+        ['weight']
     """
-    layers = [la for la in describe_layers(module) if la.parameter.requires_grad and is_measurable(la)]
+    _check_types(module, loss_fn, optimizer)
+    layers = [la for la in describe_layers(module, roles) if la.parameter.requires_grad and is_measurable(la)]
     if not layers:
         raise ValueError(f"{type(module).__name__} has no trainable parameter, so there is nothing to measure.")
     trained = layers
@@ -74,7 +94,7 @@ def measure(
         operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
         stack.enter_context(full_precision())  # the loss keeps the autocast that it was given
         readings: dict[str, Any] = {"sharpness/probe_loss": float(operator.loss)}
-        readings |= _gradients(trained, operator, optimizer)
+        readings |= _gradients(trained, operator, _family(optimizer, geometry))
         found = top_eigenvalues(operator, tol=tol, certify=certify, seed=seed)
         readings |= found.readings("sharpness/hessian_max")
         readings |= {"sharpness/hessian_min": found.smallest, "sharpness/matvecs": float(found.matvecs)}
@@ -90,9 +110,25 @@ def measure(
         return readings | _weights(layers)
 
 
-def _gradients(layers: list[Layer], operator: HessianOperator, optimizer: Optimizer | None) -> dict[str, Any]:
-    """Norms of the gradient that the Hessian's graph already has; ``.grad`` is borrowed and given back."""
-    family = "sign" if optimizer is None else optimizer_family(optimizer)
+def _check_types(module: Any, loss_fn: Any, optimizer: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of module and batch, got {type(loss_fn).__name__}.")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+
+
+def _family(optimizer: Optimizer | None, geometry: str | None) -> str:
+    if optimizer is not None:
+        return optimizer_family(optimizer, geometry)
+    if geometry is not None and geometry not in FAMILIES:
+        raise ValueError(f"geometry must be one of {', '.join(FAMILIES)}, got {geometry!r}.")
+    return geometry or "sign"
+
+
+def _gradients(layers: list[Layer], operator: HessianOperator, family: str) -> dict[str, Any]:
+    """Read norms of the gradient that the Hessian's graph already has; ``.grad`` is replaced and restored."""
     params = [layer.parameter for layer in layers]
     kept = [p.grad for p in params]
     try:
@@ -124,7 +160,7 @@ def _weights(layers: list[Layer]) -> dict[str, Any]:
 
 
 def _spectra(layers: list[Layer]) -> dict[str, Any]:
-    """What needs all singular values, in float64."""
+    """Measure what needs all singular values, in float64."""
     names, spectra = layer_spectra(layers, exact=True)
     if spectra is None:
         return {}
@@ -132,12 +168,12 @@ def _spectra(layers: list[Layer]) -> dict[str, Any]:
 
 
 def _convolutions(layers: list[Layer]) -> dict[str, Any]:
-    """Bounds on the norms of convolutions as maps of inputs of any size."""
+    """Bound the norms of convolutions as maps of inputs of any size."""
     names, bounds = layer_convolution_bounds(layers)
     sides = zip(("lower", "upper"), bounds, strict=True)
     return {f"spectrum/convolution_{side}": _known(names, values) for side, values in sides} if names else {}
 
 
 def _known(names: list[str], values: Tensor) -> dict[str, float]:
-    """By name, without those that have no such reading."""
+    """Map names to values, without layers that have no such reading."""
     return {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v}

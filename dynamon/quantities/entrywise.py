@@ -1,4 +1,4 @@
-"""Quantities of a weight that follow from sums over its entries, of whole weights and of those in shards alike."""
+"""Measure quantities of weights that follow from sums over their entries, whole or sharded."""
 
 from collections.abc import Sequence
 
@@ -16,23 +16,23 @@ from dynamon.layers.complex_pairs import as_real
 from dynamon.quantities.registry import Entrywise, Quantity
 from dynamon.quantities.updates import in_dtypes
 
-_PIECE = 2**16  # entries that a CPU takes at a time: in float64 they stay in its cache
+_PIECE = 2**16  # entries at a time on a CPU, which fit into its cache in float64
 
 
 def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], ranks: Ranks | None = None) -> Tensor:
-    """Measure the quantities that have :attr:`dynamon.quantities.Quantity.entrywise`: sum here, reduce, finish.
+    """Measure the quantities that have :attr:`dynamon.quantities.Quantity.entrywise`: sum, reduce, finish.
 
     Args:
         layers: L layers, on one device. Of a complex weight real and imaginary parts are entries.
         quantities: Q quantities.
-        ranks: The processes that hold the weights in parts and call this together, inside of
-            :meth:`dynamon.distributed.ranks.Ranks.collective_section`; None where weights are whole.
+        ranks: The processes that hold the shards and call this together, inside
+            :meth:`dynamon.distributed.ranks.Ranks.collective_section`; None if weights are whole.
 
     Returns:
-        ``[Q, L]`` in float32 on the weights' device; NaN where a quantity has no meaning.
+        ``[Q, L]`` in float32 on the weights' device; NaN where a quantity is undefined.
 
-    Cost: one pass over the weights, in float64 on a CPU, a piece at a time; elsewhere a copy where weights are in half
-    precision, and what the quantity's own calls take. No host synchronisation. In shards one all-reduce of
+    Cost: one pass over the weights, in float64 on a CPU, in pieces; elsewhere a copy of weights in half precision, and
+    the quantity's own calls. No host synchronisation. For shards one all-reduce of
     ``(S + 1) L`` numbers for S sums.
     """
     device = layers[0].parameter.device
@@ -53,13 +53,13 @@ def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], 
 
 
 def _sums(weights: Sequence[Tensor], rules: Sequence[Entrywise]) -> Tensor:
-    """All sums over the entries of each weight, ``[S, L]``."""
+    """Return all sums over the entries of each weight, ``[S, L]``."""
     wide = in_dtypes(weights, [torch.promote_types(weight.dtype, torch.float32) for weight in weights])
     return widened(torch.stack([row for rule in rules for row in rule.sums(wide)]))
 
 
 def _in_pieces(weight: Tensor, rules: Sequence[Entrywise]) -> Tensor:
-    """The same of one weight on a CPU, ``[S]``, in float64."""
+    """Return the sums of one weight on a CPU, ``[S]``, in float64."""
     total = torch.zeros(sum(rule.count for rule in rules), dtype=torch.float64, device=weight.device)
     for piece in weight.reshape(-1).split(_PIECE):
         total += torch.cat([row for rule in rules for row in rule.sums([piece.double()])])

@@ -1,4 +1,4 @@
-"""Histograms of many tensors at once, with bins that suit weights: fine around zero, relative beyond."""
+"""Compute histograms of many tensors at once, with bins that suit weights: fine around zero, relative beyond."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.distributed.reduction import ShardReduction
 from dynamon.kernels import widest_dtype
 
-_SHIFT = 20  # of a float32's 23 bits of mantissa the first 3 tell the bin: 8 bins an octave
+_SHIFT = 20  # the first 3 of a float32's 23 mantissa bits select the bin: 8 bins per octave
 _LEVELS = 128  # bins on each side of zero: 16 octaves below the largest magnitude
 _BINS = 2 * _LEVELS + 1
 _COPIES = 64  # of the bins on a GPU
-_CHUNK = 2**22  # entries at a time, so that temporaries stay small beside a large embedding
+_CHUNK = 2**22  # entries at a time, so that temporaries stay small compared to a large embedding
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How the finite entries of a tensor are distributed.
+    """The distribution of the finite entries of a tensor.
 
     Attributes:
-        edges: ``[257 + 1]`` bin edges in float64; a bin holds its left edge.
+        edges: ``[257 + 1]`` bin edges in float64; a bin includes its left edge.
         counts: ``[257]`` integers.
-        minimum: Smallest entry; NaN where there is none.
-        maximum: Largest entry, likewise.
+        minimum: Smallest entry; NaN if there is none.
+        maximum: Largest entry; NaN if there is none.
         total: Sum of the entries.
         squares: Sum of their squares.
-        nonfinite: Entries that are NaN or infinite, which are in no bin.
+        nonfinite: Number of entries that are NaN or infinite, which are in no bin.
     """
 
     edges: NDArray[Any]
@@ -43,28 +43,33 @@ class Histogram:
     squares: float
     nonfinite: int
 
+    def __repr__(self) -> str:
+        """Summarise the entries."""
+        extent = f"minimum={self.minimum:.6g}, maximum={self.maximum:.6g}"
+        return f"Histogram(count={self.count}, {extent}, nonfinite={self.nonfinite})"
+
     @property
     def count(self) -> int:
-        """Entries in all bins."""
+        """Number of entries in all bins."""
         return int(self.counts.sum())
 
     def buckets(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Right edges and counts of the bins that say something: neighbouring empty ones are merged, ends dropped."""
+        """Return right edges and counts of the informative bins: adjacent empty ones are merged, outer ones dropped."""
         filled = np.flatnonzero(self.counts)
         if not len(filled):
             return self.edges[:0], self.counts[:0]
         counts, limits = (a[filled[0] : filled[-1] + 1] for a in (self.counts, self.edges[1:]))
-        kept = (counts > 0) | np.append(counts[1:] > 0, False)  # of a gap the last bin stays, as its right edge
+        kept = (counts > 0) | np.append(counts[1:] > 0, False)  # the last bin of a gap stays, as its right edge
         return limits[kept], counts[kept]
 
 
 def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
-    """Bin tensors where they are, for :func:`read_histograms` to read once the table is on the host.
+    """Bin tensors on their device; :func:`read_histograms` reads the table on the host.
 
-    The bins of a tensor are mirrored at zero. On each side they are the eighths of octaves, so 6 to 12 % wide, over the
-    16 octaves below the largest magnitude; one bin around zero takes what is smaller, exact zeros too. Edges are
-    multiples of powers of two and so coincide from step to step. Bulk and tails are resolved alike, whatever the
-    scale, and neither an outlier nor a pile of zeros spoils the rest.
+    The bins of a tensor are symmetric around zero. On each side they are eighths of octaves, so 6 to 12 % wide, over
+    the 16 octaves below the largest magnitude; one bin around zero holds smaller entries, including zeros. Edges are
+    multiples of powers of two and so coincide from step to step. Bulk and tails are resolved alike at any scale, and
+    neither an outlier nor many zeros spoil the rest.
 
     Args:
         tensors: T tensors of any floating dtype and shape on one device, binned as float32.
@@ -78,14 +83,14 @@ def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
-    """The table of whole tensors from the tables of the parts that several processes hold.
+    """Combine the tables of the shards that several processes hold into that of whole tensors.
 
-    Every process must call this, inside of :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a part
-    that lie below those of the whole fall into the one around zero, as they would have.
+    Every process must call this, inside :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a shard
+    below those of the whole are added to the one around zero.
 
     Args:
-        table: What :func:`histogram_table` found in the parts of T tensors here ``[T, 264]``.
-        likes: What those tensors are laid out as.
+        table: The result of :func:`histogram_table` for the local shards of T tensors ``[T, 264]``.
+        likes: Tensors with the layout of those.
         ranks: The processes.
 
     Returns:
@@ -106,14 +111,14 @@ def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tenso
 
 
 def _rebased(counts: Tensor, shift: Tensor) -> Tensor:
-    """Counts ``[T, 257]`` with the bin around zero so many levels wider, ``[T]``, on each side."""
+    """Widen the bin around zero by ``shift`` ``[T]`` levels on each side, in counts ``[T, 257]``."""
     level = torch.arange(_BINS, device=counts.device) - _LEVELS
     kept = level.sign() * (level.abs() - shift.long()[:, None]).clamp_min(0)
     return torch.zeros_like(counts).scatter_add_(1, kept + _LEVELS, counts)
 
 
 def read_histograms(table: Tensor) -> list[Histogram]:
-    """Read the T rows of a table that :func:`histogram_table` made."""
+    """Read the T rows of a table from :func:`histogram_table`."""
     return [_read(row) for row in table.cpu().double().numpy()]
 
 
@@ -131,7 +136,7 @@ def _row(entries: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor, wide: torch.dtype) -> Tensor:
-    """Minimum, maximum, sum, sum of squares, number of finite and of other entries."""
+    """Return minimum, maximum, sum, sum of squares, and the numbers of finite and of other entries."""
     finite = torch.isfinite(x)
     clean = torch.where(finite, x, 0.0)
     low = torch.where(finite, x, torch.inf).amin()
@@ -143,21 +148,21 @@ def _moments(x: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _counts(x: Tensor, base: Tensor) -> Tensor:
-    """Entries a bin. The bits of a float32 grow with its magnitude, so a shift finds the bin without a rounding."""
+    """Count entries per bin. A float32's bits grow with its magnitude, so a shift finds the bin without rounding."""
     below = x < 0
     # One bit less on the negative side, so that there, too, the left edge belongs to the bin.
     level = (((x.abs().view(torch.int32) - below.int()) >> _SHIFT) - base).clamp_(0, _LEVELS)
     index = torch.where(below, _LEVELS - level, _LEVELS + level)
-    index = torch.where(torch.isfinite(x), index, _BINS).long()  # one place more for what is not finite
+    index = torch.where(torch.isfinite(x), index, _BINS).long()  # one more bin for entries that are not finite
     if not x.is_cuda:
         return torch.bincount(index, minlength=_BINS + 1)[:_BINS]
     return _spread_counts(index)
 
 
 def _spread_counts(index: Tensor) -> Tensor:
-    """:func:`torch.bincount`, which on a GPU would wait for it; neighbours count in other copies of the bins.
+    """Count like :func:`torch.bincount`, which waits for a GPU; adjacent entries count in different copies of the bins.
 
-    Weights fall into few bins, and additions to one address stand in a queue.
+    Weights fall into few bins, and additions to one address are serialised.
     """
     lane = torch.arange(len(index), device=index.device) % _COPIES
     counts = torch.zeros((_BINS + 1) * _COPIES, dtype=torch.int64, device=index.device)
@@ -168,7 +173,7 @@ def _spread_counts(index: Tensor) -> Tensor:
 def _read(row: NDArray[Any]) -> Histogram:
     counts, (base, low, high, total, squares, known, nonfinite) = row[:_BINS].astype(np.int64), row[_BINS:]
     bits = (int(base) + 1 + np.arange(_LEVELS + 1, dtype=np.int64)) << _SHIFT
-    # The last edge may be infinity, or for a table without a finite entry lie beyond.
+    # The last edge may be infinity, or beyond for a table without a finite entry.
     positive = np.minimum(bits, 0x7F800000).astype(np.int32).view(np.float32).astype(np.float64)
     positive = np.minimum(positive, _FLOAT32_MAX)
     edges = np.concatenate([-positive[::-1], positive])

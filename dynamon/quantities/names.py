@@ -1,4 +1,4 @@
-"""Names: what wrappers add to those of parameters, globs that choose among them, and the words of any name."""
+"""Handle names: wrappers' segments, globs that select names, and the words of a name."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,16 +9,21 @@ _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_mod
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without the segments that compiling, checkpointing and sharding insert."""
+    """Remove the segments that compiling, checkpointing and sharding insert into a parameter's or module's name.
+
+    Example:
+        >>> plain_name("_orig_mod.blocks.0._checkpoint_wrapped_module.weight")
+        'blocks.0.weight'
+    """
     return _WRAPPERS.sub("", name + ".").removesuffix(".")
 
 
 def is_chosen(names: Iterable[str], patterns: Sequence[str]) -> bool:
-    """Whether globs choose something that goes by some names.
+    """Return whether globs select something with the given names.
 
     Args:
-        names: All its names; one that matches is enough.
-        patterns: Globs; one that begins with ``!`` excludes, and with only those everything else stays.
+        names: All its names; one match is enough.
+        patterns: Globs; one that begins with ``!`` excludes. If all exclude, everything else is selected.
     """
     names = list(names)
     include = [p for p in patterns if not p.startswith("!")] or ["*"]
@@ -27,12 +32,12 @@ def is_chosen(names: Iterable[str], patterns: Sequence[str]) -> bool:
 
 
 def words(name: str) -> list[str]:
-    """The words of a name in lower case: ``FusedAdamW`` is fused, adam, w; ``train/loss_box`` is train, loss, box."""
+    """Split a name into lower-case words: ``FusedAdamW`` is fused, adam, w; ``train/loss_box`` is train, loss, box."""
     return [word.lower() for word in _WORD.findall(name)]
 
 
 def word_runs(name: str) -> set[str]:
-    """Words of a name and neighbours put together, which holds whole words only: LambdaSGD has no lamb."""
+    """Return all runs of adjacent words, joined. They contain whole words only: LambdaSGD has no lamb."""
     found = words(name)
     return {"".join(found[i:j]) for i in range(len(found)) for j in range(i + 1, len(found) + 1)}
 

@@ -1,4 +1,4 @@
-"""What is known of a quantity: its tag, its meaning, where it is shown, when it is measured. Needs no torch."""
+"""The records of quantities: tag, meaning, where each is shown, when it is measured. Needs no torch."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Scope(Enum):
 
 
 class Condition(Flag):
-    """What must hold for a quantity to be there; several are joined by ``|``, and ``ALWAYS`` is none."""
+    """What a quantity requires to be available; combine with ``|``, ``ALWAYS`` requires nothing."""
 
     AUTOMATIC = auto()
     RETURNED_LOSS = auto()
@@ -48,7 +48,7 @@ class Condition(Flag):
 
     @property
     def words(self) -> str:
-        """The condition for a reader, nothing where there is none."""
+        """The condition in words, empty for none."""
         return ", ".join(_WORDS[one] for one in Condition if one in self)
 
 
@@ -81,13 +81,13 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Entrywise:
-    """How a quantity of a weight follows from sums over its entries, which several processes can share.
+    """How a quantity of a weight follows from sums over its entries, which can be sharded.
 
     Attributes:
-        count: K, how many sums there are.
-        sums: From T tensors on one device to K rows of sums ``[T]``, those of parts of a weight to be added up. A CPU
-            hands over a piece at a time, in float64; elsewhere all weights come at once, in float32 at least, and a
-            call a tensor would take a GPU's host longer than the sums take the GPU: use ``torch._foreach_*``.
+        count: K, the number of sums.
+        sums: From T tensors on one device to K rows of sums ``[T]``, which are added over shards. On a CPU it gets one
+            piece at a time, in float64; elsewhere all weights at once, in at least float32. There use
+            ``torch._foreach_*``: a call per tensor would take the host longer than the sums take the GPU.
         finish: From the numbers of entries ``[L]`` and K rows of sums ``[L]`` to readings ``[L]``.
     """
 
@@ -98,27 +98,27 @@ class Entrywise:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One quantity, as everything that shows or checks it takes it from here.
+    """The record of one quantity, from which everything that shows or checks it is derived.
 
     Attributes:
         tag: Its name; the first segment is its group.
-        meaning: What it is, in a sentence that follows its tag in tables.
-        unit: What it is measured in.
-        scope: What a reading is of.
-        scale: Axis or colours it is best seen on, ``"linear"`` or ``"log"``.
-        cadence: The meter that takes it, one of ``CADENCES``; ``"monitor"``: at each reading of any of them.
-        every: It comes with every so many-th reading of that meter.
-        condition: What must hold for it to be there.
-        words: A few words for lists of per-layer quantities.
-        chart: Title of its chart among the Custom Scalars; none without.
-        row: Label of its row in ``dynamon report --text``, for a per-layer quantity of its median's; none without.
+        meaning: What it is, in a phrase that follows its tag in tables.
+        unit: Its unit.
+        scope: What a reading covers.
+        scale: The scale of its axis or colours, ``"linear"`` or ``"log"``.
+        cadence: The meter that measures it, one of ``CADENCES``; ``"monitor"``: at each reading of any meter.
+        every: It is measured at every k-th reading of that meter.
+        condition: What must hold for it to be available.
+        words: A short name for lists of per-layer quantities.
+        chart: Title of its chart in TensorBoard's Custom Scalars; empty for none.
+        row: Label of its row in ``dynamon report --text`` (of the median if per layer); empty for none.
         extremes: Whether that report names its highest and lowest layer.
-        choice: The entry of ``SharpnessMonitor(quantities=...)`` that asks for it.
-        field: The attribute of the readings of weights that holds it, where one does.
-        entrywise: How it follows from sums over the entries of a weight; nothing else is then needed to measure it.
+        choice: The entry of ``SharpnessMonitor(quantities=...)`` that selects it.
+        field: The attribute of the weight readings that holds it, if any.
+        entrywise: How it follows from sums over a weight's entries; nothing else is then needed to measure it.
 
     Raises:
-        ValueError: Where an entry says something that does not exist, or leaves out what its scope needs.
+        ValueError: If a field is invalid, or one that the scope needs is missing.
     """
 
     tag: str
@@ -138,13 +138,13 @@ class Quantity:
     entrywise: Entrywise | None = None
 
     def __post_init__(self) -> None:
-        """Check the entry."""
+        """Check the record."""
         if self.scale not in SCALES:
             raise ValueError(f"{self.tag}: scale must be one of {', '.join(SCALES)}, got {self.scale!r}.")
         if self.cadence not in CADENCES:
             raise ValueError(f"{self.tag}: cadence must be one of {', '.join(CADENCES)}, got {self.cadence!r}.")
         if self.scope is Scope.PER_LAYER and not self.words:
-            raise ValueError(f"{self.tag}: a quantity per layer needs words for the list it is chosen from.")
+            raise ValueError(f"{self.tag}: a per-layer quantity needs words for the list of quantities.")
 
     @property
     def group(self) -> str:
@@ -153,7 +153,7 @@ class Quantity:
 
     @property
     def sentence(self) -> str:
-        """Meaning, scope, cadence and condition, as a docstring has them beside the tag."""
+        """Meaning, scope, cadence and condition, as docstrings show them beside the tag."""
         begin = "" if self.scope is Scope.SCALAR else "per layer: "
         tenth = "" if self.every == 1 else f"; every {_ORDINALS[self.every]} reading"
         return f"{begin}{self.meaning}{tenth}{f' ({self.condition.words})' if self.condition else ''}"
@@ -163,19 +163,19 @@ _ORDINALS = {10: "tenth"}
 
 
 def meanings(quantities: Iterable[Quantity]) -> dict[str, str]:
-    """Tags with their meanings, as a meter declares them."""
+    """Map tags to their meanings, as a meter declares them."""
     return {quantity.tag: quantity.meaning for quantity in quantities}
 
 
 def by_tag(*groups: Iterable[Quantity]) -> dict[str, Quantity]:
-    """Put the entries of several files together.
+    """Join the records of several files, by tag.
 
     Raises:
-        ValueError: Where a tag has two entries.
+        ValueError: If a tag has two records.
     """
     found: dict[str, Quantity] = {}
     for quantity in (one for group in groups for one in group):
         if quantity.tag in found:
-            raise ValueError(f"{quantity.tag} has two entries.")
+            raise ValueError(f"{quantity.tag} has two records.")
         found[quantity.tag] = quantity
     return found

@@ -13,11 +13,11 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def tag_table(quantities: Iterable[Quantity], indent: str = "") -> str:
-    """Make the reStructuredText table of some quantities, a tag per row.
+    """Format quantities as a reStructuredText table with one row per tag.
 
     Args:
         quantities: The quantities.
-        indent: What each line begins with.
+        indent: Prefix of each line.
     """
     rows = [(f"``{one.tag}``", one.sentence) for one in quantities]
     first = max(len(tag) for tag, _ in rows)
@@ -31,13 +31,13 @@ def tag_table(quantities: Iterable[Quantity], indent: str = "") -> str:
 
 
 def with_tag_table(quantities: Iterable[Quantity]) -> Callable[[_Class], _Class]:
-    """Put the table of some quantities into the place of ``{tags}`` in the docstring of a class.
+    """Replace ``{tags}`` in a class's docstring by the table of some quantities.
 
     Args:
         quantities: The quantities.
 
     Raises:
-        ValueError: Where the docstring has no line ``{tags}``.
+        ValueError: If the docstring has no line ``{tags}``.
     """
     rows = list(quantities)
 

@@ -1,7 +1,8 @@
-"""Decoupled weight decay: which optimizers have it, and what it leaves of the initial weights."""
+"""Decoupled weight decay: which optimizers have it, and what fraction of the initial weights it leaves."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,46 +21,46 @@ _CLASSES = {
     for name in names.split()
     if hasattr(torch.optim, name)
 }
-# Of classes that are not torch's, as whole words of their names, and in this order.
+# Whole words in the names of classes that are not torch's, in this order.
 _WORDS = {"adamw": True, "sgdw": True, "muon": True, "lanton": True, "lion": True, "lars": False}
 
 
 def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
-    """The decay of a parameter group where a step multiplies its weights by ``1 - rate x decay``, else 0.
+    """Return the decay of a group if a step multiplies its weights by ``1 - rate x decay``, else 0.
 
     Args:
         optimizer: Any optimizer; a class derived from one of torch's counts as that one.
-        group: One of its groups; ``decoupled_weight_decay`` in it decides where it is there.
+        group: One of its groups; ``decoupled_weight_decay`` in it decides, if present.
     """
     return group.get("weight_decay", 0.0) if is_decoupled(optimizer, group) else 0.0
 
 
 def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether weight decay, if there is any, multiplies the weights; see :func:`decoupled_decay`.
+    """Return whether weight decay multiplies the weights, see :func:`decoupled_decay`.
 
-    What is not known is taken to do so; see :func:`decay_assumption`.
+    Unknown optimizers are assumed to do so, see :func:`decay_assumption`.
     """
     known = _known(optimizer)
     return bool(group.get("decoupled_weight_decay", True if known is None else known))
 
 
 def decay_assumption(optimizer: Optimizer) -> str | None:
-    """What is assumed of an unknown optimizer that decays weights, and how to state it; None where it is known."""
+    """Return what is assumed of an unknown optimizer with weight decay, and how to state it; None if it is known."""
     decays = any(g.get("weight_decay") and "decoupled_weight_decay" not in g for g in optimizer.param_groups)
     if not decays or _known(optimizer) is not None:
         return None
     return (
-        f"{type(optimizer).__name__} is taken to multiply its weights by 1 - rate x weight_decay, as AdamW does: "
-        "weight/initial_fraction and weight/constraint_usage rest on that. Put decoupled_weight_decay=False into its "
-        "groups if it adds the decay to the gradient."
+        f"{type(optimizer).__name__} is assumed to multiply its weights by 1 - rate x weight_decay, as AdamW does: "
+        "weight/initial_fraction and weight/constraint_usage depend on that. If it adds the decay to the "
+        "gradient, put decoupled_weight_decay=False into its groups."
     )
 
 
 def _least_decays(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[torch.dtype, float]:
-    """The rate x decay below which no weight of a dtype changes, for those of half precision.
+    """Return, for half-precision dtypes, the rate x decay below which no weight changes.
 
-    The largest weights of a binade have neighbours at a distance of half the dtype's eps, and come to themselves from
-    half of that. Fused steps add decay and update before they round; of optimizers from elsewhere nothing is known.
+    The largest weights of a binade have neighbours at a distance of half the dtype's eps, and round back from half of
+    that. Fused steps add decay and update before rounding; other optimizers are unknown.
     """
     if group.get("fused") or not any(cls in _CLASSES for cls in type(optimizer).__mro__):
         return {}
@@ -67,7 +68,7 @@ def _least_decays(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[torch.
 
 
 def _known(optimizer: Optimizer) -> bool | None:
-    """Whether decay is decoupled, by torch's class that this is or derives from, or by its name; None: not known."""
+    """Return whether decay is decoupled, by the torch class that this derives from, or by name; None if unknown."""
     for cls in type(optimizer).__mro__:
         if cls in _CLASSES:
             return _CLASSES[cls]
@@ -81,77 +82,139 @@ _MOST_DEFERRED = 64  # steps
 _Group = tuple[tuple[str, ...], tuple[float, ...], tuple[bool, bool]]
 
 
-class DecayRetention:
-    """The product of ``1 - rate x ratio x decay`` over all steps, by layer: what decay leaves of the initial weights.
+@dataclass
+class _Decaying:
+    """The layers of a parameter group, and the fraction that all of them have kept since the last read.
 
-    Call :meth:`before_step` before each step and :meth:`after_steps` when the ratios in force are known. Rates may be
-    tensors on a device: the product is then kept there, nothing waits, and what tensors there are is kept for up to 64
-    steps until somebody asks, so that a step costs at most a call a group. Layers that never decayed are not in it.
-    A parameter without a gradient does not decay, as in torch's optimizers. A step that was not taken does not count.
-    Where the product of a weight in half precision and ``1 - rate x decay`` rounds to the weight,
-    whatever it is, nothing decays: torch's optimizers multiply in place.
+    Attributes:
+        params: The parameters, as many as there were.
+        names: The layers among them.
+        least: Rate x decay below which a layer's weights do not change, of those in half precision.
+        left: The fraction that is left; None before the first step.
+    """
+
+    params: list[Tensor]
+    names: tuple[str, ...]
+    least: dict[str, float]
+    left: float | None = None
+
+
+class DecayRetention:
+    """The fraction of the initial weights that decay leaves: the product of ``1 - rate x ratio x decay`` by layer.
+
+    Call :meth:`note` before each step and :meth:`take` after it. Where all layers of a group have gradients, one rate
+    and no ratio of their own, a step costs one multiplication per group. Rates may be tensors on a device: the product
+    is then kept there, nothing waits, and tensors are collected for up to 64 steps, so that a step costs at most one
+    call per group. Layers that never decayed are not included. A parameter without a gradient does not decay, as in
+    torch's optimizers. Where the product of a half-precision weight and ``1 - rate x decay`` always rounds to the
+    weight, nothing decays: torch's optimizers multiply in place.
     """
 
     def __init__(self) -> None:
-        """Nothing has decayed."""
+        """Start before any decay."""
         self._left: dict[str, float | Tensor] = {}
-        self._pending: dict[int, dict[Hashable, list[tuple[list[str], Any]]]] = {}
+        self._noted: dict[int, list[tuple[int, list[Tensor], Any]]] = {}
+        self._groups: dict[tuple[int, int], _Decaying] = {}
+        self._classes: dict[type, bool] = {}
         self._least: dict[str, float] = {}  # rate x decay below which a layer's weights do not change
-        # What only the device knows, by layers and their ratios: rate x decay, and whether the step was skipped.
+        # Known to the device only, by layers and their ratios: rate x decay, and whether the step was skipped.
         self._deferred: dict[_Group, list[tuple[Any, Tensor | None]]] = {}
 
-    def before_step(self, optimizer: Optimizer, names: Mapping[int, str], key: Hashable = None) -> None:
-        """Note rates and decays as they are, before a scheduler moves on.
+    def note(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Record rates and decays before a scheduler changes them.
 
         Args:
-            optimizer: What is about to step.
-            names: Layer names by the ``id`` of the parameter.
-            key: Names the step, since an optimizer that evaluates its closure twice says so twice. Without a key
-                every call is a new step.
+            optimizer: The optimizer that is about to step. A step that is announced twice counts once.
+            groups: Its groups, where steering shows it others.
         """
-        step = self._pending.setdefault(id(optimizer), {})[object() if key is None else key] = []
-        for group in optimizer.param_groups:
-            decay = decoupled_decay(optimizer, group)
-            if isinstance(decay, Tensor) or decay:
-                decaying = [p for p in group["params"] if p.grad is not None and id(p) in names]
-                moving = [names[id(p)] for p in decaying]
-                least = _least_decays(optimizer, group)
-                self._least |= {names[id(p)]: least[p.dtype] for p in decaying if p.dtype in least}
-                step.append((moving, group.get("lr", math.nan) * decay))  # a new tensor, where the rate is one
+        noted = []
+        for index, group in enumerate(optimizer.param_groups if groups is None else groups):
+            decay = group.get("weight_decay", 0.0)
+            if (isinstance(decay, Tensor) or decay) and self._is_decoupled(optimizer, group):
+                noted.append((index, group["params"], group.get("lr", math.nan) * decay))
+        self._noted[id(optimizer)] = noted
 
-    def after_steps(
-        self, ratios: Mapping[str, float], outcomes: Mapping[Optimizer, Sequence[Tensor | None]] | None = None
+    def take(
+        self,
+        optimizer: Optimizer,
+        names: Callable[[], Mapping[int, str]],
+        ratios: Mapping[str, float] | None = None,
+        skipped: Tensor | None = None,
     ) -> None:
-        """Take up the steps noted since the last call.
+        """Apply the step that was recorded last.
 
         Args:
-            ratios: Factor on the rate by layer name; 1 for those that are not in it.
-            outcomes: For each optimizer the steps that were taken, with a tensor that is not zero where the device has
-                skipped one (:attr:`dynamon.optim.stepping.StepWatch.outcomes`); None where all of them were.
+            optimizer: The optimizer that has stepped.
+            names: Returns layer names by the ``id`` of the parameter; called where the groups have changed.
+            ratios: Factor on the rate by layer name; 1 for layers not in it.
+            skipped: A tensor that is not zero where the step was skipped on the device, or None.
         """
-        pending, self._pending = self._pending, {}
-        found = None if outcomes is None else {id(optimizer): list(taken) for optimizer, taken in outcomes.items()}
-        for optimizer, steps in pending.items():
-            taken = [None] * len(steps) if found is None else found.get(optimizer, [])
-            # Of several in one batch those that were skipped are not known apart; their decay is the same.
-            for step, skipped in zip(reversed(steps.values()), reversed(taken), strict=False):
-                self._take(step, ratios, skipped)
-
-    def _take(self, step: list[tuple[list[str], Any]], ratios: Mapping[str, float], skipped: Tensor | None) -> None:
-        for names, shrink in step:
-            scales = [ratios.get(name, 1.0) for name in names]
-            if skipped is not None or isinstance(shrink, Tensor):
-                group = tuple(names), tuple(scales), (skipped is not None, isinstance(shrink, Tensor))
-                self._deferred.setdefault(group, []).append((shrink, skipped))
+        for index, params, shrink in self._noted.pop(id(optimizer), ()):
+            group = self._groups.get((id(optimizer), index))
+            if group is None or len(group.params) != len(params) or group.params[0] is not params[0]:
+                self.regroup()
+                group = self._groups[id(optimizer), index] = self._decaying(optimizer, index, params, names())
+            is_whole = True
+            for parameter in params:  # at every step: without a call for each
+                if parameter.grad is None:
+                    is_whole = False
+                    break
+            if is_whole and not ratios and skipped is None and not group.least and not isinstance(shrink, Tensor):
+                group.left = (1.0 if group.left is None else group.left) * (1.0 - shrink)
                 continue
-            for name, scale in zip(names, scales, strict=True):
-                lost = shrink * scale if abs(shrink * scale) >= self._least.get(name, 0.0) else 0.0
-                self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
-        if sum(map(len, self._deferred.values())) >= _MOST_DEFERRED:
-            self._settle()
+            known = {} if is_whole else names()
+            moving = (
+                group.names
+                if is_whole
+                else tuple(known[id(p)] for p in params if p.grad is not None and id(p) in known)
+            )
+            self._multiply_each(moving, shrink, group.least, ratios or {}, skipped)
+
+    def regroup(self) -> None:
+        """Read the layers again at the next step."""
+        self._settle()
+        self._groups = {}
+
+    def _is_decoupled(self, optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+        known = self._classes.get(type(optimizer))
+        if known is None:
+            known = self._classes[type(optimizer)] = is_decoupled(optimizer, {})
+        return bool(group.get("decoupled_weight_decay", known))
+
+    @staticmethod
+    def _decaying(optimizer: Optimizer, index: int, params: Sequence[Tensor], names: Mapping[int, str]) -> _Decaying:
+        """Return the present layers of a group."""
+        known = [p for p in params if id(p) in names]
+        least = _least_decays(optimizer, optimizer.param_groups[index])
+        of_half = {names[id(p)]: least[p.dtype] for p in known if p.dtype in least}
+        return _Decaying(list(params), tuple(names[id(p)] for p in known), of_half)
+
+    def _multiply_each(
+        self,
+        names: tuple[str, ...],
+        shrink: Any,
+        least: Mapping[str, float],
+        ratios: Mapping[str, float],
+        skipped: Tensor | None,
+    ) -> None:
+        scales = [ratios.get(name, 1.0) for name in names]
+        if skipped is not None or isinstance(shrink, Tensor):
+            self._least |= least
+            group = names, tuple(scales), (skipped is not None, isinstance(shrink, Tensor))
+            self._deferred.setdefault(group, []).append((shrink, skipped))
+            if sum(map(len, self._deferred.values())) >= _MOST_DEFERRED:
+                self._settle()
+            return
+        for name, scale in zip(names, scales, strict=True):
+            lost = shrink * scale if abs(shrink * scale) >= least.get(name, 0.0) else 0.0
+            self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
 
     def _settle(self) -> None:
-        """Multiply what was put off: some ten calls for all steps of a group, instead of as many at each step."""
+        """Multiply the deferred factors: some ten calls for all steps of a group, instead of as many per step."""
+        for whole in self._groups.values():
+            left, whole.left = whole.left, None
+            if left is not None:
+                self._left |= {name: self._left.get(name, 1.0) * left for name in whole.names}
         deferred, self._deferred = self._deferred, {}
         for (names, scales, _), steps in deferred.items():
             if names:
@@ -160,7 +223,7 @@ class DecayRetention:
     def _multiply(
         self, names: Sequence[str], scales: Sequence[float], shrinks: Sequence[Any], skipped: Sequence[Tensor | None]
     ) -> None:
-        """In float64 if possible: half of it loses a factor of 1 - 1e-6."""
+        """Multiply in float64 if possible: float16 and bfloat16 lose a factor of 1 - 1e-6."""
         flags = [flag.detach().reshape(()) for flag in skipped if flag is not None]
         device = next(t.device for t in (*flags, *shrinks) if isinstance(t, Tensor))
         wide = widest_dtype(device)
@@ -180,21 +243,16 @@ class DecayRetention:
     def _on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(value, Tensor):
             return value.to(device, dtype)
-        return on_device((value,), device, dtype)[0]  # one tensor for the many that never decayed
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether steps are noted that have not been taken up."""
-        return any(self._pending.values())
+        return on_device((value,), device, dtype)[0]  # one tensor shared by all that never decayed
 
     def row(self, names: Iterable[str]) -> Tensor:
-        """What is left by layer ``[L]`` in float32, NaN for those that never decayed.
+        """Return the remaining fraction by layer ``[L]`` in float32, NaN for layers that never decayed.
 
         Args:
             names: L layer names.
 
         Returns:
-            On the host, or where rates are tensors on their device.
+            On the host, or if rates are tensors on their device.
         """
         self._settle()
         values = [self._left.get(name, math.nan) for name in names]
@@ -205,14 +263,14 @@ class DecayRetention:
         return torch.stack([self._on_device(value, device, wide) for value in values]).float()
 
     def state_dict(self) -> dict[str, float]:
-        """What is left by layer name."""
+        """Return the remaining fraction by layer name."""
         self._settle()
         known = {name: left for name, left in self._left.items() if isinstance(left, Tensor)}
         like = next(iter(known.values()), torch.empty(0))
         same = [left.to(like.device, like.dtype) for left in known.values()]
-        numbers = torch.stack(same).tolist() if same else []  # parts of a vector would be saved whole
+        numbers = torch.stack(same).tolist() if same else []  # views of a vector would be saved with all of it
         return {**self._left, **dict(zip(known, numbers, strict=True))}
 
     def load_state_dict(self, state: Mapping[str, float | Tensor]) -> None:
-        """Go on from it."""
-        self._left, self._pending, self._deferred = dict(state), {}, {}
+        """Restore a state."""
+        self._left, self._noted, self._groups, self._deferred = dict(state), {}, {}, {}

@@ -1,4 +1,4 @@
-"""TensorBoard's event files: their records as they come."""
+"""Read the records of TensorBoard's event files as they grow."""
 
 import json
 import math
@@ -21,7 +21,7 @@ _EVENTS = "*tfevents*"
 _PLUGIN = "dynamon"  # of the tensor summaries that hold all layers of a quantity
 _LAYERS = "/layers"  # how their tags end
 _HEADER, _FRAME = 12, 16  # bytes: length and its checksum; with the checksum of the data
-_HEAD = 256  # bytes that tell a file from another of the same name: they hold the time it was begun at
+_HEAD = 256  # bytes that identify a file: they hold the time at which it was begun
 _CHUNK = 1 << 20
 _LIKELY = re.compile(rb"(?=([\s\S]{3}\x00{5}[\s\S]{4}))")  # the header of a record below 16 MB
 Row = tuple[tuple[str, ...], NDArray[Any]]  # names of layers, and a value of each
@@ -29,16 +29,16 @@ Point = tuple[str, int, float | Row]  # tag or quantity, step, what was read
 
 
 class SessionStart(NamedTuple):
-    """A writer goes on from here: what earlier ones wrote at this step or later is void."""
+    """A writer continues from here: points of earlier writers at this step or later are void."""
 
     step: int
 
 
 class EventFile:
-    """The records of one event file as they come: what was read once is not read again.
+    """Reads the records of one event file as it grows; nothing is read twice.
 
-    Scalars as torch writes them (a number) and as TensorFlow does (a tensor, its kind named the first time), and rows
-    of tables, whose names may come the first time only, too.
+    Read are scalars as torch writes them (a number) and as TensorFlow does (a tensor whose kind is stated the first
+    time), and rows of tables, whose names may also be stated the first time only.
 
     Args:
         path: The file, which may still grow.
@@ -46,29 +46,29 @@ class EventFile:
     Attributes:
         path: The file.
         offset: Where the next record begins, in bytes.
-        size: How large the file was when it was last looked at, in bytes.
-        ended: When the latest record that was read was written, in seconds; -inf before the first.
+        size: The size of the file when it was last read, in bytes.
+        ended: When the latest record read was written, in seconds; -inf before the first.
     """
 
     def __init__(self, path: Path) -> None:
-        """Nothing is read yet."""
+        """Start at the beginning."""
         self.path = path
         self.offset = self.size = 0
         self.ended = -math.inf
         self._order: tuple[int, float, list[tuple[int, str]]] | None = None
         self._head = b""
         self._damaged: list[tuple[int, int]] = []  # bytes, from and to
-        self._tail: tuple[int, int] | None = None  # the same at the end, where no record was found yet
+        self._tail: tuple[int, int] | None = None  # bytes at the end, in which no record was found yet
         self._trouble = ""
         self._scalars: set[str] = set()
         self._layers: dict[str, tuple[bytes, tuple[str, ...]]] = {}
 
     @property
     def order(self) -> tuple[int, float, list[tuple[int, str]]]:
-        """What sorts files as they were begun.
+        """Sort key of files by when they were begun.
 
-        The second in the name comes first, then the time of the first record, then the name, in which a process that
-        begins several within a second counts them.
+        The second in the name comes first, then the time of the first record, then the name, where a process that
+        begins several files within a second counts them.
         """
         if self._order is None:
             second, began = re.search(r"tfevents\.(\d+)", self.path.name), self._first_time()
@@ -80,10 +80,10 @@ class EventFile:
 
     @property
     def is_continued(self) -> bool:
-        """Whether the file is still the one that was read, not shorter, with the same beginning.
+        """Whether the file is still the same one, not shorter, with the same beginning.
 
         Raises:
-            OSError: If the file is gone, or cannot be read.
+            OSError: If the file is gone or cannot be read.
         """
         if self.path.stat().st_size < self.offset:
             return False
@@ -92,16 +92,16 @@ class EventFile:
 
     @property
     def damage(self) -> list[str]:
-        """What could not be read, a sentence each."""
+        """What could not be read, one sentence each."""
         lost = [*self._damaged, *([self._tail] if self._tail else [])]
-        said = [f"{self.path} is damaged: bytes {start} to {stop} were passed over." for start, stop in lost]
+        said = [f"{self.path} is damaged: bytes {start} to {stop} were skipped." for start, stop in lost]
         return [*said, *([self._trouble] if self._trouble else [])]
 
     def records(self) -> Iterator[list[Point | SessionStart]]:
-        """Yield what each whole record behind ``offset`` holds; ``offset`` moves along.
+        """Yield the contents of each complete record after ``offset``, which moves along.
 
-        A record that is cut off is read another time, when it is whole. A damaged one is passed over, see ``damage``,
-        and so is what follows up to the next that is whole. A file that cannot be read counts as damaged.
+        A truncated record is read later, when it is complete. A damaged one is skipped up to the next complete one, see
+        ``damage``. A file that cannot be read counts as damaged.
         """
         self._trouble = ""
         try:
@@ -118,10 +118,10 @@ class EventFile:
             self._trouble = f"{self.path} cannot be read ({error.strerror})."
 
     def _raw(self) -> Iterator[tuple[int, bytes]]:
-        """Place and data of the records of a TFRecord file: length, its checksum, data, their checksum.
+        """Yield offset and data of the records of a TFRecord file: length, its checksum, data, their checksum.
 
-        The length's checksum is looked at, since all that follows hangs on it. That of the data is not: in Python it
-        would take seven tenths of the time, and TensorBoard's data server leaves it out as well.
+        The checksum of the length is verified, since everything after it depends on it. That of the data is not: in
+        Python it would take 70 % of the time, and TensorBoard's data server skips it as well.
         """
         size = self.size = self.path.stat().st_size
         if size <= self.offset:
@@ -142,13 +142,13 @@ class EventFile:
                 if stop > size:
                     return
                 record = read(length + 4)
-                if len(record) < length + 4:  # the file has just been cut
+                if len(record) < length + 4:  # the file has just been truncated
                     return
                 self.offset = stop
                 yield start, record[:length]
 
     def _skip(self, file: Any, size: int) -> bool:
-        """Go on to the next header behind a damaged one; False where there is none yet."""
+        """Move to the next header after a damaged one; return False if there is none yet."""
         place = self._tail[1] - _HEADER + 1 if self._tail else 0
         place = max(place, self.offset + 1)
         while place + _HEADER <= size:
@@ -165,7 +165,7 @@ class EventFile:
         return False
 
     def _first_time(self) -> float | None:
-        """When the first record was written; None where there is no whole one yet."""
+        """Return when the first record was written; None if there is no complete one yet."""
         try:
             with self.path.open("rb") as file:
                 header = file.read(_HEADER)
@@ -197,27 +197,27 @@ class EventFile:
                     names, row = self._layers[value.tag][1], _row(value.tensor)
                     if len(names) == len(row):
                         yield current_tag(value.tag.removesuffix(_LAYERS)), step, (names, row)
-            except (TypeError, ValueError):  # not the tensor that its metadata promise
+            except (TypeError, ValueError):  # not the tensor stated by its metadata
                 continue
 
 
 def event_files(folder: Path) -> list[EventFile]:
-    """The event files of a run in the order in which they were begun; none where the folder cannot be read."""
+    """List the event files of a run in the order in which they were begun; none if the folder cannot be read."""
     return sorted((EventFile(path) for path in event_paths(folder)), key=lambda file: file.order)
 
 
 def event_paths(folder: Path) -> list[Path]:
-    """The same, as paths in no order."""
+    """List the paths of the event files of a run, in no order."""
     return [path for path in folder.glob(_EVENTS) if path.is_file()]
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """A key that sorts ``blocks.2`` before ``blocks.10``."""
+    """Return a key that sorts ``blocks.2`` before ``blocks.10``."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _layer_names(content: bytes) -> tuple[str, ...]:
-    """The names in a table's metadata; none where it is not as the recorder writes it."""
+    """Return the names in a table's metadata; none if the recorder did not write it."""
     try:
         return tuple(map(str, json.loads(content)["layers"]))
     except (ValueError, KeyError, TypeError):
@@ -232,7 +232,7 @@ def _row(tensor: Any) -> NDArray[Any]:
 
 
 def _crc_table() -> list[int]:
-    """Of CRC-32C, whose polynomial is 0x1EDC6F41, bits reversed."""
+    """Compute the table of CRC-32C, whose polynomial is 0x1EDC6F41, with reversed bits."""
     table = list(range(256))
     for _ in range(8):
         table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]
@@ -244,7 +244,7 @@ _TABLE = _crc_table()
 
 @lru_cache(maxsize=4096)
 def _length(header: bytes) -> int | None:
-    """The length of a record, from its eight bytes and their checksum; None where those do not agree.
+    """Return the length of a record from its eight bytes and their checksum; None if those do not match.
 
     The checksum is CRC-32C, rotated by 15 bits, plus a constant.
     """

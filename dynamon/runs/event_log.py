@@ -1,9 +1,9 @@
-"""What remains of a run's points once it was restarted.
+"""Find out which points of a run remain after it was restarted.
 
 The rule is TensorBoard's own. A session start (``SessionLog.START``, which ``SummaryWriter(purge_step=...)`` writes)
-removes all earlier points from its step on. Without one, as ``TensorBoardLogger`` leaves it, a point removes the
-earlier points of its own tag from its step on: TensorBoard's data server does that, and its ``event_accumulator`` for
-files without a version. Files count in the order in which they were begun.
+removes all earlier points from its step on. Without one, as ``TensorBoardLogger`` writes, a point removes the earlier
+points of its own tag from its step on: TensorBoard's data server does that, and its ``event_accumulator`` for files
+without a version. Files count in the order in which they were begun.
 """
 
 import math
@@ -19,17 +19,17 @@ from dynamon.runs.history import Series
 
 
 class EventLog:
-    """What remains of the points of several files by TensorBoard's rule, in whatever order they are read.
+    """Keeps the points of several files that remain by TensorBoard's rule, in whatever order they are read.
 
     Attributes:
-        count: How many points and session starts were added.
-        purged: The count at which a session start last removed a point; 0 where none did.
-        scalars: Curves by tag, those without a point included.
-        tables: Curves of rows by quantity, likewise.
+        count: Number of points and session starts that were added.
+        purged: The count at which a session start last removed a point; 0 if none did.
+        scalars: Curves by tag, including empty ones.
+        tables: Curves of rows by quantity, including empty ones.
     """
 
     def __init__(self) -> None:
-        """Nothing is added yet."""
+        """Start empty."""
         self.count = 0
         self.purged = 0
         self.scalars: dict[str, Curve] = {}
@@ -37,7 +37,7 @@ class EventLog:
         self._starts: dict[EventFile | None, int] = {}
 
     def add(self, file: EventFile | None, items: list[Point | SessionStart]) -> None:
-        """Add what a record holds; ``file`` is None where all points come from one source."""
+        """Add the contents of a record; ``file`` is None if all points come from one source."""
         for item in items:
             self.count += 1
             if isinstance(item, SessionStart):
@@ -66,33 +66,33 @@ class EventLog:
 
 
 class Curve:
-    """The points of a tag, by files; what remains is a function of the files, not of the order of reading.
+    """The points of a tag by file. What remains depends on the files, not on the order of reading.
 
     Attributes:
-        rewritten: The count at which something other than a point at the end changed.
+        rewritten: The count at which anything other than a point at the end changed.
     """
 
     def __init__(self, starts: dict["EventFile | None", int]) -> None:
-        """No points; ``starts`` holds the lowest session start of each file, for all curves."""
+        """Start empty; ``starts`` holds the lowest session start of each file, for all curves."""
         self.rewritten = 0
         self._starts = starts
         self._parts: dict[EventFile | None, _Part] = {}
-        self._growing: _Part | None = None  # the part whose next point, where it is later, comes last of all
+        self._growing: _Part | None = None  # the part whose next point, if it is later, is the last of all
         self._whole: _Part | None = None  # what remains of all parts
         self._series: Series | None = None
 
     def __len__(self) -> int:
-        """Number of points that remain."""
+        """Return the number of remaining points."""
         return len(self._remaining().steps)
 
     def added_after(self, count: int) -> int:
-        """Give how many of the points that remain were added after a count."""
+        """Return how many of the remaining points were added after a count."""
         return int(np.count_nonzero(np.array(self._remaining().counts) > count))
 
     def add(self, file: EventFile | None, count: int, step: int, value: Any) -> None:
-        """Add a point behind those of its file."""
+        """Add a point after those of its file."""
         part = self._growing
-        if part is not None and part.file is file and part.takes(step, value):
+        if part is not None and part.file is file and part.accepts(step, value):
             part.append(count, step, value)
             if self._whole is not None and self._whole is not part:
                 self._whole.append(count, step, value)
@@ -101,13 +101,13 @@ class Curve:
         self._series = None
 
     def cut(self, file: EventFile | None, step: int) -> None:
-        """Apply a session start that ``file`` holds, and that is among the starts already."""
+        """Apply a session start of ``file`` that is already among the starts."""
         if file in self._parts:
             self._parts[file].cut(step)
         self._growing = self._whole = self._series = None
 
     def series(self) -> Series:
-        """What remains, by increasing steps."""
+        """Return the remaining points, by increasing steps."""
         if self._series is None:
             whole = self._remaining()
             self._series = Series(np.array(whole.steps, dtype=np.int64), np.array(whole.values, dtype=np.float64))
@@ -124,7 +124,7 @@ class Curve:
         self.rewritten = count
 
     def _remaining(self) -> "_Part":
-        """Each file removes what earlier ones have from its lowest step on, of points or of session starts."""
+        """Remove, for each file, the points of earlier ones from its lowest step on, of points or session starts."""
         if self._whole is None:
             self._whole = self._new_part()
             if self._parts.keys() >= self._starts.keys() and len(self._parts) == 1:
@@ -146,15 +146,15 @@ class RowCurve(Curve):
 
     @property
     def has_values(self) -> bool:
-        """Whether any number of it is not NaN."""
+        """Whether any of its numbers is not NaN."""
         return any(not np.isnan(row).all() for _, row in reversed(self._remaining().values))
 
     def bare(self) -> Series:
-        """Steps without values."""
+        """Return the steps without values."""
         return Series(np.array(self._remaining().steps, dtype=np.int64), np.empty((len(self), 0)))
 
     def series(self) -> Series:
-        """A table ``[T, L]``: the layers of the last row, then those that only earlier rows had; NaN for none."""
+        """Return a table ``[T, L]``: the layers of the last row, then those of earlier rows only; NaN if missing."""
         if self._series is None:
             whole = self._remaining()
             self._series = _stacked(whole.steps, whole.values)
@@ -165,15 +165,15 @@ class RowCurve(Curve):
 
 
 class _Part:
-    """Points by increasing steps: the count at which each was added, its step, and the value."""
+    """Points by increasing steps: the count at which each was added, its step, and its value."""
 
     def __init__(self, file: EventFile | None, values: MutableSequence[Any]) -> None:
         self.file = file
         self.counts, self.steps, self.values = array("q"), array("q"), values
-        self.low: float = math.inf  # the lowest step there ever was
+        self.low: float = math.inf  # the lowest step it ever had
 
-    def takes(self, step: int, value: Any) -> bool:
-        """Whether a point comes behind the last, and is of its kind."""
+    def accepts(self, step: int, value: Any) -> bool:
+        """Return whether a point follows the last one and is of its kind."""
         return bool(self.steps) and step > self.steps[-1]
 
     def append(self, count: int, step: int, value: Any) -> None:
@@ -187,17 +187,17 @@ class _Part:
         self.values.extend(other.values)
 
     def cut(self, step: float) -> None:
-        """Remove what is at this step or later."""
+        """Remove the points at a step or later."""
         first = bisect_left(self.steps, step)
         if first < len(self.steps):
             del self.counts[first:], self.steps[first:], self.values[first:]
 
 
 class _RowPart(_Part):
-    """Rows, which are of one kind where they have the same layers."""
+    """Rows, which are of one kind if they have the same layers."""
 
-    def takes(self, step: int, value: Row) -> bool:
-        return super().takes(step, value) and self.values[-1][0] == value[0]
+    def accepts(self, step: int, value: Row) -> bool:
+        return super().accepts(step, value) and self.values[-1][0] == value[0]
 
 
 def _order(file: EventFile | None) -> Any:

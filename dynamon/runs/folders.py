@@ -1,4 +1,4 @@
-"""Folders that hold runs: which there are below a folder, when each was written to, and what it holds."""
+"""Find folders that hold runs, when each was last written to, and what it holds."""
 
 import os
 import re
@@ -24,8 +24,8 @@ class RunFolder:
 
     Attributes:
         name: Its path below the folder that was searched, ``"."`` for that folder itself.
-        path: Where it is.
-        written: When a file of it was last written to.
+        path: Its path.
+        written: When one of its files was last written to.
     """
 
     name: str
@@ -34,7 +34,7 @@ class RunFolder:
 
 
 class RunContents:
-    """What a run's files hold, without reading them as a whole: what was looked at once is not looked at again.
+    """Finds out what a run's files hold without reading them completely; nothing is searched twice.
 
     Attributes:
         has_readings: Whether anything is a reading of dynamon.
@@ -42,12 +42,12 @@ class RunContents:
     """
 
     def __init__(self) -> None:
-        """Nothing is known yet."""
+        """Start without knowledge."""
         self.has_readings = self.has_values = False
         self._looked: dict[Path, int] = {}
 
     def look(self, folder: Path, until: float = float("inf")) -> None:
-        """Look on, no longer than until ``time.monotonic()`` is that, or until a reading is found."""
+        """Search on, until ``time.monotonic()`` reaches ``until`` or a reading is found."""
         if self.has_readings:
             return
         try:
@@ -84,24 +84,24 @@ class RunContents:
 
 
 def find_runs(folder: Path) -> list[RunFolder]:
-    """All runs below a folder, that of the folder itself included, the one written to last first.
+    """List all runs below a folder, including its own, the one last written to first.
 
-    Links to folders are followed, as TensorBoard does; a folder that links lead to a second time is passed over, and so
-    is one that cannot be read.
+    Links to folders are followed, as TensorBoard does. A folder that links reach a second time is skipped, and so is
+    one that cannot be read.
     """
     return sorted(_walked(folder), key=lambda run: (run.written, natural_key(run.name)), reverse=True)
 
 
 def select_runs(runs: list[RunFolder], known: dict[Path, RunContents], until: float = float("inf")) -> list[RunFolder]:
-    """Those of some runs that are worth showing: with readings of dynamon first, then those that can be compared.
+    """Select the runs to show: those with readings of dynamon first, then those to compare with.
 
-    A run without readings is one that can be compared if it holds scalars and does not lie within another run, as the
-    folders do that ``add_scalars`` and ``add_hparams`` write.
+    A run without readings can be compared with if it holds scalars and is not inside another run, unlike the folders
+    that ``add_scalars`` and ``add_hparams`` write.
 
     Args:
-        runs: As :func:`find_runs` gives them.
-        known: What is known of them from the time before, which is brought up to date.
-        until: ``time.monotonic()`` until which to look.
+        runs: From :func:`find_runs`.
+        known: What was found before, which is updated.
+        until: ``time.monotonic()`` until which to search.
     """
     for gone in known.keys() - {run.path for run in runs}:
         del known[gone]
@@ -114,9 +114,9 @@ def select_runs(runs: list[RunFolder], known: dict[Path, RunContents], until: fl
 
 
 def newest_run(folder: Path) -> Path:
-    """Give the run that a folder stands for: itself where it holds values, else the newest one below it.
+    """Return the run that a folder stands for: itself if it holds values, else the newest one below it.
 
-    A run with readings of dynamon comes before one without. Where there is no run at all the folder itself is given.
+    A run with readings of dynamon precedes one without. If there is no run at all, the folder itself is returned.
 
     Raises:
         ValueError: If there are runs, and none holds a value.

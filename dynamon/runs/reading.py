@@ -1,4 +1,4 @@
-"""What a finished run logged, from TensorBoard's event files or from CSVLogger's ``metrics.csv``."""
+"""Read what a finished run logged, from TensorBoard's event files or CSVLogger's ``metrics.csv``."""
 
 import csv
 import warnings
@@ -18,40 +18,53 @@ from dynamon.runs.renamed import current_tag
 def read_run(folder: Path | str) -> dict[str, Series]:
     """Read all scalars that a run logged, at full resolution.
 
-    A run that was restarted in the same folder is read as TensorBoard reads it. ``SummaryWriter(purge_step=...)``, to
-    which ``TensorBoardLogger(..., purge_step=...)`` hands it on, marks where a writer goes on: all earlier points from
-    that step on are void, whatever their tag. Without it a point makes void what its own tag had at that step or later
-    before; a tag that the new writer has not reached yet keeps what it has. Event files count in the order in which
-    they were begun.
+    A run that was restarted in the same folder is read as TensorBoard reads it. ``SummaryWriter(purge_step=...)``, also
+    through ``TensorBoardLogger(..., purge_step=...)``, marks where a writer continues: all earlier points from that
+    step on are void, whatever their tag. Without it, a point voids the earlier points of its own tag from its step on;
+    a tag that the new writer has not reached yet keeps its points. Event files count in the order in which they were
+    begun.
 
     Args:
-        folder: The run's own folder, which holds event files, ``metrics.csv`` or both. Of ``metrics.csv`` a row makes
-            void what its tags had at that step or later in earlier rows. Where table and event files say the same, the
-            table's values count, which are not rounded to float32, and each fills what the other lacks. From the
-            step on at which they differ they are of two sessions, and the one that was written later counts.
+        folder: The run's own folder, which holds event files, ``metrics.csv`` or both. A row of ``metrics.csv`` voids
+            the points of its tags from its step on in earlier rows. Where table and event files agree, the table's
+            values are used, which are not rounded to float32, and each fills gaps of the other. From the step on at
+            which they differ they are of two sessions, and the later one counts.
 
     Returns:
-        The series of each tag, its steps increasing; values may be NaN.
+        The series of each tag, by increasing steps; values may be NaN.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no run in it; the message names runs further down.
+        FileNotFoundError: If there is no such folder, or no run in it; the message names runs below it.
         ValueError: If ``metrics.csv`` has no column ``step``.
 
     Warns:
-        UserWarning: For each part of a file that is damaged: it is passed over, and what follows is read.
+        UserWarning: For each damaged part of a file: it is skipped, and the rest is read.
 
-    Cost: a pass over the files in Python, some hundred thousand values a second.
+    Cost: a pass over the files in Python, some hundred thousand values per second.
+
+    Example:
+        >>> import tempfile
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> from dynamon.runs import read_run
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with SummaryWriter(folder) as writer:
+        ...         for step in range(3):
+        ...             writer.add_scalar("train/loss", 1.0 / (1 + step), step)
+        ...     run = read_run(folder)
+        >>> run
+        {'train/loss': Series(3 points, steps 0 to 2, last 0.333333)}
+        >>> run["train/loss"].values
+        array([1.        , 0.5       , 0.33333334])
     """
     return _read(Path(folder)).scalars
 
 
 def read_run_data(folder: Path | str) -> RunData:
-    """Read scalars and the per-layer tables of a run, at full resolution.
+    """Read scalars and per-layer tables of a run, at full resolution.
 
-    A table comes from the tensor summaries ``gradient/dual/layers`` of the event files, in model order and to the
-    precision of float32; where there are none, as with CSVLogger, from the scalars ``gradient.dual/<layer>``, in
-    alphabetical order with numbers by their size, since that logger sorts its columns. Scalars that a table holds are
-    not among the scalars.
+    A table comes from the tensor summaries ``gradient/dual/layers`` of the event files, in model order and float32
+    precision. If there are none, as with CSVLogger, it comes from the scalars ``gradient.dual/<layer>``, in natural
+    alphabetical order, since that logger sorts its columns. Scalars that a table holds are not among the scalars.
 
     Args:
         folder: As for :func:`read_run`, restarts included. The columns are the layers of the last row, then those that
@@ -66,11 +79,11 @@ def read_run_data(folder: Path | str) -> RunData:
 
 
 def assemble_run(scalars: dict[str, Series], tables: dict[str, Series]) -> RunData:
-    """Sort the scalars of single layers out: a table holds them, or becomes of them where there is none.
+    """Separate the scalars of single layers: they are part of a table, or become one.
 
     Args:
         scalars: Every scalar series by its tag.
-        tables: What tensor summaries hold, by quantity.
+        tables: The contents of tensor summaries, by quantity.
     """
     scalars = dict(scalars)
     owners = {_layer_prefix(quantity): quantity for quantity in tables}
@@ -87,7 +100,7 @@ def assemble_run(scalars: dict[str, Series], tables: dict[str, Series]) -> RunDa
 
 
 def _read(path: Path) -> RunData:
-    """Every scalar, those of single layers included, and the tables of tensor summaries."""
+    """Read every scalar, including those of single layers, and the tables of tensor summaries."""
     if not path.is_dir():
         raise FileNotFoundError(f"{printable(path)} is not a folder.")
     files, table = event_files(path), path / TABLE
@@ -110,7 +123,7 @@ def _read(path: Path) -> RunData:
 
 
 def remaining(log: EventLog) -> RunData:
-    """What a log holds, as series."""
+    """Convert a log to series."""
     return RunData(
         {tag: curve.series() for tag, curve in log.scalars.items() if len(curve)},
         {quantity: rows.series() for quantity, rows in log.tables.items() if len(rows)},
@@ -118,14 +131,14 @@ def remaining(log: EventLog) -> RunData:
 
 
 def _merged(events: RunData, rows: dict[str, Series], rows_are_later: bool) -> RunData:
-    """Event files and the rows of a table: one session in two places, or from some step on two sessions."""
+    """Merge event files and the rows of a table: one session in two places, or from some step on two sessions."""
     parted = {
         tag: step
         for tag in events.scalars.keys() & rows.keys()
         if (step := _parting(events.scalars[tag], rows[tag])) is not None
     }
     scalars, tables = events.scalars, events.tables
-    if parted:  # tags may have other axes: each has its own step, and the rest that of most
+    if parted:  # tags may have other axes: each has its own step, the rest the median one
         usual = sorted(parted.values())[len(parted) // 2]
         if rows_are_later:
             scalars, tables = _before(scalars, parted, usual), _before(tables, {}, usual)
@@ -136,7 +149,7 @@ def _merged(events: RunData, rows: dict[str, Series], rows_are_later: bool) -> R
 
 
 def _parting(event: Series, row: Series) -> int | None:
-    """The first step at which both have a value and that of the event file is not the rounded one."""
+    """Return the first step at which both have a value and the event file's is not the rounded one."""
     steps, first, second = np.intersect1d(event.steps, row.steps, assume_unique=True, return_indices=True)
     with np.errstate(over="ignore"):
         rounded = row.values[second].astype(np.float32)
@@ -146,7 +159,7 @@ def _parting(event: Series, row: Series) -> int | None:
 
 
 def _before(series: dict[str, Series], parted: dict[str, int], usual: int) -> dict[str, Series]:
-    """What lies before the step of each tag; a tag that keeps nothing goes."""
+    """Keep the points before the step of each tag; a tag without points is dropped."""
     kept = {}
     for tag, one in series.items():
         stop = int(np.searchsorted(one.steps, parted.get(tag, usual)))
@@ -156,7 +169,7 @@ def _before(series: dict[str, Series], parted: dict[str, int], usual: int) -> di
 
 
 def _filled(first: Series, second: Series) -> Series:
-    """Points of both; at a step that both have the first counts."""
+    """Join the points of both; at a step of both the first counts."""
     others = ~np.isin(second.steps, first.steps)
     steps = np.concatenate([first.steps, second.steps[others]])
     order = np.argsort(steps)
@@ -168,7 +181,7 @@ def _layer_prefix(quantity: str) -> str:
 
 
 def _joined(columns: dict[str, Series]) -> Series:
-    """Series of single layers as a table, NaN where one of them has no value."""
+    """Join series of single layers to a table, NaN where one has no value."""
     names = sorted(columns, key=natural_key)
     steps = np.unique(np.concatenate([series.steps for series in columns.values()]))
     values = np.full((len(steps), len(names)), np.nan)
@@ -186,7 +199,7 @@ def _no_run(folder: Path) -> str:
 
 
 def _rows(path: Path) -> tuple[dict[str, Series], list[str]]:
-    """The series of a table, and what could not be read of it."""
+    """Read the series of a table, and list what could not be read."""
     log, trouble = EventLog(), []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.reader(file)
@@ -197,13 +210,13 @@ def _rows(path: Path) -> tuple[dict[str, Series], list[str]]:
             for row in rows:
                 log.add(None, list(_points(header, row)))
         except csv.Error as error:
-            trouble.append(f"{path} is damaged: line {rows.line_num} and what follows were passed over ({error}).")
+            trouble.append(f"{path} is damaged: line {rows.line_num} and what follows were skipped ({error}).")
     return remaining(log).scalars, trouble
 
 
 def _points(header: list[str], row: list[str]) -> Iterator[Point]:
     where = header.index("step")
-    step = _number(row[where]) if len(row) > where else None  # cut off where the run was killed
+    step = _number(row[where]) if len(row) > where else None  # truncated where the run was killed
     if step is None or not abs(step) < 2**63:  # not a number, or none of a step
         return
     for tag, cell in zip(header, row, strict=False):
@@ -213,7 +226,7 @@ def _points(header: list[str], row: list[str]) -> Iterator[Point]:
 
 
 def _number(cell: str) -> float | None:
-    """None for an empty cell and for text."""
+    """Convert a cell to a number; None if it is empty or text."""
     try:
         return float(cell) if cell else None
     except ValueError:

@@ -166,7 +166,7 @@ def test_what_the_tab_says_without_runs(open_tab, tmp_path, kind):
     assert {
         "empty": "Add DynamicsMonitor()",
         "damaged": "The event files hold no readings: the run has only just begun, or they are damaged",
-        "remote": "gs://bucket/logs lies elsewhere",
+        "remote": "gs://bucket/logs is remote",
     }[kind] in said
 
 

@@ -132,7 +132,7 @@ def test_the_probe_can_weigh_by_tokens() -> None:
     whole = next(iter(DataLoader(Sentences(), batch_size=8)))
     top = float(exact(module.network, lambda: module.training_step(whole, 0))[-1])
     assert monitor.history["sharpness/hessian_max"].values[-1] == pytest.approx(top, rel=1e-3)
-    with pytest.raises(ValueError, match=r"the batch has no 'length' to weigh it by; it is \['mask', 'x', 'y'\]"):
+    with pytest.raises(ValueError, match=r"the batch has no 'length' to weight it by; it is \['mask', 'x', 'y'\]"):
         fit(Masked(mlp()), [whole_probe(probe_weight="length")], data)
 
 

@@ -348,8 +348,8 @@ def test_a_list_as_long_as_the_loader_says_holds_whole_samples() -> None:
 
 _perm = torch.randperm(N, generator=torch.Generator().manual_seed(0))
 WHOLE = {  # batch, what the loader says, samples that are known, a word of the reason
-    "images": (_images(), (), None, "list of like tensors"),
-    "clouds": (_clouds(), (), None, "list of like tensors"),
+    "images": (_images(), (), None, "list of similar tensors"),
+    "clouds": (_clouds(), (), None, "list of similar tensors"),
     "time first": ((torch.randn(32, 4, 5), torch.ones(32, 4).long()), (), None, "first two dimensions"),
     "time first, of a loader": ((torch.randn(32, 4, 5), torch.ones(32, 4).long()), (4,), 4, "begin with 32"),
     "as long as many": ((torch.randn(4, 4, 5), torch.ones(4, 4).long()), (4,), 4, "cannot be told apart"),
@@ -362,7 +362,7 @@ WHOLE = {  # batch, what the loader says, samples that are known, a word of the 
     "batches of batches": ((X, Y), (1,), None, "begin with 8 where"),
     "two loaders": ({"a": (X, Y), "b": (X[:4], Y[:4])}, (N, 4), None, "begin with 4 and 8"),
     "text alone": (list("abcdefgh"), (), None, "does not show its samples"),
-    "partners": ((X, Y, _perm), (N,), N, "places in the batch"),
+    "partners": ((X, Y, _perm), (N,), N, "indices into the batch"),
     "eight columns": ([torch.randn(N, 3) for _ in range(N)], (N,), N, "two ways"),
 }
 
@@ -402,7 +402,7 @@ def test_a_weight_is_found_in_any_container(name: str) -> None:
     where = "labels" if name == "instances" else "x"
     expected = float((Y if name == "instances" else X).sum())
     assert batch_weight(CUT[name], where) == expected
-    with pytest.raises(ValueError, match="the batch has no 'mask' to weigh it by"):
+    with pytest.raises(ValueError, match="the batch has no 'mask' to weight it by"):
         batch_weight(CUT[name], "mask")
 
 

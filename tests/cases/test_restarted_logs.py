@@ -281,14 +281,14 @@ def test_a_flipped_byte_costs_one_record_and_is_said(tmp_path, byte):
     path = damaged(tmp_path, flip)
     (tmp_path / "copy").unlink()
     first = places["record"]
-    with pytest.warns(UserWarning, match=f"{path.name} is damaged: bytes {first} to {first + 39} were passed over"):
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged: bytes {first} to {first + 39} were skipped"):
         run = read_run(tmp_path)
     assert run["x"].steps.tolist() == [*range(50), *range(51, 120)]
     live = LoggedRun(tmp_path)
     assert (
         live.updates(0, 0)["damage"]
         == live.updates(0, 0)["damage"]
-        == [f"{path} is damaged: bytes {first} to {first + 39} were passed over."]
+        == [f"{path} is damaged: bytes {first} to {first + 39} were skipped."]
     )
 
 
@@ -316,7 +316,7 @@ def test_a_hole_of_zeros_and_an_end_that_is_none(tmp_path):
     with path.open("ab") as file:  # a writer that goes on behind the damage
         RecordWriter(file).write(point("x", 60, 0.25, 3.0).SerializeToString())
     reader.ask()
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="were skipped"):
         reader.check(tmp_path)
     assert 60 in reader.scalars["x"][0]
 

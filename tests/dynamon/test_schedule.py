@@ -145,13 +145,13 @@ def test_too_few_readings_fall_back_with_a_warning(norms, usable):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gradient_norms": []}, "gradient_norms must be a row of at least one number"),
-        ({"gradient_norms": [[1.0]]}, "gradient_norms must be a row"),
+        ({"gradient_norms": []}, "gradient_norms must be a sequence of at least one number"),
+        ({"gradient_norms": [[1.0]]}, "gradient_norms must be a sequence"),
         ({"gradient_norms": [1.0, -2.0]}, "gradient_norms must not be negative, got -2"),
         ({"norm": "linf"}, "norm must be one of l2, l1, got 'linf'"),
-        ({"steps": [0, 1]}, r"steps must have one entry a gradient norm, \(12,\), got \(2,\)"),
+        ({"steps": [0, 1]}, r"steps must have one entry per gradient norm, \(12,\), got \(2,\)"),
         ({"steps": [0, *range(11)]}, "steps must increase"),
-        ({"steps": range(-1, 11)}, "steps must increase from one reading to the next, and not be negative"),
+        ({"steps": range(-1, 11)}, "steps must increase and not be negative"),
         ({"total": 11}, "total must be more than the last step 11, got 11"),
         ({"smoothing": 1.5}, r"smoothing must be a share of the run in \[0, 1\], got 1.5"),
         ({"smoothing": math.nan}, "smoothing must be"),
@@ -199,7 +199,7 @@ def test_in_torchs_scheduler():
 
 @pytest.mark.parametrize("schedule", [[], [[1.0]], [1.0, math.nan], [1.0, -0.1]])
 def test_a_factor_refuses_what_is_no_schedule(schedule):
-    with pytest.raises(ValueError, match="schedule must be a row of at least one finite factor"):
+    with pytest.raises(ValueError, match="schedule must be a sequence of finite, non-negative factors"):
         schedule_factor(schedule)
 
 

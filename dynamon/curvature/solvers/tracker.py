@@ -76,8 +76,15 @@ class EigenTracker:
         """True where the next measurement brings an upper bound."""
         return self._certify and self.taken % _COLD_EVERY == _COLD_AT
 
-    def update(self, operator: Any) -> Eigenpairs:
-        """Measure the operator at its present weights."""
+    def update(self, operator: Any, most: int | None = None) -> Eigenpairs:
+        """Measure the operator at its present weights.
+
+        Args:
+            operator: As in :func:`top_eigenvalues`.
+            most: Upper limit on products of this measurement, where it is below that of all; an upper bound is then
+                left out.
+        """
+        limit = self._max_matvecs if most is None else max(min(most, self._max_matvecs), 2, self.k)
         known = None if self.next_is_cold else self.vectors
         if known is not None and known.shape[0] != space_of(operator).length:
             known = None
@@ -85,9 +92,9 @@ class EigenTracker:
             operator,
             self.k,
             tol=self._tol,
-            max_matvecs=self._max_matvecs,
+            max_matvecs=limit,
             warm_start=known,
-            certify=self.next_is_certified,
+            certify=self.next_is_certified and limit == self._max_matvecs,
             seed=self._seed + self.taken,
         )
         self.taken += 1

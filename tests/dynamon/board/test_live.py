@@ -255,13 +255,13 @@ def test_no_name_leads_out_of_the_folder(tmp_path, name):
             fill(writer, range(3))
     get = client(tmp_path / "logs")
     for route in ("/run", "/table", "/health"):
-        assert get(route, run=name, quantity="gradient/dual").json == {"problem": "There is no such run any more."}
+        assert get(route, run=name, quantity="gradient/dual").json == {"problem": "This run no longer exists."}
 
 
 def test_what_cannot_be_shown_is_said(tmp_path, monkeypatch):
     for folder, said in (
-        ("s3://bucket/logs", "s3://bucket/logs lies elsewhere"),
-        ("gs://bucket", "gs://bucket lies elsewhere"),
+        ("s3://bucket/logs", "s3://bucket/logs is remote"),
+        ("gs://bucket", "gs://bucket is remote"),
         ("", "start TensorBoard with --logdir FOLDER"),
     ):
         assert said in client(folder)("/runs").json["problem"]

@@ -48,7 +48,7 @@ def test_an_entry_that_cannot_be_shown_is_refused(changes, message):
     own = Quantity("mine/own", "mine", "none", scope=Scope.PER_LAYER, words="mine")
     with pytest.raises(ValueError, match=message):
         replace(own, **changes)
-    with pytest.raises(ValueError, match="mine/own has two entries"):
+    with pytest.raises(ValueError, match="mine/own has two records"):
         by_tag([own], [own])
 
 

@@ -73,7 +73,7 @@ def test_an_event_file_that_was_cut_off(tmp_path):
     assert read_run(tmp_path)["loss"].steps.tolist() == list(range(99))
     for rest in (b"\0" * 40, b"\xff" * 40, (5).to_bytes(8, "little") + b"\xff" * 40):
         file.write_bytes(whole + rest)
-        with pytest.warns(UserWarning, match=f"damaged: bytes {len(whole)} to {len(whole) + len(rest)} were passed"):
+        with pytest.warns(UserWarning, match=f"damaged: bytes {len(whole)} to {len(whole) + len(rest)} were skipped"):
             assert read_run(tmp_path)["loss"].steps.tolist() == list(range(100))
 
 
