@@ -5,14 +5,11 @@ arm is a Trainer in a thread of its own on a network of 50 small tensors. In tur
 of each block the CPU time of its thread is noted; an arm is compared with the one without callbacks round by round.
 """
 
-import argparse
-import json
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -22,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, parser, write
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, SharpnessMonitor, WeightMonitor
 from dynamon.rates import FixedRates
 
@@ -156,21 +153,18 @@ def summary(seconds: dict[str, list[float]], block: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all arms and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--block", type=int, default=100, help="steps that an arm takes before the next one's turn")
-    default = Path(__file__).parent / "results" / "quiet_steps.json"
-    parser.add_argument("--output", type=Path, default=default)
-    options = parser.parse_args()
+    command = parser("quiet_steps", __doc__)
+    command.add_argument("--rounds", type=int, default=60)
+    command.add_argument("--block", type=int, default=100, help="steps that an arm takes before the next one's turn")
+    options = command.parse_args()
+    if options.smallest:
+        options.rounds, options.block = 2, 5
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = summary(run_in_turn(options.rounds, options.block), options.block)
     for name, found in results.items():
         print(f"{name:40} {found}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": environment("quiet_steps"), "results": results}, indent=2)
-    options.output.write_text(text + "\n")
-    print(f"wrote {options.output}")
+    write(options, "quiet_steps", {"environment": environment("quiet_steps"), "results": results})
 
 
 if __name__ == "__main__":

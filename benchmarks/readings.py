@@ -6,13 +6,10 @@ spent of what is allowed. With ``--pairs`` runs with and without the monitor tak
 is compared: what the monitor adds, with its 95 % interval, beside what it states.
 """
 
-import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
@@ -22,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, parser, write
 from benchmarks.overhead import READ
 from dynamon.callbacks import DynamicsMonitor
 from dynamon.cli.demo_data import standard_library_text, training_batches
@@ -173,13 +170,13 @@ def compare(case: Case, steps: int, pairs: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all models and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--steps", type=int, nargs="+", help="instead of the lengths of each model")
-    parser.add_argument("--pairs", type=int, default=0, help="runs with and without, of the shortest length but one")
-    default = Path(__file__).parent / "results" / "readings.json"
-    parser.add_argument("--output", type=Path, default=default)
-    options = parser.parse_args()
+    command = parser("readings", __doc__)
+    command.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    command.add_argument("--steps", type=int, nargs="+", help="instead of the lengths of each model")
+    command.add_argument("--pairs", type=int, default=0, help="runs with and without, of the shortest length but one")
+    options = command.parse_args()
+    if options.smallest:
+        options.cases, options.steps, options.pairs = ["small MLP"], [20], 2
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
@@ -194,10 +191,8 @@ def main() -> None:
         if options.pairs:
             results[name]["from outside"] = compare(case, sorted(lengths)[:2][-1], options.pairs)
             print(f"    {results[name]['from outside']}")
-        options.output.parent.mkdir(parents=True, exist_ok=True)  # after each model, since they take long
-        text = json.dumps({"environment": environment("readings"), "results": results}, indent=2)
-        options.output.write_text(text + "\n")
-    print(f"wrote {options.output}")
+        # After each model, since they take long.
+        write(options, "readings", {"environment": environment("readings"), "results": results})
 
 
 if __name__ == "__main__":
