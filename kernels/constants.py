@@ -9,13 +9,13 @@ from torch import Tensor
 def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return numbers known to the host as a vector on a device; cached, not to be written to.
 
-    A copy from ordinary host memory waits for everything the device has been given to do. It happens once for the same
-    numbers, and from pinned memory does not wait.
+    A copy from pageable host memory waits for the device's queue. Here it happens once for the same numbers, from
+    pinned memory, which does not wait.
 
     Args:
         values: The numbers.
-        device: Where to.
-        dtype: Of the result.
+        device: Device of the result.
+        dtype: Dtype of the result.
     """
     if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=dtype, device=device)

@@ -34,42 +34,51 @@ def conv_gram_iteration(
 ) -> tuple[Tensor, Tensor]:
     r"""Bound the largest singular value of a convolution, as the linear map from inputs to outputs.
 
-    A circular convolution is block-diagonal in the Fourier basis, one ``[out, in]`` matrix a frequency, and Gram
+    A circular convolution is block-diagonal in the Fourier basis, with one ``[out, in]`` matrix per frequency, and Gram
     iteration bounds each. For zero padding the upper bound is that of the circular convolution on
-    :math:`n + \min(p, d(k-1))` positions, of which the padded one is a part; on n positions it would not be a bound.
-    A stride s is taken apart into :math:`s^D` phases of the input (polyphase), groups into a batch. The lower bound is
-    a Rayleigh quotient: some power steps with the very convolution, padding and stride included.
+    :math:`n + \min(p, d(k-1))` positions, of which the padded one is a submatrix; on n positions it would not be a
+    bound. A stride s is decomposed into :math:`s^D` phases of the input (polyphase), groups become a batch. The lower
+    bound is a Rayleigh quotient after power steps with the convolution itself, padding and stride included.
 
-    Without ``input_size`` the bounds are for the supremum over all input sizes, which is the supremum of the matrix
-    over all frequencies: a grid of N a dimension, divided by :math:`\cos(\pi \delta / N)` a dimension with
-    :math:`\delta = \lfloor k/2 \rfloor` for what lies between (Duffin and Schaeffer), and the grid itself from below.
-    For circular padding the upper bound is that of stride one, times the root of how often outputs can repeat.
+    Without ``input_size`` the bounds hold for the supremum over all input sizes, which is the supremum of the matrix
+    over all frequencies. From below it is bounded by the maximum over a grid of N frequencies per dimension, from above
+    by that maximum divided by :math:`\cos(\pi \delta / N)` per dimension, with :math:`\delta = \lfloor k/2 \rfloor`,
+    which covers frequencies between grid points (Duffin and Schaeffer). For circular padding the upper bound is that of
+    stride one, times the root of how often outputs can repeat.
 
     Args:
         kernel: ``[out, in / groups, *k]`` with one to three spatial dimensions.
-        input_size: Spatial size of the input, one number for all dimensions or one each, or None for any.
+        input_size: Spatial size of the input, one number for all dimensions or one per dimension, or None for any.
         padding: Positions added at each end.
         padding_mode: ``"zeros"`` or ``"circular"``.
         stride: Step between outputs.
         dilation: Step between the kernel's taps.
-        groups: Independent parts of the channels.
-        steps: Gram steps, see :func:`gram_iteration`.
+        groups: Number of independent groups of channels.
+        steps: Number of Gram products, see :func:`gram_iteration`.
 
     Returns:
         ``(lower, upper)``, 0-d tensors in float32 (float64 for float64), with an allowance for rounding, also of
-        products and convolutions in TensorFloat-32 (0.4 to 0.8 %; a GPU takes it for convolutions unless
-        ``torch.backends.cudnn.conv.fp32_precision`` says ``"ieee"``, as it does for products if they are told to); NaN
-        where the kernel holds NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound
-        takes the direction that the power steps found as given.
+        products and convolutions in TensorFloat-32 (0.4 to 0.8 %). GPUs use it for convolutions unless
+        ``torch.backends.cudnn.conv.fp32_precision`` is ``"ieee"``, and for products where they are set to. NaN where
+        the kernel contains NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound treats
+        the direction found by the power steps as constant.
 
     Raises:
         TypeError: If ``kernel`` is not a tensor or ``steps`` not an int.
         ValueError: On shapes and arguments that no convolution has, or another padding mode.
 
-    Cost: ``steps`` products of the smaller channel side for about half the frequencies, and 12 convolutions forward and
-    back on one input. Memory: frequencies are taken some at a time; without a graph about eight copies of the kernel,
-    or 50 MB where that is more. Reference: Delattre et al., arXiv 2305.16173; the padding and
-    supremum bounds are dynamon's own, checked against the explicit operator.
+    Cost: ``steps`` products of the smaller channel side for about half of the frequencies, and 12 convolutions forward
+    and back on one input. Memory: frequencies are processed in chunks; without a graph about eight copies of the
+    kernel, at least 50 MB. Reference: Delattre et al., arXiv 2305.16173; the padding and supremum bounds are dynamon's
+    own, checked against the explicit operator.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import conv_gram_iteration
+        >>> blur = torch.full((1, 1, 3, 3), 1 / 9)
+        >>> lower, upper = conv_gram_iteration(blur, 32, padding=1)
+        >>> bool(0.97 < lower <= upper < 1.01)
+        True
     """
     plan = _Plan(kernel, input_size, padding, padding_mode, stride, dilation, groups)
     check_count("steps", steps)

@@ -54,23 +54,32 @@ def gradient_stats(
     Args:
         gradients: T dense tensors on one device, in float64, float32, bfloat16 or float16; none may be empty.
         previous: Storage of the same shapes in any of these dtypes, or None. The difference is taken in float32
-            (float64 where a gradient is float64), after which ``previous`` holds ``gradients``, rounded to its dtype.
-        dtype: Of the sums. float32 by default (float64 where a gradient is float64), which cannot hold the squares of
-            entries above 1.8e19 or below 1e-22; float64 holds those of any.
-        scale: Factor on the gradients, which are left as they are: a number, or a tensor of one entry on their device,
-            which no host has to know. Statistics and ``previous`` are of the product.
+            (float64 where a gradient is float64); then ``previous`` is overwritten with ``gradients`` in its own dtype.
+        dtype: Dtype of the sums: float32 by default (float64 where a gradient is float64), which cannot hold the
+            squares of entries above 1.8e19 or below 1e-22; float64 can.
+        scale: Factor on the gradients, which are not changed: a number, or a tensor of one entry on their device.
+            Statistics and ``previous`` are those of the product.
 
     Returns:
-        A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity reach the sums of their
+        A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity propagate to the sums of their
         tensor.
 
     Raises:
         ValueError: If the two lists differ in length or shape, or a tensor is empty or not floating point.
 
-    Cost: with Triton two reads and one write an entry. Else some passes over the tensors, in about 70 calls for those
-    of GPT-2 124M, with temporaries of 256 MiB or of the size of the largest tensor (of all of them where a dtype
-    differs). No host synchronisation on a GPU. A CPU takes tensors one by one, while they are in its cache, and again
-    where their squares leave float32.
+    Cost: with Triton two reads and one write per entry. Otherwise several passes over the tensors, in about 70 calls
+        for
+    those of GPT-2 124M, with temporaries of 256 MiB or of the size of the largest tensor (of all of them where dtypes
+    differ). No host synchronisation on a GPU. A CPU processes one tensor at a time, while it is in the cache, and again
+    where its squares leave float32.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import gradient_stats
+        >>> stored = [torch.tensor([1.0, 1.0])]
+        >>> found = gradient_stats([torch.tensor([3.0, -4.0])], stored)
+        >>> found.l1, found.sum_squares, found.difference_l1, stored[0]
+        (tensor([7.]), tensor([25.]), tensor([7.]), tensor([ 3., -4.]))
     """
     check_lists(gradients, previous)
     work = torch.float64 if torch.float64 in [g.dtype for g in gradients] else torch.float32
@@ -91,10 +100,10 @@ def warm_up(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32
     """Compile what :func:`gradient_stats` launches, so that no step and no budget pays for it.
 
     Args:
-        device: Where gradients will be; nothing happens where there is no Triton for it.
-        dtypes: Of gradients and, alike, of stored ones.
+        device: Device of the gradients; without Triton for it nothing happens.
+        dtypes: Dtypes of gradients and stored gradients.
 
-    Cost: some seconds on a machine that has never compiled it, else below a second. Two launches on three entries.
+    Cost: some seconds on a machine that has not compiled it yet, else below a second. Two launches on three entries.
     """
     if not _may_have_triton(device):
         return

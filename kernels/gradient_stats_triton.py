@@ -48,7 +48,7 @@ def triton_gradient_stats(
     Args:
         gradients: T dense tensors on one GPU in float32, bfloat16 or float16; none may be empty.
         previous: Storage of the same shapes in one of these dtypes, or None.
-        dtype: Of the sums: float32, or float64, which holds the squares of entries of any size.
+        dtype: Dtype of the sums: float32, or float64, which holds the squares of entries of any size.
         scale: Factor on the gradients: a number, or a tensor of one entry on their device.
 
     Returns:
@@ -58,10 +58,10 @@ def triton_gradient_stats(
         ImportError: If Triton is not installed.
         ValueError: If the lists differ in length or shape, a tensor is empty, or dtype or device do not fit.
 
-    Cost: two reads and one write an entry (one read without ``previous``), one launch for each pair of dtypes and one
-    that adds up the chunks, on the host a look at each tensor, and a copy of each tensor whose entries lie in another
-    order than its partner's. Addresses, 16 bytes a tensor, are sent ahead where they are not those of the call before.
-    No host synchronisation.
+    Cost: two reads and one write per entry (one read without ``previous``), one launch per pair of dtypes and one that
+    adds up the chunks, a check of each tensor on the host, and a copy of each tensor whose memory layout differs from
+    its partner's. Addresses, 16 bytes per tensor, are copied where they differ from those of the last call. No host
+    synchronisation.
     """
     check_lists(gradients, previous)
     if not gradients:
@@ -108,13 +108,13 @@ def runs(device: torch.device, gradient: torch.dtype, previous: torch.dtype, dty
     """Return whether the kernels compile and run there, tried once; where not, a warning is logged.
 
     Args:
-        device: A device for which there is Triton.
-        gradient: The gradients' dtype.
-        previous: That of stored ones.
-        dtype: Of the sums.
-        compare: Whether there are stored ones.
+        device: A device with Triton.
+        gradient: Dtype of the gradients.
+        previous: Dtype of the stored gradients.
+        dtype: Dtype of the sums.
+        compare: True where there are stored gradients.
 
-    Cost: at the first call for these dtypes a compilation of a second or two, or a look into Triton's own cache.
+    Cost: at the first call for these dtypes a compilation of a second or two, or a look-up in Triton's own cache.
     """
     key = device, gradient, previous, dtype, compare
     if key not in _runs:
@@ -202,13 +202,13 @@ def _kinds(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tu
 class _Plan:
     """Assignment of chunks to tensors, kept on the device for all lists of these sizes.
 
-    A table has a row a tensor, and a chunk only says which one it is of: from call to call nothing is made or sent
-    that has not changed.
+    A table has one row per tensor, and each chunk only stores its tensor's index: between calls nothing is allocated or
+    copied that has not changed.
 
     Args:
-        sizes: Entries of each tensor.
-        kinds: Their dtypes, or those of all.
-        device: Where they are. What the plan holds belongs to the stream that is the current one there.
+        sizes: Number of entries of each tensor.
+        kinds: Dtypes of each pair, or of all pairs.
+        device: Their device. The plan's memory belongs to the device's current stream.
     """
 
     def __init__(self, sizes: tuple[int, ...], kinds: tuple[_Kind, ...], device: torch.device) -> None:

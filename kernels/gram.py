@@ -49,12 +49,12 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: Matrices of shape ``[..., m, n]``, real or complex. Half precision is computed in float32.
-        steps: Number of Gram products. Six is within 1 % for rank 64 and below; each further step halves
-            the logarithmic gap at worst and squares the error where the top singular value stands apart.
+        steps: Number of Gram products. Six is within 1 % for ranks up to 64; each further step halves the logarithmic
+            gap at worst, and squares the error where the top singular value is well separated.
 
     Returns:
         ``(lower, upper)``, each of shape ``[...]`` on the device of ``weight``, in float32 (float64 for
-        float64). Zero for a zero matrix, NaN where the matrix holds NaN or infinity. Differentiable.
+        float64). Zero for a zero matrix, NaN where the matrix contains NaN or infinity. Differentiable.
 
     Raises:
         TypeError: If ``weight`` is not a tensor or ``steps`` not an int.
@@ -66,6 +66,13 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
 
     Reference: Delattre et al., "Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram
     Iteration", arXiv 2305.16173; the lower bounds are dynamon's own.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import gram_iteration
+        >>> lower, upper = gram_iteration(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+        >>> bool(lower <= 3 <= upper), round(float(upper / lower), 4)
+        (True, 1.0)
     """
     _check(weight, steps)
     found = _of_one_side([[weight.reshape(-1, *weight.shape[-2:])]], steps)
@@ -79,8 +86,8 @@ def gram_extremes(stacks: Sequence[Tensor], steps: int, half: bool = False) -> E
     Args:
         stacks: S stacks ``[t, m, n]`` of matrices of any shapes, on one device; at least one.
         steps: Number of Gram products.
-        half: Take the products in bfloat16, whose sums are float32. What is found is then no bound but an estimate:
-            rounding moves it by less than 0.3 %, to which comes the gap between the bounds.
+        half: Take products in bfloat16 with float32 sums. The results are then estimates, not bounds: rounding changes
+            them by less than 0.3 %, in addition to the gap between the bounds.
 
     Returns:
         :class:`Extremes` of the T matrices of all stacks, in their order, in float32 (float64 where a stack is).
@@ -88,7 +95,7 @@ def gram_extremes(stacks: Sequence[Tensor], steps: int, half: bool = False) -> E
     Raises:
         ValueError: As :func:`gram_iteration`.
 
-    Cost: that of :func:`gram_iteration`; about 60 calls a smaller side and 10 a shape, and a copy of the matrices.
+    Cost: that of :func:`gram_iteration`; about 60 calls per smaller side and 10 per shape, and a copy of the matrices.
     """
     for stack in stacks:
         _check(stack, steps)

@@ -42,10 +42,10 @@ def symmetric_gram(matrix: Tensor, *, precision: str = "ieee", tiling: Tiling | 
         precision: How float32 entries are multiplied: ``"ieee"`` exactly (no tensor cores), ``"tf32x3"`` from three
             products of 10-bit mantissas (close to float32), ``"tf32"`` from one (relative error 1e-3). Half
             precision is multiplied exactly whatever this says. Sums are float32 always.
-        tiling: How the work is cut, for measurements; None takes the one for the dtype.
+        tiling: Launch parameters, for measurements; None takes those for the dtype.
 
     Returns:
-        ``[..., s, s]`` in float32, ``s = min(m, n)``. NaN and infinity spread as in a matrix product.
+        ``[..., s, s]`` in float32, ``s = min(m, n)``. NaN and infinity propagate as in a matrix product.
 
     Raises:
         ImportError: If Triton is not installed.

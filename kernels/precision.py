@@ -15,11 +15,11 @@ _SPARE = 4  # the errors of Gram iteration's steps add up to twice the first one
 def product_rounding(matrix: Tensor) -> float:
     """Return the relative rounding that products apply to entries of a matrix like this; 0 in its own dtype.
 
-    TensorFloat-32 keeps 10 bits of mantissa (``torch.set_float32_matmul_precision("high")`` on a GPU); on a CPU the
-    same setting permits units for bfloat16 or TensorFloat-32 where there are any, and is taken at its word.
+    TensorFloat-32 keeps 10 bits of mantissa (``torch.set_float32_matmul_precision("high")`` on a GPU). On a CPU the
+    same setting permits bfloat16 or TensorFloat-32 units; their use is assumed.
 
     Args:
-        matrix: A tensor, whose dtype and device count.
+        matrix: A tensor with the dtype and device in question.
     """
     return _rounding(matrix, "matmul")
 
@@ -32,8 +32,8 @@ def convolution_rounding(kernel: Tensor) -> float:
 def product_allowance(matrix: Tensor) -> float:
     """Return by how much such products can change a largest singular value, relative: four roundings.
 
-    Entries rounded towards zero make it smaller by one rounding a product, and by half of that at each further step of
-    Gram iteration; the rest is for roundings of either sign.
+    Entries rounded towards zero lower it by one rounding in the first product, and by half of that at each further step
+    of Gram iteration; the rest is for roundings of either sign.
     """
     return _SPARE * product_rounding(matrix)
 

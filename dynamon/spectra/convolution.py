@@ -1,4 +1,4 @@
-"""What a convolution does to a whole input: bounds on its norm as a linear map."""
+"""Bounds on the spectral norm of convolutions as linear maps of whole inputs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,28 +6,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import any_sharded, to_local
+from dynamon.distributed.dtensor import holders_section, to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.work_sharing import measure_gathered
+from dynamon.distributed.work_sharing import share_work
 from dynamon.kernels import conv_gram_iteration
 from dynamon.layers import ConvGeometry, Layer
 
 
 def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    r"""Bounds on the spectral norm of a convolution layer, :math:`\max_x \|k * x\| / \|x\|`.
+    r"""Bound the spectral norm of a convolution layer, :math:`\max_x \|k * x\| / \|x\|`.
 
-    That is another number than the largest singular value of the flattened kernel, which sees one patch of the input:
+    It differs from the largest singular value ``sigma`` of the flattened kernel, which acts on one patch of the input:
     for zero padding it lies between ``sigma`` and ``sqrt(prod(k)) sigma``. A transposed convolution has the norm of the
-    convolution it is the adjoint of, whose flattening is another than its own.
+    convolution whose adjoint it is; their flattenings differ.
 
     Args:
         layer: A layer with a :class:`dynamon.layers.ConvGeometry`: stride, dilation, groups and padding count.
-        input_size: Spatial size of the input (of the output for a transposed convolution). None: the supremum over
-            all sizes, for which padding with zeros does not matter.
+        input_size: Spatial size of the input (of the output for a transposed convolution). None gives the
+            supremum over all sizes, for which zero padding does not matter.
 
     Returns:
-        ``(lower, upper)``, 0-d, in float32 (float64 for float64); NaN where the kernel holds NaN or infinity. The upper
-        one can serve as a regulariser.
+        ``(lower, upper)``, 0-d, in float32 (float64 for float64); NaN where the kernel contains NaN or infinity. The
+        upper one can serve as a regulariser.
 
     Raises:
         ValueError: If the layer is not a convolution, pads by reflection or replication, or pads one side of a given
@@ -56,39 +56,32 @@ def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = 
 
 
 def layer_convolution_bounds(layers: Sequence[Layer], ranks: Ranks | None = None) -> tuple[list[str], Tensor]:
-    """Names and bounds ``[2, N]`` of the N convolutions among some layers, for inputs of any size.
+    """Return names and bounds ``[2, N]`` of the norms of the N convolutions among some layers, for inputs of any size.
 
     Args:
         layers: The layers, on one device; those that are no convolutions, or pad by reflection, are passed over.
-        ranks: The processes, where weights are sharded: each takes a part of the convolutions, inside of their
-            :meth:`dynamon.distributed.ranks.Ranks.collective_section`.
+        ranks: As for :func:`dynamon.quantities.weights.layer_spectra`.
 
     Cost: that of :func:`convolution_bounds` for each: a second and more for a few hundred channels on a CPU.
     """
     chosen = [layer for layer in layers if has_bounds(layer)]
-    weights = [layer.parameter for layer in chosen]
     if not chosen:
         return [], torch.empty(2, 0)
-    with torch.no_grad():
-        if ranks is None or not any_sharded(weights):
-            return [layer.name for layer in chosen], _bounds(chosen, weights).float()
-        parts = [[to_local(weight.detach())] for weight in weights]
-        costs = [float(weight.numel()) for weight in weights]
+    likes = [layer.parameter for layer in chosen]
 
-        def measure(positions: list[int], wholes: list[list[Tensor]]) -> Tensor:
-            return _bounds([chosen[i] for i in positions], [tensors[0] for tensors in wholes])
+    def measure(own: list[int], wholes: list[Sequence[Tensor]]) -> Tensor:
+        convolutions = [replace(chosen[i], parameter=tensors[0]) for i, tensors in zip(own, wholes, strict=True)]
+        return torch.stack([torch.stack(convolution_bounds(layer)).float() for layer in convolutions], 1)
 
-        table = ranks.sum(measure_gathered(measure, parts, weights, costs, 2, ranks))
+    shards, costs = [[to_local(like)] for like in likes], [float(like.numel()) for like in likes]
+    with torch.no_grad(), holders_section(likes, ranks) as holding:
+        group = ranks or holding
+        table = group.sum(share_work(measure, shards, likes, costs, 2, group))
     return [layer.name for layer in chosen], table.float()
 
 
-def _bounds(layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
-    pairs = [convolution_bounds(replace(la, parameter=weight)) for la, weight in zip(layers, weights, strict=True)]
-    return torch.stack([torch.stack(pair).float() for pair in pairs], dim=1)
-
-
 def has_bounds(layer: Layer) -> bool:
-    """Whether :func:`convolution_bounds` knows this kind of layer."""
+    """Return whether :func:`convolution_bounds` knows this kind of layer."""
     return layer.conv is not None and layer.conv.padding_mode in ("zeros", "circular")
 
 

@@ -22,10 +22,10 @@ class PowerLaw:
     r"""A fit of :math:`\rho(\lambda) \propto \lambda^{-\alpha}` to the tail of a spectrum; fields are ``[...]``.
 
     Attributes:
-        exponent: :math:`\alpha`; NaN where there is no power law to speak of.
-        ks_distance: Kolmogorov-Smirnov distance of the best fit, whether it is accepted or not.
-        size: Eigenvalues in the tail of that fit.
-        start: Where it begins.
+        exponent: :math:`\alpha`; NaN where the fit is rejected.
+        ks_distance: Kolmogorov-Smirnov distance of the best fit, accepted or not.
+        size: Number of eigenvalues in the tail of that fit.
+        start: Smallest eigenvalue in it.
     """
 
     exponent: Tensor
@@ -40,18 +40,25 @@ def power_law(eigenvalues: Tensor) -> PowerLaw:
     For every candidate start :math:`\lambda_0` the exponent is the maximum-likelihood one,
     :math:`\alpha = 1 + k / \sum \log(\lambda_i / \lambda_0)` over the k eigenvalues above it, and the start is the
     candidate with the smallest Kolmogorov-Smirnov distance (Clauset, Shalizi and Newman, arXiv 0706.1062). The fit is
-    refused (the exponent is NaN) where that distance exceeds the 5 % critical value for an estimated exponent, where an
-    exponential tail is more likely, or where fewer than ten eigenvalues are left.
+    rejected (the exponent is NaN) where that distance exceeds the 5 % critical value for an estimated exponent, where
+    an exponential tail is more likely, or where fewer than ten eigenvalues are left.
 
     Args:
         eigenvalues: ``[..., n]``, not negative, in any order: squared singular values.
 
     Returns:
-        :class:`PowerLaw` in float64, on the host where the device has none; NaN for spectra that hold NaN, and for too
-        few positive eigenvalues.
+        :class:`PowerLaw` in float64, on the host where the device has no float64; NaN for spectra that contain NaN, and
+        for too few positive eigenvalues.
 
-    Cost: some tables of ``64 n`` numbers a spectrum, of as many spectra at once as make 2^24 numbers, in some forty
-    calls; no host synchronisation.
+    Cost: some tables of ``64 n`` entries per spectrum, in chunks of 2^24 entries; about forty calls, no host
+    synchronisation.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra.power_law import power_law
+        >>> quantiles = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+        >>> round(float(power_law(quantiles ** (-1 / 1.5)).exponent), 1)  # a density of x^-2.5
+        2.5
     """
     values = in_double(eigenvalues).sort(-1, descending=True).values
     count = values.shape[-1]

@@ -28,10 +28,10 @@ class SpectralDensity:
     Attributes:
         nodes: ``[R, m]`` Ritz values, largest first.
         weights: ``[R, m]``, each row sums to one.
-        residuals: ``[R, m]``; some eigenvalue lies within that of each node.
-        size: Eigenvalues n of the operator.
-        matvecs: Products spent.
-        backend: How the operator made its products.
+        residuals: ``[R, m]``; some eigenvalue lies within that distance of each node.
+        size: Number of eigenvalues n of the operator.
+        matvecs: Number of matvecs taken.
+        backend: Backend of the operator.
     """
 
     nodes: Array
@@ -53,13 +53,13 @@ class SpectralDensity:
     def outliers(self) -> Array:
         """Eigenvalues separated from the bulk above it, largest first.
 
-        They end at the widest relative gap, the eigenvalue-ratio criterion: each gap is divided by the distance of
-        the value below it from the median eigenvalue, plus a fifth of that of the largest. There are none where the
-        widest gap is below a quarter. Only resolved gaps count, where the residual of each Ritz value so far is at
-        most a tenth of its distance to the next, and at most a third of the Ritz values are outliers. The count is the
-        median over the random starts. More steps resolve more gaps, but add none that is not there. Without a gap
-        that stands out, in a spectrum that decays evenly, the count is zero or small; of outliers on very different
-        scales only the upper group is found.
+        The widest relative gap separates them, by the eigenvalue-ratio criterion: each gap is divided by the distance
+        of the value below it from the median eigenvalue, plus a fifth of that distance for the largest value. There are
+        no outliers where the widest relative gap is below a quarter. Only resolved gaps count, up to which the residual
+        of each Ritz value is at most a tenth of its distance to the next, and at most a third of the Ritz values are
+        outliers. The count is the median over the random starts. More steps resolve more gaps, but create none. In a
+        spectrum that decays evenly the count is zero or small; of outliers on very different scales only the upper
+        group is found.
 
         Reference: Ahn and Horenstein, "Eigenvalue ratio test for the number of factors", 2013.
         """
@@ -84,7 +84,7 @@ class SpectralDensity:
         """Evaluate the density at some points, each node smoothed by a Gaussian.
 
         Args:
-            points: ``[p]`` where to evaluate.
+            points: ``[p]`` points of evaluation.
             width: Standard deviation of the Gaussians; None takes a hundredth of the spectrum's range.
         """
         width = width or max(float(np.ptp(self.nodes)) / 100, 1e-12)
@@ -100,7 +100,7 @@ class SpectralDensity:
         """Draw the density on a logarithmic axis and mark each outlier.
 
         Args:
-            axes: Matplotlib axes, or None for a figure of its own.
+            axes: Matplotlib axes; None creates a figure.
 
         Returns:
             The axes.
@@ -154,16 +154,28 @@ def spectral_density(operator: Any, *, steps: int = 80, num_vectors: int = 4, se
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        steps: Products a random start, which is the number of nodes; at most n are taken.
-        num_vectors: Random starts.
-        seed: Seeds the starts with a generator of its own.
+        steps: Matvecs per random start, the number of nodes; at most n are taken.
+        num_vectors: Number of random starts.
+        seed: Seed of the starts; global random state is not touched.
+
+    Returns:
+        :class:`SpectralDensity`.
 
     Raises:
+        TypeError: If ``steps`` or ``num_vectors`` is not an int.
         ValueError: If ``steps`` or ``num_vectors`` is below one.
         FloatingPointError: If the operator returns NaN or infinity.
 
     Cost: ``steps * num_vectors`` matvecs; memory of ``steps + 1`` vectors of length n. Reference: Ubaru, Chen, Saad,
     "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", 2017; Ghorbani et al., arXiv 1901.10159.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal, spectral_density
+        >>> bulk, outliers = torch.linspace(-1, 1, 198), torch.tensor([8.0, 9.0])
+        >>> found = spectral_density(Diagonal(torch.cat([bulk, outliers])), steps=40)
+        >>> found.outliers.round(2), round(found.mean, 1)
+        (array([9., 8.]), 0.1)
     """
     check_count("steps", steps)
     check_count("num_vectors", num_vectors)

@@ -15,20 +15,19 @@ class Eigenpairs:
 
     Attributes:
         values: ``[k]`` float64 on the host, largest first.
-        vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors and
-            further Ritz vectors that make the next warm start safe.
+        vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors, and further Ritz
+            vectors for the next warm start.
         residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
         lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
         upper: A 99 % upper bound on the largest eigenvalue, or None where the run was not certified.
         smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue (the mean eigenvalue for
             method ``"gram"``, the smallest Rayleigh quotient for ``"power"``).
-        matvecs: Products spent.
-        converged: Whether residuals, the agreement of successive values and the products themselves met the
-            tolerance.
-        backend: How the operator made its products.
-        product_error: Estimated relative error of the product with the top vector; 0 where products are exact,
-            for finite differences the relative difference between two step sizes. Where it exceeds the tolerance
-            nothing has converged and there are no bounds.
+        matvecs: Number of matvecs taken.
+        converged: True where residuals, successive values and the error of products met the tolerance.
+        backend: Backend of the operator.
+        product_error: Estimated relative error of the product with the top vector: 0 for exact products, for finite
+            differences the relative difference between two step sizes. Where it exceeds the tolerance, ``converged`` is
+            False and there are no bounds.
     """
 
     values: Tensor
@@ -67,7 +66,7 @@ class Eigenpairs:
         """Return the numbers by tag; a value that did not converge goes under ``{tag}_unconverged``.
 
         Args:
-            tag: That of the largest eigenvalue; ``{tag}_residual`` and, where there is one, ``{tag}_upper`` go with it.
+            tag: Tag of the largest eigenvalue; ``{tag}_residual`` and, for a certified run, ``{tag}_upper`` are added.
         """
         value = tag if self.converged else f"{tag}_unconverged"
         readings = {value: float(self.values[0]), f"{tag}_residual": float(self.residuals[0])}

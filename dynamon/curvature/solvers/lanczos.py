@@ -71,9 +71,9 @@ _Outcome = tuple["Ritz", np.ndarray, bool]
 class _Solve:
     """One solve: extend the space until the wanted pairs have settled or the matvecs are spent.
 
-    A Krylov space holds one vector of each eigenspace. For k > 1 the run therefore goes on from a fresh vector
-    outside of what it has found, until that brings nothing new. A look outside lets go of the residual vector, and
-    with it of the free residuals, which are then taken with a product each.
+    A Krylov space contains one vector of each eigenspace. For k > 1 the run therefore restarts from a fresh vector
+    orthogonal to what it has found, until that yields nothing new. Restarting from a fresh vector discards the Lanczos
+    residual, so that residual norms then cost one matvec each.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ class Ritz:
 class Lanczos:
     """A Krylov basis with its projected matrix, and the rules to extend and restart it.
 
-    The basis stays on the device. The projected matrix is gathered there too and read once a burst, so
-    that products are queued without waiting for the host.
+    The basis stays on the device. The projected matrix is assembled there too and read once per burst, so that products
+    are queued without waiting for the host.
     """
 
     def __init__(self, operator: Any, start: Tensor, basis_size: int) -> None:

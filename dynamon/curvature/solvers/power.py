@@ -21,9 +21,8 @@ def power_eigenpairs(
 ) -> Eigenpairs:
     """Compute the k largest eigenvalues one by one; see :func:`dynamon.curvature.top_eigenvalues`.
 
-    Each is found orthogonal to those before. Where negative eigenvalues are about as large as the largest, the
-    iteration goes on with ``A + s I``, s the length of a product, whose dominant eigenvalue is the largest algebraic
-    one.
+    Each is orthogonal to those before. Where negative eigenvalues are about as large as the largest, the iteration
+    continues with ``A + s I``, s the length of a product, whose dominant eigenvalue is the largest algebraic one.
     """
     start = random_start(operator, None, seed)
     known = start.new_zeros(start.shape[0], 0)

@@ -33,47 +33,58 @@ def top_eigenvalues(
 ) -> Eigenpairs:
     r"""Compute the k largest algebraic eigenvalues of a symmetric operator, with bounds.
 
-    ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm
-    start mixes the given vectors with fresh noise, so that a direction which has overtaken the old one is found.
-    The run stops when the residual of every wanted pair is at most ``tol`` times the largest Ritz value in
-    magnitude **and** the last two Ritz values agree to ``tol``. A cold start is half noise and half the gradient, where
-    the operator has one. It never stops before 8 products from nothing; with
-    three or more tracked vectors 5 are enough, with two 12, with one 16, because a run from the old top alone
-    converges to an eigenvalue that is no longer the top. For k > 1 it goes on from a fresh vector until that finds
-    nothing new, which doubles the products at least, since the first one sees a repeated eigenvalue only once; a
-    certified run, which may not restart, does not.
+    ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm start
+    adds fresh noise to the given vectors, so that a direction that has overtaken the old one is found. A cold start is
+    half noise and half the gradient, where the operator has one. The run stops when the residual of every wanted pair
+    is at most ``tol`` times the largest Ritz value in magnitude **and** the last two Ritz values agree to ``tol``, but
+    not before 8 matvecs from a cold start, 16 with one tracked vector, 12 with two, 5 with three or more: a run from
+    the old top vector alone converges to an eigenvalue that is no longer the largest. A Krylov space contains a
+    repeated eigenvalue only once, so for k > 1 the run restarts from a fresh vector until that yields nothing new,
+    which at least doubles the matvecs; a certified run, which may not restart, does not.
 
-    ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the
-    largest in magnitude. It needs several times as many products, and is there to compare with others.
+    ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the largest
+    in magnitude. It needs several times as many matvecs and serves for comparison.
 
-    ``"gram"`` (:class:`GGNOperator` only) builds the Gram matrix
-    :math:`H_L^{1/2} J J^\top H_L^{1/2}` of the outputs, which has the eigenvalues of the GGN, and brackets the
-    largest by Gram iteration, from below and from above, without chance. It costs two passes a row of the outputs.
+    ``"gram"`` (:class:`GGNOperator` only) builds the Gram matrix :math:`H_L^{1/2} J J^\top H_L^{1/2}` of the outputs,
+    which has the eigenvalues of the GGN, and bounds the largest from below and above by Gram iteration,
+    deterministically. It costs two passes per row of the outputs.
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        k: How many eigenvalues, 1 or more (``"gram"``: 1); all of them where the operator has fewer.
+        k: Number of eigenvalues, 1 or more (``"gram"``: 1); all of them where the operator has fewer.
         method: ``"lanczos"``, ``"power"`` or ``"gram"``.
         tol: Relative tolerance.
-        max_matvecs: Upper limit on products; a run that meets it first has ``converged=False``.
-        warm_start: ``[n]`` or ``[n, m]``, for instance ``.vectors`` of the last run, or None for a cold start.
-        certify: Take a cold, unrestarted run of at least 20 products (Lanczos), which alone has a valid upper bound:
-            with probability 0.99 over the random start the largest eigenvalue lies below the root of the
-            Lanczos polynomial above the top Ritz value. ``warm_start`` is then not used.
-        seed: Seeds the random start with a generator of its own: global random state is left alone.
+        max_matvecs: Upper limit on matvecs; a run that reaches it first has ``converged=False``.
+        warm_start: ``[n]`` or ``[n, m]``, such as ``.vectors`` of the last run, or None for a cold start.
+        certify: Take a cold, unrestarted run of at least 20 matvecs (Lanczos), which alone has a valid upper bound:
+            with probability 0.99 over the random start the largest eigenvalue lies below the root of the Lanczos
+            polynomial above the top Ritz value. ``warm_start`` is then not used.
+        seed: Seed of the random start; global random state is not touched.
 
     Returns:
         :class:`Eigenpairs`.
 
     Raises:
+        TypeError: If ``k`` or ``max_matvecs`` is not an int, or ``warm_start`` not a tensor.
         ValueError: On arguments outside the ranges above, and for ``"gram"`` on more than 4,096 rows.
         FloatingPointError: If the operator returns NaN or infinity.
 
-    Cost: up to ``max_matvecs`` products. Memory for k = 1: 9 vectors of length n (``max_matvecs + 1`` certified,
-    2k + 7 for larger k); one host read per 2 products. Power: k + 2 vectors. Gram: some matrices of rows x rows.
+    Cost: up to ``max_matvecs`` matvecs. Memory for k = 1: 9 vectors of length n (``max_matvecs + 1`` certified, 2k + 7
+    for larger k); one host read per 2 matvecs. Power: k + 2 vectors. Gram: some matrices of rows x rows.
 
     Reference: Wu and Simon, "Thick-restart Lanczos", 2000; van Dorsselaer, Hochstenbach and van der Vorst,
     "Computing probabilistic bounds for extreme eigenvalues", 2000; Delattre et al., arXiv 2305.16173.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal, top_eigenvalues
+        >>> operator = Diagonal(torch.linspace(-1, 2, 100))
+        >>> found = top_eigenvalues(operator, certify=True)
+        >>> found.lower <= 2 <= found.upper, found.converged
+        (True, True)
+        >>> again = top_eigenvalues(operator, warm_start=found.vectors)
+        >>> again.matvecs < found.matvecs
+        True
     """
     _check(operator, k, method, tol, max_matvecs, warm_start)
     k = min(k, operator.shape[0])

@@ -19,7 +19,7 @@ class TraceEstimate:
     Attributes:
         value: The estimate, unbiased.
         standard_error: Its standard error, from the spread over the vectors; NaN with one vector.
-        matvecs: Products spent.
+        matvecs: Number of matvecs taken.
     """
 
     value: float
@@ -32,18 +32,28 @@ class TraceEstimate:
 def trace(operator: Any, *, num_vectors: int = 16, seed: int = 0) -> TraceEstimate:
     r"""Estimate the trace of a symmetric operator by Hutchinson's method.
 
-    :math:`\mathrm{tr} A = E[z^\top A z]` with z of independent signs; the variance of one sample is twice the sum of
-    the squared off-diagonal entries.
+    :math:`\mathrm{tr} A = E[z^\top A z]` for vectors z of independent random signs; the variance for one vector is
+    twice the sum of the squared off-diagonal entries.
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        num_vectors: Sign vectors.
-        seed: Seeds them with a generator of its own.
+        num_vectors: Number of sign vectors.
+        seed: Their seed; global random state is not touched.
+
+    Returns:
+        :class:`TraceEstimate`.
 
     Raises:
-        ValueError: If ``num_vectors`` is below one.
+        TypeError: If ``num_vectors`` is not an int.
+        ValueError: If it is below one.
 
-    Cost: ``num_vectors`` products, one host read, memory of two vectors. Reference: Hutchinson, 1990.
+    Cost: ``num_vectors`` matvecs, one host read, memory of two vectors. Reference: Hutchinson, 1990.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal, trace
+        >>> trace(Diagonal(torch.tensor([1.0, 2.0, 3.0])), num_vectors=4)
+        TraceEstimate(value=6.0, standard_error=0.0, matvecs=4)
     """
     check_count("num_vectors", num_vectors)
     device = getattr(operator, "device", torch.device("cpu"))

@@ -16,20 +16,30 @@ _COLD_AT = 5  # ... away from the first one, which is cold anyway
 class EigenTracker:
     """Repeated :func:`top_eigenvalues`, each warm-started from the one before.
 
-    Owns the vectors of the last measurement and decides when to start from nothing: the first time, whenever the
-    operator's size changed, and every tenth time, when the run can also bring the 99 % upper bound.
+    It holds the vectors of the last measurement. Measurements start cold the first time, after the operator's size has
+    changed, and every tenth time, when the run can also give the 99 % upper bound.
 
     Args:
-        k: How many eigenvalues to follow.
-        certify: Take the cold runs after the first with an upper bound.
-        tol: As in :func:`top_eigenvalues`, like the two that follow.
-        max_matvecs: Upper limit on products.
+        k: Number of eigenvalues to track.
+        certify: Give the cold runs after the first an upper bound.
+        tol: Relative tolerance, as in :func:`top_eigenvalues`.
+        max_matvecs: Upper limit on matvecs per measurement.
         seed: Seed of the start vectors; each measurement has its own.
 
     Attributes:
-        k: Number of eigenvalues that are followed.
-        taken: Measurements so far.
-        vectors: What the next warm start begins from, or None.
+        k: Number of eigenvalues that are tracked.
+        taken: Number of measurements so far.
+        vectors: Start vectors of the next warm start, or None.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal, EigenTracker
+        >>> tracker = EigenTracker()
+        >>> sizes = [tracker.update(Diagonal(torch.linspace(0, top, 200))).matvecs for top in (1.0, 1.01, 1.02)]
+        >>> sizes[0] > sizes[1] >= sizes[2]
+        True
+        >>> tracker
+        EigenTracker(k=1, 3 measurements, the next one warm)
     """
 
     def __init__(
@@ -95,7 +105,7 @@ class EigenTracker:
         """Return the state that a resumed run needs to continue identically.
 
         Args:
-            most: Leave the vectors out where they hold more numbers than this; the next measurement is then cold.
+            most: Leave out vectors with more entries than this; the next measurement is then cold.
         """
         small = self.vectors is not None and (most is None or self.vectors.numel() <= most)
         return {"k": self.k, "taken": self.taken, "vectors": self.vectors if small else None}
