@@ -14,11 +14,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import numpy as np
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from benchmarks.environment import environment, parser, write
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.distributed.ranks import Ranks
+from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.optim import Lanton
 
@@ -279,6 +281,12 @@ def agreeing(ranks: int, steps: int, budget: float) -> dict[str, Any]:
     case = Case("mlp", torch.float32, "DDP", ranks)
     plain = fit(case, [], lambda: None, steps)["seconds"]
     monitor = DynamicsMonitor(budget=budget)
+    decisions = [0]
+    take = Planner.take
+
+    def counted(planner: Planner, planned: Sequence[float]) -> None:
+        decisions[0] += 1
+        take(planner, planned)
 
     def report() -> dict[str, Any]:
         run, timed = monitor._run, {}
@@ -297,15 +305,17 @@ def agreeing(ranks: int, steps: int, budget: float) -> dict[str, Any]:
         return {
             "budget": budget,
             "steps": steps,
-            "decisions": run.decisions.taken,
-            "microseconds a decision": round(1e6 * spent / max(run.decisions.taken, 1), 1),
+            "decisions": decisions[0],
+            "microseconds a decision": round(1e6 * spent / max(decisions[0], 1), 1),
             "decisions over training time": round(spent / run.budget.training, 5),
             "monitoring over training time": round(run.budget.overhead, 4),
             "readings": {meter.name: meter.points for meter in monitor._meters if meter.points},
             **timed,
         }
 
-    return {**fit_all(case, monitor, report, steps), "ms a step without": round(1000 * plain / steps, 2)}
+    with mock.patch.object(Planner, "take", counted):  # in the processes, which are forked
+        found = fit_all(case, monitor, report, steps)
+    return {**found, "ms a step without": round(1000 * plain / steps, 2)}
 
 
 def fit_all(case: Case, monitor: DynamicsMonitor, report: Callable[[], Any], steps: int) -> dict[str, Any]:

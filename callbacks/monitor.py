@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.callbacks.lightning.callback import DynamonCallback
-from dynamon.callbacks.lightning.loop import TrainerLoop
+from dynamon.callbacks.lightning.loop import TrainerLoop, step_of
 from dynamon.monitoring import monitor
 
 
 class Monitor(monitor.Monitor, DynamonCallback):
     """A monitor that a Trainer calls.
 
-    Everything that is no hook is that of :class:`dynamon.monitoring.Monitor`, which says what the arguments are.
+    Arguments are those of :class:`dynamon.monitoring.monitor.Monitor`, and so is everything that is no hook.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -32,6 +32,7 @@ class Monitor(monitor.Monitor, DynamonCallback):
         """Find the layers, start the meters, write the panels."""
         loop = TrainerLoop(trainer, pl_module)
         loop.begin_windows()
+        self._row = loop.row
         self.begin(loop)
         with self._budget.watch():
             self.write_layout(loop)
@@ -40,6 +41,8 @@ class Monitor(monitor.Monitor, DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Let the meters see the batch."""
+        if self.asleep and self.sleeps_on(step_of(trainer)):
+            return
         TrainerLoop(trainer, pl_module).row.close()
         self.batch_start(batch)
 
@@ -61,6 +64,8 @@ class Monitor(monitor.Monitor, DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the meters measure, if the optimizer has stepped, and hand on what they read."""
+        if self.asleep and (self._row is None or self._row.is_empty):
+            return
         self.batch_end(outputs)
         self.send_row(TrainerLoop(trainer, pl_module))
 

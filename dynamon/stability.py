@@ -1,8 +1,8 @@
-r"""How close a run is to the largest step its curvature allows.
+r"""The stability ratio: how close a run is to the largest step that its curvature allows.
 
-One number for every optimizer with a known stability condition, threshold 1:
-:math:`\lambda_{max}(D^{1/2} P^{-1/2} H P^{-1/2} D^{1/2})`. Under mini-batches a value below one is normal, and a
-value that hovers around one (the edge of stability) is normal training too, not a fault.
+One number for every optimizer with a known stability condition, with threshold 1:
+:math:`\lambda_{max}(D^{1/2} P^{-1/2} H P^{-1/2} D^{1/2})`. With mini-batches a value below one is normal. A value that
+stays around one (the edge of stability) is normal training too, not a fault.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +28,12 @@ class StabilityScaling:
     r"""The diagonal scaling that turns a Hessian into a stability ratio.
 
     Attributes:
-        scale: Flat ``[n]``, :math:`\sqrt{D/P}`; zero where a coordinate was left out.
+        scale: Flat ``[n]``, :math:`\sqrt{D/P}`; zero for excluded coordinates.
         decay: Flat ``[n]`` coupled weight decay to add to the Hessian's diagonal, or None.
         sign: -1 for ``maximize``.
-        constant: The one value of :math:`D/P` where all coordinates share it and nothing is added, so that
-            the ratio is the Hessian's eigenvalue times this; else None.
-        excluded: Coordinates whose second moment is zero (a token never seen): they have not moved.
+        constant: The value of :math:`D/P` where all coordinates share it and nothing is added, so that the ratio is the
+            Hessian's eigenvalue times this; else None.
+        excluded: Number of coordinates whose second moment is zero (a token never seen): they have not moved.
     """
 
     scale: Tensor
@@ -55,7 +55,7 @@ def stability_ratio(
     certify: bool = False,
     seed: int = 0,
 ) -> Eigenpairs:
-    r"""The stability ratio: 1 is where gradient descent with this optimizer starts to oscillate and grow.
+    r"""Compute the stability ratio: above 1, gradient descent with this optimizer oscillates and grows.
 
     :math:`\lambda_{max}(D^{1/2} P^{-1/2} H P^{-1/2} D^{1/2})` with, by optimizer,
 
@@ -67,26 +67,36 @@ def stability_ratio(
     Coupled decay adds wd I to H, ``maximize`` flips the sign of H.
 
     Args:
-        loss_fn: Called once; the scalar loss.
-        params: Parameters the loss is differentiated in, all of them in ``optimizer``, or a mapping from their names.
+        loss_fn: Called once; returns the scalar loss.
+        params: Parameters to differentiate in, all of them in ``optimizer``, or a mapping from their names.
         optimizer: Its groups and state are read, not changed.
-        ratios: A factor on the learning rate for each of ``params``, as layerwise steering applies it, or a mapping
-            from the names of some of them.
-        tol: As in :func:`dynamon.curvature.top_eigenvalues`, like the four that follow.
-        max_matvecs: Upper limit on products.
+        ratios: One factor on the learning rate per parameter, as layerwise steering applies it, or a mapping from the
+            names of some parameters.
+        tol: Relative tolerance, as in :func:`dynamon.curvature.top_eigenvalues`.
+        max_matvecs: Upper limit on matvecs.
         warm_start: Vectors of the last measurement, in scaled coordinates.
-        certify: Take a run that has an upper bound.
+        certify: Take a run with an upper bound.
         seed: Seed of the start vector.
 
     Returns:
         :class:`dynamon.curvature.Eigenpairs` of the scaled operator.
 
     Raises:
-        ValueError: If the optimizer has no known stability condition, has taken no step yet where its state
-            is needed, or does not hold a parameter.
+        TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer``.
+        ValueError: If the optimizer has no known stability condition, has taken no step yet where its state is needed,
+            or does not hold a parameter.
 
-    Cost: one gradient graph and the products of the solver. Reference: Cohen et al., "Adaptive gradient
-    methods at the edge of stability", arXiv 2207.14484; the momentum forms are exact on quadratics.
+    Cost: one gradient graph and the matvecs of the solver. Reference: Cohen et al., "Adaptive gradient methods at the
+    edge of stability", arXiv 2207.14484; the momentum forms are exact on quadratics.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.stability import stability_ratio
+        >>> w = torch.ones(3, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([w], lr=0.1)
+        >>> found = stability_ratio(lambda: (w * torch.tensor([1.0, 5.0, 30.0]) * w).sum() / 2, [w], optimizer)
+        >>> round(float(found.values[0]), 3)  # 30 of 2 / 0.1: gradient descent diverges
+        1.5
     """
     flat = FlatParameters(params)
     scaling = stability_scaling(optimizer, flat, ratios)
@@ -97,11 +107,20 @@ def stability_ratio(
 
 
 def stability_operator(hessian: LinearOperator, scaling: StabilityScaling) -> LinearOperator:
-    """The operator whose largest eigenvalue is the stability ratio.
+    """Return the operator whose largest eigenvalue is the stability ratio.
 
     Args:
         hessian: The Hessian on the same flat coordinates.
-        scaling: From :func:`stability_scaling`.
+        scaling: Result of :func:`stability_scaling`.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal
+        >>> from dynamon.stability import stability_operator, stability_scaling
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> scaling = stability_scaling(torch.optim.SGD([w], lr=0.5), [w])
+        >>> stability_operator(Diagonal(torch.tensor([1.0, 4.0])), scaling) @ torch.ones(2)
+        tensor([0.2500, 1.0000])
     """
     signed = hessian if scaling.sign > 0 else scaling.sign * hessian
     if scaling.decay is not None:
@@ -115,18 +134,28 @@ def stability_scaling(
     ratios: Sequence[float] | Mapping[str, float] | None = None,
     space: VectorSpace | None = None,
 ) -> StabilityScaling:
-    """Read the scaling of :func:`stability_ratio` off an optimizer's groups and state.
+    """Read the scaling of :func:`stability_ratio` from an optimizer's groups and state.
 
     Args:
         optimizer: SGD, Adam, AdamW or RMSprop of ``torch.optim`` (subclasses included).
-        params: The parameters as the optimizer has them, in the order of the flat coordinates, or a mapping from their
-            names.
-        ratios: A factor on the learning rate for each parameter, a mapping from the names of some, or None for ones.
-        space: Where the flat coordinates lie, if not all here.
+        params: The parameters as the optimizer holds them, in the order of the flat coordinates, or a mapping from
+            their names.
+        ratios: One factor on the learning rate per parameter, a mapping from the names of some, or None for ones.
+        space: The space of the flat coordinates where they are sharded.
 
     Raises:
+        TypeError: As for :func:`stability_ratio`.
         ValueError: As for :func:`stability_ratio`.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.stability import stability_scaling
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> stability_scaling(torch.optim.SGD([w], lr=0.5), [w]).constant
+        0.25
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     if not has_stability_condition(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__} has no known stability condition; "
@@ -165,7 +194,7 @@ def stability_scaling(
 def _factors(
     names: Sequence[str] | None, count: int, ratios: Sequence[float] | Mapping[str, float] | None
 ) -> list[float]:
-    """A factor for each parameter."""
+    """Return one factor per parameter."""
     if not isinstance(ratios, Mapping):
         factors = [1.0] * count if ratios is None else list(ratios)
         if len(factors) != count:
@@ -180,7 +209,15 @@ def _factors(
 
 
 def has_stability_condition(optimizer: Optimizer) -> bool:
-    """Whether :func:`stability_ratio` knows the optimizer: by class, but for those of another geometry."""
+    """Return whether :func:`stability_ratio` knows the optimizer, by its class and its geometry.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.stability import has_stability_condition
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> has_stability_condition(torch.optim.AdamW([w])), has_stability_condition(torch.optim.NAdam([w]))
+        (True, False)
+    """
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     if not isinstance(optimizer, SGD | Adam | RMSprop) or names & {"NAdam", "RAdam"}:
         return False
@@ -188,12 +225,19 @@ def has_stability_condition(optimizer: Optimizer) -> bool:
 
 
 def stability_threshold(optimizer: Optimizer) -> float | None:
-    """The sharpness at which plain gradient descent becomes unstable, where one number exists.
+    """Return the sharpness at which plain gradient descent becomes unstable, where one number exists.
 
     Returns:
         2 / lr for SGD; with momentum b 2 (1 + b) / (lr (1 - dampening)), Nesterov 2 (1 + b) / (lr (1 + 2 b)),
-        when all groups agree and there is no coupled decay. None otherwise (Adam's threshold is a matter
-        of its state: use :func:`stability_ratio`).
+        when all groups agree and there is no coupled decay. None otherwise (Adam's threshold depends on its state:
+        use :func:`stability_ratio`).
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.stability import stability_threshold
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> stability_threshold(torch.optim.SGD([w], lr=0.1)), stability_threshold(torch.optim.Adam([w]))
+        (20.0, None)
     """
     if not isinstance(optimizer, SGD) or any(g["weight_decay"] or g["maximize"] for g in optimizer.param_groups):
         return None
@@ -211,7 +255,7 @@ def _sgd_factor(group: dict[str, object]) -> float:
 
 
 def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float) -> Tensor:
-    """D / P of one parameter, flat; NaN where the second moment is zero or there is none: nothing moves there."""
+    """Compute D / P of one parameter, flat; NaN where nothing moves: no second moment, or a second moment of zero."""
     wide = torch.promote_types(real_dtype(p), torch.float32)
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the numerical kernels under dynamon.
+"""Numerical kernels: tensors in, tensors out.
 
 Nothing here knows ``nn.Module``, an optimizer or Lightning.
 """

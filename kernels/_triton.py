@@ -1,4 +1,4 @@
-"""What the Triton twins share: importing without Triton, and one sentence where they cannot run."""
+"""Shared parts of the Triton twins: imports without Triton, and errors where they cannot run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,24 +15,24 @@ __all__ = ["can_run", "interpreted", "jit", "require", "tl", "triton"]
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """``triton.jit`` with its options, or the plain function where Triton is not installed."""
+    """Apply ``triton.jit`` with its options, or return the plain function where Triton is not installed."""
     if triton is None:
         return (lambda plain: plain) if function is None else function
     return triton.jit(function, **options)
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, as ``TRITON_INTERPRET=1`` makes it."""
+    """Return whether Triton runs kernels in Python, as with ``TRITON_INTERPRET=1``."""
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether the kernels run on this device: a GPU, or the CPU where they are interpreted."""
+    """Return whether the kernels run on this device: a GPU, or a CPU where they are interpreted."""
     return triton is not None and (device.type == "cuda" or interpreted())
 
 
 def require(device: torch.device, name: str) -> None:
-    """Raise where the kernels cannot run on this device."""
+    """Raise an error where the kernels cannot run on this device."""
     if triton is None:
         raise ImportError(f"{name} needs Triton, which is not installed: pip install triton.")
     if not can_run(device):

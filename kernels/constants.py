@@ -1,4 +1,4 @@
-"""Small constant tensors that stay on their device: making them anew would wait for it at each call."""
+"""Small constant tensors cached on their device: creating them anew would synchronise at each call."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A vector of numbers known to the host, on a device; the same tensor for the same numbers, not to be written.
+    """Return numbers known to the host as a vector on a device; cached, not to be written to.
 
-    A copy from ordinary host memory waits for everything the device has been given to do. It happens once for the same
-    numbers, and from pinned memory does not wait.
+    A copy from pageable host memory waits for the device's queue. Here it happens once for the same numbers, from
+    pinned memory, which does not wait.
 
     Args:
         values: The numbers.
-        device: Where to.
-        dtype: Of the result.
+        device: Device of the result.
+        dtype: Dtype of the result.
     """
     if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=dtype, device=device)
@@ -37,5 +37,5 @@ _MOST = 512
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for a GPU."""
+    """Copy a host tensor to a device, without waiting for a GPU."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynamon.kernels.arguments import check_count, check_tensor
 from dynamon.kernels.constants import to_device
 from dynamon.kernels.gram import gram_iteration
 from dynamon.kernels.precision import convolution_rounding, own_dtype, product_allowance
@@ -33,45 +34,54 @@ def conv_gram_iteration(
 ) -> tuple[Tensor, Tensor]:
     r"""Bound the largest singular value of a convolution, as the linear map from inputs to outputs.
 
-    A circular convolution is block-diagonal in the Fourier basis, one ``[out, in]`` matrix a frequency, and Gram
+    A circular convolution is block-diagonal in the Fourier basis, with one ``[out, in]`` matrix per frequency, and Gram
     iteration bounds each. For zero padding the upper bound is that of the circular convolution on
-    :math:`n + \min(p, d(k-1))` positions, of which the padded one is a part; on n positions it would not be a bound.
-    A stride s is taken apart into :math:`s^D` phases of the input (polyphase), groups into a batch. The lower bound is
-    a Rayleigh quotient: some power steps with the very convolution, padding and stride included.
+    :math:`n + \min(p, d(k-1))` positions, of which the padded one is a submatrix; on n positions it would not be a
+    bound. A stride s is decomposed into :math:`s^D` phases of the input (polyphase), groups become a batch. The lower
+    bound is a Rayleigh quotient after power steps with the convolution itself, padding and stride included.
 
-    Without ``input_size`` the bounds are for the supremum over all input sizes, which is the supremum of the matrix
-    over all frequencies: a grid of N a dimension, divided by :math:`\cos(\pi \delta / N)` a dimension with
-    :math:`\delta = \lfloor k/2 \rfloor` for what lies between (Duffin and Schaeffer), and the grid itself from below.
-    For circular padding the upper bound is that of stride one, times the root of how often outputs can repeat.
+    Without ``input_size`` the bounds hold for the supremum over all input sizes, which is the supremum of the matrix
+    over all frequencies. From below it is bounded by the maximum over a grid of N frequencies per dimension, from above
+    by that maximum divided by :math:`\cos(\pi \delta / N)` per dimension, with :math:`\delta = \lfloor k/2 \rfloor`,
+    which covers frequencies between grid points (Duffin and Schaeffer). For circular padding the upper bound is that of
+    stride one, times the root of how often outputs can repeat.
 
     Args:
         kernel: ``[out, in / groups, *k]`` with one to three spatial dimensions.
-        input_size: Spatial size of the input, one number for all dimensions or one each, or None for any.
+        input_size: Spatial size of the input, one number for all dimensions or one per dimension, or None for any.
         padding: Positions added at each end.
         padding_mode: ``"zeros"`` or ``"circular"``.
         stride: Step between outputs.
         dilation: Step between the kernel's taps.
-        groups: Independent parts of the channels.
-        steps: Gram steps, see :func:`gram_iteration`.
+        groups: Number of independent groups of channels.
+        steps: Number of Gram products, see :func:`gram_iteration`.
 
     Returns:
         ``(lower, upper)``, 0-d tensors in float32 (float64 for float64), with an allowance for rounding, also of
-        products and convolutions in TensorFloat-32 (0.4 to 0.8 %; a GPU takes it for convolutions unless
-        ``torch.backends.cudnn.conv.fp32_precision`` says ``"ieee"``, as it does for products if they are told to); NaN
-        where the kernel holds NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound
-        takes the direction that the power steps found as given.
+        products and convolutions in TensorFloat-32 (0.4 to 0.8 %). GPUs use it for convolutions unless
+        ``torch.backends.cudnn.conv.fp32_precision`` is ``"ieee"``, and for products where they are set to. NaN where
+        the kernel contains NaN or infinity. Differentiable; with ``input_size`` the gradient of the lower bound treats
+        the direction found by the power steps as constant.
 
     Raises:
+        TypeError: If ``kernel`` is not a tensor or ``steps`` not an int.
         ValueError: On shapes and arguments that no convolution has, or another padding mode.
 
-    Cost: ``steps`` products of the smaller channel side for about half the frequencies, and 12 convolutions forward and
-    back on one input. Memory: frequencies are taken some at a time; without a graph about eight copies of the kernel,
-    or 50 MB where that is more. Reference: Delattre et al., arXiv 2305.16173; the padding and
-    supremum bounds are dynamon's own, checked against the explicit operator.
+    Cost: ``steps`` products of the smaller channel side for about half of the frequencies, and 12 convolutions forward
+    and back on one input. Memory: frequencies are processed in chunks; without a graph about eight copies of the
+    kernel, at least 50 MB. Reference: Delattre et al., arXiv 2305.16173; the padding and supremum bounds are dynamon's
+    own, checked against the explicit operator.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import conv_gram_iteration
+        >>> blur = torch.full((1, 1, 3, 3), 1 / 9)
+        >>> lower, upper = conv_gram_iteration(blur, 32, padding=1)
+        >>> bool(0.97 < lower <= upper < 1.01)
+        True
     """
     plan = _Plan(kernel, input_size, padding, padding_mode, stride, dilation, groups)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_count("steps", steps)
     work = kernel if kernel.dtype == torch.float64 else kernel.float()
     finite = torch.isfinite(work.detach()).all()
     scale = work.detach().abs().amax()
@@ -82,7 +92,7 @@ def conv_gram_iteration(
 
 
 def _bounds(kernel: Tensor, work: Tensor, plan: "_Plan", steps: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The bounds of a finite kernel whose largest entry is one, times a scale."""
+    """Bound a finite kernel whose largest entry is one, and multiply the bounds by a scale."""
     lower, upper = _over_frequencies(plan.polyphase(work), plan.grid, steps)
     if plan.size is None:
         if plan.circular and max(plan.stride) > 1:  # circles that the stride does not divide: drop no outputs
@@ -98,7 +108,7 @@ def _bounds(kernel: Tensor, work: Tensor, plan: "_Plan", steps: int, scale: Tens
 
 
 class _Plan:
-    """The geometry of a convolution: sizes a dimension, and the circular one that contains it."""
+    """Geometry of a convolution: sizes per dimension, and the circular convolution that contains it."""
 
     def __init__(
         self,
@@ -110,6 +120,7 @@ class _Plan:
         dilation: Size,
         groups: int,
     ) -> None:
+        check_tensor("kernel", kernel, "[out, in / groups, *k]")
         if not kernel.is_floating_point() or not 3 <= kernel.ndim <= 5 or kernel.numel() == 0:
             raise ValueError(
                 "conv_gram_iteration needs a floating point kernel [out, in / groups, *k] with one to three spatial "
@@ -139,18 +150,18 @@ class _Plan:
         self._rest = padding, padding_mode, dilation, groups
 
     def with_stride_one(self, kernel: Tensor) -> "_Plan":
-        """The same convolution of inputs of any size, none of whose outputs is dropped."""
+        """Return the same convolution at stride one, for inputs of any size."""
         padding, padding_mode, dilation, groups = self._rest
         return _Plan(kernel, None, padding, padding_mode, 1, dilation, groups)
 
     def _phase_stride(self) -> list[int]:
-        """The stride that is taken apart; where it does not divide a circle, dropping outputs is enough of a bound."""
+        """Return the stride to take apart; where it does not divide a circle, dropping outputs is bound enough."""
         if not self.circular or self.size is None:
             return self.stride
         return [s if n % s == 0 else 1 for s, n in zip(self.stride, self.size, strict=True)]
 
     def _grid(self) -> list[int]:
-        """Frequencies a dimension."""
+        """Return the number of frequencies per dimension."""
         lengths = [-(-e // s) for e, s in zip(self.extent, self.phase_stride, strict=True)]
         self.degrees = [length // 2 for length in lengths]
         if self.size is None:
@@ -162,12 +173,12 @@ class _Plan:
 
     @property
     def between_frequencies(self) -> float:
-        """What a trigonometric polynomial of the kernel's degree can add between the points of the grid."""
+        """Factor by which a polynomial of the kernel's degree can exceed its values on the grid."""
         return math.prod(1 / math.cos(math.pi * d / n) for d, n in zip(self.degrees, self.grid, strict=True))
 
     @property
     def repeats(self) -> float:
-        """Circular padding beyond the kernel repeats outputs, each at most so often."""
+        """Root of the most often that circular padding beyond the kernel repeats an output."""
         if not self.circular:
             return 1.0
         smallest = [max(p, 1) for p in self.padding]  # where outputs are repeated most often
@@ -175,7 +186,7 @@ class _Plan:
         return math.sqrt(math.prod(max(1, -(-(n + 2 * p - e + 1) // n)) for n, p, e in axes))
 
     def polyphase(self, kernel: Tensor) -> Tensor:
-        """The kernel ``[groups, out, in * phases, *taps]`` of the same map between phases of the input."""
+        """Return the kernel ``[groups, out, in * phases, *taps]`` of the same map between phases of the input."""
         out, channels = kernel.shape[:2]
         spread = kernel.new_zeros(out, channels, *self.extent)
         taps: list[Any] = [slice(None, None, d) for d in self.dilation]
@@ -191,7 +202,7 @@ class _Plan:
         return phases.reshape(self.groups, out // self.groups, *phases.shape[1:])
 
     def convolve(self, kernel: Tensor, inputs: Tensor) -> Tensor:
-        """The convolution itself."""
+        """Apply the convolution."""
         padding: list[int] | int = self.padding
         if self.circular and any(self.padding):
             inputs = F.pad(inputs, [p for p in reversed(self.padding) for _ in range(2)], mode="circular")
@@ -208,7 +219,7 @@ def _each(value: Size, dimensions: int, least: int, name: str) -> list[int]:
 
 
 def _over_frequencies(phases: Tensor, grid: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
-    """Largest bounds over a grid of frequencies; conjugate frequencies are taken once."""
+    """Return the largest bounds over a grid of frequencies, taking conjugate frequencies once."""
     bounds = [gram_iteration(part, steps=steps) for part in _transformed(phases, grid)]
     lower, upper = (torch.stack([part.amax() for part in side]).amax() for side in zip(*bounds, strict=True))
     # Rounding of the transform, which is a product where frequencies are taken some at a time.
@@ -217,7 +228,7 @@ def _over_frequencies(phases: Tensor, grid: Sequence[int], steps: int) -> tuple[
 
 
 def _transformed(phases: Tensor, grid: Sequence[int]) -> Iterator[Tensor]:
-    """Matrices ``[n, out, in]`` of the frequencies, a chunk at a time: of all at once they would be 500 kernels."""
+    """Yield the matrices ``[n, out, in]`` of the frequencies in chunks: all at once would be 500 kernels."""
     groups, out, channels, *taps = phases.shape
     frequencies = [*grid[:-1], grid[-1] // 2 + 1]
     count, entries = math.prod(frequencies), groups * out * channels
@@ -236,7 +247,7 @@ def _transformed(phases: Tensor, grid: Sequence[int]) -> Iterator[Tensor]:
 def _waves(
     chosen: range, frequencies: Sequence[int], taps: Sequence[int], grid: Sequence[int], like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and negative sine ``[taps, n]`` of some frequencies at all taps."""
+    """Compute cosine and negative sine ``[taps, n]`` of some frequencies at all taps."""
     turns = torch.zeros(math.prod(taps), len(chosen), dtype=torch.float64, device="cpu")
     places = torch.unravel_index(torch.arange(len(turns), device="cpu"), list(taps))
     points = torch.unravel_index(torch.arange(chosen.start, chosen.stop, device="cpu"), list(frequencies))
@@ -249,7 +260,7 @@ def _waves(
 
 
 def _folded(phases: Tensor, grid: Sequence[int]) -> Tensor:
-    """Taps beyond the circle's length come round again."""
+    """Wrap taps beyond the circle's length around."""
     for axis, length in enumerate(grid, start=3):
         taps = phases.shape[axis]
         if taps > length:
@@ -261,7 +272,7 @@ def _folded(phases: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def _rayleigh(kernel: Tensor, plan: _Plan) -> Tensor:
-    """||A x|| / ||x|| after some power steps with the convolution and its adjoint."""
+    """Compute ||A x|| / ||x|| after some power steps with the convolution and its adjoint."""
     assert plan.size is not None
     frozen = kernel.detach()
     generator = torch.Generator(kernel.device).manual_seed(0)

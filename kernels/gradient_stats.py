@@ -1,4 +1,4 @@
-"""One pass over a list of gradients, and over their difference to the previous ones."""
+"""Statistics of a list of gradients and of their changes, in one pass."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def gradient_stats(
     *,
     scale: Scale = 1.0,
 ) -> GradientStats:
-    """Norms of every gradient and of its change, in one pass, refreshing the stored gradient.
+    """Compute norms of every gradient and of its change, in one pass that refreshes the stored gradient.
 
     On CUDA it is two launches of a Triton kernel (``dynamon.kernels.gradient_stats_triton``) where that takes the
     lists, else PyTorch's operators on lists.
@@ -54,23 +54,32 @@ def gradient_stats(
     Args:
         gradients: T dense tensors on one device, in float64, float32, bfloat16 or float16; none may be empty.
         previous: Storage of the same shapes in any of these dtypes, or None. The difference is taken in float32
-            (float64 where a gradient is float64), after which ``previous`` holds ``gradients``, rounded to its dtype.
-        dtype: Of the sums. float32 by default (float64 where a gradient is float64), which cannot hold the squares of
-            entries above 1.8e19 or below 1e-22; float64 holds those of any.
-        scale: Factor on the gradients, which are left as they are: a number, or a tensor of one entry on their device,
-            which no host has to know. Statistics and ``previous`` are of the product.
+            (float64 where a gradient is float64); then ``previous`` is overwritten with ``gradients`` in its own dtype.
+        dtype: Dtype of the sums: float32 by default (float64 where a gradient is float64), which cannot hold the
+            squares of entries above 1.8e19 or below 1e-22; float64 can.
+        scale: Factor on the gradients, which are not changed: a number, or a tensor of one entry on their device.
+            Statistics and ``previous`` are those of the product.
 
     Returns:
-        A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity reach the sums of their
+        A :class:`GradientStats` in ``dtype``, on the gradients' device. NaN and infinity propagate to the sums of their
         tensor.
 
     Raises:
         ValueError: If the two lists differ in length or shape, or a tensor is empty or not floating point.
 
-    Cost: with Triton two reads and one write an entry. Else some passes over the tensors, in about 70 calls for those
-    of GPT-2 124M, with temporaries of 256 MiB or of the size of the largest tensor (of all of them where a dtype
-    differs). No host synchronisation on a GPU. A CPU takes tensors one by one, while they are in its cache, and again
-    where their squares leave float32.
+    Cost: with Triton two reads and one write per entry. Otherwise several passes over the tensors, in about 70 calls
+        for
+    those of GPT-2 124M, with temporaries of 256 MiB or of the size of the largest tensor (of all of them where dtypes
+    differ). No host synchronisation on a GPU. A CPU processes one tensor at a time, while it is in the cache, and again
+    where its squares leave float32.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import gradient_stats
+        >>> stored = [torch.tensor([1.0, 1.0])]
+        >>> found = gradient_stats([torch.tensor([3.0, -4.0])], stored)
+        >>> found.l1, found.sum_squares, found.difference_l1, stored[0]
+        (tensor([7.]), tensor([25.]), tensor([7.]), tensor([ 3., -4.]))
     """
     check_lists(gradients, previous)
     work = torch.float64 if torch.float64 in [g.dtype for g in gradients] else torch.float32
@@ -91,10 +100,10 @@ def warm_up(device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32
     """Compile what :func:`gradient_stats` launches, so that no step and no budget pays for it.
 
     Args:
-        device: Where gradients will be; nothing happens where there is no Triton for it.
-        dtypes: Of gradients and, alike, of stored ones.
+        device: Device of the gradients; without Triton for it nothing happens.
+        dtypes: Dtypes of gradients and stored gradients.
 
-    Cost: some seconds on a machine that has never compiled it, else below a second. Two launches on three entries.
+    Cost: some seconds on a machine that has not compiled it yet, else below a second. Two launches on three entries.
     """
     if not _may_have_triton(device):
         return
@@ -112,7 +121,7 @@ def _may_have_triton(device: torch.device) -> bool:
 
 
 def check_lists(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None) -> None:
-    """Raise where the two lists are not what the statistics are taken of."""
+    """Raise an error where the lists do not fit each other or hold empty or non-float tensors."""
     if 0 in [g.numel() for g in gradients]:
         raise ValueError("gradient_stats cannot take an empty tensor; leave it out.")
     if previous is not None and [g.shape for g in gradients] != [p.shape for p in previous]:
@@ -123,7 +132,7 @@ def check_lists(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None) 
 
 
 def no_stats(dtype: torch.dtype, compare: bool) -> GradientStats:
-    """The statistics of an empty list."""
+    """Return the statistics of an empty list."""
     nothing = torch.zeros(0, dtype=dtype)
     change = nothing if compare else None
     return GradientStats(nothing, nothing, nothing, change, change, change)
@@ -132,7 +141,7 @@ def no_stats(dtype: torch.dtype, compare: bool) -> GradientStats:
 def _composed(
     given: Sequence[Tensor], previous: Sequence[Tensor] | None, work: torch.dtype, dtype: torch.dtype, scale: Scale
 ) -> GradientStats:
-    """The statistics by PyTorch's operators on lists."""
+    """Compute the statistics by PyTorch's operators on lists."""
     gradients = [g.detach() for g in given]
     factor = scale.detach().reshape(()) if isinstance(scale, Tensor) else scale
     if previous is None:
@@ -167,13 +176,13 @@ def _times(sums: Tensor, scale: Scale) -> Tensor:
 
 
 def _scaled(own: tuple[Tensor, Tensor, Tensor], scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums over gradients as those over their multiples."""
+    """Convert sums over gradients to sums over their multiples."""
     l1, squares, nonfinite = own
     return _times(l1, scale), _times(_times(squares, scale), scale), nonfinite
 
 
 def _in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Tensors in another dtype, copied in one call; those that have it as they are."""
+    """Convert tensors to another dtype in one call; those that have it are returned as they are."""
     others = [t for t in tensors if t.dtype != dtype]
     if not others:
         return tensors
@@ -184,13 +193,13 @@ def _in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _own(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The l1 norm, sum of squares and non-finite count of every tensor, each stacked to ``[T]``."""
+    """Compute l1 norm, sum of squares and non-finite count of every tensor, each stacked to ``[T]``."""
     l1, squares = _norms(tensors, dtype)
     return l1, squares, _nonfinite(tensors, l1)
 
 
 def _norms(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The l1 norm and the sum of squares of every tensor, each stacked to ``[T]``."""
+    """Compute l1 norm and sum of squares of every tensor, each stacked to ``[T]``."""
     return _l1(tensors, dtype), l2_norms(tensors).to(dtype).square()
 
 
@@ -199,7 +208,7 @@ def _l1(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _nonfinite(tensors: list[Tensor], l1: Tensor) -> Tensor:
-    """How many entries of each tensor are NaN or infinite."""
+    """Count the entries of each tensor that are NaN or infinite."""
     groups = _groups(tensors, max([t.itemsize for t in tensors]))
     return torch.stack([count for group in groups for count in _nonfinite_norms(tensors[group], l1.dtype)])
 
@@ -213,7 +222,7 @@ def _nonfinite_norms(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _inner(current: list[Tensor], previous: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Inner products of pairs of tensors, in a few calls: what positive products add up to, less what negative do."""
+    """Compute inner products of pairs in a few calls: the sum of positive products less that of negative ones."""
     groups = _groups(current, dtype.itemsize)
     parts = [_inner_norms(current[group], previous[group], dtype) for group in groups]
     above, below = (torch.stack([norm for part in parts for norm in part[side]]) for side in (0, 1))
@@ -223,7 +232,7 @@ def _inner(current: list[Tensor], previous: list[Tensor], dtype: torch.dtype) ->
 def _inner_norms(
     current: list[Tensor], previous: list[Tensor], dtype: torch.dtype
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The l1 norms of the positive products of pairs of tensors, and of the negative ones."""
+    """Compute l1 norms of the positive products of pairs of tensors, and of the negative ones."""
     products = torch._foreach_mul(_in_dtype(current, dtype), _in_dtype(previous, dtype))
     above = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
     torch._foreach_clamp_max_(products, 0.0)
@@ -231,7 +240,7 @@ def _inner_norms(
 
 
 def _groups(tensors: Sequence[Tensor], itemsize: int) -> Iterator[slice]:
-    """Neighbours whose copies together take so many bytes an entry and are not larger than allowed."""
+    """Group neighbours whose copies together, at so many bytes per entry, are not larger than allowed."""
     begin, size = 0, 0
     for i, tensor in enumerate(tensors):
         more = tensor.numel() * itemsize
@@ -245,7 +254,7 @@ def _groups(tensors: Sequence[Tensor], itemsize: int) -> Iterator[slice]:
 def _one_by_one(
     given: Sequence[Tensor], previous: Sequence[Tensor] | None, work: torch.dtype, dtype: torch.dtype, scale: Scale
 ) -> GradientStats:
-    """The statistics on a CPU, of one tensor after the other: there memory is slow, and to read a number is free."""
+    """Compute the statistics tensor by tensor, for CPUs: there memory is slow, and reading a number is free."""
     gradients, factor = [g.detach() for g in given], float(scale)
     if previous is None:
         return GradientStats(*_scaled(_columns([_on_host(g, work, dtype) for g in gradients], dtype), factor))
@@ -276,13 +285,13 @@ def _one_by_one(
 
 
 def _columns(rows: list[tuple[float, float, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """l1 norms, sums of squares and non-finite counts ``[T]`` from what :func:`_on_host` found."""
+    """Convert the results of :func:`_on_host` to l1 norms, sums of squares and non-finite counts ``[T]``."""
     l1, l2, nonfinite = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
     return l1.to(dtype), l2.to(dtype).square(), nonfinite.to(dtype)
 
 
 def _on_host(tensor: Tensor, work: torch.dtype, dtype: torch.dtype) -> tuple[float, float, float]:
-    """The l1 and l2 norm of a tensor, and how many entries are not finite."""
+    """Return l1 norm, l2 norm and non-finite count of a tensor."""
     l1 = tensor.abs().sum(dtype=work).item()  # the norm of order one is several times slower
     if l1 == math.inf and work != dtype:
         l1 = tensor.abs().sum(dtype=dtype).item()
@@ -292,7 +301,7 @@ def _on_host(tensor: Tensor, work: torch.dtype, dtype: torch.dtype) -> tuple[flo
 
 
 def _host_inner(current: Tensor, previous: Tensor, length: float, dtype: torch.dtype) -> float:
-    """The inner product of two tensors, of which the first has that length."""
+    """Compute the inner product of two tensors, given the length of the first."""
     a, b = current.flatten(), previous.flatten()
     found = torch.dot(a, b).item()
     squares = length * length

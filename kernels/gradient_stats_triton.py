@@ -1,4 +1,4 @@
-"""Statistics of a list of gradients in two launches: the Triton twin of :func:`dynamon.kernels.gradient_stats`."""
+"""Triton twin of :func:`dynamon.kernels.gradient_stats`: two launches for a list of gradients."""
 
 from __future__ import annotations  # `tl` is None where Triton is missing
 
@@ -39,7 +39,7 @@ def triton_gradient_stats(
     *,
     scale: Scale = 1.0,
 ) -> GradientStats:
-    """Norms of every gradient and of its change, refreshing the stored gradient, in one pass over memory.
+    """Compute norms of every gradient and of its change in one pass that refreshes the stored gradient.
 
     Takes and gives what :func:`dynamon.kernels.gradient_stats` does, except for float64. Each entry is read once from
     either list and written once. Sums are float32 within a chunk of 16 KiB and float64 across chunks, always in the
@@ -48,7 +48,7 @@ def triton_gradient_stats(
     Args:
         gradients: T dense tensors on one GPU in float32, bfloat16 or float16; none may be empty.
         previous: Storage of the same shapes in one of these dtypes, or None.
-        dtype: Of the sums: float32, or float64, which holds the squares of entries of any size.
+        dtype: Dtype of the sums: float32, or float64, which holds the squares of entries of any size.
         scale: Factor on the gradients: a number, or a tensor of one entry on their device.
 
     Returns:
@@ -58,10 +58,10 @@ def triton_gradient_stats(
         ImportError: If Triton is not installed.
         ValueError: If the lists differ in length or shape, a tensor is empty, or dtype or device do not fit.
 
-    Cost: two reads and one write an entry (one read without ``previous``), one launch for each pair of dtypes and one
-    that adds up the chunks, on the host a look at each tensor, and a copy of each tensor whose entries lie in another
-    order than its partner's. Addresses, 16 bytes a tensor, are sent ahead where they are not those of the call before.
-    No host synchronisation.
+    Cost: two reads and one write per entry (one read without ``previous``), one launch per pair of dtypes and one that
+    adds up the chunks, a check of each tensor on the host, and a copy of each tensor whose memory layout differs from
+    its partner's. Addresses, 16 bytes per tensor, are copied where they differ from those of the last call. No host
+    synchronisation.
     """
     check_lists(gradients, previous)
     if not gradients:
@@ -80,7 +80,7 @@ def triton_gradient_stats(
 def attempt(
     gradients: Sequence[Tensor], previous: Sequence[Tensor] | None, dtype: torch.dtype, scale: Scale
 ) -> GradientStats | None:
-    """:func:`triton_gradient_stats` of lists that were checked, or None where it cannot be."""
+    """Compute :func:`triton_gradient_stats` of checked lists, or return None where it cannot run."""
     if not supported(gradients, previous):
         return None
     device = gradients[0].device
@@ -90,7 +90,7 @@ def attempt(
 
 
 def supported(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = None) -> bool:
-    """Whether :func:`triton_gradient_stats` can take these lists, and they lie on a device that runs it."""
+    """Return whether :func:`triton_gradient_stats` can take these lists and their device runs it."""
     if not gradients or not can_run(gradients[0].device):
         return False
     device = gradients[0].device
@@ -105,16 +105,16 @@ def supported(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None = N
 
 
 def runs(device: torch.device, gradient: torch.dtype, previous: torch.dtype, dtype: torch.dtype, compare: bool) -> bool:
-    """Whether the kernels compile and run there, tried once on a few entries; where not, one sentence is logged.
+    """Return whether the kernels compile and run there, tried once; where not, a warning is logged.
 
     Args:
-        device: A device for which there is Triton.
-        gradient: The gradients' dtype.
-        previous: That of stored ones.
-        dtype: Of the sums.
-        compare: Whether there are stored ones.
+        device: A device with Triton.
+        gradient: Dtype of the gradients.
+        previous: Dtype of the stored gradients.
+        dtype: Dtype of the sums.
+        compare: True where there are stored gradients.
 
-    Cost: at the first call for these dtypes a compilation of a second or two, or a look into Triton's own cache.
+    Cost: at the first call for these dtypes a compilation of a second or two, or a look-up in Triton's own cache.
     """
     key = device, gradient, previous, dtype, compare
     if key not in _runs:
@@ -129,7 +129,7 @@ def runs(device: torch.device, gradient: torch.dtype, previous: torch.dtype, dty
 
 
 def _say(error: Exception) -> None:
-    """Say once why the twin is not used."""
+    """Log once why the twin is not used."""
     if "compile" not in _told:
         _told.add("compile")
         lines = str(error).strip().splitlines() or [""]
@@ -144,7 +144,7 @@ def _say(error: Exception) -> None:
 def _stats(
     gradients: Sequence[Tensor], previous: Sequence[Tensor] | None, dtype: torch.dtype, scale: Scale
 ) -> GradientStats:
-    """The statistics of lists that were looked at."""
+    """Compute the statistics of checked lists."""
     stored, device = previous, gradients[0].device
     both = gradients if previous is None else [*gradients, *previous]
     if not all([t.is_contiguous() for t in both]):
@@ -163,7 +163,7 @@ def _stats(
 def _in_one_order(
     gradients: Sequence[Tensor], previous: Sequence[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Both tensors of a pair must lie in memory in the same order without gaps; those that do not are copied."""
+    """Copy those tensors of a pair that do not lie in memory in one order without gaps."""
     if previous is None:
         return [g if _is_dense(g.shape, g.stride()) else g.detach().contiguous() for g in gradients], None
     pairs = list(zip(gradients, previous, strict=True))
@@ -178,7 +178,7 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the entries fill their stretch of memory once, in whatever order of the dimensions."""
+    """Return whether the entries fill a contiguous stretch of memory, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
         if stride != expected:
@@ -192,7 +192,7 @@ def _is_elsewhere(device: torch.device) -> bool:
 
 
 def _kinds(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tuple[_Kind, ...]:
-    """The dtypes of each pair, or of all where they are alike."""
+    """Return the dtypes of each pair, or one pair where all are alike."""
     own = [t.dtype for t in gradients]
     other = own if previous is None else [t.dtype for t in previous]
     alike = len(set(own)) == len(set(other)) == 1
@@ -200,19 +200,19 @@ def _kinds(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None) -> tu
 
 
 class _Plan:
-    """Which chunk is of which tensor, kept on the device for all lists of these sizes.
+    """Assignment of chunks to tensors, kept on the device for all lists of these sizes.
 
-    A table has a row a tensor, and a chunk only says which one it is of: from call to call nothing is made or sent
-    that has not changed.
+    A table has one row per tensor, and each chunk only stores its tensor's index: between calls nothing is allocated or
+    copied that has not changed.
 
     Args:
-        sizes: Entries of each tensor.
-        kinds: Their dtypes, or those of all.
-        device: Where they are. What the plan holds belongs to the stream that is the current one there.
+        sizes: Number of entries of each tensor.
+        kinds: Dtypes of each pair, or of all pairs.
+        device: Their device. The plan's memory belongs to the device's current stream.
     """
 
     def __init__(self, sizes: tuple[int, ...], kinds: tuple[_Kind, ...], device: torch.device) -> None:
-        """Send the tables that stay."""
+        """Copy the constant tables to the device."""
         self.device, self.count = device, len(sizes)
         entries = np.array(sizes, dtype=np.int64)
         first, chunks = np.zeros_like(entries), np.zeros_like(entries)
@@ -234,7 +234,7 @@ class _Plan:
         self._table: tuple[list[int], Tensor] = ([], self.layout)
 
     def launch(self, addresses: list[int], compare: bool, dtype: torch.dtype, scale: Scale) -> Tensor:
-        """The sums of each tensor, ``[6, T]``, or ``[3, T]`` where nothing is compared."""
+        """Compute the sums of each tensor, ``[6, T]``, or ``[3, T]`` without a comparison."""
         if addresses != self._table[0]:
             self._table = addresses, _sent(np.array(addresses, dtype=np.int64), self.device)
         if isinstance(scale, Tensor):
@@ -283,7 +283,7 @@ def _plan(gradients: Sequence[Tensor], previous: Sequence[Tensor] | None, device
 
 
 def _sent(array: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers on the device; from pinned memory the copy does not hold up the host."""
+    """Copy numbers to the device, from pinned memory where that avoids a wait."""
     here = torch.from_numpy(array)
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 

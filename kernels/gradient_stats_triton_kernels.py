@@ -25,7 +25,7 @@ def chunk_stats(  # type: ignore[no-untyped-def]  # the types are Triton's
     DOWN: tl.constexpr,
     FEW: tl.constexpr,
 ):
-    """One chunk of one tensor a program: four times ``EACH`` entries a thread, 16 bytes at a time.
+    """Reduce one chunk of one tensor per program: four times ``EACH`` entries per thread, 16 bytes at a time.
 
     Tables: addresses in both lists, ``[2, T]``; entries and first chunk of each tensor, ``[3, T]``; the tensor of each
     chunk, ``[C]``. Partial results ``[6, C]``.
@@ -129,7 +129,7 @@ def _other_chunk(  # type: ignore[no-untyped-def]
 
 @jit
 def _added(l1, squares, change_l1, change_squares, inner, before, g, p, factor, COMPARE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums ``[THREADS]`` with those of a part ``[THREADS, EACH]``, of which a thread holds a row."""
+    """Add the sums of a part ``[THREADS, EACH]``, of which each thread holds a row, to sums ``[THREADS]``."""
     x = g.to(tl.float32) * factor
     l1 += tl.sum(tl.abs(x), 1)
     squares += tl.sum(x * x, 1)
@@ -162,7 +162,7 @@ def _settle(  # type: ignore[no-untyped-def]
     DOWN: tl.constexpr,
     FEW: tl.constexpr,
 ):
-    """Store a chunk's sums, given by thread; where they have left float32, sum up once more with scaled entries."""
+    """Store a chunk's sums, given per thread; where they have left float32, sum again with scaled entries."""
     l1, squares = tl.sum(l1), tl.sum(squares)
     is_sound = _holds(squares, l1, FEW)
     if COMPARE:
@@ -209,7 +209,7 @@ def _sums(  # type: ignore[no-untyped-def]
     COMPARE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Sums ``[LANES]`` over any number of entries at any address, after scaling by powers of two."""
+    """Compute sums ``[LANES]`` over any number of entries at any address, scaled by powers of two."""
     lanes = tl.arange(0, LANES)
     zeros = tl.zeros((LANES,), dtype=tl.float32)
     l1, squares, nonfinite, change_l1, change_squares, inner, before = zeros, zeros, zeros, zeros, zeros, zeros, zeros
@@ -230,13 +230,13 @@ def _sums(  # type: ignore[no-untyped-def]
 
 @jit
 def _holds(squares, l1, FEW: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether no square has overflowed, and none that counts has vanished."""
+    """Return whether no square has overflowed and none that counts has vanished."""
     return (squares < float("inf")) & ((squares > FEW) | (l1 == 0))
 
 
 @jit
 def _scale_for(squares, FEW: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A power of two that brings entries to where their squares are sound."""
+    """Return a power of two that brings entries to where their squares are exact."""
     return tl.where(squares > FEW, tl.where(squares < float("inf"), 1.0, DOWN), UP)
 
 
@@ -247,7 +247,7 @@ def _over(total, scale):  # type: ignore[no-untyped-def]
 
 @jit(do_not_specialize=["tensors", "chunks"])  # type: ignore[untyped-decorator]
 def tensor_stats(partials, layout, out, tensors, chunks, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One sum of one tensor a program: its chunks added up in float64, always in the same order."""
+    """Add up the chunks of one sum of one tensor per program, in float64, always in the same order."""
     tensor, row = tl.program_id(0), tl.program_id(1)
     count = tl.load(layout + 2 * tensors + tensor).to(tl.int32)
     here = partials + row * chunks + tl.load(layout + tensors + tensor)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynamon.kernels.arguments import check_count, check_tensor
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.gram_triton import supported, symmetric_gram
 from dynamon.kernels.precision import own_dtype, product_allowance
@@ -17,7 +18,7 @@ _AT_ONCE = 2**27  # entries of matrices that share their products; beyond, a dev
 
 @dataclass(frozen=True)
 class Extremes:
-    r"""What Gram iteration finds, each ``[T]``; relative to the largest entry of each matrix, which cannot overflow.
+    r"""Results of Gram iteration, each ``[T]``, relative to the largest entry of each matrix, which cannot overflow.
 
     Attributes:
         lower: Lower bound on :math:`\sigma_1`.
@@ -48,14 +49,15 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: Matrices of shape ``[..., m, n]``, real or complex. Half precision is computed in float32.
-        steps: Number of Gram products. Six is within 1 % for rank 64 and below; each further step halves
-            the logarithmic gap at worst and squares the error where the top singular value stands apart.
+        steps: Number of Gram products. Six is within 1 % for ranks up to 64; each further step halves the logarithmic
+            gap at worst, and squares the error where the top singular value is well separated.
 
     Returns:
         ``(lower, upper)``, each of shape ``[...]`` on the device of ``weight``, in float32 (float64 for
-        float64). Zero for a zero matrix, NaN where the matrix holds NaN or infinity. Differentiable.
+        float64). Zero for a zero matrix, NaN where the matrix contains NaN or infinity. Differentiable.
 
     Raises:
+        TypeError: If ``weight`` is not a tensor or ``steps`` not an int.
         ValueError: If ``weight`` is not floating point, has fewer than two dimensions or an empty one, or
             ``steps`` is below one.
 
@@ -64,6 +66,13 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
 
     Reference: Delattre et al., "Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram
     Iteration", arXiv 2305.16173; the lower bounds are dynamon's own.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import gram_iteration
+        >>> lower, upper = gram_iteration(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+        >>> bool(lower <= 3 <= upper), round(float(upper / lower), 4)
+        (True, 1.0)
     """
     _check(weight, steps)
     found = _of_one_side([[weight.reshape(-1, *weight.shape[-2:])]], steps)
@@ -72,13 +81,13 @@ def gram_iteration(weight: Tensor, steps: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def gram_extremes(stacks: Sequence[Tensor], steps: int, half: bool = False) -> Extremes:
-    """Gram iteration of many matrices in few calls: those of one shape share their first product, of one side the rest.
+    """Apply Gram iteration to many matrices in few calls, sharing products by shape and by smaller side.
 
     Args:
         stacks: S stacks ``[t, m, n]`` of matrices of any shapes, on one device; at least one.
         steps: Number of Gram products.
-        half: Take the products in bfloat16, whose sums are float32. What is found is then no bound but an estimate:
-            rounding moves it by less than 0.3 %, to which comes the gap between the bounds.
+        half: Take products in bfloat16 with float32 sums. The results are then estimates, not bounds: rounding changes
+            them by less than 0.3 %, in addition to the gap between the bounds.
 
     Returns:
         :class:`Extremes` of the T matrices of all stacks, in their order, in float32 (float64 where a stack is).
@@ -86,7 +95,7 @@ def gram_extremes(stacks: Sequence[Tensor], steps: int, half: bool = False) -> E
     Raises:
         ValueError: As :func:`gram_iteration`.
 
-    Cost: that of :func:`gram_iteration`; about 60 calls a smaller side and 10 a shape, and a copy of the matrices.
+    Cost: that of :func:`gram_iteration`; about 60 calls per smaller side and 10 per shape, and a copy of the matrices.
     """
     for stack in stacks:
         _check(stack, steps)
@@ -118,7 +127,7 @@ def warm_up(device: torch.device, sides: Sequence[int]) -> None:
 
 
 def _calls(stacks: Sequence[Tensor]) -> list[list[list[int]]]:
-    """Positions of stacks: by smaller side and dtype, as many as fit, and within by shape."""
+    """Divide stacks into calls by smaller side and dtype, up to a size, and within a call by shape."""
     open_calls: dict[tuple[object, ...], dict[tuple[object, ...], list[int]]] = {}
     found: list[list[list[int]]] = []
     for i, stack in enumerate(stacks):
@@ -142,7 +151,7 @@ def _work_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _of_one_side(shapes: Sequence[Sequence[Tensor]], steps: int, half: bool = False) -> Extremes:
-    """The iteration for stacks ``[t, m, n]`` whose smaller sides are the same, those of one shape together."""
+    """Iterate on stacks ``[t, m, n]`` with equal smaller sides, those of one shape together."""
     with own_dtype(shapes[0][0]):
         matrices, scales = zip(*(_scaled(_joined(shape), half) for shape in shapes), strict=True)
         gram = _joined([_gram(matrix) for matrix in matrices])
@@ -163,12 +172,12 @@ def _of_one_side(shapes: Sequence[Sequence[Tensor]], steps: int, half: bool = Fa
 
 
 def _allowance(matrix: Tensor) -> float:
-    """For rounding, relative: of sums in the dtype, and of the entries that products round."""
+    """Return the relative allowance for rounding of sums and of the entries that products round."""
     return torch.finfo(matrix.dtype).eps * (8 + 2 * max(matrix.shape[-2:]) ** 0.5) + product_allowance(matrix)
 
 
 def _scaled(batch: Tensor, half: bool) -> tuple[Tensor, Tensor]:
-    """Tall matrices over their largest entries, whose products cannot overflow, and these: zero for a zero matrix."""
+    """Return tall matrices over their largest entries, and these; zero for a zero matrix."""
     work = batch.to(_work_dtype(batch))
     work = work if work.shape[-2] >= work.shape[-1] else work.mH
     largest = torch.linalg.vector_norm(work.detach(), torch.inf, dim=(-2, -1), keepdim=True)
@@ -184,7 +193,7 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _squared(gram: Tensor, steps: int) -> tuple[Tensor, Tensor | float]:
-    """A Gram matrix squared so often, over a factor whose logarithm ``[t]`` is given too."""
+    """Square a Gram matrix repeatedly, with the logarithm ``[t]`` of the factor divided out."""
     norms = []
     for _ in range(steps):
         norms.append(_above_zero(_length(gram)))
@@ -197,7 +206,7 @@ def _squared(gram: Tensor, steps: int) -> tuple[Tensor, Tensor | float]:
 
 
 def _rayleigh(matrices: Sequence[Tensor], gram: Tensor) -> Tensor:
-    """||W v|| / ||v|| with v the column of the Gram matrix that has the largest diagonal entry."""
+    """Compute ||W v|| / ||v|| with v the column of the Gram matrix with the largest diagonal entry."""
     column = gram.diagonal(dim1=-2, dim2=-1).real.argmax(-1)[..., None, None]
     vector = gram.gather(-1, column.expand(*gram.shape[:-1], 1))
     vector = vector / _above_zero(_length(vector))
@@ -207,7 +216,7 @@ def _rayleigh(matrices: Sequence[Tensor], gram: Tensor) -> Tensor:
 
 
 def _sum_dtype(matrix: Tensor) -> torch.dtype:
-    """Of norms and traces: real, and float32 for bfloat16."""
+    """Return the dtype of norms and traces: real, and float32 for bfloat16."""
     return torch.float64 if matrix.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
@@ -221,14 +230,14 @@ def _trace(gram: Tensor) -> Tensor:
 
 
 def _above_zero(value: Tensor) -> Tensor:
-    """Zeros replaced by the smallest normal number, so that a zero matrix divides and takes logarithms safely."""
+    """Replace zeros by the smallest normal number, so that division and logarithm are safe."""
     return value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
 def _check(weight: Tensor, steps: int) -> None:
+    check_tensor("weight", weight, "[..., m, n]")
     if not (weight.is_floating_point() or weight.is_complex()):
         raise ValueError(f"gram_iteration needs a floating point or complex tensor, got {weight.dtype}.")
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ValueError(f"gram_iteration needs matrices [..., m, n], got shape {tuple(weight.shape)}.")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_count("steps", steps)

@@ -1,4 +1,4 @@
-"""The Gram matrix from half of its tiles: the Triton twin of ``matrix.mT @ matrix``."""
+"""Triton twin of ``matrix.mT @ matrix`` that computes half of the tiles."""
 
 from __future__ import annotations  # `tl` is None where Triton is missing
 
@@ -12,7 +12,7 @@ from dynamon.kernels._triton import can_run, interpreted, jit, require, tl, trit
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernel cuts its work: side of a tile, depth of a step, and what the compiler is told."""
+    """Launch parameters: side of a tile, depth of a step, warps and pipeline stages."""
 
     side: int
     depth: int
@@ -32,7 +32,7 @@ _LARGEST_STRIDES = 2**24  # of rows and columns together: offsets within a tile 
 
 
 def symmetric_gram(matrix: Tensor, *, precision: str = "ieee", tiling: Tiling | None = None) -> Tensor:
-    r"""The Gram matrix of the smaller side: :math:`X^\top X` for tall matrices, :math:`X X^\top` for wide ones.
+    r"""Compute the Gram matrix of the smaller side: :math:`X^\top X` for tall, :math:`X X^\top` for wide matrices.
 
     Only tiles on and below the diagonal are computed; those above are their mirror image, so that the result is
     symmetric to the last bit.
@@ -42,10 +42,10 @@ def symmetric_gram(matrix: Tensor, *, precision: str = "ieee", tiling: Tiling | 
         precision: How float32 entries are multiplied: ``"ieee"`` exactly (no tensor cores), ``"tf32x3"`` from three
             products of 10-bit mantissas (close to float32), ``"tf32"`` from one (relative error 1e-3). Half
             precision is multiplied exactly whatever this says. Sums are float32 always.
-        tiling: How the work is cut, for measurements; None takes the one for the dtype.
+        tiling: Launch parameters, for measurements; None takes those for the dtype.
 
     Returns:
-        ``[..., s, s]`` in float32, ``s = min(m, n)``. NaN and infinity spread as in a matrix product.
+        ``[..., s, s]`` in float32, ``s = min(m, n)``. NaN and infinity propagate as in a matrix product.
 
     Raises:
         ImportError: If Triton is not installed.
@@ -93,7 +93,7 @@ def symmetric_gram(matrix: Tensor, *, precision: str = "ieee", tiling: Tiling | 
 
 
 def supported(matrix: Tensor) -> bool:
-    """Whether :func:`symmetric_gram` can take this matrix; where that pays, :mod:`dynamon.kernels.thresholds` says."""
+    """Return whether :func:`symmetric_gram` can take this matrix; ``dynamon.kernels.thresholds`` says where it pays."""
     return (
         type(matrix) is Tensor  # no DTensor, whose memory is elsewhere
         and can_run(matrix.device)
@@ -108,7 +108,7 @@ def supported(matrix: Tensor) -> bool:
 
 @jit
 def _row_of(index):  # type: ignore[no-untyped-def]  # the types are Triton's
-    """Row of an entry of a lower triangle that is counted row by row: the largest r with r (r + 1) / 2 <= index."""
+    """Return the row of a lower triangle's entry counted row by row: the largest r with r (r + 1) / 2 <= index."""
     row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
     row -= (row * (row + 1) // 2 > index).to(tl.int32)  # the root is rounded: put right what that did
     return row + ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)
@@ -116,7 +116,7 @@ def _row_of(index):  # type: ignore[no-untyped-def]  # the types are Triton's
 
 @jit
 def _tile_of(index, tiles, BAND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Row and column of a tile.
+    """Return row and column of a tile.
 
     The tiles are counted in bands of BAND rows, within a band column by column, so that programs that run at the same
     time share their columns in the cache. As many tiles lie above a band as in a triangle that ends there.
@@ -151,7 +151,7 @@ def _lower_tiles(  # type: ignore[no-untyped-def]
     BAND: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of one matrix's Gram matrix a program, written twice: as it is and mirrored."""
+    """Compute one tile of one Gram matrix per program and write it twice: as it is and mirrored."""
     lower = tiles * (tiles + 1) // 2
     member = (tl.program_id(0) // lower).to(tl.int64)
     index = tl.program_id(0) % lower

@@ -12,19 +12,25 @@ L2_SAFE = _SMALL, _LARGE = 2.0**-48, 2.0**60
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of each of some tensors, also where the squares of its entries overflow or vanish.
+    """Compute the Euclidean norm of each tensor, also where squares of its entries overflow or vanish.
 
-    Squares leave the range of float32 from 1.8e19 upwards and lose digits below 1e-19, long before their entries do.
+    In float32 squares overflow for entries above 1.8e19 and lose digits for entries below 1e-19.
 
     Args:
         tensors: T real floating point tensors on one device, empty ones included.
 
     Returns:
-        ``[T]`` in float64 (float32 on devices without it), taken in float32 where that is enough. NaN and infinity
-        reach the norm.
+        ``[T]`` in float64 (float32 on devices without it), computed in float32 where that is enough. NaN and infinity
+        propagate.
 
-    Cost: one pass. On a CPU tensors out of float32's range take a second one, in float64; on a GPU sums are float64
-    from the beginning, so that nothing waits for the device.
+    Cost: one pass. On a CPU tensors out of float32's range take a second one in float64; on a GPU sums are float64 from
+    the start, so that nothing waits for the device.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import l2_norms
+        >>> l2_norms([torch.tensor([3.0, 4.0]), torch.tensor([3e30, 4e30])])
+        tensor([5.0000e+00, 5.0000e+30], dtype=torch.float64)
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -40,7 +46,7 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def l2_on_host(tensor: Tensor, least: torch.dtype = torch.float32) -> float:
-    """The same of one tensor on a CPU, as a number: in ``least``, and where that is not enough in float64."""
+    """Compute the norm of one tensor on a CPU as a float: in ``least``, in float64 where that is not enough."""
     found = torch.linalg.vector_norm(tensor, dtype=least).item()
     if least == torch.float64 or _SMALL * max(tensor.numel(), 1) ** 0.5 < found < _LARGE:
         return float(found)
@@ -48,14 +54,20 @@ def l2_on_host(tensor: Tensor, least: torch.dtype = torch.float32) -> float:
 
 
 def l2_along(tensor: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
-    """The same along some dimensions of one tensor, or all of them: in float32, or float64 for float64.
+    """Compute norms along some dimensions of one tensor, or all: in float32, or float64 for float64.
 
     Args:
         tensor: A real floating point tensor.
-        dim: The dimensions that are summed over; None for all.
+        dim: Dimensions to sum over; None for all.
 
     Returns:
-        Norms, without these dimensions. Differentiable.
+        Norms without these dimensions. Differentiable.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import l2_along
+        >>> l2_along(torch.tensor([[3.0, 4.0], [6e30, 8e30]]), dim=1)
+        tensor([5.0000e+00, 1.0000e+31])
     """
     wide = widest_dtype(tensor.device)
     if dim is None and not reads_are_free(tensor.device) and not tensor.requires_grad:  # without a copy in float64

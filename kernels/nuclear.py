@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dynamon.kernels.arguments import check_tensor
 from dynamon.kernels.devices import decomposable, in_double
 from dynamon.kernels.polar import polar_factor
 from dynamon.kernels.precision import own_dtype
@@ -15,31 +16,39 @@ _POLAR_STEPS, _HALF_STEPS = 8, 7
 
 
 def nuclear_norm(matrix: Tensor, method: str = "auto") -> Tensor:
-    r"""Sum of the singular values, :math:`\|W\|_{nuc} = \sum_i \sigma_i(W)`.
+    r"""Compute the sum of the singular values, :math:`\|W\|_{nuc} = \sum_i \sigma_i(W)`.
 
     Args:
         matrix: Matrices of shape ``[..., m, n]``, floating point; half precision is computed in float32.
         method: ``"gram"`` takes square roots of the eigenvalues of the smaller Gram matrix in float64
             (relative accuracy about 1e-8 of the largest singular value, roughly three times faster than
             an SVD on a CPU). ``"polar"`` is :math:`\langle W, \mathrm{polar}(W) \rangle` with 8 polynomial steps of
-            :func:`polar_factor`: products only, which is what a GPU is quick at; singular values below 1e-4 of the
-            norm are counted in part, the rest to 3e-4 (1 % where products of float32 are taken in TensorFloat-32).
+            :func:`polar_factor`: products only, which are fast on a GPU; singular values below 1e-4 of the norm are
+            counted in part, the others to 3e-4 (1 % where products of float32 are taken in TensorFloat-32).
             ``"bfloat16"`` is the same with 7 steps in bfloat16: within 0.6 %, for noise and other estimates.
             ``"svd"`` calls ``torch.linalg.svdvals``. ``"auto"`` is ``"gram"`` on a CPU and ``"polar"`` elsewhere;
             ``"estimate"`` is ``"bfloat16"`` where that pays (:mod:`dynamon.kernels.thresholds`), else ``"auto"``.
 
     Returns:
         Tensor of shape ``[...]``, float32 (float64 for float64 input), on the device of ``matrix``; zero for an
-        empty matrix, NaN where the matrix holds NaN or infinity.
+        empty matrix, NaN where the matrix contains NaN or infinity.
 
     Raises:
+        TypeError: If ``matrix`` is not a tensor.
         ValueError: On an unknown method, fewer than two dimensions or another dtype.
 
     Cost: ``"gram"``: one product ``2 m n s`` and an eigenvalue problem of side ``s = min(m, n)``, in float64.
     Reference for ``"polar"``: Amsel et al., "The Polar Express", arXiv 2505.16932.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import nuclear_norm
+        >>> nuclear_norm(torch.diag(torch.tensor([3.0, -2.0])))
+        tensor(5.)
     """
     if method not in _METHODS:
         raise ValueError(f"method must be one of {_METHODS}, got {method!r}.")
+    check_tensor("matrix", matrix, "[..., m, n]")
     if matrix.ndim < 2:
         raise ValueError(f"nuclear_norm needs matrices [..., m, n], got shape {tuple(matrix.shape)}.")
     if not matrix.is_floating_point():
@@ -64,7 +73,7 @@ def nuclear_norm(matrix: Tensor, method: str = "auto") -> Tensor:
 
 
 def _of_gram(matrix: Tensor) -> Tensor:
-    """Square roots of the eigenvalues of the smaller Gram matrix, added up."""
+    """Sum the square roots of the eigenvalues of the smaller Gram matrix."""
     if matrix.numel() == 0:
         return matrix.new_zeros(matrix.shape[:-2])
     tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
@@ -74,7 +83,7 @@ def _of_gram(matrix: Tensor) -> Tensor:
 
 
 def gram_eigenvalues(tall: Tensor) -> Tensor:
-    """Eigenvalues of the Gram matrices of tall matrices, in ascending order.
+    """Compute the eigenvalues of the Gram matrices of tall matrices, in ascending order.
 
     Args:
         tall: ``[..., m, n]`` with m >= n, in float32 or float64, finite. Nothing in it may overflow when squared.
@@ -95,7 +104,7 @@ def gram_eigenvalues(tall: Tensor) -> Tensor:
 
 
 def eigenvalues(gram: Tensor, solve: Callable[[Tensor], Tensor] = torch.linalg.eigvalsh) -> Tensor:
-    """``torch.linalg.eigvalsh`` of any number of matrices ``[..., n, n]``, of which a call takes 32,768."""
+    """Compute ``torch.linalg.eigvalsh`` of any number of matrices ``[..., n, n]``, 32,768 per call."""
     flat = gram.reshape(-1, *gram.shape[-2:])
     if len(flat) <= EIGENVALUE_BATCH:
         return solve(gram)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamon.kernels.arguments import check_count, check_tensor
 from dynamon.kernels.precision import own_dtype, product_rounding
 from dynamon.kernels.thresholds import half_pays
 
@@ -16,39 +17,48 @@ _TALL = 2  # from this aspect ratio on the iteration runs on the small Gram matr
 
 
 def polar_factor(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    r"""The factor :math:`U V^\top` of :math:`W = U \Sigma V^\top`: every singular value taken to one.
+    r"""Compute the factor :math:`U V^\top` of :math:`W = U \Sigma V^\top`: every singular value becomes one.
 
-    Each step applies the odd polynomial of degree five that is closest to one on the interval where the singular
-    values can lie by then, which is the best sequence of such steps. Matrices with one side at least twice the other
-    are iterated on their small Gram matrix, in float32 at least.
+    Each step applies the odd polynomial of degree five that is closest to one on the interval in which the singular
+    values then lie; this is the optimal sequence of such steps. Matrices with one side at least twice the other are
+    iterated on their small Gram matrix, in float32 at least.
 
     Args:
         matrix: Matrices ``[..., m, n]``, half precision too (computed and returned in float32 there).
-        steps: Polynomial steps. Singular values above a thousandth of the matrix's Schatten-4 norm are within 13 % of
-            one after 5 steps, 0.2 % after 6, 1e-6 after 8, in exact arithmetic (:func:`polar_error`); on a Gram matrix
-            rounding in float32 leaves 0.5 % however many there are. Smaller ones are on their way there; zero stays
-            zero.
-        dtype: What to iterate in, after normalising in float32, always on the matrix itself. ``torch.bfloat16`` is
-            several times faster on processors with units for it. Singular values above a hundredth of the norm are then
-            within 25 % of one after 5 steps, 5 % after 6, 1 % after 7 (measured, on spectra made to fail); those
+        steps: Number of polynomial steps. Singular values above a thousandth of the matrix's Schatten-4 norm are within
+            13 % of one after 5 steps, 0.2 % after 6, 1e-6 after 8, in exact arithmetic (:func:`polar_error`); on a Gram
+            matrix rounding in float32 leaves 0.5 % after any number of steps. Smaller ones are between their start and
+            one; zero stays zero.
+        dtype: Dtype of the iteration, after normalising in float32, always on the matrix itself. ``torch.bfloat16`` is
+            several times faster on processors with bfloat16 units. Singular values above a hundredth of the norm are
+            then within 25 % of one after 5 steps, 5 % after 6, 1 % after 7 (measured on adversarial spectra); those
             below some hundredths are rotated. float32 (float64 for float64) by default; where its products are taken
             in TensorFloat-32 the iteration is on the matrix itself too, within 16 % after 5 steps.
 
     Returns:
-        ``[..., m, n]`` in float32 (float64 for float64), zero for a zero matrix, NaN where the matrix holds NaN or
+        ``[..., m, n]`` in float32 (float64 for float64), zero for a zero matrix, NaN where the matrix contains NaN or
         infinity.
 
     Raises:
+        TypeError: If ``matrix`` is not a tensor or ``steps`` not an int.
         ValueError: If ``matrix`` or ``dtype`` is not floating point, the matrix has fewer than two dimensions, or
             ``steps`` is below one.
 
-    Cost: three products of the smaller side a step, ``2 m n s + 4 s^3`` FLOP with s = min(m, n) on the Gram matrix
-    (``4 m n s + 2 s^3`` else); no host synchronisation. Reference: Amsel et al., "The Polar Express", arXiv 2505.16932.
+    Cost: three products of the smaller side per step, ``2 m n s + 4 s^3`` FLOP with s = min(m, n) on the Gram matrix
+    (``4 m n s + 2 s^3`` otherwise); no host synchronisation. Reference: Amsel et al., "The Polar Express", arXiv
+    2505.16932.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import polar_factor
+        >>> polar_factor(torch.diag(torch.tensor([3.0, -0.5])), steps=8).round(decimals=2)
+        tensor([[ 1.,  0.],
+                [ 0., -1.]])
     """
+    check_tensor("matrix", matrix, "[..., m, n]")
     if not matrix.is_floating_point() or matrix.ndim < 2:
         raise ValueError(f"polar_factor needs floating point matrices, got {matrix.dtype} {tuple(matrix.shape)}.")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_count("steps", steps)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating point, got {dtype}.")
     work = matrix if matrix.dtype == torch.float64 else matrix.float()
@@ -68,23 +78,36 @@ def polar_factor(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
 
 
 def step_polar_factor(matrix: Tensor) -> Tensor:
-    """The polar factor for an optimizer's step: five steps of :func:`polar_factor`, in bfloat16 where that pays.
+    """Compute the polar factor of an optimizer's step: five steps, in bfloat16 where that pays.
 
-    Singular values above a hundredth of the matrix's Schatten-4 norm are then within 25 % of one instead of 13 %. That
-    is so on NVIDIA GPUs with units for bfloat16 (:mod:`dynamon.kernels.thresholds`); elsewhere it is float32.
+    In bfloat16 singular values above a hundredth of the matrix's Schatten-4 norm are within 25 % of one instead of 13
+    %. It is used on NVIDIA GPUs with bfloat16 units (:mod:`dynamon.kernels.thresholds`), float32 elsewhere.
 
     Args:
         matrix: Matrices ``[..., m, n]``.
 
     Returns:
         ``[..., m, n]`` in float32 (float64 for float64).
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import step_polar_factor
+        >>> sigma = torch.linalg.svdvals(step_polar_factor(torch.eye(4, 3)))
+        >>> bool(((sigma - 1).abs() < 0.25).all())
+        True
     """
     half = matrix.dtype != torch.float64 and half_pays(matrix.device)
     return polar_factor(matrix, dtype=torch.bfloat16 if half else None)
 
 
 def polar_error(steps: int, ratio: float = _LOWER) -> float:
-    """Largest distance from one of a singular value that starts between ``ratio`` and 1, in exact arithmetic."""
+    """Return the largest distance from one of a singular value that starts in [``ratio``, 1], in exact arithmetic.
+
+    Examples:
+        >>> from dynamon.kernels import polar_error
+        >>> round(polar_error(5), 2), round(polar_error(6), 3)
+        (0.12, 0.001)
+    """
     values = np.geomspace(ratio, 1.0, 2000)
     for a, b, c in coefficients(steps):
         values = a * values + b * values**3 + c * values**5
@@ -93,7 +116,7 @@ def polar_error(steps: int, ratio: float = _LOWER) -> float:
 
 @lru_cache
 def coefficients(steps: int, safety: float = _SAFETY) -> tuple[tuple[float, float, float], ...]:
-    """The polynomials ``a x + b x^3 + c x^5`` of each step, found by exchange (Remez) on shrinking intervals."""
+    """Compute the polynomials ``a x + b x^3 + c x^5`` of all steps by exchange (Remez) on shrinking intervals."""
     low, high = _LOWER, 1.0
     found = []
     for step in range(steps):
@@ -106,7 +129,7 @@ def coefficients(steps: int, safety: float = _SAFETY) -> tuple[tuple[float, floa
 
 
 def _closest_to_one(low: float, high: float) -> tuple[float, float, float, float]:
-    """The odd quintic with the smallest largest distance from one on an interval, and that distance."""
+    """Find the odd quintic with the smallest maximal distance from one on an interval, and that distance."""
     if high - low < 1e-7:  # the limit: Newton-Schulz of degree five
         return 15 / 8, -10 / 8, 3 / 8, 0.0
     inner = np.array([low + 0.25 * (high - low), low + 0.75 * (high - low)])
@@ -140,7 +163,7 @@ def _on_matrix(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ..
 
 
 def _on_gram(matrix: Tensor, polynomials: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """The same on ``s x s`` matrices: all factors are polynomials of one Gram matrix and commute."""
+    """Do the same on ``s x s`` matrices: all factors are polynomials of one Gram matrix and commute."""
     gram = matrix.mT @ matrix
     factor: Tensor | None = None
     for a, b, c in polynomials:

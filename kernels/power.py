@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dynamon.kernels.arguments import check_count, check_tensor
 from dynamon.kernels.constants import to_device
 from dynamon.kernels.precision import own_dtype, product_allowance
 
@@ -11,25 +12,37 @@ def top_singular(matrix: Tensor, start: Tensor | None = None, steps: int = 2) ->
     r"""Refresh the largest singular value of each matrix from the right singular vector of the last time.
 
     Each step is :math:`v \leftarrow W^\top W v / \|W^\top W v\|`; the value is :math:`\|W v\|`, a lower bound on
-    :math:`\sigma_1` up to rounding (1e-6 in float32). Its relative error falls by :math:`(\sigma_2 / \sigma_1)^4` a
-    step. Where products of float32 are taken in TensorFloat-32, the value is lowered by their 0.4 % to stay a bound.
-    Autocast is off inside.
+    :math:`\sigma_1` up to rounding (1e-6 in float32). Each step reduces its relative error by the factor
+    :math:`(\sigma_2 / \sigma_1)^4`. Where products of float32 are taken in TensorFloat-32, the value is lowered by
+    their rounding of 0.4 % to stay a bound. Autocast is off inside.
 
     Args:
         matrix: Matrices ``[..., m, n]``; half precision is computed in float32.
-        start: Right vectors ``[..., n]`` of the last call, need not be of unit length; None starts from fixed noise.
-        steps: Power steps, 0 or more.
+        start: Right vectors ``[..., n]`` of the last call, of any length; None starts from fixed noise.
+        steps: Number of power steps, 0 or more.
 
     Returns:
         ``(value, vector)``: ``[...]`` and the new right vectors ``[..., n]``, in float32 (float64 for float64). Zero
-        for a zero matrix, NaN where the matrix holds NaN or infinity.
+        for a zero matrix, NaN where the matrix contains NaN or infinity.
 
     Raises:
+        TypeError: If ``matrix`` is not a tensor or ``steps`` not an int.
         ValueError: If ``matrix`` is not floating point, is empty or has fewer than two dimensions, or ``start`` does
             not fit.
 
-    Cost: ``4 m n steps + 2 m n`` FLOP: the matrix is read twice a step. No host synchronisation.
+    Cost: ``4 m n steps + 2 m n`` FLOP: the matrix is read twice per step. No host synchronisation.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.kernels import top_singular
+        >>> matrix = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> _, vector = top_singular(matrix, steps=20)
+        >>> value, _ = top_singular(1.01 * matrix, start=vector)
+        >>> round(float(value), 3)
+        3.03
     """
+    check_tensor("matrix", matrix, "[..., m, n]")
+    check_count("steps", steps, least=0)
     if not matrix.is_floating_point() or matrix.ndim < 2 or 0 in matrix.shape:
         raise ValueError(
             "top_singular needs floating point matrices [..., m, n] that are not empty, "
@@ -51,14 +64,14 @@ def top_singular(matrix: Tensor, start: Tensor | None = None, steps: int = 2) ->
 
 
 def _noise(matrix: Tensor) -> Tensor:
-    """The same vectors ``[..., n]`` whatever the device, also where another one is torch's default."""
+    """Draw the same vectors ``[..., n]`` on any device, also where another one is torch's default."""
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(matrix.shape[-1], generator=generator, dtype=torch.float64, device="cpu")
     return to_device(noise.to(matrix.dtype), matrix.device).expand(*matrix.shape[:-2], -1)
 
 
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors and lengths; entries of 1e-30 or 1e30 have squares too, once the largest is divided out."""
+    """Return unit vectors and lengths, dividing by the largest entry first so that squares of 1e-30 or 1e30 exist."""
     largest = vector.abs().amax(-2, keepdim=True)
     tiny = torch.finfo(vector.dtype).tiny
     vector = vector / largest.clamp_min(tiny)

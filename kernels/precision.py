@@ -1,4 +1,4 @@
-"""How exactly a device multiplies float32, which settings of the user decide: what a bound must allow for."""
+"""Rounding of float32 products under the user's settings, which bounds must allow for."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,27 +13,27 @@ _SPARE = 4  # the errors of Gram iteration's steps add up to twice the first one
 
 
 def product_rounding(matrix: Tensor) -> float:
-    """Relative rounding of the entries that a product of matrices like this one multiplies: 0 for their own dtype.
+    """Return the relative rounding that products apply to entries of a matrix like this; 0 in its own dtype.
 
-    TensorFloat-32 keeps 10 bits of mantissa (``torch.set_float32_matmul_precision("high")`` on a GPU); on a CPU the
-    same setting permits units for bfloat16 or TensorFloat-32 where there are any, and is taken at its word.
+    TensorFloat-32 keeps 10 bits of mantissa (``torch.set_float32_matmul_precision("high")`` on a GPU). On a CPU the
+    same setting permits bfloat16 or TensorFloat-32 units; their use is assumed.
 
     Args:
-        matrix: A tensor, whose dtype and device count.
+        matrix: A tensor with the dtype and device in question.
     """
     return _rounding(matrix, "matmul")
 
 
 def convolution_rounding(kernel: Tensor) -> float:
-    """The same for convolutions, which a GPU computes in TensorFloat-32 unless it is told otherwise."""
+    """Return the same for convolutions, which GPUs compute in TensorFloat-32 by default."""
     return _rounding(kernel, "conv")
 
 
 def product_allowance(matrix: Tensor) -> float:
-    """What products like that can have moved a largest singular value by, relative: four of their roundings.
+    """Return by how much such products can change a largest singular value, relative: four roundings.
 
-    Entries rounded towards zero make it smaller by one rounding a product, and by half of that at each further step of
-    Gram iteration; the rest is for roundings of either sign.
+    Entries rounded towards zero lower it by one rounding in the first product, and by half of that at each further step
+    of Gram iteration; the rest is for roundings of either sign.
     """
     return _SPARE * product_rounding(matrix)
 
@@ -58,7 +58,7 @@ _of_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def own_dtype(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context inside of which autocast does not turn products of float32 into half precision."""
+    """Return a context in which autocast does not turn products of float32 into half precision."""
     kind = tensor.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()

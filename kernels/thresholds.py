@@ -1,4 +1,4 @@
-"""Which way of computing is taken where: one table of sizes and devices.
+"""Choices of algorithm by size and device, in one table.
 
 ================================  ============================================  ======================================
 choice                            taken                                         known from
@@ -19,8 +19,8 @@ Measured on 2026-11-28 on one H200 with torch 2.11 (CUDA 13.0) and Triton 3.6: `
 bfloat16 the twin is 1.53 times as fast as cuBLAS at 4,096, but nothing here uses it: an iteration in bfloat16 would
 have to round its float32 results first, which takes what was gained.
 
-What the first line saves: nothing of GPT-2 124M, whose sides are 768. Of a model of width 4,096 a reading of weights is
-nearly all Gram products, 1.1 TFLOP a square matrix: 21 ms become 12.
+The first line saves nothing for GPT-2 124M, whose sides are 768. For a model of width 4,096 a reading of weights is
+nearly all Gram products, 1.1 TFLOP per square matrix: 21 ms become 12.
 """
 
 import torch
@@ -31,20 +31,20 @@ from dynamon.kernels.precision import product_rounding
 GRAM_TWIN = {torch.float32: 4096}  # smallest side by dtype
 HALF_FROM = (8, 0)  # compute capability with units for bfloat16
 HOST_EIGENVALUES = range(33, 513)  # below torch takes a batched solver, above the host is slower
-EIGENVALUE_BATCH = 2**15  # matrices a call: cuSOLVER refuses more than 65,535
+EIGENVALUE_BATCH = 2**15  # matrices per call: cuSOLVER refuses more than 65,535
 
 
 def takes_gram_twin(matrix: Tensor) -> bool:
-    """Whether the Gram matrix of these matrices is quicker from half of its tiles; whether they can be is not asked."""
+    """Return whether half of the tiles is faster for the Gram matrix; whether the twin supports it is not checked."""
     least = GRAM_TWIN.get(matrix.dtype)
     return least is not None and matrix.is_cuda and min(matrix.shape[-2:]) >= least and not product_rounding(matrix)
 
 
 def half_pays(device: torch.device) -> bool:
-    """Whether products in bfloat16 are several times quicker than in float32 there."""
+    """Return whether products in bfloat16 are several times faster than in float32 there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= HALF_FROM
 
 
 def eigenvalues_on_host(matrix: Tensor) -> bool:
-    """Whether eigenvalues of these symmetric matrices come quicker from the host."""
+    """Return whether the host computes eigenvalues of these symmetric matrices faster."""
     return matrix.is_cuda and matrix.shape[-1] in HOST_EIGENVALUES

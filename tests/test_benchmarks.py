@@ -22,6 +22,7 @@ from benchmarks.environment import RESULTS, SKIPPED
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
 PICTURES = {"adaptive_plot"}  # all others write JSON
+LONG = {"distributed"}  # a dozen fits in several processes
 # Options that keep a smallest run in one process where it would start one for each processor.
 MORE = {"adaptive": ["--workers", "1"]}
 MISSING_PACKAGE = re.compile(r"^skipped: .+, since (\S+) is missing: pip install .+$")
@@ -78,7 +79,7 @@ def test_help(name, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in SCRIPTS])
 def test_smallest_run(name, tmp_path):
     before = kept()
     output = tmp_path / f"found.{'png' if name in PICTURES else 'json'}"

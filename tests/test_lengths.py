@@ -14,7 +14,7 @@ TABLES: dict[str, str] = {}
 TO_BE_CUT = {
     "callbacks/layerwise_lr.py",
     "dynamon/monitoring/eigenvalues.py",
-    "dynamon/monitoring/gradients.py",
+    "dynamon/monitoring/gradient_meter.py",
     "dynamon/monitoring/monitor.py",
     "dynamon/monitoring/probe.py",
     "dynamon/quantities/gradient_reader.py",

@@ -1,6 +1,7 @@
 """What monitors and steering have in common as callbacks of a Lightning Trainer."""
 
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 from weakref import ref
 
@@ -36,7 +37,7 @@ class DynamonCallback(pl.Callback):
         """What failed so far."""
         return 0
 
-    @property
+    @cached_property  # a Trainer asks for it at every hook
     def state_key(self) -> str:
         """The class name, made unique until ``setup`` has checked that there is one callback of the class only.
 
@@ -56,6 +57,7 @@ class DynamonCallback(pl.Callback):
         if len(twice) > 1:
             raise ValueError(f"the Trainer has {' and '.join(twice)} in callbacks; keep one of them.")
         self._checked, self._stage = True, stage
+        self.__dict__.pop("state_key", None)
         if stage == "fit":
             seen, self._seen_with = self._seen_with, (ref(trainer), ref(pl_module))
             goes_on = seen is not None and seen[0]() is trainer and seen[1]() is pl_module and step_of(trainer) > 0
@@ -76,7 +78,7 @@ class DynamonCallback(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows of no Trainer."""
-        mine = {name: value for name, value in self.__dict__.items() if name not in _LENT}
+        mine = {name: value for name, value in self.__dict__.items() if name not in (*_LENT, "state_key")}
         return {**mine, "_checked": False, "_stage": None, "_seen_with": None}
 
     def one_of_a_kind(self) -> type | tuple[type, ...]:

@@ -1,39 +1,45 @@
-"""How much memory an eigenvalue solve takes, and how much there is."""
+"""Memory that an eigenvalue solve takes, and memory that is free."""
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from dynamon.curvature.operators.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.solvers.lanczos import basis_vectors
 from dynamon.layers.complex_pairs import real_dtype, real_numel
 
 
-def basis_memory(params: Sequence[Tensor], k: int = 1, certify: bool = False) -> int:
-    """Bytes that the vectors of :func:`dynamon.curvature.top_eigenvalues` take, without the loss's own graph.
+def basis_memory(params: Parameters | FlatParameters, k: int = 1, certify: bool = False) -> int:
+    """Return the bytes that the vectors of :func:`dynamon.curvature.top_eigenvalues` take, without the loss's graph.
 
     Args:
-        params: The parameters of the operator.
-        k: Eigenvalues.
-        certify: Whether the run is certified, in which case it keeps at least 21 vectors.
+        params: The parameters of the operator, or a mapping from their names.
+        k: Number of eigenvalues.
+        certify: True for a certified run, which keeps at least 21 vectors.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature.memory import basis_memory
+        >>> basis_memory([torch.zeros(1000)]) // 4000  # vectors in float32
+        13
     """
-    size = sum(real_numel(p) for p in params)
-    width = max(real_dtype(p).itemsize for p in params)
+    _, tensors = names_and_tensors(params)
+    size = sum(real_numel(p) for p in tensors)
+    width = max(real_dtype(p).itemsize for p in tensors)
     vectors = basis_vectors(k, certify) + k + 3  # at a restart, and at the end, some are held twice
     return vectors * size * max(width, torch.float32.itemsize)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on a device.
+    """Return the bytes that this process can still allocate on a device.
 
-    On the host that is the least of what the system has free and what the limits of the control groups that this
-    process is in (a container's, a batch system's) leave. Where nothing says, it is 8 GiB. An Apple GPU shares the
-    memory of the host and takes as much of it as its driver recommends. What the allocator of a device holds and nobody
-    uses is free.
+    On the host that is the minimum of the system's free memory and of what the limits of this process's control groups
+    (of a container or batch system) leave; 8 GiB where neither is known. An Apple GPU shares the host's memory up to
+    the driver's recommended maximum. Memory that a device's allocator has reserved and does not use counts as free.
     """
     if device.type == "mps":
         return max(int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()), 0)
@@ -45,14 +51,14 @@ def free_memory(device: torch.device) -> int:
 
 
 def _held(module: Any, device: torch.device) -> int:
-    """Bytes that the allocator of a kind of device holds and nobody uses, where it says so."""
+    """Return the bytes that a device's allocator has reserved and does not use; 0 where it does not say."""
     if not hasattr(module, "memory_reserved") or not hasattr(module, "memory_allocated"):
         return 0
     return max(int(module.memory_reserved(device) - module.memory_allocated(device)), 0)
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give back what the allocator of a device holds and nobody uses, if it does such a thing."""
+    """Release unused memory of the device's allocator, where it supports that."""
     getattr(getattr(torch, device.type, None), "empty_cache", lambda: None)()
 
 
@@ -66,7 +72,7 @@ _VERSIONS = (
 
 
 def _of_system() -> int | None:
-    """What the machine has free, or all that it has where that is all it says; None where it says nothing."""
+    """Return the free memory of the machine, its total where the free part is unknown, or None where both are."""
     available = _table(_MEMORY).get("MemAvailable")
     if available is not None:
         return available * 1024
@@ -79,7 +85,7 @@ def _of_system() -> int | None:
 
 
 def _of_control_groups() -> Iterator[int]:
-    """What each limit of a control group above this process leaves."""
+    """Yield the bytes left by each limit of a control group above this process."""
     for tree, limit_file, usage_file, cache in _VERSIONS:
         for folder in _folders(tree):
             limit, used = _number(folder / limit_file), _number(folder / usage_file)
@@ -89,7 +95,7 @@ def _of_control_groups() -> Iterator[int]:
 
 
 def _folders(tree: str) -> list[Path]:
-    """The control groups that this process is in, from its own up to the root, as they may be seen from here."""
+    """Return the control groups of this process, from its own up to the root, as seen from here."""
     root = _CONTROL_GROUPS / tree
     try:
         entries = [line.split(":", 2) for line in _ENTRIES.read_text().splitlines()]
@@ -108,7 +114,7 @@ def _number(path: Path) -> int | None:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Read lines of a name and a number."""
     try:
         lines = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
     except OSError:
@@ -117,7 +123,7 @@ def _table(path: Path) -> dict[str, int]:
 
 
 def _of_windows() -> int | None:
-    """What GlobalMemoryStatusEx calls available."""
+    """Return the available memory that GlobalMemoryStatusEx reports."""
     import ctypes
 
     names = ("total", "available", "page_total", "page", "virtual_total", "virtual", "extended")

@@ -8,7 +8,9 @@ class BadArgumentError(ValueError):
     """An argument that cannot be meant, found when training begins."""
 
 
-def check_arguments(every_n_steps: int | None, budget: float | None, **globs: Sequence[str] | None) -> None:
+def check_arguments(
+    every_n_steps: int | None, budget: float | None, grace: float, **globs: Sequence[str] | None
+) -> None:
     """Raise ValueError naming the argument that is out of range; ``globs`` are the lists of names."""
     for name, patterns in globs.items():
         if isinstance(patterns, str):
@@ -19,3 +21,5 @@ def check_arguments(every_n_steps: int | None, budget: float | None, **globs: Se
         raise ValueError(
             f"budget must be positive (0.02 is 2 % of training time) or None for no limit, got {budget!r}."
         )
+    if not 0 <= grace < math.inf:
+        raise ValueError(f"grace must be a number of seconds, 0 or more, got {grace!r}.")

@@ -1,5 +1,6 @@
 """What monitoring costs, and what it may cost."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +11,6 @@ import torch
 
 from dynamon.kernels import waiter
 
-_MARGIN = 1.5  # by how much a measurement may take longer than expected without breaking the budget
-_PATIENCE = 300  # steps that a measurement waits before others leave it what it costs
-_ASKED = 2  # steps after which one that asks no more is forgotten
 _EVENTS = 64  # measurements whose device time nobody has asked for yet
 _SAMPLED = 16  # without events, of what is charged at every step and reads nothing, one in so many is waited for
 
@@ -23,6 +21,7 @@ class Budget:
     Args:
         fraction: Most that measurements may take, as a share of the training time without them; None for
             no limit.
+        grace: Seconds that they may take beyond that, once.
 
     On a GPU a measurement is timed by CUDA events as well, since its work is only queued when the host
     moves on; the larger of the two times counts, and events are read when they have passed. A measurement that waits
@@ -31,15 +30,14 @@ class Budget:
     measurement that reads something, and in one in 16 of the others, which speaks for those after it.
     """
 
-    def __init__(self, fraction: float | None) -> None:
+    def __init__(self, fraction: float | None, grace: float = 0.0) -> None:
         """Start with nothing spent."""
-        self.fraction = fraction
+        self.fraction, self.grace = fraction, grace
         self.spent = 0.0
         self.spent_on: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self._running = 0.0
         self._since: float | None = None
-        self._claims: dict[str, tuple[float, int]] = {}  # seconds, and the step of the last claim
         self._waited = 0.0  # for what training had queued
         self._charged: dict[str, tuple[int, float]] = {}  # how often, and by how much the device took longer
         self._events: deque[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -75,9 +73,12 @@ class Budget:
         return overhead_of([self])
 
     @property
-    def is_spent(self) -> bool:
-        """Whether nothing is left, so that nobody need ask."""
-        return self.fraction is not None and self.spent >= self.fraction * self.training
+    def left(self) -> float:
+        """Seconds that measurements may take now: of the share and of the grace what is not spent."""
+        if self.fraction is None:
+            return math.inf
+        self._collect()
+        return self.fraction * self.training + self.grace - self.spent
 
     @contextmanager
     def charge(self, name: str, device: torch.device | None = None, waits: bool = False) -> Iterator[None]:
@@ -170,54 +171,10 @@ class Budget:
                 self._running += seconds
             self.book("hooks", max(seconds - (self.spent + self._waited - known), 0.0))
 
-    def claim(self, name: str, expected: float, waited: float, step: int, step_seconds: float) -> None:
-        """Have the others leave a measurement what it costs, if it has waited for long.
-
-        So that what is cheap and often taken does not eat up, bit by bit, what a dear one waits for. Of several that
-        have waited the cheapest is first. One that is too dear for what the budget yields in 1,200 steps has no claim.
-
-        Args:
-            name: The measurement.
-            expected: Seconds it is expected to take.
-            waited: Steps since it was taken last.
-            step: The step; a claim holds for as long as it is made again.
-            step_seconds: Mean training time of a step.
-        """
-        cost = _MARGIN * expected
-        if self.fraction is None or waited < _PATIENCE or cost > 4 * _PATIENCE * step_seconds * self.fraction:
-            self._claims.pop(name, None)
-        else:
-            self._claims[name] = (cost, step)
-
-    def allows(self, name: str, expected: float, share: float = 1.0, step: int = 0) -> bool:
-        """Whether a measurement may be taken now.
-
-        Args:
-            name: The measurement.
-            expected: Seconds it is expected to take.
-            share: Most of the budget that this measurement may use up; those with a share below one keep to
-                it, unless they have a claim, one with share 1 takes what is left.
-            step: The step.
-        """
-        if self.fraction is None:
-            return True
-        self._collect()
-        self._claims = {other: claim for other, claim in self._claims.items() if claim[1] >= step - _ASKED}
-        return self._needed(name, expected, share) <= self.fraction * self.training
-
-    def seconds_to_wait(self, name: str, expected: float, share: float = 1.0) -> float:
-        """Seconds of training after which :meth:`allows` would say yes; 0 where it does."""
-        if self.fraction is None:
-            return 0.0
-        return max(self._needed(name, expected, share) / self.fraction - self.training, 0.0)
-
-    def _needed(self, name: str, expected: float, share: float) -> float:
-        """What the budget must have yielded by the time a measurement is taken."""
-        cost = _MARGIN * expected
-        has_claim = name in self._claims
-        others = [claimed for other, (claimed, _) in self._claims.items() if other != name]
-        needed = self.spent + cost + sum(claimed for claimed in others if not has_claim or claimed < cost)
-        return needed if has_claim else max(needed, (self.spent_on.get(name, 0.0) + cost) / share)
+    @property
+    def grace_left(self) -> float:
+        """Seconds of the grace that are left for a fit that goes on from here, with a clock of its own."""
+        return self.grace if self.fraction is None else min(max(self.left, 0.0), self.grace)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its clock stopped, and waits for no device."""

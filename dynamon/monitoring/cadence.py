@@ -1,74 +1,100 @@
-"""When a meter measures."""
+"""The timetable of one group of quantities: when it was read last, and when it is read next."""
 
 import math
-from collections.abc import Callable
 
-from dynamon.monitoring.run_context import RunContext
+NEVER = math.inf
 
 
 class Cadence:
-    """When a meter measures.
+    """When one group of quantities is read: at fixed steps, or where the :class:`Planner` puts it.
 
     Args:
-        every_n_steps: At every step that is a multiple of this, whatever it costs. None leaves it to the
-            budget.
-        interval: Steps between two measurements at least, when the budget decides.
-        share: Part of the budget this meter may use; 1 takes what the others leave.
+        every_n_steps: Read at every step that is a multiple of this, whatever it costs. A step that was not taken is
+            replaced by the next one that is. None: the planner decides.
+        interval: Fewest steps between two readings where the planner decides.
+
+    Attributes:
+        lead: Steps before a reading at which something is kept for it.
+        last: Step of the last reading; minus infinity before the first.
+        next: Step of the next reading; infinity while none is planned.
+        rests_until: Step before which nothing is read, after failures.
+        is_tryout: Whether every step is read (``fast_dev_run``).
+        is_open: Whether the planner has to find the step of the next reading.
     """
 
-    def __init__(self, every_n_steps: int | None, interval: int, share: float) -> None:
-        """Nothing measured yet."""
-        self.every_n_steps, self.interval, self.share = every_n_steps, interval, share
-        self.last = -math.inf
-        self._passed = math.inf  # the step that was taken last
+    def __init__(self, every_n_steps: int | None, interval: int) -> None:
+        """Plan nothing."""
+        self.every_n_steps, self.interval = every_n_steps, interval
+        self.lead, self.is_tryout, self.is_open = 0, False, False
+        self.last, self.next, self.rests_until = -math.inf, NEVER, -math.inf
+        self._tried = -math.inf  # step at which a reading was due and did not come about
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the planner decides."""
+        return self.every_n_steps is None and not self.is_tryout
 
     @property
     def unit(self) -> int:
-        """Steps between two readings, at least."""
+        """Fewest steps between two readings."""
         return self.every_n_steps or self.interval
 
+    @property
+    def wakes_at(self) -> float:
+        """First step at which something has to be done for the next reading."""
+        return self.next - self.lead
+
     def begin(self, step: int) -> None:
-        """A step is about to come: what was due before the first one is over."""
-        if self._passed == math.inf:
-            self._passed = step - 1
+        """Start at a step, or go back to it: readings at it and after it have not been taken."""
+        self.last = self.last if self.last < step else -math.inf
+        self.rests_until = self._tried = -math.inf
+        self._follow(step - 1)
 
-    def passed(self, step: int) -> None:
-        """A step was taken: what was due by then is over."""
-        self._passed = step
+    def is_due(self, step: int) -> bool:
+        """Whether a step is read."""
+        return step >= self.next
 
-    def due(self, run: RunContext, name: str, expected: Callable[[RunContext], float], step: int) -> bool:
-        """Whether to measure at ``step``; ``expected`` is asked only where the budget decides."""
-        if run.trying_out:
+    def is_due_after(self, step: int) -> bool:
+        """Whether the next step may be read as well, so that something of this one is kept for it."""
+        if self.is_tryout:
             return True
         if self.every_n_steps is not None:
-            # Where a step was none, the next one that is taken stands in for it.
-            before = min(self._passed, step - 1) if step == run.step else step - 1
-            return step // self.every_n_steps > before // self.every_n_steps
-        if not self.is_free(step):
-            return False
-        if run.ranks.is_distributed and run.budget.fraction is not None:
-            return run.decisions.allows(name, step)
-        if run.budget.is_spent:
-            return False
-        seconds = expected(run)
-        self.claim(run, name, seconds, step)
-        return run.budget.allows(name, seconds, self.share, step)
+            return (step + 1) % self.every_n_steps == 0
+        return self.next == step + 1 or self.is_due(step) and self.interval <= 1
 
-    def claim(self, run: RunContext, name: str, expected: float, step: int) -> None:
-        """Tell the budget how long this has waited."""
-        run.budget.claim(name, expected, step - max(self.last, run.begun_at), step, run.seconds_per_step)
+    def read(self, step: int) -> None:
+        """Note a reading."""
+        self.last = step
 
-    def go_back_to(self, step: int) -> None:
-        """Training has gone back to before a step: what was measured at it or later was not."""
-        self.last = self.last if self.last < step else -math.inf
-        self._passed = self._passed if self._passed < step else step - 1
+    def passed(self, step: int) -> None:
+        """Note that a step was taken: what was due by then is over."""
+        if self.is_planned and self.next > step:
+            return
+        if self.last < step:
+            self._tried = step
+        self._follow(step)
 
-    def is_free(self, step: int) -> bool:
-        """Whether the last measurement is far enough away."""
-        return step - self.last >= self.interval
+    def possible_after(self, step: int) -> float:
+        """First step after a step at which a reading may be planned."""
+        is_kept = self.interval <= 1 and self.last == step  # then a reading is what the next one is compared with
+        return max(step + 1 + (0 if is_kept else self.lead), self.rests_until, self._tried + self.interval)
 
-    def steps_to_wait(self, run: RunContext, name: str, expected: float, begins: bool, begins_before: int) -> float:
-        """Steps until the next measurement can begin, after one at this step if ``begins``."""
-        seconds = run.budget.seconds_to_wait(name, expected * (2 if begins else 1), self.share)
-        free = self.interval if begins else self.last + self.interval - begins_before - run.step
-        return max(free, math.ceil(seconds / max(run.seconds_per_step, 1e-9)), 1)
+    def put_off(self, step: int) -> None:
+        """Note that a step was not taken: a planned reading that was due at it is tried anew."""
+        if self.is_planned and self.next <= step:
+            self.next = step + 1 + self.lead
+
+    def rest(self, until: float) -> None:
+        """Read nothing before a step."""
+        self.rests_until = until
+        self._follow(-1)
+
+    def _follow(self, step: int) -> None:
+        """Find the first fixed step after a step, rest included; the planner finds others."""
+        after = max(step, math.ceil(self.rests_until) - 1) if math.isfinite(self.rests_until) else step
+        if self.is_tryout:
+            self.next = after + 1
+        elif self.every_n_steps is not None:
+            self.next = (after // self.every_n_steps + 1) * self.every_n_steps
+        else:
+            self.next, self.is_open = NEVER, True

@@ -13,6 +13,7 @@ from dynamon.monitoring.gradient_meter import GradientMeter
 from dynamon.monitoring.gradient_monitor import GradientMonitor
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
+from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.probe import ProbeMeter, check_probe
 from dynamon.monitoring.sharpness_monitor import QUANTITIES, SharpnessMonitor, check_solver, sharpness_meters
 from dynamon.monitoring.weight_meter import WeightMeter
@@ -103,6 +104,7 @@ class DynamicsMonitor(Monitor):
         memory_limit: As there.
         histograms: Whether every tenth reading of gradients and weights brings their histograms.
         convolutions: As in :class:`WeightMonitor`.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
 
     Attributes:
         history: Everything measured, as arrays: ``monitor.history["noise/dual"].values`` is ``[T, L]``.
@@ -135,24 +137,28 @@ class DynamicsMonitor(Monitor):
         memory_limit: float | None = None,
         histograms: bool | None = None,
         convolutions: bool = False,
+        grace: float = GRACE,
     ) -> None:
         """Check the arguments."""
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
         own: dict[str, Any] = {"quantities": quantities, "probe_fraction": probe_fraction, "histograms": histograms}
         chosen = replace(PRESETS[preset], **{name: value for name, value in own.items() if value is not None})
-        check_arguments(every_n_steps, budget, quantities=quantities, layers=layers, loggers=loggers)
+        check_arguments(every_n_steps, budget, grace, quantities=quantities, layers=layers, loggers=loggers)
         check_probe(probe_batches, chosen.probe_fraction, loss_fn, probe_size, probe_weight)
         check_solver(chosen.quantities, outputs, tol, max_matvecs, memory_limit)
         if budget is not None and every_n_steps is None and probe_fraction is None:
             # Two per cent carry an eighth of a batch: about one reading in 300 steps on a small GPT.
             chosen = replace(chosen, probe_fraction=min(chosen.probe_fraction, 6 * budget))
         probe = partial(
-            ProbeMeter, loss_fn, probe_batches, chosen.probe_fraction, probe_size, probe_weight, save=save_probe
+            ProbeMeter,
+            *(loss_fn, probe_batches, chosen.probe_fraction, probe_size, probe_weight),
+            save=save_probe,
+            may_shrink=probe_fraction is None and probe_size is None,
         )
         solver = (tol, max_matvecs, outputs, memory_limit)
         make_meters = partial(_meters, chosen, every_n_steps, probe, solver, convolutions)
-        super().__init__(make_meters, budget, layers, loggers, strict)
+        super().__init__(make_meters, budget, layers, loggers, strict, grace)
         self.preset = preset
 
     def one_of_a_kind(self) -> tuple[type, ...]:
@@ -167,10 +173,9 @@ def _meters(
     solver: tuple[float, int, OutputsFn | None, float | None],
     convolutions: bool,
 ) -> list[Meter]:
-    """Gradients, weights and steps keep to their part of the budget, eigenvalues take what they leave."""
-    steps, eigenvalues = (partial(Cadence, every_n_steps, chosen.sharpness, share) for share in (0.2, 1.0))
+    """Make the meters of a preset."""
     return [
-        GradientMeter(Cadence(every_n_steps, chosen.gradients, share=0.2), chosen.histograms),
-        WeightMeter(Cadence(every_n_steps, chosen.weights, share=0.1), chosen.histograms, convolutions),
-        *sharpness_meters(tuple(chosen.quantities), probe, steps, eigenvalues, *solver),
+        GradientMeter(Cadence(every_n_steps, chosen.gradients), chosen.histograms),
+        WeightMeter(Cadence(every_n_steps, chosen.weights), chosen.histograms, convolutions),
+        *sharpness_meters(tuple(chosen.quantities), probe, partial(Cadence, every_n_steps, chosen.sharpness), *solver),
     ]

@@ -1,10 +1,9 @@
 """What the curvature of the whole loss is: eigenvalues, stability, traces, densities, blocks."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,9 +39,11 @@ from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.evaluation import trained_parameters
 from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
 from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
+from dynamon.monitoring.matvec_allowance import LEAST, MatvecAllowance
 from dynamon.monitoring.memory_plan import plan_memory
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
@@ -57,7 +58,7 @@ from dynamon.stability import (
     stability_threshold,
 )
 
-_TRACKED = frozenset({"stability_ratio", "hessian", "preconditioned", "ggn"})  # with a warm start of their own
+_EXTRAS = ("preconditioned", "trace", "density", "blocks", "ggn")  # which a measurement can do without
 _TRACE_VECTORS = 16
 _DENSITY_STEPS, _DENSITY_VECTORS = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
@@ -120,7 +121,8 @@ class EigenvalueMeter(Meter):
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None
         self.last_density: SpectralDensity | None = None
-        self._product_seconds: deque[float] = deque(maxlen=5)
+        self._allowance = MatvecAllowance()
+        self._extras: dict[str, Cadence] = {}  # what is taken along with a measurement now and then
         self._too_large, self._never, self._certify = False, False, True
         self._needed = 0.0  # bytes of the vectors of a solve
         self._is_guess = self._is_solving = False
@@ -194,28 +196,55 @@ class EigenvalueMeter(Meter):
         """Not where it is off for another reason."""
         return super().is_missed() and not self.is_off()
 
-    def expected(self, run: RunContext) -> float:
-        """Products of the coming measurement at what they took lately.
+    def plans(self, run: RunContext) -> list[Plan]:
+        """Return what the planner has to know, also of the expensive quantities that not every measurement brings."""
+        own = super().plans(run)
+        if not self.cadence.is_planned or run.budget.fraction is None:
+            return own
+        self._extras = {
+            quantity: Cadence(None, self.cadence.interval) for quantity in _EXTRAS if quantity in self._wanted
+        }
+        return own + [
+            Plan(quantity, cadence, partial(self._expected_extra, run, quantity), partial(self._lacks, quantity), True)
+            for quantity, cadence in self._extras.items()
+        ]
 
-        A guess of two training steps for a product on a full batch counts as one experience, so that a single
-        slow measurement does not keep the next one away for long.
+    def _lacks(self, quantity: str) -> bool:
+        return self.is_off() or quantity not in self._wanted
+
+    def _expected_extra(self, run: RunContext, quantity: str) -> float | None:
+        return self._allowance.price(self._products_of(run, quantity), self._probe.graph_seconds)
+
+    def expected(self, run: RunContext) -> float | None:
+        """Return the seconds of the coming measurement, its extras left out; None as long as nothing was timed.
+
+        The first one is made as small as the budget allows, down to a few products.
         """
-        trackers = list(self._trackers.values()) or [EigenTracker()] * max(1, len(self._wanted & _TRACKED))
-        products = sum(20 if t.next_is_certified else 10 if t.next_is_cold else 6 for t in trackers)
-        products += _TRACE_VECTORS * ("trace" in self._wanted)
-        products += 6 * len(run.layers) if "blocks" in self._wanted else 0
-        products += _DENSITY_STEPS * _DENSITY_VECTORS * ("density" in self._wanted)
-        guess = 2 * run.seconds_per_step * self._probe.share
-        if not self._product_seconds:  # the first one also chooses how products are made, and checks them
-            return 2 * products * guess
-        return products * median([guess, *self._product_seconds])
+        tracked = list(self._trackers.values()) or [self._tracker(k) for k in self._first_solves()]
+        products = sum(map(_products_of_solve, tracked))
+        price = self._allowance.price(products, self._probe.graph_seconds)
+        least = self.least(run)
+        if price is None or least is None or self._took:
+            return price
+        return min(price, max(least, run.budget.left))
+
+    def least(self, run: RunContext) -> float | None:
+        """Return the seconds of the smallest measurement."""
+        return self._allowance.price(LEAST, self._probe.graph_seconds)
+
+    def _first_solves(self) -> list[int]:
+        """How many eigenvalues each of the first solves follows."""
+        solves = len(self._wanted & {"stability_ratio", "hessian"})
+        return [1] * (solves - 1) + [self._max_eigenvalues()]
+
+    def _products_of(self, run: RunContext, quantity: str) -> int:
+        """How many products an extra quantity takes."""
+        blocks = _products_of_solve(EigenTracker()) * len(run.layers)
+        known = {"trace": _TRACE_VECTORS, "density": _DENSITY_STEPS * _DENSITY_VECTORS, "blocks": blocks}
+        return known.get(quantity, _products_of_solve(self._trackers.get(f"{quantity}_max") or self._tracker()))
 
     def _is_due(self, run: RunContext) -> bool:
-        return (
-            not self.is_off()
-            and self._probe.is_expected(run)
-            and self.cadence.due(run, self.name, self.expected, run.step)
-        )
+        return not self.is_off() and self._probe.is_expected(run) and self.is_due(run)
 
     def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Have the update kept where its share in the top eigenspace is wanted."""
@@ -250,7 +279,7 @@ class EigenvalueMeter(Meter):
             raise
         if self.is_off():
             return
-        self._product_seconds.append((run.budget.spent_on[self.name] - spent) / max(products, 1))
+        self._allowance.note(run.budget.spent_on[self.name] - spent, products)
         self.done(run)
 
     def _measure(self, run: RunContext) -> int:
@@ -258,6 +287,7 @@ class EigenvalueMeter(Meter):
         if not self._fits(run):
             return 0
         self._probe.agree(run)
+        self._allowance.open(run, self.cadence.is_planned, self._probe.graph_seconds)
         with self._probe.evaluation(run) as params:
             hessian = self._probe.hessian(run, params)
             self._is_solving = True  # from here on the loss and its gradient fit
@@ -316,7 +346,11 @@ class EigenvalueMeter(Meter):
 
     def _attempt(self, point: _Point, quantity: str, function: Callable[[_Point], Any]) -> None:
         """Measure one quantity; its failure leaves the others alone."""
-        if self._failures.rests(quantity, self.points):
+        extra = self._extras.get(quantity)
+        least = LEAST if extra is None else self._products_of(point.run, quantity)
+        if quantity != "bracket" and point.products and self._allowance.rest(point.products) < least:
+            return
+        if self._failures.rests(quantity, self.points) or extra is not None and not extra.is_due(point.run.step):
             return
         try:
             before = point.products
@@ -324,6 +358,8 @@ class EigenvalueMeter(Meter):
                 function(point)
             point.succeeded += point.products > before
             self._failures.clear(quantity)
+            if extra is not None:
+                extra.read(point.run.step)
         except NoSecondMomentError:
             return  # not yet: it comes with the optimizer's first steps
         except Exception as error:  # one quantity fails, the others are measured all the same
@@ -401,7 +437,8 @@ class EigenvalueMeter(Meter):
 
     def _solve(self, point: _Point, tag: str, operator: LinearOperator, k: int = 1) -> Eigenpairs:
         tracker = self._trackers.setdefault(tag, self._tracker(k))
-        found = tracker.update(operator)
+        rest = self._allowance.rest(point.products)
+        found = tracker.update(operator, most=None if math.isinf(rest) else max(int(rest), LEAST))
         point.products += found.matvecs
         if (reason := why_not(operator, found.product_error)) is not None:
             raise ArithmeticError(reason)
@@ -513,6 +550,12 @@ class EigenvalueMeter(Meter):
             self._trackers[tag] = self._tracker(int(saved["k"]))
             self._trackers[tag].load_state_dict(saved)
         self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
+
+
+def _products_of_solve(tracker: EigenTracker) -> int:
+    """How many products a solve is expected to take; several eigenvalues take about three times as many."""
+    products = 20 if tracker.next_is_certified else 10 if tracker.next_is_cold else 6
+    return products * (1 if tracker.k == 1 else 3)
 
 
 def _require_trust(operator: LinearOperator, vector: Tensor) -> None:

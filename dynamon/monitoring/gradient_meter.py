@@ -81,12 +81,12 @@ class GradientMeter(PairMeter):
                     "gradients are gone before they can be read (an optimizer that works in backward, or "
                     "zero_grad before the step): gradient/ and noise/ are left out, weights and updates are measured.",
                 )
-                if self.reads(run):
+                if self.is_due(run):
                     run.recorder.history.add("gradient/norm", run.step, float("nan"))
             return
         if not watch.is_last:
             return
-        reads, keeps = self.reads(run), self._watching and self.keeps(run)
+        reads, keeps = self.is_due(run), self._watching and self.keeps(run)
         self._reading = reads
         source = self._source(run, optimizer, looks=reads or keeps)
         if not source.has_layers:
@@ -130,10 +130,10 @@ class GradientMeter(PairMeter):
         # Where a step may come at any batch, it takes up what came before.
         is_open = not run.loop.knows_windows
         if is_open or begins_window(run.loop):
-            self._watching = is_open or self.reads(run) or self.keeps(run)
+            self._watching = is_open or self.is_due(run) or self.keeps(run)
         if self._watching:
             run.loop.windows.batch_start(run.loop, batch)
-        if compares_ranks(run.loop) and begins_window(run.loop) and self.reads(run):
+        if compares_ranks(run.loop) and begins_window(run.loop) and self.is_due(run):
             with run.charge(self.name):
                 for source in self._all_sources(run):
                     source.watch_ranks()
@@ -149,7 +149,7 @@ class GradientMeter(PairMeter):
             return
         windows = run.loop.windows
         windows.after_backward(run.loop)
-        if not has_windows(run.loop) or not self.reads(run):
+        if not has_windows(run.loop) or not self.is_due(run):
             return
         for optimizer in run.loop.optimizers:
             share = windows.half(run.loop, optimizer)
@@ -164,23 +164,20 @@ class GradientMeter(PairMeter):
         read, self._read = self._read, {}
         used, self._used = self._used, {}
         reads, self._reading = self._reading, False
-        if (reads or self._keeping) and not run.steps.any_taken():
+        if (reads or self.keeps(run)) and not run.steps.any_taken():
             self._settle(run, read)
             for source in self._sources.values():
                 source.forget()  # what was read or kept is of no step
             return
-        try:
-            shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o, r)}
-            self._moved = {}
-            if reads and (shown or run.ranks.is_distributed):
-                with run.together(self.name):
-                    arrived = {optimizer: awaited.wait() for optimizer, awaited in read.items()}
-                    self._hand_on(run, [arrived[o] for o in shown], [used.get(o) for o in shown])
-                self.done(run)
-            else:
-                self._settle(run, read)
-        finally:
-            self.turn(run)
+        shown = {o: r for o, r in read.items() if o in run.steps.taken() and self._is_of_step(run, o, r)}
+        self._moved = {}
+        if reads and (shown or run.ranks.is_distributed):
+            with run.together(self.name):
+                arrived = {optimizer: awaited.wait() for optimizer, awaited in read.items()}
+                self._hand_on(run, [arrived[o] for o in shown], [used.get(o) for o in shown])
+            self.done(run)
+        else:
+            self._settle(run, read)
 
     def _settle(self, run: RunContext, read: Mapping[Optimizer, AwaitedReading]) -> None:
         """Have what is not shown counted all the same."""
@@ -211,9 +208,12 @@ class GradientMeter(PairMeter):
             self._told.add(key)
             rank_zero_info(sentence)
 
-    def wake(self, run: RunContext) -> None:
-        """What was kept is of another step."""
-        super().wake(run)
+    def is_idle(self, run: RunContext) -> bool:
+        """Return False where a window may begin at any batch."""
+        return run.loop.knows_windows
+
+    def lapse(self, run: RunContext) -> None:
+        """Forget what was kept: steps pass that are not seen."""
         for source in self._sources.values():
             source.forget()
 

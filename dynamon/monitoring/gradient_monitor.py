@@ -9,6 +9,7 @@ from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gradient_meter import GradientMeter
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
+from dynamon.monitoring.planner import GRACE
 from dynamon.quantities import quantities_of, with_tag_table
 
 
@@ -52,6 +53,7 @@ class GradientMonitor(Monitor):
         loggers: Loggers to write to by part of the class name, class or object (``["tensorboard"]``); None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         histograms: Write a histogram of each layer's gradient to TensorBoard, every tenth reading.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
@@ -72,11 +74,12 @@ class GradientMonitor(Monitor):
         loggers: Sequence[Any] | None = None,
         strict: bool = False,
         histograms: bool = False,
+        grace: float = GRACE,
     ) -> None:
         """Check the arguments."""
-        check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
-        super().__init__(partial(_meters, every_n_steps, histograms), budget, layers, loggers, strict)
+        check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
+        super().__init__(partial(_meters, every_n_steps, histograms), budget, layers, loggers, strict, grace)
 
 
 def _meters(every_n_steps: int | None, with_histograms: bool) -> list[Meter]:
-    return [GradientMeter(Cadence(every_n_steps, interval=4, share=1.0), with_histograms)]
+    return [GradientMeter(Cadence(every_n_steps, interval=4), with_histograms)]

@@ -49,7 +49,7 @@ class Loop(ABC):
     @property
     @abstractmethod
     def step(self) -> int:
-        """The x axis: batches before this one in which optimizers stepped. Constant from a batch's start to its end."""
+        """Batches before this one in which optimizers stepped, the x axis; constant from a batch's start to its end."""
 
     @property
     @abstractmethod
@@ -101,7 +101,7 @@ class Loop(ABC):
 
     @property
     def model(self) -> Any:
-        """What loss functions are called with: the module, or what stands for it."""
+        """The module, or what stands for it; loss functions are called with it."""
         return self.module
 
     # Which batches belong to a step
@@ -200,7 +200,7 @@ class Loop(ABC):
 
     @property
     def precision(self) -> str:
-        """Precision of training in Lightning's words: ``"32-true"``, ``"bf16-mixed"``, ..."""
+        """Precision of training, as Lightning writes it (``"32-true"``, ``"bf16-mixed"``)."""
         return "32-true"
 
     @property

@@ -1,15 +1,20 @@
 """A meter: measures one group of quantities and hands them to the recorder."""
 
 from abc import ABC
+from collections import deque
 from collections.abc import Mapping
+from functools import partial
+from statistics import mean
 from typing import Any
 
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import Layout
 from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
 
+_RECENT = 8  # measurements whose time tells that of the next one
 FULL_EVERY = 10  # readings between two that take what is dear: full spectra, histograms
 
 
@@ -36,32 +41,38 @@ class Meter(ABC):
     def __init__(self, cadence: Cadence) -> None:
         """Remember when to measure."""
         self.cadence = cadence
+        self.cadence.lead = self.begins_before
         self.points = 0  # measurements, those before a resume included
         self._timed = 0  # those of this fit, whose time is known
-        self._first = 0.0  # seconds of the first of them
+        self._took: deque[float] = deque(maxlen=_RECENT)  # seconds of the last of them
+        self._spent = 0.0  # seconds of all so far
 
-    def expected(self, run: RunContext) -> float:
-        """Seconds the next measurement will take: the mean so far, or a share of a step's time for the first.
+    def expected(self, run: RunContext) -> float | None:
+        """Return the seconds that the next measurement will take; None where nothing tells yet.
 
-        The first loads modules, makes handles and compiles: once there are others it is not in the mean.
+        The mean of those taken lately, or a share of a step's time for the first. The first loads modules, makes
+        handles and compiles: once there are others it is not in the mean.
         """
-        if not self._timed:
-            return run.seconds_per_step / 10
-        spent = run.budget.spent_on.get(self.name, 0.0)
-        return spent if self._timed == 1 else max(spent - self._first, 0.0) / (self._timed - 1)
+        return mean(self._took) if self._took else run.seconds_per_step / 10
 
     def done(self, run: RunContext) -> None:
         """A measurement is complete."""
         self.points += 1
         self._timed += 1
-        if self._timed == 1:
-            self._first = run.budget.spent_on.get(self.name, 0.0)
-        self.cadence.last = run.step
+        spent = run.budget.spent_on.get(self.name, 0.0)
+        self._took.append(spent - self._spent)
+        self._spent = spent
+        if self._timed == 2:
+            self._took.popleft()
+        self.cadence.read(run.step)
 
-    def awaits_decision(self, run: RunContext) -> bool:
-        """Whether it depends on the budget when this measures, and so on the first process's clock."""
-        fixed = self.cadence.every_n_steps is not None or run.trying_out
-        return not fixed and run.budget.fraction is not None and not self.is_off()
+    def is_due(self, run: RunContext) -> bool:
+        """Return whether this step is measured."""
+        return self.cadence.is_due(run.step)
+
+    def plans(self, run: RunContext) -> list[Plan]:
+        """Return what the planner has to know of this group, and of what is taken along with it now and then."""
+        return [Plan(self.name, self.cadence, partial(self.expected, run), self.is_off)]
 
     def is_off(self) -> bool:
         """Whether it does not measure in this run."""
@@ -96,8 +107,12 @@ class Meter(ABC):
     def batch_end(self, run: RunContext) -> None:
         """A batch is over in which a step was begun; ``run.steps`` knows whether it was taken."""
 
-    def wake(self, run: RunContext) -> None:
-        """It was paused and is tried again: what it kept is of another time."""
+    def is_idle(self, run: RunContext) -> bool:
+        """Return whether nothing has to be seen of the steps before the next measurement."""
+        return True
+
+    def lapse(self, run: RunContext) -> None:
+        """Forget what was kept for a comparison: steps pass that are not seen."""
 
     def end(self, run: RunContext) -> None:
         """Training is over, or was stopped by an exception: leave no hook behind. No collectives here."""

@@ -1,6 +1,7 @@
 """What all monitors share: calling their meters, what happens when one fails, what is saved."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,11 +21,15 @@ from dynamon.monitoring.layer_messages import say_layers
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.planner import FIRST_STEPS, GRACE
+from dynamon.monitoring.rank_decisions import review
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.stepping import SkippedSteps
 from dynamon.quantities import quantities_of
 from dynamon.runs.history import History
+
+_GRACE = "grace"  # key of what is left of it in a state
 
 
 class Monitor:
@@ -40,6 +45,7 @@ class Monitor:
         layers: Globs for the layers with readings of their own; ``!`` excludes.
         loggers: Loggers to write to, by (part of) class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning.
+        grace: Seconds that it may take beyond its share, once.
     """
 
     def __init__(
@@ -49,10 +55,11 @@ class Monitor:
         layers: Sequence[str] | None = None,
         loggers: Sequence[Any] | None = None,
         strict: bool = False,
+        grace: float = GRACE,
     ) -> None:
         """Remember what to measure."""
         super().__init__()
-        self._make_meters = make_meters
+        self._make_meters, self._grace = make_meters, grace
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
         self._state: dict[str, Any] = {}
         self._panels: Layout | None = None  # where somebody has set them
@@ -72,7 +79,7 @@ class Monitor:
     def _forget(self) -> None:
         """Begin like new: a monitor may see several fits."""
         self._meters = self._make_meters()
-        self._budget = Budget(self._fraction)
+        self._budget = Budget(self._fraction, self._grace)
         self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
         self._detach()
         self._run: RunContext | None = None
@@ -80,8 +87,9 @@ class Monitor:
         self._in_a_row, self._resting = Failures(), set[str]()
         self._causes: set[str] = set()
         self._skipped = SkippedSteps(type(self).__name__)
-        self._measured = self._started = False
+        self._measured = self._started = self._has_told = False
         self._next_step = 0
+        self.asleep, self._slept_at, self._wakes_at = False, 0, 0.0
         self._health = HealthWatch(type(self).__name__)
 
     @property
@@ -142,8 +150,9 @@ class Monitor:
 
     def _forget_step(self) -> None:
         """Forget what is known of a step that did not come to its end, or is undone."""
-        self._measured = False
+        self._measured = self.asleep = False
         if self._run is not None:
+            self._run.steps.sleep(False)
             self._run.steps.forget()
         self._recorder.forget_step()
 
@@ -180,11 +189,21 @@ class Monitor:
             rank_zero_info(f"{type(self).__name__}: {loop.without_writers}; readings are in its .history only.")
         run.steps.listen(self.before_step, partial(self._call_all, "at_step"))
         self._detach()
+        self._take_grace()
         self._run, self._started = run, False
+        for meter in self._meters:
+            for plan in meter.plans(run):
+                run.planner.add(plan)
         self._go_back_to(run.step)
         for sentence in loop.warnings_of(type(self).__name__, self._meters):
             rank_zero_warn(sentence)
         self._has_started()
+
+    def _take_grace(self) -> None:
+        """Go on with what a saved run has left of its grace."""
+        left = self._state.pop(_GRACE, None)
+        if left is not None:
+            self._budget.grace = min(float(left), self._grace)
 
     def _has_started(self) -> bool:
         """Start the meters when there is something to measure, after a first batch perhaps; whether they have."""
@@ -201,36 +220,35 @@ class Monitor:
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
             self._run.go_back()
-            for meter in self._meters:
-                meter.cadence.go_back_to(step)
+            self._run.planner.begin(step, None, self._run.trying_out)
         self._next_step = step
 
     def batch_start(self, batch: Any) -> None:
         """A batch has arrived on the device."""
-        if self._run is not None:
+        if self._run is not None and not self.sleeps_on(self._run.step):
             self._budget.start()
             self._run.hook()
             self._run.steps.batch_start()
             self._go_back_to(self._run.step)
-            for meter in self._meters:
-                meter.cadence.begin(self._run.step)
-            self._run.decisions.batch_start(self._run, [m for m in self._meters if not self.paused(m)])
+            if not self._run.planner.has_begun:  # a resumed run knows its step from its first batch on
+                total = self._run.loop.total_steps if self._run.step == 0 else None
+                self._run.planner.begin(self._run.step, total, self._run.trying_out)
             self._call_all("batch_start", batch)
 
     def before_backward(self) -> None:
         """A backward pass begins: gradients are still those that it will add to."""
-        if self._run is not None:
+        if not self.asleep and self._run is not None:
             self._call_all("before_backward")
 
     def after_backward(self) -> None:
         """A backward pass is over: gradients may still be accumulated."""
-        if self._run is not None:
+        if not self.asleep and self._run is not None:
             self._run.steps.passes += 1
             self._call_all("after_backward")
 
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step: gradients are complete, and not yet clipped where the loop announces it."""
-        if self._run is None:
+        if self.asleep or self._run is None:
             return
         self._run.loop.before_step()
         if self._run.steps.begin(optimizer):
@@ -243,7 +261,7 @@ class Monitor:
         Args:
             outputs: What :meth:`dynamon.monitoring.loop.Loop.loss_of` understands.
         """
-        if self._run is None:
+        if self.asleep or self._run is None:
             return
         if not self._run.steps.is_begun:
             self._skipped.see_none(self._run)
@@ -252,9 +270,9 @@ class Monitor:
         loss = StepLoss(self._run, outputs)
         self._call_all("batch_end")
         self._run.forget_copies()
-        if self._run.steps.may_have_stepped:
-            for meter in self._meters:
-                meter.cadence.passed(self._run.step)
+        has_stepped = self._run.steps.may_have_stepped
+        for meter in self._meters:
+            (meter.cadence.passed if has_stepped else meter.cadence.put_off)(self._run.step)
         self._skipped.see(self._run)
         self._run.steps.end()
         if self._measured:
@@ -266,9 +284,60 @@ class Monitor:
             self._health.see(self._run, *self._histories())
         self._measured = False
         self._next_step = self._run.step + 1
+        self._plan()
         self._budget.start()
         if not self._started and not any(is_lazy(p) for p in self._run.module.parameters()):
             self._give_up()
+
+    def _plan(self) -> None:
+        """Plan the readings to come, and look at nothing before the first of them."""
+        run = self._run
+        assert run is not None
+        if run.planner.is_due(run.step):
+            with self._budget.watch():
+                review(run)
+            self._tell_late()
+        wakes_at = run.planner.wakes_at
+        if (
+            wakes_at > run.step + 1
+            and self._started
+            and run.steps.can_sleep
+            and all(m.is_idle(run) for m in self._meters)
+        ):
+            self.asleep, self._slept_at, self._wakes_at = True, run.step + 1, wakes_at
+            run.steps.sleep()
+            for meter in self._meters:
+                meter.lapse(run)
+
+    def sleeps_on(self, step: int) -> bool:
+        """Return whether nothing has to be done at a step; else wake up, where nothing had to be before."""
+        if not self.asleep:
+            return False
+        if self._slept_at <= step < self._wakes_at:
+            return True
+        self._wake()
+        return False
+
+    def _wake(self) -> None:
+        """Count the steps that were not looked at, and look at those to come."""
+        if self.asleep and self._run is not None:
+            self.asleep = False
+            self._run.steps.sleep(False)
+            self._run.steps_seen += max(self._run.step - self._slept_at, 0)
+
+    def _tell_late(self) -> None:
+        """Say once what the grace does not pay for, and when it comes."""
+        run = self._run
+        assert run is not None
+        if self._has_told or run.step < run.begun_at + FIRST_STEPS or self._fraction is None:
+            return
+        self._has_told = True
+        for plan, seconds, step in run.planner.late():
+            when = "it comes when that is earned" if math.isinf(step) else f"the first is planned at step {step:.0f}"
+            rank_zero_info(
+                f"{type(self).__name__}: one {plan.name} reading takes about {seconds:.2g} s, more than grace="
+                f"{self._grace:.3g} has left: {when}. Raise grace or budget to have it sooner."
+            )
 
     def _give_up(self) -> None:
         """Switch off: shapes are known by now, and still there is nothing to measure."""
@@ -297,6 +366,7 @@ class Monitor:
     def end(self) -> None:
         """Training is over: stop the clock, and complete what is to be written."""
         self._budget.stop()
+        self._wake()
         self._end_meters()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there
@@ -307,11 +377,13 @@ class Monitor:
         self.last_look()
         for meter in self._meters:
             if self._run is not None and meter.is_missed() and not self.paused(meter) and not self._run.trying_out:
+                seconds = meter.expected(self._run)
+                takes = "is not known to fit" if seconds is None else f"takes about {seconds:.2g} s"
                 rank_zero_info(
-                    f"{type(self).__name__}: no {meter.name} reading in this run: one takes about "
-                    f"{meter.expected(self._run):.2g} s, and a budget of {self._fraction:.3g} gave all of them "
-                    f"{(self._fraction or 0) * self._budget.training:.2g} s{self._hooks()}. Raise budget, or set "
-                    "every_n_steps."
+                    f"{type(self).__name__}: no {meter.name} reading in this run: one {takes}, and a budget of "
+                    f"{self._fraction:.3g} with a grace of {self._grace:.3g} s gave all of them "
+                    f"{(self._fraction or 0) * self._budget.training + self._grace:.2g} s{self._hooks()}. Raise "
+                    "budget or grace, or set every_n_steps."
                 )
 
     def _hooks(self) -> str:
@@ -358,8 +430,9 @@ class Monitor:
         return [member.history for member in self._run.loop.members]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the meters' states: numbers and tensors by name; those loaded and not yet taken up as they are."""
-        return {**{meter.name: meter.state_dict() for meter in self._meters}, **self._state}
+        """The meters' states: numbers and tensors by name; those loaded and not yet taken up stay as they are."""
+        own = {meter.name: meter.state_dict() for meter in self._meters}
+        return {**own, _GRACE: self._budget.grace_left, **self._state}
 
     def take_state(self, state: dict[str, Any], at_once: bool) -> None:
         """Take a state up when training starts, or at once in the middle of it.
@@ -386,7 +459,7 @@ class Monitor:
             for meter in meters:
                 meter.load_state_dict(copy.copy(known[meter.name]))
         failures = self._failures + (0 if self._run is None else self._run.failures)
-        ended = {"_meters": meters, "_run": None, "_started": False, "_failures": failures}
+        ended = {"_meters": meters, "_run": None, "_started": False, "_failures": failures, "asleep": False}
         return {**super().__getstate__(), **ended}  # type: ignore[dict-item]
 
     def __repr__(self) -> str:
@@ -412,7 +485,7 @@ class Monitor:
             return
         if meter.name in self._resting:
             self._resting.discard(meter.name)
-            meter.wake(self._run)
+            meter.lapse(self._run)
         points = meter.points
         try:
             getattr(meter, method)(self._run, *arguments)
@@ -441,10 +514,10 @@ class Monitor:
             room = meter.make_room(self._run)
         self._recorder.forget()
         self._failures += 1
-        meter.cadence.last = self._run.step
         in_a_row = self._in_a_row.add(meter.name, self._run.step + 1, meter.cadence.unit)
         if in_a_row >= PAUSE_AFTER:
             self._resting.add(meter.name)
+            meter.cadence.rest(self._in_a_row.until[meter.name])
         line = first_line(error)
         pauses = in_a_row == PAUSE_AFTER
         after = (

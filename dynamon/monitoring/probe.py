@@ -1,6 +1,7 @@
 """The probe: samples of training that sharpness is measured on, kept for the whole run."""
 
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -34,6 +35,7 @@ NOISY = 0.1  # relative error of a product from which on nothing is shown
 _SAME, _SAME_ON_HOST = 1e-3, 1e-6  # two evaluations of a loss differ by less where a GPU adds up in another order
 _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
+_FEWEST = 2  # samples that a probe is not made smaller than
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 _NO_LOSS_SENTENCE = "there is no loss on the batch that sharpness was to be measured on: the next is taken."
@@ -53,6 +55,7 @@ class ProbeMeter(Meter):
         weight: Name of an entry of the batch whose sum weighs it (a mask of tokens), or None for its samples.
         second: Whether to keep the second set.
         save: Whether checkpoints hold the samples.
+        may_shrink: Whether a first reading may have fewer samples, so that the budget pays for it.
 
     Under DDP and FSDP2 each process keeps a share of its own batches, and what is measured is that of all of them
     together.
@@ -61,6 +64,8 @@ class ProbeMeter(Meter):
         gathers: Whether parameters that are sharded are gathered while they are measured; else they stay so.
         samples_in_all: Samples in the probe of all processes, None where they cannot be told apart.
         second_in_all: Whether all have their second set.
+        users: Who measures on it.
+        graph_seconds: What a gradient on it with its graph takes; None until that was timed.
     """
 
     name = "probe"
@@ -74,9 +79,13 @@ class ProbeMeter(Meter):
         weight: str | None = None,
         second: bool = False,
         save: bool = True,
+        may_shrink: bool = False,
     ) -> None:
         """No samples yet."""
-        super().__init__(Cadence(1, interval=1, share=1.0))
+        self._may_shrink = may_shrink
+        super().__init__(Cadence(None, interval=1))
+        self.users: Sequence[Meter] = ()
+        self.graph_seconds: float | None = None
         self.loss_fn = loss_fn
         self.share = batches * fraction  # of one batch, roughly: what an evaluation costs in training steps
         self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
@@ -151,6 +160,53 @@ class ProbeMeter(Meter):
     def is_missed(self) -> bool:
         """It has no readings of its own."""
         return False
+
+    def is_off(self) -> bool:
+        """Return whether there is nothing to be timed: it was done, or nobody keeps to a budget."""
+        return self.off or self.graph_seconds is not None or not any(m.cadence.is_planned for m in self.users)
+
+    def is_idle(self, run: RunContext) -> bool:
+        """Return whether no more samples are to be kept."""
+        return self.off or self._newest is None and all(self._is_full(kept) for kept in self._sets)
+
+    def expected(self, run: RunContext) -> float | None:
+        """Return zero: what follows rests on it."""
+        return 0.0
+
+    def batch_end(self, run: RunContext) -> None:
+        """Time a gradient on the samples before the first measurement; take fewer where that is too expensive."""
+        if run.budget.fraction is None or self.is_off() or not self.is_due(run) or not self.is_expected(run):
+            return
+        with run.charge(self.name, waits=True):
+            is_there = self.check(run)
+        if not is_there:
+            return
+        with run.together(self.name):
+            self._time_graph(run)
+            halvings = self._halvings_that_fit(run)
+            for _ in range(halvings):
+                self.halve(run)
+            if halvings:
+                self._time_graph(run)
+        self.cadence.read(run.step)
+
+    def _time_graph(self, run: RunContext) -> None:
+        self.agree(run)
+        with self.evaluation(run) as params:
+            begin = time.perf_counter()
+            hessian = self.hessian(run, params)
+            float(hessian.loss)
+            self.graph_seconds = time.perf_counter() - begin
+
+    def _halvings_that_fit(self, run: RunContext) -> int:
+        """How often to halve the samples so that the grace pays for a first measurement; 0 where no number does."""
+        least = sum(getattr(user, "least", user.expected)(run) or 0.0 for user in self.users if not user.is_off())
+        left = run.budget.left
+        halvings = math.ceil(math.log2(least / left)) if 0 < left < least else 0
+        samples = self.samples or 1
+        is_worth_it = self._may_shrink and run.budget.grace > 0 and samples // 2**halvings >= _FEWEST
+        (found,) = run.ranks.broadcast_from_rank0([float(halvings if is_worth_it else 0)])
+        return int(found)
 
     def batch_start(self, run: RunContext, batch: Any) -> None:
         """Keep a share of the first batches."""

@@ -14,7 +14,7 @@ from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_info
-from dynamon.monitoring.rank_decisions import Decisions
+from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.stepping import Steps
 from dynamon.monitoring.weight_copies import copied
@@ -30,7 +30,7 @@ class RunContext:
         budget: Times measurements.
         recorder: Takes readings.
         ranks: The processes that measure together, this one alone where there is no other.
-        decisions: When they measure under a budget.
+        planner: When they measure.
         steps: Which optimizers really step.
         begun_at: The step at which this fit began.
         unsettled: What went wrong in a meter on this process and has yet to be said to the others, by its name.
@@ -46,7 +46,7 @@ class RunContext:
         """Remember them, and read the layers."""
         self.loop, self.module, self.budget, self.recorder = loop, loop.module, budget, recorder
         self._set = LayerSet(loop.module, patterns)
-        self.ranks, self.decisions = loop.ranks(), Decisions()
+        self.ranks, self.planner = loop.ranks(), Planner(budget)
         self.steps = Steps(loop, self.ranks, budget.waiting)
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
@@ -99,7 +99,7 @@ class RunContext:
 
     def go_back(self) -> None:
         """Training goes on from an earlier step."""
-        self.decisions, self.begun_at = Decisions(), min(self.begun_at, self.step)
+        self.begun_at = min(self.begun_at, self.step)
         self.unsettled.clear()
         self.forget_copies()
 

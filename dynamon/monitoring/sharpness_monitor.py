@@ -11,6 +11,7 @@ from dynamon.monitoring.eigenvalues import EigenvalueMeter
 from dynamon.monitoring.gauss_newton import OutputsFn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
+from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.probe import ProbeMeter, check_probe
 from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.quantities import choices, quantities_of, with_tag_table
@@ -105,6 +106,7 @@ class SharpnessMonitor(Monitor):
             in a measurement all the same, the probe is halved for the next one.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
 
     Raises:
         ValueError: On an argument out of range, at construction.
@@ -155,23 +157,23 @@ class SharpnessMonitor(Monitor):
         memory_limit: float | None = None,
         loggers: Sequence[Any] | None = None,
         strict: bool = False,
+        grace: float = GRACE,
     ) -> None:
         """Check the arguments."""
-        check_arguments(every_n_steps, budget, quantities=quantities, layers=layers, loggers=loggers)
+        check_arguments(every_n_steps, budget, grace, quantities=quantities, layers=layers, loggers=loggers)
         check_probe(probe_batches, probe_fraction, loss_fn, probe_size, probe_weight)
         check_solver(quantities, outputs, tol, max_matvecs, memory_limit)
         probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction, probe_size, probe_weight, save=save_probe)
-        cadence = partial(Cadence, every_n_steps, 20, 1.0)
+        cadence = partial(Cadence, every_n_steps, 20)
         solver = (tol, max_matvecs, outputs, memory_limit)
-        make_meters = partial(sharpness_meters, tuple(quantities), probe, cadence, cadence, *solver)
-        super().__init__(make_meters, budget, layers, loggers, strict)
+        make_meters = partial(sharpness_meters, tuple(quantities), probe, cadence, *solver)
+        super().__init__(make_meters, budget, layers, loggers, strict, grace)
 
 
 def sharpness_meters(
     quantities: Sequence[str],
     probe: partial[ProbeMeter],
-    steps_cadence: partial[Cadence],
-    eigenvalue_cadence: partial[Cadence],
+    cadence: partial[Cadence],
     tol: float = 1e-2,
     max_matvecs: int = 40,
     outputs: OutputsFn | None = None,
@@ -179,9 +181,10 @@ def sharpness_meters(
 ) -> list[Meter]:
     """A probe and the two meters that measure on it, in the order in which they must be called."""
     kept = probe(second="bracket" in quantities)
-    steps = UpdateCurvatureMeter(steps_cadence(), kept, [q for q in quantities if q in _OF_STEPS])
+    steps = UpdateCurvatureMeter(cadence(), kept, [q for q in quantities if q in _OF_STEPS])
     wanted = [q for q in quantities if q in _OF_SPECTRUM]
-    meter = EigenvalueMeter(eigenvalue_cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
+    meter = EigenvalueMeter(cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
+    kept.users = (steps, meter)
     return [kept, steps, meter]
 
 

@@ -12,7 +12,7 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.optim import steering_of
-from dynamon.optim.stepping import GONE, StepWatch, has_gradients, steps_in_backward, uses_gradients_at_once
+from dynamon.optim.stepping import GONE, Follower, StepWatch, has_gradients, steps_in_backward, uses_gradients_at_once
 
 if TYPE_CHECKING:
     from dynamon.monitoring.run_context import RunContext
@@ -39,6 +39,7 @@ class Steps:
 
     Attributes:
         passes: Backward passes since the last step, as far as the loop tells of them.
+        followers: Those that are told of every step, measured or not.
         in_backward: Whether weights may change before the step, because hooks work in backward.
         frees_gradients: Whether an optimizer works there, so that gradients are gone by the time they could be read.
     """
@@ -52,6 +53,7 @@ class Steps:
         """Nothing seen."""
         self._loop, self._ranks, self._waiting = loop, ranks, waiting
         self._watches: dict[Optimizer, StepWatch] = {}
+        self.followers: list[Follower] = []
         self._begins: _Told | None = None
         self._uses: _Told | None = None
         self._begun: set[Optimizer] = set()
@@ -74,6 +76,18 @@ class Steps:
             self.of(optimizer).clear()
         self.forget()
 
+    @property
+    def can_sleep(self) -> bool:
+        """Whether nobody has to look at steps that are not measured, but followers."""
+        return bool(self._watches) and not any(watch.is_blind for watch in self._watches.values())
+
+    def sleep(self, is_quiet: bool = True) -> None:
+        """Tell only followers of the steps to come, or everybody again."""
+        for watch in self._watches.values():
+            watch.is_quiet = is_quiet
+        if not is_quiet:
+            self.passes = 0
+
     def forget(self) -> None:
         """What was begun in this batch is undone."""
         self._begun, self._taken = set(), None
@@ -84,6 +98,7 @@ class Steps:
             watch = self._watches[optimizer] = StepWatch(
                 optimizer, lambda: self._tell(self._begins, optimizer), lambda: self._tell(self._uses, optimizer)
             )
+            watch.followers = self.followers
             rates = steering_of(optimizer)
             if rates is not None:  # both expect the same
                 watch.evaluations = rates.watch.evaluations

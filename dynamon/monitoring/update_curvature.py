@@ -74,11 +74,17 @@ class UpdateCurvatureMeter(Meter):
         """Not where nothing was asked for."""
         return super().is_missed() and bool(self._wanted) and not self._probe.off
 
-    def expected(self, run: RunContext) -> float:
-        """Seconds a measurement took last; forward passes and products on the probe for the first."""
-        steps = 1 + 3 * ("critical" in self._wanted) + 4 * ("directional" in self._wanted)  # 1 to check the loss
-        guess = run.seconds_per_step * (0.1 + steps * self._probe.share + 5 * ("batch" in self._wanted))
-        return guess if self._seconds is None else self._seconds
+    def expected(self, run: RunContext) -> float | None:
+        """Return the seconds a measurement took last; before the first, gradients on the probe; None without one.
+
+        Critical sharpness takes five to nine forward passes; directional sharpness a graph, a product and the check of
+        products; batch sharpness these on a whole batch.
+        """
+        if self._seconds is not None or self._probe.graph_seconds is None:
+            return self._seconds
+        on_batch = 4 / self._probe.share * ("batch" in self._wanted)
+        graphs = 1 + 2 * ("critical" in self._wanted) + 4 * ("directional" in self._wanted) + on_batch
+        return graphs * self._probe.graph_seconds
 
     def last_update(self, params: FlatParameters) -> Tensor | None:
         """The update that was just made, flat in the order of ``params``; None where it was not kept."""
@@ -144,7 +150,7 @@ class UpdateCurvatureMeter(Meter):
         self._before, self._update, self._planned, self._batch = {}, {}, False, None
 
     def _is_due(self, run: RunContext) -> bool:
-        return not self._probe.off and self.cadence.due(run, self.name, self.expected, run.step)
+        return not self._probe.off and self.is_due(run)
 
     def batch_end(self, run: RunContext) -> None:
         """Measure along the update, if the weights were copied."""

@@ -279,9 +279,9 @@ class WatchedBatch:
 def _check_types(model: object, optimizers: Sequence[object], loss_fn: object, monitors: Sequence[object]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    wrong = next((one for one in optimizers if not isinstance(one, Optimizer)), None)
-    if wrong is not None or not optimizers:
-        raise TypeError(f"optimizer must be a torch optimizer or a list of them, got {type(wrong).__name__}.")
+    wrong = [type(one).__name__ for one in optimizers if not isinstance(one, Optimizer)]
+    if wrong or not optimizers:
+        raise TypeError(f"optimizer must be a torch optimizer or a list of them, got {', '.join(wrong) or 'none'}.")
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}.")
     for monitor in monitors:

@@ -1,6 +1,7 @@
 """Sizes of weights and updates, how updates turn, the spectrum's extremes, and what decay leaves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,30 @@ from dynamon.monitoring.failures import PAUSE_AFTER, forget_frames
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import FULL_EVERY
 from dynamon.monitoring.pair_meter import PairMeter
+from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.weight_copies import matching, whole_copies
-from dynamon.optim import steering_of
+from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from dynamon.quantities.sharded_weights import sharded_weight_readings
 from dynamon.quantities.updates import joint_cosine
 from dynamon.quantities.weight_decay import DecayRetention, decay_assumption, decoupled_decay
-from dynamon.quantities.weights import ENTRYWISE, FIELDS, FULL_SPECTRUM, layer_spectra, warm_up_spectra, weight_readings
+from dynamon.quantities.weights import (
+    ENTRYWISE,
+    FIELDS,
+    FULL_SPECTRUM,
+    guess_seconds,
+    layer_spectra,
+    warm_up_spectra,
+    weight_readings,
+)
 from dynamon.spectra.convolution import layer_convolution_bounds
 
 _TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
 _COMPARED = ("cosine", "last", "previous")  # of the last two steps
 _FULL = "full spectra"  # under which their time is booked
-_FULL_TO_PLAIN = 10
 
 
 class WeightMeter(PairMeter):
@@ -55,13 +64,17 @@ class WeightMeter(PairMeter):
         """Nothing copied."""
         super().__init__(cadence)
         self._with_histograms, self._with_convolutions = with_histograms, with_convolutions
-        self._full_at: int | None = None  # the number of the last full reading
+        self._full = Cadence(None, FULL_EVERY * cadence.unit)  # what is taken along with a reading now and then
+        self._full_seconds: float | None = None  # what it took last
         self._full_failures = 0  # in a row
+        self._guessed: tuple[float, float] | None = None  # seconds of a plain reading and of a full one
+        self._lost: Exception | None = None  # what went wrong at a step that nobody measured
         self._before: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
         self._reading = False  # this step is measured
         self._memory = DecayRetention()
+        self._names: Callable[[], Mapping[int, str]] = dict
         self._layers: list[Layer] = []
 
     def start(self, run: RunContext) -> None:
@@ -72,23 +85,26 @@ class WeightMeter(PairMeter):
         self._layers = run.layers
         self._earlier = matching(run.layers, self._earlier)
         warm_up_spectra(run.layers)
+        run.steps.followers.append(self)
+        self._names = lambda: run.names
 
     def batch_start(self, run: RunContext, batch: Any) -> None:
         """Copy the weights here where they change in backward."""
         if not run.steps.in_backward:
             return
-        self._reading = self.reads(run)
+        self._reading = self.is_due(run)
         if not self._before and (self._reading or self.keeps(run)):
             trained = [la for la in run.layers if la.parameter.requires_grad]
             with run.charge(self.name):
                 self._before = {name: to_local(weight) for name, weight in run.copies(trained).items()}
 
     def before_step(self, run: RunContext, optimizer: Optimizer) -> None:
-        """Follow this optimizer's decay, and copy the weights it is about to change."""
-        reads, keeps = self.reads(run), self.keeps(run)
+        """Copy the weights that this optimizer is about to change."""
+        reads, keeps = self.is_due(run), self.keeps(run)
         self._reading = reads
-        key = (run.loop.optimizer_steps, len(run.steps.of(optimizer).outcomes))
-        self._memory.before_step(optimizer, run.names, key)
+        if run.steps.of(optimizer).is_blind:  # it is taken to step
+            self.step_begins(optimizer)
+            self.step_ends(optimizer, None)
         if not reads and not keeps:
             return
         with run.charge(self.name):
@@ -109,26 +125,25 @@ class WeightMeter(PairMeter):
         before, earlier, self._before, self._earlier = self._before, self._earlier, {}, {}
         rates, self._rates = self._rates, {}
         reads, self._reading = self._reading, False
-        ratios, decay_ratios = self._ratios(run) if rates or self._memory.is_waiting else ({}, {})
-        self._memory.after_steps(decay_ratios, run.steps.outcomes())
+        ratios, decay_ratios = self._ratios(run) if rates else ({}, {})
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            raise lost
         if before and not run.steps.any_taken():
             self._earlier = earlier  # as if there had been no step
             return
         before = self._of_those_taken(run, before)
-        try:
-            if reads and (before or run.ranks.is_distributed):
-                with run.together(self.name):
-                    steered = {
-                        name: (rate * ratios.get(name, 1.0), rate * decay * decay_ratios.get(name, 1.0))
-                        for name, (rate, decay) in rates.items()
-                    }
-                    self._measure(run, before, earlier, steered)
-                if self._full_is_due(run):
-                    self._try_full(run)
-                self.done(run)
-        finally:
-            self.turn(run)
-        self._earlier = before if self._armed else {}
+        if reads and (before or run.ranks.is_distributed):
+            with run.together(self.name):
+                steered = {
+                    name: (rate * ratios.get(name, 1.0), rate * decay * decay_ratios.get(name, 1.0))
+                    for name, (rate, decay) in rates.items()
+                }
+                self._measure(run, before, earlier, steered)
+            if self._full_is_due(run):
+                self._try_full(run)
+            self.done(run)
+        self._earlier = before if self.keeps(run) else {}
 
     @staticmethod
     def _of_those_taken(run: RunContext, before: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,33 +153,63 @@ class WeightMeter(PairMeter):
         own = {id(p) for o in run.steps.taken() for group in o.param_groups for p in group["params"]}
         return {la.name: before[la.name] for la in run.layers if la.name in before and id(la.parameter) in own}
 
-    def wake(self, run: RunContext) -> None:
-        """What was kept is of another step."""
-        super().wake(run)
+    def step_begins(self, optimizer: Optimizer) -> None:
+        """Note the rates of a step, whether it is measured or not."""
+        rates = steering_of(optimizer)
+        try:
+            self._memory.note(optimizer, None if rates is None else rates.groups)
+        except Exception as error:  # training goes on; the next measurement fails of it
+            self._lost = error
+
+    def step_ends(self, optimizer: Optimizer, skipped: Tensor | None) -> None:
+        """Follow the decay of a step."""
+        rates = steering_of(optimizer)
+        try:
+            ratios = None if rates is None or not rates.scale_weight_decay else _ratios_of(rates, self._names())
+            self._memory.take(optimizer, self._names, ratios, skipped)
+        except Exception as error:
+            self._lost = error
+
+    def lapse(self, run: RunContext) -> None:
+        """Forget what was kept: steps pass that are not seen."""
         self._earlier, self._before = {}, {}
 
-    def expected(self, run: RunContext) -> float:
-        """The mean so far without full readings; half a step for the first."""
-        return super().expected(run) if self._timed else run.seconds_per_step / 2
+    def plans(self, run: RunContext) -> list[Plan]:
+        """Return what the planner has to know, of full spectra too."""
+        if not self.cadence.is_planned:
+            return super().plans(run)
+        price, is_off = partial(self._expected_full, run), lambda: self._full_failures >= PAUSE_AFTER
+        return [*super().plans(run), Plan(_FULL, self._full, price, is_off, rides=True)]
+
+    def expected(self, run: RunContext) -> float | None:
+        """Return the mean so far without full spectra; before the first what a part of one matrix takes tells it."""
+        return super().expected(run) if self._took else self._guess(run)[0]
+
+    def _expected_full(self, run: RunContext) -> float:
+        return self._guess(run)[1] if self._full_seconds is None else self._full_seconds
+
+    def _guess(self, run: RunContext) -> tuple[float, float]:
+        """Time the spectra of a part of one matrix; once, and on this process only."""
+        if self._guessed is None:
+            with run.charge(self.name, waits=True), torch.no_grad():
+                self._guessed = guess_seconds(run.layers)
+        return self._guessed
 
     def _full_is_due(self, run: RunContext) -> bool:
-        """Whether this reading brings what is dear; the first of those is taken to cost so many plain ones."""
+        """Return whether this reading brings what is expensive."""
         if self._full_failures >= PAUSE_AFTER:
             return False
-        if self._is_fixed(run) or run.ranks.is_distributed:  # several processes must all come to the same answer
-            return self.points % FULL_EVERY == 0
-        if self._full_at is not None and self.points - self._full_at < FULL_EVERY:
-            return False
-        guess = _FULL_TO_PLAIN * run.budget.last.get(self.name, 0.0)
-        return run.budget.allows(_FULL, run.budget.last.get(_FULL, guess), self.cadence.share)
+        return self._full.is_due(run.step) if self.cadence.is_planned else self.points % FULL_EVERY == 0
 
     def _try_full(self, run: RunContext) -> None:
         """Take what is dear; where that fails, the plain reading goes on without, and after three times for good."""
-        self._full_at = self.points
+        spent = run.budget.spent_on.get(_FULL, 0.0)
         try:
             with run.together(_FULL):
-                self._full(run)
+                self._measure_full(run)
             self._full_failures = 0
+            self._full_seconds = run.budget.spent_on[_FULL] - spent
+            self._full.read(run.step)
         except Exception as error:  # the plain reading is there already, and training goes on
             if run.strict or not run.ranks.is_collective_failure(error):
                 raise
@@ -176,6 +221,8 @@ class WeightMeter(PairMeter):
                 paused = self._full_failures == PAUSE_AFTER
                 after = "They are left out from now on." if paused else "The other weight readings go on."
                 rank_zero_warn(f"step {run.step}: full spectra could not be measured: {line} {after}")
+        finally:
+            self._full.passed(run.step)
 
     def _ratios(self, run: RunContext) -> tuple[dict[str, float], dict[str, float]]:
         """The factors that steering has on each layer's rate and on its decay, an optimizer's own steering included."""
@@ -184,8 +231,7 @@ class WeightMeter(PairMeter):
         for optimizer in run.loop.optimizers:
             rates = steering_of(optimizer)
             if rates is not None:
-                ratios = rates.applied
-                found = {run.names.get(id(la.parameter), la.name): ratios[la.name] for la in rates.layers}
+                found = _ratios_of(rates, run.names)
                 on_rate |= found
                 on_decay |= found if rates.scale_weight_decay else {}
         return on_rate, on_decay
@@ -220,7 +266,7 @@ class WeightMeter(PairMeter):
         for quantity, row in (table | {q: row for q, row in optional.items() if np.isfinite(row).any()}).items():
             run.recorder.layers(quantity, row, names)
 
-    def _full(self, run: RunContext) -> None:
+    def _measure_full(self, run: RunContext) -> None:
         """What needs all singular values, histograms, and what convolutions do to whole inputs."""
         names, spectra = layer_spectra(run.layers, group=run.ranks if run.ranks.is_distributed else None)
         if spectra is not None:
@@ -254,6 +300,12 @@ class WeightMeter(PairMeter):
         self._earlier = dict(state.get("earlier", {}))
         if self._layers:  # in the middle of a run
             self._earlier = matching(self._layers, self._earlier)
+
+
+def _ratios_of(rates: LayerwiseRates, names: Mapping[int, str]) -> dict[str, float]:
+    """The factors that steering had on the rates of the step that was taken last, by layer name."""
+    applied = rates.applied
+    return {names.get(id(la.parameter), la.name): applied[la.name] for la in rates.layers}
 
 
 def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[float, float]]:

@@ -8,6 +8,7 @@ from dynamon.monitoring.arguments import check_arguments
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
+from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.weight_meter import WeightMeter
 from dynamon.quantities import quantities_of, with_tag_table
 
@@ -37,6 +38,7 @@ class WeightMonitor(Monitor):
         histograms: Write a histogram of each layer's weights to TensorBoard, every tenth reading.
         convolutions: Bound the norm of each convolution as a map of whole inputs, every tenth reading. Takes from
             milliseconds to, for hundreds of channels on a CPU, seconds a layer.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
@@ -59,11 +61,14 @@ class WeightMonitor(Monitor):
         strict: bool = False,
         histograms: bool = False,
         convolutions: bool = False,
+        grace: float = GRACE,
     ) -> None:
         """Check the arguments."""
-        check_arguments(every_n_steps, budget, layers=layers, loggers=loggers)
-        super().__init__(partial(_meters, every_n_steps, histograms, convolutions), budget, layers, loggers, strict)
+        check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
+        super().__init__(
+            partial(_meters, every_n_steps, histograms, convolutions), budget, layers, loggers, strict, grace
+        )
 
 
 def _meters(every_n_steps: int | None, with_histograms: bool, with_convolutions: bool) -> list[Meter]:
-    return [WeightMeter(Cadence(every_n_steps, interval=20, share=1.0), with_histograms, with_convolutions)]
+    return [WeightMeter(Cadence(every_n_steps, interval=20), with_histograms, with_convolutions)]

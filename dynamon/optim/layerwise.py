@@ -205,6 +205,11 @@ class LayerwiseRates:
         return self.wanted if self.apply else dict.fromkeys(self._names, 1.0)
 
     @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups as you made them, also while a step sees others."""
+        return self._views.groups
+
+    @property
     def applied(self) -> dict[str, float]:
         """The ratio of each layer in the last step, by parameter name; 1 before the first."""
         return self.asked if self.apply else dict.fromkeys(self._names, 1.0)

@@ -5,7 +5,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ from torch.optim import Optimizer
 GONE = 3  # the first steps without a gradient after a backward pass, after which there will be none
 _MOST = 1000  # steps that are remembered where nobody clears them
 Closure = Callable[[], Any]
+
+
+class Follower(Protocol):
+    """What wants to know of every step of an optimizer, also of those that nobody measures."""
+
+    def step_begins(self, optimizer: Optimizer) -> None:
+        """Take note of what a step uses: its rates are in force, its gradients may not be there yet."""
+
+    def step_ends(self, optimizer: Optimizer, skipped: Tensor | None) -> None:
+        """Take note that a step came to its end, with a tensor that is not zero where it left the weights alone."""
+
+
 _Changed = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -76,13 +88,17 @@ class StepWatch:
         is_blind: Whether its steps cannot be watched: neither its class nor that of a wrapped optimizer ever called
             ``Optimizer.__init__``, or it is compiled.
         is_announced: Whether a caller has announced the coming step.
+        is_quiet: Whether only followers are told of the steps to come.
+        followers: Those that are told of every step.
     """
 
     def __init__(
         self, optimizer: Optimizer, begins: Callable[[], None] | None = None, uses: Callable[[], None] | None = None
     ) -> None:
         """Attach to the optimizer's step hooks."""
-        self._begins, self._uses = begins, uses
+        self._optimizer, self._begins, self._uses = optimizer, begins, uses
+        self.followers: list[Follower] = []
+        self.is_quiet = False
         self._nesting = Nesting()
         self.evaluations = 1
         self.clear()
@@ -140,9 +156,15 @@ class StepWatch:
         if torch.compiler.is_compiling():
             self.is_blind = True
             return None
+        if self.is_quiet:
+            for follower in self.followers:
+                follower.step_begins(self._optimizer)
+            return None
         is_outer = self._nesting.begins(sys._getframe(1))
         if is_outer:
             self.evaluation, self._has_begun = 0, True
+            for follower in self.followers:
+                follower.step_begins(self._optimizer)
         if closure_of(optimizer, args, kwargs) is None:
             self._use(optimizer)
             return None
@@ -167,10 +189,16 @@ class StepWatch:
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
+        if self.is_quiet:
+            for follower in self.followers:  # one inside of it ends first: a follower counts a step that began, once
+                follower.step_ends(self._optimizer, getattr(optimizer, "found_inf", None))
+            return
         if self._nesting.ends(sys._getframe(1)):
             # A step that had begun before it was watched is known by its end only.
             if self._has_gradients or not self._has_begun and has_gradients(optimizer):
                 self.outcomes.append(getattr(optimizer, "found_inf", None))
+                for follower in self.followers:
+                    follower.step_ends(self._optimizer, self.outcomes[-1])
             self.evaluations, self.evaluation = max(self.evaluation, 1), 0
             self.is_announced = self._has_begun = False
 

@@ -1,7 +1,8 @@
 """Decoupled weight decay: which optimizers have it, and what fraction of the initial weights it leaves."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,77 +82,139 @@ _MOST_DEFERRED = 64  # steps
 _Group = tuple[tuple[str, ...], tuple[float, ...], tuple[bool, bool]]
 
 
+@dataclass
+class _Decaying:
+    """The layers of a parameter group, and the fraction that all of them have kept since the last read.
+
+    Attributes:
+        params: The parameters, as many as there were.
+        names: The layers among them.
+        least: Rate x decay below which a layer's weights do not change, of those in half precision.
+        left: The fraction that is left; None before the first step.
+    """
+
+    params: list[Tensor]
+    names: tuple[str, ...]
+    least: dict[str, float]
+    left: float | None = None
+
+
 class DecayRetention:
     """The fraction of the initial weights that decay leaves: the product of ``1 - rate x ratio x decay`` by layer.
 
-    Call :meth:`before_step` before each step, and :meth:`after_steps` when the ratios in force are known. Rates may be
-    tensors on a device: the product is then kept there, nothing waits, and tensors are collected for up to 64 steps, so
-    that a step costs at most one call per group. Layers that never decayed are not included. A parameter without a
-    gradient does not decay, as in torch's optimizers. A step that was not taken does not count. Where the product of a
-    half-precision weight and ``1 - rate x decay`` always rounds to the weight, nothing decays: torch's optimizers
-    multiply in place.
+    Call :meth:`note` before each step and :meth:`take` after it. Where all layers of a group have gradients, one rate
+    and no ratio of their own, a step costs one multiplication per group. Rates may be tensors on a device: the product
+    is then kept there, nothing waits, and tensors are collected for up to 64 steps, so that a step costs at most one
+    call per group. Layers that never decayed are not included. A parameter without a gradient does not decay, as in
+    torch's optimizers. Where the product of a half-precision weight and ``1 - rate x decay`` always rounds to the
+    weight, nothing decays: torch's optimizers multiply in place.
     """
 
     def __init__(self) -> None:
         """Start before any decay."""
         self._left: dict[str, float | Tensor] = {}
-        self._pending: dict[int, dict[Hashable, list[tuple[list[str], Any]]]] = {}
+        self._noted: dict[int, list[tuple[int, list[Tensor], Any]]] = {}
+        self._groups: dict[tuple[int, int], _Decaying] = {}
+        self._classes: dict[type, bool] = {}
         self._least: dict[str, float] = {}  # rate x decay below which a layer's weights do not change
         # Known to the device only, by layers and their ratios: rate x decay, and whether the step was skipped.
         self._deferred: dict[_Group, list[tuple[Any, Tensor | None]]] = {}
 
-    def before_step(self, optimizer: Optimizer, names: Mapping[int, str], key: Hashable = None) -> None:
+    def note(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Record rates and decays before a scheduler changes them.
 
         Args:
-            optimizer: The optimizer that is about to step.
-            names: Layer names by the ``id`` of the parameter.
-            key: Identifies the step, since an optimizer that evaluates its closure twice calls this twice. Without a
-                key every call is a new step.
+            optimizer: The optimizer that is about to step. A step that is announced twice counts once.
+            groups: Its groups, where steering shows it others.
         """
-        step = self._pending.setdefault(id(optimizer), {})[object() if key is None else key] = []
-        for group in optimizer.param_groups:
-            decay = decoupled_decay(optimizer, group)
-            if isinstance(decay, Tensor) or decay:
-                decaying = [p for p in group["params"] if p.grad is not None and id(p) in names]
-                moving = [names[id(p)] for p in decaying]
-                least = _least_decays(optimizer, group)
-                self._least |= {names[id(p)]: least[p.dtype] for p in decaying if p.dtype in least}
-                step.append((moving, group.get("lr", math.nan) * decay))  # a new tensor, where the rate is one
+        noted = []
+        for index, group in enumerate(optimizer.param_groups if groups is None else groups):
+            decay = group.get("weight_decay", 0.0)
+            if (isinstance(decay, Tensor) or decay) and self._is_decoupled(optimizer, group):
+                noted.append((index, group["params"], group.get("lr", math.nan) * decay))
+        self._noted[id(optimizer)] = noted
 
-    def after_steps(
-        self, ratios: Mapping[str, float], outcomes: Mapping[Optimizer, Sequence[Tensor | None]] | None = None
+    def take(
+        self,
+        optimizer: Optimizer,
+        names: Callable[[], Mapping[int, str]],
+        ratios: Mapping[str, float] | None = None,
+        skipped: Tensor | None = None,
     ) -> None:
-        """Apply the steps recorded since the last call.
+        """Apply the step that was recorded last.
 
         Args:
+            optimizer: The optimizer that has stepped.
+            names: Returns layer names by the ``id`` of the parameter; called where the groups have changed.
             ratios: Factor on the rate by layer name; 1 for layers not in it.
-            outcomes: For each optimizer the steps taken, with a device tensor that is not zero if the step was skipped
-                there (:attr:`dynamon.optim.stepping.StepWatch.outcomes`); None if all were taken.
+            skipped: A tensor that is not zero where the step was skipped on the device, or None.
         """
-        pending, self._pending = self._pending, {}
-        found = None if outcomes is None else {id(optimizer): list(taken) for optimizer, taken in outcomes.items()}
-        for optimizer, steps in pending.items():
-            taken = [None] * len(steps) if found is None else found.get(optimizer, [])
-            # Which of several steps in one batch were skipped is not known; their decay is the same.
-            for step, skipped in zip(reversed(steps.values()), reversed(taken), strict=False):
-                self._take(step, ratios, skipped)
-
-    def _take(self, step: list[tuple[list[str], Any]], ratios: Mapping[str, float], skipped: Tensor | None) -> None:
-        for names, shrink in step:
-            scales = [ratios.get(name, 1.0) for name in names]
-            if skipped is not None or isinstance(shrink, Tensor):
-                group = tuple(names), tuple(scales), (skipped is not None, isinstance(shrink, Tensor))
-                self._deferred.setdefault(group, []).append((shrink, skipped))
+        for index, params, shrink in self._noted.pop(id(optimizer), ()):
+            group = self._groups.get((id(optimizer), index))
+            if group is None or len(group.params) != len(params) or group.params[0] is not params[0]:
+                self.regroup()
+                group = self._groups[id(optimizer), index] = self._decaying(optimizer, index, params, names())
+            is_whole = True
+            for parameter in params:  # at every step: without a call for each
+                if parameter.grad is None:
+                    is_whole = False
+                    break
+            if is_whole and not ratios and skipped is None and not group.least and not isinstance(shrink, Tensor):
+                group.left = (1.0 if group.left is None else group.left) * (1.0 - shrink)
                 continue
-            for name, scale in zip(names, scales, strict=True):
-                lost = shrink * scale if abs(shrink * scale) >= self._least.get(name, 0.0) else 0.0
-                self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
-        if sum(map(len, self._deferred.values())) >= _MOST_DEFERRED:
-            self._settle()
+            known = {} if is_whole else names()
+            moving = (
+                group.names
+                if is_whole
+                else tuple(known[id(p)] for p in params if p.grad is not None and id(p) in known)
+            )
+            self._multiply_each(moving, shrink, group.least, ratios or {}, skipped)
+
+    def regroup(self) -> None:
+        """Read the layers again at the next step."""
+        self._settle()
+        self._groups = {}
+
+    def _is_decoupled(self, optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+        known = self._classes.get(type(optimizer))
+        if known is None:
+            known = self._classes[type(optimizer)] = is_decoupled(optimizer, {})
+        return bool(group.get("decoupled_weight_decay", known))
+
+    @staticmethod
+    def _decaying(optimizer: Optimizer, index: int, params: Sequence[Tensor], names: Mapping[int, str]) -> _Decaying:
+        """Return the present layers of a group."""
+        known = [p for p in params if id(p) in names]
+        least = _least_decays(optimizer, optimizer.param_groups[index])
+        of_half = {names[id(p)]: least[p.dtype] for p in known if p.dtype in least}
+        return _Decaying(list(params), tuple(names[id(p)] for p in known), of_half)
+
+    def _multiply_each(
+        self,
+        names: tuple[str, ...],
+        shrink: Any,
+        least: Mapping[str, float],
+        ratios: Mapping[str, float],
+        skipped: Tensor | None,
+    ) -> None:
+        scales = [ratios.get(name, 1.0) for name in names]
+        if skipped is not None or isinstance(shrink, Tensor):
+            self._least |= least
+            group = names, tuple(scales), (skipped is not None, isinstance(shrink, Tensor))
+            self._deferred.setdefault(group, []).append((shrink, skipped))
+            if sum(map(len, self._deferred.values())) >= _MOST_DEFERRED:
+                self._settle()
+            return
+        for name, scale in zip(names, scales, strict=True):
+            lost = shrink * scale if abs(shrink * scale) >= least.get(name, 0.0) else 0.0
+            self._left[name] = self._left.get(name, 1.0) * (1.0 - lost)
 
     def _settle(self) -> None:
         """Multiply the deferred factors: some ten calls for all steps of a group, instead of as many per step."""
+        for whole in self._groups.values():
+            left, whole.left = whole.left, None
+            if left is not None:
+                self._left |= {name: self._left.get(name, 1.0) * left for name in whole.names}
         deferred, self._deferred = self._deferred, {}
         for (names, scales, _), steps in deferred.items():
             if names:
@@ -182,11 +245,6 @@ class DecayRetention:
             return value.to(device, dtype)
         return on_device((value,), device, dtype)[0]  # one tensor shared by all that never decayed
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether recorded steps have not been applied."""
-        return any(self._pending.values())
-
     def row(self, names: Iterable[str]) -> Tensor:
         """Return the remaining fraction by layer ``[L]`` in float32, NaN for layers that never decayed.
 
@@ -215,4 +273,4 @@ class DecayRetention:
 
     def load_state_dict(self, state: Mapping[str, float | Tensor]) -> None:
         """Restore a state."""
-        self._left, self._pending, self._deferred = dict(state), {}, {}
+        self._left, self._noted, self._groups, self._deferred = dict(state), {}, {}, {}

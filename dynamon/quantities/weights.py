@@ -1,8 +1,10 @@
 """Sizes of weights and of the steps they take, in the norm of each layer's role."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,6 +113,58 @@ def warm_up_spectra(layers: Sequence[Layer]) -> None:
     matrices = [layer for layer in layers if layer.role != "vector"]
     if matrices:
         warm_up(matrices[0].parameter.device, [min(layer.matrix_shape[1:]) for layer in matrices])
+
+
+def guess_seconds(layers: Sequence[Layer]) -> tuple[float, float]:
+    """Guess what a reading of some layers and their full spectra take, from those of a part of the largest matrix.
+
+    Args:
+        layers: The layers, as this process holds them.
+
+    Returns:
+        Seconds of :func:`weight_readings` with steps, and of :func:`layer_spectra`; 0 where no layer is a matrix.
+
+    Cost: about a tenth of both.
+    """
+    matrices = [
+        layer.matrices(as_real(to_local(layer.parameter.detach()))) for layer in layers if layer.role != "vector"
+    ]
+    stacks = [stack for stack in matrices if stack.numel()]
+    if not stacks:
+        return 0.0, 0.0
+    costs = [len(stack) * _products(*stack.shape[1:]) for stack in stacks]
+    largest = max(stacks, key=lambda stack: _products(*stack.shape[1:]))[:1]
+    rows, columns = largest.shape[1:]
+    part = min(1.0, (sum(costs) / _products(rows, columns) / _PARTS) ** (1 / 3))
+    tiny = _single(largest[:, :_SIDE, :_SIDE])
+    sample = _single(largest[:, : max(int(rows * part), _SIDE), : max(int(columns * part), _SIDE)])
+    times = sum(costs) / _products(*sample.shape[1:])
+
+    def seconds(measure: Callable[[list[Tensor]], Any]) -> float:
+        fixed, whole = (_seconds(partial(measure, [stack])) for stack in (tiny, sample))
+        return fixed + times * max(whole - fixed, 0.0)
+
+    return 2 * seconds(extremes_of), seconds(weight_spectra)
+
+
+_PARTS, _SIDE = 32, 16  # a part of the largest matrix costs one of so many of a reading; its sides are not below
+
+
+def _products(rows: int, columns: int) -> float:
+    """Multiplications of Gram iteration: of the matrix with itself, then of squares of the smaller side."""
+    small, large = min(rows, columns), max(rows, columns)
+    return float(small * small * (large + 7 * small))
+
+
+def _seconds(measure: Callable[[], Any]) -> float:
+    """The shortest time that something takes: other processes of the machine only add to it."""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        found = measure()
+        float(next(iter(vars(found).values())).sum())  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def log2_or_nan(values: Tensor) -> Tensor:

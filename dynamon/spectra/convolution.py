@@ -1,4 +1,4 @@
-"""What a convolution does to a whole input: bounds on its norm as a linear map."""
+"""Bounds on the spectral norm of convolutions as linear maps of whole inputs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,20 +14,20 @@ from dynamon.layers import ConvGeometry, Layer
 
 
 def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    r"""Bounds on the spectral norm of a convolution layer, :math:`\max_x \|k * x\| / \|x\|`.
+    r"""Bound the spectral norm of a convolution layer, :math:`\max_x \|k * x\| / \|x\|`.
 
-    That is another number than the largest singular value of the flattened kernel, which sees one patch of the input:
+    It differs from the largest singular value ``sigma`` of the flattened kernel, which acts on one patch of the input:
     for zero padding it lies between ``sigma`` and ``sqrt(prod(k)) sigma``. A transposed convolution has the norm of the
-    convolution it is the adjoint of, whose flattening is another than its own.
+    convolution whose adjoint it is; their flattenings differ.
 
     Args:
         layer: A layer with a :class:`dynamon.layers.ConvGeometry`: stride, dilation, groups and padding count.
-        input_size: Spatial size of the input (of the output for a transposed convolution). None: the supremum over
-            all sizes, for which padding with zeros does not matter.
+        input_size: Spatial size of the input (of the output for a transposed convolution). None gives the
+            supremum over all sizes, for which zero padding does not matter.
 
     Returns:
-        ``(lower, upper)``, 0-d, in float32 (float64 for float64); NaN where the kernel holds NaN or infinity. The upper
-        one can serve as a regulariser.
+        ``(lower, upper)``, 0-d, in float32 (float64 for float64); NaN where the kernel contains NaN or infinity. The
+        upper one can serve as a regulariser.
 
     Raises:
         ValueError: If the layer is not a convolution, pads by reflection or replication, or pads one side of a given
@@ -56,7 +56,7 @@ def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = 
 
 
 def layer_convolution_bounds(layers: Sequence[Layer], ranks: Ranks | None = None) -> tuple[list[str], Tensor]:
-    """Names and bounds ``[2, N]`` of the N convolutions among some layers, for inputs of any size.
+    """Return names and bounds ``[2, N]`` of the N convolutions among some layers, for inputs of any size.
 
     Args:
         layers: The layers, on one device; those that are no convolutions, or pad by reflection, are passed over.
@@ -88,7 +88,7 @@ def _bounds(layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
 
 
 def has_bounds(layer: Layer) -> bool:
-    """Whether :func:`convolution_bounds` knows this kind of layer."""
+    """Return whether :func:`convolution_bounds` knows this kind of layer."""
     return layer.conv is not None and layer.conv.padding_mode in ("zeros", "circular")
 
 

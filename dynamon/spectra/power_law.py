@@ -1,4 +1,4 @@
-"""Power laws in the tail of a spectrum, and when there is none."""
+"""Power-law fits to the tail of a spectrum, with a test that rejects bad ones."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,10 +22,10 @@ class PowerLaw:
     r"""A fit of :math:`\rho(\lambda) \propto \lambda^{-\alpha}` to the tail of a spectrum; fields are ``[...]``.
 
     Attributes:
-        exponent: :math:`\alpha`; NaN where there is no power law to speak of.
-        ks_distance: Kolmogorov-Smirnov distance of the best fit, whether it is accepted or not.
-        size: Eigenvalues in the tail of that fit.
-        start: Where it begins.
+        exponent: :math:`\alpha`; NaN where the fit is rejected.
+        ks_distance: Kolmogorov-Smirnov distance of the best fit, accepted or not.
+        size: Number of eigenvalues in the tail of that fit.
+        start: Smallest eigenvalue in it.
     """
 
     exponent: Tensor
@@ -35,23 +35,30 @@ class PowerLaw:
 
 
 def power_law(eigenvalues: Tensor) -> PowerLaw:
-    r"""Fit the tail of each set of eigenvalues by a power law, and say where that is not warranted.
+    r"""Fit the tail of each set of eigenvalues by a power law, and reject fits that are not warranted.
 
     For every candidate start :math:`\lambda_0` the exponent is the maximum-likelihood one,
     :math:`\alpha = 1 + k / \sum \log(\lambda_i / \lambda_0)` over the k eigenvalues above it, and the start is the
     candidate with the smallest Kolmogorov-Smirnov distance (Clauset, Shalizi and Newman, arXiv 0706.1062). The fit is
-    refused (the exponent is NaN) where that distance exceeds the 5 % critical value for an estimated exponent, where an
-    exponential tail is more likely, or where fewer than ten eigenvalues are left.
+    rejected (the exponent is NaN) where that distance exceeds the 5 % critical value for an estimated exponent, where
+    an exponential tail is more likely, or where fewer than ten eigenvalues are left.
 
     Args:
         eigenvalues: ``[..., n]``, not negative, in any order: squared singular values.
 
     Returns:
-        :class:`PowerLaw` in float64, on the host where the device has none; NaN for spectra that hold NaN, and for too
-        few positive eigenvalues.
+        :class:`PowerLaw` in float64, on the host where the device has no float64; NaN for spectra that contain NaN, and
+        for too few positive eigenvalues.
 
-    Cost: some tables of ``64 n`` numbers a spectrum, of as many spectra at once as make 2^24 numbers, in some forty
-    calls; no host synchronisation.
+    Cost: some tables of ``64 n`` entries per spectrum, in chunks of 2^24 entries; about forty calls, no host
+    synchronisation.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra.power_law import power_law
+        >>> quantiles = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+        >>> round(float(power_law(quantiles ** (-1 / 1.5)).exponent), 1)  # a density of x^-2.5
+        2.5
     """
     values = in_double(eigenvalues).sort(-1, descending=True).values
     count = values.shape[-1]
@@ -66,13 +73,13 @@ def power_law(eigenvalues: Tensor) -> PowerLaw:
 
 @lru_cache(maxsize=64)
 def _tail_sizes(count: int) -> tuple[int, ...]:
-    """Candidate numbers of eigenvalues in the tail, on a geometric grid."""
+    """Return candidate tail lengths on a geometric grid."""
     sizes = _SMALLEST_TAIL * (count / _SMALLEST_TAIL) ** np.linspace(0, 1, _CANDIDATES)
     return tuple(np.unique(np.minimum(np.round(sizes), count)).astype(int).tolist())
 
 
 def _best(values: Tensor) -> PowerLaw:
-    """The candidate with the smallest distance, for each of the spectra ``[T, n]``."""
+    """Choose the candidate with the smallest distance for each of the spectra ``[T, n]``."""
     tiny = torch.finfo(torch.float64).tiny
     lengths = _tail_sizes(values.shape[-1])
     sizes = on_device(lengths, values.device, torch.float64)
@@ -105,7 +112,7 @@ def _best(values: Tensor) -> PowerLaw:
 
 
 class _Tails:
-    """Some of the candidate tails of spectra ``[T, n]`` in descending order; those have similar lengths."""
+    """Candidate tails of similar length, of spectra ``[T, n]`` in descending order."""
 
     def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
         self.longest = lengths[-1]
@@ -114,11 +121,11 @@ class _Tails:
         self.inside = self.ranks <= self.sizes  # [candidates, longest]: which belong to the tail
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums over every tail ``[T, candidates]``; a cumulative sum on a GPU is not deterministic."""
+        """Sum over every tail ``[T, candidates]``; a cumulative sum on a GPU is not deterministic."""
         return torch.where(self.inside, values[:, None, : self.longest], 0.0).sum(-1)
 
     def distances(self, logs: Tensor, log_starts: Tensor, exponents: Tensor) -> Tensor:
-        """Kolmogorov-Smirnov distances between every tail and the power law from its end."""
+        """Compute Kolmogorov-Smirnov distances between every tail and its power law."""
         beyond = logs[:, None, : self.longest] - log_starts[..., None]
         below = torch.exp(beyond.mul_((1 - exponents)[..., None])).sub_(self.ranks / self.sizes)
         above = below + 1 / self.sizes
@@ -126,7 +133,7 @@ class _Tails:
 
 
 def _beats_exponential(excess: Tensor, mean_excess: Tensor, start: Tensor, size: Tensor) -> Tensor:
-    """Whether the power law's likelihood over the tail exceeds that of an exponential from the same start."""
+    """Return whether the power law's likelihood over the tail exceeds that of an exponential with the same start."""
     rate = size / excess  # alpha - 1
     power = size * (rate.log() - start.log()) - (rate + 1) * excess
     exponential = -size * (mean_excess.log() + 1)

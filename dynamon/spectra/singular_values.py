@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamon.kernels import decomposable
+from dynamon.kernels.arguments import check_tensor
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.gram import gram_extremes
 from dynamon.kernels.nuclear import gram_eigenvalues
@@ -23,10 +24,10 @@ _STEPS = 8  # the gap between the bounds is then below 1 % for any rank up to 16
 
 @dataclass(frozen=True)
 class SpectralExtremes:
-    r"""What can be had of the singular values without computing them; every field is ``[...]``.
+    r"""Statistics of singular values that need no decomposition; every field is ``[...]``.
 
     Attributes:
-        sigma_max: Best estimate of the largest singular value: the middle of the certificate.
+        sigma_max: Estimate of the largest singular value, the middle of its bounds.
         sigma_lower: Certified lower bound on it.
         sigma_upper: Certified upper bound on it.
         stable_rank: :math:`\|W\|_F^2 / \sigma_1^2`, between 1 and the rank.
@@ -40,16 +41,16 @@ class SpectralExtremes:
 
 @dataclass(frozen=True)
 class WeightSpectrum:
-    r"""Singular-value statistics of one matrix; every field is a 0-d tensor (or ``[...]`` for a batch).
+    r"""Singular-value statistics of one matrix; every field is a 0-d tensor (``[...]`` for a batch).
 
     Attributes:
         sigma_max: Largest singular value.
-        sigma_lower: Lower bound on it, less a rounding allowance.
-        sigma_upper: Upper bound on it, more a rounding allowance.
+        sigma_lower: Lower bound on it, with a rounding allowance.
+        sigma_upper: Upper bound on it, with a rounding allowance.
         stable_rank: :math:`\|W\|_F^2 / \sigma_1^2`, between 1 and the rank.
         effective_rank: :math:`\exp(-\sum p_i \log p_i)` with :math:`p_i = \sigma_i / \sum \sigma` (Roy and Vetterli).
-        participation_ratio: :math:`(\sum \sigma_i^2)^2 / \sum \sigma_i^4`, the number of singular values
-            that carry the energy.
+        participation_ratio: :math:`(\sum \sigma_i^2)^2 / \sum \sigma_i^4`, the number of singular values that hold most
+            of the squared norm.
         nuclear: Sum of the singular values.
         condition: Largest over smallest singular value; NaN where the smallest is lost in rounding.
         tail_exponent: Power-law exponent of the largest eigenvalues of the Gram matrix
@@ -70,24 +71,33 @@ class WeightSpectrum:
 
 
 def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
-    """Singular-value statistics of a weight, from the eigenvalues of its smaller Gram matrix.
+    """Compute singular-value statistics of a weight from the eigenvalues of its smaller Gram matrix.
 
     Args:
         weight: Matrices ``[..., m, n]``. For a convolution pass the flattening ``weight.flatten(1)``.
-        exact: Compute in float64 whatever the dtype. Else singular values below about ``sqrt(n eps)`` of the largest
-            (7e-3 for n = 768 in float32; 6e-2 where its products are taken in TensorFloat-32) count as zero, and the
-            condition number is NaN where the smallest is.
+        exact: Compute in float64 whatever the dtype. Otherwise singular values below about ``sqrt(n eps)`` of the
+            largest (7e-3 for n = 768 in float32; 6e-2 where its products are taken in TensorFloat-32) count as zero,
+            and the condition number is NaN where the smallest one does.
 
     Returns:
-        :class:`WeightSpectrum` in float32 (float64 for float64 weights or ``exact``), on the weight's device
-        if that is a CPU or CUDA, else on the host. NaN where the weight holds NaN or infinity. A zero matrix has
-        singular values of zero and no ranks, condition or tail: these are NaN.
+        :class:`WeightSpectrum` in float32 (float64 for float64 weights or ``exact``), on the weight's device if that is
+        a CPU or CUDA, else on the host. NaN where the weight contains NaN or infinity. A zero matrix has singular
+        values of zero; its ranks, condition and tail are NaN.
 
     Raises:
-        ValueError: If ``weight`` is not floating point, has fewer than two dimensions or is empty.
+        TypeError: If ``weight`` is not a tensor.
+        ValueError: If it is not floating point, has fewer than two dimensions or is empty.
 
-    Cost: one product ``2 m n s`` with s = min(m, n) and the eigenvalues of an ``s x s`` matrix, which wait for the
-    device. Two to five times faster than singular values. :func:`spectral_extremes` is cheaper and does not wait.
+    Cost: one product ``2 m n s`` with s = min(m, n) and the eigenvalues of an ``s x s`` matrix, which synchronise with
+    the device. Two to five times faster than singular values. :func:`spectral_extremes` is cheaper and does not
+    synchronise.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra import weight_spectrum
+        >>> found = weight_spectrum(torch.diag(torch.tensor([4.0, 2.0, 2.0])))
+        >>> [round(float(value), 2) for value in (found.sigma_max, found.stable_rank, found.nuclear, found.condition)]
+        [4.0, 1.5, 8.0, 2.0]
     """
     _check(weight)
     weight = decomposable(weight)
@@ -115,7 +125,7 @@ def weight_spectrum(weight: Tensor, exact: bool = False) -> WeightSpectrum:
 
 
 def _statistics(energies: Tensor, rank_lost: Tensor) -> dict[str, Tensor]:
-    """Everything that follows from the eigenvalues ``[..., s]``, largest first, of the Gram matrix."""
+    """Compute everything that follows from the Gram matrix's eigenvalues ``[..., s]``, largest first."""
     sigmas = energies.sqrt()
     nuclear, energy = sigmas.sum(-1), energies.sum(-1)
     shares = sigmas / torch.where(nuclear > 0, nuclear, torch.ones_like(nuclear))[..., None]
@@ -134,19 +144,27 @@ def _statistics(energies: Tensor, rank_lost: Tensor) -> dict[str, Tensor]:
 
 
 def spectral_extremes(weight: Tensor) -> SpectralExtremes:
-    """The largest singular value with its certificate, and the ranks that need no other, without a decomposition.
+    """Bound the largest singular value and compute the stable rank, without a decomposition.
 
     Args:
         weight: Matrices ``[..., m, n]``. For a convolution pass the flattening ``weight.flatten(1)``.
 
     Returns:
-        :class:`SpectralExtremes` in float32 (float64 for float64), on the weight's device. NaN where the weight holds
-        NaN or infinity. A zero matrix has a sigma_max of zero and no ranks: these are NaN.
+        :class:`SpectralExtremes` in float32 (float64 for float64), on the weight's device. NaN where the weight
+        contains NaN or infinity. A zero matrix has a sigma_max of zero and a stable rank of NaN.
 
     Raises:
-        ValueError: If ``weight`` is not floating point, has fewer than two dimensions or is empty.
+        TypeError: If ``weight`` is not a tensor.
+        ValueError: If it is not floating point, has fewer than two dimensions or is empty.
 
-    Cost: nine products of the smaller side (see ``dynamon.kernels.gram_iteration``). No host synchronisation.
+    Cost: eight products of the smaller side (see ``dynamon.kernels.gram_iteration``). No host synchronisation.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra import spectral_extremes
+        >>> found = spectral_extremes(torch.diag(torch.tensor([4.0, 2.0, 2.0])))
+        >>> bool(found.sigma_lower <= 4 <= found.sigma_upper), round(float(found.stable_rank), 1)
+        (True, 1.5)
     """
     _check(weight)
     found = extremes_of([weight])
@@ -154,7 +172,7 @@ def spectral_extremes(weight: Tensor) -> SpectralExtremes:
 
 
 def extremes_of(stacks: Sequence[Tensor]) -> SpectralExtremes:
-    """:func:`spectral_extremes` of many matrices in few calls.
+    """Compute :func:`spectral_extremes` of many matrices in few calls.
 
     Args:
         stacks: Matrices ``[..., m, n]`` of any shapes on one device, at least one.
@@ -165,8 +183,14 @@ def extremes_of(stacks: Sequence[Tensor]) -> SpectralExtremes:
     Raises:
         ValueError: As :func:`spectral_extremes`.
 
-    Cost: one pass over the matrices and eight products of the smaller side; about 70 calls for each smaller side and 10
-    for each shape. Matrices of up to 2^27 entries are copied at a time. No host synchronisation.
+    Cost: one pass over the matrices and eight products of the smaller side; about 70 calls per smaller side and 10 per
+    shape. Matrices are copied in chunks of up to 2^27 entries. No host synchronisation.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra import extremes_of
+        >>> extremes_of([torch.eye(3), torch.ones(2, 5, 4)]).sigma_max.shape
+        torch.Size([3])
     """
     for stack in stacks:
         _check(stack)
@@ -181,17 +205,23 @@ def extremes_of(stacks: Sequence[Tensor]) -> SpectralExtremes:
 
 
 def largest_singular_values(stacks: Sequence[Tensor]) -> Tensor:
-    """Estimates of the largest singular values of many matrices, of steps say, whose bounds nobody reads.
+    """Estimate the largest singular values of many matrices whose bounds are not needed, such as updates.
 
     Args:
         stacks: S stacks ``[t, m, n]`` of matrices on one device, at least one.
 
     Returns:
         ``[T]`` in float32 (float64 where a stack is): the middle of Gram iteration's bounds, within 0.7 % for ranks up
-        to 768. On GPUs with units for bfloat16 (:mod:`dynamon.kernels.thresholds`) products are taken in it, and the
+        to 768. On GPUs with bfloat16 units (:mod:`dynamon.kernels.thresholds`) products are taken in bfloat16, and the
         estimate is within 1 %.
 
     Cost: as :func:`extremes_of`; products in bfloat16 where that pays.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra import largest_singular_values
+        >>> largest_singular_values([torch.eye(3)[None], 2 * torch.eye(2)[None]]).round(decimals=2)
+        tensor([1., 2.])
     """
     half = half_pays(stacks[0].device) and all(stack.dtype != torch.float64 for stack in stacks)
     found = gram_extremes(stacks, _STEPS, half)
@@ -199,7 +229,14 @@ def largest_singular_values(stacks: Sequence[Tensor]) -> Tensor:
 
 
 def largest_per_stack(stacks: Sequence[Tensor]) -> Tensor:
-    """The largest of :func:`largest_singular_values` in each of S stacks, ``[S]``."""
+    """Return the largest of :func:`largest_singular_values` in each of S stacks, ``[S]``.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra import largest_per_stack
+        >>> largest_per_stack([torch.stack([torch.eye(3), 5 * torch.eye(3)]), 2 * torch.eye(2)[None]]).round(decimals=1)
+        tensor([5., 2.])
+    """
     values, sizes = largest_singular_values(stacks), [len(stack) for stack in stacks]
     if all(size == 1 for size in sizes):
         return values
@@ -211,21 +248,30 @@ Statistics = TypeVar("Statistics", SpectralExtremes, WeightSpectrum)
 
 
 def batched_by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Statistics]) -> Statistics:
-    """Measure many matrices at once; those of one shape and dtype are one batch.
+    """Measure many matrices at once; those of one shape and dtype form one batch.
 
     Args:
         weights: Matrices ``[m, n]`` or stacks of them ``[..., m, n]`` on one device.
-        measure: :func:`spectral_extremes`, or :func:`weight_spectrum`.
+        measure: :func:`spectral_extremes` or :func:`weight_spectrum`.
 
     Returns:
         Statistics whose fields have shape ``[T]``, T the number of matrices, in the order of ``weights`` and of the
         members of each stack.
 
     Raises:
-        ValueError: Without a matrix, and what ``measure`` raises.
+        TypeError: If one of them is not a tensor.
+        ValueError: Without a matrix, and as ``measure`` does.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra import batched_by_shape, weight_spectrum
+        >>> batched_by_shape([torch.eye(2), torch.eye(3), 4 * torch.eye(2)], weight_spectrum).sigma_max
+        tensor([1., 1., 4.])
     """
     if not weights:
         raise ValueError("a spectrum needs at least one matrix.")
+    for weight in weights:
+        check_tensor("weights", weight, "[..., m, n] each")
     stacks = [weight.reshape(-1, *weight.shape[-2:]) for weight in weights]
     ends = list(accumulate(len(stack) for stack in stacks))
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
@@ -244,7 +290,7 @@ def batched_by_shape(weights: Sequence[Tensor], measure: Callable[[Tensor], Stat
 
 
 def _calls(group: Sequence[int], stacks: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of stacks in portions whose copies a device has room for."""
+    """Divide stacks into portions whose copies fit into device memory."""
     found: list[list[int]] = [[]]
     for i in group:
         if found[-1] and sum(stacks[j].numel() for j in found[-1]) + stacks[i].numel() > _AT_ONCE:
@@ -254,17 +300,25 @@ def _calls(group: Sequence[int], stacks: Sequence[Tensor]) -> list[list[int]]:
 
 
 def reduce_blocks(found: Statistics, sizes: Sequence[int]) -> Statistics:
-    """One reading for each stack of matrices, of readings for each matrix.
+    """Reduce readings of single matrices to one reading per stack.
 
-    Largest singular values and their bounds and the condition number are those of the worst member, the nuclear norm
-    is the sum; ranks, tails and the rest are the mean over the members that have one.
+    Largest singular values, their bounds and the condition number are maxima over the members, the nuclear norm is
+    their sum. Ranks, tails and the rest are means over the members that have one.
 
     Args:
-        found: Fields ``[T]``, the members of one stack after the other.
+        found: Statistics with fields ``[T]``, members stack by stack.
         sizes: Number of members of each of S stacks; none may be zero.
 
     Returns:
-        The same statistics, fields ``[S]``.
+        The same statistics with fields ``[S]``.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra import reduce_blocks, weight_spectra
+        >>> heads = torch.stack([torch.eye(2), 3 * torch.eye(2)])
+        >>> found = reduce_blocks(weight_spectra([heads, torch.eye(2)]), [2, 1])
+        >>> found.sigma_max, found.nuclear
+        (tensor([3., 1.]), tensor([8., 2.]))
     """
     if all(size == 1 for size in sizes):
         return found
@@ -287,7 +341,7 @@ def reduce_blocks(found: Statistics, sizes: Sequence[int]) -> Statistics:
 
 
 def _by_stack(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Readings ``[F, T]`` of members as ``[F, S, longest]``, whose sums have one order, and where there is a member."""
+    """Arrange readings ``[F, T]`` of members as ``[F, S, longest]`` with a mask; sums have a fixed order."""
     longest, device = max(sizes), values.device
     ends = accumulate(sizes)
     chosen = [end - size + min(j, size - 1) for end, size in zip(ends, sizes, strict=True) for j in range(longest)]
@@ -306,16 +360,24 @@ _BLOCK_REDUCTIONS = {
 
 
 def weight_spectra(weights: Sequence[Tensor], exact: bool = False) -> WeightSpectrum:
-    """:func:`weight_spectrum` of many matrices ``[..., m, n]``, batched by shape; fields have shape ``[T]``."""
+    """Compute :func:`weight_spectrum` of many matrices ``[..., m, n]``, batched by shape; fields have shape ``[T]``.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.spectra import weight_spectra
+        >>> weight_spectra([torch.eye(2), torch.eye(5, 3)]).stable_rank
+        tensor([2., 3.])
+    """
     return batched_by_shape(weights, lambda batch: weight_spectrum(batch, exact))
 
 
 def _joined(stacks: Sequence[Tensor]) -> Tensor:
-    """One batch; a single stack is not copied."""
+    """Join stacks to one batch; a single stack is not copied."""
     return stacks[0] if len(stacks) == 1 else torch.cat(list(stacks))
 
 
 def _check(weight: Tensor) -> None:
+    check_tensor("weight", weight, "[..., m, n]")
     if not weight.is_floating_point():
         raise ValueError(f"a spectrum needs a floating point tensor, got {weight.dtype}.")
     if weight.ndim < 2 or 0 in weight.shape:

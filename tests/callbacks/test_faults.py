@@ -152,7 +152,7 @@ def test_an_error_that_other_processes_have_not_heard_of_keeps_nothing_alive() -
             alive.append(weakref.ref(held))
             raise ValueError("on this process")
 
-    meter = Failing(Cadence(1, 1, 1.0))
+    meter = Failing(Cadence(1, 1))
     monitor = Monitor(lambda: [meter])
     unknown = SimpleNamespace(is_collective_failure=lambda error: False)
     monitor._run = SimpleNamespace(ranks=unknown, unsettled={}, steps=SimpleNamespace(remove=lambda: None))

@@ -16,7 +16,7 @@ class LargestMeter(Meter):
     panels = {"6 Mine": {"largest entry across layers": band_chart("weight/largest")}}
 
     def batch_end(self, run: Run) -> None:
-        if self.cadence.due(run, self.name, self.expected, run.step):
+        if self.is_due(run):
             with run.together(self.name):
                 values = torch.stack([layer.parameter.detach().abs().max() for layer in run.layers])
                 run.recorder.layers("weight/largest", values.numpy(), [layer.name for layer in run.layers])
@@ -25,7 +25,7 @@ class LargestMeter(Meter):
 
 class LargestMonitor(Monitor):
     def __init__(self, every_n_steps: int | None = None) -> None:
-        super().__init__(lambda: [LargestMeter(Cadence(every_n_steps, interval=20, share=1.0))])
+        super().__init__(lambda: [LargestMeter(Cadence(every_n_steps, interval=20))])
 
 
 def test_it_stands_beside_the_monitor_of_everything(tmp_path) -> None:

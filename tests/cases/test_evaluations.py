@@ -1151,7 +1151,7 @@ def test_parameters_are_taken_as_a_sequence_or_a_mapping_everywhere():
         stability_ratio(loss, named, optimizer, ratios={"typo": 1.0})
     with pytest.raises(ValueError, match="one number for each of the 4 parameters, got 1"):
         stability_ratio(loss, named, optimizer, ratios=[0.5])
-    with pytest.raises(ValueError, match="params must be tensors, a mapping .* not None"):
+    with pytest.raises(TypeError, match="params must be tensors, a mapping .* not None"):
         HessianOperator(loss, None)
     step = torch.ones(sum(p.numel() for p in listed))
     with pytest.raises(ValueError, match="NaN or infinity"):  # not 0, which would say that it leads uphill

@@ -355,9 +355,9 @@ def test_decay_that_rounds_away_is_none(dtype, share):
     optimizer.param_groups[0]["weight_decay"] = share * torch.finfo(dtype).eps
     for _ in range(10):
         weight.grad = torch.zeros_like(weight)
-        memory.before_step(optimizer, {id(weight): "w"})
+        memory.note(optimizer)
         optimizer.step()
-        memory.after_steps({})
+        memory.take(optimizer, lambda: {id(weight): "w"})
     left = float(weight.detach().double().norm() / start.norm())
     assert memory.state_dict()["w"] == pytest.approx(left, rel=0.02)
     assert (memory.state_dict()["w"] == 1.0) == (share < 0.25)

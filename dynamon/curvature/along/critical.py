@@ -1,4 +1,4 @@
-"""Critical sharpness: how far a step could go before the loss rises, by forward passes only."""
+"""Critical sharpness: the step length at which the loss rises above its start, from forward passes only."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from dynamon.curvature.operators.parameters import FlatParameters, Parameters
 from dynamon.isolation.evaluations import Evaluations
 from dynamon.kernels import widened
+from dynamon.kernels.arguments import check_count, check_tensor
 
 _ROUNDING = 8  # units in the last place of the loss that are not a difference
 _OTHER_ROUNDINGS = 2  # evaluations at weights that round another way, where a part is computed in half precision
@@ -19,16 +20,16 @@ _OTHER_ROUNDINGS = 2  # evaluations at weights that round another way, where a p
 
 @dataclass(frozen=True)
 class CriticalSharpness:
-    """Where the loss along a step is back at its start.
+    """Bracket of the multiple of a step at which the loss is back at its starting value.
 
     Attributes:
-        multiple: The multiple of the step at which the loss is back where it started; beyond it, it is higher. 0 if
-            the step leads uphill from the start, infinity if the largest one tried still leads downhill, NaN if
-            differences of the loss are lost in its rounding.
-        lower: A multiple at which the loss is still lower.
+        multiple: Multiple of the step at which the loss is back at its starting value; beyond it the loss is higher. 0
+            if the step leads uphill from the start, infinity if the loss is lower at the largest multiple tried, NaN
+            if differences of the loss are lost in its rounding.
+        lower: A multiple at which the loss is lower than at the start.
         upper: A multiple at which it is higher.
-        rate: The step's learning rate, if one was given.
-        evaluations: Forward passes.
+        rate: Learning rate of the step, if one was given.
+        evaluations: Number of forward passes.
     """
 
     multiple: float
@@ -54,41 +55,51 @@ def critical_sharpness(
     tol: float = 1 / 16,
     max_evaluations: int = 16,
 ) -> CriticalSharpness:
-    r"""The largest multiple c of an update for which :math:`L(\theta + c u) \le L(\theta)`, by a line search.
+    r"""Find the largest multiple c of an update with :math:`L(\theta + c u) \le L(\theta)` by line search.
 
-    The multiple is doubled, quartered or extrapolated until it is bracketed, then narrowed by the root of the parabola
-    through the start and the bracket's ends, until that changes by less than ``tol``. On a quadratic loss and a
-    gradient step of rate lr, c lr = 2 / (directional sharpness), hence the name ``sharpness = 2 / (c lr)``. No second
-    derivatives, no gradients, no memory beyond two copies of the weights: it works where nothing else does.
+    The multiple is doubled, quartered or extrapolated until it is bracketed. The bracket is then narrowed by the root
+    of the parabola through the start and the bracket's ends until that root changes by less than ``tol``. On a
+    quadratic loss and a gradient step of rate lr, c lr = 2 / (directional sharpness), hence ``sharpness = 2 / (c lr)``.
+    It needs neither gradients nor second derivatives, and memory for two copies of the weights.
 
     Args:
-        loss_fn: Called with the weights moved; returns the scalar loss. Sees the same random numbers each time.
-        params: The parameters, or a mapping from their names. They are bitwise what they were at the end; buffers
-            move with each evaluation unless :func:`dynamon.isolation.preserve.preserve_state` is around it, where each
-            begins alike.
+        loss_fn: Called at perturbed weights; returns the scalar loss. Random numbers are the same each time.
+        params: The parameters, or a mapping from their names. They are restored bit for bit. Buffers change with each
+            evaluation unless :func:`dynamon.isolation.preserve.preserve_state` is active, which restores them.
         update: Flat ``[n]``: the step from the present weights.
-        rate: The learning rate that the update holds, where there is one.
+        rate: The learning rate contained in the update, if there is one.
         tol: Relative change of the multiple at which the search ends.
-        max_evaluations: Most forward passes.
+        max_evaluations: Upper limit on forward passes, 3 or more.
 
     Raises:
+        TypeError: If the update is not a tensor.
         ValueError: If the update does not fit the parameters, is zero or not finite, or an argument is out of range.
         FloatingPointError: If the loss at the present weights is not finite.
 
-    Cost: usually 5 to 7 forward passes, a host read each; 2 more where a part is computed in half precision,
-    to see what its rounding does. Reference: Kalra et al., arXiv 2601.16979.
+    Cost: usually 5 to 7 forward passes with one host read each; 2 more where a part is computed in half precision, to
+    measure its rounding. Reference: Kalra et al., arXiv 2601.16979.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import critical_sharpness
+        >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> def loss_fn():
+        ...     return (w * torch.tensor([4.0, 4.0]) * w).sum() / 2  # curvature 4 in each direction
+        >>> found = critical_sharpness(loss_fn, [w], update=-0.1 * 4 * w.detach(), rate=0.1)
+        >>> round(found.sharpness, 3), round(found.multiple, 3)
+        (4.0, 5.0)
     """
     flat = FlatParameters.of(params)
-    if not isinstance(update, Tensor):
-        raise ValueError(f"update must be a flat tensor [{flat.size}], got {type(update).__name__}.")
+    check_tensor("update", update, f"[{flat.size}]")
+    check_count("max_evaluations", max_evaluations, least=3)
     if update.shape != (flat.size,):
         raise ValueError(f"update must have shape [{flat.size}], got {tuple(update.shape)}.")
     if not float(flat.space.total(widened(update.any()))):
         raise ValueError("the update is zero, so there is no critical multiple of it.")
     if float(flat.space.total(widened((~torch.isfinite(update)).any()))):
         raise ValueError("the update holds NaN or infinity, so there is no critical multiple of it.")
-    if not 0 < tol < 1 or max_evaluations < 3:
-        raise ValueError(f"tol must lie in (0, 1) and max_evaluations be 3 or more, got {tol} and {max_evaluations}.")
+    if not 0 < tol < 1:
+        raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
     evaluations, watch, count = Evaluations(), _Dtypes(), 0
 
     def value(step: Tensor) -> Tensor:
@@ -117,7 +128,7 @@ def critical_sharpness(
 
 
 class _Dtypes(TorchFunctionMode):
-    """The coarsest dtype that anything was computed in.
+    """Record the coarsest floating point dtype in which anything was computed.
 
     Attributes:
         eps: Its spacing at 1.
@@ -126,7 +137,7 @@ class _Dtypes(TorchFunctionMode):
     eps = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call, and look at the result."""
+        """Call the function and record the dtype of its result."""
         found = func(*args, **(kwargs or {}))
         for item in found if isinstance(found, tuple | list) else (found,):
             if isinstance(item, Tensor) and item.dtype.is_floating_point:
@@ -135,7 +146,7 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _other_rounding(params: FlatParameters, eps: float, seed: int) -> Tensor:
-    """A step by half a unit in the last place of each weight, up or down: what rounding to half precision may do."""
+    """Return a step of half a unit in the last place per weight, with random signs, to probe half precision."""
     weights = params.flatten(params.tensors).detach().abs()
     generator = params.space.generator(seed, weights.device)
     signs = torch.rand(len(weights), generator=generator, device=weights.device) - 0.5
@@ -153,7 +164,7 @@ class _Search:
         self._seen: list[tuple[float, float]] = []
 
     def run(self) -> float:
-        """The crossing; 0 if the start leads uphill, infinity if nothing larger does, NaN if rounding hides both."""
+        """Return the crossing: 0 if the start leads uphill, infinity if no multiple does, NaN if rounding hides it."""
         guess = 1.0
         while self._left > 0:
             if not self._try(guess):  # the rise is lost in rounding
@@ -175,7 +186,7 @@ class _Search:
         return math.inf if self.upper == math.inf else self._crossing()
 
     def _try(self, multiple: float) -> bool:
-        """Evaluate; whether the loss there differs from that at the start by more than rounding."""
+        """Evaluate one multiple and return whether the loss differs from that at the start by more than rounding."""
         self._left -= 1
         rise = self._rise(multiple)
         if abs(rise) <= self._noise:
@@ -189,29 +200,29 @@ class _Search:
 
     @property
     def _is_deep(self) -> bool:
-        """Whether the way down is long enough for rounding not to hide where it ends."""
+        """True where the loss falls far enough along the step for its return to be told from rounding."""
         return max(-multiple * slope for multiple, slope in self._seen) > 2 * self._noise
 
     @property
     def _begins_uphill(self) -> bool:
-        """Whether the rise per multiple, which was positive wherever it was seen, is so at the start too."""
+        """True where the rise per multiple, positive at every evaluation, extrapolates to a positive slope at zero."""
         if len(self._seen) < 2:
             return False
         root = self._extrapolated()
         return not 0 < root < self.upper
 
     def _further(self) -> float:
-        """A bit beyond where the parabola through two downhill points says that the loss is back, or twice as far."""
+        """Return a multiple beyond the root of the parabola through two downhill points, or twice the last one."""
         root = self._extrapolated()
         return min(1.1 * root, 1000 * self.lower) if root > self.lower else 2 * self.lower
 
     def _nearer(self) -> float:
-        """A bit below where the parabola through two uphill points says so, or a quarter as far."""
+        """Return a multiple below the root of the parabola through two uphill points, or a quarter of the last one."""
         root = self._extrapolated()
         return max(0.9 * root, self.upper / 1000) if 0 < root < self.upper else self.upper / 4
 
     def _extrapolated(self) -> float:
-        """Zero of the line through the last two slopes; NaN before there are two."""
+        """Return the zero of the line through the last two slopes; NaN before there are two."""
         if len(self._seen) < 2:
             return math.nan
         (near, near_slope), (far, far_slope) = sorted(self._seen[-2:])
@@ -219,7 +230,7 @@ class _Search:
         return near - near_slope * (far - near) / rising if 0 < rising < math.inf else math.nan
 
     def _crossing(self) -> float:
-        """Where the line through the two slopes crosses zero; half-way where the upper end is not finite."""
+        """Return the zero of the line through both slopes, or the midpoint where the upper end is not finite."""
         width = self.upper - self.lower
         if self._slope_upper == math.inf:
             return self.lower + width / 2

@@ -1,4 +1,4 @@
-"""Curvature along a given direction: one product each."""
+"""Curvature along a given direction, one matrix-vector product each."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ _MOST = 100  # powers of two, within the range of float32
 
 @dataclass(frozen=True)
 class DirectionalSharpness:
-    r"""Curvature of the loss along a step d.
+    r"""Curvature and slope of the loss along a step d.
 
     Attributes:
         sharpness: :math:`d^\top H d / \|d\|_2^2`.
@@ -36,7 +36,7 @@ class DirectionalSharpness:
 
     @property
     def best_multiple(self) -> float:
-        r"""The multiple of d that minimises the quadratic model from here, :math:`-g^\top d / d^\top H d`.
+        r"""Multiple of d that minimises the quadratic model, :math:`-g^\top d / d^\top H d`.
 
         Infinite where the loss curves downwards along d.
         """
@@ -44,24 +44,33 @@ class DirectionalSharpness:
 
     @property
     def best_multiple_of_last_step(self) -> float:
-        """The same for a step d that was just taken; 1 would have been the best length, 2 is where the loss rises."""
+        """The same for a step d that was just taken: 1 was the best length, the loss rises below 1/2."""
         return 1 + self.best_multiple
 
 
 @full_precision()
 def directional_sharpness(hessian: Any, direction: Tensor, gradient: Tensor | None = None) -> DirectionalSharpness:
-    """Curvature and slope of the loss along a direction, and with them the best step along it.
+    """Compute curvature and slope of the loss along a direction, and the best step length along it.
 
     Args:
         hessian: A :class:`HessianOperator`, or any operator if ``gradient`` is given.
-        direction: Flat ``[n]``, say an optimizer's update with its rate.
-        gradient: Flat ``[n]``; that of the operator if None.
+        direction: Flat ``[n]``, such as an optimizer's update with its rate.
+        gradient: Flat ``[n]``; the operator's own if None.
 
     Raises:
         ValueError: For a zero direction.
 
-    Cost: one product, two host reads. Reference: Pan and Li, "Toward understanding why Adam converges faster than
-    SGD", 2023; Roulet et al., "Stepping on the edge", arXiv 2407.06183 for the greedy rate.
+    Cost: one matvec, two host reads. Reference: Pan and Li, "Toward understanding why Adam converges faster than SGD",
+    2023; Roulet et al., "Stepping on the edge", arXiv 2407.06183, for the best step length.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import HessianOperator, directional_sharpness
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> hessian = HessianOperator(lambda: (w * torch.tensor([1.0, 3.0]) * w).sum() / 2, [w])
+        >>> found = directional_sharpness(hessian, torch.tensor([0.0, -1.0]))
+        >>> found.sharpness, found.slope, found.best_multiple
+        (3.0, -6.0, 2.0)
     """
     gradient = hessian.gradient if gradient is None else gradient
     space = space_of(hessian)
@@ -77,7 +86,7 @@ def directional_sharpness(hessian: Any, direction: Tensor, gradient: Tensor | No
 
 
 def _power_of_two(length: float) -> float:
-    """What a direction is divided by, without rounding, lest its product leave float32; 1 where it does not."""
+    """Return the power of two to divide a direction by so that its product stays within float32; usually 1."""
     if not 0 < length < math.inf or _SMALL < length < 1 / _SMALL:
         return 1.0
     return 2.0 ** max(-_MOST, min(_MOST, math.frexp(length)[1]))
@@ -85,12 +94,12 @@ def _power_of_two(length: float) -> float:
 
 @dataclass(frozen=True)
 class NormSharpness:
-    """Directional sharpness in the norms of the layers.
+    """Directional sharpness measured in the norms of the layers.
 
     Attributes:
         sharpness: Curvature along the step over the square of its norm, the largest of the layers' norms.
         norm: That norm.
-        layers: ``{name: sharpness}`` of each layer alone, with the part of the product that belongs to it.
+        layers: ``{name: sharpness}`` of each layer alone, from its part of the product.
     """
 
     sharpness: float
@@ -105,22 +114,30 @@ def norm_sharpness(
     norms: Mapping[str, Callable[[Tensor], Tensor]],
     space: VectorSpace | None = None,
 ) -> NormSharpness:
-    r"""Sharpness along a step in the norm the optimizer works in: :math:`d^\top H d / \|d\|^2`.
+    r"""Compute sharpness along a step in the norm of the optimizer: :math:`d^\top H d / \|d\|^2`.
 
-    :math:`\|d\| = \max_l \mathrm{primal}_l(d_l)` is the norm whose steepest descent moves all layers at once: with
-    l-infinity the one of sign methods, with the RMS->RMS operator norm Muon's. Such a method, with steps of size lr
-    times the dual norm of the gradient, is at the edge of stability where this is 2 / lr.
+    :math:`\|d\| = \max_l \mathrm{primal}_l(d_l)` is the norm in which steepest descent moves all layers at once: with
+    l-infinity norms that is sign descent, with the RMS-to-RMS operator norm it is Muon. Such a method, with steps of
+    size lr times the dual norm of the gradient, is at the edge of stability where this sharpness is 2 / lr.
 
     Args:
         product: ``H d``, flat ``[n]``, as :func:`directional_sharpness` returns it.
-        direction: The step, one tensor a layer, in the order of the flat vector.
-        norms: Each layer's primal norm by name, in the same order.
-        space: Where the numbers of product and step lie, if not all here: they are those of each layer that are.
+        direction: The step, one tensor per layer, in the order of the flat vector.
+        norms: Primal norm of each layer by name, in the same order.
+        space: The space of product and step where they are sharded; both then hold the local part of each layer.
 
     Raises:
         ValueError: If lengths do not fit, or the step is zero.
 
-    Reference: Islamov et al., "Non-Euclidean gradient descent operates at the edge of stability", arXiv 2603.05002.
+    Cost: one norm per layer and one host read. Reference: Islamov et al., "Non-Euclidean gradient descent operates at
+    the edge of stability", arXiv 2603.05002.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import norm_sharpness
+        >>> step, product = torch.tensor([1.0, -2.0]), torch.tensor([3.0, -1.0])
+        >>> norm_sharpness(product, [step], {"weight": lambda d: d.abs().max()}).sharpness
+        1.25
     """
     sizes = [d.numel() for d in direction]
     if sum(sizes) != product.numel() or len(norms) != len(direction):
@@ -140,19 +157,27 @@ def norm_sharpness(
 
 
 def batch_sharpness(hessians: Sequence[HessianOperator | MeanOverRanks]) -> float:
-    r"""Sharpness that mini-batches see: :math:`E_B[g_B^\top H_B g_B / \|g_B\|^2]`.
+    r"""Average the sharpness along each batch's own gradient: :math:`E_B[g_B^\top H_B g_B / \|g_B\|^2]`.
 
-    Each Hessian is that of one training batch's own loss. Under SGD this settles at 2 / lr, while the largest
+    Each Hessian belongs to the loss of one training batch. Under SGD this mean settles at 2 / lr, while the largest
     eigenvalue of the full loss stays below.
 
     Args:
-        hessians: One operator a batch (a mean over ranks, where a batch is spread over processes); a single one gives
-            an unbiased, noisy estimate.
+        hessians: One operator per batch (a :class:`MeanOverRanks` where a batch is spread over processes); a single one
+            gives an unbiased but noisy estimate.
 
     Raises:
         ValueError: Without an operator, or where a gradient is zero.
 
-    Cost: one product a batch. Reference: Andreyev and Beneventano, "Edge of stochastic stability", arXiv 2412.20553.
+    Cost: one matvec per batch. Reference: Andreyev and Beneventano, "Edge of stochastic stability", arXiv 2412.20553.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import HessianOperator, batch_sharpness
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> batches = torch.tensor([[2.0, 2.0], [4.0, 4.0]])
+        >>> batch_sharpness([HessianOperator(lambda b=b: (w * b * w).sum() / 2, [w]) for b in batches])
+        3.0
     """
     if not hessians:
         raise ValueError("batch_sharpness needs the Hessian of at least one batch.")

@@ -1,4 +1,4 @@
-"""The top eigenspace: how much of a vector lies in it, and how it turns."""
+"""Shares and overlaps of the top eigenspace."""
 
 import torch
 from torch import Tensor
@@ -10,18 +10,24 @@ from dynamon.kernels import in_double
 
 @full_precision()
 def eigenspace_share(vectors: Tensor, direction: Tensor, space: VectorSpace | None = None) -> float:
-    r"""Share of a vector's squared length that lies in a subspace: :math:`\|V^\top d\|^2 / \|d\|^2`.
+    r"""Compute the share of a vector's squared length in a subspace: :math:`\|V^\top d\|^2 / \|d\|^2`.
 
     Args:
-        vectors: Orthonormal columns ``[n, k]``, say the first k of :attr:`Eigenpairs.vectors`.
+        vectors: Orthonormal columns ``[n, k]``, such as the first k of :attr:`Eigenpairs.vectors`.
         direction: Flat ``[n]``: a gradient or an update.
-        space: Where the numbers of vectors lie, if not all here.
+        space: The space of the vectors where they are sharded.
 
     Returns:
         Between 0 and 1; NaN for a zero vector. A random vector has k / n.
 
     Cost: one product with k vectors, one host read. Reference: Gur-Ari et al., "Gradient descent happens in a tiny
     subspace", arXiv 1812.04754.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import eigenspace_share
+        >>> round(eigenspace_share(torch.eye(3)[:, :2], torch.tensor([1.0, 0.0, 1.0])), 4)
+        0.5
     """
     space = space or VectorSpace(len(direction))
     inside = in_double(torch.linalg.vector_norm(space.inner(vectors.mT, direction.to(vectors)))) ** 2
@@ -30,17 +36,23 @@ def eigenspace_share(vectors: Tensor, direction: Tensor, space: VectorSpace | No
 
 @full_precision()
 def eigenspace_overlap(vectors: Tensor, others: Tensor, space: VectorSpace | None = None) -> float:
-    r"""How much two subspaces have in common: :math:`\|V^\top W\|_F^2 / k`, k the smaller dimension.
+    r"""Compute the overlap of two subspaces: :math:`\|V^\top W\|_F^2 / k`, k the smaller dimension.
 
     Args:
         vectors: Orthonormal columns ``[n, k]``.
         others: Orthonormal columns ``[n, m]``.
-        space: Where the numbers of vectors lie, if not all here.
+        space: The space of the vectors where they are sharded.
 
     Returns:
-        1 where one contains the other, 0 where they are orthogonal; random ones have about m / n.
+        1 where one contains the other, 0 where they are orthogonal; random subspaces have about m / n.
 
-    Reference: Gur-Ari et al., arXiv 1812.04754.
+    Cost: one product of k with m vectors, one host read. Reference: Gur-Ari et al., arXiv 1812.04754.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import eigenspace_overlap
+        >>> eigenspace_overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3])
+        0.5
     """
     smaller = min(vectors.shape[1], others.shape[1])
     space = space or VectorSpace(len(vectors))

@@ -1,4 +1,4 @@
-"""FSDP2 while a loss is evaluated beside training: whole parameters for a while, and passes that leave no trace."""
+"""Evaluate a loss on an FSDP2 module outside of training: gather its parameters, restore its state afterwards."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ _HELD = ("_partial_reduce_output", "gradient_divide_factor")
 
 
 def unsupported_reason(module: nn.Module, params: Sequence[Tensor], processes: int) -> str | None:
-    """Why :func:`unsharded` does not make all of some parameters whole on every process; None where it does."""
+    """Return why :func:`unsharded` cannot gather all of some parameters, or None where it can."""
     if any(type(group.offload_policy).__name__ == "CPUOffloadPolicy" for group in _groups(module)):
         return "parameters are kept on the host and brought to the device for each pass"
     managed = {id(p.sharded_param) for group in _groups(module) for p in group.fsdp_params if not p.is_dtensor}
@@ -27,34 +27,34 @@ def unsupported_reason(module: nn.Module, params: Sequence[Tensor], processes: i
 
 
 def is_rounded(module: nn.Module) -> bool:
-    """Whether a mixed precision policy has FSDP2 compute in another dtype than that of the parameters."""
+    """Return whether a mixed precision policy makes FSDP2 compute in a narrower dtype than the parameters have."""
     policies = [group.mp_policy for group in _groups(module)]
     return any(p.param_dtype is not None and p.param_dtype.itemsize < torch.float32.itemsize for p in policies)
 
 
 def compute_dtypes(module: nn.Module) -> set[torch.dtype]:
-    """The dtypes in which policies of FSDP2 have a module compute."""
+    """Return the dtypes in which FSDP2's mixed precision policies make a module compute."""
     return {group.mp_policy.param_dtype for group in _groups(module)} - {None}
 
 
 def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Inside of :func:`unsharded`, the parameters by the names that :func:`dynamon.describe_layers` gives them."""
+    """Return the gathered parameters by their :func:`dynamon.describe_layers` names; for use in :func:`unsharded`."""
     return {plain_name(name): p for name, p in module.named_parameters()}
 
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Whole parameters on every process, so that the loss of an FSDP2 module can be differentiated twice.
+    """Gather all parameters on every process, so that the loss of an FSDP2 module can be differentiated twice.
 
     Inside, ``module.parameters()`` are plain tensors, gradients are neither scattered nor summed, and nothing is
-    resharded; take the parameters and build the operator there. At exit the shards, the gradients that were being
-    accumulated and the flags of every ``FSDPModule`` are what they were, also where what happens inside fails in the
-    middle of a pass. A module without FSDP2 is left alone.
+    resharded; build the operator from these parameters there. At exit the shards, accumulated gradients and the flags
+    of every ``FSDPModule`` are restored, also after an error in the middle of a pass. A module without FSDP2 is
+    unchanged.
 
     Args:
         module: A module, or part of it, that ``fully_shard`` was applied to.
 
-    Memory: all parameters of the module on each process while inside, in the dtype of FSDP2's mixed precision policy.
+    Memory: all parameters of the module on each process, in the dtype of FSDP2's mixed precision policy.
     """
     parts = _parts(module)
     with at_rest(module):
@@ -68,7 +68,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_gradients(module: nn.Module) -> Iterator[None]:
-    """Inside of :func:`at_rest`: each backward pass reduces its gradients at once, to their mean over the processes."""
+    """Make each backward pass inside of :func:`at_rest` reduce gradients at once, to the mean over processes."""
     for part in _parts(module):
         part.set_requires_gradient_sync(True, recurse=False)
         part.set_reshard_after_backward(True, recurse=False)
@@ -85,10 +85,10 @@ def full_gradients(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
-    """Passes through an FSDP2 module that begin from its shards and leave no trace on its machinery, even if they fail.
+    """Let passes through an FSDP2 module start from its shards and restore its state, also where they fail.
 
-    Puts back at exit: shards in the place of whole parameters, flags, gradients that wait to be reduced, and the
-    states that hooks keep between the forward and the backward pass.
+    Restored at exit: shards in place of whole parameters, flags, gradients that wait to be reduced, and the states that
+    hooks keep between forward and backward pass.
     """
     parts, groups = _parts(module), _groups(module)
     states = [part._get_fsdp_state() for part in parts]
@@ -122,7 +122,7 @@ def at_rest(module: nn.Module) -> Iterator[None]:
 
 
 def _waiting(p: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a whole parameter that have not been scattered yet."""
+    """Return gradients of a gathered parameter that have not been scattered yet."""
     return getattr(getattr(p, "_unsharded_param", None), "grad", None), p.unsharded_accumulated_grad
 
 
@@ -133,7 +133,7 @@ def _set_waiting(p: Any, gradients: tuple[Tensor | None, Tensor | None]) -> None
 
 
 def _come_to_rest(state: Any) -> None:
-    """What FSDP2 itself does after a pass; one that failed in the middle would leave the next one without its hooks."""
+    """Reset what FSDP2 itself resets after a pass: one that failed half-way would leave the next without its hooks."""
     idle = type(state._training_state).IDLE
     state._training_state = idle
     getattr(state, "_modules_to_run_forward", set()).clear()
@@ -146,7 +146,7 @@ def _come_to_rest(state: Any) -> None:
 
 
 def _parts(module: nn.Module) -> list[Any]:
-    """Every module that ``fully_shard`` was applied to, outer ones first."""
+    """Return every module that ``fully_shard`` was applied to, outer ones first."""
     if "torch.distributed.fsdp" not in sys.modules:  # half a second, and not in every build of torch
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -160,7 +160,7 @@ def _groups(module: nn.Module) -> list[Any]:
 
 
 def _groups_of(state: Any) -> list[Any]:
-    """The internal groups of an FSDP module: several in torch 2.13, one or none before."""
+    """Return the internal groups of an FSDP module: several in torch 2.13, one or none before."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []

@@ -14,24 +14,24 @@ from dynamon.kernels import widened, widest_dtype
 
 
 class MeanOverRanks(LinearOperator):
-    """The weighted mean of one operator a process: the Hessian on the samples of all processes.
+    """Weighted mean of one operator per process: the Hessian on the samples of all processes.
 
-    Every process must take the same products in the same order; :func:`top_eigenvalues` does, since all see the same
-    numbers and the same seed. It stands wherever a :class:`HessianOperator` or :class:`GGNOperator` does.
+    Every process must take the same products in the same order. :func:`top_eigenvalues` does, since all see the same
+    numbers and the same seed. It can replace a :class:`HessianOperator` or :class:`GGNOperator` everywhere.
 
     Args:
         operator: This process's operator, on its own samples.
-        weight: Its weight, the number of its samples say.
-        group: The processes; all if None. Given as :class:`dynamon.distributed.ranks.Ranks`, a process whose product
-            fails does not leave the others waiting.
+        weight: Its weight, such as the number of its samples.
+        group: The processes; all if None. With :class:`dynamon.distributed.ranks.Ranks` a process whose product fails
+            does not leave the others waiting.
 
     Attributes:
         doubt: Why products may miss a part, on any of the processes; else None.
-        is_coarse: Whether products are differences in half precision on any of them.
+        is_coarse: True where products are differences in half precision on any of them.
         loss: The weighted mean of the losses, where the operator has one.
         gradient: The weighted mean of the gradients, likewise.
 
-    Cost: one all-reduce of n numbers a product, and one for the gradient at construction.
+    Cost: one all-reduce of n numbers per product, and one for the gradient at construction.
     """
 
     parameters: FlatParameters
@@ -39,7 +39,7 @@ class MeanOverRanks(LinearOperator):
     loss: Tensor
 
     def __init__(self, operator: LinearOperator, weight: float = 1.0, group: Any = None) -> None:
-        """Sum the weights over the processes, and take the mean of what is there already."""
+        """Sum the weights over the processes and average loss and gradient."""
         super().__init__(operator.shape[0], operator.dtype, operator.device, operator.space)
         own: Any = operator
         self._operator, self._group = own, group
@@ -56,12 +56,12 @@ class MeanOverRanks(LinearOperator):
             self.loss = self._mean(widened(own.loss)).to(own.loss.dtype)
 
     def _doubt(self, own: str | None) -> str | None:
-        """Why products may miss a part, here or on another process."""
+        """Return why products may miss a part, on this process or another."""
         doubts = self._any(own is not None)
         return own or ("products may miss a part on another process." if doubts else None)
 
     def _any(self, own: bool) -> bool:
-        """Whether that is so on any of the processes."""
+        """Return whether a flag is set on any of the processes."""
         return bool(self._sum(torch.tensor(float(own), dtype=widest_dtype(self.device), device=self.device)))
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -77,18 +77,18 @@ class MeanOverRanks(LinearOperator):
         return self._mean(self._operator._product(vector))
 
     def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
-        """``H_bb v`` for the parameters in some places, where the operators have blocks."""
+        """Compute ``H_bb v`` for the parameters at some positions, where the operators have blocks."""
         return self._mean(self._operator.block_product(vector, block))
 
     def initial_direction(self) -> Tensor | None:
-        """The weighted mean of those of all processes."""
+        """Return the weighted mean of the processes' initial directions."""
         if hasattr(self, "gradient"):
             return self.gradient
         known = self._operator.initial_direction()
         return None if known is None else self._mean(known)
 
     def product_error(self, vector: Tensor) -> float:
-        """The largest among the processes."""
+        """Return the largest error among the processes."""
         error = torch.tensor(self._operator.product_error(vector), dtype=widest_dtype(self.device), device=self.device)
         if isinstance(self._group, Ranks):
             return float(self._group.maximum(error))

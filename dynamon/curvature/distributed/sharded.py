@@ -1,6 +1,6 @@
-"""Curvature through a module that stays sharded: each process holds its part of every vector."""
+"""Curvature of a module that stays sharded: each process holds its part of every vector."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dynamon.curvature.distributed.fsdp import at_rest, compute_dtypes, full_gradients
 from dynamon.curvature.operators.backends import FiniteDifference, check_scalar_loss
 from dynamon.curvature.operators.hessian import HessianOperator
-from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.curvature.operators.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.operators.scaling import LARGEST, LOWER, is_whole
 from dynamon.curvature.operators.vector_space import ShardedSpace, Shards
 from dynamon.distributed.dtensor import to_local
@@ -19,11 +19,11 @@ from dynamon.kernels import widest_dtype
 
 
 class ShardedParameters(FlatParameters):
-    """The shards of some parameters that lie on this process, seen as one flat vector; the others hold the rest.
+    """The local shards of some parameters as one flat vector; the other processes hold the rest.
 
     Args:
         module: The module that ``fully_shard`` was applied to.
-        params: Its parameters, or some of them, by name. All must be sharded over all processes.
+        params: Some of its parameters, or a mapping from their names. All must be sharded over all processes.
         ranks: The processes.
 
     Attributes:
@@ -31,21 +31,23 @@ class ShardedParameters(FlatParameters):
         ranks: The processes.
     """
 
-    def __init__(self, module: nn.Module, params: Mapping[str, Tensor], ranks: Ranks) -> None:
-        """Find the parts that are here."""
+    def __init__(self, module: nn.Module, params: Parameters, ranks: Ranks) -> None:
+        """Find the local shards."""
         self.module, self.ranks = module, ranks
-        self._owners = dict(params)
-        space = ShardedSpace(Shards(list(params.values()), ranks), ranks)
-        super().__init__({name: to_local(p) for name, p in params.items()}, space)
+        names, self._owners = names_and_tensors(params)
+        shards = [to_local(p) for p in self._owners]
+        space = ShardedSpace(Shards(self._owners, ranks), ranks)
+        super().__init__(shards if names is None else dict(zip(names, shards, strict=True)), space)
 
     def subset(self, places: Sequence[int]) -> "ShardedParameters":
-        """Some of the parameters, by place."""
-        names = list(self._owners)
-        return ShardedParameters(self.module, {names[i]: self._owners[names[i]] for i in places}, self.ranks)
+        """Return the parameters at some positions."""
+        owners = [self._owners[i] for i in places]
+        named = owners if self.names is None else dict(zip([self.names[i] for i in places], owners, strict=True))
+        return ShardedParameters(self.module, named, self.ranks)
 
     @contextmanager
     def perturbed(self, step: Tensor) -> Iterator[None]:
-        """The shards at ``theta + step`` for a while, written in place; bitwise what they were at exit."""
+        """Set the shards to ``theta + step`` inside the context, in place; restore them bit for bit at exit."""
         kept = [p.clone() for p in self.tensors]
         try:
             with at_rest(self.module):
@@ -61,13 +63,13 @@ class ShardedParameters(FlatParameters):
                 p.data.copy_(value)  # past the version counter: graphs built before stay valid
 
     def _hooked(self) -> list[Tensor]:
-        return list(self._owners.values())
+        return self._owners
 
     def loss_and_gradient(self, loss_fn: Callable[[], Tensor], scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """This process's loss, and its part of the gradient of the processes' mean, by an ordinary backward pass.
+        """Compute the local loss and the local part of the mean gradient by an ordinary backward pass.
 
-        ``.grad`` of the module's parameters, and gradients that wait to be reduced, are what they were afterwards.
-        The gradient is that of the loss times ``scale``.
+        ``.grad`` of the module's parameters, and gradients that wait to be reduced, are restored. The gradient is that
+        of the loss times ``scale``.
         """
         kept = [(p, p.grad) for p in self.module.parameters()]
         try:
@@ -78,7 +80,7 @@ class ShardedParameters(FlatParameters):
                 check_scalar_loss(loss)
                 with full_precision():
                     loss.backward(None if scale == 1 else torch.full_like(loss, scale))
-            gradients = [None if p.grad is None else to_local(p.grad) for p in self._owners.values()]
+            gradients = [None if p.grad is None else to_local(p.grad) for p in self._owners]
             flat = self.flatten(gradients).clone()
         finally:
             for p, gradient in kept:
@@ -87,12 +89,12 @@ class ShardedParameters(FlatParameters):
 
 
 class ShardedHessian(HessianOperator):
-    r"""The Hessian of the mean of the processes' losses, by differences of gradients, with nothing made whole.
+    r"""Hessian of the mean of the processes' losses, by differences of gradients, without gathering vectors.
 
-    Each product moves the shards a little to either side of the weights and takes two ordinary gradients, so it costs
-    and sends what two training steps do. Vectors are parts of length n / R; solvers ask ``space`` for inner
-    products. A loss that fails on one process alone leaves the others waiting, as in training: it fails between
-    messages of FSDP2's own.
+    Each product perturbs the shards in either direction and takes two ordinary gradients, at the cost and communication
+    of two training steps. Vectors are parts of length n / R; solvers compute inner products through ``space``. A loss
+    that fails on one process alone leaves the others waiting, as in training, since it fails between FSDP2's own
+    messages.
 
     Args:
         loss_fn: This process's loss, called without arguments.
@@ -102,16 +104,16 @@ class ShardedHessian(HessianOperator):
         loss: The mean of the losses.
         gradient: This process's part ``[length]`` of its gradient.
         backend: ``"finite_difference"``.
-        reason: Why.
+        reason: Why differences are used.
 
     Raises:
-        ValueError: For parameters in half precision, whose neighbours are too far apart.
+        ValueError: For parameters in half precision, whose spacing is too coarse for differences.
 
-    Memory: two parts of vectors, one copy of the shards, and what a training step takes.
+    Memory: two parts of vectors, one copy of the shards, and that of a training step.
     """
 
     def __init__(self, loss_fn: Callable[[], Tensor], params: ShardedParameters) -> None:
-        """Take the gradient."""
+        """Compute the gradient."""
         super().__init__(loss_fn, params, backend="finite_difference")
         self.loss = params.ranks.mean(self.loss, 1.0)
         self.reason = "the parameters stay sharded."

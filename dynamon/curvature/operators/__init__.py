@@ -1,1 +1,1 @@
-"""Curvature as symmetric linear operators: products with vectors, and what they are made of."""
+"""Curvature matrices as symmetric linear operators, and the parts they are built from."""

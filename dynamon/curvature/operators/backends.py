@@ -1,4 +1,4 @@
-"""How gradients of a loss are differentiated once more: on a retained graph, or by differences."""
+"""Two ways to differentiate gradients of a loss: on a retained graph, or by finite differences."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,24 +22,25 @@ _SUSPICION = 0.05  # relative disagreement with differences above which a graph 
 
 
 class NoSecondDerivativeError(RuntimeError):
-    """Something in the loss cannot be differentiated twice."""
+    """An operation in the loss cannot be differentiated twice."""
 
 
 @contextmanager
 def twice_differentiable(params: FlatParameters) -> Iterator[None]:
-    """Attention by the math kernel, compiled code run eagerly, parameter hooks off, gradients on, few calls."""
+    """Set up a pass that can be differentiated twice: math attention, no compiled code, no parameter hooks."""
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), force_eager(), FewerCalls(), params.hooks_off():
         yield
 
 
 def check_scalar_loss(loss: object) -> None:
-    """Say in one sentence what is wrong with a loss that cannot be differentiated.
+    """Raise an error in one sentence where a loss cannot be differentiated.
 
     Raises:
-        ValueError: If ``loss`` is not a tensor, not a scalar, or carries no graph.
+        TypeError: If ``loss`` is not a tensor.
+        ValueError: If it is not a scalar, or carries no graph.
     """
     if not isinstance(loss, Tensor):
-        raise ValueError(f"the loss must be a scalar tensor, got {type(loss).__name__}.")
+        raise TypeError(f"the loss must be a scalar tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
         raise ValueError(f"the loss must be a scalar tensor, got shape {tuple(loss.shape)}; reduce it first.")
     if not loss.requires_grad:
@@ -50,7 +51,7 @@ class DoubleBackward:
     r"""Products :math:`\nabla \langle \nabla L, v \rangle` on one retained graph.
 
     Where the graph computes in float16, loss and vector are multiplied by powers of two and products divided by them,
-    as gradient scalers do: slopes of a mean over many numbers are too small for that dtype.
+    as gradient scalers do: gradients of a mean over many entries are too small for that dtype.
 
     Attributes:
         name: ``"double_backward"``.
@@ -58,7 +59,7 @@ class DoubleBackward:
         gradient: The flat gradient ``[n]``, without graph.
         rounding: See :class:`dynamon.curvature.LinearOperator`.
         suspects: Names of custom autograd functions whose part of a product may be missing.
-        has_gradient: Which parameters take part in the loss; the others have zeros in the flat gradient.
+        has_gradient: For each parameter, whether it takes part in the loss; others have zeros in the flat gradient.
 
     Raises:
         NoSecondDerivativeError: Where an operation in the graph has none, at construction or in a product.
@@ -86,7 +87,7 @@ class DoubleBackward:
         self.loss = loss.detach()
 
     def _differentiate(self) -> None:
-        """The gradient and its graph, at the largest scale that the dtype can hold."""
+        """Compute the gradient and its graph at the largest loss scale that does not overflow."""
         while True:
             with second_derivatives():
                 gradients = self._params.differentiate(self._loss, self._weight(), create_graph=True)
@@ -104,7 +105,7 @@ class DoubleBackward:
         return None if self._scale == 1 else torch.full_like(self._loss, self._scale)
 
     def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
-        """``H v``; for a block, ``vector`` and the result are those of the block alone."""
+        """Compute ``H v``; for a block, ``vector`` and the result belong to the block alone."""
         if not self._in_float16:
             return self._product(vector, block)
         length = length_scale(vector)
@@ -133,32 +134,32 @@ class DoubleBackward:
         return part.flatten(products)
 
     def error(self, vector: Tensor) -> float:
-        """Exact up to rounding."""
+        """Return 0: products are exact up to rounding."""
         return 0.0
 
 
 class FiniteDifference:
     r"""Products :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2 \epsilon`, v of unit length.
 
-    Two gradients a product, at the same random numbers each time. Works where second derivatives do not exist. Under
-    reentrant checkpointing, ``backward`` reaches every parameter inside: ``.grad`` of those left out adds up, unless
-    :func:`dynamon.isolation.preserve.preserve_state` is around it.
+    A product takes two gradients, with the same random numbers each time. It works where second derivatives do not
+    exist. Under reentrant checkpointing ``backward`` reaches every parameter inside, and ``.grad`` of those not in
+    ``params`` accumulates unless :func:`dynamon.isolation.preserve.preserve_state` is active.
 
     Attributes:
         name: ``"finite_difference"``.
         loss: The value of the loss, without graph.
         gradient: The flat gradient ``[n]``.
-        has_gradient: As above.
+        has_gradient: As in :class:`DoubleBackward`.
 
     Raises:
-        ValueError: For parameters in half precision, whose neighbours are too far apart.
+        ValueError: For parameters in half precision, whose spacing is too coarse for differences.
     """
 
     name = "finite_difference"
     rounding = 0.0  # it shows in the error
 
     def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations) -> None:
-        """Take the gradient, from where every evaluation will begin."""
+        """Compute the gradient and remember the state that every evaluation starts from."""
         dtype = real_dtype(params.tensors[0])
         if dtype not in DIFFERENCE_STEP:
             raise ValueError(
@@ -170,16 +171,16 @@ class FiniteDifference:
         self.loss, self.gradient = self._evaluate()
 
     def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
-        """``H v``; for a block, ``vector`` and the result are those of the block alone."""
+        """Compute ``H v``; for a block, ``vector`` and the result belong to the block alone."""
         if block is None:
             return self._difference(vector, self._step)
         product = self._difference(self._params.embed(vector, block), self._step)
         return self._params.extract(product, block)
 
     def error(self, vector: Tensor) -> float:
-        """Relative difference between two step sizes, the second one half of the first.
+        """Return the relative difference between two step sizes, the second half of the first.
 
-        A loss that gives another gradient at the same weights, because it keeps a state of its own, counts too.
+        It includes the drift of a stateful loss, whose gradient at the same weights changes.
         """
         one, other = (self._difference(vector, step) for step in (self._step, self._step / 2))
         norm = self._params.space.norm
@@ -188,13 +189,13 @@ class FiniteDifference:
         return relative(torch.maximum(norm(one - other), drift), norm(other))
 
     def norm(self, vector: Tensor) -> Tensor:
-        """Length of a flat vector, right also where its square leaves the dtype."""
+        """Return the length of a flat vector, also where its square leaves the dtype."""
         return self._params.space.norm(vector)
 
     def usual_direction(self) -> Tensor:
-        """A unit vector to look at products along: the gradient, or a random one where that is zero.
+        """Return the unit vector along which products are compared: the gradient, or a random one where it is zero.
 
-        Unlike the gradient's own length, a unit length keeps products within the dtype at any scale of the loss.
+        A unit length keeps products within the dtype at any scale of the loss.
         """
         length = self.norm(self.gradient)
         if length > 0:
@@ -215,14 +216,14 @@ class FiniteDifference:
             return self._evaluate()[1]
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
-        """Loss and gradient."""
+        """Compute loss and gradient."""
         with self._evaluations.another(), torch.enable_grad(), self._params.hooks_off():
             return self._loss_and_gradient()
 
     def _loss_and_gradient(self) -> tuple[Tensor, Tensor]:
-        """By ``backward`` where reentrant checkpointing insists on it, with ``.grad`` borrowed.
+        """Compute both, by ``backward`` where reentrant checkpointing requires it, borrowing ``.grad``.
 
-        Elsewhere nothing is accumulated, which would call the hooks that DDP reduces gradients in.
+        Elsewhere nothing is accumulated: accumulation would call the hooks in which DDP reduces gradients.
         """
         loss = self._loss_fn()
         check_scalar_loss(loss)
@@ -258,15 +259,15 @@ class FiniteDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differences of gradients say of products on a graph, along the gradient.
+    """Result of comparing products on a graph with finite differences, along the gradient.
 
-    A custom autograd function whose backward builds no graph drops out of the Hessian without a word; this is where it
-    shows.
+    A custom autograd function whose backward builds no graph drops out of the Hessian without an error; the comparison
+    detects that.
 
     Attributes:
         distance: Relative difference of the two products.
-        agrees: Whether that is small.
-        drops_out: Whether it is not, while differences are themselves steady. With neither, they cannot tell.
+        agrees: True where it is small.
+        drops_out: True where it is large while differences are steady. Where both are False, differences are too noisy.
     """
 
     distance: float
@@ -275,7 +276,7 @@ class Comparison:
 
 
 def compare(exact: DoubleBackward, differences: FiniteDifference) -> Comparison:
-    """Compare the two backends."""
+    """Compare products of the two backends along the gradient."""
     norm = differences.norm
     direction = differences.usual_direction()
     one, other = exact.product(direction), differences.product(direction)
@@ -286,7 +287,7 @@ def compare(exact: DoubleBackward, differences: FiniteDifference) -> Comparison:
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Turn what torch says about an operation without a second derivative into one kind of error."""
+    """Convert torch's errors about missing second derivatives into :class:`NoSecondDerivativeError`."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
@@ -306,7 +307,7 @@ _REFUSED = {
 
 
 def refuse_nodes(tensors: Sequence[Tensor]) -> None:
-    """Refuse operations whose part of a product would silently be zero.
+    """Raise where the graph holds an operation whose part of a product would silently be zero.
 
     Raises:
         NoSecondDerivativeError: Naming the operation.
@@ -318,7 +319,7 @@ def refuse_nodes(tensors: Sequence[Tensor]) -> None:
 
 
 def _is_once_differentiable(node: torch.autograd.graph.Node) -> bool:
-    """Whether a custom function's backward wears that decorator, which shows in the graph only where it is reached."""
+    """Return whether a custom function's backward is decorated; the graph shows that only where it is reached."""
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
     code = getattr(backward, "__code__", None)
     return hasattr(backward, "__wrapped__") and code is not None and code.co_filename == _DECORATORS

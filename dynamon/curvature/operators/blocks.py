@@ -24,36 +24,36 @@ class _HasBlocks(Protocol):
 
 
 class BlockOperator(LinearOperator):
-    """``A_bb``: the rows and columns of an operator that belong to some of its parameters.
+    """The diagonal block ``A_bb`` of an operator: rows and columns of some of its parameters.
 
-    A product differentiates in these parameters only, on the graph of the whole operator.
+    Products differentiate in these parameters only, on the graph of the whole operator.
 
     Args:
         operator: A :class:`HessianOperator` or :class:`GGNOperator`.
-        places: Which of its parameters, by place.
+        places: Positions of the parameters among the operator's.
     """
 
     def __init__(self, operator: _HasBlocks, places: Sequence[int]) -> None:
-        """Remember whose block it is."""
+        """Store the operator and the positions of the block's parameters."""
         own = operator.parameters.subset(places)
         super().__init__(own.size, own.dtype, own.tensors[0].device, own.space)
         self._operator, self._places = operator, list(places)
 
     @property
     def backend(self) -> str:  # type: ignore[override]
-        """How the products are made."""
+        """Backend of the whole operator's products."""
         return self._operator.backend
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._operator.block_product(vector, self._places)
 
     def product_error(self, vector: Tensor) -> float:
-        """Estimated on the whole operator, at the vector filled up with zeros."""
+        """Estimate the error on the whole operator, at the vector padded with zeros."""
         parameters = self._operator.parameters
         return self._operator.product_error(parameters.embed(vector, self._places))
 
     def initial_direction(self) -> Tensor | None:
-        """The block's part of the whole operator's."""
+        """Return the block's part of the whole operator's direction."""
         known = self._operator.initial_direction()
         return None if known is None else self._operator.parameters.extract(known, self._places)
 
@@ -69,21 +69,29 @@ def blockwise_sharpness(
     warm_starts: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, Eigenpairs]:
-    """The largest eigenvalue of each diagonal block of a Hessian or Gauss-Newton matrix, all on one graph.
+    """Compute the largest eigenvalue of each diagonal block of a curvature matrix on one graph.
 
-    Blocks describe layers: the largest of them is a lower bound on the whole operator's eigenvalue and can be far
-    below it.
+    The largest of them is a lower bound on the whole operator's eigenvalue and can lie far below it.
 
     Args:
         operator: A :class:`HessianOperator` or :class:`GGNOperator`.
         blocks: The parameters of each block, or a glob of names, by the block's name.
         tol: Relative tolerance, as in :func:`top_eigenvalues`.
-        max_matvecs: Most products a block.
-        warm_starts: ``.vectors`` of an earlier run by block; those that no longer fit are not used.
+        max_matvecs: Upper limit on matvecs per block.
+        warm_starts: ``.vectors`` of an earlier run by block; those of another size are ignored.
         seed: Seed of the start vectors.
 
-    Cost: the products of each block differentiate in that block only, and share the graph. Reference: Wang et al.,
-    "The sharpness disparity principle in transformers", arXiv 2502.19002.
+    Cost: the matvecs of a block differentiate in that block only; all share one graph. Reference: Wang et al., "The
+    sharpness disparity principle in transformers", arXiv 2502.19002.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import HessianOperator, blockwise_sharpness
+        >>> a, b = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> hessian = HessianOperator(lambda: (a * torch.tensor([1.0, 5.0]) * a).sum() / 2 + b.sum() ** 2, [a, b])
+        >>> {name: round(float(pairs.values[0]), 3) for name, pairs in
+        ...  blockwise_sharpness(hessian, {"a": [a], "b": [b]}).items()}
+        {'a': 5.0, 'b': 2.0}
     """
     found = {}
     for name, chosen in blocks.items():

@@ -1,4 +1,4 @@
-"""Custom autograd functions, whose part of a second derivative may be missing without a word."""
+"""Custom autograd functions, whose part of a second derivative may be missing without an error."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,23 +14,23 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.d
 
 
 class CustomFunctions:
-    """The ``torch.autograd.Function`` of Python that took part in some tensors, FSDP2's and ours left out.
+    """The Python ``torch.autograd.Function`` nodes behind some tensors, without FSDP2's and dynamon's own.
 
-    Their backward passes may compute with numbers that were kept without a graph, or in kernels of which autograd
-    knows nothing. A backward pass that keeps nothing (identities, sign changes, straight-through estimators) and
-    hands on the graph of what it gets is above suspicion.
+    Their backward passes may use values that were saved without a graph, or kernels unknown to autograd; their part of
+    a second derivative is then missing. A backward pass that saves nothing (identity, sign change, straight-through
+    estimator) and keeps the graph of its input is safe.
 
     Args:
-        tensors: What they took part in.
-        beyond: Leaves out those that took part in these already.
+        tensors: Tensors whose graph is searched.
+        beyond: Tensors whose graph is left out of the search.
 
     Attributes:
-        suspects: Names of those that are not above suspicion, which is known after :meth:`watched`.
-        silent: Those of them that handed on a gradient without a graph: as if they were linear.
+        suspects: Names of functions that may not be safe, complete after :meth:`watched`.
+        silent: Those of them that returned a gradient without a graph, as if they were linear.
     """
 
     def __init__(self, tensors: Sequence[Tensor], beyond: Sequence[Tensor] = ()) -> None:
-        """Find them."""
+        """Walk the graph and collect them."""
         nodes = nodes_behind(tensors, beyond)
         own = (node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction))
         self._nodes: list[Any] = [node for node in own if not _class_of(node).__module__.startswith(_KNOWN)]
@@ -38,12 +38,12 @@ class CustomFunctions:
         self.suspects = list(dict.fromkeys(_name(node) for node in self._nodes if _keeps_numbers(node)))
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Return whether there is any."""
         return bool(self._nodes)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Around the backward pass whose graph is wanted: see which of them hand on none."""
+        """Record, during the backward pass inside, which functions return gradients without a graph."""
         handles = [node.register_hook(self._watch(_name(node))) for node in self._nodes]
         try:
             yield
@@ -72,7 +72,7 @@ def _name(node: Any) -> str:
 
 
 def _keeps_numbers(node: Any) -> bool:
-    """Whether floating point numbers were kept for the backward pass, in the usual place or beside it."""
+    """Return whether floating point numbers were saved for the backward pass, by any means."""
     try:
         saved = [t for t in node.saved_tensors if t is not None]
     except RuntimeError:  # freed already, or changed since

@@ -26,34 +26,43 @@ _TRANSPOSED = 1e-2  # relative disagreement of the Jacobian with its transpose t
 
 
 class GGNOperator(LinearOperator):
-    r"""The generalised Gauss-Newton matrix :math:`G = J^\top H_L J`, as products.
+    r"""The generalised Gauss-Newton matrix :math:`G = J^\top H_L J` as an operator.
 
     J is the Jacobian of the outputs in the parameters and :math:`H_L` the Hessian of the loss in the outputs. For a
     loss that is convex in the outputs (cross-entropy, squared error) G is positive semidefinite: it is the Hessian
     without the curvature of the network itself, and the Fisher matrix for cross-entropy and Gaussian likelihoods.
 
-    :math:`Jv` comes from differentiating :math:`J^\top u` in u, which is exact through every layer that can be
-    differentiated twice; forward-mode differentiation, which is wrong through some, takes no part.
+    :math:`Jv` is computed by differentiating :math:`J^\top u` in u, which is exact through every layer that can be
+    differentiated twice. Forward-mode differentiation is not used: it is wrong through some layers.
 
     Args:
         output_fn: Called once; returns the network's outputs, a tensor or a sequence of tensors of which none depends
             on another.
-        loss_fn: Called once with what ``output_fn`` returned; returns the scalar loss as a function of the outputs.
+        loss_fn: Called once with the result of ``output_fn``; returns the scalar loss as a function of the outputs.
         params: The parameters, or a mapping from their names.
 
     Attributes:
         loss: The value of the loss, without graph.
-        rows: Numbers in the outputs (samples times outputs): the rank of G is at most that.
+        rows: Number of entries in the outputs (samples times outputs), an upper bound on the rank of G.
         backend: ``"double_backward"``.
 
     Raises:
-        ValueError: On no parameters, outputs that are not tensors with a graph, or a loss that is not a scalar or
-            does not depend on the outputs.
+        TypeError: On outputs or a loss that are not tensors.
+        ValueError: On no parameters, outputs without a graph, or a loss that is not a scalar or does not depend on the
+            outputs.
         NoSecondDerivativeError: (a RuntimeError) where an operation cannot be differentiated twice.
         RuntimeError: In a product where a parameter changed after construction.
 
-    Cost: about as much as a Hessian product. Memory: the graph of one forward and backward pass.
+    Cost: about that of a Hessian product. Memory: the graph of one forward and backward pass.
     Reference: Schraudolph, "Fast curvature matrix-vector products", 2002.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import GGNOperator, top_eigenvalues
+        >>> model, inputs = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]])
+        >>> ggn = GGNOperator(lambda: model(inputs), lambda z: z.square().sum() / 2, model.parameters())
+        >>> round(float(top_eigenvalues(ggn).values[0]), 3)  # |x|^2
+        5.0
     """
 
     backend = "double_backward"
@@ -89,7 +98,7 @@ class GGNOperator(LinearOperator):
         self._check_transposed()
 
     def _check_transposed(self) -> None:
-        """``<u, J v> = <J^T u, v>`` fails where a custom function's backward builds no graph."""
+        """Check ``<u, J v> = <J^T u, v>``, which fails where a custom function's backward builds no graph."""
         if not CustomFunctions(self._outputs):
             return
         generator = torch.Generator(self.device).manual_seed(0)
@@ -102,7 +111,7 @@ class GGNOperator(LinearOperator):
             raise NoSecondDerivativeError("a custom autograd function drops out of the Jacobian's products.")
 
     def _differentiate_loss(self, loss: Tensor) -> None:
-        """The slopes of the loss in the outputs, with their graph, at the largest scale that the dtype can hold."""
+        """Compute the loss's gradient in the outputs with its graph, at the largest scale that does not overflow."""
         custom = CustomFunctions([loss], self._outputs)
         while True:
             weight = None if self._scale == 1 else torch.full_like(loss, self._scale)
@@ -122,7 +131,7 @@ class GGNOperator(LinearOperator):
         return self.block_product(vector)
 
     def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
-        """``G_bb v`` for the parameters in some places; see :meth:`block`."""
+        """Compute ``G_bb v`` for the parameters at some positions; see :meth:`block`."""
         if self._scale == 1:
             return self.pull(self._curve(self._push(vector, block)), block)
         length = length_scale(vector)
@@ -135,7 +144,7 @@ class GGNOperator(LinearOperator):
         return product / (self._scale * length)
 
     def push(self, vector: Tensor, block: Sequence[int] | None = None) -> list[Tensor]:
-        """``J v``: how the outputs change along a flat vector (a block's vector, where one is given)."""
+        """Compute ``J v``, the change of the outputs along a flat vector (of a block, where one is given)."""
         if self._scale == 1:
             return self._push(vector, block)
         length = length_scale(vector)
@@ -155,7 +164,7 @@ class GGNOperator(LinearOperator):
         return [torch.zeros_like(z) if u is None else u for u, z in zip(pushed, self._outputs, strict=True)]
 
     def curve(self, directions: Sequence[Tensor]) -> list[Tensor]:
-        """``H_L u``: the loss's own curvature applied to a change of the outputs."""
+        """Compute ``H_L u``, the Hessian of the loss in the outputs times a change of the outputs."""
         curved = self._curve(directions)
         return curved if self._scale == 1 else [c.float() / self._scale for c in curved]
 
@@ -169,7 +178,7 @@ class GGNOperator(LinearOperator):
         return [torch.zeros_like(z) if u is None else u for u, z in zip(curved, self._outputs, strict=True)]
 
     def pull(self, directions: Sequence[Tensor], block: Sequence[int] | None = None) -> Tensor:
-        """``J^T u``: a change of the outputs carried back to the parameters, flat."""
+        """Compute ``J^T u``, a change of the outputs carried back to the parameters, flat."""
         self.parameters.check_unchanged()
         part = self.parameters if block is None else self.parameters.subset(block)
         self._as_after_loss()
@@ -179,20 +188,20 @@ class GGNOperator(LinearOperator):
         return part.flatten(products)
 
     def initial_direction(self) -> Tensor:
-        """The gradient of the loss through the outputs."""
+        """Return the gradient of the loss through the outputs."""
         slopes = [
             torch.zeros_like(z) if g is None else g.detach() for g, z in zip(self._slopes, self._outputs, strict=True)
         ]
         return self.pull(slopes) / self._scale
 
     def share_beside(self, loss: Tensor) -> float:
-        """How much of the gradient of a loss does not pass through the outputs: that of another head, of a penalty.
+        """Compute the share of a loss's gradient that bypasses the outputs, through another head or a penalty.
 
         Args:
-            loss: The loss that holds the outputs, with the graph of its evaluation.
+            loss: The loss that contains the outputs, with the graph of its evaluation.
 
         Returns:
-            The distance of :meth:`initial_direction` from the gradient of the loss, over the length of the latter.
+            The distance of :meth:`initial_direction` from the gradient of the loss, over the gradient's length.
         """
         with twice_differentiable(self.parameters):  # a checkpoint computes its part again, in the kernels of before
             found = self.parameters.differentiate(loss, torch.full_like(loss, self._scale))
@@ -201,17 +210,20 @@ class GGNOperator(LinearOperator):
         return relative(norm(gradient - self.initial_direction()), norm(gradient))
 
     def split_rows(self, vector: Tensor) -> list[Tensor]:
-        """A flat vector ``[rows]`` in the shapes of the outputs."""
+        """Split a flat vector ``[rows]`` into the shapes of the outputs."""
         pieces = vector.split([z.numel() for z in self._outputs])
         return [piece.view_as(z).to(z.dtype) for piece, z in zip(pieces, self._outputs, strict=True)]
 
     def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> BlockOperator:
-        """The diagonal block of some parameters, on the same graph; as in :class:`HessianOperator`."""
+        """Return the diagonal block of some parameters on the same graph, as in :class:`HessianOperator`."""
         return BlockOperator(self, self.parameters.block(chosen))
 
 
 def _as_tensors(outputs: object) -> list[Tensor]:
     found = [outputs] if isinstance(outputs, Tensor) else list(outputs) if isinstance(outputs, list | tuple) else []
-    if not found or not all(isinstance(z, Tensor) and z.requires_grad for z in found):
-        raise ValueError("output_fn must return a tensor, or a list of tensors, that depend on the parameters.")
+    message = "output_fn must return a tensor, or a list of tensors, that depend on the parameters."
+    if not found or not all(isinstance(z, Tensor) for z in found):
+        raise TypeError(message)
+    if not all(z.requires_grad for z in found):
+        raise ValueError(message)
     return found

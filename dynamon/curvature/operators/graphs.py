@@ -1,4 +1,4 @@
-"""Walking through the graphs that autograd builds."""
+"""Walks over autograd graphs."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def nodes_behind(tensors: Sequence[Tensor], beyond: Sequence[Tensor] = ()) -> Iterator[torch.autograd.graph.Node]:
-    """Every node of the graph behind some tensors, once; those behind ``beyond`` left out."""
+    """Yield every node of the graph behind some tensors once, without those behind ``beyond``."""
     seen, waiting = {t.grad_fn for t in beyond}, [t.grad_fn for t in tensors]
     while waiting:
         node = waiting.pop()
@@ -18,7 +18,7 @@ def nodes_behind(tensors: Sequence[Tensor], beyond: Sequence[Tensor] = ()) -> It
 
 
 def dtypes_behind(tensors: Sequence[Tensor]) -> set[torch.dtype]:
-    """The dtypes of what was computed on the way to some tensors, their own included."""
+    """Return the dtypes of everything computed on the way to some tensors, their own included."""
     found = {t.dtype for t in tensors}
     for node in nodes_behind(tensors):
         found |= {entry.dtype for entry in getattr(node, "_input_metadata", ())}
@@ -26,6 +26,6 @@ def dtypes_behind(tensors: Sequence[Tensor]) -> set[torch.dtype]:
 
 
 def rounding_behind(tensors: Sequence[Tensor]) -> float:
-    """The spacing at 1 of the coarsest dtype on the way to some tensors; 0 where that is float32 or finer."""
+    """Return the machine epsilon of the coarsest dtype behind some tensors; 0 for float32 and finer."""
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes_behind(tensors) if dtype.is_floating_point)
     return coarsest if coarsest > torch.finfo(torch.float32).eps else 0.0

@@ -1,4 +1,4 @@
-"""Hessian products, by whichever way the loss allows."""
+"""The Hessian of a loss as an operator, with a backend chosen by trying."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,28 +23,28 @@ _BACKENDS = ("auto", "double_backward", "finite_difference")
 
 
 class HessianOperator(LinearOperator):
-    r"""The Hessian :math:`H = \nabla^2_\theta L(\theta)` of a scalar loss, as products :math:`H v`.
+    r"""The Hessian :math:`H = \nabla^2_\theta L(\theta)` of a scalar loss as an operator.
 
-    ``"double_backward"`` evaluates the loss once, at construction, and keeps its gradient's graph:
-    :math:`H v = \nabla_\theta \langle \nabla_\theta L, v \rangle` then costs about two gradients a product
-    instead of three and a half. Attention runs through the math kernel, because the fused ones have no
-    second derivative, and compiled code runs uncompiled, for the same reason.
+    ``"double_backward"`` evaluates the loss once, at construction, and keeps the graph of its gradient. A product
+    :math:`H v = \nabla_\theta \langle \nabla_\theta L, v \rangle` then costs about two gradients instead of three and a
+    half. Attention uses the math kernel and compiled code runs uncompiled: fused and compiled kernels have no second
+    derivative.
 
-    ``"finite_difference"`` evaluates two gradients a product, at weights moved a little to either side, with the
-    same random numbers each time. It works where second derivatives do not exist: reentrant checkpointing and
-    custom autograd functions. Recurrent layers run without cuDNN, which has none either. :meth:`product_error`
-    compares two step sizes.
+    ``"finite_difference"`` evaluates two gradients per product, at weights perturbed in either direction, with the same
+    random numbers each time. It works where second derivatives do not exist, as with reentrant checkpointing and custom
+    autograd functions. Recurrent layers run without cuDNN, which has none either. :meth:`product_error` compares two
+    step sizes.
 
-    ``"auto"`` takes the first, and the second where the first is refused: by the graph, in the first product, or
-    because a custom autograd function in the graph makes the two disagree. Differences are then those of the loss in
-    full precision, without autocast, where it can be computed so. ``.backend`` and ``.reason`` say what
-    was taken and why. Where differences are too noisy to tell whether such a function drops out, ``.doubt`` says so,
-    and nothing that is solved with the operator converges.
+    ``"auto"`` uses double backward, and finite differences where double backward fails: in the graph, in the first
+    product, or because the two disagree on a graph with a custom autograd function. Differences are then computed in
+    full precision, without autocast, where the loss allows that. ``.backend`` and ``.reason`` hold the choice and its
+    reason. Where differences are too noisy to tell whether such a function drops out, ``.doubt`` says so, and solves
+    with the operator do not converge.
 
-    ``.grad`` is what it was afterwards, and so are the weights, bit for bit. Random streams move as for one
-    evaluation of the loss at most. A loss that moves buffers in each evaluation (spectral normalisation) belongs inside
-    of :func:`dynamon.isolation.preserve.preserve_state`, which puts them back between any two and at the end; elsewhere
-    differences of such a loss do not converge, since the same weights have another gradient each time.
+    ``.grad`` and the weights are restored bit for bit. Random streams advance as for one evaluation of the loss at
+    most. A loss that changes buffers in each evaluation (spectral normalisation) needs
+    :func:`dynamon.isolation.preserve.preserve_state` around it, which restores them after each evaluation. Without it
+    differences of such a loss do not converge, since the gradient at the same weights changes.
 
     Args:
         loss_fn: Called without arguments; returns the scalar loss, differentiable in ``params``.
@@ -55,25 +55,35 @@ class HessianOperator(LinearOperator):
     Attributes:
         loss: The value of the loss, a 0-d tensor without graph.
         gradient: The flat gradient ``[n]`` without graph.
-        backend: How the products are made.
-        reason: Why double backward was not taken by ``"auto"``, else None.
-        doubt: Why products may miss a part, where that could not be found out, else None.
+        backend: The backend in use.
+        reason: Why ``"auto"`` did not use double backward, else None.
+        doubt: Why products may miss a part, where that could not be decided, else None.
 
     Raises:
-        ValueError: On an unknown backend, no parameters, a loss that is not a scalar tensor or does not
-            depend on any of the parameters, parameters on several devices or in several dtypes, or finite
-            differences in half precision.
+        TypeError: On parameters or a loss that are not tensors.
+        ValueError: On an unknown backend, no parameters, a loss that is not a scalar or does not depend on any of the
+            parameters, parameters on several devices or in several dtypes, or finite differences in half precision.
         NoSecondDerivativeError: (a RuntimeError) with ``"double_backward"``, where an operation has none.
         RuntimeError: In a product where a parameter changed after construction.
 
     Memory: the graph of one forward and backward pass at the size of the batch in ``loss_fn``; with differences two
-    vectors of length n and what a gradient takes.
+    vectors of length n and the memory of a gradient.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import HessianOperator
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> hessian = HessianOperator(lambda: w[0] ** 2 * w[1], {"w": w})
+        >>> hessian @ torch.tensor([1.0, 0.0])
+        tensor([4., 2.])
+        >>> hessian
+        HessianOperator(2 x 2, float32 on cpu, double_backward)
     """
 
     def __init__(
         self, loss_fn: Callable[[], Tensor], params: Parameters | FlatParameters, *, backend: str = "auto"
     ) -> None:
-        """Evaluate the loss and settle on a backend."""
+        """Evaluate the loss and choose a backend."""
         if backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {_BACKENDS}, got {backend!r}.")
         self.parameters = FlatParameters.of(params)
@@ -89,7 +99,7 @@ class HessianOperator(LinearOperator):
 
     @property
     def has_gradient(self) -> list[bool]:
-        """Which parameters take part in the loss; the others have zeros in the flat gradient."""
+        """For each parameter, whether it takes part in the loss; others have zeros in the flat gradient."""
         return self._engine.has_gradient
 
     def _choose(self, backend: str) -> DoubleBackward | FiniteDifference:
@@ -104,7 +114,7 @@ class HessianOperator(LinearOperator):
         return self._fall_back(reason)
 
     def _checked(self, exact: DoubleBackward) -> DoubleBackward | FiniteDifference:
-        """Compare products on the graph with differences, under autocast in full precision too."""
+        """Compare products on the graph with differences, repeated in full precision under autocast."""
         names = ", ".join(exact.suspects)
         found = self._compared(exact)
         if not any(found) and self._evaluations.autocast:  # rounding hides what differences would show
@@ -121,7 +131,7 @@ class HessianOperator(LinearOperator):
         return exact
 
     def _compared(self, exact: DoubleBackward | None) -> tuple[bool, bool]:
-        """Whether products on the graph agree with differences; whether they surely do not.
+        """Return whether products on the graph agree with differences, and whether they certainly do not.
 
         Without a graph both are made in full precision.
         """
@@ -139,7 +149,7 @@ class HessianOperator(LinearOperator):
         return found.agrees, found.drops_out
 
     def _reason_of(self, error: NoSecondDerivativeError) -> str:
-        """Its words, without the frames that keep a graph alive."""
+        """Return the error's message; the error itself would keep a graph alive through its frames."""
         if not self._may_change:
             raise error
         return str(error)
@@ -149,7 +159,7 @@ class HessianOperator(LinearOperator):
         return self._differences()
 
     def _differences(self) -> FiniteDifference:
-        """Without autocast where the loss allows that: in half precision differences are lost in rounding."""
+        """Take differences without autocast where the loss allows: half precision loses them in rounding."""
         if self._evaluations.autocast:
             whole = self._evaluations.in_full_precision()
             try:
@@ -164,14 +174,14 @@ class HessianOperator(LinearOperator):
 
     @property
     def is_coarse(self) -> bool:
-        """Whether products are differences of gradients that are computed in half precision."""
+        """True where products are differences of gradients computed in half precision."""
         return self._engine.name == "finite_difference" and bool(self._evaluations.autocast)
 
     def _product(self, vector: Tensor) -> Tensor:
         return self.block_product(vector)
 
     def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
-        """``H_bb v`` for the parameters in some places; see :meth:`block`."""
+        """Compute ``H_bb v`` for the parameters at some positions; see :meth:`block`."""
         self.parameters.check_unchanged()
         try:
             return self._engine.product(vector, block)
@@ -190,7 +200,7 @@ class HessianOperator(LinearOperator):
         return self._engine.product(vector, block)
 
     def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> "BlockOperator":
-        """The diagonal block of some parameters, on the same graph.
+        """Return the diagonal block of some parameters on the same graph.
 
         Args:
             chosen: A glob of names or several (where ``params`` was a mapping), or the parameters themselves.
@@ -198,9 +208,9 @@ class HessianOperator(LinearOperator):
         return BlockOperator(self, self.parameters.block(chosen))
 
     def product_error(self, vector: Tensor) -> float:
-        """Relative difference of the product between two step sizes; 0 with double backward, infinite in doubt."""
+        """Return the relative difference between two step sizes; 0 with double backward, infinity in doubt."""
         return self._engine.error(vector) if self.doubt is None else math.inf
 
     def initial_direction(self) -> Tensor:
-        """The gradient, most of which lies in the top eigenspace (Gur-Ari et al., arXiv 1812.04754)."""
+        """Return the gradient, most of which lies in the top eigenspace (Gur-Ari et al., arXiv 1812.04754)."""
         return self.gradient

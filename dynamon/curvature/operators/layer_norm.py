@@ -1,4 +1,4 @@
-r"""Layer normalisation whose second derivative takes few calls to a device.
+r"""Layer normalisation whose second derivative takes few device calls.
 
 torch writes that derivative out in some 80 elementwise operations; in a transformer these are more than half of a
 Hessian product. With :math:`\hat x = (x - \mu) r` and the projection :math:`P u = u - \overline{u} - \hat x\,
@@ -18,13 +18,13 @@ _OWN = (F.layer_norm, torch.layer_norm)
 
 
 class FewerCalls(TorchFunctionMode):
-    """Inside, layer normalisation has a second derivative of its own; its value and its gradient are torch's.
+    """Mode in which layer normalisation has its own second derivative; value and gradient stay torch's.
 
     Weight normalisation is written out, since torch's second derivative of it takes the norms for constants.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call what was meant, or what stands in for it."""
+        """Call the function or its replacement."""
         if func in _OWN and not _is_watched() and not _is_transformed():
             found = _normalised(*args, **(kwargs or {}))
             if found is not None:
@@ -35,25 +35,25 @@ class FewerCalls(TorchFunctionMode):
 
 
 def _is_watched() -> bool:
-    """Whether somebody handles what is kept for the backward pass: a checkpoint, which this mode is off in later."""
+    """Return whether hooks handle saved tensors, as in a checkpoint, whose recomputation lacks this mode."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
 
 
 def _is_transformed() -> bool:
-    """Whether this is inside of ``torch.func`` or of forward differentiation, which want more of a function."""
+    """Return whether ``torch.func`` or forward differentiation is active, which need more of a function."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is None or active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _weight_normed(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``g v / |v|``, norms over all dimensions but one (over all where ``dim`` is -1)."""
+    """Compute ``g v / |v|``, with norms over all dimensions but one (over all where ``dim`` is -1)."""
     others = [d for d in range(v.ndim) if d != dim]  # none is left out for -1
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
 def _is_batched(gradient: Tensor) -> bool:
-    """Whether this gradient stands for many, in ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    """Return whether a gradient stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
     asked = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
     return asked is not None and bool(asked(gradient))
 
@@ -66,7 +66,7 @@ def _normalised(
     eps: float = 1e-5,
     cudnn_enable: bool = False,
 ) -> Tensor | None:
-    """The value, None where this one is left to torch."""
+    """Compute the value, or return None where this call is left to torch."""
     given = [t for t in (input, weight, bias) if t is not None]
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in given) or not input.numel():
         return None
@@ -103,7 +103,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """The gradient; linear in the one that comes in, so that its derivative is that of a product with a vector."""
+    """The gradient, linear in the incoming one, so that its derivative is that of a matrix-vector product."""
 
     @staticmethod
     def forward(
@@ -162,10 +162,10 @@ class _Backward(torch.autograd.Function):
 
 
 def _along(tensor: Tensor, dims: list[int]) -> Tensor:
-    """Sums over the last dimensions, kept."""
+    """Sum over the last dimensions and keep them."""
     return tensor.sum(dims, keepdim=True)
 
 
 def _over_rows(tensor: Tensor, count: int) -> Tensor:
-    """Sums over the others."""
+    """Sum over the other dimensions."""
     return tensor.sum(list(range(tensor.ndim - count))) if tensor.ndim > count else tensor

@@ -1,4 +1,4 @@
-"""Finding the outputs of a network inside a loss that was written for training."""
+"""Find a network's outputs inside a loss that was written for training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,19 +16,29 @@ CONVEX_LOSSES: dict[Callable[..., Any], str] = {
 
 
 class OutputsOfLoss(TorchFunctionMode):
-    """Notes the first argument of every call to a loss that is convex in it.
+    """Record the first argument of every call to a loss that is convex in it.
 
-    Cross-entropy, binary cross-entropy with logits, and squared error are known, as functions and as modules. Use it
-    as a context around the evaluation of a training loss, then ask for :meth:`of`.
+    Cross-entropy, binary cross-entropy with logits and squared error are known, as functions and as modules. Use it as
+    a context around the evaluation of a training loss, then call :meth:`of`.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import OutputsOfLoss
+        >>> model = torch.nn.Linear(2, 3)
+        >>> with OutputsOfLoss() as recorded:
+        ...     loss = torch.nn.functional.cross_entropy(model(torch.ones(4, 2)), torch.zeros(4, dtype=torch.long))
+        >>> outputs, names = recorded.of(loss)
+        >>> outputs[0].shape, names
+        (torch.Size([4, 3]), 'cross_entropy')
     """
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Start without calls."""
         super().__init__()
         self._calls: list[tuple[str, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the call and let it happen."""
+        """Record the call and carry it out."""
         kwargs = kwargs or {}
         if func in CONVEX_LOSSES:
             given = args[0] if args else kwargs.get("input")
@@ -37,12 +47,12 @@ class OutputsOfLoss(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def of(self, loss: Tensor) -> tuple[list[Tensor], str]:
-        """The noted outputs that ``loss`` depends on, and the names of the losses they went into.
+        """Return the recorded outputs that ``loss`` depends on, and the names of the losses they went into.
 
-        Of outputs that others depend on only the others are returned.
+        Outputs that other outputs depend on are not returned.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If no recorded output enters the loss.
         """
         calls = list({id(z): (name, z) for name, z in self._calls}.values())
         slopes = [torch.autograd.grad(loss, z, retain_graph=True, allow_unused=True)[0] for _, z in calls]
@@ -59,7 +69,7 @@ class OutputsOfLoss(TorchFunctionMode):
 
 
 def _depended_on(outputs: list[Tensor]) -> set[int]:
-    """Those of some tensors from which another of them was computed, by identity."""
+    """Return the identities of those tensors from which another of them was computed."""
     found: set[int] = set()
     for z in outputs:
         others = [other for other in outputs if other is not z]

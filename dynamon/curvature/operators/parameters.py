@@ -1,4 +1,4 @@
-"""Parameters as one flat vector: what every operator of a loss shares."""
+"""Parameters as one flat vector, shared by all operators of a loss."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,26 +23,27 @@ Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tens
 
 
 class FlatParameters:
-    """Parameters in a fixed order, seen as one flat vector of real numbers; a complex entry is two of them.
+    """Parameters in a fixed order as one flat vector of real numbers; a complex entry counts as two.
 
     Args:
-        params: The parameters, or a mapping from their names (``dict(model.named_parameters())``), which lets a
-            block be named.
-        space: Where the numbers of vectors lie; all here if None.
+        params: The parameters, a mapping from their names (``dict(model.named_parameters())``), or a module. Names
+            allow blocks to be chosen by name.
+        space: The space of the vectors; None where all entries are on this process.
 
     Attributes:
         tensors: The parameters.
-        names: Their names, where they are known.
+        names: Their names, or None.
         size: Length of the flat vector.
-        dtype: Of its numbers: that of the parameters, float32 at least.
-        space: Where its numbers lie.
+        dtype: Dtype of the flat vector: that of the parameters, float32 at least.
+        space: The space of the vectors.
 
     Raises:
+        TypeError: On anything else than tensors.
         ValueError: On no parameters, or parameters on several devices or in several dtypes.
     """
 
     def __init__(self, params: Parameters, space: VectorSpace | None = None) -> None:
-        """Check and keep them."""
+        """Check and store the parameters."""
         self.names, self.tensors = names_and_tensors(params)
         if not self.tensors:
             raise ValueError("params is empty: there is nothing to differentiate in.")
@@ -59,13 +60,18 @@ class FlatParameters:
         self.space = VectorSpace(self.size) if space is None else space
         self.mark_unchanged()
 
+    def __repr__(self) -> str:
+        """Return the number of tensors and of their entries, the dtype and the device."""
+        dtype, device = str(self.dtype).removeprefix("torch."), self.tensors[0].device
+        return f"{type(self).__name__}({len(self.tensors)} tensors, {self.size} numbers, {dtype} on {device})"
+
     @staticmethod
     def of(params: "Parameters | FlatParameters") -> "FlatParameters":
-        """Parameters that may have been flattened already."""
+        """Flatten parameters unless they are flattened already."""
         return params if isinstance(params, FlatParameters) else FlatParameters(params)
 
     def mark_unchanged(self) -> None:
-        """Take the weights as they are now for those that :meth:`check_unchanged` compares with."""
+        """Store the present weights as the reference of :meth:`check_unchanged`."""
         self._versions, self._marks = [p._version for p in self.tensors], self._fingerprint()
         if (checked := _CHECKED.get()) is not None:
             checked.discard(id(self))
@@ -73,7 +79,7 @@ class FlatParameters:
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a parameter was written to since construction.
 
-        Cost: one host read; inside of :func:`checked_once` the first time only.
+        Cost: one host read; inside :func:`checked_once` at the first call only.
         """
         if [p._version for p in self.tensors] != self._versions or self._is_written():
             raise RuntimeError(
@@ -82,7 +88,7 @@ class FlatParameters:
             )
 
     def _is_written(self) -> bool:
-        """Whether a few numbers of the tensors are others now: fused optimizers write without raising the version."""
+        """Compare a few entries with the reference: fused optimizers write without raising the version."""
         checked = _CHECKED.get()
         if checked is not None and id(self) in checked:
             return False
@@ -93,7 +99,7 @@ class FlatParameters:
         return not same
 
     def _fingerprint(self) -> Tensor:
-        """The bits of a few numbers of each tensor, or of some tensors where each costs a call to a device."""
+        """Return the bits of a few entries per tensor, or of some tensors where each costs a device call."""
         tensors = [p for p in self.tensors if p.numel()]
         step = 1 if reads_are_free(self.tensors[0].device) else max(1, len(tensors) // _SAMPLED)
         places = [tuple(slice(None, None, max(1, n // 2)) for n in p.shape) for p in tensors[::step]]
@@ -104,7 +110,7 @@ class FlatParameters:
     def differentiate(
         self, outputs: Any, weights: Any = None, *, create_graph: bool = False, keep_graph: bool = True
     ) -> list[Tensor | None]:
-        """Gradients of ``outputs`` in the parameters, on a graph that is kept; None for those without one."""
+        """Compute gradients of ``outputs`` in the parameters, keeping the graph; None for those without one."""
         live = [p for p in self.tensors if p.requires_grad]
         if not live:
             raise ValueError("none of the parameters requires a gradient.")
@@ -116,11 +122,11 @@ class FlatParameters:
         return [next(found) if p.requires_grad else None for p in self.tensors]
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """A flat vector ``[n]`` in the shape of each parameter: views, but for complex ones."""
+        """Split a flat vector ``[n]`` into the shapes of the parameters: views, except for complex ones."""
         return [from_real(piece, p) for piece, p in zip(vector.split(self._sizes), self.tensors, strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One flat vector ``[n]``; zeros stand in for a tensor that is not there."""
+        """Join tensors into one flat vector ``[n]``, with zeros in place of missing ones."""
         return torch.cat(
             [
                 as_real(torch.zeros_like(p) if t is None else t.to_dense() if t.is_sparse else t)
@@ -131,7 +137,7 @@ class FlatParameters:
         )
 
     def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> list[int]:
-        """Places of a block of parameters.
+        """Return the positions of a block of parameters.
 
         Args:
             chosen: A glob, several globs (``!`` excludes), or the parameters themselves.
@@ -154,7 +160,7 @@ class FlatParameters:
         return sorted(found)
 
     def subset(self, places: Sequence[int]) -> "FlatParameters":
-        """Some of the parameters, by place."""
+        """Return the parameters at some positions."""
         part = copy.copy(self)  # what was found out of all of them need not be found out again
         part.names = None if self.names is None else [self.names[i] for i in places]
         part.tensors, part._sizes = [self.tensors[i] for i in places], [self._sizes[i] for i in places]
@@ -163,21 +169,21 @@ class FlatParameters:
         return part
 
     def embed(self, vector: Tensor, places: Sequence[int]) -> Tensor:
-        """The flat vector ``[n]`` with a block's vector at some of the parameters and zeros elsewhere."""
+        """Pad a block's vector with zeros to a flat vector ``[n]``."""
         pieces = dict(zip(places, vector.split([self._sizes[i] for i in places]), strict=True))
         parts = [pieces[i] if i in pieces else vector.new_zeros(size) for i, size in enumerate(self._sizes)]
         return torch.cat(parts).to(self.dtype)
 
     def extract(self, vector: Tensor, places: Sequence[int]) -> Tensor:
-        """A block's part of a flat vector ``[n]``; the inverse of :meth:`embed`."""
+        """Return a block's part of a flat vector ``[n]``; the inverse of :meth:`embed`."""
         pieces = vector.split(self._sizes)
         return torch.cat([pieces[i] for i in places])
 
     @contextmanager
     def perturbed(self, step: Tensor) -> Iterator[None]:
-        """The parameters at ``theta + step`` for a while; bitwise what they were at exit.
+        """Set the parameters to ``theta + step`` inside the context; restore them bit for bit at exit.
 
-        Their storage is exchanged, not written to, so that graphs built before stay valid.
+        Their storage is replaced, not written to, so that graphs built before stay valid.
         """
         kept = [p.data for p in self.tensors]
         try:
@@ -189,7 +195,7 @@ class FlatParameters:
                 p.data = data
 
     def _move(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """In few calls to a device, where the dtype and the class of all parameters allow that."""
+        """Add the steps, in few device calls where dtypes and classes of all parameters allow that."""
         if all(type(p) in (Tensor, nn.Parameter) and p.dtype == piece.dtype for p, piece in pairs) and pairs:
             moved: Sequence[Tensor] = torch._foreach_add([p.data for p, _ in pairs], [piece for _, piece in pairs])
         else:
@@ -198,12 +204,12 @@ class FlatParameters:
             p.data = data
 
     def _hooked(self) -> list[Tensor]:
-        """The tensors that people hang hooks on."""
+        """Return the tensors on which users register hooks."""
         return self.tensors
 
     @contextmanager
     def hooks_off(self) -> Iterator[None]:
-        """Parameter hooks (clamping, logging) are meant for gradients of training, not for products."""
+        """Remove parameter hooks inside the context: clamping and logging are meant for training, not for products."""
         registries = [getattr(p, name) for p in self._hooked() for name in _HOOKS]
         hooked = [(hooks, dict(hooks)) for hooks in registries if hooks]
         for hooks, _ in hooked:
@@ -216,7 +222,7 @@ class FlatParameters:
 
 
 def names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
-    """What people pass: a module, named parameters, a mapping, a list, one tensor, or these flattened already."""
+    """Return names and tensors of a module, named parameters, a mapping, a sequence, one tensor or flattened ones."""
     if isinstance(params, FlatParameters):
         return params.names, params.tensors
     if isinstance(params, nn.Module):
@@ -225,19 +231,19 @@ def names_and_tensors(params: Any) -> tuple[list[str] | None, list[Tensor]]:
         params = [params]
     if not isinstance(params, Mapping):
         if not isinstance(params, Iterable):
-            raise ValueError(f"params must be tensors, a mapping from names to tensors, or a module, not {params!r}.")
+            raise TypeError(f"params must be tensors, a mapping from names to tensors, or a module, not {params!r}.")
         params = list(params)
         if params and all(isinstance(item, tuple) and len(item) == 2 for item in params):
             params = dict(params)
     tensors = list(params.values()) if isinstance(params, Mapping) else params
     if not all(isinstance(p, Tensor) for p in tensors):
-        raise ValueError("params must be tensors, a mapping from names to tensors, or a module.")
+        raise TypeError("params must be tensors, a mapping from names to tensors, or a module.")
     return [plain_name(name) for name in params] if isinstance(params, Mapping) else None, tensors
 
 
 @contextmanager
 def checked_once() -> Iterator[None]:
-    """Inside, whether weights are still an operator's is found out once: nobody else writes to them meanwhile."""
+    """Check an operator's weights only once inside: nothing else writes to them meanwhile."""
     token = _CHECKED.set(set())
     try:
         yield

@@ -1,4 +1,4 @@
-r"""The diagonal by which adaptive optimizers divide, read off their state."""
+r"""The diagonal preconditioner of adaptive optimizers, read from their state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ from dynamon.layers.complex_pairs import as_real, real_dtype, real_numel
 
 
 class NoSecondMomentError(ValueError):
-    """The optimizer has no second moment yet: it has taken no step, or a gradient scaler has skipped all of them."""
+    """The optimizer has no second moment yet: it has taken no step, or a gradient scaler skipped all."""
 
 
 def preconditioner(
     optimizer: Optimizer, params: Parameters | FlatParameters, space: VectorSpace | None = None
 ) -> Tensor:
-    r"""The diagonal P by which an Adam-type optimizer divides its step, from its own state.
+    r"""Read the diagonal P by which an Adam-type optimizer divides its step from its state.
 
     * ``exp_avg_sq`` in the state (Adam, AdamW, NAdam and others of their kind; RAdam up to its rectification):
       :math:`(\sqrt{\hat v} + \epsilon)(1 - \beta_1^t)`, with ``max_exp_avg_sq`` for AMSGrad;
@@ -31,19 +31,32 @@ def preconditioner(
 
     Args:
         optimizer: Its groups and state are read, not changed.
-        params: The parameters as the optimizer has them, in the order of the flat vector, or a mapping from their
+        params: The parameters as the optimizer holds them, in the order of the flat vector, or a mapping from their
             names.
-        space: Where the flat vector lies, if not all here.
+        space: The space of the flat vector where it is sharded.
 
     Returns:
         Flat ``[n]`` in the dtype of the parameters, float32 at least. NaN where the second moment is zero (a token
         never seen) or a parameter has no state yet.
 
     Raises:
+        TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer``.
         ValueError: If a parameter is not in the optimizer, the optimizer has no such state, or has taken no step yet.
 
     Reference: Cohen et al., "Adaptive gradient methods at the edge of stability", arXiv 2207.14484.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature.operators.preconditioner import preconditioner
+        >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> optimizer = torch.optim.RMSprop([w], alpha=0.0, eps=0.0)
+        >>> w.grad = torch.tensor([3.0, 0.0])
+        >>> optimizer.step()
+        >>> preconditioner(optimizer, [w])
+        tensor([3., nan])
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     _, params = names_and_tensors(params)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in group_of for p in params):
@@ -62,12 +75,12 @@ def preconditioner(
 
 
 def has_second_moment(optimizer: Optimizer) -> bool:
-    """Whether :func:`preconditioner` finds something to divide by in the optimizer's state."""
+    """Return whether the optimizer's state holds something for :func:`preconditioner` to read."""
     return any(_MOMENTS & set(state) for state in optimizer.state.values())
 
 
 def preconditioned(operator: LinearOperator, diagonal: Tensor) -> LinearOperator:
-    r"""The operator :math:`P^{-1/2} A P^{-1/2}`; coordinates where P is NaN are left out.
+    r"""Return the operator :math:`P^{-1/2} A P^{-1/2}`; coordinates where P is NaN are excluded.
 
     Args:
         operator: The Hessian or Gauss-Newton matrix on the same flat coordinates.
@@ -77,7 +90,7 @@ def preconditioned(operator: LinearOperator, diagonal: Tensor) -> LinearOperator
 
 
 def second_moment_scale(state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor) -> Tensor | None:
-    """P of the part of a parameter that is here, flat; NaN where its second moment is zero, None where it has none."""
+    """Compute P of a parameter's local part, flat; NaN where its second moment is zero, None without state."""
     if not state:
         return None
     eps = float(group.get("eps", 0.0))
@@ -102,12 +115,12 @@ _MOMENTS = {"exp_avg_sq", "square_avg", "exp_inf", "sum"}
 
 
 def _flat(moment: Tensor, p: Tensor) -> Tensor:
-    """Of complex parameters optimizers keep a moment for either part, as a complex number."""
+    """Flatten a moment; of complex parameters optimizers keep one for either part, as a complex number."""
     return as_real(to_local(moment)).reshape(-1).to(_wide(p))
 
 
 def _wide(p: Tensor) -> torch.dtype:
-    """The dtype of flat vectors."""
+    """Return the dtype of flat vectors."""
     return torch.promote_types(real_dtype(p), torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Powers of two that keep slopes in float16 from vanishing, and quotients that do not know the units of a loss."""
+"""Powers of two that keep float16 gradients from vanishing, and scale-free quotients."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ _MOST = 16  # powers of that for a small loss: what is below 1e-19 may be zero b
 
 
 def loss_scale(losses: Sequence[Tensor]) -> float:
-    """What to multiply a loss by before it is differentiated: 1 but where its graph computes in float16.
+    """Return the factor for a loss before it is differentiated: 1 unless its graph computes in float16.
 
-    A small loss, one that is divided by a large number say, has slopes as small.
+    A small loss, such as one divided by a large number, has gradients as small.
     """
     if torch.float16 not in dtypes_behind(losses):
         return 1.0
@@ -26,7 +26,7 @@ def loss_scale(losses: Sequence[Tensor]) -> float:
 
 
 def length_scale(vector: Tensor) -> Tensor:
-    """The power of two that brings the largest entry of a vector to between 1 and 2, a 0-d tensor; 1 for zeros."""
+    """Return the power of two that brings a vector's largest entry to between 1 and 2, as a 0-d tensor; 1 for zeros."""
     largest = torch.linalg.vector_norm(vector, float("inf"))
     usable = torch.isfinite(largest) & (largest > 0)
     exponent = -torch.where(usable, largest, torch.ones_like(largest)).log2().floor()
@@ -34,10 +34,10 @@ def length_scale(vector: Tensor) -> Tensor:
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether all numbers are finite. Cost: one host read."""
+    """Return whether all entries are finite. Cost: one host read."""
     return bool(torch.isfinite(tensor).all())
 
 
 def relative(difference: Tensor, size: Tensor) -> float:
-    """A length over another, in whatever units: 0 where there is none, infinite beside zero. Cost: host reads."""
+    """Divide one length by another: 0 where both are zero, infinity over zero. Cost: host reads."""
     return float(difference / size) if size > 0 else math.inf if difference > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Where the numbers of flat vectors lie: all here, or a part of them on each process."""
+"""Spaces of flat vectors: all entries on this process, or a part of them on each."""
 
 from collections.abc import Sequence
 
@@ -15,79 +15,79 @@ _AT_A_TIME = 2**24  # numbers of a vector that are copied in a wider dtype
 
 
 class VectorSpace:
-    """Flat vectors ``[n]`` that are all here, and their inner product: what solvers ask instead of the vectors.
+    """Flat vectors ``[n]`` held by this process, with their inner product; solvers ask it instead of the vectors.
 
     Args:
         size: The dimension n.
 
     Attributes:
         size: The dimension n.
-        length: How many of the n numbers of a vector are here.
+        length: Number of entries of a vector on this process.
     """
 
     def __init__(self, size: int, length: int | None = None) -> None:
-        """Remember the dimension."""
+        """Store the dimension."""
         self.size, self.length = size, size if length is None else length
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """One flat vector ``[length]`` of a tensor a parameter, each the part of it that the optimizer has here."""
+        """Join one tensor per parameter, each the optimizer's local part, into a flat vector ``[length]``."""
         return torch.cat([as_real(piece).reshape(-1) for piece in pieces])
 
     def piece(self, vector: Tensor, place: int) -> Tensor:
-        """A whole parameter's worth of a vector: what belongs to the parameter in some place, already in its shape."""
+        """Return the full slice of ``vector`` for the parameter at ``place``, gathering it if it is sharded."""
         return vector
 
     def total(self, sums: Tensor) -> Tensor:
-        """Sums over the numbers that are here, to sums over all n; in place."""
+        """Sum local sums over all processes, in place."""
         return sums
 
     def inner(self, vectors: Tensor, vector: Tensor) -> Tensor:
-        """Inner products: ``[n]`` with ``[n]`` gives a number, ``[m, n]`` with ``[n]`` gives ``[m]``."""
+        """Compute inner products: ``[n]`` with ``[n]`` gives a scalar, ``[m, n]`` with ``[n]`` gives ``[m]``."""
         with full_precision():
             return self.total(vectors @ vector)
 
     def norm(self, vector: Tensor) -> Tensor:
-        """Euclidean length, a 0-d tensor."""
+        """Compute the Euclidean length, a 0-d tensor."""
         return l2_along(vector, None)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
-        """Random numbers for the part of a vector that is here."""
+        """Return a random generator for the local part of a vector."""
         return torch.Generator(device).manual_seed(seed)
 
 
 def wide_inner(one: Tensor, other: Tensor) -> Tensor:
-    """The inner product of the numbers here of two vectors, in the widest dtype of their device; some at a time.
+    """Compute the inner product of the local entries of two vectors in the device's widest dtype, a chunk at a time.
 
-    Memory: two copies of 2^24 numbers, not of the vectors, which may be most of what a device has.
+    Memory: two copies of 2^24 entries, not of the vectors, which may take most of a device.
     """
     parts = zip(one.split(_AT_A_TIME), other.split(_AT_A_TIME), strict=True)
     return torch.stack([widened(a) @ widened(b) for a, b in parts]).sum()
 
 
 class Shards:
-    """The parts of some parameters that lie on this process, and how they come together.
+    """The local parts of some parameters, and how to gather them.
 
     Args:
-        params: The parameters as an optimizer has them: ``DTensor``, or plain ones that every process has whole.
+        params: The parameters as an optimizer holds them: ``DTensor``, or plain tensors that every process has whole.
         ranks: The processes.
 
     Attributes:
-        size: Numbers in all parameters.
-        length: Those of them that are here.
+        size: Number of entries in all parameters.
+        length: Number of those on this process.
     """
 
     def __init__(self, params: Sequence[Tensor], ranks: Ranks) -> None:
-        """Count."""
+        """Count entries."""
         self._params, self._ranks = list(params), ranks
         self.size = sum(p.numel() for p in self._params)
         self.length = sum(to_local(p).numel() for p in self._params)
 
     def gather(self, parts: Sequence[Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
-        """Whole tensors in the shapes of the parameters, on every process.
+        """Gather tensors in the shapes of the parameters on every process.
 
         Args:
-            parts: Of each parameter what this process has: of its gradient, its step, its second moment.
-            places: Which of the parameters these belong to; all of them if None.
+            parts: One local part per parameter: of its gradient, its step, or its second moment.
+            places: Positions of the parameters these belong to; all of them if None.
 
         Raises:
             OthersFailedError: Before anything is sent, where another process has failed.
@@ -98,55 +98,55 @@ class Shards:
 
 
 class GatheredSpace(VectorSpace):
-    """Vectors that every process has whole, over parameters whose optimizer has a part of them on each.
+    """Vectors held in full by every process, over parameters whose optimizer holds a part on each.
 
     Args:
-        shards: Where the parts are.
+        shards: The local parts.
     """
 
     def __init__(self, shards: Shards) -> None:
-        """Remember the parts."""
+        """Store the shards."""
         super().__init__(shards.size)
         self._shards = shards
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Gathered from all processes: one message a parameter."""
+        """Gather from all processes and join; one message per parameter."""
         return torch.cat([tensor.reshape(-1) for tensor in self._shards.gather(pieces)])
 
 
 class ShardedSpace(VectorSpace):
-    """Vectors of which each process has the numbers of its shards and no others: n / R of them.
+    """Vectors of which each process holds the entries of its shards only: n / R of them.
 
     Args:
-        shards: Where the parts are.
+        shards: The local parts.
         ranks: The processes.
 
-    Cost: a reduction and a check for each inner product (or several at once).
+    Cost: one reduction and one check per inner product, or for several inner products at once.
     """
 
     def __init__(self, shards: Shards, ranks: Ranks) -> None:
-        """Count."""
+        """Store shards and processes."""
         super().__init__(shards.size, shards.length)
         self._shards, self._ranks = shards, ranks
 
     def piece(self, vector: Tensor, place: int) -> Tensor:
-        """Gathered from all processes."""
+        """Gather the slice from all processes."""
         return self._shards.gather([vector], [place])[0]
 
     def total(self, sums: Tensor) -> Tensor:
-        """Summed over the processes."""
+        """Sum over the processes."""
         return self._ranks.sum(sums)
 
     def norm(self, vector: Tensor) -> Tensor:
-        """Euclidean length of the whole vector."""
+        """Compute the Euclidean length of the whole vector."""
         return self.total(l2_norms([vector])[0].square()).sqrt().to(vector.dtype)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
-        """Other numbers on each process."""
+        """Return a generator with another seed on each process."""
         return torch.Generator(device).manual_seed(seed * self._ranks.size + self._ranks.rank)
 
 
 def space_of(operator: object) -> VectorSpace:
-    """The space an operator works in; one in which all is here for matrices and operators of other people's."""
+    """Return the space of an operator; plain matrices and foreign operators have all entries here."""
     space = getattr(operator, "space", None)
     return space if isinstance(space, VectorSpace) else VectorSpace(operator.shape[0])  # type: ignore[attr-defined]

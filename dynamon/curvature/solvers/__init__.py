@@ -1,1 +1,1 @@
-"""Solvers that take any symmetric linear operator: eigenvalues, traces, densities."""
+"""Solvers for any symmetric linear operator: eigenvalues, trace, spectral density."""

@@ -1,4 +1,4 @@
-"""The whole spectrum of an operator as a density: the bulk, and what stands apart from it."""
+"""The spectral density of an operator: bulk and outliers."""
 
 import math
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from dynamon.curvature.operators.parameters import checked_once
 from dynamon.curvature.solvers.lanczos import Lanczos, random_start
 from dynamon.isolation.evaluations import full_precision
+from dynamon.kernels.arguments import check_count
 
 Array = NDArray[np.float64]
 _RESOLVED = 0.1  # residual over the distance to the next Ritz value, below which an eigenvalue stands alone
@@ -27,10 +28,10 @@ class SpectralDensity:
     Attributes:
         nodes: ``[R, m]`` Ritz values, largest first.
         weights: ``[R, m]``, each row sums to one.
-        residuals: ``[R, m]``; some eigenvalue lies within that of each node.
-        size: Eigenvalues n of the operator.
-        matvecs: Products spent.
-        backend: How the operator made its products.
+        residuals: ``[R, m]``; some eigenvalue lies within that distance of each node.
+        size: Number of eigenvalues n of the operator.
+        matvecs: Number of matvecs taken.
+        backend: Backend of the operator.
     """
 
     nodes: Array
@@ -41,24 +42,24 @@ class SpectralDensity:
     backend: str
 
     def __repr__(self) -> str:
-        """The range of the spectrum and what stands apart; not the nodes."""
+        """Return the range of the spectrum, the number of outliers and the bulk edge, without the nodes."""
         low, high, count = float(self.nodes.min()), float(self.nodes.max()), len(self.outliers)
         return (
             f"SpectralDensity({self.size} eigenvalues from {low:.6g} to {high:.6g}, {count} outliers, "
-            f"bulk edge {self.bulk_edge:.6g}; {self.matvecs} products, {self.backend})"
+            f"bulk edge {self.bulk_edge:.6g}; {self.matvecs} matvecs, {self.backend})"
         )
 
     @property
     def outliers(self) -> Array:
-        """Eigenvalues that stand apart above the bulk, largest first.
+        """Eigenvalues separated from the bulk above it, largest first.
 
-        They end at the widest relative gap, the eigenvalue-ratio criterion: each gap is divided by the distance of
-        the value below it from the median eigenvalue, plus a fifth of that of the largest. There are none where the
-        widest gap is below a quarter. Only resolved gaps count, where the residual of each Ritz value so far is at
-        most a tenth of its distance to the next, and at most a third of the Ritz values are outliers. The count is the
-        median over the random starts. More steps resolve more gaps, but add none that is not there. Without a gap
-        that stands out, in a spectrum that decays evenly, the count is zero or small; of outliers on very different
-        scales only the upper group is found.
+        The widest relative gap separates them, by the eigenvalue-ratio criterion: each gap is divided by the distance
+        of the value below it from the median eigenvalue, plus a fifth of that distance for the largest value. There are
+        no outliers where the widest relative gap is below a quarter. Only resolved gaps count, up to which the residual
+        of each Ritz value is at most a tenth of its distance to the next, and at most a third of the Ritz values are
+        outliers. The count is the median over the random starts. More steps resolve more gaps, but create none. In a
+        spectrum that decays evenly the count is zero or small; of outliers on very different scales only the upper
+        group is found.
 
         Reference: Ahn and Horenstein, "Eigenvalue ratio test for the number of factors", 2013.
         """
@@ -70,7 +71,7 @@ class SpectralDensity:
 
     @property
     def bulk_edge(self) -> float:
-        """Where the bulk ends, the largest Ritz value below the outliers, median over the starts."""
+        """Upper end of the bulk: the largest Ritz value below the outliers, median over the starts."""
         count = len(self.outliers)
         return float(np.median(self.nodes[:, min(count, self.nodes.shape[1] - 1)]))
 
@@ -80,10 +81,10 @@ class SpectralDensity:
         return float((self.nodes * self.weights).sum(1).mean())
 
     def density(self, points: Array, width: float | None = None) -> Array:
-        """The density at some points, each node smeared into a Gaussian.
+        """Evaluate the density at some points, each node smoothed by a Gaussian.
 
         Args:
-            points: ``[p]`` where to evaluate.
+            points: ``[p]`` points of evaluation.
             width: Standard deviation of the Gaussians; None takes a hundredth of the spectrum's range.
         """
         width = width or max(float(np.ptp(self.nodes)) / 100, 1e-12)
@@ -92,14 +93,14 @@ class SpectralDensity:
         return heights @ self.weights.reshape(-1) / len(self.nodes)
 
     def share_above(self, threshold: float) -> float:
-        """Share of the eigenvalues above a value."""
+        """Return the share of the eigenvalues above a value."""
         return float((self.weights * (self.nodes > threshold)).sum(1).mean())
 
     def plot(self, axes: Any = None) -> Any:
-        """Draw bulk and outliers; the density has a logarithmic axis, outliers are marked one by one.
+        """Draw the density on a logarithmic axis and mark each outlier.
 
         Args:
-            axes: Matplotlib axes, or None for a figure of its own.
+            axes: Matplotlib axes; None creates a figure.
 
         Returns:
             The axes.
@@ -134,7 +135,7 @@ class SpectralDensity:
 
 
 def _apart(nodes: Array, residuals: Array, middle: float) -> Array:
-    """The Ritz values of one start above the widest relative gap."""
+    """Return the Ritz values of one start above the widest relative gap."""
     gaps = nodes[:-1] - nodes[1:]
     alone = residuals[:-1] <= _RESOLVED * gaps
     resolved = len(alone) if alone.all() else int(np.argmin(alone))
@@ -149,23 +150,35 @@ def _apart(nodes: Array, residuals: Array, middle: float) -> Array:
 @checked_once()
 @full_precision()
 def spectral_density(operator: Any, *, steps: int = 80, num_vectors: int = 4, seed: int = 0) -> SpectralDensity:
-    """The eigenvalue density of a symmetric operator by stochastic Lanczos quadrature.
+    """Estimate the eigenvalue density of a symmetric operator by stochastic Lanczos quadrature.
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        steps: Products a random start, which is the number of nodes; at most n are taken.
-        num_vectors: Random starts.
-        seed: Seeds the starts with a generator of its own.
+        steps: Matvecs per random start, the number of nodes; at most n are taken.
+        num_vectors: Number of random starts.
+        seed: Seed of the starts; global random state is not touched.
+
+    Returns:
+        :class:`SpectralDensity`.
 
     Raises:
+        TypeError: If ``steps`` or ``num_vectors`` is not an int.
         ValueError: If ``steps`` or ``num_vectors`` is below one.
         FloatingPointError: If the operator returns NaN or infinity.
 
     Cost: ``steps * num_vectors`` matvecs; memory of ``steps + 1`` vectors of length n. Reference: Ubaru, Chen, Saad,
     "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", 2017; Ghorbani et al., arXiv 1901.10159.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal, spectral_density
+        >>> bulk, outliers = torch.linspace(-1, 1, 198), torch.tensor([8.0, 9.0])
+        >>> found = spectral_density(Diagonal(torch.cat([bulk, outliers])), steps=40)
+        >>> found.outliers.round(2), round(found.mean, 1)
+        (array([9., 8.]), 0.1)
     """
-    if steps < 1 or num_vectors < 1:
-        raise ValueError(f"steps and num_vectors must be at least 1, got {steps} and {num_vectors}.")
+    check_count("steps", steps)
+    check_count("num_vectors", num_vectors)
     size = operator.shape[0]
     steps = min(steps, size)
     nodes, weights, residuals = np.zeros((3, num_vectors, steps))

@@ -1,7 +1,7 @@
-"""What an eigenvalue solver returns."""
+"""The result of an eigenvalue solver."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,24 +11,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """What a run of :func:`top_eigenvalues` found, with what is needed to trust it.
+    """Result of :func:`top_eigenvalues` with the evidence that is needed to trust it.
 
     Attributes:
         values: ``[k]`` float64 on the host, largest first.
-        vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors and
-            further Ritz vectors that make the next warm start safe.
+        vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors, and further Ritz
+            vectors for the next warm start.
         residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
         lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
         upper: A 99 % upper bound on the largest eigenvalue, or None where the run was not certified.
         smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue (the mean eigenvalue for
             method ``"gram"``, the smallest Rayleigh quotient for ``"power"``).
-        matvecs: Products spent.
-        converged: Whether residuals, the agreement of successive values and the products themselves met the
-            tolerance.
-        backend: How the operator made its products.
-        product_error: Estimated relative error of the product with the top vector; 0 where products are exact,
-            for finite differences the relative difference between two step sizes. Where it exceeds the tolerance
-            nothing has converged and there are no bounds.
+        matvecs: Number of matvecs taken.
+        converged: True where residuals, successive values and the error of products met the tolerance.
+        backend: Backend of the operator.
+        product_error: Estimated relative error of the product with the top vector: 0 for exact products, for finite
+            differences the relative difference between two step sizes. Where it exceeds the tolerance, ``converged`` is
+            False and there are no bounds.
     """
 
     values: Tensor
@@ -43,25 +42,38 @@ class Eigenpairs:
     product_error: float = 0.0
 
     def __repr__(self) -> str:
-        """The values with their residuals and bounds; not the vectors."""
+        """Return the values with their residuals and bounds, without the vectors."""
         pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
         values = ", ".join(f"{value:.6g} (residual {residual:.2g})" for value, residual in pairs)
         upper = "" if self.upper is None else f", upper {self.upper:.6g}"
         end = "converged" if self.converged else "not converged"
-        return f"Eigenpairs({values}; lower {self.lower:.6g}{upper}; {self.matvecs} products, {end}, {self.backend})"
+        return f"Eigenpairs({values}; lower {self.lower:.6g}{upper}; {self.matvecs} matvecs, {end}, {self.backend})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the vectors as plain numbers and lists, fit for JSON.
+
+        Examples:
+            >>> import torch
+            >>> from dynamon.curvature import top_eigenvalues
+            >>> found = top_eigenvalues(torch.diag(torch.tensor([3.0, 1.0]))).to_dict()
+            >>> round(found["values"][0], 4), found["upper"], found["converged"]
+            (3.0, None, True)
+        """
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "vectors"}
+        return plain | {"values": self.values.tolist(), "residuals": self.residuals.tolist()}
 
     def readings(self, tag: str) -> dict[str, float]:
-        """Numbers by tag; a value that did not converge goes under ``{tag}_unconverged``, not under the plain one.
+        """Return the numbers by tag; a value that did not converge goes under ``{tag}_unconverged``.
 
         Args:
-            tag: That of the largest eigenvalue; ``{tag}_residual`` and, where there is one, ``{tag}_upper`` go with it.
+            tag: Tag of the largest eigenvalue; ``{tag}_residual`` and, for a certified run, ``{tag}_upper`` are added.
         """
         value = tag if self.converged else f"{tag}_unconverged"
         readings = {value: float(self.values[0]), f"{tag}_residual": float(self.residuals[0])}
         return readings if self.upper is None else {**readings, f"{tag}_upper": self.upper}
 
     def scaled(self, factor: float) -> "Eigenpairs":
-        """The eigenpairs of ``factor * A``, for ``factor > 0``."""
+        """Return the eigenpairs of ``factor * A``, for ``factor > 0``."""
         return replace(
             self,
             values=self.values * factor,
@@ -73,12 +85,12 @@ class Eigenpairs:
 
 
 def on_host(numbers: Any) -> Tensor:
-    """Numbers of the host as a float64 tensor there, whatever ``torch.set_default_device`` says."""
+    """Convert numbers to a float64 tensor on the host, whatever ``torch.set_default_device`` says."""
     return torch.from_numpy(np.array(numbers, dtype=np.float64))
 
 
 def with_product_check(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
-    """Add what the operator says of itself; products that are not trusted have not converged."""
+    """Add backend and product error; where products are not trusted nothing has converged."""
     error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
     backend = getattr(operator, "backend", "exact")
     if _is_lost(found, tol):
@@ -93,7 +105,7 @@ def with_product_check(found: Eigenpairs, operator: Any, tol: float) -> Eigenpai
 
 
 def _is_lost(found: Eigenpairs, tol: float) -> bool:
-    """Whether numbers are so far below the smallest normal one that their rounding exceeds the tolerance."""
+    """Return whether values are so far below the smallest normal number that rounding exceeds the tolerance."""
     dtype = torch.finfo(found.vectors.dtype)
     largest = max(abs(float(found.values[0])), abs(found.smallest))
     return 0 < largest < dtype.tiny and 16 * dtype.eps * dtype.tiny > tol * largest

@@ -13,7 +13,7 @@ _CONVEX = 1e-4  # relative size of a negative eigenvalue of the loss's Hessian t
 
 
 def gram_eigenpairs(operator: GGNOperator, tol: float) -> Eigenpairs:
-    """The largest eigenvalue with two-sided bounds; see :func:`dynamon.curvature.top_eigenvalues`.
+    """Compute the largest eigenvalue with two-sided bounds; see :func:`dynamon.curvature.top_eigenvalues`.
 
     Raises:
         ValueError: On more than 4,096 rows, or a loss that is not convex in the outputs.
@@ -56,12 +56,12 @@ def _residual_floor(operator: GGNOperator) -> float:
 
 
 def _loss_hessian(operator: GGNOperator) -> Tensor:
-    """``H_L`` ``[rows, rows]`` in float64, a column a product; the network takes no part."""
+    """Compute ``H_L`` ``[rows, rows]`` in float64, one product per column, without the network."""
     return torch.stack([_flat(operator.curve(operator.split_rows(e))) for e in _units(operator)], dim=1)
 
 
 def _tangent_kernel(operator: GGNOperator) -> Tensor:
-    """``J J^T`` ``[rows, rows]`` in float64: each row pulled back to the parameters and pushed out again."""
+    """Compute ``J J^T`` ``[rows, rows]`` in float64: each row pulled back to the parameters and pushed out again."""
     columns = [_flat(operator.push(operator.pull(operator.split_rows(e)))) for e in _units(operator)]
     return torch.stack(columns, dim=1)
 
@@ -75,7 +75,7 @@ def _flat(outputs: list[Tensor]) -> Tensor:
 
 
 def _square_root(hessian: Tensor) -> Tensor:
-    """The symmetric root of a positive semidefinite matrix."""
+    """Compute the symmetric root of a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     if float(values[0]) < -_CONVEX * float(values[-1].clamp_min(0)):
         raise ValueError("the loss is not convex in the outputs, so method 'gram' does not apply; use 'lanczos'.")
@@ -83,7 +83,7 @@ def _square_root(hessian: Tensor) -> Tensor:
 
 
 def _top_vector(gram: Tensor, squarings: int = 12) -> Tensor:
-    """A unit vector at the top of a positive semidefinite matrix: the same squarings as Gram iteration's."""
+    """Compute a top unit vector of a positive semidefinite matrix by the squarings of Gram iteration."""
     power = gram
     for _ in range(squarings):
         power = power / torch.linalg.matrix_norm(power).clamp_min(torch.finfo(power.dtype).tiny)

@@ -26,7 +26,7 @@ _NOISE = 0.3  # share of fresh noise in a warm start; without any, a run cannot 
 
 
 def basis_vectors(k: int, certify: bool = False) -> int:
-    """Vectors of length n that :func:`lanczos_eigenpairs` holds; a certified run adds one for each further product."""
+    """Return how many vectors :func:`lanczos_eigenpairs` holds; certified runs add one per further product."""
     return (_CERTIFY_MATVECS if certify else _basis_size(k)) + 1
 
 
@@ -37,7 +37,7 @@ def _basis_size(k: int) -> int:
 def lanczos_eigenpairs(
     operator: Any, k: int, tol: float, max_matvecs: int, warm_start: Tensor | None, certify: bool, seed: int
 ) -> Eigenpairs:
-    """The k largest eigenvalues; see :func:`dynamon.curvature.top_eigenvalues`."""
+    """Compute the k largest eigenvalues; see :func:`dynamon.curvature.top_eigenvalues`."""
     size = operator.shape[0]
     budget = max(max_matvecs, _CERTIFY_MATVECS) if certify else max_matvecs
     warm_start = None if certify else warm_start
@@ -69,11 +69,11 @@ _Outcome = tuple["Ritz", np.ndarray, bool]
 
 
 class _Solve:
-    """One solve: extends the space until the wanted pairs have settled, or the products are spent.
+    """One solve: extend the space until the wanted pairs have settled or the matvecs are spent.
 
-    A Krylov space holds one vector of each eigenspace. For k > 1 the run therefore goes on from a fresh vector
-    outside of what it has found, until that brings nothing new. A look outside lets go of the residual vector, and
-    with it of the free residuals, which are then taken with a product each.
+    A Krylov space contains one vector of each eigenspace. For k > 1 the run therefore restarts from a fresh vector
+    orthogonal to what it has found, until that yields nothing new. Restarting from a fresh vector discards the Lanczos
+    residual, so that residual norms then cost one matvec each.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class _Solve:
         self._before: Ritz | None = None  # what had settled before the last look outside
 
     def settle(self) -> _Outcome:
-        """The Ritz pairs, the residuals of the wanted ones, and whether they have converged."""
+        """Return the Ritz pairs, the residuals of the wanted ones, and whether they have converged."""
         while True:
             ritz = self._extend()
             outcome = self._judge(ritz) if self._has_settled(ritz) else None
@@ -110,7 +110,7 @@ class _Solve:
         return ritz.exhausted or self._state.matvecs >= self._minimum and _agrees(ritz, self._tol)
 
     def _judge(self, ritz: "Ritz") -> _Outcome | None:
-        """Whether what has settled is final; if there is more to look for, the space is made ready for that."""
+        """Return the outcome if what has settled is final, else prepare the space for a further search."""
         own, whole = ritz.residuals[: self._k], self._before is None and len(ritz.values) == self._state.space.size
         if self._k == 1 or not self._may_restart or whole:
             return ritz, own, True
@@ -159,10 +159,10 @@ class Ritz:
 
 
 class Lanczos:
-    """A Krylov basis, the projected matrix, and the rules to grow and shrink them.
+    """A Krylov basis with its projected matrix, and the rules to extend and restart it.
 
-    The basis stays on the device. The projected matrix is gathered there too and read once a burst, so
-    that products are queued without waiting for the host.
+    The basis stays on the device. The projected matrix is assembled there too and read once per burst, so that products
+    are queued without waiting for the host.
     """
 
     def __init__(self, operator: Any, start: Tensor, basis_size: int) -> None:
@@ -177,13 +177,13 @@ class Lanczos:
         self.matvecs = 0
 
     def rounding(self, size: float) -> float:
-        """That of a number in the basis's dtype, whose spacing is the same everywhere below its smallest normal one."""
+        """Return the rounding of a number in the basis's dtype, constant below the smallest normal number."""
         dtype = torch.finfo(self.basis.dtype)
         return dtype.eps * max(size, dtype.tiny)
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for a further product."""
+        """True where there is no room for a further product."""
         return self.size == self.capacity
 
     def grow(self, count: int) -> None:
@@ -211,7 +211,7 @@ class Lanczos:
             self.matvecs += 1
 
     def ritz(self, k: int) -> Ritz:
-        """Read the projected matrix and decompose it. The one host synchronisation of a burst."""
+        """Read the projected matrix and decompose it: the only host synchronisation of a burst."""
         read = self.projected[: self.size + 1, : self.size].cpu().double().numpy()
         if not np.isfinite(read).all():
             raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
@@ -230,7 +230,7 @@ class Lanczos:
         )
 
     def _invariant(self, read: np.ndarray) -> tuple[int, bool]:
-        """Length of the basis up to the first vanishing residual vector, after which it holds rounding."""
+        """Return the basis length up to the first vanishing residual vector, beyond which it holds rounding."""
         floor = 16 * self.rounding(float(np.abs(read).max()))
         for j in range(self.kept, self.size):  # kept columns couple through the arrow instead
             if abs(read[j + 1, j]) <= floor:
@@ -253,7 +253,7 @@ class Lanczos:
         self.size = self.kept = keep
 
     def widen(self, size: int, fresh: Tensor) -> None:
-        """Go on outside the invariant space of the first vectors, where repeated eigenvalues show again."""
+        """Continue outside the invariant space of the first vectors, where repeated eigenvalues show again."""
         known = self.basis[:size]
         for _ in range(2):
             fresh = fresh - known.mT @ self.space.inner(known, fresh)
@@ -263,7 +263,7 @@ class Lanczos:
         self.size = self.kept = size
 
     def look_outside(self, ritz: Ritz, keep: int, fresh: Tensor) -> None:
-        """Keep the best Ritz vectors and go on from a vector orthogonal to them, not from the residual vector."""
+        """Keep the best Ritz vectors and continue from a vector orthogonal to them, not from the residual vector."""
         keep = min(keep, len(ritz.values), self.capacity - 1)
         rotation = on_host(ritz.rotation[:, :keep]).to(self.basis)
         self.basis[:keep] = rotation.mT @ self.basis[: len(ritz.values)]
@@ -273,7 +273,7 @@ class Lanczos:
         self.widen(keep, fresh)
 
     def residuals(self, ritz: Ritz, k: int) -> tuple[np.ndarray, Tensor]:
-        """Residuals of the k leading pairs, one product each, and the residual vector of the worst."""
+        """Compute residuals of the k leading pairs, one product each, and the residual vector of the worst."""
         found, vectors = [], []
         for x, value in zip(self.vectors(ritz, k).mT, ritz.values, strict=False):
             product = (self.operator @ x.to(self.dtype)).to(x)
@@ -283,14 +283,14 @@ class Lanczos:
         return np.array(found), vectors[int(np.argmax(found))]
 
     def vectors(self, ritz: Ritz, count: int) -> Tensor:
-        """The leading Ritz vectors as columns ``[n, m]``."""
+        """Return the leading Ritz vectors as columns ``[n, m]``."""
         size = len(ritz.values)
         rotation = on_host(ritz.rotation[:, : min(count, size)]).to(self.basis)
         return (rotation.mT @ self.basis[:size]).mT.contiguous()
 
 
 def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, largest first, of the symmetric part of a projected matrix.
+    """Compute eigenvalues, largest first, and eigenvectors of the symmetric part of a projected matrix.
 
     The upper triangle holds the inner products of each new vector with the basis, the arrow of a restart
     included; what stands below the diagonal repeats it.
@@ -301,13 +301,13 @@ def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decompose_tridiagonal(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same before the first restart; it starts no threads, which on a busy machine wait for each other."""
+    """Do the same before the first restart, without threads, which on a busy machine wait for each other."""
     values, vectors = eigh_tridiagonal(matrix.diagonal(), matrix.diagonal(1), lapack_driver="stev")
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
 
 def _agrees(ritz: Ritz, tol: float) -> bool:
-    """Whether residuals and successive values of all wanted pairs are within tolerance."""
+    """Return whether residuals and successive values of all wanted pairs are within tolerance."""
     k = len(ritz.previous)
     if len(ritz.values) < k + 1:
         return False
@@ -317,7 +317,7 @@ def _agrees(ritz: Ritz, tol: float) -> bool:
 
 
 def _upper_bound(ritz: Ritz, size: int) -> float:
-    """The 99 % bound: root above the top Ritz value of p(x) = prod(x - theta_i) / prod(beta_i) = limit.
+    """Solve for the 99 % bound: the root above the top Ritz value of prod(x - theta_i) / prod(beta_i) = limit.
 
     q_{m+1} = p(A) q_1 has norm one, so |p(lambda_max)| <q_1, u_1> <= 1, and a random unit q_1 has
     |<q_1, u_1>| below d with probability about d sqrt(2 n / pi).
@@ -340,7 +340,7 @@ def _upper_bound(ritz: Ritz, size: int) -> float:
 
 
 def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
-    """A start vector from a seed on the operator's device: noise, or a mix of a warm start's vectors and noise."""
+    """Draw a start vector on the operator's device: noise, or the sum of a warm start's vectors plus noise."""
     host = torch.device("cpu")
     device = getattr(operator, "device", host if warm_start is None else warm_start.device)
     dtype = getattr(operator, "dtype", torch.float32) if warm_start is None else warm_start.dtype
@@ -357,7 +357,7 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
 
 
 def _turned(start: Tensor, operator: Any) -> Tensor:
-    """Half noise, half the direction that an operator thinks likely."""
+    """Mix noise in equal parts with the operator's initial direction."""
     likely = operator.initial_direction() if hasattr(operator, "initial_direction") else None
     if likely is None or operator.shape[0] == 1:  # in one dimension the two can cancel
         return start

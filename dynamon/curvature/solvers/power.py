@@ -1,4 +1,4 @@
-"""Power iteration, shifted until the largest algebraic eigenvalue is the dominant one."""
+"""Power iteration, shifted until the largest algebraic eigenvalue dominates."""
 
 from typing import Any
 
@@ -19,11 +19,10 @@ _NEGATIVE = 0.5  # ... and below which negative eigenvalues are in the way
 def power_eigenpairs(
     operator: Any, k: int, tol: float, max_matvecs: int, warm_start: Tensor | None, seed: int
 ) -> Eigenpairs:
-    """The k largest eigenvalues, one after the other; see :func:`dynamon.curvature.top_eigenvalues`.
+    """Compute the k largest eigenvalues one by one; see :func:`dynamon.curvature.top_eigenvalues`.
 
-    Each is found orthogonal to those before. Where negative eigenvalues are about as large as the largest, the
-    iteration goes on with ``A + s I``, s the length of a product, whose dominant eigenvalue is the largest algebraic
-    one.
+    Each is orthogonal to those before. Where negative eigenvalues are about as large as the largest, the iteration
+    continues with ``A + s I``, s the length of a product, whose dominant eigenvalue is the largest algebraic one.
     """
     start = random_start(operator, None, seed)
     known = start.new_zeros(start.shape[0], 0)
@@ -69,7 +68,7 @@ class _Solve:
         self._share, self._shifts = float("inf"), 0
 
     def iterate(self, tol: float, max_matvecs: int) -> None:
-        """Multiply until residual and change are small, or the products are spent."""
+        """Multiply until residual and change are small, or the matvecs are spent."""
         for _ in range(max_matvecs):
             product = self._product()
             value, moved = float(self._space.inner(self.vector, product)), product - self.shift * self.vector
@@ -92,7 +91,7 @@ class _Solve:
                 self.vector = self._unit(moved)
 
     def _is_blocked(self, share: float) -> bool:
-        """Whether negative eigenvalues dominate, or swap with positive ones of the same size without end."""
+        """Return whether negative eigenvalues dominate, or alternate with positive ones of the same size."""
         stuck, self._share = share < _STUCK and abs(share - self._share) < 1e-3, share
         self._shifts += share < _NEGATIVE or stuck
         return self._shifts <= _MOST_SHIFTS and (share < _NEGATIVE or stuck)
@@ -106,7 +105,7 @@ class _Solve:
         return product
 
     def _outside(self, vector: Tensor) -> Tensor:
-        """The part of a vector that is orthogonal to those known."""
+        """Return the part of a vector that is orthogonal to the known ones."""
         for _ in range(2):
             vector = vector - self._known @ self._space.inner(self._known.mT, vector)
         return vector

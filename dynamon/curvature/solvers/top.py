@@ -1,4 +1,4 @@
-"""The largest eigenvalues of an operator, by the method asked for."""
+"""The largest eigenvalues of an operator, by a choice of methods."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from dynamon.curvature.solvers.gram import gram_eigenpairs
 from dynamon.curvature.solvers.lanczos import lanczos_eigenpairs
 from dynamon.curvature.solvers.power import power_eigenpairs
 from dynamon.isolation.evaluations import full_precision
+from dynamon.kernels.arguments import check_count, check_tensor
 
 METHODS = ("lanczos", "power", "gram")
 
@@ -30,49 +31,60 @@ def top_eigenvalues(
     certify: bool = False,
     seed: int = 0,
 ) -> Eigenpairs:
-    r"""The k largest algebraic eigenvalues of a symmetric operator, with bounds.
+    r"""Compute the k largest algebraic eigenvalues of a symmetric operator, with bounds.
 
-    ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm
-    start mixes the given vectors with fresh noise, so that a direction which has overtaken the old one is found.
-    The run stops when the residual of every wanted pair is at most ``tol`` times the largest Ritz value in
-    magnitude **and** the last two Ritz values agree to ``tol``. A cold start is half noise and half the gradient, where
-    the operator has one. It never stops before 8 products from nothing; with
-    three or more tracked vectors 5 are enough, with two 12, with one 16, because a run from the old top alone
-    converges to an eigenvalue that is no longer the top. For k > 1 it goes on from a fresh vector until that finds
-    nothing new, which doubles the products at least, since the first one sees a repeated eigenvalue only once; a
-    certified run, which may not restart, does not.
+    ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm start
+    adds fresh noise to the given vectors, so that a direction that has overtaken the old one is found. A cold start is
+    half noise and half the gradient, where the operator has one. The run stops when the residual of every wanted pair
+    is at most ``tol`` times the largest Ritz value in magnitude **and** the last two Ritz values agree to ``tol``, but
+    not before 8 matvecs from a cold start, 16 with one tracked vector, 12 with two, 5 with three or more: a run from
+    the old top vector alone converges to an eigenvalue that is no longer the largest. A Krylov space contains a
+    repeated eigenvalue only once, so for k > 1 the run restarts from a fresh vector until that yields nothing new,
+    which at least doubles the matvecs; a certified run, which may not restart, does not.
 
-    ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the
-    largest in magnitude. It needs several times as many products, and is there to compare with others.
+    ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the largest
+    in magnitude. It needs several times as many matvecs and serves for comparison.
 
-    ``"gram"`` (:class:`GGNOperator` only) builds the Gram matrix
-    :math:`H_L^{1/2} J J^\top H_L^{1/2}` of the outputs, which has the eigenvalues of the GGN, and brackets the
-    largest by Gram iteration, from below and from above, without chance. It costs two passes a row of the outputs.
+    ``"gram"`` (:class:`GGNOperator` only) builds the Gram matrix :math:`H_L^{1/2} J J^\top H_L^{1/2}` of the outputs,
+    which has the eigenvalues of the GGN, and bounds the largest from below and above by Gram iteration,
+    deterministically. It costs two passes per row of the outputs.
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        k: How many eigenvalues, 1 or more (``"gram"``: 1); all of them where the operator has fewer.
+        k: Number of eigenvalues, 1 or more (``"gram"``: 1); all of them where the operator has fewer.
         method: ``"lanczos"``, ``"power"`` or ``"gram"``.
         tol: Relative tolerance.
-        max_matvecs: Upper limit on products; a run that meets it first has ``converged=False``.
-        warm_start: ``[n]`` or ``[n, m]``, for instance ``.vectors`` of the last run, or None for a cold start.
-        certify: Take a cold, unrestarted run of at least 20 products (Lanczos), which alone has a valid upper bound:
-            with probability 0.99 over the random start the largest eigenvalue lies below the root of the
-            Lanczos polynomial above the top Ritz value. ``warm_start`` is then not used.
-        seed: Seeds the random start with a generator of its own: global random state is left alone.
+        max_matvecs: Upper limit on matvecs; a run that reaches it first has ``converged=False``.
+        warm_start: ``[n]`` or ``[n, m]``, such as ``.vectors`` of the last run, or None for a cold start.
+        certify: Take a cold, unrestarted run of at least 20 matvecs (Lanczos), which alone has a valid upper bound:
+            with probability 0.99 over the random start the largest eigenvalue lies below the root of the Lanczos
+            polynomial above the top Ritz value. ``warm_start`` is then not used.
+        seed: Seed of the random start; global random state is not touched.
 
     Returns:
         :class:`Eigenpairs`.
 
     Raises:
+        TypeError: If ``k`` or ``max_matvecs`` is not an int, or ``warm_start`` not a tensor.
         ValueError: On arguments outside the ranges above, and for ``"gram"`` on more than 4,096 rows.
         FloatingPointError: If the operator returns NaN or infinity.
 
-    Cost: up to ``max_matvecs`` products. Memory for k = 1: 9 vectors of length n (``max_matvecs + 1`` certified,
-    2k + 7 for larger k); one host read per 2 products. Power: k + 2 vectors. Gram: some matrices of rows x rows.
+    Cost: up to ``max_matvecs`` matvecs. Memory for k = 1: 9 vectors of length n (``max_matvecs + 1`` certified, 2k + 7
+    for larger k); one host read per 2 matvecs. Power: k + 2 vectors. Gram: some matrices of rows x rows.
 
     Reference: Wu and Simon, "Thick-restart Lanczos", 2000; van Dorsselaer, Hochstenbach and van der Vorst,
     "Computing probabilistic bounds for extreme eigenvalues", 2000; Delattre et al., arXiv 2305.16173.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal, top_eigenvalues
+        >>> operator = Diagonal(torch.linspace(-1, 2, 100))
+        >>> found = top_eigenvalues(operator, certify=True)
+        >>> found.lower <= 2 <= found.upper, found.converged
+        (True, True)
+        >>> again = top_eigenvalues(operator, warm_start=found.vectors)
+        >>> again.matvecs < found.matvecs
+        True
     """
     _check(operator, k, method, tol, max_matvecs, warm_start)
     k = min(k, operator.shape[0])
@@ -96,20 +108,16 @@ def _check(operator: Any, k: int, method: str, tol: float, max_matvecs: int, war
         operator.is_floating_point() and torch.allclose(operator, operator.mT, equal_nan=True)
     ):
         raise ValueError("a matrix must be real, floating point and symmetric.")
-    if type(k) is not int or k < 1:
-        raise ValueError(f"k must be a whole number, 1 or more, got {k!r}.")
+    check_count("k", k)
     if operator.shape[0] < 1:
         raise ValueError("the operator has no eigenvalues: its shape is (0, 0).")
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-    if type(max_matvecs) is not int or max_matvecs < max(2, min(k, operator.shape[0])):
-        raise ValueError(
-            f"max_matvecs must be a whole number, at least {max(2, min(k, operator.shape[0]))}, got {max_matvecs!r}."
-        )
-    if warm_start is not None and not isinstance(warm_start, Tensor):
-        raise ValueError(f"warm_start must be a tensor [n] or [n, m], got {type(warm_start).__name__}.")
-    rows = space_of(operator).length
-    if warm_start is not None and warm_start.shape[0] != rows:
-        raise ValueError(
-            f"warm_start must have {rows} rows, got {warm_start.shape[0]}: it belongs to another operator."
-        )
+    check_count("max_matvecs", max_matvecs, least=max(2, min(k, operator.shape[0])))
+    if warm_start is not None:
+        check_tensor("warm_start", warm_start, "[n] or [n, m]")
+        rows = space_of(operator).length
+        if warm_start.shape[0] != rows:
+            raise ValueError(
+                f"warm_start must have {rows} rows, got {warm_start.shape[0]}: it belongs to another operator."
+            )

@@ -9,16 +9,17 @@ import torch
 from dynamon.curvature.operators.parameters import checked_once
 from dynamon.curvature.operators.vector_space import space_of, wide_inner
 from dynamon.isolation.evaluations import full_precision
+from dynamon.kernels.arguments import check_count
 
 
 @dataclass(frozen=True)
 class TraceEstimate:
-    """An estimate of a trace.
+    """An estimated trace with its standard error.
 
     Attributes:
         value: The estimate, unbiased.
         standard_error: Its standard error, from the spread over the vectors; NaN with one vector.
-        matvecs: Products spent.
+        matvecs: Number of matvecs taken.
     """
 
     value: float
@@ -29,23 +30,32 @@ class TraceEstimate:
 @checked_once()
 @full_precision()
 def trace(operator: Any, *, num_vectors: int = 16, seed: int = 0) -> TraceEstimate:
-    r"""The trace of a symmetric operator by Hutchinson's estimator.
+    r"""Estimate the trace of a symmetric operator by Hutchinson's method.
 
-    :math:`\mathrm{tr} A = E[z^\top A z]` with z of independent signs; the variance of one sample is twice the sum of
-    the squared off-diagonal entries.
+    :math:`\mathrm{tr} A = E[z^\top A z]` for vectors z of independent random signs; the variance for one vector is
+    twice the sum of the squared off-diagonal entries.
 
     Args:
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
-        num_vectors: Sign vectors.
-        seed: Seeds them with a generator of its own.
+        num_vectors: Number of sign vectors.
+        seed: Their seed; global random state is not touched.
+
+    Returns:
+        :class:`TraceEstimate`.
 
     Raises:
-        ValueError: If ``num_vectors`` is below one.
+        TypeError: If ``num_vectors`` is not an int.
+        ValueError: If it is below one.
 
-    Cost: ``num_vectors`` products, one host read, memory of two vectors. Reference: Hutchinson, 1990.
+    Cost: ``num_vectors`` matvecs, one host read, memory of two vectors. Reference: Hutchinson, 1990.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal, trace
+        >>> trace(Diagonal(torch.tensor([1.0, 2.0, 3.0])), num_vectors=4)
+        TraceEstimate(value=6.0, standard_error=0.0, matvecs=4)
     """
-    if num_vectors < 1:
-        raise ValueError(f"num_vectors must be at least 1, got {num_vectors}.")
+    check_count("num_vectors", num_vectors)
     device = getattr(operator, "device", torch.device("cpu"))
     dtype = getattr(operator, "dtype", torch.float32)
     space = space_of(operator)

@@ -1,4 +1,4 @@
-"""Following the top eigenpairs of an operator that changes slowly."""
+"""Track the top eigenpairs of an operator that changes slowly."""
 
 from typing import Any
 
@@ -7,28 +7,39 @@ from torch import Tensor
 from dynamon.curvature.operators.vector_space import space_of
 from dynamon.curvature.solvers.eigenpairs import Eigenpairs
 from dynamon.curvature.solvers.top import top_eigenvalues
+from dynamon.kernels.arguments import check_count
 
 _COLD_EVERY = 10  # a cold run now and then finds what tracking could have lost
 _COLD_AT = 5  # ... away from the first one, which is cold anyway
 
 
 class EigenTracker:
-    """Warm-started :func:`top_eigenvalues`, measurement after measurement.
+    """Repeated :func:`top_eigenvalues`, each warm-started from the one before.
 
-    Owns the vectors of the last measurement and decides when to start from nothing: the first time, whenever the
-    operator's size changed, and every tenth time, when the run can also bring the 99 % upper bound.
+    It holds the vectors of the last measurement. Measurements start cold the first time, after the operator's size has
+    changed, and every tenth time, when the run can also give the 99 % upper bound.
 
     Args:
-        k: How many eigenvalues to follow.
-        certify: Take the cold runs after the first with an upper bound.
-        tol: As in :func:`top_eigenvalues`, like the two that follow.
-        max_matvecs: Upper limit on products.
+        k: Number of eigenvalues to track.
+        certify: Give the cold runs after the first an upper bound.
+        tol: Relative tolerance, as in :func:`top_eigenvalues`.
+        max_matvecs: Upper limit on matvecs per measurement.
         seed: Seed of the start vectors; each measurement has its own.
 
     Attributes:
-        k: Number of eigenvalues that are followed.
-        taken: Measurements so far.
-        vectors: What the next warm start begins from, or None.
+        k: Number of eigenvalues that are tracked.
+        taken: Number of measurements so far.
+        vectors: Start vectors of the next warm start, or None.
+
+    Examples:
+        >>> import torch
+        >>> from dynamon.curvature import Diagonal, EigenTracker
+        >>> tracker = EigenTracker()
+        >>> sizes = [tracker.update(Diagonal(torch.linspace(0, top, 200))).matvecs for top in (1.0, 1.01, 1.02)]
+        >>> sizes[0] > sizes[1] >= sizes[2]
+        True
+        >>> tracker
+        EigenTracker(k=1, 3 measurements, the next one warm)
     """
 
     def __init__(
@@ -40,35 +51,40 @@ class EigenTracker:
         max_matvecs: int = 40,
         seed: int = 0,
     ) -> None:
-        """Nothing followed yet."""
-        if type(k) is not int or k < 1:
-            raise ValueError(f"k must be a whole number, 1 or more, got {k!r}.")
-        if not 0 < tol < 1 or type(max_matvecs) is not int or max_matvecs < max(2, k):
-            raise ValueError(
-                f"tol must lie between 0 and 1 and max_matvecs be at least {max(2, k)}, got {tol} and {max_matvecs}."
-            )
+        """Start without vectors."""
+        check_count("k", k)
+        check_count("max_matvecs", max_matvecs, least=max(2, k))
+        if not 0 < tol < 1:
+            raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
         self.k, self._certify = k, certify
         self._tol, self._max_matvecs, self._seed = tol, max_matvecs, seed
         self.taken = 0
         self.vectors: Tensor | None = None
 
     def __repr__(self) -> str:
-        """How many eigenvalues it follows, and how long it has."""
+        """Return k, the number of measurements, and whether the next one is cold."""
         taken = f"{self.taken} measurement{'' if self.taken == 1 else 's'}"
         return f"EigenTracker(k={self.k}, {taken}, the next one {'cold' if self.next_is_cold else 'warm'})"
 
     @property
     def next_is_cold(self) -> bool:
-        """Whether the coming measurement starts from nothing."""
+        """True where the next measurement starts from noise."""
         return self.vectors is None or self.taken % _COLD_EVERY == _COLD_AT
 
     @property
     def next_is_certified(self) -> bool:
-        """Whether the coming measurement brings an upper bound."""
+        """True where the next measurement brings an upper bound."""
         return self._certify and self.taken % _COLD_EVERY == _COLD_AT
 
-    def update(self, operator: Any) -> Eigenpairs:
-        """Measure the operator as it is now."""
+    def update(self, operator: Any, most: int | None = None) -> Eigenpairs:
+        """Measure the operator at its present weights.
+
+        Args:
+            operator: As in :func:`top_eigenvalues`.
+            most: Upper limit on products of this measurement, where it is below that of all; an upper bound is then
+                left out.
+        """
+        limit = self._max_matvecs if most is None else max(min(most, self._max_matvecs), 2, self.k)
         known = None if self.next_is_cold else self.vectors
         if known is not None and known.shape[0] != space_of(operator).length:
             known = None
@@ -76,9 +92,9 @@ class EigenTracker:
             operator,
             self.k,
             tol=self._tol,
-            max_matvecs=self._max_matvecs,
+            max_matvecs=limit,
             warm_start=known,
-            certify=self.next_is_certified,
+            certify=self.next_is_certified and limit == self._max_matvecs,
             seed=self._seed + self.taken,
         )
         self.taken += 1
@@ -86,14 +102,14 @@ class EigenTracker:
         return found
 
     def state_dict(self, most: int | None = None) -> dict[str, Any]:
-        """What a resumed run needs to go on the same.
+        """Return the state that a resumed run needs to continue identically.
 
         Args:
-            most: Leave the vectors out where they hold more numbers than this; the next measurement is then cold.
+            most: Leave out vectors with more entries than this; the next measurement is then cold.
         """
         small = self.vectors is not None and (most is None or self.vectors.numel() <= most)
         return {"k": self.k, "taken": self.taken, "vectors": self.vectors if small else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where :meth:`state_dict` was called."""
+        """Continue from a :meth:`state_dict`."""
         self.k, self.taken, self.vectors = int(state["k"]), int(state["taken"]), state["vectors"]

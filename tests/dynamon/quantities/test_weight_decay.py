@@ -58,11 +58,10 @@ def test_memory_is_what_is_left_of_the_weights(as_tensor: bool) -> None:
     for step in range(12):
         for name, p in model.named_parameters():
             p.grad = None if name == "0.bias" and step % 3 == 0 else torch.zeros_like(p)
-        memory.before_step(optimizer, names)
+        memory.note(optimizer)
         optimizer.step()
         schedule.step()
-        assert memory.is_waiting
-        memory.after_steps({})
+        memory.take(optimizer, lambda: names)
         if step == 5:  # as a checkpoint does
             state, memory = memory.state_dict(), DecayRetention()
             memory.load_state_dict(state)
@@ -83,9 +82,11 @@ def test_ratios_scale_the_decay() -> None:
     for rate in (0.1, torch.tensor(0.1, dtype=torch.float64)):
         optimizer = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.5)
         memory = DecayRetention()
-        for _ in range(2):  # one step, said twice, as where a closure is evaluated twice
-            memory.before_step(optimizer, {id(layer.weight): "weight", id(layer.bias): "bias"}, key=7)
-        memory.after_steps({"weight": 0.5})
+        names = {id(layer.weight): "weight", id(layer.bias): "bias"}
+        for _ in range(2):  # one step, said twice, as where an optimizer steps another one
+            memory.note(optimizer)
+        for _ in range(2):
+            memory.take(optimizer, lambda: names, {"weight": 0.5})  # noqa: B023
         assert memory.row(["weight", "bias"]).tolist() == pytest.approx([0.975, 0.95], rel=1e-6)
 
 
@@ -105,9 +106,9 @@ def test_a_rate_on_a_device_is_never_read() -> None:
     memory = DecayRetention()
     with Waits():
         for _ in range(3):
-            memory.before_step(optimizer, {id(layer.weight): "weight", id(layer.bias): "bias"})
+            memory.note(optimizer)
             rate.mul_(0.5)  # as schedulers change tensor rates: in place
-            memory.after_steps({"weight": 0.5})
+            memory.take(optimizer, lambda: {id(layer.weight): "weight", id(layer.bias): "bias"}, {"weight": 0.5})
         row = memory.row(["weight"])
     assert row.tolist() == pytest.approx([0.975 * 0.9875 * 0.99375], rel=1e-6)
 
@@ -124,8 +125,8 @@ def test_steps_that_a_device_skips_cost_no_calls_until_somebody_asks(many: int) 
     with Launches() as launches:
         for flag in flags:
             optimizer.param_groups[0]["lr"] *= 0.99
-            memory.before_step(optimizer, names)
-            memory.after_steps({"weight": 0.5}, {optimizer: [flag]})
+            memory.note(optimizer)
+            memory.take(optimizer, lambda: names, {"weight": 0.5}, flag)
     assert launches.total <= 15 * (many // 64), launches
     rates = [0.1 * 0.99 ** (step + 1) for step in range(many)]
     taken = [rate for rate, flag in zip(rates, flags, strict=True) if not flag]
@@ -134,3 +135,38 @@ def test_steps_that_a_device_skips_cost_no_calls_until_somebody_asks(many: int) 
     resumed = DecayRetention()
     resumed.load_state_dict(memory.state_dict())
     assert torch.equal(resumed.row(["weight", "bias"]), memory.row(["weight", "bias"]))
+
+
+def test_quiet_steps_are_a_multiplication_a_group(monkeypatch) -> None:
+    """However many layers there are; what joins or loses its gradient is noticed."""
+    layers = [nn.Linear(2, 2, bias=False) for _ in range(30)]
+    names = {id(layer.weight): f"{i}" for i, layer in enumerate(layers)}
+    for layer in layers:
+        layer.weight.grad = torch.zeros(2, 2)
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers[:-1]], lr=0.1, weight_decay=0.5)
+    memory, asked = DecayRetention(), []
+
+    def known() -> dict[int, str]:
+        asked.append(0)
+        return names
+
+    def step() -> None:
+        memory.note(optimizer)
+        memory.take(optimizer, known)
+
+    step()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_multiply_each", None)
+        for _ in range(3):
+            step()
+    assert len(asked) == 1
+    optimizer.param_groups[0]["params"].append(layers[-1].weight)
+    layers[0].weight.grad = None
+    step()
+    expected = [0.95**4, *[0.95**5] * 28, 0.95]
+    assert memory.row(list(names.values())).tolist() == pytest.approx(expected, rel=1e-6)
+    optimizer.param_groups[0]["lr"] = 0.0
+    fresh = DecayRetention()
+    fresh.note(optimizer)
+    fresh.take(optimizer, known)
+    assert fresh.row(["0", "1"]).isnan().tolist() == [True, False] and fresh.state_dict()["1"] == 1.0

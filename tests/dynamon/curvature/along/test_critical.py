@@ -184,9 +184,15 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             critical_sharpness(loss, [w], update)
-    for arguments in ({"tol": 0.0}, {"tol": 1.0}, {"max_evaluations": 2}):
-        with pytest.raises(ValueError, match="tol must lie in"):
+    for arguments, message in (
+        ({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"),
+        ({"tol": 1.0}, "tol must lie between 0 and 1, got 1.0"),
+        ({"max_evaluations": 2}, "max_evaluations must be at least 3, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
             critical_sharpness(loss, [w], torch.ones(8).double(), **arguments)
+    with pytest.raises(TypeError, match=r"update must be a tensor \[8\], got list"):
+        critical_sharpness(loss, [w], [1.0] * 8)
     with pytest.raises(FloatingPointError, match="the loss at the present weights is not finite"):
         critical_sharpness(lambda: loss() * math.nan, [w], torch.ones(8).double())
 

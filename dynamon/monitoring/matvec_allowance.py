@@ -1,0 +1,76 @@
+"""How many Hessian products a measurement may take, and what they cost."""
+
+import math
+import time
+from collections import deque
+from statistics import median
+
+import torch
+
+from dynamon.kernels import widest_dtype
+from dynamon.monitoring.run_context import RunContext
+
+LEAST = 10  # products from which on a solve is worth beginning
+# What was seen on GPTs and MLPs: a product takes 1.3 to 1.6 times as long as the gradient with its graph.
+_GRAPHS_A_PRODUCT, _GRAPHS_BESIDE = 1.5, 2.0
+_RECENT = 5
+
+
+class MatvecAllowance:
+    """Counts the products of a measurement against the seconds that a budget has left for it.
+
+    What is too much for it is cut short: a solve gets fewer products, and what has to be begun anew is left out.
+    """
+
+    def __init__(self) -> None:
+        """Start without a limit, and without a price."""
+        self._took: deque[float] = deque(maxlen=_RECENT)  # seconds a product
+        self._seconds, self._begun, self._products = math.inf, 0.0, math.inf
+        self._is_shared = False
+
+    def price(self, products: float, graph_seconds: float | None) -> float | None:
+        """Return the seconds that a measurement of so many products takes; None where nothing is known.
+
+        Args:
+            products: How many.
+            graph_seconds: What a gradient on the probe with its graph takes; it tells before a product was timed.
+        """
+        if self._took:
+            return products * median(self._took)
+        if graph_seconds is None:
+            return None
+        return (_GRAPHS_A_PRODUCT * products + _GRAPHS_BESIDE) * graph_seconds
+
+    def note(self, seconds: float, products: int) -> None:
+        """Learn from a measurement."""
+        self._took.append(seconds / max(products, 1))
+
+    def open(self, run: RunContext, is_limited: bool, graph_seconds: float | None) -> None:
+        """Begin a measurement. Every process calls this; the first one's clock counts.
+
+        Args:
+            run: The run.
+            is_limited: Whether the budget decides, and not a fixed step.
+            graph_seconds: As for :meth:`price`.
+        """
+        self._seconds = self._products = math.inf
+        self._begun, self._is_shared = time.perf_counter(), run.ranks.is_distributed
+        one = self.price(1, graph_seconds)
+        if not is_limited or run.budget.fraction is None or one is None:
+            return
+        self._seconds = max(run.budget.left, 0.0)
+        self._products = max(self._seconds / max(one, 1e-9), LEAST)
+        if self._is_shared:
+            own = self._products if run.ranks.rank == 0 else 0.0
+            shared = torch.tensor(own, dtype=widest_dtype(run.device), device=run.device)
+            self._products = float(run.ranks.sum(shared))
+
+    def rest(self, taken: int) -> float:
+        """Return how many products may still be taken, after so many in this measurement.
+
+        On one process those that were taken tell what the next ones cost; several processes keep to what was agreed.
+        """
+        if self._is_shared or not taken or math.isinf(self._seconds):
+            return self._products - taken
+        elapsed = time.perf_counter() - self._begun
+        return (self._seconds - elapsed) / elapsed * taken

@@ -1,0 +1,282 @@
+"""When each group of quantities is read, so that all of them together keep to a budget."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.cadence import NEVER, Cadence
+
+GRACE = 3.0  # seconds: all first readings of a GPT of a million parameters take 1.4 s on one slow core
+FIRST_STEPS = 50  # within which everything is read once that the grace pays for
+_UNKNOWN = 500  # steps that a run of unknown length is taken to go on for at least
+_LONGEST = 10_000  # most steps between two reviews
+_FIRST_SHARE = 0.5  # of the money, for a first reading that the grace does not pay for
+_ROUNDING = 1e-6  # of a step
+
+
+@dataclass
+class Plan:
+    """What the planner knows of one group of quantities.
+
+    Attributes:
+        name: Its name, under which its time is booked.
+        cadence: Its timetable.
+        price: Gives the seconds that the next reading takes; None where that is not known yet.
+        is_off: Tells whether it is not read in this run.
+        rides: Whether it is taken along with the readings of another group, which it follows in the list.
+    """
+
+    name: str
+    cadence: Cadence
+    price: Callable[[], float | None]
+    is_off: Callable[[], bool] = lambda: False
+    rides: bool = False
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Readings that are wanted over a stretch of the run.
+
+    Attributes:
+        price: Seconds a reading.
+        shortest: Fewest steps between two readings.
+        window: Steps from the last reading to the end of the stretch.
+        is_first: Whether there was none yet: then one is wanted before others are repeated.
+    """
+
+    price: float
+    shortest: float
+    window: float
+    is_first: bool = False
+
+
+def spread(money: float, demands: Sequence[Demand], is_end: bool) -> list[float]:
+    r"""Find the intervals at which readings use up some seconds.
+
+    Of all intervals :math:`d_i \ge m_i` with :math:`\sum_i c_i w_i / d_i` equal to the money, those with the smallest
+    :math:`\sum_i d_i / m_i` are taken, :math:`d_i = \max(m_i, \lambda \sqrt{c_i m_i})`: a reading that costs four times
+    as much comes half as often. (:math:`c`: price, :math:`m`: shortest interval, :math:`w`: window.)
+
+    Args:
+        money: Seconds that readings may take.
+        demands: What is wanted.
+        is_end: Whether the run ends with the windows. Intervals are then whole parts of their window, and what cannot
+            be read within it leaves its money to the others.
+
+    Returns:
+        Steps between two readings of each, infinite for those that are not read.
+    """
+    found = [NEVER] * len(demands)
+    rest, left = list(range(len(demands))), money
+    for i in sorted(rest, key=lambda i: demands[i].price):
+        demand = demands[i]
+        if not demand.is_first or demand.price > left:
+            continue
+        # Without this what is expensive would wait for its share for longer than the run lasts.
+        latest = demand.window * demand.price / (left * _FIRST_SHARE)
+        latest = min(latest, demand.window)
+        if _stretched(left, [demands[j] for j in rest])[rest.index(i)] > latest:
+            found[i] = max(latest, demand.shortest)
+            left -= demand.price * demand.window / found[i]
+            rest.remove(i)
+    while rest and left > 0:
+        intervals = _stretched(left, [demands[i] for i in rest])
+        worst = max(range(len(rest)), key=lambda k: intervals[k] / demands[rest[k]].window)
+        if is_end and intervals[worst] > demands[rest[worst]].window + _ROUNDING:
+            rest.pop(worst)
+            continue
+        for k, i in enumerate(rest):
+            found[i] = _whole_part(intervals[k], demands[i]) if is_end else intervals[k]
+        break
+    return found
+
+
+def _stretched(money: float, demands: Sequence[Demand]) -> list[float]:
+    """Stretch the shortest intervals until the readings of all windows take so much."""
+    bound: set[int] = set()  # those that are read as often as they may be
+    while True:
+        free = [i for i in range(len(demands)) if i not in bound]
+        left = money - sum(d.price * d.window / d.shortest for i, d in enumerate(demands) if i in bound)
+        wanted = sum(math.sqrt(demands[i].price / demands[i].shortest) * demands[i].window for i in free)
+        stretch = wanted / left if left > 0 else NEVER
+        found = [
+            d.shortest if i in bound else max(stretch * math.sqrt(d.price * d.shortest), 0.0)
+            for i, d in enumerate(demands)
+        ]
+        short = {i for i in free if found[i] < demands[i].shortest}
+        if not short:
+            return found
+        bound |= short
+
+
+def _whole_part(interval: float, demand: Demand) -> float:
+    """The interval at which the last reading is at the end of the window."""
+    if interval <= demand.shortest:
+        return demand.shortest
+    return demand.window / max(math.floor(demand.window / interval + _ROUNDING), 1)
+
+
+def _step(moment: float) -> float:
+    """The first step at a moment or after it."""
+    return math.ceil(moment - _ROUNDING) if math.isfinite(moment) else NEVER
+
+
+class Planner:
+    """Decides at which steps what is read, from what readings cost and what the budget has left.
+
+    At each review every group gets the step of its next reading. A first reading comes at once where the budget, the
+    grace included, pays for it. All others are spread over the rest of the run, or, where its length is not known, over
+    as many steps again as it has taken. Between two reviews nothing has to be asked.
+
+    Args:
+        budget: What was spent, and what may be.
+
+    Attributes:
+        plans: The groups.
+        reviews_at: Step at whose end the next review is due, readings or not.
+        has_begun: Whether the first step is known.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        """Plan nothing."""
+        self.budget = budget
+        self.plans: list[Plan] = []
+        self.reviews_at: float = -math.inf
+        self.has_begun = False
+        self._begun = 0
+        self._last_step: int | None = None
+        self._start_up = 0.0  # seconds that were no readings, before the first step
+
+    def add(self, plan: Plan) -> None:
+        """Take in one more group."""
+        self.plans.append(plan)
+
+    def begin(self, step: int, total: float | None, is_tryout: bool = False) -> None:
+        """Start a fit, or go back to a step of it.
+
+        Args:
+            step: The step that comes.
+            total: Steps of the run; None, -1 or infinite where that is not known.
+            is_tryout: Whether everything is read at every step.
+        """
+        self.has_begun = True
+        known = total is not None and math.isfinite(total) and total > step
+        self._begun, self._last_step = step, int(total) - 1 if known and total is not None else None
+        self._start_up = self._other
+        for plan in self.plans:
+            plan.cadence.is_tryout = is_tryout
+            plan.cadence.begin(step)
+        self.reviews_at = step
+
+    @property
+    def wakes_at(self) -> float:
+        """First step at which anything has to be done; nothing is measured before it."""
+        own = [plan.cadence.wakes_at for plan in self.plans if not plan.rides]
+        return min([*own, self.reviews_at])
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to plan anew at the end of a step: something was read, or time has passed."""
+        return step >= self.reviews_at or any(plan.cadence.is_open for plan in self.plans if plan.cadence.is_planned)
+
+    def review(self, step: int, steps_taken: int) -> list[float]:
+        """Plan anew after a step.
+
+        Args:
+            step: The step that is over.
+            steps_taken: Steps of this fit so far, of which the budget has the time.
+
+        Returns:
+            The step of the next reading of each group, then that of the next review; for :meth:`take`.
+        """
+        budgeted = [
+            plan for plan in self.plans if plan.cadence.is_planned and not plan.is_off() and self._can_ride(plan)
+        ]
+        is_free = self.budget.fraction is None
+        prices = {plan.name: 0.0 if is_free else plan.price() for plan in budgeted}
+        known = [plan for plan in budgeted if prices[plan.name] is not None]
+        planned = self._planned(step, steps_taken, known, {p.name: float(prices[p.name] or 0.0) for p in known})
+        nexts = [planned.get(plan.name, NEVER if plan.cadence.is_planned else plan.cadence.next) for plan in self.plans]
+        wait = max(1, min(step + 1 - self._begun, _LONGEST))
+        return [*nexts, step + wait]
+
+    def _can_ride(self, plan: Plan) -> bool:
+        """Return whether a group that rides along has something to ride with."""
+        if not plan.rides:
+            return True
+        hosts = [other for other in self.plans[: self.plans.index(plan)] if not other.rides]
+        return not hosts or hosts[-1].cadence.last > -math.inf or hosts[-1].cadence.next < NEVER
+
+    def take(self, planned: Sequence[float]) -> None:
+        """Take over what a review has found, here or on another process."""
+        for plan, step in zip(self.plans, planned, strict=False):
+            if plan.cadence.is_planned:
+                plan.cadence.next, plan.cadence.is_open = step, False
+        self.reviews_at = planned[-1]
+
+    def _planned(
+        self, step: int, steps_taken: int, plans: Sequence[Plan], prices: dict[str, float]
+    ) -> dict[str, float]:
+        """The step of the next reading of each group by name."""
+        possible = {plan.name: plan.cadence.possible_after(step) for plan in plans}
+        # What was kept of this step for a reading at the next is not given up.
+        kept = {p.name: p.cadence.next for p in plans if p.cadence.wakes_at <= step < p.cadence.next}
+        if self.budget.fraction is None:
+            return {p.name: max(p.cadence.last + p.cadence.interval, possible[p.name]) for p in plans} | kept
+        income, planned = self._income(step, steps_taken), dict(kept)
+        left = self.budget.left - sum(prices[name] for name in planned)
+        for plan in sorted(plans, key=lambda p: prices[p.name]):
+            if plan.cadence.last == -math.inf and plan.name not in planned and prices[plan.name] <= left:
+                planned[plan.name], left = possible[plan.name], left - prices[plan.name]
+        others = [plan for plan in plans if plan.name not in planned]
+        rest = self._rest(step)
+        demands = [self._demand(plan, prices[plan.name], step, rest) for plan in others]
+        intervals = spread(left + income * rest, demands, self._last_step is not None)
+        for plan, interval in zip(others, intervals, strict=True):
+            planned[plan.name] = max(_step(self._since(plan) + interval), possible[plan.name])
+        return self._earned(step, income, planned, prices) | kept
+
+    def _demand(self, plan: Plan, price: float, step: int, rest: float) -> Demand:
+        window = rest + step - self._since(plan)
+        return Demand(max(price, 1e-9), plan.cadence.interval, max(window, 1.0), plan.cadence.last == -math.inf)
+
+    def _since(self, plan: Plan) -> float:
+        """The step from which a group waits for its next reading."""
+        return max(plan.cadence.last, self._begun)
+
+    def _rest(self, step: int) -> float:
+        """Steps that the run goes on for, as far as that is known."""
+        if self._last_step is not None and self._last_step > step:
+            return self._last_step - step
+        return max(step + 1 - self._begun, _UNKNOWN)
+
+    @property
+    def _other(self) -> float:
+        """Seconds spent on other work than readings."""
+        return self.budget.spent - sum(self.budget.spent_on.get(plan.name, 0.0) for plan in self.plans)
+
+    def _income(self, step: int, steps_taken: int) -> float:
+        """Seconds for readings that a step brings; what other work takes at each is taken off."""
+        assert self.budget.fraction is not None
+        other = (self._other - self._start_up) / (step + 1 - self._begun)
+        return self.budget.fraction * self.budget.training / max(steps_taken, 1) - max(other, 0.0)
+
+    def _earned(
+        self, step: int, income: float, planned: dict[str, float], prices: dict[str, float]
+    ) -> dict[str, float]:
+        """Put readings off until the budget has what they and all those before them cost."""
+        needed, found = 0.0, {}
+        for name in sorted(planned, key=lambda name: planned[name]):
+            needed += prices[name]
+            lacks = needed - self.budget.left
+            wait = 0.0 if lacks <= 0 else lacks / income if income > 0 else NEVER
+            found[name] = max(planned[name], _step(step + wait))
+            if found[name] == NEVER:
+                needed -= prices[name]
+        return found
+
+    def late(self) -> list[tuple[Plan, float, float]]:
+        """Groups without a reading so far, with the price of one and the step at which it is planned."""
+        unread = [p for p in self.plans if p.cadence.is_planned and p.cadence.last == -math.inf and not p.is_off()]
+        waiting = [plan for plan in unread if self._can_ride(plan)]
+        return [(plan, plan.price() or 0.0, plan.cadence.next) for plan in waiting]

@@ -1,0 +1,32 @@
+"""Checks of arguments: TypeError for a wrong type, ValueError for a wrong value, both naming the argument."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Any, form: str = "") -> None:
+    """Raise TypeError unless ``value`` is a tensor.
+
+    Args:
+        name: Name of the argument.
+        value: What was passed.
+        form: Expected shape, for the message.
+    """
+    if not isinstance(value, Tensor):
+        expected = f"a tensor {form}".rstrip()
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}; torch.as_tensor() converts arrays.")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise TypeError unless ``value`` is an int, ValueError where it is below ``least``.
+
+    Args:
+        name: Name of the argument.
+        value: What was passed.
+        least: Smallest value allowed.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")

@@ -1,0 +1,408 @@
+"""When readings are taken: on a clock of our own, with readings of given cost."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.planner import FIRST_STEPS, Demand, Plan, Planner, spread
+
+Cost = float | Callable[[int], float]
+
+
+@dataclass
+class Group:
+    """Readings of one kind: fewest steps between two, steps that prepare one, seconds of one, what it is guessed at."""
+
+    interval: int
+    lead: int
+    cost: Cost
+    guess: float | None = None
+
+    def seconds(self, step: int) -> float:
+        return self.cost(step) if callable(self.cost) else self.cost
+
+
+@dataclass
+class Result:
+    budget: Budget
+    allowed: float
+    planner: Planner
+    read: dict[str, list[int]]
+    most_over: float = -math.inf  # seconds by which the budget was exceeded at the worst step
+    awake: int = 0
+    prepared: dict[str, list[int]] = field(default_factory=dict)
+    told: dict[int, list[str]] = field(default_factory=dict)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("dynamon.monitoring.budget.time.perf_counter", lambda: clock.now)
+    return clock
+
+
+def train(
+    clock: SimpleNamespace,
+    groups: dict[str, Group],
+    steps: int,
+    step_seconds: float,
+    *,
+    fraction: float | None = 0.02,
+    grace: float = 3.0,
+    known: bool = True,
+    start_up: float = 0.0,
+    hooks: float = 0.0,
+    begin: int = 0,
+    rides: tuple[str, ...] = (),
+) -> Result:
+    """A run in which every reading takes what its group says; the planner learns a price when it is paid."""
+    budget = Budget(fraction, grace)
+    planner, prices = Planner(budget), {name: group.guess for name, group in groups.items()}
+    for name, group in groups.items():
+        cadence = Cadence(None, group.interval)
+        cadence.lead = group.lead
+        first = group.seconds(0) if group.guess is None else group.guess
+        planner.add(Plan(name, cadence, lambda name=name, first=first: prices[name] or first, rides=name in rides))
+    with budget.watch():
+        clock.now += start_up
+    planner.begin(begin, steps if known else None)
+    result = Result(budget, 0.0, planner, {name: [] for name in groups}, prepared={name: [] for name in groups})
+    for step in range(begin, steps):
+        budget.start()
+        clock.now += step_seconds
+        if step < planner.wakes_at:
+            continue
+        result.awake += 1
+        with budget.watch():
+            clock.now += hooks
+            is_read = False
+            for plan in planner.plans:
+                if plan.cadence.is_due_after(step):
+                    result.prepared[plan.name].append(step)
+                if plan.rides and not is_read:
+                    continue
+                is_read = plan.cadence.is_due(step)
+                if is_read:
+                    prices[plan.name] = groups[plan.name].seconds(step)
+                    with budget.charge(plan.name):
+                        clock.now += prices[plan.name]
+                    plan.cadence.read(step)
+                    result.read[plan.name].append(step)
+                plan.cadence.passed(step)
+            planner.take(planner.review(step, step + 1 - begin))
+        if fraction is not None:
+            result.most_over = max(result.most_over, budget.spent - fraction * budget.training - grace)
+    result.allowed = math.inf if fraction is None else fraction * budget.training + grace
+    return result
+
+
+def economy(gradient: Cost, weight: Cost, steps: Cost, sharpness: Cost) -> dict[str, Group]:
+    return {
+        "gradient": Group(4, 1, gradient),
+        "weight": Group(20, 1, weight),
+        "steps": Group(20, 0, steps),
+        "sharpness": Group(20, 0, sharpness),
+    }
+
+
+MLP, GPT = (0.001, 0.004, 0.02, 0.06), (0.005, 0.1, 0.25, 0.6)
+RUNS = [
+    (steps, seconds, costs)
+    for steps in (50, 200, 1000, 5000)
+    for seconds, costs in ((0.001, MLP), (0.005, MLP), (0.12, GPT))
+]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known length", "unknown length"])
+@pytest.mark.parametrize(("steps", "seconds", "costs"), RUNS)
+def test_every_group_is_read_soon_and_the_budget_is_kept(clock, steps, seconds, costs, known) -> None:
+    found = train(clock, economy(*costs), steps, seconds, known=known)
+    assert all(read and read[0] < FIRST_STEPS for read in found.read.values())
+    assert found.most_over <= 1e-9
+    assert found.budget.overhead == pytest.approx(found.budget.spent / (steps * seconds), rel=1e-6)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known length", "unknown length"])
+@pytest.mark.parametrize(
+    ("fraction", "grace"), [(0.02, 3.0), (0.02, 0.0), (0.1, 0.0), (0.1, 5.0)], ids=lambda value: str(value)
+)
+def test_what_may_be_spent_is_spent(clock, fraction, grace, known) -> None:
+    """Where readings are wanted for more seconds than there are, a tenth at most is left over."""
+    found = train(clock, economy(0.01, 0.04, 0.2, 0.5), 5000, 0.1, fraction=fraction, grace=grace, known=known)
+    assert 0.9 * found.allowed <= found.budget.spent <= found.allowed * 1.0001
+
+
+def test_readings_are_spread_over_the_run(clock) -> None:
+    """Two seconds of grace that a fifth of the run could use up last to its end."""
+    found = train(clock, economy(*MLP), 5000, 0.002)
+    for read in found.read.values():
+        fifths = np.bincount(np.array(read) // 1000, minlength=5)
+        assert fifths.max() <= 1.35 * fifths.min() + 1, fifths
+    intervals = {name: np.diff(read).mean() for name, read in found.read.items()}
+    # As the square root of price times shortest interval.
+    assert intervals["sharpness"] / intervals["steps"] == pytest.approx(math.sqrt(3), rel=0.15)
+    assert intervals["steps"] / intervals["gradient"] == pytest.approx(10, rel=0.15)
+
+
+def test_without_knowing_the_length_the_grace_is_not_used_up_at_once(clock) -> None:
+    found = train(clock, economy(*MLP), 5000, 0.002, known=False)
+    assert min(np.bincount(np.array(found.read["gradient"]) // 1000, minlength=5)) >= 5
+    assert all(read[-1] >= 2500 for read in found.read.values())
+
+
+@pytest.mark.parametrize(("total", "is_known"), [(None, False), (-1, False), (math.inf, False), (300, True)])
+def test_lengths_that_say_nothing(clock, total, is_known) -> None:
+    budget = Budget(0.02, 3.0)
+    planner = Planner(budget)
+    planner.add(Plan("it", Cadence(None, 1), lambda: 0.1))
+    planner.begin(0, total)
+    budget.start()
+    clock.now += 1.0
+    planner.plans[0].cadence.read(0)
+    planner.take(planner.review(0, 1))
+    # 300 steps with 3 + 6 s, of which the readings take 0.1: 90 of them. Or 500 steps with 3 + 10 s.
+    assert planner.plans[0].cadence.next == pytest.approx(300 / 90 if is_known else 500 / 130, abs=1)
+
+
+def test_a_reading_that_the_grace_does_not_pay_for_is_earned(clock) -> None:
+    """5 s of grace and income of 6 ms a step: the others go on, and the expensive one comes in the first half."""
+    found = train(clock, economy(0.02, 0.3, 1.0, 5.0), 2000, 0.3)
+    assert found.read["sharpness"] and FIRST_STEPS < found.read["sharpness"][0] < 1000
+    assert all(len(found.read[name]) >= 4 for name in ("gradient", "weight", "steps"))
+    assert found.most_over <= 1e-9
+
+
+def test_a_reading_that_the_run_does_not_pay_for_holds_nobody_up(clock) -> None:
+    """9 s, and 7 in all: it is not read, and its price is told; the others use what there is."""
+    found = train(clock, economy(0.01, 0.04, 0.2, 9.0), 2000, 0.1)
+    assert not found.read["sharpness"]
+    ((plan, price, step),) = found.planner.late()
+    assert plan.name == "sharpness" and price == 9.0 and step == math.inf
+    assert found.budget.spent >= 0.9 * found.allowed
+
+
+def test_first_readings_that_do_not_fit_together_come_one_by_one(clock) -> None:
+    """Each of 1.8, 1 and 1 s fits into the grace of 3 s; the cheaper ones are first, the other is earned."""
+    found = train(clock, economy(0.02, 1.8, 1.0, 1.0), 3000, 0.1)
+    assert found.read["steps"][0] < FIRST_STEPS and found.read["sharpness"][0] < FIRST_STEPS
+    assert FIRST_STEPS < found.read["weight"][0] < 1500 and found.most_over <= 1e-9
+
+
+@pytest.mark.parametrize("grace", [0.0, 3.0])
+def test_a_large_network_and_few_steps(clock, grace) -> None:
+    """320 steps of 85 ms, and weights that take 1.8 s a reading: 2 % are 0.54 s."""
+    found = train(clock, economy(0.02, 1.8, 0.15, 0.5), 320, 0.085, grace=grace)
+    assert found.budget.spent <= 1.0001 * (0.02 * 320 * 0.085 + grace)
+    assert len(found.read["weight"]) == (grace > 0)
+
+
+def test_what_turns_out_more_expensive_is_made_up_for(clock) -> None:
+    """Guessed at 10 ms, and it takes 1.8 s: nothing more is read until that is paid."""
+    groups = {"it": Group(20, 0, 1.8, guess=0.01)}
+    found = train(clock, groups, 3000, 0.1, grace=1.0)
+    first, second = found.read["it"][:2]
+    assert first < FIRST_STEPS and second >= (2 * 1.8 - 1.0) / 0.002 - 20
+    assert found.budget.spent <= found.allowed
+
+
+@pytest.mark.parametrize(("weight", "is_read"), [(0.1, True), (9.0, False)])
+def test_what_rides_along_waits_for_what_it_rides_with(clock, weight, is_read) -> None:
+    """Full spectra come with a reading of the weights; where there is none, nobody saves for them."""
+    groups = {"weight": Group(20, 1, weight), "full": Group(200, 0, 1.0), "gradient": Group(4, 1, 0.02)}
+    found = train(clock, groups, 1000, 0.1, rides=("full",))
+    assert bool(found.read["full"]) == is_read and set(found.read["full"]) <= set(found.read["weight"])
+    assert found.budget.spent >= 0.9 * found.allowed
+
+
+def test_intervals_follow_the_price(clock) -> None:
+    """0.2 s at 2 % of steps of 0.1 s: every 100 steps; then five times as much; then hardly anything."""
+    cost = lambda step: 0.2 if step < 2000 else 1.0 if step < 6000 else 0.02  # noqa: E731
+    found = train(clock, {"it": Group(20, 0, cost)}, 10_000, 0.1, grace=0.0)
+    stretches = [[s for s in found.read["it"] if a <= s < b] for a, b in ((0, 2000), (2000, 6000), (6500, 10_000))]
+    intervals = [np.diff(steps).mean() for steps in stretches]
+    assert intervals[0] == pytest.approx(100, rel=0.1) and intervals[1] == pytest.approx(500, rel=0.35)
+    assert intervals[2] == pytest.approx(20, rel=0.1)
+    assert found.most_over <= 0.8 + 1e-9  # of the one reading that was dearer than the one before
+
+
+def test_start_up_is_paid_off(clock) -> None:
+    """Half a second before the first batch is the budget of 250 steps; without a grace nothing is read before."""
+    found = train(clock, {"it": Group(20, 0, 0.05)}, 1000, 0.1, grace=0.0, start_up=0.5)
+    assert 250 <= found.read["it"][0] <= 300 and found.budget.spent <= found.allowed
+
+
+def test_work_beside_the_readings_counts(clock) -> None:
+    """Hooks that take 1 % of the steps leave half of 2 %; those that take 3 % leave nothing."""
+    groups = {"it": Group(1, 0, 0.1), "often": Group(1, 0, 1e-9)}  # the second one keeps every step awake
+    plain, half, none = (train(clock, groups, 4000, 0.1, grace=0.0, hooks=share * 0.1) for share in (0.0, 0.01, 0.03))
+    assert len(half.read["it"]) == pytest.approx(len(plain.read["it"]) / 2, rel=0.1)
+    assert not none.read["it"] or none.budget.spent <= 0.03 * 400 + 0.1
+
+
+@pytest.mark.parametrize("fraction", [0.02, None])
+def test_what_compares_two_steps_is_always_prepared(clock, fraction) -> None:
+    """Whatever other readings come in between, and however often all is planned anew."""
+    found = train(clock, economy(0.003, 0.01, 0.05, 0.2), 3000, 0.05, fraction=fraction)
+    for name in ("gradient", "weight"):
+        assert len(found.read[name]) > 5
+        assert {step - 1 for step in found.read[name]} <= set(found.prepared[name])
+        assert len(found.prepared[name]) == len(found.read[name])
+
+
+def test_readings_of_every_step_are_what_the_next_one_is_compared_with(clock) -> None:
+    found = train(clock, {"gradient": Group(1, 1, 0.001)}, 100, 0.1, fraction=1.0)
+    assert found.read["gradient"] == list(range(2, 100)) and found.prepared["gradient"] == list(range(1, 100))
+
+
+def test_without_a_limit_everything_comes_as_often_as_it_may(clock) -> None:
+    found = train(clock, economy(0.5, 0.5, 0.5, 0.5), 200, 0.01, fraction=None)
+    assert set(np.diff(found.read["gradient"])) == {4}
+    assert {step for name in ("weight", "steps", "sharpness") for step in np.diff(found.read[name])} == {20}
+
+
+def test_most_steps_are_asleep(clock) -> None:
+    found = train(clock, economy(*GPT), 5000, 0.12)
+    readings = sum(len(read) for read in found.read.values())
+    assert found.awake <= 2 * readings + math.log2(5000) + 2
+
+
+def test_several_processes_follow_the_first(clock) -> None:
+    """Another clock and other costs; the numbers of the first process give the same timetable."""
+    first, other = Planner(Budget(0.02, 3.0)), Planner(Budget(0.02, 3.0))
+    for planner, cost in ((first, 0.1), (other, 7.0)):
+        for name, lead in (("one", 0), ("two", 1)):
+            cadence = Cadence(None, 4)
+            cadence.lead = lead
+            planner.add(Plan(name, cadence, lambda cost=cost: cost))
+        planner.begin(0, 1000)
+    taken: list[list[tuple[str, int]]] = [[], []]
+    for step in range(1000):
+        first.budget.start()
+        clock.now += 0.01
+        assert first.wakes_at == other.wakes_at
+        if step < first.wakes_at:
+            continue
+        for planner, read in zip((first, other), taken, strict=True):
+            for plan in planner.plans:
+                if plan.cadence.is_due(step):
+                    plan.cadence.read(step)
+                    read.append((plan.name, step))
+                plan.cadence.passed(step)
+        first.budget.book("one", 0.1 * (taken[0][-1:] == [("one", step)]))
+        planned = first.review(step, step + 1)
+        first.take(planned)
+        other.take([float(value) for value in planned])
+    assert taken[0] == taken[1] and len(taken[0]) > 10
+
+
+DEMANDS = [
+    [Demand(1.0, 20, 5000), Demand(0.1, 4, 5000), Demand(0.3, 20, 4000)],
+    [Demand(1.0, 20, 500), Demand(1e-4, 4, 500), Demand(0.01, 20, 500)],
+    [Demand(0.2, 100, 1000), Demand(0.2, 1, 1000)],
+]
+
+
+@pytest.mark.parametrize("demands", DEMANDS)
+@pytest.mark.parametrize("money", [0.5, 3.0, 30.0])
+def test_intervals_are_the_best_ones(demands, money) -> None:
+    """Against a general optimiser: the least sum of relative intervals for the money."""
+    found = np.array(spread(money, demands, is_end=False))
+    shortest = np.array([d.shortest for d in demands])
+    full = np.array([d.price * d.window for d in demands])
+    if (full / shortest).sum() <= money:
+        np.testing.assert_allclose(found, shortest)
+        return
+    assert (full / found).sum() == pytest.approx(money)
+    best = minimize(
+        lambda rates: (1 / (rates * shortest)).sum(),
+        1 / (2 * found),
+        jac=lambda rates: -1 / (rates**2 * shortest),
+        bounds=[(1e-9, 1 / m) for m in shortest],
+        constraints={"type": "ineq", "fun": lambda rates: money - (full * rates).sum(), "jac": lambda _: -full},
+        method="SLSQP",
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    assert (found / shortest).sum() <= best.fun * 1.001
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_fixed_steps_are_every_multiple_or_the_next_step_that_was_taken(every) -> None:
+    rng = np.random.default_rng(every)
+    for begin in (0, 4, 10):
+        cadence = Cadence(every, interval=7)
+        cadence.begin(begin)
+        passed = begin - 1
+        for step in range(begin, 200):
+            assert cadence.is_due(step) == (step // every > passed // every)
+            assert cadence.is_due_after(step) == ((step + 1) // every > step // every)
+            assert cadence.wakes_at <= step or not cadence.is_due(step)
+            if rng.random() < 0.7:
+                cadence.passed(step)
+                passed = step
+            else:
+                cadence.put_off(step)
+
+
+def test_going_back_reads_again_what_is_undone() -> None:
+    cadence = Cadence(10, 1)
+    cadence.begin(0)
+    for step in range(25):
+        if cadence.is_due(step):
+            cadence.read(step)
+        cadence.passed(step)
+    cadence.begin(15)
+    assert cadence.next == 20 and cadence.last == -math.inf
+
+
+def test_a_paused_group_is_left_alone(clock) -> None:
+    planner = Planner(Budget(None))
+    planned, fixed = Cadence(None, 4), Cadence(4, 4)
+    for name, cadence in (("planned", planned), ("fixed", fixed)):
+        planner.add(Plan(name, cadence, lambda: 0.0))
+    planner.begin(0, 1000)
+    for cadence in (planned, fixed):
+        cadence.rest(50)
+        cadence.passed(0)
+    planner.take(planner.review(0, 1))
+    assert planned.next >= 50 and fixed.next == 52
+
+
+def test_a_step_that_was_not_taken_is_tried_anew(clock) -> None:
+    """With what a comparison needs kept at the step before."""
+    cadence = Cadence(None, 20)
+    cadence.lead, cadence.next = 1, 7
+    cadence.put_off(7)
+    assert cadence.next == 9 and cadence.is_due_after(8) and not cadence.is_due(8)
+
+
+def test_a_price_that_is_not_known_yet_is_asked_for_again(clock) -> None:
+    prices: list[float | None] = [None]
+    planner = Planner(Budget(0.02, 3.0))
+    planner.add(Plan("it", Cadence(None, 4), lambda: prices[0]))
+    planner.begin(0, 100)
+    planner.budget.start()
+    clock.now += 0.1
+    planner.take(planner.review(0, 1))
+    assert planner.plans[0].cadence.next == math.inf and planner.wakes_at == 1
+    prices[0] = 0.5
+    planner.take(planner.review(1, 2))
+    assert planner.plans[0].cadence.next == 2
+
+
+def test_the_grace_that_was_used_is_not_given_again(clock) -> None:
+    """1 s of 3 s, and a second fit with 2 s."""
+    budget = Budget(0.02, 3.0)
+    budget.start()
+    clock.now += 10.0
+    budget.book("it", 1.2)  # and 10 - 1.2 s of training
+    assert budget.grace_left == pytest.approx(3.0 + 0.02 * 8.8 - 1.2)
+    assert Budget(0.02, budget.grace_left).left == pytest.approx(budget.left)
+    budget.book("it", 9.0)
+    assert budget.grace_left == 0.0
