@@ -48,6 +48,13 @@ pygments_style = "friendly"
 pygments_dark_style = "native"
 
 
+def keep_colons(app, what, name, obj, options, lines):
+    """Keep napoleon from reading the words before a colon in a property's docstring as the name of its type."""
+    if what == "property":
+        lines[:0] = ["..", ""]  # an empty comment
+
+
 def setup(app):
     mathml.setup(app)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon
     app.connect("builder-inited", lambda app: generated.write(Path(app.srcdir)))

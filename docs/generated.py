@@ -134,6 +134,23 @@ def cost_table() -> str:
     return f"{table(head, rows)}\nA training step took {step} ms. {provenance(found['environment'])}"
 
 
+def readings_table() -> str:
+    """What short and long runs show under the default budget."""
+    found = _result("readings")
+    quantities = list(next(iter(next(iter(found["results"].values()))["runs"].values()))["readings"])
+    rows = [
+        (
+            f"{name}, {steps} steps of {run['ms a step without the monitor']:.3g} ms",
+            *(sum(run["readings"][quantity]["by part"]) for quantity in quantities),
+            max((one["first"] for one in run["readings"].values() if one["first"] is not None), default=""),
+            f"{run['seconds spent']:.2f} of {run['seconds allowed']:.2f}",
+        )
+        for name, case in found["results"].items()
+        for steps, run in case["runs"].items()
+    ]
+    return f"{table(('run', *quantities, 'all by step', 'seconds'), rows)}\n{provenance(found['environment'])}"
+
+
 def sharpness_table() -> str:
     """The top Hessian eigenvalue by several packages: time, products, error."""
     found = _result("sharpness")
@@ -341,6 +358,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "keys": key_tables,
     "presets": preset_table,
     "cost": cost_table,
+    "readings": readings_table,
     "sharpness": sharpness_table,
     "spectra": spectra_table,
     "tracking": tracking_table,

@@ -17,6 +17,7 @@ TO_BE_CUT = {
     "dynamon/monitoring/gradient_meter.py",
     "dynamon/monitoring/monitor.py",
     "dynamon/monitoring/probe.py",
+    "dynamon/optim/layerwise.py",
     "dynamon/quantities/gradient_reader.py",
 }
 

@@ -1,7 +1,8 @@
-"""Tensors that several processes hold in parts (DTensor): the part here, the whole, and the whole in one place."""
+"""Helpers for DTensors: the local shard, the full tensor on every rank, and the full tensor on one rank."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ _AT_ONCE = 2**24  # entries of tensors that a process gathers in one round, or o
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; told without importing them, which takes half a second and not every build can."""
+    """Whether it is a DTensor, without importing them: that takes half a second, and not every build has them."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -23,14 +24,40 @@ def any_sharded(tensors: Sequence[Tensor]) -> bool:
     return any(is_sharded(tensor) for tensor in tensors)
 
 
+def holders(tensors: Sequence[Tensor], ranks: Ranks | None = None) -> Ranks:
+    """Return the processes that hold shards of some tensors: this one alone where all are whole.
+
+    Args:
+        tensors: The tensors, at least one.
+        ranks: The processes of the run; all where None.
+    """
+    device = to_local(tensors[0]).device
+    if not any_sharded(tensors):
+        return Ranks(device, alone=True)
+    return Ranks(device) if ranks is None else ranks
+
+
+@contextmanager
+def holders_section(tensors: Sequence[Tensor], ranks: Ranks | None) -> Iterator[Ranks]:
+    """Measure together on the :func:`holders` of some tensors.
+
+    Args:
+        tensors: The tensors, at least one.
+        ranks: The processes of the run, who are in a section already; None for a section of the holders' own.
+    """
+    found = holders(tensors, ranks)
+    with found.collective_section() if ranks is None else nullcontext():
+        yield found
+
+
 def to_local(tensor: Tensor) -> Tensor:
-    """The part that this process holds, in the same memory and without graph; a plain tensor is its own part."""
+    """Return the shard on this process, in the same memory and without graph; a plain tensor is its own shard."""
     detached: Any = tensor.detach() if tensor.requires_grad else tensor
     return detached.to_local() if is_sharded(tensor) else detached
 
 
 def to_local_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """The part of ``tensor`` that belongs to this process where it is laid out as ``like``.
+    """Return the shard of ``tensor`` that this process would hold if it were laid out as ``like``.
 
     Args:
         tensor: A gradient, or another tensor of the shape of ``like``, laid out in any way.
@@ -47,10 +74,10 @@ def to_local_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor, on every process, from the parts that each holds of it.
+    """Gather the whole tensor on every process.
 
     Args:
-        part: What this process holds, as :func:`to_local` gives it.
+        part: The shard on this process, as :func:`to_local` returns it.
         like: The tensor that it is laid out as; for a plain tensor the part is the whole.
 
     Cost: one all-gather; every process must call it.
@@ -59,7 +86,7 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """What belongs to this process of a tensor that every process has as a whole; the inverse of :func:`gather`.
+    """Cut this process's shard out of a tensor that every process holds whole; the inverse of :func:`gather`.
 
     Args:
         tensor: The whole tensor, the same on every process.
@@ -83,30 +110,30 @@ def has_whole_rows(like: Tensor) -> bool:
 
 
 def reshard(module: nn.Module) -> None:
-    """Have the FSDP2 parts of a module show their shards again: after an evaluation the root keeps whole weights."""
+    """Free the whole weights that the root of an FSDP2 module keeps after an evaluation; it holds shards again."""
     parts: list[Any] = [part for part in module.modules() if hasattr(part, "set_reshard_after_backward")]
     for part in parts:
         part.reshard()
 
 
 class Gathering:
-    """Whole tensors, each on one process and nowhere else.
+    """Gathers whole tensors, each on one process.
 
-    A tensor that is cut along its first dimension over exactly the processes given goes to its owner alone. One laid
-    out in another way (a mesh of two dimensions, a cut along another one) is gathered on every process for the moment;
-    a plain tensor is there already.
+    A tensor that is cut along its first dimension over exactly the processes given is sent to its owner alone. One laid
+    out in another way (on a mesh of two dimensions, or cut along another dimension) is gathered on every process and
+    dropped on all but one; a plain tensor is there already.
 
     Args:
         likes: What each of the tensors is laid out as.
         owners: The rank of the process that each is for.
         ranks: The processes.
 
-    Every process makes it with the same arguments, then calls :meth:`run`. The memory that the tensors take is set
-    aside when it is made, so that a process that has none can say so before the others wait for it.
+    Every process constructs it with the same arguments, then calls :meth:`run`. The memory is allocated at
+    construction, so that a process that has none can report it before the others wait for it.
     """
 
     def __init__(self, likes: Sequence[Tensor], owners: Sequence[int], dtypes: Sequence[torch.dtype], ranks: Ranks):
-        """Set memory aside."""
+        """Allocate the memory."""
         self._likes, self._owners, self._ranks = likes, owners, ranks
         self._padded: dict[int, Tensor] = {}
         self._received: dict[int, Tensor] = {}
@@ -119,10 +146,10 @@ class Gathering:
                     self._received[i] = torch.empty(ranks.size * rows, *rest, dtype=dtype, device=device)
 
     def run(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
-        """The wholes of those that are for this process, None for the others.
+        """Return the whole tensors that are for this process, None in place of the others.
 
         Args:
-            parts: What this process holds of each, of the dtype given.
+            parts: The shard of each on this process, of the dtype given.
         """
         found: list[Tensor | None] = []
         for i, (part, like, owner) in enumerate(zip(parts, self._likes, self._owners, strict=True)):
@@ -141,10 +168,10 @@ class Gathering:
 
 
 def gather_rounds(owned: Sequence[Sequence[int]], sizes: Sequence[int]) -> Iterator[list[list[int]]]:
-    """Deal out large tensors a few at a time: what each process takes in one round, as much as fits.
+    """Split the tensors that each process gathers into rounds of limited size.
 
     Args:
-        owned: The positions of the tensors of each process, in the order in which it takes them.
+        owned: The positions of the tensors that each process takes, in order.
         sizes: The size of each tensor.
 
     Yields:
@@ -169,7 +196,7 @@ def _portions(items: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]
 def gather_for_checkpoint(
     parts: Mapping[str, Tensor], likes: Mapping[str, Tensor], everywhere: bool = True
 ) -> dict[str, Tensor]:
-    """Tensors as a state holds them: sharded ones whole, in main memory; the device holds one of them at a time.
+    """Copy tensors for a checkpoint: sharded ones are gathered in main memory, the device holds one at a time.
 
     Args:
         parts: What this process holds, by name; where one is sharded, every process must call this with the same names.

@@ -1,4 +1,4 @@
-"""Processes that measure together, and never wait for one that cannot."""
+"""Collectives of processes that measure together, in which one that fails leaves no other waiting."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -13,12 +13,13 @@ from dynamon.kernels import widest_dtype
 
 # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED and their like, beside torch's words.
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC(ATION)?_FAILED", re.IGNORECASE)
-_LETTERS = 200  # bytes of a failed process's message that the others get to see
-_NUMBERS = 8  # two counts of failures, and what is taken along with them
+_MESSAGE_BYTES = 200  # of a failed process's message that the others receive
+_FLAGS = 2  # failed, out of memory
+_BUFFER = 8  # the flags and some attached values
 
 
 class OthersFailedError(RuntimeError):
-    """A measurement ended here because it failed on another process.
+    """Raised where a measurement ends because it failed on another process.
 
     Attributes:
         out_of_memory: Whether one of the others ran out of memory.
@@ -28,11 +29,15 @@ class OthersFailedError(RuntimeError):
 
 
 class Ranks:
-    """Several processes that take the same measurements in the same order; one alone works too and reduces nothing.
+    """Processes that take the same measurements in the same order. A process alone reduces nothing.
 
-    A process that fails must not leave the others waiting in a reduction. So every reduction of a measurement begins
-    with a check in which each process says whether it is well, and one that fails inside of :meth:`collective_section`
-    says so in the place of its next check: the measurement is then over on all processes, with an exception on each.
+    A process that fails must not leave the others waiting in a collective. So every message that can end a measurement
+    begins with two flags, which are summed over the processes: failed, and out of memory.
+
+    - Inside :meth:`collective_section` the flags are reduced and read before each collective (:meth:`check`). A process
+      that raises sends its flags in place of its next check; every process then leaves the section with an exception.
+    - :meth:`sum_or_nan` reduces the flags along with the numbers, whose count all processes know. Nothing is read on
+      the host: where a process failed, the others receive NaN.
 
     Args:
         device: Where reductions take place: that of the parameters.
@@ -40,6 +45,7 @@ class Ranks:
         alone: Whether this is one process, without ``torch.distributed``.
 
     Attributes:
+        device: Where reductions take place.
         size: Number of processes.
         rank: Which of them this is.
         group: The processes; all if None.
@@ -47,20 +53,20 @@ class Ranks:
     Cost: a check is a reduction of two numbers and a host read.
     """
 
-    def __init__(self, device: torch.device, group: Any = None, alone: bool = False) -> None:
-        """Remember who takes part."""
-        self._device, self.group = device, group
-        self._said_along: Callable[[], list[float]] | None = None
-        self._brought: list[float] | None = None
+    def __init__(self, device: torch.device, group: "dist.ProcessGroup | None" = None, alone: bool = False) -> None:
+        """Look up the size of the group and allocate the buffers."""
+        self.device, self.group = device, group
+        self._attached: Callable[[], list[float]] | None = None
+        self._sums: list[float] | None = None  # of the values attached last
         self.size = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
-        if self.size > 1:  # what tells of a failure must not fail for want of memory itself
-            self._numbers = torch.zeros(_NUMBERS, dtype=widest_dtype(device), device=device)
-            self._letters = torch.zeros(self.size, _LETTERS, dtype=torch.int32, device=device)
+        if self.size > 1:  # reporting a failure must not take memory
+            self._buffer = torch.zeros(_BUFFER, dtype=widest_dtype(device), device=device)
+            self._messages = torch.zeros(self.size, _MESSAGE_BYTES, dtype=torch.int32, device=device)
 
     @property
     def is_distributed(self) -> bool:
-        """Whether there is anybody to agree with."""
+        """Whether there is more than one process."""
         return self.size > 1
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -71,58 +77,58 @@ class Ranks:
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """The largest over the processes, entry by entry, in place; inside of :meth:`collective_section`."""
+        """Take the maximum over the processes, elementwise and in place; inside of :meth:`collective_section`."""
         if self.is_distributed:
             self.check()
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def sum_or_nan(self, measure: Callable[[], Tensor], count: int) -> Tensor:
-        """Sum what each process measures, in one reduction without a check or a host read, anywhere.
+        """Sum what each process measures, without a check or a host read; inside of a section or outside.
 
         Every process must call this at the same time.
 
         Args:
-            measure: Gives ``count`` numbers.
+            measure: Returns ``count`` numbers.
             count: How many, the same on every process.
 
         Returns:
-            ``[count]`` in float64, the same on every process; NaN where another one failed.
+            ``[count]``, the same on every process, in the widest dtype of the device; NaN where another process failed.
+            On a process alone what ``measure`` returns, flattened.
 
         Raises:
             Exception: What ``measure`` raised, on this process only.
         """
-        packed = torch.zeros(count + 1, dtype=widest_dtype(self._device), device=self._device)
-        error: Exception | None = None
+        if not self.is_distributed:
+            return measure().reshape(-1)
+        packed, error = self._zeros(_FLAGS + count), None
         try:
-            packed[:-1] = measure().reshape(-1)
+            packed[_FLAGS:] = measure().reshape(-1)
         except Exception as caught:  # the others are waiting in the reduction
             error = caught
-            packed[-1] = 1.0
-        if self.is_distributed:
-            dist.all_reduce(packed, group=self.group)
+        self._all_reduce(packed, error)
         if error is not None:
             raise error
-        return torch.where(packed[-1] > 0, torch.nan, packed[:-1])
+        return torch.where(packed[0] > 0, torch.nan, packed[_FLAGS:])
 
     def mean(self, value: Tensor, weight: float) -> Tensor:
-        """The weighted mean of a 0-d tensor over the processes, in its dtype, without graph."""
+        """Take the weighted mean of a 0-d tensor over the processes, in its dtype, without graph."""
         if not self.is_distributed:
             return value
-        pair = torch.tensor([float(value) * weight, weight], dtype=widest_dtype(self._device), device=self._device)
+        pair = torch.tensor([float(value) * weight, weight], dtype=widest_dtype(self.device), device=self.device)
         total, weights = self.sum(pair).tolist()
         return torch.tensor(total / weights, dtype=value.dtype, device=value.device)
 
     def broadcast_from_rank0(self, values: list[float]) -> list[float]:
-        """What the first process gives, on all of them. It must not fail: there is no check before it."""
+        """Return the first process's values on every process. It must not fail: there is no check before it."""
         if not self.is_distributed:
             return values
-        said = torch.tensor(values, dtype=widest_dtype(self._device), device=self._device)
-        dist.broadcast(said, group=self.group, group_src=0)
-        return said.tolist()
+        sent = torch.tensor(values, dtype=widest_dtype(self.device), device=self.device)
+        dist.broadcast(sent, group=self.group, group_src=0)
+        return sent.tolist()
 
     def all_gather_object(self, item: Any) -> list[Any]:
-        """An object of every process, in their order, on all of them; inside of :meth:`collective_section`."""
+        """Return the objects of all processes in their order; inside of :meth:`collective_section`."""
         if not self.is_distributed:
             return [item]
         self.check()
@@ -130,44 +136,44 @@ class Ranks:
         dist.all_gather_object(found, item, group=self.group)
         return found
 
-    def attach_values(self, say: Callable[[], list[float]]) -> None:
-        """Have numbers summed over the processes by the next check, at no message of their own.
+    def attach_values(self, values: Callable[[], list[float]]) -> None:
+        """Sum values over the processes with the flags of the next check, without a message of their own.
 
         Every process must call this at the same time, and then perhaps :meth:`attached_sums`.
 
         Args:
-            say: Gives the numbers, as many on every process. It is called when they are needed and must not fail.
+            values: Returns the values, as many on every process. It is called when they are needed and must not fail.
         """
-        self._said_along, self._brought = say, None
+        self._attached, self._sums = values, None
 
     def attached_sums(self) -> list[float]:
-        """The sums of what was taken along last; where there was no check since, by a reduction for them alone."""
-        if self._brought is None:
-            assert self._said_along is not None
-            own, self._said_along = self._said_along(), None
-            self._brought = own
+        """Return the sums of the values attached last; where there was no check since, by a reduction of their own."""
+        if self._sums is None:
+            assert self._attached is not None
+            own, self._attached = self._attached(), None
+            self._sums = own
             if self.is_distributed:
-                packed = torch.tensor(own, dtype=widest_dtype(self._device), device=self._device)
+                packed = torch.tensor(own, dtype=widest_dtype(self.device), device=self.device)
                 dist.all_reduce(packed, group=self.group)
-                self._brought = packed.tolist()
-        return self._brought
+                self._sums = packed.tolist()
+        return self._sums
 
     def detach_values(self) -> None:
-        """Take nothing along any more."""
-        self._said_along = self._brought = None
+        """Send no attached values any more."""
+        self._attached = self._sums = None
 
     def check(self) -> None:
-        """Go on only if all processes are well.
+        """Return only if no process has failed.
 
         Raises:
-            OthersFailedError: Where another one is not.
+            OthersFailedError: Where another one has.
         """
         if self.is_distributed:
-            self._raise_if_failed(self._count(None))
+            self._raise_if_failed(*self._count_failures(None))
 
     @contextmanager
     def collective_section(self) -> Iterator[None]:
-        """What all processes measure together: it succeeds on all of them, or on none.
+        """Measure on all processes together: it succeeds on all of them, or on none.
 
         Raises:
             OthersFailedError: Where it failed on another process; where it failed here, its own exception.
@@ -176,41 +182,46 @@ class Ranks:
             yield
         except Exception as error:  # whatever failed here, the other processes must hear of it
             if self.is_distributed and not self.is_collective_failure(error):
-                self._tell(error)
+                self._report(error)
             raise
         self.check()
 
     def is_collective_failure(self, error: Exception) -> bool:
-        """Whether an exception ended a measurement on every process, here and there."""
+        """Whether an exception ended a section on every process."""
         return not self.is_distributed or getattr(error, "_dynamon_is_collective", False)
 
-    def _tell(self, error: Exception) -> None:
+    def _report(self, error: Exception) -> None:
         error._dynamon_is_collective = True  # type: ignore[attr-defined]
-        # All draw the same conclusion, also one that failed of something else at the same time.
-        error._dynamon_out_of_memory = self._count(error)[1] > 0  # type: ignore[attr-defined]
-        self._exchange(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        # All draw the same conclusion, also one that failed for another reason at the same time.
+        error._dynamon_out_of_memory = self._count_failures(error)[1] > 0  # type: ignore[attr-defined]
+        self._exchange((str(error).strip() or type(error).__name__).splitlines()[0])
 
-    def _count(self, error: Exception | None) -> tuple[int, int]:
-        """How many processes have failed, and how many of them for want of memory."""
-        counts = [float(error is not None), float(error is not None and ran_out_of_memory(error))]
-        say, self._said_along = self._said_along, None
-        own = [] if say is None else say()
-        packed = self._packed([*counts, *own])
-        dist.all_reduce(packed, group=self.group)
-        failed, memory, *brought = packed.tolist()
-        self._brought = self._brought if say is None else brought
+    def _count_failures(self, error: Exception | None) -> tuple[int, int]:
+        """Count the processes that have failed, and those that ran out of memory."""
+        values, self._attached = self._attached, None
+        own = [] if values is None else values()
+        packed = self._zeros(_FLAGS + len(own))
+        if own:
+            packed[_FLAGS:].copy_(torch.tensor(own, dtype=packed.dtype, device="cpu"))
+        failed, memory, *sums = self._all_reduce(packed, error).tolist()
+        self._sums = self._sums if values is None else sums
         return int(failed), int(memory)
 
-    def _packed(self, values: list[float]) -> Tensor:
-        """A few numbers where they are reduced, in memory that is there already."""
-        if len(values) > len(self._numbers):
-            self._numbers = self._numbers.new_zeros(len(values))
-        packed = self._numbers[: len(values)]
-        packed.copy_(torch.tensor(values, dtype=packed.dtype, device="cpu"))
+    def _zeros(self, count: int) -> Tensor:
+        """Zero the first ``count`` numbers of the buffer."""
+        if count > len(self._buffer):
+            with torch.inference_mode(False):
+                self._buffer = self._buffer.new_zeros(count)
+        return self._buffer[:count].zero_()
+
+    def _all_reduce(self, packed: Tensor, error: Exception | None) -> Tensor:
+        """Set the flags and sum them, with the numbers behind them, over the processes."""
+        if error is not None:
+            packed[0], packed[1] = 1.0, float(ran_out_of_memory(error))
+        dist.all_reduce(packed, group=self.group)
         return packed
 
-    def _raise_if_failed(self, counts: tuple[int, int]) -> None:
-        failed, memory = counts
+    def _raise_if_failed(self, failed: int, memory: int) -> None:
         if not failed:
             return
         rank, cause = next((rank, text) for rank, text in enumerate(self._exchange("")) if text)
@@ -220,11 +231,11 @@ class Ranks:
         raise error
 
     def _exchange(self, text: str) -> list[str]:
-        """The messages of all processes; only after a count that told all of them of a failure."""
-        letters, own = self._letters.zero_(), list(text.encode()[:_LETTERS])
-        letters[self.rank, : len(own)].copy_(torch.tensor(own, dtype=torch.int32, device="cpu"))
-        dist.all_reduce(letters, group=self.group)
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in letters.tolist()]
+        """Return the messages of all processes; only after a count that told all of them of a failure."""
+        messages, own = self._messages.zero_(), list(text.encode()[:_MESSAGE_BYTES])
+        messages[self.rank, : len(own)].copy_(torch.tensor(own, dtype=torch.int32, device="cpu"))
+        dist.all_reduce(messages, group=self.group)
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in messages.tolist()]
 
 
 def has_several_processes() -> bool:

@@ -1,9 +1,10 @@
 """All thresholds of the rules.
 
 They are round numbers, neither from a paper nor fitted. Each was chosen so that the healthy runs of
-``tests/dynamon/health/test_findings.py`` and ``tests/cases/test_rules.py`` give no finding (synthetic ones with noise
-of up to 60 % and a correlation of up to 0.9 between readings, Cauchy noise, random walks, six real networks, gradient
-descent at the edge of stability), and that the faults injected there are found. The comments give further reasons.
+``tests/dynamon/health/test_findings.py`` (synthetic ones with noise of up to 60 % and a correlation of up to 0.9
+between readings, Cauchy noise, random walks), ``tests/callbacks/test_health_runs.py`` (six real networks, gradient
+descent at the edge of stability) and ``tests/cases/test_rules.py`` give no finding, and that the faults injected there
+are found. The comments give further reasons.
 """
 
 # Readings.

@@ -1,1 +1,10 @@
-"""The engine that measures quantities of a run."""
+"""The engine that measures quantities of a run, in whatever training loop."""
+
+from dynamon.monitoring.dynamics_monitor import DynamicsMonitor
+from dynamon.monitoring.gradient_monitor import GradientMonitor
+from dynamon.monitoring.monitor import Monitor
+from dynamon.monitoring.sharpness_monitor import SharpnessMonitor
+from dynamon.monitoring.watch import Watch
+from dynamon.monitoring.weight_monitor import WeightMonitor
+
+__all__ = ["DynamicsMonitor", "GradientMonitor", "Monitor", "SharpnessMonitor", "Watch", "WeightMonitor"]

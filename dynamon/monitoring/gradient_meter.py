@@ -1,6 +1,6 @@
 """Gradient norms, gradient noise, clipping, and how quickly gradients turn."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from dynamon.board.custom_scalars import chart_layout
-from dynamon.distributed.dtensor import to_local, to_local_as
-from dynamon.distributed.ranks import Ranks
+from dynamon.distributed.dtensor import holders, to_local, to_local_as
 from dynamon.kernels import l2_norms, warm_up, widest_dtype
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
@@ -25,9 +24,9 @@ from dynamon.monitoring.run_context import RunContext
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from dynamon.quantities.noise import SOURCES, noise_scale
+from dynamon.quantities.primal_norms import reduce_steps, spread
 from dynamon.quantities.readings import GradientReadings
 from dynamon.quantities.scales import Scale, scaled
-from dynamon.quantities.sharded_norms import steps_and_lengths
 from dynamon.quantities.updates import local_smoothness
 
 _GROWN = 1e-2  # a gradient that is longer by so much than it was read was not clipped but changed
@@ -252,7 +251,7 @@ class GradientMeter(PairMeter):
 
     def _hand_on(self, run: RunContext, read: list[SourceReading], used: Sequence["UsedGradients | None"]) -> None:
         """Put the optimizers' readings together and give them to the recorder."""
-        rows, steps = _together(read, used, run.ranks) if _has_parts(read) else _to_host(read, used)
+        rows, steps = _to_host(run, read, used)
         clipped = _clipped_norm(read, used, rows)
         scalars = self._global(run, [r.readings for r in read], clipped) | _noise_scale(read)
         run.recorder.scalars(scalars, headline=True)
@@ -287,7 +286,7 @@ class GradientMeter(PairMeter):
             found = r.readings
             tables["gradient/l2"] |= r.row(found.l2)
             tables["gradient/dual"] |= r.row(found.dual)
-            smoothness = local_smoothness(found.difference_dual, r.step_row(norms))
+            smoothness = local_smoothness(found.difference_dual, norms)
             tables["gradient/local_smoothness"] |= r.row(smoothness)
             tables["noise/dual"] |= r.row(r.noise)
             tables["noise/independent"] |= r.row(r.independent)
@@ -352,7 +351,7 @@ class UsedGradients:
 
     Attributes:
         present: Whether a layer has a gradient ``[L]``.
-        lengths: Euclidean norms ``[P]`` of those that are there, on the device: of the parts that are here.
+        lengths: Euclidean norms ``[L]`` of what is here of them, on the device; zero where there is none.
     """
 
     def __init__(self, read: AwaitedReading, scale: Scale) -> None:
@@ -360,30 +359,23 @@ class UsedGradients:
         gradients = [la.parameter.grad for la in read.layers]
         self.present = np.array([g is not None for g in gradients])
         here = [_here(la, g) for la, g in zip(read.layers, gradients, strict=True) if g is not None]
-        lengths = l2_norms([g if g.numel() else g.new_zeros(1) for g in here])
-        self.lengths = scaled(lengths, scale)
+        lengths = scaled(l2_norms(here).to(read.layers[0].parameter.device), scale)
+        self.lengths = spread(lengths, np.flatnonzero(self.present).tolist(), len(gradients), 0.0)
 
 
 def _to_host(
-    read: Sequence[SourceReading], used: Sequence[UsedGradients | None]
+    run: RunContext, read: Sequence[SourceReading], used: Sequence[UsedGradients | None]
 ) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-    """Lengths of the gradients that steps used, and the steps that were measured before them: in one copy."""
-    parts = [*(u.lengths for u in used if u is not None), *(r.steps for r in read)]
-    if not parts:
+    """Reduce the lengths of the gradients that steps used, and the steps measured before; copy them to the host."""
+    if not read:
         return [], []
-    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    packed = torch.cat([part.to(read[0].layers[0].parameter.device, wide) for part in parts]).cpu().numpy()
-    rows = iter(np.split(packed, np.cumsum([len(part) for part in parts])[:-1]))
-    lengths = [_spread(r, u, rows) for r, u in zip(read, used, strict=True)]
-    return lengths, list(rows)
-
-
-def _spread(read: SourceReading, used: UsedGradients | None, rows: Iterator[NDArray[Any]]) -> NDArray[Any]:
-    """Lengths ``[L]``, zero where there is no gradient."""
-    lengths = np.zeros(len(read.layers))
-    if used is not None:
-        lengths[used.present] = next(rows)
-    return lengths
+    device = run.module.device
+    unknown = [torch.zeros(len(r.layers), dtype=widest_dtype(device), device=device) for r in read]
+    gradients = [none if u is None else u.lengths for u, none in zip(used, unknown, strict=True)]
+    holding = holders([layer.parameter for layer in run.all_layers], run.ranks)
+    table = reduce_steps([r.steps for r in read], torch.cat(gradients), holding).cpu().numpy()
+    lengths, steps = (np.split(row, np.cumsum([len(r.layers) for r in read])[:-1]) for row in table)
+    return lengths, steps
 
 
 def _clipped_norm(
@@ -404,31 +396,6 @@ def _total(readings: Sequence[GradientReadings], field: str, power: int = 1) -> 
     return sum(sums) if sums else float("nan")
 
 
-def _has_parts(read: Sequence[SourceReading]) -> bool:
-    """Whether several processes hold a part of each gradient."""
-    return any(r.parts is not None for r in read)
-
-
-def _together(
-    read: Sequence[SourceReading], used: Sequence[UsedGradients | None], ranks: Ranks
-) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-    """The same where each process holds a part of them: one reduction, one copy."""
-    squares = torch.cat([_squares(r, u) for r, u in zip(read, used, strict=True)])
-    lengths, steps = steps_and_lengths([r.parts for r in read if r.parts is not None], squares, ranks)
-    sizes = [len(row) for row in steps]
-    rows = np.split(torch.cat([lengths, *steps]).cpu().numpy(), np.cumsum([*sizes, *sizes])[:-1])
-    return rows[: len(read)], rows[len(read) :]
-
-
-def _squares(read: SourceReading, used: UsedGradients | None) -> Tensor:
-    """Sums of squares ``[L]`` of the parts here, zero where there is no gradient."""
-    device = read.layers[0].parameter.device
-    squares = torch.zeros(len(read.layers), dtype=widest_dtype(device), device=device)
-    if used is not None:
-        squares[torch.from_numpy(used.present).to(squares.device)] = used.lengths.to(squares).square()
-    return squares
-
-
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
     """What this process holds of a layer's gradient; zeros where there is none."""
     if gradient is None:
@@ -438,11 +405,8 @@ def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
 
 def _table(run: RunContext, binned: Mapping[str, Tensor]) -> Tensor:
     """The table of histograms that was filled before the step, of whole gradients."""
-    table = torch.stack(list(binned.values()))
-    if not run.is_sharded:
-        return table
     own = {layer.name: layer.parameter for layer in run.layers}
-    return reduce_tables(table, [own[name] for name in binned], run.ranks)
+    return reduce_tables(torch.stack(list(binned.values())), [own[name] for name in binned], run.ranks)
 
 
 def _noise_scale(read: Sequence[SourceReading]) -> dict[str, float]:

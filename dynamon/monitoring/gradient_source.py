@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import to_local
+from dynamon.distributed.dtensor import holders, to_local
 from dynamon.layers import Layer, is_steerable
 from dynamon.layers.complex_pairs import as_real
 from dynamon.monitoring.accumulation import compares_independent
@@ -21,11 +19,10 @@ from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.noise import SOURCES, NoiseEstimator, SignalToNoise
+from dynamon.quantities.primal_norms import StepNorms
 from dynamon.quantities.readings import GradientReadings, PendingReadings
 from dynamon.quantities.scales import Scale
-from dynamon.quantities.sharded_gradients import gradient_reader
-from dynamon.quantities.sharded_norms import StepParts
-from dynamon.quantities.updates import differences, primal_norms
+from dynamon.quantities.updates import differences
 from dynamon.quantities.windows import Window
 
 
@@ -40,9 +37,7 @@ class SourceReading:
         independent: Their noise by halves of accumulation windows or by processes, NaN where this step had none.
         snr: Signal to noise of each, by the same where the run has them, else by successive gradients; NaN likewise.
         signal: Signal and noise of the whole gradient, by the same; None where this step had nothing to compare.
-        moved: Positions of the M layers whose step since the gradient before is known.
-        steps: Norms of those steps ``[M]``, still on the device.
-        parts: What is known here of those steps where several processes hold a part of each; ``steps`` is then empty.
+        steps: The steps since the gradient before, as far as they are known here; still on the device.
     """
 
     layers: list[Layer]
@@ -51,19 +46,11 @@ class SourceReading:
     independent: NDArray[Any]
     snr: NDArray[Any]
     signal: SignalToNoise | None
-    moved: NDArray[Any]
-    steps: Tensor
-    parts: StepParts | None = None
+    steps: StepNorms
 
     def row(self, values: NDArray[Any]) -> dict[str, float]:
         """Numbers ``[L]`` by layer name."""
         return dict(zip([layer.name for layer in self.layers], values.tolist(), strict=True))
-
-    def step_row(self, steps: NDArray[Any]) -> NDArray[Any]:
-        """Norms ``[M]`` in their places among L, NaN for layers whose step is not known."""
-        row = np.full(len(self.layers), np.nan)
-        row[self.moved] = steps
-        return row
 
 
 class AwaitedReading:
@@ -72,15 +59,13 @@ class AwaitedReading:
     Args:
         source: Where it comes from.
         pending: The gradients.
-        steps: What :class:`SourceReading` says of steps: ``moved``, ``steps`` and ``parts``.
+        steps: The steps since the gradient before.
 
     Attributes:
         layers: The L layers.
     """
 
-    def __init__(
-        self, source: "GradientSource", pending: PendingReadings, steps: tuple[NDArray[Any], Tensor, StepParts | None]
-    ) -> None:
+    def __init__(self, source: "GradientSource", pending: PendingReadings, steps: StepNorms) -> None:
         """Nothing has arrived."""
         self._source, self._pending, self._steps = source, pending, steps
         self._found: SourceReading | None = None
@@ -89,8 +74,7 @@ class AwaitedReading:
     def wait(self) -> SourceReading:
         """The reading, once it has arrived; noise and signal know of it from then on."""
         if self._found is None:
-            moved, steps, parts = self._steps
-            self._found = self._source.arrived(self._pending.wait(), self.layers, moved, steps, parts)
+            self._found = self._source.arrived(self._pending.wait(), self.layers, self._steps)
         return self._found
 
 
@@ -108,7 +92,7 @@ class GradientSource:
         shared = rates is not None and reads_all and run.loop.reads_for_steering(rates)
         self._rates: LayerwiseRates | None = rates if shared else None
         self._steered = self._rates is not None
-        self._reader = gradient_reader(layers, optimizer_family(optimizer))
+        self._reader = GradientReader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
         self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}
@@ -225,14 +209,7 @@ class GradientSource:
             self._awaited.wait()
             self._awaited = None
 
-    def arrived(
-        self,
-        readings: GradientReadings,
-        layers: list[Layer],
-        moved: NDArray[Any],
-        steps: Tensor,
-        parts: StepParts | None,
-    ) -> SourceReading:
+    def arrived(self, readings: GradientReadings, layers: list[Layer], steps: StepNorms) -> SourceReading:
         """Count a reading that is on the host; see :class:`SourceReading`."""
         noise = self._noise if self._rates is None else self._rates.rule.noise or self._noise
         if self._rates is None:
@@ -247,9 +224,7 @@ class GradientSource:
             independent=self._independent.shown(readings, self._independent.values),
             snr=signal.shown(readings, signal.ratios),
             signal=signal if known else None,
-            moved=moved,
             steps=steps,
-            parts=parts,
         )
 
     def _observe(
@@ -264,19 +239,15 @@ class GradientSource:
                 raise SteeringError(f"reading the gradients for layerwise rates failed: {error}") from error
             raise
 
-    def _measure_steps(self, run: RunContext) -> tuple[NDArray[Any], Tensor, StepParts | None]:
-        """Positions of the layers whose weights one step before are known, and the norms of the steps between."""
+    def _measure_steps(self, run: RunContext) -> StepNorms:
+        """Measure the steps since the gradients before, of the layers whose weights at those are known."""
         before, self._weights = self._weights, {}
-        layers, norms = self.reader.layers, self.reader.norms
-        moved = [i for i, la in enumerate(layers) if la.name in before and self._kept_at == self._step - 1]
-        now = [to_local(layers[i].parameter.detach()) for i in moved]
-        steps = dict(zip(moved, map(as_real, differences(now, [before[layers[i].name] for i in moved])), strict=True))
-        if run.is_sharded:
-            everything = range(len(layers))
-            parts = StepParts(layers, norms, [steps.get(i) for i in everything])
-            return np.array(everything, dtype=np.int64), torch.zeros(0), parts
-        sizes = primal_norms([layers[i] for i in moved], [norms[i] for i in moved], list(steps.values()))
-        return np.array(moved, dtype=np.int64), sizes, None
+        layers = self.reader.layers
+        known = [i for i, la in enumerate(layers) if la.name in before and self._kept_at == self._step - 1]
+        now = [to_local(layers[i].parameter) for i in known]
+        steps = map(as_real, differences(now, [before[layers[i].name] for i in known]))
+        holding = holders([layer.parameter for layer in run.all_layers], run.ranks)
+        return StepNorms(layers, self.reader.norms, dict(zip(known, steps, strict=True)), holding)
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
         """Noise and the kept gradients, where no steering callback saves them, and the kept weights.

@@ -333,7 +333,7 @@ class Monitor:
             return
         self._has_told = True
         for plan, seconds, step in run.planner.late():
-            when = "it comes when that is earned" if math.isinf(step) else f"the first is planned at step {step:.0f}"
+            when = "none is planned so far" if math.isinf(step) else f"the first is planned at step {step:.0f}"
             rank_zero_info(
                 f"{type(self).__name__}: one {plan.name} reading takes about {seconds:.2g} s, more than grace="
                 f"{self._grace:.3g} has left: {when}. Raise grace or budget to have it sooner."

@@ -271,6 +271,8 @@ class Planner:
             lacks = needed - self.budget.left
             wait = 0.0 if lacks <= 0 else lacks / income if income > 0 else NEVER
             found[name] = max(planned[name], _step(step + wait))
+            if self._last_step is not None and found[name] > self._last_step:
+                found[name] = NEVER
             if found[name] == NEVER:
                 needed -= prices[name]
         return found

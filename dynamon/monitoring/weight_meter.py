@@ -26,7 +26,6 @@ from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
-from dynamon.quantities.sharded_weights import sharded_weight_readings
 from dynamon.quantities.updates import joint_cosine
 from dynamon.quantities.weight_decay import DecayRetention, decay_assumption, decoupled_decay
 from dynamon.quantities.weights import (
@@ -167,7 +166,7 @@ class WeightMeter(PairMeter):
         try:
             ratios = None if rates is None or not rates.scale_weight_decay else _ratios_of(rates, self._names())
             self._memory.take(optimizer, self._names, ratios, skipped)
-        except Exception as error:
+        except Exception as error:  # inside of the optimizer step: told at its end
             self._lost = error
 
     def lapse(self, run: RunContext) -> None:
@@ -244,13 +243,10 @@ class WeightMeter(PairMeter):
         rates: Mapping[str, tuple[float, float]],
     ) -> None:
         names = [layer.name for layer in run.layers]
-        if run.is_sharded:
-            readings = sharded_weight_readings(run.layers, before, earlier, run.ranks)
-        else:
-            readings = weight_readings(run.layers, before, earlier)
+        readings = weight_readings(run.layers, before, earlier, run.ranks)
         memory = self._memory.row(names)
         columns = [getattr(readings, field) for field in FIELDS.values()]
-        columns += entrywise_readings(run.layers, ENTRYWISE, run.ranks if run.is_sharded else None)
+        columns += entrywise_readings(run.layers, ENTRYWISE, run.ranks)
         columns += [getattr(readings, field) for field in _COMPARED]
         if memory.device == columns[0].device:
             host = torch.stack([*columns, memory]).cpu().numpy()  # the one copy
@@ -268,7 +264,7 @@ class WeightMeter(PairMeter):
 
     def _measure_full(self, run: RunContext) -> None:
         """What needs all singular values, histograms, and what convolutions do to whole inputs."""
-        names, spectra = layer_spectra(run.layers, group=run.ranks if run.ranks.is_distributed else None)
+        names, spectra = layer_spectra(run.layers, ranks=run.ranks)
         if spectra is not None:
             table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
             for field, row in zip(FULL_SPECTRUM, table, strict=True):
@@ -284,8 +280,7 @@ class WeightMeter(PairMeter):
 
     def _binned(self, run: RunContext) -> Tensor:
         weights = [as_real(to_local(layer.parameter.detach())) for layer in run.layers]
-        table = histogram_table(weights)
-        return reduce_tables(table, [la.parameter for la in run.layers], run.ranks) if run.is_sharded else table
+        return reduce_tables(histogram_table(weights), [la.parameter for la in run.layers], run.ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """What decay has left, and where the next step is read, the weights before the last one."""

@@ -15,8 +15,8 @@ from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.optim.assignment import parameters_of
 from dynamon.optim.directions import GEOMETRY, SCALINGS, Item, directions, update_averages
 from dynamon.optim.layerwise import LayerwiseRates
+from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.scales import Scale
-from dynamon.quantities.sharded_gradients import gradient_reader
 from dynamon.quantities.windows import Window
 from dynamon.rates import NoiseAdaptiveRates, Rule
 
@@ -362,7 +362,7 @@ class _OwnRates(LayerwiseRates):
             self.rule.check(describe_layers(self.model))
             self._checked = True
         self.layers = self.optimizer.layers
-        self.reader = gradient_reader(self.layers, self._family)
+        self.reader = GradientReader(self.layers, self._family)
         self._start_rule()
 
 

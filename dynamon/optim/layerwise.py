@@ -31,9 +31,9 @@ from dynamon.optim.stepping import (
 )
 from dynamon.optim.unsupported import check_arguments, check_decoupled_decay, check_devices, check_step
 from dynamon.optim.views import GroupViews, are_same
+from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.readings import PendingReadings
 from dynamon.quantities.scales import Scale
-from dynamon.quantities.sharded_gradients import gradient_reader
 from dynamon.quantities.windows import Window
 from dynamon.rates import Rule
 from dynamon.rates.merging import RatioMerging, relative_error
@@ -168,7 +168,7 @@ class LayerwiseRates:
         self.layers = steerable_layers(self.model, self.optimizer, self._roles)
         if self.rule.needs_gradients:
             check_devices(self.optimizer, self.layers)
-        self.reader = gradient_reader(self.layers, self._family)
+        self.reader = GradientReader(self.layers, self._family)
         self._start_rule()
 
     def _start_rule(self) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import to_local
+from dynamon.distributed.dtensor import holders_section, to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import ShardReduction
+from dynamon.distributed.reduction import PartialStats, ShardReduction
 from dynamon.kernels import widened
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.devices import reads_are_free
@@ -25,8 +25,7 @@ def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], 
     Args:
         layers: L layers, on one device. Of a complex weight real and imaginary parts are entries.
         quantities: Q quantities.
-        ranks: The processes that hold the shards and call this together, inside
-            :meth:`dynamon.distributed.ranks.Ranks.collective_section`; None if weights are whole.
+        ranks: As for :func:`dynamon.quantities.weights.weight_readings`.
 
     Returns:
         ``[Q, L]`` in float32 on the weights' device; NaN where a quantity is undefined.
@@ -39,16 +38,15 @@ def entrywise_readings(layers: Sequence[Layer], quantities: Sequence[Quantity], 
     rules = [one.entrywise for one in quantities if one.entrywise is not None]
     if not rules:
         return torch.zeros(0, len(layers), device=device)
-    weights = [as_real(to_local(layer.parameter.detach())) for layer in layers]
-    sums = torch.stack([_in_pieces(w, rules) for w in weights], 1) if reads_are_free(device) else _sums(weights, rules)
-    if ranks is not None:
-        totals = ShardReduction([layer.parameter for layer in layers], ranks, sums=len(sums))
-        found = totals.empty()
-        found.sums[:] = sums
-        sums = totals.reduce(found).sums
+    likes = [layer.parameter for layer in layers]
+    with holders_section(likes, ranks) as holding:
+        weights = [as_real(to_local(like)) for like in likes]
+        free = reads_are_free(device)
+        sums = torch.stack([_in_pieces(w, rules) for w in weights], 1) if free else _sums(weights, rules)
+        stats = ShardReduction(likes, holding, sums=len(sums)).reduce(PartialStats(sums=sums))
     counts = [la.parameter.numel() * (2 if la.parameter.is_complex() else 1) for la in layers]
-    sizes = on_device(counts, device, sums.dtype)
-    own = iter(sums)
+    sizes = on_device(counts, device, stats.sums.dtype)
+    own = iter(stats.sums)
     return torch.stack([rule.finish(sizes, *(next(own) for _ in range(rule.count))) for rule in rules]).float()
 
 

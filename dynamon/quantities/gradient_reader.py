@@ -1,55 +1,68 @@
-"""Reading the gradients of a model's layers: one pass, one copy to the host, shared by all who ask."""
+"""Reads the gradients of a model's layers: one pass and one copy to the host, shared by all that ask."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dynamon.kernels import GradientStats, gradient_stats, warm_up, widest_dtype
+from dynamon.distributed.dtensor import any_sharded, gather_for_checkpoint, holders, shard_like, to_local, to_local_as
+from dynamon.distributed.ranks import Ranks
+from dynamon.distributed.reduction import PartialStats
+from dynamon.kernels import warm_up
+from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
-from dynamon.norms import Norm, dual_norms, update_norm
-from dynamon.quantities.local_gradients import LocalGradients, agreed
-from dynamon.quantities.readings import Known, PendingReadings
+from dynamon.norms import Norm, update_norm
+from dynamon.quantities.gradient_statistics import GradientStatistics, Step
+from dynamon.quantities.local_gradients import LocalGradients, all_certain
+from dynamon.quantities.readings import DUAL, L1, L2, PendingReadings, ReadingContext
 from dynamon.quantities.scales import Scale, all_scaled, without_dimensions
 from dynamon.quantities.tensor_lists import copied
 from dynamon.quantities.trends import Trends
-from dynamon.quantities.updates import differences
 from dynamon.quantities.windows import Window, load_window, window_state
 
-_MOST_MIXTURES = 16  # sets of layers that have gradients, in turns
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _ROUNDING = 1e-4, 1e-2  # of a gradient's length, in single precision and in half; measured: 1e-5 and 3e-3
 
 
 class GradientReader:
-    """Reads the gradients of a list of layers, at most once an optimizer step whoever asks.
+    """Reads the gradients of a list of layers, at most once per optimizer step.
+
+    A gradient is whole, or sharded over several processes (DTensor, as FSDP2 and tensor parallelism make them): each
+    measures its shard, one reduction brings the statistics together, and one formula finishes both. Every process must
+    then read and store at the same steps; what is stored are shards.
 
     Args:
         layers: The layers, each with a floating parameter; sparse gradients are made dense.
         family: The optimizer's geometry, see :func:`dynamon.norms.geometry.optimizer_family`; with the layer's role it
             chooses the norm whose dual is taken.
 
-    The gradient of one step before is stored (one copy, in the gradient's dtype) while differences are
-    asked for; the memory is kept for the next one.
+    The gradient of the step before is stored (one copy, in the gradient's dtype); its memory is used again.
 
     Cost: :func:`dynamon.kernels.gradient_stats` and some ten small calls, some twenty-five with trends; nuclear norms
-    of gradients and changes on top where the family needs them. Nothing waits for the device.
+    of gradients and changes on top where the family needs them. Nothing waits for the device. Sharded: see
+    :class:`dynamon.quantities.gradient_statistics.GradientStatistics`.
 
     Attributes:
-        trends: Tells changes that go on from noise, for who asks; None for nobody.
+        trends: Tells changes that continue from noise; None where nobody asked for it.
         in_half_precision: Whether gradients come out of autocast to sixteen bits, which their dtype does not say.
-        agrees_with_others: Whether the processes of a DDP run, which all read, find out together if the windows of all
-            of them are alike: by an all-reduce of one number, without a host read.
+        agrees_with_others: Whether the processes of a DDP run, which all read, check together that their windows are
+            alike: by an all-reduce of three numbers, without a host read.
     """
 
     def __init__(self, layers: Sequence[Layer], family: str) -> None:
-        """Choose a norm for each layer."""
+        """Choose a norm for each layer, and find the processes that hold them."""
         self.layers = list(layers)
         self.norms: list[Norm] = [update_norm(layer, family) for layer in self.layers]
-        self._need_matrix = {i for i, norm in enumerate(self.norms) if norm.needs_matrix}
+        parameters = [layer.parameter for layer in self.layers]
+        self._is_sharded = any_sharded(parameters)
+        self._ranks = holders(parameters) if parameters else Ranks(torch.device("cpu"), alone=True)
+        self._statistics = GradientStatistics(self.layers, self.norms, self._ranks)
         self.step = 0
         self._key: Hashable = None
         self._pending: PendingReadings | None = None
@@ -62,14 +75,13 @@ class GradientReader:
         self.trends: Trends | None = None
         self.in_half_precision = self.agrees_with_others = False
         self._local: LocalGradients | None = None
-        self._mixed: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
-        self._sent: dict[tuple[int, ...], Tensor] = {}
+        self._everyone: Ranks | None = None  # the processes of a DDP run
 
     def begin(self, key: Hashable) -> bool:
-        """Say that an optimizer step is being taken.
+        """Begin an optimizer step.
 
         Returns:
-            Whether it is a new one; the same key twice in a row is the same step.
+            Whether it is a new one; the same key twice is the same step.
         """
         if key == self._key:
             return False
@@ -78,24 +90,25 @@ class GradientReader:
         return True
 
     def again(self) -> None:
-        """The gradients of this step were not those that it uses: forget what was read or stored of them."""
+        """Discard what was read or stored of this step, which uses other gradients."""
         self._pending = None
         self.forget()
 
     def forget(self) -> None:
-        """Compare this step's gradients with no others."""
+        """Discard the stored gradients, so that those of this step are compared with none."""
         self._previous, self._stored_at, self._followed_at = {}, -1, -1
 
     def follow_trends(self) -> None:
-        """From here on tell changes that go on from noise."""
-        self.trends = Trends(len(self.layers), self.layers[0].parameter.device) if self.layers else None
+        """Tell changes that continue from noise, from the next reading on."""
+        likes = [as_real(layer.parameter.detach()) for layer in self.layers]
+        self.trends = Trends(likes, self._ranks) if likes else None
 
     def store(self, scale: Scale = 1.0, window: Window | None = None) -> None:
-        """Keep this step's gradients, for a difference at the next step, without measuring them.
+        """Store this step's gradients for the difference at the next step, without measuring them.
 
         Args:
             scale: As for :meth:`read`.
-            window: Likewise.
+            window: As for :meth:`read`.
         """
         if self._stored_at == self.step:
             return
@@ -109,7 +122,7 @@ class GradientReader:
         self._stored_at, self._stored_window = self.step, window
 
     def store_part(self, share: float, scale: Scale = 1.0) -> None:
-        r"""Keep what has been accumulated so far of the gradients of the step to come.
+        r"""Store what has been accumulated so far of the gradients of the next step.
 
         Where gradients are accumulated over several batches, two parts of the window are independent: with a share s
         of the samples in :math:`S`, and :math:`G` the whole,
@@ -131,12 +144,12 @@ class GradientReader:
         if not 0 < share < 1:
             raise ValueError(f"share must lie in (0, 1), got {share}.")
         if self._part is not None and self._part[:2] == (self.step + 1, share):
-            return  # somebody else has asked for it
+            return  # another caller has asked for it
         gradients = {i: g for i, g in enumerate(self._gradients()) if g is not None}
         self._part = (self.step + 1, share, copied(gradients, {}, scale))
 
     def settle_part(self, share: float | None) -> None:
-        """Say which share of the window the part that was kept has turned out to be.
+        """Correct the share of the window that the stored part has.
 
         Args:
             share: As for :meth:`store_part`; None where the window is not the sum of that part and a like one.
@@ -144,26 +157,34 @@ class GradientReader:
         if self._part is not None:
             self._part = None if share is None else (self._part[0], share, self._part[2])
 
-    def watch_ranks(self, group: Any = None) -> None:
-        """Compare the gradients of the processes of a DDP run at the step to come.
+    def watch_ranks(self, group: "ProcessGroup | None" = None) -> None:
+        """Compare the gradients of the processes of a DDP run at the next step.
 
-        To be called on all of them before the first backward pass of that step, which all must then read, or give up:
-        see :class:`dynamon.quantities.local_gradients.LocalGradients`, which says what is compared and in which unit.
+        All of them must call this before the first backward pass of that step, and then read it or give up. See
+        :class:`dynamon.quantities.local_gradients.LocalGradients` for what is compared and in which unit.
 
         Args:
             group: The processes; all if None.
+
+        Raises:
+            ValueError: Where parameters are sharded.
         """
+        if self._is_sharded:
+            raise ValueError(
+                "gradients of sharded parameters are summed over the processes as they arrive, and no process sees its "
+                "own: compare successive gradients, or parts of an accumulation window."
+            )
         if self._local is None:
-            self._local = LocalGradients(self.layers, group)
+            self._local = LocalGradients(self.layers, Ranks(self._device, group))
         self._local.open()
 
     def give_up_ranks(self) -> None:
-        """Leave no other process waiting, where this one was watched and could not be read."""
+        """Take part in the comparison without a gradient, where this process could not read its own."""
         if self._local is not None:
             self._local.give_up()
 
     def forget_ranks(self) -> None:
-        """Stop watching, on all processes at once."""
+        """Stop watching; all processes must call this at the same step."""
         if self._local is not None:
             self._local.close()
 
@@ -174,17 +195,17 @@ class GradientReader:
         local_scale: Scale | None = None,
         window: Window | None = None,
     ) -> PendingReadings:
-        """Measure this step's gradients and their change, and keep them for the next step.
+        """Measure this step's gradients and their change, and store them for the next step.
 
         Args:
             scale: Factor on the gradients, for those an AMP scaler has not unscaled yet: a number, or a tensor of one
-                entry on their device, which spares the host a wait.
+                entry on their device, which the host does not wait for.
             dual: Whether the dual norm of the gradients themselves is wanted. Without, it is NaN where it takes a
-                nuclear norm, which is half of the cost there; who asks for it later in the same step gets it.
+                nuclear norm, which is half of the cost there; a later call in the same step can still ask for it.
             local_scale: ``scale`` for what :meth:`watch_ranks` kept, which an AMP scaler never unscales; None for the
                 same.
             window: What the gradients were accumulated over. They are compared with those of the step before only
-                where it is the same; who says nothing says that it always is.
+                where it is the same; None everywhere: always.
         """
         if self._pending is None:
             try:
@@ -197,27 +218,34 @@ class GradientReader:
         return self._pending
 
     def warm_up(self) -> None:
-        """Before training, compile what readings launch, so that no step pays for it; nothing where there is nothing.
+        """Compile what readings launch, before training, so that no step pays for it.
 
         Cost: some seconds where it has never been compiled.
         """
         if self.layers:
-            dtypes = [as_real(layer.parameter.detach()).dtype for layer in self.layers]
-            warm_up(self.layers[0].parameter.device, dtypes)
+            dtypes = [as_real(to_local(layer.parameter)).dtype for layer in self.layers]
+            warm_up(self._device, dtypes)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[0].parameter.device
 
     def _gradients(self) -> list[Tensor | None]:
-        """As they are in ``.grad``, dense and real."""
+        """Return what is here of the gradients, dense and real, without a graph."""
         gradients = [layer.parameter.grad for layer in self.layers]
+        if self._is_sharded:
+            likes = [layer.parameter for layer in self.layers]
+            return [None if g is None else _plain(g, like) for g, like in zip(gradients, likes, strict=True)]
         # At each step for every layer: a call only for those that are not plain already.
         return [
-            g if g is None or g.layout == torch.strided and not g.requires_grad and not g.is_complex() else plain(g)
+            g if g is None or g.layout == torch.strided and not g.requires_grad and not g.is_complex() else _plain(g)
             for g in gradients
         ]
 
     def _comparable(self, window: Window | None) -> dict[int, Tensor]:
-        """The gradients of one step before, if they were accumulated over a window like this one.
+        """Return the gradients of the step before, if they were accumulated over a window like this one.
 
-        What is left in ``.grad`` of a layer that is not trained is compared with nothing, now or later.
+        What is left in ``.grad`` of a frozen layer is never compared.
         """
         if self._stored_at != self.step - 1 or self._stored_window != window:
             return {}
@@ -228,237 +256,122 @@ class GradientReader:
         return np.array([not layer.parameter.requires_grad for layer in self.layers], bool)
 
     def _measure(self, scale: Scale, dual: bool, local_scale: Scale, window: Window | None) -> PendingReadings:
-        gradients, frozen = self._gradients(), self._frozen()
-        stored = self._comparable(window)
-        present = np.array([g is not None for g in gradients], bool)
-        compared = present & np.array([i in stored for i in range(len(gradients))], bool)
-        indices = np.flatnonzero(present).tolist()
-        current = [g for g in gradients if g is not None]
-        previous = self._previous_of(indices, current, stored)
         doubt = self._stored_at == self.step - 1 and self._stored_window != window
-        followed = self._followed(compared, present)
-        products = self._products(followed, gradients, stored, scale)
-        special, special_change = self._special_duals(indices, current, previous, scale, dual)
-        stats = gradient_stats(current, previous, self._wide, scale=scale)
-        kept = {i: g for i, g in zip(indices, current, strict=True) if not frozen[i]}
-        if previous is None:
-            self._keep(copied(kept, self._room, scale), window)
-        else:
-            self._keep({i: p for i, p in zip(indices, previous, strict=True) if i in kept}, window)
-        own = self._rows_of(indices, stats, special, special_change)
-        alike: Tensor | None = None  # what all processes have agreed on
-        if self._local is not None and self._local.is_open:
-            means = dict(zip(indices, all_scaled(current, scale), strict=True))
-            true = [means.get(i) for i in range(len(gradients))]
-            rows, alike = self._local.compare(true, self._both_norms, without_dimensions(local_scale), doubt)
-            places = self._positions(tuple(indices), rows)
-            independent, parted = list(rows.index_select(1, places).to(own[0])), present
-        else:
-            independent, parted = self._independent(indices, current, own[0], scale)
-            alike = agreed(doubt, own[0].device) if self.agrees_with_others and window is not None else None
-        shared = [] if alike is None else [alike.to(own[0]).expand_as(own[0]), torch.ones_like(own[0])]
-        trend = self._trend(followed, products, indices, shared[0][:1] if shared else None)
-        rows = torch.stack([*own, *independent, trend.to(own[0]), *shared])
-        known = Known(present, compared, parted, self._rounding(), frozen, window)
-        return PendingReadings(rows, known, dual or not self._special_places(indices))
+        gradients, frozen = self._gradients(), self._frozen()
+        present = np.array([g is not None for g in gradients], bool)
+        step = self._step(gradients, self._comparable(window))
 
-    def _previous_of(
-        self, indices: list[int], current: list[Tensor], stored: Mapping[int, Tensor]
-    ) -> list[Tensor] | None:
-        """The gradients of one step before, zeros in place of those that are missing; None where all are."""
-        if not stored:
-            return None
-        missing = {i: torch.empty_like(g) for i, g in zip(indices, current, strict=True) if i not in stored}
-        if missing:
-            torch._foreach_zero_(list(missing.values()))
-        return [missing[i] if i in missing else stored[i] for i in indices]
-
-    def _rows_of(
-        self, indices: list[int], stats: GradientStats, special: Tensor | None, special_change: Tensor | None
-    ) -> list[Tensor]:
-        """The first seven rows of what is read ``[P]``, each."""
-        l1, squares, change_l1, change_squares, inner = (
-            *(stats.l1, stats.sum_squares),
-            *(stats.difference_l1, stats.difference_sum_squares, stats.inner),
-        )
-        if change_l1 is None or change_squares is None or inner is None:
-            change_l1 = change_squares = inner = torch.zeros_like(l1)
-        lengths = torch.stack([squares, change_squares]).sqrt()
-        both = None
-        if special is not None and special_change is not None:
-            both = torch.stack([special, special_change])
-        dual, change_dual = self._duals(indices, torch.stack([l1, change_l1]), lengths, both)
-        return [l1, lengths[0], dual, stats.nonfinite, change_dual, lengths[1], inner]
-
-    def _followed(self, compared: NDArray[Any], present: NDArray[Any]) -> list[int]:
-        """Layers whose trend is followed at this reading; with others who must agree all that are present are."""
-        if self.trends is None or self._stored_at != self.step - 1 or not self._previous:
-            return []
-        return np.flatnonzero(present if self.agrees_with_others else compared).tolist()
-
-    def _products(
-        self, followed: list[int], gradients: Sequence[Tensor | None], stored: Mapping[int, Tensor], scale: Scale
-    ) -> Tensor | None:
-        if self.trends is None or not followed:
-            return None
-        current = [g for g in [gradients[i] for i in followed] if g is not None]
-        known = self._followed_at == self.step - 1 and self.trends.has_seen(followed)
-        if known and all([i in stored for i in followed]):
-            self._followed_at = self.step  # what is stored is what the last call looked at
-            return self.trends.products(followed, current, None, scale)
-        self._followed_at = self.step
-        missing = [(i, g) for i, g in zip(followed, current, strict=True) if i not in stored]
-        filled = dict(zip([i for i, _ in missing], all_scaled([g for _, g in missing], scale), strict=True))
-        previous = [filled[i] if i in filled else stored[i] for i in followed]
-        return self.trends.products(followed, current, previous, scale)
-
-    def _trend(self, followed: list[int], products: Tensor | None, indices: list[int], alike: Tensor | None) -> Tensor:
-        """How far changes go on, ``[P]`` for the P layers that are present, 0 where it is not known."""
-        if self.trends is None or products is None:
-            return torch.zeros(len(indices), device=self.layers[0].parameter.device)
-        found = self.trends.cosines(products, alike)
-        if len(followed) == len(indices):
+        def measure() -> PartialStats:
+            found = self._statistics.measure(step, scale, dual, self._products(step, scale))
+            kept = step.current if step.previous is None else step.previous  # which are the current ones by now
+            own = {i: g for i, g in zip(step.indices, kept, strict=True) if present[i] and not frozen[i]}
+            self._keep(copied(own, self._room, scale) if step.previous is None else own, window)
             return found
-        position = {i: place for place, i in enumerate(indices)}
-        places = self._positions(tuple(position[i] for i in followed), found)
-        return found.new_zeros(len(indices)).index_copy(0, places, found)
+
+        found = self._statistics.reduce(measure)
+        l1, l2, duals = self._statistics.norms(step.indices, found)
+        known, parts = self._between_ranks(step, found.known, scale, local_scale, window, doubt)
+        if parts is not None:
+            duals[2], l2[2] = parts
+        if self.trends is None or not step.indices:
+            trend = torch.zeros_like(l1[0])
+        else:
+            agreed = known is found.known and not self._ranks.is_distributed and all(step.compared)
+            trend = self.trends.cosines(found.sums[8:], None if agreed else known[0]).to(l1)
+        rows = torch.cat([l1[:1], l2, duals, found.sums[6:8], trend[None], known.to(l1)])
+        read = np.isin(np.arange(len(self.layers)), step.indices)
+        context = ReadingContext(present, read, self._rounding(), frozen, window)
+        return PendingReadings(rows, context, dual or not self._statistics.takes_matrices(step.indices))
+
+    def _between_ranks(
+        self, step: Step, known: Tensor, scale: Scale, local_scale: Scale, window: Window | None, doubt: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of a DDP run, find out what all processes can compare, and how far apart their gradients are ``[2, I]``."""
+        if self._local is not None and self._local.is_open:
+            means: dict[int, Tensor] = dict(zip(step.indices, all_scaled(step.current, scale), strict=True))
+            own = [means.get(i) for i in range(len(self.layers))]
+            norms, alike = self._local.compare(own, self._statistics.of_tensors, without_dimensions(local_scale), doubt)
+            at = on_device(step.indices, norms.device, torch.int64)
+            return torch.stack([known[0] & alike, torch.ones_like(known[1])]), norms.index_select(1, at)
+        if self.agrees_with_others and window is not None:
+            self._everyone = self._everyone or Ranks(self._device)
+            return torch.stack([known[0] & all_certain(doubt, self._everyone), known[1]]), None
+        return known, None
+
+    def _step(self, gradients: Sequence[Tensor | None], stored: Mapping[int, Tensor]) -> Step:
+        """Collect what is compared at this step."""
+        at, share, halves = self._part or (-1, 0.5, {})
+        self._part, halves = None, halves if at == self.step else {}
+        there = [i for i, g in enumerate(gradients) if g is not None]
+        indices = list(range(len(gradients))) if self._ranks.is_distributed else there
+        current = self._current(gradients, indices)
+        return Step(
+            indices,
+            current,
+            compared=[gradients[i] is not None and i in stored for i in indices],
+            previous=_filled(indices, current, stored) if stored or self._ranks.is_distributed else None,
+            parted=[gradients[i] is not None and i in halves for i in indices],
+            halves=_filled(indices, current, halves) if halves else None,
+            share=share,
+        )
+
+    def _current(self, gradients: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
+        """Return some gradients, zeros where there is none: other processes may be waiting for this shard."""
+        chosen = [(i, gradients[i]) for i in indices]
+        return [torch.zeros_like(as_real(to_local(self.layers[i].parameter))) if g is None else g for i, g in chosen]
+
+    def _products(self, step: Step, scale: Scale) -> Tensor | None:
+        """Follow the trends of the changes."""
+        if self.trends is None or not step.indices:
+            return None
+        # What is stored is what the last call looked at, if it was of these layers.
+        seen = self._followed_at == self.step - 1 and all(step.compared) and self.trends.has_seen(step.indices)
+        previous = step.current if step.previous is None else step.previous
+        self._followed_at = self.step
+        return self.trends.products(step.indices, step.current, None if seen else previous, scale)
 
     def _rounding(self) -> NDArray[Any]:
         halves = [la.parameter.dtype.itemsize < 4 or self.in_half_precision for la in self.layers]
         return np.where(halves, _ROUNDING[1], _ROUNDING[0])
 
     def _with_dual(self, pending: PendingReadings, scale: Scale) -> PendingReadings:
-        """The same readings with the dual norms of the gradients, which are still there."""
-        gradients = self._gradients()
-        indices = np.flatnonzero(pending.known.present).tolist()
-        special, _ = self._special_duals(indices, [g for g in gradients if g is not None], None, scale)
-        rows = pending.rows.clone()
-        rows[2] = self._duals(indices, rows[0], rows[1], special)
-        return PendingReadings(rows, pending.known)
-
-    def _independent(
-        self, indices: list[int], current: list[Tensor], like: Tensor, scale: Scale
-    ) -> tuple[list[Tensor], NDArray[Any]]:
-        """Dual and Euclidean norm of the difference of two parts of the window, and who has one."""
-        step, share, parts = self._part or (-1, 0.5, {})
-        self._part = None
-        parted = np.zeros(len(self.layers), bool)
-        if step != self.step:
-            return [torch.zeros_like(like)] * 2, parted
-        parted[[i for i in indices if i in parts]] = True
-        halves = self._previous_of(indices, current, parts) or [torch.zeros_like(g) for g in current]
-        share_of_it = without_dimensions(scale) * share
-        _, special = self._special_duals(indices, current, halves, share_of_it, dual=False)
-        stats = gradient_stats(current, halves, self._wide, scale=share_of_it)
-        assert stats.difference_l1 is not None and stats.difference_sum_squares is not None
-        l2 = stats.difference_sum_squares.sqrt()
-        unit = (2 / (share * (1 - share))) ** 0.5
-        return [unit * self._duals(indices, stats.difference_l1, l2, special), unit * l2], parted
-
-    def _both_norms(self, tensors: list[Tensor | None]) -> Tensor:
-        """Dual and Euclidean norms ``[2, L]`` in float64, zero where there is no tensor."""
-        found = torch.zeros(2, len(tensors), dtype=self._wide, device=self.layers[0].parameter.device)
-        indices = [i for i, t in enumerate(tensors) if t is not None]
-        given = [t for t in tensors if t is not None]
-        if given:
-            stats = gradient_stats(given, None, self._wide)
-            l2 = stats.sum_squares.sqrt()
-            special, _ = self._special_duals(indices, given, None, 1.0)
-            duals = self._duals(indices, stats.l1, l2, special)
-            found.index_copy_(1, self._positions(tuple(indices), found), torch.stack([duals, l2]).to(found))
-        return found
-
-    @property
-    def _wide(self) -> torch.dtype:
-        """What holds squares of gradients out of float32's range."""
-        return widest_dtype(self.layers[0].parameter.device)
-
-    def _special_duals(
-        self,
-        indices: list[int],
-        current: list[Tensor],
-        previous: list[Tensor] | None,
-        scale: Scale,
-        dual: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Dual norms that need the matrix itself, ``[S]`` each: of gradients, and of their changes where there are any.
-
-        NaN in place of those that are not wanted; None where no layer needs any.
-        """
-        places = self._special_places(indices)
-        if not places:
-            return None, None
-        layers = [self.layers[indices[place]] for place in places]
-        norms = [self.norms[indices[place]] for place in places]
-        chosen = all_scaled([current[place] for place in places], scale)
-        found = chosen if dual else []
-        if previous is not None:
-            found = found + differences(chosen, [previous[place] for place in places])
-        times = len(found) // len(places)
-        row = torch.stack(dual_norms(layers * times, norms * times, found)) if found else None
-        if row is not None and times == 2:
-            return row[: len(places)], row[len(places) :]
-        unknown = torch.full((len(places),), torch.nan, dtype=torch.float32, device=current[0].device)
-        return (unknown, unknown) if row is None else (row, unknown) if dual else (unknown, row)
-
-    def _special_places(self, indices: list[int]) -> list[int]:
-        """Positions among ``indices`` of layers whose dual norm needs the matrix."""
-        return [place for place, i in enumerate(indices) if i in self._need_matrix]
-
-    def _duals(self, indices: list[int], l1: Tensor, l2: Tensor, special: Tensor | None) -> Tensor:
-        """The dual norms ``[..., P]``: multiples of l1 or l2 where the norm allows, else the special ones."""
-        of_l1, of_l2, where = self._mixture(tuple(indices), l1)
-        duals = of_l1 * l1 + of_l2 * l2
-        return duals if special is None else duals.index_copy(-1, where, special.to(duals.dtype))
-
-    def _mixture(self, indices: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors on l1 and on l2, and the positions of the special norms; kept on the device."""
-        if indices not in self._mixed:
-            multiples = [self.norms[i].dual_multiples(self.layers[i].size) for i in indices]
-            if len(self._mixed) >= _MOST_MIXTURES:
-                self._mixed.clear()
-            self._mixed[indices] = (
-                like.new_tensor([of_l1 for of_l1, _ in multiples]),
-                like.new_tensor([of_l2 for _, of_l2 in multiples]),
-                self._positions(tuple(self._special_places(list(indices))), like),
-            )
-        return self._mixed[indices]
-
-    def _positions(self, chosen: tuple[int, ...], like: Tensor) -> Tensor:
-        """Positions on the device, sent there once: a copy to the device waits for what is queued."""
-        if chosen not in self._sent:
-            if len(self._sent) >= _MOST_MIXTURES:
-                self._sent.clear()
-            self._sent[chosen] = torch.tensor(chosen, dtype=torch.int64, device=like.device)
-        return self._sent[chosen]
+        """Return the same readings with the dual norms of the gradients, which are still there."""
+        indices, rows = np.flatnonzero(pending.context.read).tolist(), pending.rows.clone()
+        current = self._current(self._gradients(), indices)
+        rows[DUAL] = self._statistics.own_duals(indices, current, scale, rows[L1], rows[L2])
+        return PendingReadings(rows, pending.context)
 
     def state_dict(self, everywhere: bool = True) -> dict[str, Any]:
-        """The stored gradient by parameter name, if it is this step's.
+        """Return the stored gradients by parameter name, if they are this step's; sharded ones whole, in main memory.
+
+        Where parameters are sharded every process must call this. Cost: a gather of each gradient, one after the other.
 
         Args:
-            everywhere: Says nothing here; see ``dynamon.quantities.sharded_gradients``.
+            everywhere: False for a checkpoint, which the first process writes: the others need no whole gradient.
         """
         if self._stored_at != self.step:
             return {"previous": {}}
-        stored = {self.layers[i].name: g.clone() for i, g in self._previous.items()}
+        shards = {self.layers[i].name: g for i, g in self._previous.items()}
+        stored = gather_for_checkpoint(shards, {layer.name: layer.parameter for layer in self.layers}, everywhere)
         return {"previous": stored, "windows": self._saved_windows(), **self._saved_trends()}
 
     def _saved_trends(self) -> dict[str, Any]:
         return {} if self.trends is None else {"trends": self.trends.state_dict([la.name for la in self.layers])}
 
     def _saved_windows(self) -> dict[str, Any]:
-        """The window of each stored gradient: of one optimizer it is one, but states of several are put together."""
+        """Return the window of each stored gradient: one per optimizer, but states of several are merged."""
         window = window_state(self._stored_window)
         return {} if window is None else {self.layers[i].name: window for i in self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a stored gradient in place of what is here; names and shapes that no longer exist are left out."""
+        """Load stored gradients; those whose name or shape no longer exists are left out."""
         self._key, self._pending, self._part, self._followed_at = None, None, None, -1
-        index = {layer.name: i for i, layer in enumerate(self.layers)}
+        own = {layer.name: (i, layer.parameter) for i, layer in enumerate(self.layers)}
+        known = {name: g for name, g in state["previous"].items() if name in own}
         self._previous = {
-            index[name]: g.to(self.layers[index[name]].parameter.device)
-            for name, g in state["previous"].items()
-            if name in index and g.shape == as_real(self.layers[index[name]].parameter.detach()).shape
+            own[name][0]: shard_like(g.to(self._device), own[name][1])
+            for name, g in known.items()
+            if g.shape == as_real(own[name][1].detach()).shape
         }
         self._stored_at = self.step if self._previous else -1
         if self.trends is not None:
@@ -468,8 +381,15 @@ class GradientReader:
         self._stored_window = load_window(next((windows[la.name] for la in self.layers if la.name in windows), None))
 
 
-def plain(gradient: Tensor) -> Tensor:
-    """A gradient without a graph, dense and real, as it is where it is that already."""
-    if gradient.layout == torch.strided and not gradient.requires_grad and not gradient.is_complex():
-        return gradient
-    return as_real(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
+def _plain(gradient: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return a gradient without a graph, dense and real; the shard of it here where it belongs to a sharded one."""
+    gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    return as_real(gradient if like is None else to_local_as(gradient, like))
+
+
+def _filled(indices: Sequence[int], current: Sequence[Tensor], stored: Mapping[int, Tensor]) -> list[Tensor]:
+    """Return stored gradients, zeros in place of those that are missing."""
+    missing = {i: torch.empty_like(g) for i, g in zip(indices, current, strict=True) if i not in stored}
+    if missing:
+        torch._foreach_zero_(list(missing.values()))
+    return [missing[i] if i in missing else stored[i] for i in indices]

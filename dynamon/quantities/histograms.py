@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dynamon.distributed.dtensor import holders
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.reduction import ShardReduction
+from dynamon.distributed.reduction import PartialStats, ShardReduction
 from dynamon.kernels import widest_dtype
 
 _SHIFT = 20  # the first 3 of a float32's 23 mantissa bits select the bin: 8 bins per octave
@@ -83,7 +84,7 @@ def histogram_table(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
-    """Combine the tables of the shards that several processes hold into that of whole tensors.
+    """Combine the tables of the shards that several processes hold into that of whole tensors, which stay as they are.
 
     Every process must call this, inside :meth:`dynamon.distributed.ranks.Ranks.collective_section`. Bins of a shard
     below those of the whole are added to the one around zero.
@@ -91,23 +92,24 @@ def reduce_tables(table: Tensor, likes: Sequence[Tensor], ranks: Ranks) -> Tenso
     Args:
         table: The result of :func:`histogram_table` for the local shards of T tensors ``[T, 264]``.
         likes: Tensors with the layout of those.
-        ranks: The processes.
+        ranks: The processes of the run.
 
     Returns:
         ``[T, 264]`` in float64, the same on every process.
 
-    Cost: two reductions, of the extremes and of the counts.
+    Cost: where tensors are sharded two reductions, of the extremes and of the counts.
     """
+    ranks = holders(likes, ranks)
+    if not ranks.is_distributed:
+        return table
     counts, (base, low, high, *moments) = table[:, :_BINS].double(), table[:, _BINS:].double().unbind(1)
     known = moments[2] > 0
     base, low = torch.where(known, base, 0.0), torch.where(known, low, torch.inf)
     high = torch.where(known, high, -torch.inf)
     top = ranks.maximum(torch.stack([base, -low, high]))
-    totals = ShardReduction(likes, ranks, sums=_BINS + len(moments))
-    found = totals.empty()
-    found.sums[:_BINS], found.sums[_BINS:] = _rebased(counts, top[0] - base).T, torch.stack(moments)
-    sums = totals.reduce(found).sums.T
-    return torch.cat([sums[:, :_BINS], torch.stack([top[0], -top[1], top[2]], 1), sums[:, _BINS:]], 1)
+    stats = PartialStats(sums=torch.cat([_rebased(counts, top[0] - base).T, torch.stack(moments)]))
+    sums = ShardReduction(likes, ranks, sums=_BINS + len(moments)).reduce(stats).sums
+    return torch.cat([sums[:_BINS], torch.stack([top[0], -top[1], top[2]]), sums[_BINS:]]).T
 
 
 def _rebased(counts: Tensor, shift: Tensor) -> Tensor:

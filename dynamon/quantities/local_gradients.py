@@ -1,13 +1,13 @@
 """The gradients of one process before DDP averages them, for the noise between processes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dynamon.kernels import widest_dtype
+from dynamon.distributed.ranks import Ranks
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
 from dynamon.quantities.scales import Scale
@@ -33,14 +33,17 @@ class LocalGradients:
 
     Args:
         layers: L layers, on one device.
-        group: The processes; all if None.
+        ranks: The processes.
 
-    Memory: one copy of the gradients while open. Cost: one all-reduce of 2 L + 2 numbers, without a host read.
+    Attributes:
+        is_open: Whether the backward passes are watched.
+
+    Memory: one copy of the gradients while open. Cost: one all-reduce of 2 L + 3 numbers, without a host read.
     """
 
-    def __init__(self, layers: Sequence[Layer], group: Any = None) -> None:
-        """Closed."""
-        self._layers, self._group = list(layers), group
+    def __init__(self, layers: Sequence[Layer], ranks: Ranks) -> None:
+        """Begin closed."""
+        self._layers, self._ranks = list(layers), ranks
         self._kept: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         self._error: Exception | None = None
@@ -79,44 +82,42 @@ class LocalGradients:
         scale: Scale = 1.0,
         doubt: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """How far the processes' gradients are apart; every process that is open must call this, or :meth:`give_up`.
+        """Measure how far the gradients of the processes lie apart; all that are open call this, or :meth:`give_up`.
 
         Args:
             means: The gradient of each layer, averaged over the processes; None where there is none.
             norms: From L differences (None where there is no mean) to their dual and Euclidean norms ``[2, L]``.
             scale: Factor on the gradients that were kept, for those an AMP scaler has scaled.
-            doubt: As for :func:`agreed`.
+            doubt: As for :func:`all_certain`.
 
         Returns:
-            ``[2, L]`` in float64, the same on every process: the square root of the mean above, in the dual and in the
-            Euclidean norm; NaN on all of them where one has failed. And what :func:`agreed` gives.
+            ``[2, L]``, the same on every process: the square root of the mean above, in the dual and in the Euclidean
+            norm; NaN on all of them where one has failed. And what :func:`all_certain` returns.
         """
-        packed = self._empty()
-        packed[-2] = float(doubt)
-        error: Exception | None = None
-        try:
+
+        def measure() -> Tensor:
             if self._error is not None:
                 raise self._error
             squares = norms(self._differences(means, scale)).square()
-            packed[:-2] = squares.to(packed).reshape(-1)
-        except Exception as caught:  # the others are waiting in the reduction
-            error = caught
-            packed[-2:] = 1.0
-        found = self._reduced(packed)
-        if error is not None:
-            raise error
-        return found
+            return torch.cat([squares.reshape(-1), squares.new_full((1,), float(doubt))])
+
+        try:
+            found = self._ranks.sum_or_nan(measure, self._count)
+        finally:
+            self.close()
+        size = self._ranks.size
+        return (found[:-1] * (2 / (size - 1) / size)).sqrt().view(2, -1), found[-1] == 0
 
     def give_up(self) -> None:
         """Take part in the reduction without a gradient, so that no other process waits for it."""
         if self.is_open:
-            packed = self._empty()
-            packed[-2:] = 1.0
-            self._reduced(packed)
+            self.close()
+            with suppress(_GaveUpError):
+                self._ranks.sum_or_nan(_give_up, self._count)
 
-    def _empty(self) -> Tensor:
-        device = self._layers[0].parameter.device
-        return torch.zeros(2 * len(self._layers) + 2, dtype=widest_dtype(device), device=device)
+    @property
+    def _count(self) -> int:
+        return 2 * len(self._layers) + 1
 
     def _differences(self, means: Sequence[Tensor | None], scale: Scale) -> list[Tensor | None]:
         found: list[Tensor | None] = []
@@ -132,16 +133,15 @@ class LocalGradients:
                 found.append((own.to_dense() if own.is_sparse else own).to(wide) * scale - wide)
         return found
 
-    def _reduced(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        self.close()
-        dist.all_reduce(packed, group=self._group)
-        size = dist.get_world_size(self._group)
-        rows = (packed[:-2] * (2 / (size - 1) / size)).sqrt().view(2, -1)
-        return torch.where(packed[-1] > 0, torch.nan, rows), packed[-2] == 0
+
+class _GaveUpError(Exception):
+    """Tells the other processes that one takes no part."""
 
 
-def agreed(doubt: bool, device: torch.device, group: Any = None) -> Tensor:
-    """Whether no process has a doubt: a scalar on the device, without a host read. All processes must call this."""
-    doubts = torch.full((1,), float(doubt), device=device)
-    dist.all_reduce(doubts, group=group)
-    return doubts[0] == 0
+def _give_up() -> Tensor:
+    raise _GaveUpError
+
+
+def all_certain(doubt: bool, ranks: Ranks) -> Tensor:
+    """Tell whether no process has a doubt: 0-d, on the device, without a host read. All processes must call this."""
+    return ranks.sum_or_nan(lambda: torch.full((1,), float(doubt), device=ranks.device), 1)[0] == 0

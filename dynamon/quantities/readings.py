@@ -1,4 +1,4 @@
-"""What one pass over the gradients found: on the host, or on its way there."""
+"""Gradient readings: on the host, or on their way there."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamon.quantities.windows import Window
 
-_ROWS = 10  # of what is read
+L1, L2, DUAL = 0, 1, 4  # rows of a reading of the gradients themselves
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,19 @@ class GradientReadings:
 
 
 @dataclass(frozen=True)
-class Known:
+class ReadingContext:
     """What the host knows of a reading before it has arrived; arrays ``[L]`` as in :class:`GradientReadings`.
 
     Attributes:
         present: Whether the layer has a gradient.
-        compared: Whether it had one a step before, over a like window.
-        parted: Whether there are two parts of the window, or processes, to compare.
+        read: Whether it is among the I layers that are read.
         rounding: Share of a gradient's length up to which a change of it is rounding.
         frozen: Whether the layer is not trained now.
         window: What the gradients were accumulated over.
     """
 
     present: NDArray[Any]
-    compared: NDArray[Any]
-    parted: NDArray[Any]
+    read: NDArray[Any]
     rounding: NDArray[Any]
     frozen: NDArray[Any]
     window: Window | None
@@ -95,13 +93,13 @@ class PendingReadings:
     arrived, which one step later it has.
     """
 
-    def __init__(self, rows: Tensor, known: Known, has_dual: bool = True) -> None:
-        """Queue the copy of ``rows``, a device tensor ``[10, P]`` for the P layers that are present.
+    def __init__(self, rows: Tensor, context: ReadingContext, has_dual: bool = True) -> None:
+        """Queue the copy of ``rows``, a device tensor ``[12, I]``.
 
-        Of several processes, further rows ``[2, P]`` say where all of them have compared, and where all have a part of
-        the window.
+        l1; l2 and dual norm of the gradient, of its change and between two parts of the window; entries that are not
+        finite; inner product; trend; whether there is a change, and whether there are two parts.
         """
-        self.rows, self.known, self.has_dual = rows, known, has_dual
+        self.rows, self.context, self.has_dual = rows, context, has_dual
         self._event: torch.cuda.Event | None = None
         self._host = rows
         if rows.is_cuda:
@@ -111,39 +109,31 @@ class PendingReadings:
             self._event.record(torch.cuda.current_stream(rows.device))  # not that of the current device
 
     def wait(self) -> GradientReadings:
-        """The readings, once they have arrived."""
+        """Return the readings, once they have arrived."""
         if self._event is not None:
             self._event.synchronize()
-        known = self.known
-        table = np.full((_ROWS, len(known.present)), np.nan)
-        table[3] = 0.0
-        rows = self._host.cpu().double().numpy()
-        table[:, known.present] = rows[:_ROWS]
-        compared, parted = known.compared, known.parted
-        empty = known.frozen & (table[0] == 0)  # zeros that are left over, where gradients are not set to None
-        table[:, empty], table[3, empty] = np.nan, 0.0
-        present = known.present & ~empty
-        if len(rows) > _ROWS:
-            agreed_on = np.zeros((2, len(known.present)), bool)
-            agreed_on[:, known.present] = rows[_ROWS:] > 0
-            compared, parted = compared & agreed_on[0], parted & agreed_on[1]
-        table[4:7, ~compared] = np.nan
-        table[7:9, ~parted] = np.nan
-        l1, l2, dual, nonfinite, change_dual, change_l2, inner, independent_dual, independent_l2 = table[:9]
+        context = self.context
+        table = np.full((len(self._host), len(context.present)), np.nan)
+        table[:, context.read] = self._host.cpu().double().numpy()
+        # Where gradients are not set to None, zeros are left over for layers that are not trained.
+        present = context.present & ~(context.frozen & (table[L1] == 0))
+        table[:, ~present] = np.nan
+        l1, l2, change_l2, parts_l2, dual, change_dual, parts_dual, nonfinite, inner, trend, compared, parted = table
+        compared, parted = compared > 0, parted > 0
         return GradientReadings(
             present,
             l1,
             l2,
             dual,
-            nonfinite,
-            change_dual,
-            change_l2,
-            inner,
+            np.where(present, nonfinite, 0.0),
+            np.where(compared, change_dual, np.nan),
+            np.where(compared, change_l2, np.nan),
+            np.where(compared, inner, np.nan),
             compared,
-            independent_dual,
-            independent_l2,
-            trend=np.where(compared, table[9], 0.0),
-            rounding=known.rounding,
-            frozen=known.frozen,
-            window=known.window,
+            np.where(parted, parts_dual, np.nan),
+            np.where(parted, parts_l2, np.nan),
+            trend=np.where(compared, trend, 0.0),
+            rounding=context.rounding,
+            frozen=context.frozen,
+            window=context.window,
         )

@@ -81,32 +81,6 @@ def wide_lengths(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=widest_dtype(tensors[0].device)))
 
 
-def compare_updates(now: Sequence[Tensor], before: Sequence[Tensor], earlier: Sequence[Tensor]) -> Tensor:
-    """How the last two updates of some tensors compare.
-
-    Args:
-        now: T tensors on one device.
-        before: The same before the last update.
-        earlier: The same before the update that preceded it.
-
-    Returns:
-        ``[3, T]`` in float32 (float64 where a tensor is): the cosine between the two updates, NaN where one of them is
-        zero or 1e5 times the other, and the Euclidean norms of the last and of the one before.
-
-    Cost: three differences of the tensors and a pass over each, in some ten calls. No host synchronisation.
-    """
-    return compare_steps(differences(now, before), differences(before, earlier))
-
-
-def compare_steps(last: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
-    """:func:`compare_updates` from the two updates themselves."""
-    if not last:
-        return torch.zeros(3, 0)
-    lengths = [wide_lengths(tensors) for tensors in (last, previous, torch._foreach_sub(list(last), list(previous)))]
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in last) else torch.float32
-    return torch.stack([cosines(*lengths), *lengths[:2]]).to(wide)
-
-
 def cosines(last: Tensor, previous: Tensor, apart: Tensor) -> Tensor:
     r"""Cosines between pairs of vectors from their lengths and that of their difference, all in float64.
 
@@ -154,8 +128,8 @@ def joint_cosine(rows: NDArray[Any]) -> float:
     """The cosine between the last two updates of all tensors together.
 
     Args:
-        rows: ``[3, T]`` as :func:`compare_updates` returns them, on the host. Columns of NaN are left out, and those of
-            two steps whose cosine is not known.
+        rows: ``[3, T]``, on the host: the cosine between the last two updates of each tensor, and their lengths.
+            Columns of NaN are left out, and those of two steps whose cosine is not known.
 
     Returns:
         The cosine; NaN where one of the two updates is zero or not finite, or nothing is known.

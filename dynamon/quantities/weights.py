@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import any_sharded, to_local
+from dynamon.distributed.dtensor import has_whole_rows, holders_section, to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.work_sharing import measure_gathered, share_work
+from dynamon.distributed.reduction import PartialStats, ShardReduction
+from dynamon.distributed.work_sharing import share_work
 from dynamon.kernels import l2_along
 from dynamon.kernels.constants import on_device
 from dynamon.kernels.gram import warm_up
@@ -20,8 +20,17 @@ from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
 from dynamon.norms import operator_norm, rms_factors, sigma_factor
 from dynamon.quantities import quantities_of
-from dynamon.quantities.updates import angles, compare_steps, differences, wide_lengths
-from dynamon.spectra import WeightSpectrum, extremes_of, largest_per_stack, reduce_blocks, weight_spectra
+from dynamon.quantities.primal_norms import (
+    BY_MAXIMUM,
+    BY_WHOLE,
+    length_factors,
+    maxima_of_shards,
+    norms_from,
+    spread,
+    statistic_of,
+)
+from dynamon.quantities.updates import angles, cosines, differences, primal_norms, wide_lengths
+from dynamon.spectra import WeightSpectrum, extremes_of, reduce_blocks, weight_spectra
 
 FIELDS = {one.tag: one.field for one in quantities_of("weight") if one.field and one.every == 1}  # of WeightReadings
 ENTRYWISE = [one for one in quantities_of("weight") if one.entrywise is not None]
@@ -39,7 +48,7 @@ class WeightReadings:
         update: The last step in the norm by role.
         ratio: ``update / operator``; NaN for a zero weight.
         rotation: Angle between the weight before and after the step, in radians; NaN where one of them is zero.
-        cosine: Cosine between the last two steps (:func:`dynamon.quantities.updates.compare_updates`); NaN where one is
+        cosine: Cosine between the last two steps (:func:`dynamon.quantities.updates.cosines`); NaN where one is
             zero or 1e5 times the other.
         last: Euclidean norm of the last step, where the one before is known too.
         previous: That of the one before.
@@ -69,43 +78,48 @@ class WeightReadings:
 
 
 def weight_readings(
-    layers: Sequence[Layer], before: Mapping[str, Tensor] | None = None, earlier: Mapping[str, Tensor] | None = None
+    layers: Sequence[Layer],
+    before: Mapping[str, Tensor] | None = None,
+    earlier: Mapping[str, Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> WeightReadings:
     """Measure the weights of some layers, and the steps since earlier copies of them.
 
+    Where weights are sharded, sums and maxima over entries and rows come from the shards, and each matrix is gathered
+    on one process, with its step where the norm of that takes the whole matrix. Every process must then call this.
+
     Args:
-        layers: The layers, on one device.
-        before: Earlier weights by layer name; layers that are not in it get NaN for the step.
+        layers: L layers, on one device.
+        before: Earlier weights by layer name, of sharded ones the shards here; layers that are not in it get NaN for
+            the step.
         earlier: Weights before the step that preceded; layers that are not in both get NaN where two steps compare.
+        ranks: The processes of the run, inside their :meth:`dynamon.distributed.ranks.Ranks.collective_section`; None
+            for a section of its own where weights are sharded.
 
     Returns:
-        :class:`WeightReadings` in float32.
+        :class:`WeightReadings` in float32, the same on every process.
 
     Layers of several blocks (:class:`dynamon.layers.Layer`) report the norm and the singular value of the largest
     block and the mean of their stable ranks. Spectral norms of steps are estimates without bounds
     (:func:`dynamon.spectra.largest_singular_values`).
 
     Cost: some passes over the weights, and for matrices two Gram iterations batched by shape, of which that of the
-    steps is in bfloat16 where this pays. For the 148 tensors of GPT-2 124M fewer than 400 device calls. Memory: besides
-    the copies given, 5 of the parameters. No host synchronisation.
+    steps is in bfloat16 where this pays. For the 148 tensors of GPT-2 124M fewer than 400 device calls, and no host
+    synchronisation. Memory: besides the copies given, 5 of the parameters. Sharded: one all-reduce of
+    ``(8 + 2 R) L + 6 M`` numbers for M matrices and R processes, and a gather of each matrix and of each step of a
+    hidden weight or a convolution.
     """
-    weights = [as_real(layer.parameter.detach()) for layer in layers]
-    plan = _plan(layers)
-    found = _extremes(plan, layers, weights)
-    lengths = wide_lengths(weights)
-    operator = _by_role(plan, layers, weights, lengths, found["sigma_max"])
-    stepping = _steps(layers, weights, lengths, before or {}, earlier or {})
-    roots = on_device([layer.size**-0.5 for layer in layers], lengths.device, lengths.dtype)
-    factors = on_device(plan.rms_factors, lengths.device, torch.float32)
-    return WeightReadings(
-        operator=operator,
-        frobenius=lengths.float(),
-        rms=(lengths * roots).float(),
-        ratio=torch.where(operator > 0, stepping["update"] / operator, torch.nan),
-        log2_spectral_condition=log2_or_nan(found["sigma_max"] * factors),
-        **stepping,
-        **found,
-    )
+    likes, plan = [layer.parameter for layer in layers], _plan(layers)
+    with holders_section(likes, ranks) as holding:
+        here = _Here(layers, before or {}, earlier or {}, holding)
+        stats = PartialStats(
+            lengths=here.lengths(),
+            maxima=here.maxima(plan),
+            known=here.known(),
+            owned=_of_matrices(plan, here, holding).reshape(-1),
+        )
+        reduction = ShardReduction(likes, holding, lengths=5, maxima=2, known=2, owned=_OWNED * len(plan.matrices))
+        return _readings(plan, here, reduction.reduce(stats))
 
 
 def warm_up_spectra(layers: Sequence[Layer]) -> None:
@@ -174,36 +188,32 @@ def log2_or_nan(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What follows from the names, roles and shapes of some layers alone."""
+    """What follows from the roles, shapes and layouts of some layers alone."""
 
     matrices: tuple[int, ...]  # positions of those that are not vectors
-    spectral: tuple[int, ...]  # of those whose norm by role is a multiple of sigma_max
-    factors: tuple[float, ...]  # of these
-    others: tuple[int, ...]  # of those that are not multiples of l2 either
+    sigma_factors: tuple[float | None, ...]  # of the matrices, what multiplies sigma_max to give the norm by role
+    statistics: tuple[int, ...]  # what the norm by role of each layer is taken from
     length_factors: tuple[float, ...]  # what multiplies l2 of all, 1 where that is not the norm by role
+    roots: tuple[float, ...]  # of the sizes of all, inverted
     rms_factors: tuple[float, ...]  # of all, NaN for vectors
 
 
 def _plan(layers: Sequence[Layer]) -> _Plan:
-    """The plan of some layers; asking them takes milliseconds for a large model, so that it is kept."""
-    key = tuple((la.role, la.parameter.shape, la.blocks, la.rows_are_tokens, la.inputs_first, la.conv) for la in layers)
+    """Return the plan of some layers; asking them takes milliseconds for a large model, so that it is kept."""
+    shapes = [(la.role, la.parameter.shape, la.blocks, la.rows_are_tokens, la.inputs_first, la.conv) for la in layers]
+    key = tuple(zip(shapes, [has_whole_rows(layer.parameter) for layer in layers], strict=True))
     if key not in _PLANS:
         if len(_PLANS) >= _PLANS_KEPT:
             _PLANS.clear()
-        factors = [sigma_factor(layer) for layer in layers]
         norms = [operator_norm(layer) for layer in layers]
-        from_lengths = [norm.reduces == "sum" for norm in norms]
-        spectral = tuple(i for i, factor in enumerate(factors) if factor is not None)
+        statistics = tuple(statistic_of(layer, norm) for layer, norm in zip(layers, norms, strict=True))
         matrices = tuple(i for i, layer in enumerate(layers) if layer.role != "vector")
         _PLANS[key] = _Plan(
-            matrices=matrices,
-            spectral=spectral,
-            factors=tuple(factor for factor in factors if factor is not None),
-            others=tuple(i for i, from_length in enumerate(from_lengths) if not from_length and factors[i] is None),
-            length_factors=tuple(
-                norm.primal_factor(1, layer.size) if from_length else 1.0
-                for layer, norm, from_length in zip(layers, norms, from_lengths, strict=True)
-            ),
+            matrices,
+            sigma_factors=tuple(sigma_factor(layers[i]) for i in matrices),
+            statistics=statistics,
+            length_factors=tuple(length_factors(layers, norms, statistics)),
+            roots=tuple(layer.size**-0.5 for layer in layers),
             rms_factors=tuple(rms_factors(layers)),
         )
     return _PLANS[key]
@@ -211,89 +221,76 @@ def _plan(layers: Sequence[Layer]) -> _Plan:
 
 _PLANS: dict[tuple[object, ...], _Plan] = {}
 _PLANS_KEPT = 64
-
-
-def _extremes(plan: _Plan, layers: Sequence[Layer], weights: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Spectra of the layers that are matrices, NaN for vectors, by field."""
-    if not plan.matrices:
-        nothing = torch.full((len(layers),), torch.nan, device=weights[0].device if weights else "cpu")
-        return dict.fromkeys(_SPECTRAL, nothing.float())
-    stacks = [layers[i].matrices(weights[i]) for i in plan.matrices]
-    found = reduce_blocks(extremes_of([_single(stack) for stack in stacks]), [len(stack) for stack in stacks])
-    table = torch.stack([getattr(found, name).float() for name in _SPECTRAL])
-    return dict(zip(_SPECTRAL, _spread(table, plan.matrices, len(layers)), strict=True))
-
-
 _SPECTRAL = ("sigma_max", "sigma_lower", "sigma_upper", "stable_rank")
+_OWNED = len(_SPECTRAL) + 2  # and the norms by role of weight and step, where these take the whole matrix
 
 
-def _single(stack: Tensor) -> Tensor:
-    return stack.float() if stack.dtype == torch.float64 else stack
+class _Here:
+    """What this process holds of L layers and of their last two steps.
 
+    A process alone takes the steps that it knows. Several take those of all layers, zeros where they know none, since
+    they must agree on what is reduced.
 
-def _steps(
-    layers: Sequence[Layer],
-    weights: Sequence[Tensor],
-    lengths: Tensor,
-    before: Mapping[str, Tensor],
-    earlier: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Norms of the last step, how far it turned the weights, and how it compares with the one before, by field."""
-    count, names = len(layers), [layer.name for layer in layers]
-    table = torch.full((_STEP_ROWS, count), torch.nan, dtype=torch.float32, device=lengths.device)
-    moved = [i for i, name in enumerate(names) if name in before]
-    if moved:
-        own, starts = [layers[i] for i in moved], [as_real(before[names[i]]) for i in moved]
-        steps = differences([weights[i] for i in moved], starts)
-        step_lengths = wide_lengths(steps)
-        updates = _update_norms(own, steps, step_lengths)
-        turned = _rotations([weights[i] for i in moved], starts, _chosen(lengths, moved, count), step_lengths)
-        table = _put(table, 0, torch.stack([updates, turned.float()]), moved)
-        known = [
-            (position, i)
-            for position, i in enumerate(moved)
-            if names[i] in earlier and earlier[names[i]].shape == layers[i].parameter.shape
-        ]
-        if known:
-            ends = [as_real(earlier[names[i]]).to(weights[i].device) for _, i in known]
-            previous = differences([starts[position] for position, _ in known], ends)
-            compared = compare_steps([steps[position] for position, _ in known], previous)
-            table = _put(table, 2, compared.float(), [i for _, i in known])
-    return dict(zip(("update", "rotation", "cosine", "last", "previous"), table, strict=True))
+    Attributes:
+        layers: The layers.
+        weights: Their weights.
+        starts: Weights before the last step, by position.
+        steps: Last steps, by position.
+        is_whole: Whether a process holds all there is.
+    """
 
+    def __init__(
+        self, layers: Sequence[Layer], before: Mapping[str, Tensor], earlier: Mapping[str, Tensor], ranks: Ranks
+    ) -> None:
+        self.layers, self.weights = layers, [as_real(to_local(layer.parameter)) for layer in layers]
+        self.is_whole = not ranks.is_distributed
+        names = [layer.name for layer in layers]
+        starts = {i: as_real(before[name]) for i, name in enumerate(names) if name in before}
+        ends = {i: as_real(earlier[names[i]]).to(start.device) for i, start in starts.items() if names[i] in earlier}
+        ends = {i: end for i, end in ends.items() if end.shape == self.weights[i].shape}
+        self._has_step, self._has_two = set(starts), set(ends)
+        if not self.is_whole:
+            starts = {i: starts.get(i, weight) for i, weight in enumerate(self.weights)}
+            ends = {i: ends.get(i, start) for i, start in starts.items()}
+        self.starts = starts
+        steps = differences([self.weights[i] for i in starts], list(starts.values()))
+        self.steps = dict(zip(starts, steps, strict=True))
+        self._previous = dict(zip(ends, differences([starts[i] for i in ends], list(ends.values())), strict=True))
 
-_STEP_ROWS = 5
+    def lengths(self) -> Tensor:
+        """Take Euclidean norms ``[5, L]``: of weight, weight before, step, step before, the difference of these."""
+        last, previous = [self.steps[i] for i in self._previous], list(self._previous.values())
+        found = wide_lengths([*self.weights, *self.starts.values()])
+        if self.steps:
+            apart = torch._foreach_sub(last, previous) if last else ()
+            found = torch.cat([found, wide_lengths([*self.steps.values(), *previous, *apart])])
+        count = len(self.weights)
+        places = [list(range(count)), list(self.starts), list(self.steps), list(self._previous), list(self._previous)]
+        rows = found.split([len(place) for place in places])
+        return torch.stack([spread(row, place, count, torch.nan) for row, place in zip(rows, places, strict=True)])
 
+    def maxima(self, plan: _Plan) -> Tensor:
+        """Take norms by role ``[2, L]`` of the shards of weight and step, where the largest is that of the whole."""
+        count, chosen = len(self.weights), [i for i, s in enumerate(plan.statistics) if s == BY_MAXIMUM]
+        stepping = [i for i in chosen if i in self.steps]
+        if not chosen:
+            return torch.zeros(2, count, device=self.weights[0].device)
+        layers = [self.layers[i] for i in (*chosen, *stepping)]
+        shards = [self.weights[i] for i in chosen] + [self.steps[i] for i in stepping]
+        found = maxima_of_shards(layers, [operator_norm(layer) for layer in layers], shards)
+        return spread(found, [*chosen, *(count + i for i in stepping)], 2 * count, 0.0).view(2, count)
 
-def _update_norms(layers: Sequence[Layer], steps: Sequence[Tensor], lengths: Tensor) -> Tensor:
-    """Norms by role of steps; no bounds, and no spectra of those whose norm is another."""
-    plan = _plan(layers)
-    sigma = None
-    if plan.spectral:
-        stacks = [_single(layers[i].matrices(steps[i])) for i in plan.spectral]
-        sigma = _spread(largest_per_stack(stacks)[None].float(), plan.spectral, len(layers))[0]
-    return _by_role(plan, layers, steps, lengths, sigma)
+    def known(self) -> Tensor:
+        """Tell whether the last step is known, and whether the last two are, ``[2, L]``."""
+        flags = [i in known for known in (self._has_step, self._has_two) for i in range(len(self.weights))]
+        return on_device(flags, self.weights[0].device, torch.bool).view(2, -1)
 
-
-def _by_role(
-    plan: _Plan, layers: Sequence[Layer], tensors: Sequence[Tensor], lengths: Tensor, sigma: Tensor | None
-) -> Tensor:
-    """Norms by role ``[L]`` in float32, from Euclidean and spectral norms where they are multiples of these."""
-    norms = (lengths * on_device(plan.length_factors, lengths.device, lengths.dtype)).float()
-    if plan.spectral and sigma is not None:
-        factors = on_device(plan.factors, sigma.device, sigma.dtype)
-        norms = _put(norms[None], 0, (_chosen(sigma, plan.spectral, len(layers)) * factors)[None], plan.spectral)[0]
-    if plan.others:
-        values = [operator_norm(layers[i]).primal(tensors[i]) for i in plan.others]
-        norms = _put(norms[None], 0, torch.stack(values)[None].float(), plan.others)[0]
-    return norms
-
-
-def _rotations(weights: Sequence[Tensor], starts: Sequence[Tensor], lengths: Tensor, step_lengths: Tensor) -> Tensor:
-    """Angles between weights and what they were."""
-    if lengths.dtype == torch.float64:
-        return angles(wide_lengths(starts), lengths, step_lengths)
-    return torch.stack([_angle(a, b) for a, b in zip(starts, weights, strict=True)])  # float32 would cancel out
+    def rotations(self, lengths: Tensor) -> Tensor:
+        """Take the angles between weights and what they were, from the lengths of weight, weight before and step."""
+        if lengths.dtype == torch.float64 or not self.is_whole or not self.starts:
+            return angles(lengths[1], lengths[0], lengths[2])
+        found = torch.stack([_angle(start, self.weights[i]) for i, start in self.starts.items()])
+        return spread(found, list(self.starts), len(self.weights), torch.nan)  # in float32 lengths would cancel out
 
 
 def _angle(one: Tensor, other: Tensor) -> Tensor:
@@ -303,41 +300,90 @@ def _angle(one: Tensor, other: Tensor) -> Tensor:
     return 2 * torch.asin((distance / 2).clamp_max(1.0)).float()
 
 
-def _chosen(values: Tensor, positions: Sequence[int], count: int) -> Tensor:
-    """Values ``[count]`` at some positions."""
-    if len(positions) == count:
-        return values
-    return values.index_select(0, on_device(positions, values.device, torch.int64))
+def _single(stack: Tensor) -> Tensor:
+    return stack.float() if stack.dtype == torch.float64 else stack
 
 
-def _spread(values: Tensor, positions: Sequence[int], count: int) -> Tensor:
-    """Rows ``[F, P]`` at their positions among ``[F, count]``, NaN elsewhere."""
-    out = torch.full((len(values), count), torch.nan, dtype=values.dtype, device=values.device)
-    return _put(out, 0, values, positions)
+def _of_matrices(plan: _Plan, here: _Here, ranks: Ranks) -> Tensor:
+    """Measure spectra and norms by role ``[6, M]`` of M matrices, of several processes each on one of them."""
+    layers = [here.layers[i] for i in plan.matrices]
+    takes_whole = [plan.statistics[i] == BY_WHOLE for i in plan.matrices]
+    if not layers:
+        return torch.zeros(_OWNED, 0, device=here.weights[0].device)
+
+    def measure(chosen: list[int], wholes: list[Sequence[Tensor]]) -> Tensor:
+        stacks = [_single(layers[i].matrices(tensors[0])) for i, tensors in zip(chosen, wholes, strict=True)]
+        spectra = reduce_blocks(extremes_of(stacks), [len(stack) for stack in stacks])
+        rows = [getattr(spectra, name).float() for name in _SPECTRAL]
+        at = [position for position, i in enumerate(chosen) if takes_whole[i]]
+        stepping = [position for position in at if len(wholes[position]) > 1]
+        factors = [plan.sigma_factors[chosen[position]] for position in at]
+        weights, steps = (
+            _by_role([layers[chosen[p]] for p in at], factors, [wholes[p][0] for p in at], rows[0], at),
+            rows[0][:0],
+        )
+        if stepping:
+            own = [layers[chosen[position]] for position in stepping]
+            steps = primal_norms(own, [operator_norm(layer) for layer in own], [wholes[p][1] for p in stepping]).float()
+        norms = ((weights, at), (steps, stepping))
+        return torch.stack([*rows, *(spread(values, places, len(chosen), 0.0) for values, places in norms)])
+
+    items = [
+        [here.weights[i], here.steps[i]] if whole and i in here.steps else [here.weights[i]]
+        for i, whole in zip(plan.matrices, takes_whole, strict=True)
+    ]
+    likes = [layer.parameter for layer in layers]
+    costs = [like.numel() * min(layer.matrix_shape[1:]) for like, layer in zip(likes, layers, strict=True)]
+    return share_work(measure, items, likes, costs, _OWNED, ranks)
 
 
-def _put(table: Tensor, first: int, values: Tensor, positions: Sequence[int]) -> Tensor:
-    """Rows ``[F, P]`` written into a table, from row ``first`` on, at some columns."""
-    rows = table[first : first + len(values)]
-    if len(positions) == table.shape[1]:
-        rows.copy_(values)
-    else:
-        rows.index_copy_(1, on_device(positions, table.device, torch.int64), values)
-    return table
+def _by_role(
+    layers: Sequence[Layer],
+    factors: Sequence[float | None],
+    tensors: Sequence[Tensor],
+    sigmas: Tensor,
+    at: Sequence[int],
+) -> Tensor:
+    """Take the norms of whole weights, as multiples of the largest singular values ``at`` their places or afresh."""
+    if len(at) < len(sigmas):
+        sigmas = sigmas.index_select(0, on_device(at, sigmas.device, torch.int64))
+    found = sigmas * on_device([factor or 1.0 for factor in factors], sigmas.device, sigmas.dtype)
+    others = [i for i, factor in enumerate(factors) if factor is None]
+    if others:
+        own = [layers[i] for i in others]
+        values = primal_norms(own, [operator_norm(layer) for layer in own], [tensors[i] for i in others])
+        found = found.index_copy(0, on_device(others, found.device, torch.int64), values.to(found))
+    return found
+
+
+def _readings(plan: _Plan, here: _Here, found: PartialStats) -> WeightReadings:
+    """Turn the statistics of the whole tensors into readings."""
+    lengths, maxima, known = found.lengths, found.maxima, found.known
+    count, device = len(here.weights), lengths.device
+    owned = spread(found.owned.view(_OWNED, len(plan.matrices)), plan.matrices, count, torch.nan)
+    operator, update = norms_from(plan.statistics, plan.length_factors, lengths[0:3:2], maxima, owned[4:])
+    weight, _, step, previous, apart = lengths
+    update, rotation = torch.where(known[0], torch.stack([update, here.rotations(lengths).to(update)]), torch.nan)
+    compared = torch.where(known[1], torch.stack([cosines(step, previous, apart), step, previous]), torch.nan)
+    rms = weight * on_device(plan.roots, device, weight.dtype)
+    ratio = torch.where(operator > 0, update / operator, torch.nan)
+    deviation = log2_or_nan(owned[0] * on_device(plan.rms_factors, device, owned.dtype))
+    rows = [operator, weight, rms, update, ratio, rotation, *compared, *owned[:4], deviation]
+    return WeightReadings(*torch.stack([row.float() for row in rows]))
 
 
 def layer_spectra(
-    layers: Sequence[Layer], exact: bool = False, group: Any = None
+    layers: Sequence[Layer], exact: bool = False, ranks: Ranks | None = None
 ) -> tuple[list[str], WeightSpectrum | None]:
-    """Names and full spectra of those layers that are matrices; a convolution is taken by its flattening.
+    """Compute the full spectra of those layers that are matrices; a convolution is taken by its flattening.
 
     Args:
         layers: The layers, on one device. Several blocks of one layer are put together by
             :func:`dynamon.spectra.reduce_blocks`.
         exact: Compute in float64.
-        group: Processes that all hold these weights and call this together: each takes a part of the layers, and
-            one reduction brings the results to all. Where weights are sharded, who holds a part is known without it;
-            given as :class:`dynamon.distributed.ranks.Ranks`, this is part of their measurement.
+        ranks: Processes that all hold these weights or shards of them, inside their
+            :meth:`dynamon.distributed.ranks.Ranks.collective_section`: each takes a part of the layers. None: this
+            process takes all where weights are whole; of sharded ones those that hold them, in a section of their own.
 
     Returns:
         N names and statistics ``[N]``; None where no layer is a matrix.
@@ -345,44 +391,20 @@ def layer_spectra(
     Cost: as :func:`dynamon.spectra.weight_spectrum`, batched by shape; waits for the device. Sharded weights are
     gathered, each on the process that takes it, and all processes must call this.
     """
-    if any_sharded([layer.parameter for layer in layers]):
-        return _sharded_spectra([layer for layer in layers if layer.role != "vector"], exact, group)
-    own = {layer.name: layer.matrices(layer.parameter.detach()) for layer in layers if layer.role != "vector"}
-    if not own:
-        return [], None
-    stacks = list(own.values())
-
-    def measure(chosen: list[int]) -> Tensor:
-        return _spectra([stacks[i] for i in chosen], exact)
-
-    if group is None:
-        table = measure(list(range(len(stacks))))
-    else:
-        costs = [len(s) * s.shape[1] * s.shape[2] * min(s.shape[1:]) for s in stacks]
-        table = share_work(measure, costs, len(fields(WeightSpectrum)), stacks[0].device, group)
-    wide = exact or any(stack.dtype == torch.float64 for stack in stacks)
-    return list(own), WeightSpectrum(*(table if wide else table.float()))
-
-
-def _spectra(stacks: Sequence[Tensor], exact: bool) -> Tensor:
-    found = reduce_blocks(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
-    return torch.stack([getattr(found, field.name).double() for field in fields(found)])
-
-
-def _sharded_spectra(layers: Sequence[Layer], exact: bool, group: Any) -> tuple[list[str], WeightSpectrum | None]:
-    """The same of matrices of which each process holds a part."""
+    layers = [layer for layer in layers if layer.role != "vector"]
     if not layers:
         return [], None
-    parts = [to_local(layer.parameter.detach()) for layer in layers]
-    ranks = group if isinstance(group, Ranks) else Ranks(parts[0].device, group)
+    likes, names = [layer.parameter for layer in layers], [field.name for field in fields(WeightSpectrum)]
 
-    def measure(chosen: list[int], wholes: list[list[Tensor]]) -> Tensor:
-        return _spectra([layers[i].matrices(tensors[0]) for i, tensors in zip(chosen, wholes, strict=True)], exact)
+    def measure(chosen: list[int], wholes: list[Sequence[Tensor]]) -> Tensor:
+        stacks = [layers[i].matrices(tensors[0]) for i, tensors in zip(chosen, wholes, strict=True)]
+        found = reduce_blocks(weight_spectra(stacks, exact), [len(stack) for stack in stacks])
+        return torch.stack([getattr(found, name).double() for name in names])
 
-    likes = [layer.parameter for layer in layers]
-    costs = [layer.parameter.numel() * min(layer.matrix_shape[1:]) for layer in layers]
-    with nullcontext() if ranks is group else ranks.collective_section():
-        own = measure_gathered(measure, [[part] for part in parts], likes, costs, len(fields(WeightSpectrum)), ranks)
-        table = ranks.sum(own)
-    wide = exact or any(part.dtype == torch.float64 for part in parts)
+    shards = [to_local(like) for like in likes]
+    costs = [like.numel() * min(layer.matrix_shape[1:]) for like, layer in zip(likes, layers, strict=True)]
+    with holders_section(likes, ranks) as holding:
+        group = ranks or holding
+        table = group.sum(share_work(measure, [[s] for s in shards], likes, costs, len(names), group))
+    wide = exact or any(shard.dtype == torch.float64 for shard in shards)
     return [layer.name for layer in layers], WeightSpectrum(*(table if wide else table.float()))

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynamon.distributed.dtensor import any_sharded, to_local
+from dynamon.distributed.dtensor import holders_section, to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.distributed.work_sharing import measure_gathered
+from dynamon.distributed.work_sharing import share_work
 from dynamon.kernels import conv_gram_iteration
 from dynamon.layers import ConvGeometry, Layer
 
@@ -56,35 +56,28 @@ def convolution_bounds(layer: Layer, input_size: int | tuple[int, ...] | None = 
 
 
 def layer_convolution_bounds(layers: Sequence[Layer], ranks: Ranks | None = None) -> tuple[list[str], Tensor]:
-    """Return names and bounds ``[2, N]`` of the N convolutions among some layers, for inputs of any size.
+    """Return names and bounds ``[2, N]`` of the norms of the N convolutions among some layers, for inputs of any size.
 
     Args:
         layers: The layers, on one device; those that are no convolutions, or pad by reflection, are passed over.
-        ranks: The processes, where weights are sharded: each takes a part of the convolutions, inside of their
-            :meth:`dynamon.distributed.ranks.Ranks.collective_section`.
+        ranks: As for :func:`dynamon.quantities.weights.layer_spectra`.
 
     Cost: that of :func:`convolution_bounds` for each: a second and more for a few hundred channels on a CPU.
     """
     chosen = [layer for layer in layers if has_bounds(layer)]
-    weights = [layer.parameter for layer in chosen]
     if not chosen:
         return [], torch.empty(2, 0)
-    with torch.no_grad():
-        if ranks is None or not any_sharded(weights):
-            return [layer.name for layer in chosen], _bounds(chosen, weights).float()
-        parts = [[to_local(weight.detach())] for weight in weights]
-        costs = [float(weight.numel()) for weight in weights]
+    likes = [layer.parameter for layer in chosen]
 
-        def measure(positions: list[int], wholes: list[list[Tensor]]) -> Tensor:
-            return _bounds([chosen[i] for i in positions], [tensors[0] for tensors in wholes])
+    def measure(own: list[int], wholes: list[Sequence[Tensor]]) -> Tensor:
+        convolutions = [replace(chosen[i], parameter=tensors[0]) for i, tensors in zip(own, wholes, strict=True)]
+        return torch.stack([torch.stack(convolution_bounds(layer)).float() for layer in convolutions], 1)
 
-        table = ranks.sum(measure_gathered(measure, parts, weights, costs, 2, ranks))
+    shards, costs = [[to_local(like)] for like in likes], [float(like.numel()) for like in likes]
+    with torch.no_grad(), holders_section(likes, ranks) as holding:
+        group = ranks or holding
+        table = group.sum(share_work(measure, shards, likes, costs, 2, group))
     return [layer.name for layer in chosen], table.float()
-
-
-def _bounds(layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
-    pairs = [convolution_bounds(replace(la, parameter=weight)) for la, weight in zip(layers, weights, strict=True)]
-    return torch.stack([torch.stack(pair).float() for pair in pairs], dim=1)
 
 
 def has_bounds(layer: Layer) -> bool:

@@ -14,13 +14,13 @@ from torch.nn.functional import cross_entropy
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.curvature import HessianOperator
 from dynamon.curvature.solvers import lanczos
-from dynamon.distributed import work_sharing as dealing
+from dynamon.distributed import work_sharing
 from dynamon.isolation.samples import Part
 from dynamon.monitoring import eigenvalues, monitor
 from dynamon.monitoring import weight_meter as weights
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
-from dynamon.quantities import gradient_reader as gradients
+from dynamon.quantities import gradient_reader, gradient_statistics
 from tests.helpers import Classifier, mlp
 from tests.ranks import Breaks, fit_ranks, loader, rank
 
@@ -142,10 +142,10 @@ def taken_on_rank_zero(batch, fraction, most=None, sizes=()):
 
 
 BREAKS = {
-    "reading": (gradients, "gradient_stats"),
-    "norms": (gradients.GradientReader, "_both_norms"),
-    "keeping": (gradients.GradientReader, "store"),
-    "hooks": (gradients.LocalGradients, "_keeper"),
+    "reading": (gradient_statistics, "gradient_stats"),
+    "norms": (gradient_statistics.GradientStatistics, "of_tensors"),
+    "keeping": (gradient_reader.GradientReader, "store"),
+    "hooks": (gradient_reader.LocalGradients, "_keeper"),
 }
 
 
@@ -163,7 +163,7 @@ def test_gradients_that_one_process_cannot_read(tmp_path: Path, name: str, on: i
 
 def test_spectra_that_one_process_cannot_take(tmp_path: Path, monkeypatch) -> None:
     said = Warnings(monkeypatch)
-    broken = Breaks(dealing, "shares", begin=0, end=3)
+    broken = Breaks(work_sharing, "assign_by_cost", begin=0, end=3)
     callback = WeightMonitor(every_n_steps=1)
     ranks = fit_ranks(tmp_path / "seen", classifier, [callback], others=[broken], data=loader(), steps=12, more=said)
     # Every tenth reading is a full one: the first of them went on without spectra, the second had them.
@@ -316,6 +316,6 @@ def test_a_solve_that_one_process_cannot_end(tmp_path: Path, name: str) -> None:
 def test_steering_that_fails_on_one_process_stops_the_run(tmp_path: Path) -> None:
     """Weights that part without a word would be worse."""
     callbacks = [GradientMonitor(every_n_steps=1), NoiseAdaptiveLR(warmup=1)]
-    broken = Breaks(gradients, "gradient_stats", begin=3, end=5)
+    broken = Breaks(gradient_statistics, "gradient_stats", begin=3, end=5)
     with pytest.raises(ProcessRaisedException, match="reading the gradients for layerwise rates failed: broken"):
         fit_ranks(tmp_path / "seen", classifier, callbacks, others=[broken], data=loader(), steps=12)

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, gradients
+from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR
+from dynamon.monitoring import gradient_meter
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.readings import PendingReadings
 from tests.helpers import Classifier, batches, fit, mlp
@@ -158,7 +159,7 @@ def test_a_state_saved_in_mid_step_holds_what_was_read() -> None:
 
 def test_what_is_launched_is_compiled_before_the_first_batch(monkeypatch: Any) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(gradients, "warm_up", lambda device, dtypes: seen.append(f"{device} {set(dtypes)}"))
+    monkeypatch.setattr(gradient_meter, "warm_up", lambda device, dtypes: seen.append(f"{device} {set(dtypes)}"))
     monkeypatch.setattr(GradientReader, "warm_up", lambda self: seen.append("steering"))
 
     class First(pl.Callback):

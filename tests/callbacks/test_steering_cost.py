@@ -72,7 +72,7 @@ def test_python_calls_a_step(steering, most) -> None:
 
 def canned(pending: PendingReadings) -> GradientReadings:
     """Readings of noise that differs by layer, without asking the device."""
-    present = pending.known.present
+    present = pending.context.present
     layers = len(present)
     size = np.random.default_rng(0).permutation(np.geomspace(0.01, 10, layers))
     nothing, ones = np.full(layers, np.nan), np.ones(layers)
@@ -100,7 +100,7 @@ def test_device_calls_a_step_of_gpt2(monkeypatch, is_tensor) -> None:
     model, seen = gpt2("meta"), []
     optimizer = AdamW(model.parameters(), lr=torch.tensor(1e-3) if is_tensor else 1e-3, foreach=not is_tensor)
     monkeypatch.setattr(PendingReadings, "wait", canned)
-    monkeypatch.setattr("dynamon.quantities.gradient_reader.gradient_stats", two_calls)
+    monkeypatch.setattr("dynamon.quantities.gradient_statistics.gradient_stats", two_calls)
     with Launches() as launches:
         optimizer.register_step_pre_hook(lambda *_: launches.reset())
         rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(warmup=0), model)

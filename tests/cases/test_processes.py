@@ -18,7 +18,6 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.monitoring import gradient_meter as gradients_module
 from dynamon.monitoring import weight_meter as weights_module
 from dynamon.monitoring.layer_set import LayerSet
-from dynamon.quantities.sharded_trends import ShardedTrends
 from dynamon.quantities.trends import Trends
 from tests.helpers import Classifier, mlp
 from tests.ranks import Breaks, fit_ranks, loader, rank
@@ -118,10 +117,10 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.checks = 0, 0
-        brought, count = Ranks.attached_sums, Ranks._count
+        brought, count = Ranks.attached_sums, Ranks._count_failures
 
         def count_brought(ranks: Ranks) -> Any:
-            self.count += ranks._brought is None
+            self.count += ranks._sums is None
             return brought(ranks)
 
         def count_checks(*arguments: Any) -> Any:
@@ -129,7 +128,7 @@ class Counted:
             return count(*arguments)
 
         monkeypatch.setattr(Ranks, "attached_sums", count_brought)
-        monkeypatch.setattr(Ranks, "_count", count_checks)
+        monkeypatch.setattr(Ranks, "_count_failures", count_checks)
 
     def __call__(self, module: Any) -> list[int]:
         return [self.count, self.checks]
@@ -243,10 +242,10 @@ def check_trends(size: int) -> None:
     places = [[Shard(0)], [Shard(0)], [Shard(1)], [Replicate()]]
     likes = [distribute_tensor(torch.zeros(shape), mesh, place) for shape, place in zip(shapes, places, strict=True)]
     ranks = Ranks(torch.device("cpu"))
-    whole, parted = Trends(4, torch.device("cpu")), ShardedTrends(likes, ranks)
+    whole, parted = Trends([torch.zeros(shape) for shape in shapes]), Trends(likes, ranks)
     for step in range(7):
         now, before = [[torch.randn(shape) for shape in shapes] for _ in range(2)]
-        alike = torch.tensor([step != 2, True, step not in (3, 4), step != 0]).float()
+        alike = torch.tensor([step != 2, True, step not in (3, 4), step != 0])
         right = whole.cosines(whole.products(range(4), now, before), alike)
         parts = [
             [distribute_tensor(t, mesh, place).to_local() for t, place in zip(tensors, places, strict=True)]
@@ -260,7 +259,7 @@ def check_trends(size: int) -> None:
             state = parted.state_dict(list("abcd"))
             for name, row in whole.state_dict(list("abcd")).items():
                 torch.testing.assert_close(state[name], row, rtol=1e-5, atol=1e-6)
-            parted = ShardedTrends(likes, ranks)
+            parted = Trends(likes, ranks)
             parted.load_state_dict(state, list("abcd"))
 
 
@@ -270,11 +269,12 @@ def test_trends_of_parts_are_those_of_wholes() -> None:
 
 
 def test_a_trend_is_kept_over_a_reading_that_has_nothing_to_compare() -> None:
-    trends, zero = Trends(2, torch.device("cpu")), [torch.zeros(4), torch.zeros(3)]
+    zero = [torch.zeros(4), torch.zeros(3)]
+    trends = Trends(zero)
     first = [torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])]
     other = [torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])]
     assert trends.cosines(trends.products((0, 1), first, zero)).tolist() == [0, 0]
     unlike = trends.products((0, 1), other, zero)
-    assert trends.cosines(unlike, torch.zeros(1)).tolist() == [0, 0]
+    assert trends.cosines(unlike, torch.tensor([False])).tolist() == [0, 0]
     assert trends.cosines(trends.products((1,), other[1:], zero[1:])).tolist() == [1]  # the first has no gradient
     assert trends.cosines(trends.products((0, 1), first, zero)).tolist() == [1, 1]

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dynamon.curvature.operators.base import LinearOperator
@@ -22,8 +21,8 @@ class MeanOverRanks(LinearOperator):
     Args:
         operator: This process's operator, on its own samples.
         weight: Its weight, such as the number of its samples.
-        group: The processes; all if None. With :class:`dynamon.distributed.ranks.Ranks` a process whose product fails
-            does not leave the others waiting.
+        ranks: The processes, inside their :meth:`dynamon.distributed.ranks.Ranks.collective_section`, so that one whose
+            product fails does not leave the others waiting; all if None.
 
     Attributes:
         doubt: Why products may miss a part, on any of the processes; else None.
@@ -38,12 +37,12 @@ class MeanOverRanks(LinearOperator):
     gradient: Tensor
     loss: Tensor
 
-    def __init__(self, operator: LinearOperator, weight: float = 1.0, group: Any = None) -> None:
+    def __init__(self, operator: LinearOperator, weight: float = 1.0, ranks: Ranks | None = None) -> None:
         """Sum the weights over the processes and average loss and gradient."""
         super().__init__(operator.shape[0], operator.dtype, operator.device, operator.space)
         own: Any = operator
-        self._operator, self._group = own, group
-        total = self._sum(torch.tensor(weight, dtype=widest_dtype(operator.device), device=operator.device))
+        self._operator, self._ranks = own, ranks or Ranks(operator.device)
+        total = self._ranks.sum(torch.tensor(weight, dtype=widest_dtype(operator.device), device=operator.device))
         self._share = weight / float(total)
         self.backend, self.reason = operator.backend, getattr(operator, "reason", None)
         self.rounding = operator.rounding
@@ -62,16 +61,10 @@ class MeanOverRanks(LinearOperator):
 
     def _any(self, own: bool) -> bool:
         """Return whether a flag is set on any of the processes."""
-        return bool(self._sum(torch.tensor(float(own), dtype=widest_dtype(self.device), device=self.device)))
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        if isinstance(self._group, Ranks):
-            return self._group.sum(tensor)
-        dist.all_reduce(tensor, group=self._group)
-        return tensor
+        return bool(self._ranks.sum(torch.tensor(float(own), dtype=widest_dtype(self.device), device=self.device)))
 
     def _mean(self, own: Tensor) -> Tensor:
-        return self._sum(self._share * own)
+        return self._ranks.sum(self._share * own)
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._mean(self._operator._product(vector))
@@ -90,7 +83,4 @@ class MeanOverRanks(LinearOperator):
     def product_error(self, vector: Tensor) -> float:
         """Return the largest error among the processes."""
         error = torch.tensor(self._operator.product_error(vector), dtype=widest_dtype(self.device), device=self.device)
-        if isinstance(self._group, Ranks):
-            return float(self._group.maximum(error))
-        dist.all_reduce(error, dist.ReduceOp.MAX, group=self._group)
-        return float(error)
+        return float(self._ranks.maximum(error))

@@ -14,12 +14,13 @@ from dynamon.distributed.dtensor import (
     gather_for_checkpoint,
     gather_rounds,
     has_whole_rows,
+    holders,
     shard_like,
     to_local,
 )
 from dynamon.distributed.ranks import OthersFailedError, Ranks
-from dynamon.distributed.reduction import ShardReduction
-from dynamon.distributed.work_sharing import measure_gathered
+from dynamon.distributed.reduction import PartialStats, ShardReduction
+from dynamon.distributed.work_sharing import share_work
 from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from tests.shards import in_group
 
@@ -54,7 +55,7 @@ def check_layouts(size: int) -> None:
             assert torch.equal(gather(part, like).detach(), one), name
             assert torch.equal(shard_like(one, like), part)
         check_saved(ranks, likes, parts, wholes)
-        check_totals(ranks, likes, parts, wholes)
+        check_reduction(ranks, likes, parts, wholes)
         check_gathering(ranks, likes, parts, wholes)
         rows = [has_whole_rows(like) for like in likes]
         assert rows == [all("1" not in str(place) for place in placements)] * 4 + [True], name
@@ -70,19 +71,27 @@ def check_saved(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: li
         assert all(torch.equal(tensor, wholes[int(name)]) for name, tensor in found.items())
 
 
-def check_totals(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
-    totals = ShardReduction(likes, ranks, sums=2, maxima=1, owned=1)
-    found = totals.empty()
-    for i, part in enumerate(parts):
-        found.sums[:, i] = torch.stack([part.abs().sum(), torch.tensor(float(part.numel()))])
-        found.maxima[0, i] = part.abs().amax() if part.numel() else 0.0
-    found.owned[0, ranks.rank] = ranks.rank + 1.0
-    for total in (totals.reduce_or_nan(lambda: found), totals.reduce(found)):
-        sizes = torch.tensor([float(one.numel()) for one in wholes], dtype=torch.float64)
+def check_reduction(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
+    measured = [part if part.numel() else part.new_zeros(1) for part in parts]
+    stats = PartialStats(
+        sums=torch.tensor([[part.abs().sum(), part.numel()] for part in parts], dtype=torch.float64).T,
+        lengths=torch.stack([torch.linalg.vector_norm(part) for part in measured])[None],
+        maxima=torch.stack([part.abs().amax() for part in measured])[None],
+        known=torch.tensor([[i != 1 or ranks.rank > 0 for i in range(len(parts))], [True] * len(parts)]),
+        owned=torch.tensor([ranks.rank + 1.0 if rank == ranks.rank else 0.0 for rank in range(ranks.size)]),
+    )
+    totals = ShardReduction(likes, ranks, sums=2, lengths=1, maxima=1, known=2, owned=ranks.size)
+    sizes = torch.tensor([float(one.numel()) for one in wholes], dtype=torch.float64)
+    for total in (totals.reduce_or_nan(lambda: stats), totals.reduce(stats)):
         sums = torch.stack([torch.stack([one.abs().sum() for one in wholes]), sizes])
         torch.testing.assert_close(total.sums, sums, rtol=1e-14, atol=0)
+        lengths = torch.stack([torch.linalg.vector_norm(one) for one in wholes])
+        torch.testing.assert_close(total.lengths[0], lengths, rtol=1e-14, atol=0)
         assert torch.equal(total.maxima[0], torch.stack([one.abs().amax() for one in wholes]))
-        assert total.owned[0].tolist()[: ranks.size] == [rank + 1.0 for rank in range(ranks.size)]
+        assert total.known.tolist() == [[i != 1 for i in range(len(parts))], [True] * len(parts)]
+        assert total.owned.tolist() == [rank + 1.0 for rank in range(ranks.size)]
+    alone = ShardReduction(wholes, holders(wholes, ranks), sums=2)
+    assert alone.reduce(stats) is stats and alone.reduce_or_nan(lambda: stats) is stats
 
 
 def check_gathering(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes: list[torch.Tensor]) -> None:
@@ -96,7 +105,7 @@ def check_gathering(ranks: Ranks, likes: list, parts: list[torch.Tensor], wholes
         return torch.stack([torch.stack([one.sum(), two.sum()]) for one, two in given], 1)
 
     with ranks.collective_section():
-        table = measure_gathered(measure, [[part, 2 * part] for part in parts], likes, [1.0] * len(likes), 2, ranks)
+        table = share_work(measure, [[part, 2 * part] for part in parts], likes, [1.0] * len(likes), 2, ranks)
         taken = (table[0] != 0).sum()
         assert 0 < taken < len(likes)  # each process has a share of them
         ranks.sum(table)
@@ -112,7 +121,7 @@ def check_failures(ranks: Ranks) -> None:
     def find() -> Any:
         if ranks.rank == 1:
             raise ValueError("no")
-        return totals.empty()
+        return PartialStats(sums=torch.zeros(1, 1))
 
     if ranks.rank == 1:
         with pytest.raises(ValueError, match="no"):
@@ -127,7 +136,7 @@ def check_failures(ranks: Ranks) -> None:
         pytest.raises(ValueError if ranks.rank == 0 else OthersFailedError, match="not either"),
         ranks.collective_section(),
     ):
-        ranks.sum(measure_gathered(measure, [[to_local(like)]], [like], [1.0], 1, ranks))
+        ranks.sum(share_work(measure, [[to_local(like)]], [like], [1.0], 1, ranks))
 
 
 def check_histograms(ranks: Ranks) -> None:

@@ -152,7 +152,7 @@ def give_up(rank: int) -> dict:
     from dynamon.layers import describe_layers
 
     model = mlp(4, 6, 3)
-    local = LocalGradients(describe_layers(model))
+    local = LocalGradients(describe_layers(model), Ranks(torch.device("cpu")))
     local.give_up()  # closed: nobody waits
     local.open()
     model(X[rank : rank + 2].float()).sum().backward()

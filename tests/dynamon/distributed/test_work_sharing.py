@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.multiprocessing import start_processes
 
+from dynamon.distributed.ranks import Ranks
 from dynamon.distributed.work_sharing import assign_by_cost, share_work
 from dynamon.layers import describe_layers
 from dynamon.quantities.weights import layer_spectra
@@ -30,28 +31,31 @@ def work(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        found = {}
+        found, ranks = {}, Ranks(torch.device("cpu"))
         for name, model in (("gpt", gpt().double()), ("one", mlp(3, 4)), ("odd", gpt(depth=1))):
-            names, spectra = layer_spectra(describe_layers(model), group=dist.group.WORLD)
+            with ranks.collective_section():
+                names, spectra = layer_spectra(describe_layers(model), ranks=ranks)
             found[name] = {"names": names, **{f.name: getattr(spectra, f.name) for f in fields(spectra)}}
-        asked = []
+        asked, items = [], [[torch.tensor(float(i))] for i in range(4)]
 
-        def count(items):
-            asked.extend(items)
-            return torch.tensor([[float(i)] for i in items]).T * torch.ones(2, 1)
+        def count(chosen, wholes):
+            asked.extend(chosen)
+            return torch.stack([tensors[0] for tensors in wholes]).expand(2, -1)
 
-        table = share_work(count, [5.0, 1.0, 1.0, 1.0], 2, torch.device("cpu"))
+        with ranks.collective_section():
+            table = ranks.sum(share_work(count, items, [own for (own,) in items], [5.0, 1.0, 1.0, 1.0], 2, ranks))
         failed = None
         try:
-            share_work(fail_on_first, [1.0, 1.0], 1, torch.device("cpu"))
-        except RuntimeError as error:
-            failed = (str(error), str(error.__cause__))
+            with ranks.collective_section():
+                ranks.sum(share_work(fail_on_first, items[:2], [own for (own,) in items[:2]], [1.0, 1.0], 1, ranks))
+        except Exception as error:
+            failed = str(error)
         torch.save({"found": found, "asked": asked, "table": table, "failed": failed}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def fail_on_first(items: list[int]) -> torch.Tensor:
+def fail_on_first(items: list[int], wholes: list) -> torch.Tensor:
     if items == [0]:
         raise ValueError("no such item")
     return torch.zeros(1, len(items))
@@ -76,5 +80,5 @@ def test_two_processes(tmp_path) -> None:
     assert ranks[0]["asked"] == [0] and ranks[1]["asked"] == [1, 2, 3]
     for rank in ranks:
         assert rank["table"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-        assert rank["failed"][0] == "the measurement failed on 1 of 2 processes."
-    assert ranks[0]["failed"][1] == "no such item" and ranks[1]["failed"][1] == "None"
+    assert ranks[0]["failed"] == "no such item"
+    assert ranks[1]["failed"] == "on 1 of 2 processes, first on rank 0: no such item"

@@ -19,9 +19,7 @@ from dynamon.norms import table as norms_module
 from dynamon.norms.forms import each_dual, each_primal, normalized
 from dynamon.optim import Lanton, LayerwiseRates
 from dynamon.quantities.gradient_reader import GradientReader
-from dynamon.quantities.sharded_gradients import ShardedGradientReader
-from dynamon.quantities.sharded_norms import StepParts, is_maximum, steps_and_lengths
-from dynamon.quantities.sharded_weights import sharded_weight_readings
+from dynamon.quantities.primal_norms import BY_MAXIMUM, BY_WHOLE, StepNorms, reduce_steps, statistic_of
 from dynamon.quantities.updates import primal_norms
 from dynamon.quantities.weights import weight_readings
 from dynamon.rates import NoiseAdaptiveRates
@@ -126,18 +124,18 @@ def check_parts(rank: int, size: int) -> None:
     layers = describe_layers(Model())
     parted = [replace(layer, parameter=nn.Parameter(cut(layer.parameter))) for layer in layers]
     norms, steps, ranks = [update_norm(la, "spectral") for la in layers], drawn(layers, 1), Ranks(torch.device("cpu"))
-    own = {la.role: is_maximum(la, norm) for la, norm in zip(parted, norms, strict=True) if la.blocks == 1}
-    assert own["embedding"] and not own["hidden"]  # rows of tokens are columns of the map
-    parts = StepParts(parted, norms, [to_local(cut(step)) for step in steps])
+    own = {la.role: statistic_of(la, norm) for la, norm in zip(parted, norms, strict=True) if la.blocks == 1}
+    assert own["embedding"] == BY_MAXIMUM and own["hidden"] == BY_WHOLE  # rows of tokens are columns of the map
+    parts = StepNorms(parted, norms, {i: to_local(cut(step)) for i, step in enumerate(steps)}, ranks)
     with ranks.collective_section():
-        _, (found,) = steps_and_lengths([parts], parts.squares, ranks)
+        _, found = reduce_steps([parts], parts.lengths, ranks)
     np.testing.assert_allclose(found, primals(layers, steps), rtol=1e-5)
-    reader = ShardedGradientReader(parted, "spectral")
+    reader = GradientReader(parted, "spectral")
     set_gradients(parted, [cut(step) for step in steps])
     reader.begin(0)
     np.testing.assert_allclose(reader.read().wait().dual, duals(layers, steps), rtol=1e-5)
     with ranks.collective_section():
-        readings = sharded_weight_readings(parted, {}, {}, ranks)
+        readings = weight_readings(parted, ranks=ranks)
     np.testing.assert_allclose(readings.operator, primals(layers, [la.parameter for la in layers]), rtol=1e-5)
 
 

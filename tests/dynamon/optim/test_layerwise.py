@@ -725,9 +725,9 @@ class NoMemory:
     """Makes the statistics of gradients run out of memory at some calls."""
 
     def __init__(self, monkeypatch, at):
-        import dynamon.quantities.gradient_reader
+        import dynamon.quantities.gradient_statistics
 
-        self.calls, self.at, inner = 0, at, dynamon.quantities.gradient_reader.gradient_stats
+        self.calls, self.at, inner = 0, at, dynamon.quantities.gradient_statistics.gradient_stats
 
         def gradient_stats(*arguments, **keywords):
             self.calls += 1
@@ -735,7 +735,7 @@ class NoMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return inner(*arguments, **keywords)
 
-        monkeypatch.setattr("dynamon.quantities.gradient_reader.gradient_stats", gradient_stats)
+        monkeypatch.setattr("dynamon.quantities.gradient_statistics.gradient_stats", gradient_stats)
 
 
 def steered_by_noise(**arguments):
@@ -772,7 +772,7 @@ def test_other_errors_are_raised(monkeypatch):
     def gradient_stats(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("dynamon.quantities.gradient_reader.gradient_stats", gradient_stats)
+    monkeypatch.setattr("dynamon.quantities.gradient_statistics.gradient_stats", gradient_stats)
     with pytest.raises(RuntimeError, match="a bug"):
         train(model, optimizer, range(1))
 

@@ -146,7 +146,7 @@ def test_nan_in_place_of_duals_that_are_not_wanted_is_made_on_the_device() -> No
     """Not copied there, which would wait for what is queued: once a layer under Muon."""
     model, launches = gpt2("meta"), Launches()
     calls(model, reader(model, "spectral", steers=True), launches, dual=False)
-    assert launches.calls["_to_copy.default"] <= 3, launches
+    assert launches.calls["_to_copy.default"] <= 5, launches  # of dtypes
     small = gpt2("cpu", scale=48)
     fill_gradients(small)
     made = reader(small, "spectral", steers=True)
