@@ -9,7 +9,7 @@ are found. The comments give further reasons.
 
 # Readings.
 FEW = 3  # readings from the first one on, when nothing else is known
-CONSECUTIVE = 5  # consecutive readings that must agree: three bad batches in a row happen and pass
+CONSECUTIVE = 5  # readings that must agree: three consecutive bad batches happen and pass
 LONG = 10  # readings to the end, for what may be a pause
 PAST = 20  # readings that a jump is compared with, and from which noise is known
 SETTLING = 20  # consecutive overflows from the start: a gradient scaler halves its scale of 2^16 to below 1

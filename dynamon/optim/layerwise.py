@@ -288,7 +288,7 @@ class LayerwiseRates:
                     self.settle()
             elif self._phase == self.read_every - 1:
                 self.reader.store(scale, window)
-        except Exception as error:  # what may go on and what may not is sorted out there
+        except Exception as error:  # out of memory is tolerated, everything else is raised again
             self._go_without(error)
 
     def _go_without(self, error: Exception) -> None:
@@ -323,7 +323,7 @@ class LayerwiseRates:
         if self._compares_parts():
             try:
                 self.reader.store_part(share, scale)
-            except Exception as error:  # what may go on and what may not is sorted out there
+            except Exception as error:  # out of memory is tolerated, everything else is raised again
                 self._go_without(error)
 
     def watch_ranks(self, group: Any = None) -> None:
