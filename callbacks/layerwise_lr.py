@@ -1,7 +1,7 @@
 """Layerwise learning rates inside a Trainer."""
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from dynamon.callbacks.lightning.steering import (
     can_be_steered,
     holds_some_of,
     noise_is_shown,
+    range_of_rates,
+    say_unsteered,
     unsteerable_reason,
     wants_parts,
 )
@@ -26,7 +28,7 @@ from dynamon.layers import select
 from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.loop import nothing_to_train
-from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.run_context import say_geometry
 from dynamon.optim import LayerwiseRates, unsupported_reason
@@ -328,7 +330,7 @@ class LayerwiseLR(DynamonCallback):
         ratio = {name: r for _, ratios in known.values() for name, r in ratios.items()}
         names = [la.name for rates in self._steered.values() for la in select(rates.layers, self._patterns)]
         self._recorder.scalars(
-            _range_of(base.values())
+            range_of_rates(base.values())
             | {
                 "lr/bounded": float(sum(rates.rule.bounded() for rates in self._steered.values())),
                 "dynamon/steering_overhead": self._budget.overhead,
@@ -439,33 +441,10 @@ class LayerwiseLR(DynamonCallback):
             self._steered[optimizer] = rates
             if self.rule.needs_gradients:
                 say_geometry(optimizer)
-        self._say_unsteered(pl_module)
-
-    def _say_unsteered(self, module: pl.LightningModule) -> None:
-        """Once, which weights the rule leaves alone."""
-        if self._told:
-            return
-        names = [name for name, p in module.named_parameters() if p.is_complex() and p.requires_grad]
-        if names:
-            rank_zero_info(f"{type(self).__name__}: {len(names)} complex weights keep ratio 1, first {names[0]}.")
-        alone = [optimizer for optimizer in self._left_alone if holds_some_of(module, optimizer)]
-        reasons = [reason for optimizer in alone if (reason := unsupported_reason(optimizer)) is not None]
-        if alone and not reasons:
-            rank_zero_warn(
-                f"{type(self).__name__} does not steer {len(alone)} of the optimizers: they hold no real "
-                "floating point weights of the module."
-            )
-        for reason in reasons:
-            rank_zero_warn(f"{type(self).__name__} leaves the rates of an optimizer alone: {reason}")
-        self._told = bool(names or alone)
+        if not self._told:
+            self._told = say_unsteered(type(self).__name__, pl_module, self._left_alone)
 
     def _release(self) -> None:
         for rates in self._steered.values():
             rates.remove()
         self._steered, self._left_alone, self._in_force = {}, [], {}
-
-
-def _range_of(rates: Collection[float]) -> dict[str, float]:
-    """The largest base rate, and the smallest where groups have different ones."""
-    highest, lowest = max(rates), min(rates)
-    return {"lr/base": highest} if lowest == highest else {"lr/base": highest, "lr/base_min": lowest}

@@ -22,8 +22,8 @@ exclude_patterns = ["generated"]  # included by other pages
 nitpicky = True  # a reference to something of ours that does not exist is an error
 nitpick_ignore_regex = [  # other people's, whose pages are on the network
     ("py:.*", r"(torch|nn|optim|lightning|pl|numpy|np|scipy|collections|pathlib|typing|types|contextlib)(\..*)?"),
-    ("py:.*", r"(Any|Tensor|Optimizer|optional|callable|tuple\[str|dict\[str)"),
-    ("py:.*", r"dynamon\..*(\._\w+|\.Statistics)"),  # private classes and type variables in signatures
+    ("py:.*", r"(Any|Tensor|Optimizer|ProcessGroup|optional|callable|tuple\[str|dict\[str)"),
+    ("py:.*", r"dynamon\..*(\._\w+|\.Statistics|\.PartialStats)"),  # private classes and type variables in signatures
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -48,6 +48,13 @@ pygments_style = "friendly"
 pygments_dark_style = "native"
 
 
+def keep_colons(app, what, name, obj, options, lines):
+    """Keep napoleon from reading the words before a colon in a property's docstring as the name of its type."""
+    if what == "property":
+        lines[:0] = ["..", ""]  # an empty comment
+
+
 def setup(app):
     mathml.setup(app)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon
     app.connect("builder-inited", lambda app: generated.write(Path(app.srcdir)))

@@ -136,6 +136,8 @@ def cost_table() -> str:
 
 def readings_table() -> str:
     """What short and long runs show under the default budget."""
+    if not (RESULTS / "readings.json").exists():
+        return "`python -m benchmarks.readings` has not been run with this version.\n"
     found = _result("readings")
     quantities = list(next(iter(next(iter(found["results"].values()))["runs"].values()))["readings"])
     rows = [

@@ -20,6 +20,7 @@ from dynamon.curvature.operators.vector_space import VectorSpace
 from dynamon.distributed.dtensor import to_local
 from dynamon.layers.complex_pairs import real_dtype, real_numel
 from dynamon.norms.geometry import optimizer_family
+from dynamon.quantities.weight_decay import is_decoupled
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def stability_scaling(
             raise ValueError("a parameter is not in the optimizer; its stability is not defined.")
         group = group_of[id(p)]
         pieces.append(_squared_scale(optimizer, group, p, factor))
-        decays.append(0.0 if _decoupled(group) else float(group.get("weight_decay", 0.0)))
+        decays.append(0.0 if is_decoupled(optimizer, group) else float(group.get("weight_decay", 0.0)))
     squared = space.join(pieces)
     missing = squared.isnan()
     excluded = int(space.total(missing.sum()))
@@ -245,10 +246,6 @@ def stability_threshold(optimizer: Optimizer) -> float | None:
     return None if values or value <= 0 else 1 / value
 
 
-def _decoupled(group: dict[str, object]) -> bool:
-    return bool(group.get("decoupled_weight_decay", False))
-
-
 def _sgd_factor(group: dict[str, object]) -> float:
     rate, momentum = float(group["lr"]), float(group["momentum"])  # type: ignore[arg-type]
     if group["nesterov"]:
@@ -274,7 +271,7 @@ def _adaptive_factor(optimizer: Optimizer, group: dict[str, Any], ratio: float) 
     if isinstance(optimizer, RMSprop):  # heavy ball on the preconditioned gradient
         return rate / (2 * (1 + float(group["momentum"])))
     beta1 = float(group["betas"][0])
-    decay = float(group["weight_decay"]) if _decoupled(group) else 0.0
+    decay = float(group["weight_decay"]) if is_decoupled(optimizer, group) else 0.0
     if rate * decay >= 2:
         raise ValueError(f"lr * weight_decay is {rate * decay:.3g}: from 2 on the decay alone diverges.")
     return rate * (1 - beta1) / ((2 - rate * decay) * (1 + beta1))

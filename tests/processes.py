@@ -16,11 +16,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import start_processes
 
-from dynamon.monitoring import eigenvalues, memory_plan, monitor, probe
+from dynamon.monitoring import curvature_solves, eigenvalues, held_samples, memory_plan, monitor, probe
 from tests.helpers import Classifier, fit
 from tests.ranks import loader, tables
 
 _SIZE = "DYNAMON_TEST_PROCESSES"
+_SPEAKERS = (curvature_solves, eigenvalues, held_samples, memory_plan, monitor, probe)
 
 
 class Sharded(Classifier):
@@ -71,7 +72,7 @@ def listening() -> Iterator[list[str]]:
     """What the first process says."""
     said: list[str] = []
     own = said.append if dist_rank() == 0 else lambda line: None
-    names = [(m, f"rank_zero_{kind}") for m in (eigenvalues, monitor, probe, memory_plan) for kind in ("warn", "info")]
+    names = [(m, f"rank_zero_{kind}") for m in _SPEAKERS for kind in ("warn", "info")]
     patches = [patch.object(module, name, own) for module, name in names if hasattr(module, name)]
     for p in patches:
         p.start()

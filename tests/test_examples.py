@@ -29,7 +29,7 @@ def named(stem: str):
     return example(next(path for path in EXAMPLES if path.stem == stem))
 
 
-@pytest.mark.parametrize("path", marked("diverging_run", "noisy_layers"))
+@pytest.mark.parametrize("path", marked("diverging_run", "edge_of_stability", "noisy_layers"))
 @pytest.mark.filterwarnings("ignore")
 def test_example(path: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"

@@ -1,7 +1,7 @@
-"""Imports go down only: cli -> callbacks -> dynamon -> kernels."""
+"""Imports go down only: cli -> callbacks -> dynamon -> kernels, and within dynamon/ from room to room as in ROOMS."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -68,6 +68,54 @@ def package(path: Path) -> str:
 def sources(*folders: str) -> list[Path]:
     """Return all Python files below the folders."""
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+# The rooms of dynamon/: what each may import beside kernels, and why. Those that a room may import stand above it, so
+# there are no cycles. REGISTRY is what dynamon.quantities says about quantities, and measures none.
+REGISTRY = ("entries", "names", "registry", "tables")
+ROOMS: dict[str, tuple[set[str], str]] = {
+    "registry": (set(), "facts and names, which files of runs are read with where torch is not installed"),
+    "schedule": (set(), "factors from numbers alone"),
+    "distributed": (set(), "processes and parts of tensors, whatever is in them"),
+    "isolation": ({"distributed"}, "a model is put back as it was, on all processes"),
+    "layers": ({"registry", "distributed"}, "roles of parameters, which may be sharded; names are chosen by patterns"),
+    "spectra": ({"distributed", "layers"}, "singular values of what a layer holds"),
+    "norms": ({"registry", "layers", "spectra"}, "norms by role, some of them of singular values"),
+    "quantities": ({"registry", "distributed", "layers", "spectra", "norms"}, "readings of each layer in its norm"),
+    "curvature": ({"registry", "distributed", "isolation", "layers"}, "products with the Hessian of a model at rest"),
+    "stability": ({"distributed", "layers", "norms", "curvature"}, "curvature in the geometry of an optimizer"),
+    "rates": ({"layers", "norms", "quantities"}, "rules follow readings, and know no optimizer"),
+    "optim": ({"registry", "distributed", "layers", "norms", "quantities", "rates"}, "optimizers that rules steer"),
+    "runs": ({"registry"}, "what was written and is read again, without torch"),
+    "health": ({"registry", "runs"}, "findings in what was read, without torch"),
+    "board": ({"registry", "runs", "health"}, "shows what was read, without torch"),
+    "monitoring": (
+        {"registry", "distributed", "isolation", "layers", "spectra", "norms", "quantities", "curvature", "stability"}
+        | {"rates", "optim", "runs", "health", "board"},
+        "decides when to measure, measures, and hands on; only the commands know it",
+    ),
+    "cli": (
+        {"registry", "schedule", "layers", "norms", "quantities", "runs", "health", "board", "monitoring"},
+        "commands",
+    ),
+}
+# Arrows upwards: an entry of the registry may name a function that is imported when it is called.
+UPWARDS = {"dynamon/quantities/entries/weight.py": {"quantities"}}
+
+
+def room(name: str) -> str | None:
+    """Return the room that a module or a name in it belongs to; None outside of rooms."""
+    first, second, third, *_ = [*name.split("."), "", "", ""]
+    if first != "dynamon" or second in ("", "callbacks", "kernels"):
+        return None
+    measures = (ROOT / "dynamon" / "quantities" / f"{third}.py").exists() and third not in REGISTRY
+    return "registry" if second == "quantities" and not measures else second if second in ROOMS else None
+
+
+def upward(source: str, package: str, own: str, exceptions: Iterable[str] = ()) -> list[str]:
+    """Return "line: name" for each import from a room that this one may not know."""
+    allowed = {own, None, *ROOMS[own][0], *exceptions}
+    return [f"{line}: {name}" for line, name in sorted(set(uses(source, package))) if room(name) not in allowed]
 
 
 SHIPPED = sources("dynamon", "callbacks", "kernels")
@@ -149,3 +197,75 @@ def test_the_lawful_passes(where, source):
 )
 def test_a_second_name_is_caught(source):
     assert violations(source, "dynamon", OUTSIDE_TESTS)
+
+
+def module(path: Path) -> str:
+    """Return the full name of a file of the package."""
+    return ".".join([package(path), *([] if path.stem == "__init__" else [path.stem])])
+
+
+IN_ROOMS = {path: room(module(path)) for path in sources("dynamon") if path != ROOT / "dynamon" / "__init__.py"}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_knows_those_above_it_only(name):
+    found = {
+        where: bad
+        for path, own in IN_ROOMS.items()
+        if own == name
+        and (where := str(path.relative_to(ROOT)))
+        and (bad := upward(path.read_text(), package(path), own, UPWARDS.get(where, ())))
+    }
+    assert not found
+
+
+def test_no_cycles():
+    above = set()
+    for name, (allowed, _) in ROOMS.items():
+        assert allowed <= above, name
+        above.add(name)
+
+
+def test_all_rooms_are_seen():
+    assert set(IN_ROOMS.values()) == set(ROOMS)
+    assert all((ROOT / where).exists() for where in UPWARDS)
+
+
+@pytest.mark.parametrize(
+    ("own", "source"),
+    [
+        ("curvature", "from dynamon.quantities.weights import weight_readings"),
+        ("curvature", "def f():\n    from dynamon.monitoring import Watch"),
+        ("runs", "import dynamon.health"),
+        ("registry", "from dynamon.quantities.updates import wide_lengths"),
+        ("layers", "from ..norms import get_norm"),
+        ("rates", "from dynamon import optim"),
+    ],
+)
+def test_an_arrow_upwards_is_caught(own, source):
+    assert upward(source, f"dynamon.{own}", own)
+
+
+@pytest.mark.parametrize(
+    ("own", "source"),
+    [
+        ("curvature", "from dynamon.quantities.names import is_chosen\nfrom dynamon.kernels import polar_factor"),
+        ("runs", "from dynamon.quantities import REGISTRY\nfrom . import history\nfrom dynamon import __version__"),
+        ("quantities", "from dynamon.quantities.noise import SOURCES\nfrom dynamon.norms import Norm"),
+    ],
+)
+def test_an_arrow_downwards_passes(own, source):
+    assert not upward(source, f"dynamon.{own}", own)
+
+
+# Tests stand on the floor of what they test: those of kernels/ and dynamon/ know no Trainer.
+MIRRORED = {
+    "tests/kernels": (*LIGHTNING, "dynamon.callbacks", "dynamon.cli", "tests.helpers"),
+    "tests/dynamon": (*LIGHTNING, "dynamon.callbacks", "dynamon.cli", "tests.helpers"),
+}
+
+
+@pytest.mark.parametrize("folder", MIRRORED)
+def test_tests_stand_on_their_floor(folder):
+    found = {path: violations(path.read_text(), "tests", MIRRORED[folder]) for path in sources(folder)}
+    assert not {str(path.relative_to(ROOT)): bad for path, bad in found.items() if bad}

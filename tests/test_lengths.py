@@ -8,17 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FUNCTION, FILE = 60, 450
-# Longer for a reason that stays: tables, whose lines are entries. Path, with the reason.
-TABLES: dict[str, str] = {}
-# Too long, and to be cut: a name goes when its file or function fits. Path, or path::function.
-TO_BE_CUT = {
-    "callbacks/layerwise_lr.py",
-    "dynamon/monitoring/eigenvalues.py",
-    "dynamon/monitoring/gradient_meter.py",
-    "dynamon/monitoring/monitor.py",
-    "dynamon/monitoring/probe.py",
-    "dynamon/quantities/gradient_reader.py",
-}
 
 
 def shipped(*kinds: str) -> list[Path]:
@@ -53,11 +42,7 @@ def too_long() -> dict[str, int]:
 
 
 def test_functions_and_files_are_short() -> None:
-    assert {name: lines for name, lines in too_long().items() if name not in TO_BE_CUT | TABLES.keys()} == {}
-
-
-def test_the_lists_hold_nothing_that_is_short_by_now() -> None:
-    assert (TO_BE_CUT | TABLES.keys()) - too_long().keys() == set()
+    assert too_long() == {}
 
 
 @pytest.mark.parametrize(

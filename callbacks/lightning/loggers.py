@@ -132,6 +132,6 @@ def _row_count(run: Any) -> int | None:
         import wandb
 
         count = run.step
-    except Exception:
+    except Exception:  # W&B raises errors of its own kinds, or is not installed
         return None
     return count if isinstance(count, int) and not wandb.patched["tensorboard"] else None

@@ -1,5 +1,7 @@
 """Which optimizers of a Trainer can be steered, and where a rule cannot have what it reads."""
 
+from collections.abc import Collection, Sequence
+
 import lightning.pytorch as pl
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -9,6 +11,7 @@ from dynamon.callbacks.lightning.loop import TrainerLoop, callbacks_of
 from dynamon.callbacks.lightning.strategy import strategy_reason
 from dynamon.callbacks.monitor import Monitor
 from dynamon.monitoring.accumulation import compares_ranks
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.optim import several_devices_reason, steerable_layers, unsupported_reason
 from dynamon.rates import Rule
 
@@ -67,3 +70,26 @@ def noise_is_shown(trainer: pl.Trainer) -> bool:
     """Return whether a monitor in the Trainer logs the noise of each layer."""
     monitors = (callback for callback in callbacks_of(trainer) if isinstance(callback, Monitor))
     return any(monitor.measures("noise/dual") for monitor in monitors)
+
+
+def say_unsteered(steering: str, module: nn.Module, left_alone: Sequence[Optimizer]) -> bool:
+    """Say which weights a rule leaves alone; return whether there are any."""
+    names = [name for name, p in module.named_parameters() if p.is_complex() and p.requires_grad]
+    if names:
+        rank_zero_info(f"{steering}: {len(names)} complex weights keep ratio 1, first {names[0]}.")
+    alone = [optimizer for optimizer in left_alone if holds_some_of(module, optimizer)]
+    reasons = [reason for optimizer in alone if (reason := unsupported_reason(optimizer)) is not None]
+    if alone and not reasons:
+        rank_zero_warn(
+            f"{steering} does not steer {len(alone)} of the optimizers: they hold no real floating point weights of "
+            "the module."
+        )
+    for reason in reasons:
+        rank_zero_warn(f"{steering} leaves the rates of an optimizer alone: {reason}")
+    return bool(names or alone)
+
+
+def range_of_rates(rates: Collection[float]) -> dict[str, float]:
+    """Return the largest base rate, and the smallest where groups have different ones."""
+    highest, lowest = max(rates), min(rates)
+    return {"lr/base": highest} if lowest == highest else {"lr/base": highest, "lr/base_min": lowest}

@@ -30,6 +30,7 @@ from dynamon.cli.demo_summary import Outcome, shortfalls, summary
 from dynamon.cli.language_model import LanguageModel
 from dynamon.cli.refusal import refusing
 from dynamon.monitoring.dynamics_monitor import PRESETS
+from dynamon.monitoring.planner import GRACE
 
 _SECONDS = 90.0
 _RESERVED = 8.0  # of them for imports, before the clock starts, and for the picture
@@ -133,7 +134,7 @@ def _plan(options: argparse.Namespace, text: Tensor, begin: float) -> Plan:
         return _step_seconds(options, text, SIZES[size], count, too_slow)
 
     def seconds_left() -> float:
-        return _SECONDS - _RESERVED - (time.perf_counter() - begin)
+        return _SECONDS - _RESERVED - GRACE - (time.perf_counter() - begin)
 
     sizes = list(SIZES) if options.size is None else [options.size]
     return make_plan(step_seconds, sizes, threads, seconds_left, options.budget)
@@ -163,7 +164,7 @@ def _train(
     pl.seed_everything(options.seed, verbose=False)
     size = SIZES[plan.size]
     module = _module(size, plan.steps)
-    monitor = DynamicsMonitor(preset=options.preset, budget=options.budget)
+    monitor = DynamicsMonitor(preset=options.preset, budget=options.budget, grace=GRACE)
     steering = _steering(options)
     losses, logger = _Losses(), TensorBoardLogger(options.logdir, name=None)
     trainer = _trainer(
@@ -189,6 +190,7 @@ def _train(
         seconds=now - begin,
         fit_seconds=now - fit_begin,
         budget=options.budget,
+        grace=GRACE,
     )
     return outcome, logger, bool(interrupts)
 
@@ -225,7 +227,7 @@ def _announcement(options: argparse.Namespace, plan: Plan, text: Tensor) -> str:
     )
     if plan.step_seconds is None:
         return line
-    seconds = plan.steps * plan.step_seconds * (1 + options.budget)
+    seconds = plan.steps * plan.step_seconds * (1 + options.budget) + GRACE
     return f"a step takes {plan.step_seconds:.2g} s: {plan.steps} of them and monitoring, about {seconds:.0f} s\n{line}"
 
 

@@ -238,6 +238,11 @@ class Ranks:
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in messages.tolist()]
 
 
+def has_several_processes() -> bool:
+    """Return whether ``torch.distributed`` runs with more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, here or on another process."""
     if isinstance(error, OthersFailedError):

@@ -148,7 +148,7 @@ def hard_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
             step,
             f"Clipping leaves {left:.2g} of the gradient, in the median of the {len(share) - start} readings from step "
             f"{step} on.",
-            "Then clipping sets the size of every step and the gradient its direction only. Where that is not meant, "
+            "Then clipping sets the size of every step, and the gradient only its direction. If that is not intended, "
             "average the loss instead of summing it, raise the limit, or look for what makes gradients so large.",
             numbers={"coefficient": left},
             tags=("gradient/clip_coefficient", "gradient/norm"),

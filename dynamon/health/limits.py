@@ -1,14 +1,15 @@
 """All thresholds of the rules.
 
 They are round numbers, neither from a paper nor fitted. Each was chosen so that the healthy runs of
-``tests/dynamon/health/test_findings.py`` and ``tests/cases/test_rules.py`` give no finding (synthetic ones with noise
-of up to 60 % and a correlation of up to 0.9 between readings, Cauchy noise, random walks, six real networks, gradient
-descent at the edge of stability), and that the faults injected there are found. The comments give further reasons.
+``tests/dynamon/health/test_findings.py`` (synthetic ones with noise of up to 60 % and a correlation of up to 0.9
+between readings, Cauchy noise, random walks), ``tests/callbacks/test_health_runs.py`` (six real networks, gradient
+descent at the edge of stability) and ``tests/cases/test_rules.py`` give no finding, and that the faults injected there
+are found. The comments give further reasons.
 """
 
 # Readings.
 FEW = 3  # readings from the first one on, when nothing else is known
-CONSECUTIVE = 5  # consecutive readings that must agree: three bad batches in a row happen and pass
+CONSECUTIVE = 5  # readings that must agree: three consecutive bad batches happen and pass
 LONG = 10  # readings to the end, for what may be a pause
 PAST = 20  # readings that a jump is compared with, and from which noise is known
 SETTLING = 20  # consecutive overflows from the start: a gradient scaler halves its scale of 2^16 to below 1

@@ -75,7 +75,7 @@ class JudgedLoss:
             return "The training loss"
         if self.source == "probe":
             return "The loss on the probe"
-        taken = {"guess": ", which is taken for the training loss by its name,", "part": ", maybe a part of the loss,"}
+        taken = {"guess": ", assumed to be the training loss by its name,", "part": ", maybe a part of the loss,"}
         return f"{self.tag}{taken[self.source]}" if self.source in taken else f"The training loss ({self.tag})"
 
 

@@ -52,7 +52,7 @@ def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
                 "note",
                 step,
                 f"The learning rate is 0 in all {count} readings from step {step} on, so no weight moves.",
-                "Where a schedule is over or has not begun that is as meant; else look at the scheduler.",
+                "If a schedule has ended or not begun, that is intended; else check the scheduler.",
                 numbers={"readings": count},
                 tags=("update/operator", "weight/effective_rate"),
             )
@@ -67,8 +67,8 @@ def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
         "fault",
         step,
         f"No weight has moved since step {step}: every update is exactly zero in {count} readings.",
-        "Look whether the optimizer holds the parameters of this model (and not those of one that was replaced), "
-        "whether its step is called, at the learning rate, and whether weights in half precision swallow updates.",
+        "Check that the optimizer holds the parameters of this model (and not of a replaced one) and that its step "
+        "is called; check the learning rate, and whether updates are below the resolution of half precision.",
         numbers={"readings": count},
         tags=("update/operator", "update/ratio"),
     )

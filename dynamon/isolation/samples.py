@@ -106,7 +106,10 @@ def _signs(value: Any) -> Iterator[tuple[int, ...]]:
         return
     inner = [sign for item in held.values() for sign in _signs(item)]
     if inner and isinstance(value, list | tuple) and (_are_alike(value) or all(map(_is_record, value))):
-        yield *(n for n in inner[0] if all(n in sign for sign in inner)), len(value)  # those of all, or one a sample
+        yield (
+            *(n for n in inner[0] if all(n in sign for sign in inner)),
+            len(value),
+        )  # the common numbers, or one per sample
     else:
         yield from inner
 

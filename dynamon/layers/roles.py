@@ -28,6 +28,7 @@ _PACKED_QKV = re.compile(
     r"([._](base_layer|parametrizations|weight|weight_v|weight_orig|original|original1))*$"
 )
 
+STATED = "dynamon_roles"  # the attribute of a model that states roles
 _Use = tuple[nn.Module, str]  # a module and the name under which it holds a parameter
 
 
@@ -71,7 +72,8 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
         model: Any module.
         overrides: Roles by glob on names and aliases (``{"backbone.stem.*": "embedding"}``); the last match wins.
             Parameters that cannot have the role are skipped: less than two dimensions is always a vector, the weight
-            of a convolution is ``conv`` or ``vector``.
+            of a convolution is ``conv`` or ``vector``. A model may state the same as its attribute ``dynamon_roles``,
+            which monitors and steering use too; overrides come after it.
 
     Returns:
         One :class:`Layer` per tensor.
@@ -98,16 +100,19 @@ def describe_layers(model: nn.Module, overrides: Mapping[str, str] | None = None
 
 
 def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[Layer]:
-    """Describe the tensors that have a shape, as :func:`describe_layers` does; lazy modules may have others.
+    """Describe the tensors that have a shape, as :func:`describe_layers` does; those of lazy modules are left out.
 
     Args:
         model: Any module.
-        overrides: As there.
+        overrides: As there; they may also match tensors without a shape.
     """
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
+    without_shape: list[str] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not is_lazy(parameter) and parameter.numel():
+        if is_lazy(parameter):
+            without_shape.append(plain_name(name))
+        elif parameter.numel():
             names.setdefault(id(parameter), []).append(plain_name(name))
             parameters.setdefault(id(parameter), parameter)
     names = {key: list(dict.fromkeys(own)) for key, own in names.items()}
@@ -115,14 +120,15 @@ def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -
     heads = _head_weights(model, uses)
     geometries = {key: _conv_geometry(parameter, uses.get(key, [])) for key, parameter in parameters.items()}
     roles = {key: _role(names[key], p, uses.get(key, []), is_head=key in heads) for key, p in parameters.items()}
-    for glob, role in (overrides or {}).items():
+    stated = {**(getattr(model, STATED, None) or {}), **(overrides or {})}
+    for glob, role in stated.items():
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r} for {glob!r}; choose one of {', '.join(ROLES)}.")
         matched = [key for key in roles if any(fnmatchcase(name, glob) for name in names[key])]
-        if not matched:
+        if not matched and not any(fnmatchcase(name, glob) for name in without_shape):
             raise ValueError(f"the override {glob!r} matches no parameter.")
         fitting = [key for key in matched if _can_be(role, parameters[key], geometries[key])]
-        if not fitting:
+        if matched and not fitting:
             raise ValueError(
                 f"the override {glob!r} matches nothing that can be {role!r}, only {names[matched[0]][0]}."
             )

@@ -23,3 +23,23 @@ def check_arguments(
         )
     if not 0 <= grace < math.inf:
         raise ValueError(f"grace must be a number of seconds, 0 or more, got {grace!r}.")
+
+
+def check_probe(
+    probe_batches: int,
+    probe_fraction: float,
+    loss_fn: object,
+    probe_size: int | None = None,
+    probe_weight: str | None = None,
+) -> None:
+    """Raise ValueError naming the argument that is out of range."""
+    if probe_batches < 1:
+        raise ValueError(f"probe_batches must be 1 or more, got {probe_batches}.")
+    if not 0 < probe_fraction <= 1:
+        raise ValueError(f"probe_fraction must lie in (0, 1], got {probe_fraction}.")
+    if probe_size is not None and probe_size < 2:
+        raise ValueError(f"probe_size must be 2 samples or more, or None, got {probe_size}.")
+    if probe_weight is not None and not isinstance(probe_weight, str):
+        raise ValueError(f"probe_weight must be the name of an entry of the batch, or None, got {probe_weight!r}.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")

@@ -6,7 +6,7 @@ NEVER = math.inf
 
 
 class Cadence:
-    """When one group of quantities is read: at fixed steps, or where the :class:`Planner` puts it.
+    """When one group of quantities is read, at fixed steps or as :class:`dynamon.monitoring.planner.Planner` plans it.
 
     Args:
         every_n_steps: Read at every step that is a multiple of this, whatever it costs. A step that was not taken is

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from dynamon.isolation.preserve import LossFn
-from dynamon.monitoring.arguments import check_arguments
+from dynamon.monitoring.arguments import check_arguments, check_probe
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gauss_newton import OutputsFn
 from dynamon.monitoring.gradient_meter import GradientMeter
@@ -14,7 +14,7 @@ from dynamon.monitoring.gradient_monitor import GradientMonitor
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
-from dynamon.monitoring.probe import ProbeMeter, check_probe
+from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.sharpness_monitor import QUANTITIES, SharpnessMonitor, check_solver, sharpness_meters
 from dynamon.monitoring.weight_meter import WeightMeter
 from dynamon.monitoring.weight_monitor import WeightMonitor

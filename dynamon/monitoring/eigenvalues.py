@@ -1,86 +1,46 @@
-"""What the curvature of the whole loss is: eigenvalues, stability, traces, densities, blocks."""
+"""The curvature of the whole loss during training: which quantities are measured when, and what is said of them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import (
-    Eigenpairs,
     EigenTracker,
-    HessianOperator,
-    LinearOperator,
-    MeanOverRanks,
-    SpectralDensity,
-    blockwise_sharpness,
-    eigenspace_overlap,
-    eigenspace_share,
-    spectral_density,
-    trace,
 )
 from dynamon.curvature.memory import free_memory
-from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.curvature.operators.preconditioner import (
     NoSecondMomentError,
-    has_second_moment,
-    preconditioned,
-    preconditioner,
 )
-from dynamon.curvature.solvers.lanczos import random_start
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.distributed.ranks import ran_out_of_memory
+from dynamon.monitoring import curvature_solves
 from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.curvature_solves import DENSITY_VECTORS, TRACE_VECTORS, CurvatureSolves, Point
 from dynamon.monitoring.evaluation import trained_parameters
 from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
-from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
-from dynamon.monitoring.matvec_allowance import LEAST, MatvecAllowance
+from dynamon.monitoring.gauss_newton import OutputsFn
+from dynamon.monitoring.matvec_allowance import LEAST
 from dynamon.monitoring.memory_plan import plan_memory
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
-from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.planner import Plan
-from dynamon.monitoring.probe import SAVED_NUMBERS, ProbeMeter, why_never, why_not
+from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.trust import why_never
 from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
-from dynamon.optim import steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
-from dynamon.quantities.entries.sharpness import SUBSPACE
 from dynamon.stability import (
-    StabilityScaling,
     has_stability_condition,
-    stability_operator,
-    stability_scaling,
-    stability_threshold,
 )
 
 _EXTRAS = ("preconditioned", "trace", "density", "blocks", "ggn")  # which a measurement can do without
-_TRACE_VECTORS = 16
-_DENSITY_STEPS, _DENSITY_VECTORS = 60, 2
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
-@dataclass
-class _Point:
-    """One measurement in the making."""
-
-    run: RunContext
-    params: FlatParameters  # as the loss sees them
-    owned: list[Tensor]  # as the optimizers do
-    hessian: HessianOperator | MeanOverRanks
-    optimizer: Optimizer | None
-    readings: dict[str, float] = field(default_factory=dict)
-    products: int = 0
-    succeeded: int = 0
-    failed: dict[str, Exception] = field(default_factory=dict)
-    brackets: list[tuple[str, Tensor, StabilityScaling | None]] = field(default_factory=list)
-
-
-class EigenvalueMeter(Meter):
+class EigenvalueMeter(CurvatureSolves):
     """Tracks the top of the curvature on the probe, and whatever else of the spectrum was asked for.
 
     Args:
@@ -108,27 +68,17 @@ class EigenvalueMeter(Meter):
         memory_limit: float | None = None,
     ) -> None:
         """Nothing tracked yet."""
-        super().__init__(cadence)
-        self._probe, self._steps, self._memory_limit = probe, steps, memory_limit
-        self._gauss_newton = GaussNewton(probe, outputs)
-        self._wanted = frozenset(quantities)
-        self._tol, self._max_matvecs = tol, max_matvecs
+        super().__init__(cadence, probe, steps, quantities, tol, max_matvecs, outputs)
+        self._memory_limit = memory_limit
         declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
         self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
         self.quantities = meanings(one for one in declared if one.scope is Scope.PER_LAYER)
         self.panels = chart_layout(declared)
-        self._trackers: dict[str, EigenTracker] = {}
-        self._blocks: dict[str, Tensor] = {}
-        self._space: Tensor | None = None
-        self.last_density: SpectralDensity | None = None
-        self._allowance = MatvecAllowance()
         self._extras: dict[str, Cadence] = {}  # what is taken along with a measurement now and then
-        self._too_large, self._never, self._certify = False, False, True
+        self._too_large = self._never = False
         self._needed = 0.0  # bytes of the vectors of a solve
         self._is_guess = self._is_solving = False
-        self._told: set[str] = set()
         self._failures = Failures()
-        self._last_loss = math.inf
 
     def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and what is measured instead."""
@@ -163,7 +113,9 @@ class EigenvalueMeter(Meter):
         trained = list(trained_parameters(run).values())
         if not trained:
             return
-        room = plan_memory(run, trained, self._max_eigenvalues(), _DENSITY_STEPS + 1, self._memory_limit)
+        room = plan_memory(
+            run, trained, self._max_eigenvalues(), curvature_solves.DENSITY_STEPS + 1, self._memory_limit
+        )
         self._probe.gathers, self._certify, self._too_large = room.gathers, room.certifies, not room.solves
         self._needed = room.needed
         allowed = f"GiB and {room.limit / 2**30:.3g} GiB are allowed"
@@ -184,9 +136,6 @@ class EigenvalueMeter(Meter):
                 f"the vectors of an eigenvalue solve take {room.needed / 2**30:.3g} {allowed}: critical sharpness, "
                 "which needs forward passes only, is shown instead. Raise memory_limit to have eigenvalues."
             )
-
-    def _max_eigenvalues(self) -> int:
-        return SUBSPACE if "subspace" in self._wanted else 1
 
     def is_off(self) -> bool:
         """Where nothing was asked for or its vectors do not fit, or sharpness is off."""
@@ -240,7 +189,7 @@ class EigenvalueMeter(Meter):
     def _products_of(self, run: RunContext, quantity: str) -> int:
         """How many products an extra quantity takes."""
         blocks = _products_of_solve(EigenTracker()) * len(run.layers)
-        known = {"trace": _TRACE_VECTORS, "density": _DENSITY_STEPS * _DENSITY_VECTORS, "blocks": blocks}
+        known = {"trace": TRACE_VECTORS, "density": curvature_solves.DENSITY_STEPS * DENSITY_VECTORS, "blocks": blocks}
         return known.get(quantity, _products_of_solve(self._trackers.get(f"{quantity}_max") or self._tracker()))
 
     def _is_due(self, run: RunContext) -> bool:
@@ -295,7 +244,7 @@ class EigenvalueMeter(Meter):
                 self._leave_out(run, never)
                 return 0
             owned = list(trained_parameters(run).values())
-            point = _Point(run, params, owned, hessian, _only(run.loop.optimizers))
+            point = Point(run, params, owned, hessian, _only(run.loop.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
             if not math.isfinite(point.readings["sharpness/probe_loss"]):
                 raise FloatingPointError("the loss on the probe is not finite.")
@@ -326,7 +275,7 @@ class EigenvalueMeter(Meter):
         self._steps.also("critical")
         rank_zero_warn(sentence)
 
-    def _measure_hessian(self, point: _Point) -> None:
+    def _measure_hessian(self, point: Point) -> None:
         """Everything that shares the graph of the probe's gradient."""
         optimizer = point.optimizer
         if optimizer is not None and "stability_ratio" in self._wanted and has_stability_condition(optimizer):
@@ -344,7 +293,7 @@ class EigenvalueMeter(Meter):
             if quantity in self._wanted:
                 self._attempt(point, quantity, function)
 
-    def _attempt(self, point: _Point, quantity: str, function: Callable[[_Point], Any]) -> None:
+    def _attempt(self, point: Point, quantity: str, function: Callable[[Point], Any]) -> None:
         """Measure one quantity; its failure leaves the others alone."""
         extra = self._extras.get(quantity)
         least = LEAST if extra is None else self._products_of(point.run, quantity)
@@ -369,12 +318,7 @@ class EigenvalueMeter(Meter):
             point.failed[quantity] = error
             self._start_anew(point.run)
 
-    def _start_anew(self, run: RunContext) -> None:
-        """After a failure some of several processes may have come further than others: all track from nothing."""
-        if run.ranks.is_distributed:
-            self._trackers, self._blocks, self._space = {}, {}, None
-
-    def _judge(self, point: _Point) -> None:
+    def _judge(self, point: Point) -> None:
         """Raise if nothing succeeded; else say once what failed; what failed three times in a row rests for a while."""
         first = next(iter(point.failed.values()), None)
         if first is not None and not point.succeeded:
@@ -390,118 +334,7 @@ class EigenvalueMeter(Meter):
                 after = later if paused else "The other quantities go on."
                 rank_zero_warn(f"step {point.run.step}: {quantity} could not be measured: {line} {after}")
 
-    def _stability(self, point: _Point) -> None:
-        optimizer = point.optimizer
-        assert optimizer is not None
-        rates = steering_of(optimizer)
-        ratios = {} if rates is None else rates.ratios
-        ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
-        factors = [ratio_of.get(id(p), 1.0) for p in point.owned]
-        scaling = stability_scaling(optimizer, point.owned, factors, point.params.space)
-        point.readings["sharpness/excluded_coordinates"] = float(scaling.excluded)
-        if scaling.constant is not None and scaling.constant > 0:
-            # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
-            found = self._solve_hessian(point)
-            point.readings |= found.scaled(scaling.constant).readings("sharpness/stability_ratio")
-        else:
-            found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
-        self._note_bracket(point, "stability_ratio", found, scaling)
-
-    def _preconditioned(self, point: _Point) -> None:
-        optimizer = point.optimizer
-        if optimizer is not None and has_second_moment(optimizer):
-            diagonal = preconditioner(optimizer, point.owned, point.params.space)
-            self._solve(point, "preconditioned_max", preconditioned(point.hessian, diagonal))
-        elif "preconditioned" not in self._told:
-            self._told.add("preconditioned")
-            rank_zero_info(
-                "preconditioned: there is no single optimizer that keeps a second moment, so nothing to show."
-            )
-
-    def _trace(self, point: _Point) -> None:
-        _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = trace(point.hessian, num_vectors=_TRACE_VECTORS, seed=self.points)
-        point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
-        point.products += found.matvecs
-
-    def _solve_hessian(self, point: _Point) -> Eigenpairs:
-        found = self._solve(point, "hessian_max", point.hessian, self._max_eigenvalues())
-        point.readings["sharpness/hessian_min"] = found.smallest
-        threshold = None if point.optimizer is None else stability_threshold(point.optimizer)
-        if threshold is not None:
-            point.readings["sharpness/threshold"] = threshold
-        self._note_bracket(point, "hessian_max", found, None)
-        if "subspace" in self._wanted:
-            self._subspace(point, found)
-        return found
-
-    def _solve(self, point: _Point, tag: str, operator: LinearOperator, k: int = 1) -> Eigenpairs:
-        tracker = self._trackers.setdefault(tag, self._tracker(k))
-        rest = self._allowance.rest(point.products)
-        found = tracker.update(operator, most=None if math.isinf(rest) else max(int(rest), LEAST))
-        point.products += found.matvecs
-        if (reason := why_not(operator, found.product_error)) is not None:
-            raise ArithmeticError(reason)
-        point.readings |= found.readings(f"sharpness/{tag}")
-        return found
-
-    def _tracker(self, k: int = 1) -> EigenTracker:
-        # Several values take a second look for copies of repeated ones.
-        products = self._max_matvecs * (1 if k == 1 else 2)
-        return EigenTracker(k, certify=self._certify, tol=self._tol, max_matvecs=products)
-
-    def _note_bracket(self, point: _Point, tag: str, found: Eigenpairs, scaling: StabilityScaling | None) -> None:
-        """Have the top direction tried on other samples, when the upper bound is taken."""
-        if found.upper is not None and "bracket" in self._wanted and self._probe.second_in_all:
-            point.brackets.append((tag, found.vectors[:, 0], scaling))
-
-    def _measure_brackets(self, point: _Point) -> None:
-        """Curvature of the top directions on the second set of samples."""
-        if not point.brackets:
-            return
-        other = self._probe.hessian(point.run, point.params, second=True)
-        for tag, vector, scaling in point.brackets:
-            operator = other if scaling is None else stability_operator(other, scaling)
-            vector = vector.to(operator.dtype)
-            _require_trust(operator, vector)
-            point.readings[f"sharpness/{tag}_bracket"] = float(operator.space.inner(vector, operator @ vector))
-            point.products += 1
-
-    def _subspace(self, point: _Point, found: Eigenpairs) -> None:
-        space, where = found.vectors[:, : len(found.values)], point.params.space
-        point.readings["sharpness/gradient_share"] = eigenspace_share(space, point.hessian.gradient, where)
-        update = self._steps.last_update(point.params)
-        if update is not None:
-            point.readings["sharpness/update_share"] = eigenspace_share(space, update, where)
-        if self._space is not None and self._space.shape == space.shape:
-            point.readings["sharpness/eigenspace_overlap"] = eigenspace_overlap(self._space.to(space), space, where)
-        self._space = space
-
-    def _density(self, point: _Point) -> None:
-        _require_trust(point.hessian, random_start(point.hessian, None, self.points))
-        found = spectral_density(point.hessian, steps=_DENSITY_STEPS, num_vectors=_DENSITY_VECTORS, seed=self.points)
-        point.products += found.matvecs
-        self.last_density = found
-        point.readings["sharpness/outliers"] = float(len(found.outliers))
-        point.readings["sharpness/bulk_edge"] = found.bulk_edge
-
-    def _blockwise(self, point: _Point) -> None:
-        tensors = dict(zip(point.params.names or [], point.params.tensors, strict=True))
-        blocks = {la.name: [tensors[la.name]] for la in point.run.layers if la.name in tensors}
-        found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
-        self._blocks = {name: pairs.vectors for name, pairs in found.items()}
-        point.products += sum(pairs.matvecs for pairs in found.values())
-        reasons = [why_not(point.hessian, pairs.product_error) for pairs in found.values()]
-        if reasons and all(reasons):
-            raise ArithmeticError(reasons[0])
-        pairs = zip(found.values(), reasons, strict=True)
-        values = np.array([math.nan if reason else float(one.values[0]) for one, reason in pairs])
-        point.run.recorder.layers("sharpness/block", values, list(found))
-
-    def _ggn(self, point: _Point) -> None:
-        self._solve(point, "ggn_max", self._gauss_newton.operator(point.run, point.params))
-
-    def _say_backend(self, point: _Point) -> None:
+    def _say_backend(self, point: Point) -> None:
         reason = point.hessian.reason
         if reason is not None and "backend" not in self._told:
             self._told.add("backend")
@@ -531,37 +364,11 @@ class EigenvalueMeter(Meter):
                 "1 is normal training; ten times that means that the steps are too large for the curvature."
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Trackers, their vectors where they are not large."""
-        state: dict[str, Any] = {"points": self.points}
-        most = SAVED_NUMBERS if self._probe.gathers else -1  # one process cannot save what each has a part of
-        state["trackers"] = {tag: tracker.state_dict(most) for tag, tracker in self._trackers.items()}
-        if sum(v.numel() for v in self._blocks.values()) <= most:
-            state["blocks"] = dict(self._blocks)
-        if self._space is not None and self._space.numel() <= most:
-            state["space"] = self._space
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the trackers; without vectors their next run is cold."""
-        self.points = int(state["points"])
-        self._trackers, self._last_loss = {}, math.inf
-        for tag, saved in state["trackers"].items():
-            self._trackers[tag] = self._tracker(int(saved["k"]))
-            self._trackers[tag].load_state_dict(saved)
-        self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
-
 
 def _products_of_solve(tracker: EigenTracker) -> int:
     """How many products a solve is expected to take; several eigenvalues take about three times as many."""
     products = 20 if tracker.next_is_certified else 10 if tracker.next_is_cold else 6
     return products * (1 if tracker.k == 1 else 3)
-
-
-def _require_trust(operator: LinearOperator, vector: Tensor) -> None:
-    """Raise where products are too noisy to show what rests on them: nothing else in such a number tells."""
-    if (reason := why_not(operator, operator.product_error(vector))) is not None:
-        raise ArithmeticError(reason)
 
 
 def _only(optimizers: Sequence[Optimizer]) -> Optimizer | None:

@@ -369,7 +369,7 @@ def _to_host(
     """Reduce the lengths of the gradients that steps used, and the steps measured before; copy them to the host."""
     if not read:
         return [], []
-    device = run.module.device
+    device = run.device
     unknown = [torch.zeros(len(r.layers), dtype=widest_dtype(device), device=device) for r in read]
     gradients = [none if u is None else u.lengths for u, none in zip(used, unknown, strict=True)]
     holding = holders([layer.parameter for layer in run.all_layers], run.ranks)

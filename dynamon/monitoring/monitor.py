@@ -1,7 +1,6 @@
 """What all monitors share: calling their meters, what happens when one fails, what is saved."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,17 +9,17 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
-from dynamon.curvature.memory import empty_cache
-from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.health import LOSS_TAG, Finding
 from dynamon.monitoring.arguments import BadArgumentError
 from dynamon.monitoring.budget import Budget, overhead_of
-from dynamon.monitoring.failures import PAUSE_AFTER, Failures, SteeringError, first_line, forget_frames
+from dynamon.monitoring.failures import Failures, first_line
 from dynamon.monitoring.health_watch import HealthWatch, StepLoss
 from dynamon.monitoring.layer_messages import say_layers
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.meter_caller import MeterCaller
+from dynamon.monitoring.missed_readings import say_late, say_missed
 from dynamon.monitoring.planner import FIRST_STEPS, GRACE
 from dynamon.monitoring.rank_decisions import review
 from dynamon.monitoring.recorder import Recorder
@@ -32,7 +31,7 @@ from dynamon.runs.history import History
 _GRACE = "grace"  # key of what is left of it in a state
 
 
-class Monitor:
+class Monitor(MeterCaller):
     """Calls meters as training goes on, catches what goes wrong, and saves their state.
 
     The methods from :meth:`begin` to :meth:`close` are the events of a training loop, in their order. Somebody who
@@ -83,11 +82,9 @@ class Monitor:
         self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
         self._detach()
         self._run: RunContext | None = None
-        self._failures = 0
-        self._in_a_row, self._resting = Failures(), set[str]()
-        self._causes: set[str] = set()
+        self._forget_failures()
         self._skipped = SkippedSteps(type(self).__name__)
-        self._measured = self._started = self._has_told = False
+        self._started = self._has_told = False
         self._next_step = 0
         self.asleep, self._slept_at, self._wakes_at = False, 0, 0.0
         self._health = HealthWatch(type(self).__name__)
@@ -111,12 +108,6 @@ class Monitor:
     def failures(self) -> int:
         """Measurements that failed so far, and calls of loggers that did."""
         return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
-
-    def paused(self, meter: Meter) -> bool:
-        """Return whether a meter failed too often in a row, and has not waited long enough to be tried again."""
-        if not self._in_a_row.until or self._run is None:  # asked many times a step
-            return False
-        return self._in_a_row.rests(meter.name, self._run.step)
 
     def measures(self, quantity: str) -> bool:
         """Return whether a per-layer quantity is measured."""
@@ -332,12 +323,7 @@ class Monitor:
         if self._has_told or run.step < run.begun_at + FIRST_STEPS or self._fraction is None:
             return
         self._has_told = True
-        for plan, seconds, step in run.planner.late():
-            when = "none is planned so far" if math.isinf(step) else f"the first is planned at step {step:.0f}"
-            rank_zero_info(
-                f"{type(self).__name__}: one {plan.name} reading takes about {seconds:.2g} s, more than grace="
-                f"{self._grace:.3g} has left: {when}. Raise grace or budget to have it sooner."
-            )
+        say_late(type(self).__name__, run, self._grace)
 
     def _give_up(self) -> None:
         """Switch off: shapes are known by now, and still there is nothing to measure."""
@@ -375,22 +361,9 @@ class Monitor:
     def conclude(self) -> None:
         """Say what looks wrong at the end, and what was never measured."""
         self.last_look()
-        for meter in self._meters:
-            if self._run is not None and meter.is_missed() and not self.paused(meter) and not self._run.trying_out:
-                seconds = meter.expected(self._run)
-                takes = "is not known to fit" if seconds is None else f"takes about {seconds:.2g} s"
-                rank_zero_info(
-                    f"{type(self).__name__}: no {meter.name} reading in this run: one {takes}, and a budget of "
-                    f"{self._fraction:.3g} with a grace of {self._grace:.3g} s gave all of them "
-                    f"{(self._fraction or 0) * self._budget.training + self._grace:.2g} s{self._hooks()}. Raise "
-                    "budget or grace, or set every_n_steps."
-                )
-
-    def _hooks(self) -> str:
-        """Say how much of the budget went into per-step bookkeeping, where that is much: where steps are short."""
-        spent, given = self._budget.spent_on.get("hooks", 0.0), (self._fraction or 0) * self._budget.training
-        took = f", of which per-step bookkeeping took {spent:.2g} s (steps are very short)"
-        return took if spent > given / 4 else ""
+        if self._run is not None and not self._run.trying_out:
+            missed = [meter for meter in self._meters if meter.is_missed() and not self.paused(meter)]
+            say_missed(type(self).__name__, self._run, missed, self._grace)
 
     def abort(self) -> None:
         """Training was ended by an exception: stop the clock."""
@@ -466,70 +439,6 @@ class Monitor:
         """What it measures, and how often it has."""
         points = ", ".join(f"{meter.points} {meter.name}" for meter in self._meters if meter.points)
         return f"{type(self).__name__}({points or 'no'} readings, {len(self.history)} quantities in .history)"
-
-    def _call_all(self, method: str, *arguments: Any) -> None:
-        with self._budget.watch():
-            if not self._started and not self._has_started():
-                return
-            for meter in self._meters:
-                if getattr(type(meter), method) is not getattr(Meter, method):  # most have nothing to do at most hooks
-                    self._call(meter, method, *arguments)
-
-    def _call(self, meter: Meter, method: str, *arguments: Any) -> None:
-        """Call a meter. What it raises costs one warning and a count; three in a row pause it.
-
-        Of several processes all count the same, since a measurement that fails on one fails on all of them.
-        """
-        assert self._run is not None
-        if self.paused(meter):
-            return
-        if meter.name in self._resting:
-            self._resting.discard(meter.name)
-            meter.lapse(self._run)
-        points = meter.points
-        try:
-            getattr(meter, method)(self._run, *arguments)
-            if meter.points > points:
-                self._measured = True
-                self._in_a_row.clear(meter.name)
-                self._recorder.keep()
-        except SteeringError:
-            raise
-        except Exception as error:  # a measurement that fails must not end training
-            if not self._run.ranks.is_collective_failure(error):
-                # The other processes have not heard of it: they do when they measure this together.
-                forget_frames(error)  # until then they would hold the graph of a measurement
-                self._run.unsettled.setdefault(meter.name, error)
-                return
-            if self._strict:
-                raise
-            self._failed(meter, error)
-
-    def _failed(self, meter: Meter, error: Exception) -> None:
-        assert self._run is not None
-        room = None
-        if ran_out_of_memory(error):
-            forget_frames(error)
-            empty_cache(self._run.device)
-            room = meter.make_room(self._run)
-        self._recorder.forget()
-        self._failures += 1
-        in_a_row = self._in_a_row.add(meter.name, self._run.step + 1, meter.cadence.unit)
-        if in_a_row >= PAUSE_AFTER:
-            self._resting.add(meter.name)
-            meter.cadence.rest(self._in_a_row.until[meter.name])
-        line = first_line(error)
-        pauses = in_a_row == PAUSE_AFTER
-        after = (
-            "It is paused now. It is tried again in 10 readings, then in twice as many each time."
-            if pauses
-            else "Training goes on; strict=True raises here instead."
-        )
-        after = after if room is None else f"{room} {after}"
-        news = in_a_row == 1 and line not in self._causes
-        self._causes.add(line)  # what stops two meters at once is one story
-        if news or room or pauses:
-            rank_zero_warn(f"{type(self).__name__}: the {meter.name} measurement failed: {line} {after}")
 
     def _finish(self) -> None:
         """Hand on what was measured, with what all members of the loop say together."""

@@ -1,4 +1,4 @@
-"""The probe: samples of training that sharpness is measured on, kept for the whole run."""
+"""The probe: the training loss on held samples, on which sharpness is measured."""
 
 import math
 import time
@@ -14,38 +14,32 @@ from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, Sh
 from dynamon.curvature.distributed.fsdp import unsupported_reason
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
-from dynamon.isolation.batches import NoWeightError, batch_weight
 from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
 from dynamon.isolation.random_streams import is_restorable
-from dynamon.isolation.samples import count_samples, take_samples
-from dynamon.isolation.saved_batches import UnknownClassError, move_to_host
+from dynamon.isolation.samples import count_samples
 from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.kernels import widest_dtype
 from dynamon.kernels.devices import reads_are_free
-from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.evaluation import evaluation, trained_parameters
 from dynamon.monitoring.failures import forget_frames
-from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
+from dynamon.monitoring.held_samples import NO_LOSS_SENTENCE, HeldSamples, reduced_on
+from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.run_context import RunContext
-from dynamon.monitoring.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
+from dynamon.monitoring.samples import batch_sizes
 
-SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
-NOISY = 0.1  # relative error of a product from which on nothing is shown
 _SAME, _SAME_ON_HOST = 1e-3, 1e-6  # two evaluations of a loss differ by less where a GPU adds up in another order
 _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
 _FEWEST = 2  # samples that a probe is not made smaller than
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
-_NO_LOSS_SENTENCE = "there is no loss on the batch that sharpness was to be measured on: the next is taken."
 
 
-class ProbeMeter(Meter):
-    """Keeps copies of the first batches, and evaluates the training loss on them without leaving a trace.
+class ProbeMeter(HeldSamples):
+    """Evaluates the training loss on samples that it holds, without leaving a trace.
 
-    Measures nothing itself: other meters hold it and ask. A second set, of the batches that follow, serves the
-    bracket between a small probe's curvature and the whole training set's.
+    Measures nothing itself: other meters hold it and ask.
 
     Args:
         loss_fn: ``loss_fn(module, batch)``, or None for ``training_step``.
@@ -68,8 +62,6 @@ class ProbeMeter(Meter):
         graph_seconds: What a gradient on it with its graph takes; None until that was timed.
     """
 
-    name = "probe"
-
     def __init__(
         self,
         loss_fn: LossFn | None,
@@ -82,30 +74,15 @@ class ProbeMeter(Meter):
         may_shrink: bool = False,
     ) -> None:
         """No samples yet."""
-        self._may_shrink = may_shrink
-        super().__init__(Cadence(None, interval=1))
+        super().__init__(loss_fn, batches, fraction, size, weight, second, save)
+        self._may_shrink, self.gathers = may_shrink, True
         self.users: Sequence[Meter] = ()
         self.graph_seconds: float | None = None
-        self.loss_fn = loss_fn
-        self.share = batches * fraction  # of one batch, roughly: what an evaluation costs in training steps
-        self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
-        self._save = save
-        self._sets: list[list[Kept]] = [[], []] if second else [[]]
-        self.off, self.gathers = False, True
-        self.samples_in_all: int | None = None
-        self.second_in_all = False
-        self._parts: list[list[list[dict[str, Any]]]] = [[] for _ in self._sets]  # of all processes, for a checkpoint
-        self._loaded: list[list[list[dict[str, Any]]]] = []
-        self._resumed_without = False
-        self._halvings = 0
         self._checked = loss_fn is not None
-        self._newest: Kept | None = None  # of this batch, as long as nothing was passed back
-        self._let_go = False  # of a probe without a loss, by all processes, until the next batch
         self._refused = 0  # batches in a row without one
         self._part_error = "on another process."
         self._marks: list[dict[str, str]] = []  # of what is outside of the module, before each evaluation
         self._losses: list[float] = []
-        self._told: set[str] = set()
 
     def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and take up what a checkpoint held."""
@@ -137,37 +114,9 @@ class ProbeMeter(Meter):
             self.off, self._checked = False, self._checked or run.loop.loss_source is None
             self._take_up(run)
 
-    def _take_up(self, run: RunContext, like: Any = None) -> None:
-        """This process's part of a saved probe: what it had, or where their number has changed, as many as others.
-
-        What is made of the run's own classes waits for ``like``, a batch of the run, that has them.
-        """
-        if not self._loaded:
-            return
-        own = [dealt(parts, run.ranks.rank, run.ranks.size) for parts in self._loaded[: len(self._sets)]]
-        try:
-            found = [[Kept.from_state(state, run.device, like) for state in states] for states in own]
-        except Exception as error:  # made of something else than the batches of this run
-            if like is None and isinstance(error, UnknownClassError):
-                return
-            found = []
-        self._sets = [*found, *([] for _ in self._sets[len(found) :])]
-        self._resumed_without = self._resumed_without or not self._sets[0]
-        self._loaded = []
-        if self._halvings:
-            self._want_less(self._halvings)
-
-    def is_missed(self) -> bool:
-        """It has no readings of its own."""
-        return False
-
     def is_off(self) -> bool:
         """Return whether there is nothing to be timed: it was done, or nobody keeps to a budget."""
         return self.off or self.graph_seconds is not None or not any(m.cadence.is_planned for m in self.users)
-
-    def is_idle(self, run: RunContext) -> bool:
-        """Return whether no more samples are to be kept."""
-        return self.off or self._newest is None and all(self._is_full(kept) for kept in self._sets)
 
     def expected(self, run: RunContext) -> float | None:
         """Return zero: what follows rests on it."""
@@ -207,116 +156,6 @@ class ProbeMeter(Meter):
         is_worth_it = self._may_shrink and run.budget.grace > 0 and samples // 2**halvings >= _FEWEST
         (found,) = run.ranks.broadcast_from_rank0([float(halvings if is_worth_it else 0)])
         return int(found)
-
-    def batch_start(self, run: RunContext, batch: Any) -> None:
-        """Keep a share of the first batches."""
-        if self.off:
-            return
-        self._let_go = False
-        self._leave_skipped(run)
-        self._take_up(run, batch)
-        waiting = [kept for kept in self._sets if not self._is_full(kept)]
-        if not waiting:
-            return
-        if self._resumed_without:
-            self._resumed_without = False
-            rank_zero_info(
-                "the checkpoint did not hold the probe, so it is taken anew: sharpness before and after differ by that."
-            )
-        with run.charge(self.name):
-            kept = waiting[0]
-            most = None if self._size is None else self._size - _size(kept)
-            part = take_samples(batch, 1.0 if self._size else self._fraction, most, batch_sizes(run.loop.loaders))
-            index = run.loop.batch_index
-            try:
-                self._newest = self._kept(part.batch, part.samples, part.is_cut, index)
-                kept.append(self._newest)
-            except NoWeightError as error:
-                self._say("no weight", f"{error} The probe takes the next batch.")
-        if part.reason is not None:
-            self._say("whole", f"the probe holds whole batches: {part.reason}. A loss_fn can take less of them.")
-
-    def after_backward(self, run: RunContext) -> None:
-        """The batch that was kept last has a loss, if anything was passed back."""
-        if self._newest is not None and any(p.grad is not None for p in run.module.parameters()):
-            self._newest = None
-
-    def _leave_skipped(self, run: RunContext) -> None:
-        """What was kept of a batch that training has skipped gives way to the next one."""
-        skipped, self._newest = self._newest, None
-        if skipped is None or self.loss_fn is not None or run.ranks.is_distributed:  # Lightning refuses it under DDP
-            return
-        self._sets = [[one for one in kept if one is not skipped] for kept in self._sets]
-        self._say("no loss", _NO_LOSS_SENTENCE)
-
-    def _kept(self, batch: Any, samples: int | None, is_cut: bool, index: int, is_tried: bool = False) -> Kept:
-        weight = self._weight_of(batch, samples)
-        return Kept(batch, index, samples, weight, is_cut, is_tried, numbers_of(batch) if self._save else None)
-
-    def _say(self, what: str, sentence: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            rank_zero_info(sentence)
-
-    def _is_full(self, kept: Sequence[Kept]) -> bool:
-        if self._size is None or kept and kept[-1].samples is None:
-            return len(kept) >= self._batches
-        return _size(kept) >= self._size
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is something to measure on, on this process."""
-        return not self.off and bool(self._sets[0])
-
-    def is_expected(self, run: RunContext) -> bool:
-        """Whether there should be something to measure on: the same on all processes."""
-        return not self.off and not self._let_go and (run.ranks.is_distributed or self.ready)
-
-    def agree(self, run: RunContext) -> None:
-        """At the begin of a measurement, see that all processes have something to measure on.
-
-        Raises:
-            LookupError: Where this one has nothing.
-        """
-        self._require_samples(run)
-        numbers = [_numbers(kept) for kept in self._sets]
-        full = [float(self._is_full(kept)) for kept in self._sets]
-        known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
-        summed = torch.tensor([*known, *full], dtype=widest_dtype(_where(run)), device=_where(run))
-        samples, *found = run.ranks.sum(summed).tolist()
-        self.samples_in_all = None if math.isnan(samples) else int(samples)
-        are_full = [count == run.ranks.size for count in found[len(numbers) :]]
-        self.second_in_all = len(are_full) > 1 and are_full[1]
-        if run.ranks.is_distributed:
-            small = sum(found[: len(numbers)]) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
-            self._gather(run, [is_full and small for is_full in are_full])
-
-    def _require_samples(self, run: RunContext) -> None:
-        if not self._sets[0]:
-            raise LookupError("there is no batch for the probe.") from run.unsettled.get(self.name)
-
-    def _gather(self, run: RunContext, wanted: Sequence[bool]) -> None:
-        """Have the parts of all processes here, once: a checkpoint holds what the first process saves."""
-        for place, (kept, is_wanted) in enumerate(zip(self._sets, wanted, strict=True)):
-            if is_wanted and not self._parts[place]:
-                states = [one.state() for one in kept]
-                self._parts[place] = run.ranks.all_gather_object(
-                    [{**s, "batch": move_to_host(s["batch"])} for s in states]
-                )
-
-    @property
-    def samples(self) -> int | None:
-        """Samples in the probe, None where they cannot be told apart."""
-        return None if any(one.samples is None for one in self._sets[0]) else _size(self._sets[0])
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all of it is here, on this process."""
-        return self._is_full(self._sets[0])
-
-    def is_everything(self, run: RunContext) -> bool:
-        """Whether the probe is the whole training set."""
-        return is_whole_training_set(run.loop, self._sets[0])
 
     def evaluation(
         self, run: RunContext, names: Collection[str] | None = None, moves: bool = False
@@ -377,12 +216,6 @@ class ProbeMeter(Meter):
         total = run.ranks.sum(torch.tensor(weight, dtype=widest_dtype(run.device), device=run.device))
         return weight * run.ranks.size / float(total)
 
-    def _weight_of(self, part: Any, samples: int | None) -> float:
-        return batch_weight(part, self._weight) if self._weight else float(samples or 1)
-
-    def _total(self, second: bool = False) -> float:
-        return sum(one.weight for one in self._sets[1 if second else 0])
-
     def weighted(self, evaluate: Callable[[Any, int], Tensor], second: bool = False) -> Tensor:
         """Weighted mean of something evaluated on each batch."""
         kept = self._sets[1 if second else 0]
@@ -426,7 +259,7 @@ class ProbeMeter(Meter):
 
     def _try_out(self, run: RunContext) -> bool:
         """Evaluate the loss on what has not been tried; whether the first set is good."""
-        found = torch.zeros(len(self._sets), 2, dtype=widest_dtype(_where(run)), device=_where(run))
+        found = torch.zeros(len(self._sets), 2, dtype=widest_dtype(reduced_on(run)), device=reduced_on(run))
         for place, kept in enumerate(self._sets):
             found[place, 0] = float(any(not one.is_tried for one in kept))
         if run.ranks.is_distributed:
@@ -465,7 +298,7 @@ class ProbeMeter(Meter):
             if is_cut and self._refused >= _PATIENCE:
                 self._part_error = "there was none."
                 return _PART_FAILS
-            self._say("no loss", _NO_LOSS_SENTENCE)
+            self._say("no loss", NO_LOSS_SENTENCE)
             return _NO_LOSS
         except Exception as error:  # a user's training_step may raise anything on a part of a batch
             if not is_cut or isinstance(error, LossError) or ran_out_of_memory(error):
@@ -504,122 +337,10 @@ class ProbeMeter(Meter):
         first, second = self._losses
         return _difference(first, second, run.device)
 
-    def halve(self, run: RunContext) -> str | None:
-        """Keep half of the samples, or of the batches where there are no samples to leave out.
-
-        Several processes call it together, whichever of them ran out of memory. One that has two samples keeps them.
-
-        Returns:
-            One sentence the first time, None later and where nothing can be left out.
-        """
-        before = sum(_size(kept) for kept in self._sets)
-        self._sets = [self._half(kept) for kept in self._sets]
-        if sum(_size(kept) for kept in self._sets) == before and not run.ranks.is_distributed:
-            return None
-        self._halvings += 1
-        self._want_less(1)
-        self._parts = [[] for _ in self._sets]
-        if self._halvings > 1:
-            return None
-        here = "on each process" if run.ranks.is_distributed else f"to {_size(self._sets[0])} samples"
-        return f"The probe is halved {here}."
-
-    def _half(self, kept: list[Kept]) -> list[Kept]:
-        halves = []
-        for one in kept:
-            part = take_samples(one.batch, 0.5, sizes=() if one.samples is None else (one.samples,))
-            if part.samples is None or part.reason is not None:
-                return kept
-            is_cut = one.is_cut or part.is_cut
-            halves.append(self._kept(part.batch, part.samples, is_cut, one.index, one.is_tried))
-        return halves
-
-    def _want_less(self, times: int) -> None:
-        """What is still to be kept is as small as what is there."""
-        self._fraction, self.share = self._fraction / 2**times, self.share / 2**times
-        if self._size is not None:
-            self._size = max(2, min(self._size // 2**times, _size(self._sets[0]) or self._size))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The samples, where they are not many and a checkpoint can load them safely."""
-        state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
-        if self._save and (self._loaded or self._parts[0]):
-            return {**state, "parts": self._loaded or self._parts}
-        if not self._sets[0]:
-            return {**state, "held": False}  # where there is nothing, nothing is missing
-        numbers = [_numbers(kept) for kept in self._sets]
-        if not self._save or None in numbers or sum(n for n in numbers if n is not None) > SAVED_NUMBERS:
-            return state
-        return {**state, "parts": [[[one.state() for one in kept]] for kept in self._sets]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the samples; without them new ones are kept, and those that are there stay."""
-        if self._sets[0]:
-            return
-        self._loaded = [list(parts) for parts in state.get("parts", [])]
-        self._loaded = self._loaded if any(any(parts) for parts in self._loaded) else []
-        self._resumed_without = not self._loaded and bool(state.get("held", True))
-        self._halvings = int(state.get("halvings", 0))
-
-
-def why_not(operator: LinearOperator, error: float) -> str | None:
-    """Why nothing is shown of products with an error that the operator gave; None where they can be trusted."""
-    if error <= NOISY:
-        return None
-    doubt, reason = getattr(operator, "doubt", None), getattr(operator, "reason", None)
-    after = "" if reason is None else f", and {reason.removesuffix('.')}"
-    return doubt or f"finite differences at two step sizes differ by {error:.0%}, so nothing is read off them{after}."
-
-
-def why_never(operator: LinearOperator, vector: Tensor) -> str | None:
-    """Why nothing can be shown of products, now and later; None where they can be trusted, or may be another time.
-
-    That is so where a function of unknown curvature takes part in half precision, or differences of gradients have to
-    be taken there.
-    """
-    if getattr(operator, "doubt", None) is None and not getattr(operator, "is_coarse", False):
-        return None
-    return why_not(operator, operator.product_error(vector))
-
-
-def check_probe(
-    probe_batches: int,
-    probe_fraction: float,
-    loss_fn: object,
-    probe_size: int | None = None,
-    probe_weight: str | None = None,
-) -> None:
-    """Raise ValueError naming the argument that is out of range."""
-    if probe_batches < 1:
-        raise ValueError(f"probe_batches must be 1 or more, got {probe_batches}.")
-    if not 0 < probe_fraction <= 1:
-        raise ValueError(f"probe_fraction must lie in (0, 1], got {probe_fraction}.")
-    if probe_size is not None and probe_size < 2:
-        raise ValueError(f"probe_size must be 2 samples or more, or None, got {probe_size}.")
-    if probe_weight is not None and not isinstance(probe_weight, str):
-        raise ValueError(f"probe_weight must be the name of an entry of the batch, or None, got {probe_weight!r}.")
-    if loss_fn is not None and not callable(loss_fn):
-        raise ValueError(f"loss_fn must be a function of (module, batch), got {type(loss_fn).__name__}.")
-
 
 def _has_transformer_engine(run: RunContext) -> bool:
     own = any(type(m).__module__.split(".")[0] == "transformer_engine" for m in run.module.modules())
     return own or run.loop.precision.startswith("transformer-engine")
-
-
-def _where(run: RunContext) -> torch.device:
-    """Where a few numbers are reduced: on the host where there is nobody to reduce with."""
-    return run.device if run.ranks.is_distributed else torch.device("cpu")
-
-
-def _size(kept: Sequence[Kept]) -> int:
-    return sum(one.samples or 0 for one in kept)
-
-
-def _numbers(kept: Sequence[Kept]) -> int | None:
-    """How many numbers these are in a checkpoint, None where it cannot hold them."""
-    counts = [one.numbers for one in kept]
-    return None if None in counts else sum(n for n in counts if n is not None)
 
 
 def _difference(first: float, second: float, device: torch.device) -> str | None:

@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 from dynamon.isolation.preserve import LossFn
-from dynamon.monitoring.arguments import check_arguments
+from dynamon.monitoring.arguments import check_arguments, check_probe
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.eigenvalues import EigenvalueMeter
 from dynamon.monitoring.gauss_newton import OutputsFn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
-from dynamon.monitoring.probe import ProbeMeter, check_probe
+from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.quantities import choices, quantities_of, with_tag_table
 

@@ -27,8 +27,9 @@ from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.evaluation import trained_parameters
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.meter import Meter
-from dynamon.monitoring.probe import ProbeMeter, why_never, why_not
+from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.run_context import RunContext, say_geometry
+from dynamon.monitoring.trust import why_never, why_not
 from dynamon.norms import optimizer_family, update_norm
 from dynamon.optim import steering_of
 from dynamon.quantities import meanings, quantities_of

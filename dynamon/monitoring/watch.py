@@ -215,6 +215,7 @@ class Watch:
             write_layout(self._loop)
         self._loop.row.close()
         for monitor in self.monitors:
+            monitor.go_on()
             monitor.batch_start(batch)
         for monitor in self.monitors:
             monitor.before_backward()

@@ -166,7 +166,7 @@ class WeightMeter(PairMeter):
         try:
             ratios = None if rates is None or not rates.scale_weight_decay else _ratios_of(rates, self._names())
             self._memory.take(optimizer, self._names, ratios, skipped)
-        except Exception as error:
+        except Exception as error:  # inside of the optimizer step: told at its end
             self._lost = error
 
     def lapse(self, run: RunContext) -> None:

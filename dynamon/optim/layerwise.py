@@ -8,14 +8,13 @@ from typing import Any
 from weakref import ref
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.distributed.dtensor import reshard
-from dynamon.distributed.ranks import ran_out_of_memory
+from dynamon.distributed.ranks import has_several_processes, ran_out_of_memory
 from dynamon.kernels import waiter
 from dynamon.layers import known_layers
 from dynamon.norms import optimizer_family
@@ -289,12 +288,12 @@ class LayerwiseRates:
                     self.settle()
             elif self._phase == self.read_every - 1:
                 self.reader.store(scale, window)
-        except Exception as error:  # what may go on and what may not is sorted out there
+        except Exception as error:  # out of memory is tolerated, everything else is raised again
             self._go_without(error)
 
     def _go_without(self, error: Exception) -> None:
         """Keep the ratios if a single process ran out of memory; with several processes raise, since all must read."""
-        if _several_processes() or not ran_out_of_memory(error):
+        if has_several_processes() or not ran_out_of_memory(error):
             raise error
         self._waiting = None
         self.reader.again()
@@ -324,7 +323,7 @@ class LayerwiseRates:
         if self._compares_parts():
             try:
                 self.reader.store_part(share, scale)
-            except Exception as error:  # what may go on and what may not is sorted out there
+            except Exception as error:  # out of memory is tolerated, everything else is raised again
                 self._go_without(error)
 
     def watch_ranks(self, group: Any = None) -> None:
@@ -449,7 +448,3 @@ class LayerwiseRates:
         if self._nesting.ends(sys._getframe(1)):
             self._views.leave()
             self._observed = self._begun = False
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

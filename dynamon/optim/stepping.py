@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-GONE = 3  # the first steps without a gradient after a backward pass, after which there will be none
-_MOST = 1000  # steps that are remembered where nobody clears them
+GONE = 3  # after this many initial steps without a gradient after backward, there will be none
+_MAX_STEPS = 1000  # remembered if nothing clears them
 Closure = Callable[[], Any]
 
 
 class Follower(Protocol):
-    """What wants to know of every step of an optimizer, also of those that nobody measures."""
+    """Receives every step of an optimizer, also those that are not measured."""
 
     def step_begins(self, optimizer: Optimizer) -> None:
-        """Take note of what a step uses: its rates are in force, its gradients may not be there yet."""
+        """Note what a step uses: its rates are in force, its gradients may not be there yet."""
 
     def step_ends(self, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        """Take note that a step came to its end, with a tensor that is not zero where it left the weights alone."""
+        """Note that a step completed; ``skipped`` is a device tensor that is not zero if it left the weights alone."""
 
 
 _Changed = tuple[tuple[Any, ...], dict[str, Any]]
@@ -115,7 +115,7 @@ class StepWatch:
         """Forget all steps."""
         self._nesting.clear()
         self.evaluation = 0
-        self.outcomes: deque[Tensor | None] = deque(maxlen=_MOST)
+        self.outcomes: deque[Tensor | None] = deque(maxlen=_MAX_STEPS)
         self.is_announced = self._has_gradients = self._has_begun = False
 
     def remove(self) -> None:

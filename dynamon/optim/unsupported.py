@@ -127,7 +127,7 @@ def check_step(optimizer: Optimizer, applies: bool) -> None:
         _refuse(optimizer, "is captured in a CUDA graph: replays would keep the rates of this step")
 
 
-@_disable_dynamo  # raised for real, not looked at by the compiler
+@_disable_dynamo  # so that it is raised and not traced
 def _refuse(optimizer: Optimizer, reason: str) -> None:
     raise RuntimeError(f"{type(optimizer).__name__} cannot take layerwise rates in a step that {reason}.")
 

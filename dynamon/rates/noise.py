@@ -216,7 +216,7 @@ class NoiseAdaptiveRates(Rule):
         self._set_target()
         if "ramp" in state and (self.refresh > 1 or self.dead_band > 0):
             self._ramp.load_state_dict(state["ramp"], self.floor, self.cap)
-        else:  # the noise says it all
+        else:  # the noise determines all
             self._ramp.aim(self._target)
 
 

@@ -37,13 +37,9 @@ def scalars_frame(scalars: "Mapping[str, Series]") -> Any:
         ImportError: Without pandas.
     """
     pandas = _pandas()
-    found = {tag: scalars[tag] for tag in scalars}
-    columns = {
-        tag: pandas.Series(one.values, pandas.Index(one.steps, name="step"))
-        for tag, one in found.items()
-        if one.layers is None
-    }
-    return pandas.DataFrame(columns, pandas.Index(sorted({s for c in columns.values() for s in c.index}), name="step"))
+    series = {tag: scalars[tag] for tag in scalars}
+    columns = {tag: pandas.Series(one.values, one.steps) for tag, one in series.items() if one.layers is None}
+    return pandas.DataFrame(columns).sort_index().rename_axis("step")
 
 
 def plot_series(series: "Series", label: str = "", scale: str = "linear", axes: Any = None) -> Any:

@@ -128,7 +128,7 @@ def test_one_quantity_that_fails_leaves_the_others(tmp_path: Path) -> None:
 
 def test_a_process_without_a_probe(tmp_path: Path, monkeypatch) -> None:
     said = Warnings(monkeypatch)
-    monkeypatch.setattr("dynamon.monitoring.probe.take_samples", taken_on_rank_zero)
+    monkeypatch.setattr("dynamon.monitoring.held_samples.take_samples", taken_on_rank_zero)
     callback = SharpnessMonitor(every_n_steps=2, quantities=["hessian"])
     ranks = fit_ranks(tmp_path / "seen", classifier, [callback], data=loader(), steps=10, more=said)
     assert ranks[0]["failures"] == ranks[1]["failures"] == [3]

@@ -246,3 +246,10 @@ def test_the_other_import_is_refused_with_the_fix(name: str, tmp_path) -> None:
         "'import lightning.pytorch as pl'."
     )
     assert isinstance(made, Callback) and torch.is_grad_enabled()
+
+
+def test_hooks_and_start_up_are_in_the_stated_overhead() -> None:
+    monitor = DynamicsMonitor(every_n_steps=1000)
+    fit(Classifier(mlp()), [monitor], steps=10)
+    spent = monitor._budget.spent_on
+    assert spent["hooks"] > 0 and monitor._budget.spent == pytest.approx(sum(spent.values()))

@@ -8,6 +8,7 @@ from torch import nn
 
 from dynamon import measure
 from dynamon.callbacks import GradientMonitor, SharpnessMonitor, WeightMonitor
+from dynamon.norms import get_norm
 from dynamon.quantities import REGISTRY
 from dynamon.runs import RunData
 from tests.helpers import Classifier, batches, cnn, fit, mlp
@@ -71,3 +72,15 @@ def test_the_same_tags_and_values_as_the_monitors(made, kind):
         "sharpness/probe_loss",
         "sharpness/stability_ratio",
     }
+
+
+def test_roles_that_the_module_states_reach_monitors():
+    module = Classifier(mlp(), OPTIMIZERS["SGD"])
+    module.dynamon_roles = {"network.0.weight": "embedding"}
+    monitor = WeightMonitor(1)
+    fit(module, [monitor], batches(8), steps=2)
+    table = monitor.history["weight/operator"]
+    shown = table.values[-1, table.layers.index("network.0.weight")]
+    weight = module.network[0].weight.detach()  # as an override of nn.Linear: [d, tokens]
+    assert shown == pytest.approx(float(get_norm("one_to_rms").primal(weight)), rel=1e-5)
+    assert shown != pytest.approx(float(get_norm("rms_to_rms").primal(weight)), rel=1e-2)

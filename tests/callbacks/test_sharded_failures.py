@@ -146,7 +146,9 @@ def test_a_measurement_sends_one_reduction_and_gathers_each_matrix_once(tmp_path
     counts = Counts(monkeypatch)
     ranks = fit_shards(tmp_path / "seen", make, [monitor()], others=[counts], data=loader(), steps=7, more=counts)
     for found in ranks:
-        assert [step for step, sent in enumerate(found["more"]) if sent] == [0, 3, 6]
+        # The first process tells the others what it plans, by one broadcast at most.
+        assert all(sent.pop("broadcast", 0) <= 1 for sent in found["more"])
+        assert [step for step, sent in enumerate(found["more"]) if any(sent.values())] == [0, 3, 6]
         assert found["more"][3] == expected
 
 

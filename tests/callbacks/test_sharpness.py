@@ -311,7 +311,7 @@ def test_a_compiled_module_as_a_whole() -> None:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_probe_that_was_too_large_to_save_is_taken_anew_and_said(tmp_path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr("dynamon.monitoring.probe.SAVED_NUMBERS", 3)
+    monkeypatch.setattr("dynamon.monitoring.held_samples.SAVED_NUMBERS", 3)
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4)
     fit(Classifier(mlp()), [SharpnessMonitor(every_n_steps=2), save], steps=4, enable_checkpointing=True)
     with caplog.at_level(logging.INFO):

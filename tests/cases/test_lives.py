@@ -480,7 +480,7 @@ def test_what_is_printed_of_curvature() -> None:
 
 def test_dir_lists_what_can_be_asked_for() -> None:
     listed = set(dir(dynamon))
-    assert {"measure", "describe_layers", "callbacks", "kernels", "curvature", "rates", "history"} <= listed
+    assert {"measure", "describe_layers", "callbacks", "kernels", "curvature", "rates", "runs"} <= listed
     assert not {"import_module", "Any"} & listed
     for name in listed:
         assert getattr(dynamon, name, None) is not None or name.startswith("__"), name

@@ -1,7 +1,7 @@
 """Apple GPUs and other devices without float64 and eigenvalues: every reading is there, to the accuracy of float32."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,7 +112,12 @@ CALLBACKS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLBACKS)
+def quick(names: Iterable[str], *slow: str) -> list[Any]:
+    """Those names as parameters; slow are those whose tags another one has too."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
+
+
+@pytest.mark.parametrize("name", quick(CALLBACKS, "full"))
 def test_a_run_on_a_device_without_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, network, optimizer = CALLBACKS[name]
     _, wanted = run(make, network, False, optimizer)
@@ -138,7 +143,7 @@ def trained(callbacks: Sequence[Any], **arguments: Any) -> tuple[Classifier, Ten
     return module.cpu(), torch.get_rng_state(), STREAM.get_state()
 
 
-@pytest.mark.parametrize("name", NEUTRAL)
+@pytest.mark.parametrize("name", quick(NEUTRAL, "economy", "standard"))
 def test_callbacks_leave_training_there_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with apple(monkeypatch):
         (plain, *streams), (monitored, *after) = trained([]), trained(NEUTRAL[name]())
@@ -149,7 +154,7 @@ def test_callbacks_leave_training_there_as_it_is(name: str, monkeypatch: pytest.
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_is_taken_up_there_repeats_the_one_that_never_stopped(
     lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

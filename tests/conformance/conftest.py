@@ -18,4 +18,4 @@ def quiet():
 @pytest.fixture(autouse=True)
 def a_coarse_density(monkeypatch):
     """A third of the products, which are half of what the dearest cells take; how exact it is, others test."""
-    monkeypatch.setattr("dynamon.monitoring.eigenvalues._DENSITY_STEPS", 20)
+    monkeypatch.setattr("dynamon.monitoring.curvature_solves.DENSITY_STEPS", 20)

@@ -137,7 +137,7 @@ def test_large_norms_at_the_start_become_a_warm_up():
     ("norms", "usable"), [([1.0] * 9, 9), ([1.0] * 9 + [math.nan] * 20, 9), ([0.0] * 30, 0), ([2.0], 1)]
 )
 def test_too_few_readings_fall_back_with_a_warning(norms, usable):
-    with pytest.warns(UserWarning, match=f"linear decay: {usable} of {len(norms)} gradient norms .* takes 10"):
+    with pytest.warns(UserWarning, match=f"linear decay: {usable} of {len(norms)} gradient norms .* needs 10"):
         found = refined_schedule(norms, total=40)
     np.testing.assert_array_equal(found, linear_decay(40))
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dynamon.layers import ROLES, ConvGeometry, Layer, describe_layers, layer_table, select
+from dynamon.layers import ROLES, ConvGeometry, Layer, describe_layers, known_layers, layer_table, select
 from tests.models import cnn, gpt, mlp
 
 
@@ -602,3 +602,23 @@ def test_table_of_a_scalar_and_of_nothing():
     model.scale = nn.Parameter(torch.tensor(1.0))
     assert layer_table(describe_layers(model)).splitlines()[1].split() == ["scale", "vector", "scalar"]
     assert layer_table([]) == "name  role  shape  blocks  aliases"
+
+
+def test_a_model_may_state_its_roles():
+    model = mlp(6, 8, 4)
+    model.dynamon_roles = {"0.weight": "embedding", "2.*": "hidden"}
+    assert roles(model) == {"0.weight": "embedding", "0.bias": "vector", "2.weight": "hidden", "2.bias": "vector"}
+    assert roles(model, {"2.weight": "head"})["2.weight"] == "head"
+    model.dynamon_roles = {"nope": "hidden"}
+    with pytest.raises(ValueError, match="the override 'nope' matches no parameter"):
+        describe_layers(model)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+        describe_layers([model])
+
+
+def test_roles_of_lazy_modules_wait_for_their_shape():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    model.dynamon_roles = {"0.weight": "embedding"}
+    assert [layer.role for layer in known_layers(model)] == ["head", "vector"]
+    model(torch.ones(1, 3))
+    assert roles(model)["0.weight"] == "embedding"

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dynamon.callbacks import DynamicsMonitor
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.stepping import Steps
 from dynamon.optim import LayerwiseRates
 from dynamon.rates import NoiseAdaptiveRates
-from tests.helpers import Classifier, fit, mlp
+from tests.models import mlp
 
 STEP = 0.1
 
@@ -23,13 +22,6 @@ def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("dynamon.monitoring.budget.time.perf_counter", lambda: clock.now)
     return clock
-
-
-def test_hooks_and_start_up_are_in_the_stated_overhead() -> None:
-    monitor = DynamicsMonitor(every_n_steps=1000)
-    fit(Classifier(mlp()), [monitor], steps=10)
-    spent = monitor._budget.spent_on
-    assert spent["hooks"] > 0 and monitor._budget.spent == pytest.approx(sum(spent.values()))
 
 
 class Stream:
@@ -214,7 +206,7 @@ def test_what_is_charged_at_every_step_is_waited_for_now_and_then(clock, monkeyp
 
 def test_waiting_for_training_before_a_late_reading_is_nobodys_cost(clock, monkeypatch) -> None:
     """Steering takes up readings of the step before when the device is in the middle of this one."""
-    queue, network = Queue(clock, monkeypatch), mlp()
+    queue, network = Queue(clock, monkeypatch), mlp(8, 16, 3)
     rates = LayerwiseRates(torch.optim.AdamW(network.parameters()), NoiseAdaptiveRates(), network)
     budget = Budget(None)
     rates.idle = budget.waiting

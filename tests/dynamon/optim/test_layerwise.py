@@ -761,7 +761,7 @@ def test_a_reading_that_runs_out_of_memory_leaves_the_ratios_and_training_goes_o
 def test_of_several_processes_all_must_read(monkeypatch):
     model, optimizer, _ = steered_by_noise()
     NoMemory(monkeypatch, {1})
-    monkeypatch.setattr("dynamon.optim.layerwise._several_processes", lambda: True)
+    monkeypatch.setattr("dynamon.optim.layerwise.has_several_processes", lambda: True)
     with pytest.raises(torch.OutOfMemoryError):
         train(model, optimizer, range(1))
 

@@ -41,7 +41,7 @@ def test_every_entry_is_whole():
     [
         ({"scale": "cubic"}, "mine/own: scale must be one of linear, log, got 'cubic'"),
         ({"cadence": "daily"}, "mine/own: cadence must be one of gradient, .*, got 'daily'"),
-        ({"words": ""}, "mine/own: a quantity per layer needs words"),
+        ({"words": ""}, "mine/own: a per-layer quantity needs words"),
     ],
 )
 def test_an_entry_that_cannot_be_shown_is_refused(changes, message):
