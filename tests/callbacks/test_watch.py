@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -491,3 +492,42 @@ def test_every_meter_runs_where_lightning_cannot_be_imported(tmp_path: Path) -> 
     run = read_run_data(tmp_path)
     assert set(tags) >= set(run.tables) and {tag for tag in tags if "layers" not in tag} >= set(run.tables)
     assert "sharpness/hessian_max" in run.scalars
+
+
+def _on_two_processes(rank: int, folder: Path, watched: bool) -> None:
+    store = torch.distributed.FileStore(str(folder / f"store_{watched}"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    inner = Net()
+    model = nn.parallel.DistributedDataParallel(inner)
+    optimizer = adamw(inner.parameters())
+    own = monitor(DynamicsMonitor, histograms=False)
+    watch = dynamon.Watch(model, optimizer, loss_fn, logdir=folder / "log", monitors=[own]) if watched else None
+    torch.manual_seed(rank)
+    for batch in list(batches())[rank::2]:
+        with nullcontext() if watch is None else watch.batch(batch):
+            loss_fn(model, batch).backward()
+            if watch is not None:
+                watch.before_clipping()
+            clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+    if watch is not None:
+        watch.close()
+    if rank == 0:
+        found = {"weights": inner.state_dict()}
+        if watch is not None:
+            readings = ("sharpness/probe_samples", "noise/independent", "gradient/norm")
+            found |= {tag: torch.from_numpy(watch.history[tag].values) for tag in readings}
+        torch.save(found, folder / f"found_{watched}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.processes
+def test_processes_under_ddp_measure_together(tmp_path: Path) -> None:
+    for watched in (False, True):
+        start_processes(_on_two_processes, (tmp_path, watched), nprocs=2, start_method="fork")
+    plain, seen = (torch.load(tmp_path / f"found_{watched}") for watched in (False, True))
+    assert all(torch.equal(plain["weights"][name], tensor) for name, tensor in seen["weights"].items())
+    assert seen["sharpness/probe_samples"].unique().tolist() == [16.0]  # a batch of each process
+    assert seen["noise/independent"].isfinite().all() and len(seen["gradient/norm"]) == 2
+    assert len(list((tmp_path / "log").iterdir())) == 1  # the first process writes
