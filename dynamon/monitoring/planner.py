@@ -173,11 +173,17 @@ class Planner:
     def wakes_at(self) -> float:
         """First step at which anything has to be done; nothing is measured before it."""
         own = [plan.cadence.wakes_at for plan in self.plans if not plan.rides]
-        return min([*own, self.reviews_at])
+        return min([*own, self.reviews_at if self._planned_ones else NEVER])
 
     def is_due(self, step: int) -> bool:
         """Return whether to plan anew at the end of a step: something was read, or time has passed."""
-        return step >= self.reviews_at or any(plan.cadence.is_open for plan in self.plans if plan.cadence.is_planned)
+        planned = self._planned_ones
+        return bool(planned) and (step >= self.reviews_at or any(plan.cadence.is_open for plan in planned))
+
+    @property
+    def _planned_ones(self) -> list[Plan]:
+        """The groups whose readings are planned: not those at fixed steps, and not those that are off."""
+        return [plan for plan in self.plans if plan.cadence.is_planned and not plan.is_off()]
 
     def review(self, step: int, steps_taken: int) -> list[float]:
         """Plan anew after a step.
@@ -189,9 +195,7 @@ class Planner:
         Returns:
             The step of the next reading of each group, then that of the next review; for :meth:`take`.
         """
-        budgeted = [
-            plan for plan in self.plans if plan.cadence.is_planned and not plan.is_off() and self._can_ride(plan)
-        ]
+        budgeted = [plan for plan in self._planned_ones if self._can_ride(plan)]
         is_free = self.budget.fraction is None
         prices = {plan.name: 0.0 if is_free else plan.price() for plan in budgeted}
         known = [plan for plan in budgeted if prices[plan.name] is not None]
@@ -279,6 +283,5 @@ class Planner:
 
     def late(self) -> list[tuple[Plan, float, float]]:
         """Groups without a reading so far, with the price of one and the step at which it is planned."""
-        unread = [p for p in self.plans if p.cadence.is_planned and p.cadence.last == -math.inf and not p.is_off()]
-        waiting = [plan for plan in unread if self._can_ride(plan)]
+        waiting = [p for p in self._planned_ones if p.cadence.last == -math.inf and self._can_ride(p)]
         return [(plan, plan.price() or 0.0, plan.cadence.next) for plan in waiting]

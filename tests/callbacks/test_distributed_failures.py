@@ -240,9 +240,9 @@ def test_steps_that_measure_nothing_have_no_collective(tmp_path: Path, monkeypat
 def test_under_a_budget_the_first_process_decides(tmp_path: Path, monkeypatch) -> None:
     counts = Counts(monkeypatch)
     plain = fit_ranks(tmp_path / "plain", classifier, [], data=loader(), steps=150)
-    # The second process's clock says something else.
-    allows = Budget.allows
-    monkeypatch.setattr(Budget, "allows", lambda *args, **named: rank() == 0 and allows(*args, **named))
+    # The second process's clock says something else: that there is nothing left.
+    left = Budget.left.fget
+    monkeypatch.setattr(Budget, "left", property(lambda budget: left(budget) if rank() == 0 else -1.0))
     callback = DynamicsMonitor(budget=1.0, strict=True)  # steps of a millisecond: hooks alone cost tenths of it
     ranks = counted_fit(tmp_path, callback, counts, steps=150)
     assert same_weights(plain[0], ranks[0]) and same_weights(plain[0], ranks[1])

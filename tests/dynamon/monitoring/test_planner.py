@@ -406,3 +406,12 @@ def test_the_grace_that_was_used_is_not_given_again(clock) -> None:
     assert Budget(0.02, budget.grace_left).left == pytest.approx(budget.left)
     budget.book("it", 9.0)
     assert budget.grace_left == 0.0
+
+
+@pytest.mark.parametrize(("every", "is_off"), [(10, False), (None, True)])
+def test_where_nothing_is_planned_there_are_no_reviews(clock, every, is_off) -> None:
+    """Several processes would exchange numbers at them."""
+    planner = Planner(Budget(0.02, 3.0))
+    planner.add(Plan("it", Cadence(every, 4), lambda: 0.1, is_off=lambda: is_off))
+    planner.begin(0, 1000)
+    assert not planner.is_due(0) and planner.wakes_at == (0 if every else math.inf)

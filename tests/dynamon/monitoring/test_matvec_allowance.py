@@ -1,0 +1,103 @@
+"""How many products a budget allows, and what is done with fewer than a solve would like."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dynamon.callbacks import DynamicsMonitor
+from dynamon.curvature.solvers.tracker import EigenTracker
+from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.matvec_allowance import LEAST, MatvecAllowance
+from dynamon.monitoring.probe import ProbeMeter
+from tests.helpers import Classifier, fit, mlp
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    for module in ("budget", "matvec_allowance"):
+        monkeypatch.setattr(f"dynamon.monitoring.{module}.time.perf_counter", lambda: clock.now)
+    return clock
+
+
+def run_with(fraction: float | None, grace: float = 0.0) -> SimpleNamespace:
+    return SimpleNamespace(budget=Budget(fraction, grace), ranks=SimpleNamespace(is_distributed=False, rank=0))
+
+
+def test_the_price_of_products_is_what_they_took(clock) -> None:
+    allowance = MatvecAllowance()
+    assert allowance.price(10, None) is None
+    guess = allowance.price(10, 0.1)
+    assert guess is not None and 1.0 < guess < 3.0  # ten products, each somewhat more than the gradient with its graph
+    for seconds in (1.0, 0.5, 9.0):
+        allowance.note(seconds, 10)
+    assert allowance.price(10, 0.1) == pytest.approx(1.0)
+
+
+def test_products_end_where_the_budget_does(clock) -> None:
+    allowance, run = MatvecAllowance(), run_with(0.02, grace=2.0)
+    allowance.note(1.0, 20)
+    allowance.open(run, is_limited=True, graph_seconds=None)
+    assert allowance.rest(0) == pytest.approx(40)
+    clock.now += 1.0  # five products took a second: there is time for five more
+    assert allowance.rest(5) == pytest.approx(5)
+    clock.now += 5.0
+    assert allowance.rest(10) < 0
+
+
+@pytest.mark.parametrize(("fraction", "is_limited"), [(None, True), (0.02, False)])
+def test_fixed_steps_and_no_budget_have_no_limit(clock, fraction, is_limited) -> None:
+    allowance = MatvecAllowance()
+    allowance.note(1.0, 1)
+    allowance.open(run_with(fraction), is_limited, graph_seconds=None)
+    clock.now += 100.0
+    assert allowance.rest(1000) == math.inf
+
+
+def test_a_measurement_that_was_planned_is_not_cut_below_the_least(clock) -> None:
+    allowance = MatvecAllowance()
+    allowance.note(1.0, 1)
+    allowance.open(run_with(0.02, grace=0.5), is_limited=True, graph_seconds=None)
+    assert allowance.rest(0) == LEAST
+
+
+def test_a_tracker_takes_no_more_products_than_it_may() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(200, 200, dtype=torch.float64)
+    tracker = EigenTracker(tol=1e-6)
+    assert tracker.update(matrix @ matrix.T, most=9).matvecs <= 9
+    assert not tracker.update(matrix @ matrix.T, most=9).converged
+    assert 9 < tracker.update(matrix @ matrix.T).matvecs <= 40
+
+
+def test_a_cut_measurement_shows_what_it_has(monkeypatch) -> None:
+    """Twelve products for a solve and two more quantities: the solve is shown, the rest is left out."""
+    monkeypatch.setattr(MatvecAllowance, "rest", lambda self, taken: 12 - taken)
+    monitor = DynamicsMonitor("full", budget=10.0, grace=100.0, strict=True)
+    fit(Classifier(mlp(), lambda p: torch.optim.AdamW(p, lr=1e-2)), [monitor], steps=30, max_epochs=-1)
+    history = monitor.history
+    assert history["sharpness/matvecs"].values.max() <= 12
+    assert {"sharpness/stability_ratio", "sharpness/stability_ratio_unconverged"} & set(history)
+    assert "sharpness/block" not in history
+
+
+@pytest.mark.parametrize(("given", "is_smaller"), [({}, True), ({"probe_fraction": 1.0}, False)])
+def test_a_probe_is_made_smaller_where_the_first_measurement_would_not_fit(monkeypatch, given, is_smaller) -> None:
+    """Unless somebody has said how large it is to be. A gradient takes 20 ms a sample, for all that the budget knows."""
+    time_graph = ProbeMeter._time_graph
+
+    def slow(probe: ProbeMeter, run) -> None:
+        time_graph(probe, run)
+        probe.graph_seconds = 0.02 * (probe.samples or 0)
+
+    monkeypatch.setattr(ProbeMeter, "_time_graph", slow)
+    monitor = DynamicsMonitor("full", budget=1.0, grace=3.0, strict=True, **given)
+    fit(Classifier(mlp()), [monitor], steps=40, max_epochs=-1)
+    (probe,) = (meter for meter in monitor._meters if isinstance(meter, ProbeMeter))
+    samples = probe.samples
+    assert samples is not None and (2 <= samples < 8) == is_smaller
+    if is_smaller:
+        assert monitor.history["sharpness/probe_samples"].values.max() == samples
+        assert monitor.history["sharpness/probe_samples"].steps[0] < 10
