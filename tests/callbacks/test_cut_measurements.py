@@ -22,7 +22,7 @@ def test_a_cut_measurement_shows_what_it_has(monkeypatch) -> None:
 
 @pytest.mark.parametrize(("given", "is_smaller"), [({}, True), ({"probe_fraction": 1.0}, False)])
 def test_a_probe_is_made_smaller_where_the_first_measurement_would_not_fit(monkeypatch, given, is_smaller) -> None:
-    """Unless somebody has said how large it is to be. A gradient takes 20 ms a sample, for all that the budget knows."""
+    """Unless somebody has said how large it is to be. For the budget a gradient takes 20 ms a sample."""
     time_graph = ProbeMeter._time_graph
 
     def slow(probe: ProbeMeter, run) -> None:
