@@ -6,6 +6,8 @@ of each block the CPU time of its thread is noted; the lower quartiles of the bl
 drawing rounds anew. Beside it, the hooks of each arm are called many times in a row between two steps.
 """
 
+import math
+import random
 import tempfile
 import threading
 import time
