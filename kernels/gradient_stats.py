@@ -67,8 +67,8 @@ def gradient_stats(
     Raises:
         ValueError: If the two lists differ in length or shape, or a tensor is empty or not floating point.
 
-    Cost: with Triton two reads and one write per entry. Otherwise several passes over the tensors, in about 70 calls for
-    those of GPT-2 124M, with temporaries of 256 MiB or of the size of the largest tensor (of all of them where dtypes
+    Cost: with Triton two reads and one write per entry. Otherwise several passes over the tensors, in about 70 calls
+    for GPT-2 124M, with temporaries of 256 MiB or of the size of the largest tensor (of all of them where dtypes
     differ). No host synchronisation on a GPU. A CPU processes one tensor at a time, while it is in the cache, and again
     where its squares leave float32.
 

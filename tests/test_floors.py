@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     "norms": ({"registry", "layers", "spectra"}, "norms by role, some of them of singular values"),
     "quantities": ({"registry", "distributed", "layers", "spectra", "norms"}, "readings of each layer in its norm"),
     "curvature": ({"registry", "distributed", "isolation", "layers"}, "products with the Hessian of a model at rest"),
-    "stability": ({"distributed", "layers", "norms", "curvature"}, "curvature in the geometry of an optimizer"),
+    "stability": ({"distributed", "layers", "norms", "quantities", "curvature"}, "curvature as an optimizer sees it"),
     "rates": ({"layers", "norms", "quantities"}, "rules follow readings, and know no optimizer"),
     "optim": ({"registry", "distributed", "layers", "norms", "quantities", "rates"}, "optimizers that rules steer"),
     "runs": ({"registry"}, "what was written and is read again, without torch"),

@@ -1,4 +1,4 @@
-"""Where the training loss may be evaluated once more, and what its parameters are there."""
+"""Evaluate the training loss once more without leaving a trace on the run."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""What of a measurement of eigenvalues fits into memory, and what is done with sharded parameters for it."""
+"""Decide from free memory which curvature measurements run, and whether sharded parameters are gathered."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

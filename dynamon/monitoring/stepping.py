@@ -1,4 +1,4 @@
-"""Which optimizers of a run really stepped, and whether gradients are there to be read."""
+"""Follow which optimizers really stepped, and whether gradients are there to be read."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""The gradients of one process before DDP averages them, for the noise between processes."""
+"""Compares the gradients of one process, before DDP averages them, with the mean."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -50,7 +50,7 @@ class LocalGradients:
         self.is_open = False
 
     def open(self) -> None:
-        """Watch the backward passes from here on. What goes wrong is raised when they are compared."""
+        """Watch the backward passes from here on. An error is raised when the gradients are compared."""
         self._kept = {}  # of a step that was skipped
         if self.is_open:
             return

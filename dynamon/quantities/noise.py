@@ -15,7 +15,7 @@ _SHORTEST = 10  # readings that a layer may miss before it is forgotten, however
 
 
 class _Averages:
-    """Running means by layer over readings of windows of one length; forgets a layer whose gradients have gone."""
+    """Keeps running means by layer over readings of windows of one length; drops a layer without gradients."""
 
     rows: int  # quantities that are averaged
 
@@ -32,16 +32,16 @@ class _Averages:
     def _begin(self) -> None:
         self._sums = np.zeros((self.rows, len(self.names)))
         self._weight = np.zeros(len(self.names))  # 1 - decay^k, kept by the same recursion
-        self._missed = np.zeros(len(self.names))  # readings in a row without the layer
+        self._missed = np.zeros(len(self.names))  # consecutive readings without the layer
 
     def _differences(self, readings: GradientReadings) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Dual and Euclidean norms of what this source compares."""
+        """Return dual and Euclidean norms of the differences of this source."""
         if self.source == "successive":
             return readings.difference_dual, readings.difference_l2
         return readings.independent_dual, readings.independent_l2
 
     def seen(self, readings: GradientReadings) -> NDArray[Any]:
-        """Which layers have two gradients to compare in these readings; two that are all zero say nothing."""
+        """Return which layers have two gradients to compare in these readings, not both zero."""
         return self._seen(readings) if readings.finite else np.zeros(len(self.names), bool)
 
     def _seen(self, readings: GradientReadings) -> NDArray[Any]:
@@ -50,7 +50,7 @@ class _Averages:
         return seen if readings.frozen is None else seen & ~readings.frozen
 
     def _take(self, readings: GradientReadings, fresh: NDArray[Any]) -> bool:
-        """Take in a row ``[rows, L]``; False where there was nothing to compare, or only over unusual windows."""
+        """Average a reading ``[rows, L]``; False where nothing could be compared, or only over unusual windows."""
         if not readings.finite:
             return False
         seen = self._seen(readings)
@@ -77,7 +77,7 @@ class _Averages:
         self._weight[layers] = self._missed[layers] = 0
 
     def shown(self, readings: GradientReadings, values: NDArray[Any]) -> NDArray[Any]:
-        """Numbers by layer where this reading is one of those they average, NaN elsewhere."""
+        """Return values by layer where this reading is one of those averaged, NaN elsewhere."""
         current = self.seen(readings) & self._usual.matches(readings.window)
         return np.where(current, values, np.nan)
 
@@ -88,13 +88,13 @@ class _Averages:
         return np.divide(self._sums, self._weight, out=found, where=self._weight > 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages by layer name, and with each the length of the windows they are over."""
+        """Return the averages by layer name, each with the length of its windows."""
         table = np.vstack([self._sums, self._weight, self._missed]).T.tolist()
         usual = self._usual.state()
         return {name: [*sums, *usual] for name, sums in zip(self.names, table, strict=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up saved averages; a layer that was not saved starts anew."""
+        """Load saved averages; a layer that was not saved starts afresh."""
         self._begin()
         self._usual = UsualLength()
         size = self.rows + 2
@@ -144,10 +144,10 @@ class NoiseEstimator(_Averages):
         self.beta2 = beta2
 
     def update(self, readings: GradientReadings) -> bool:
-        """Take in one step's readings.
+        """Average one step's readings.
 
         Returns:
-            Whether anything was taken in: False where a gradient, now or one step before, was not finite
+            Whether anything was averaged: False where a gradient, now or one step before, was not finite
             (then no layer is updated), no layer had two gradients to compare, or they are over windows of another
             length than those before.
         """
@@ -157,7 +157,7 @@ class NoiseEstimator(_Averages):
 
     @property
     def is_noise(self) -> NDArray[Any]:
-        """Whether a layer's differences are noise ``[L]``: more than rounding, and no change that goes on or swings.
+        """Whether a layer's differences are noise ``[L]``: above rounding, and neither continuing nor oscillating.
 
         Successive differences of noise have a cosine of -1/2, those that are further apart of 0.
         """
@@ -208,7 +208,7 @@ class SignalToNoise(_Averages):
         self.beta = beta
 
     def update(self, readings: GradientReadings) -> bool:
-        """Take in one step's readings; False as for :class:`NoiseEstimator`."""
+        """Average one step's readings; False as for :class:`NoiseEstimator`."""
         _, l2 = self._differences(readings)
         return self._take(readings, np.stack([l2**2 / 2, readings.l2**2]))
 

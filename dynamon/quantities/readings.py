@@ -15,7 +15,7 @@ L1, L2, DUAL = 0, 1, 4  # rows of a reading of the gradients themselves
 
 @dataclass(frozen=True)
 class GradientReadings:
-    """What one pass over the gradients found, on the host; arrays ``[L]`` in the order of the layers.
+    """Holds the results of one pass over the gradients on the host; arrays ``[L]`` in the order of the layers.
 
     A layer without a gradient, or one that is not trained and has zeros in its place, has NaN for everything but
     ``present``, ``compared`` and ``nonfinite``, which is 0.
@@ -69,7 +69,7 @@ class GradientReadings:
 
 @dataclass(frozen=True)
 class ReadingContext:
-    """What the host knows of a reading before it has arrived; arrays ``[L]`` as in :class:`GradientReadings`.
+    """Holds what the host knows before a reading arrives; arrays ``[L]`` as in :class:`GradientReadings`.
 
     Attributes:
         present: Whether the layer has a gradient.
@@ -87,7 +87,7 @@ class ReadingContext:
 
 
 class PendingReadings:
-    """Readings on their way to the host.
+    """Holds readings on their way to the host.
 
     The copy is queued on the device at construction; :meth:`wait` returns without blocking where it has
     arrived, which one step later it has.

@@ -1,4 +1,4 @@
-"""Factors on gradients that a gradient scaler has multiplied, without asking the device for them."""
+"""Factors that undo a gradient scaler, without reading them from the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,24 +10,24 @@ from dynamon.kernels.gradient_stats import Scale as Scale
 
 
 def scaled(tensor: Tensor, scale: Scale) -> Tensor:
-    """The tensor times a factor; itself where that is the number 1."""
+    """Multiply a tensor by a factor; return the tensor itself where that is the number 1."""
     return tensor if not isinstance(scale, Tensor) and scale == 1.0 else tensor * scale
 
 
 def all_scaled(tensors: Sequence[Tensor], scale: Scale) -> list[Tensor]:
-    """Tensors times a factor, in one call; themselves where that is the number 1."""
+    """Multiply tensors by a factor in one call; return them as they are where that is the number 1."""
     if not tensors or not isinstance(scale, Tensor) and scale == 1.0:
         return list(tensors)
     return list(torch._foreach_mul(list(tensors), without_dimensions(scale)))
 
 
 def without_dimensions(scale: Scale) -> Scale:
-    """A factor as operators on lists take it."""
+    """Return a factor as operators on lists take it: a number, or a tensor without dimensions."""
     return scale.detach().reshape(()) if isinstance(scale, Tensor) else scale
 
 
 def inverse_scale(scaler: Any) -> Scale:
-    """What brings gradients that a ``torch.amp.GradScaler`` has scaled to their true size.
+    """Return the factor that brings gradients scaled by a ``torch.amp.GradScaler`` to their true size.
 
     A tensor of its own on the scaler's device, which later changes of the scale do not reach. A number where the scaler
     has none yet, or hides it; only then may this wait for a device.

@@ -1,4 +1,4 @@
-"""Copies of many tensors at once: a GPU's host takes as long for one call as for another."""
+"""Copies many tensors in few calls: on a GPU the host's time goes with the number of calls."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from dynamon.quantities.scales import Scale, without_dimensions
 
 
 def copied(tensors: Mapping[int, Tensor], kept: Mapping[int, Tensor], scale: Scale = 1.0) -> dict[int, Tensor]:
-    """Multiples of tensors, in the memory of earlier ones where those are alike.
+    """Copy multiples of tensors, into the memory of earlier copies of the same shape, layout and dtype.
 
     Args:
         tensors: What to copy, without a graph.
-        kept: Tensors that nobody needs any more, which are written over.
+        kept: Earlier copies, which are overwritten.
         scale: Factor on the tensors.
     """
     copies = {i: kept[i] if i in kept and _are_alike(kept[i], t) else torch.empty_like(t) for i, t in tensors.items()}

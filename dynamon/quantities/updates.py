@@ -18,12 +18,12 @@ _UNLIKE = 1e5  # lengths of two steps whose quotient is larger leave nothing of 
 
 
 def primal_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequence[Tensor]) -> Tensor:
-    """The primal norm of one tensor a layer, without a decomposition.
+    """Take the primal norm of one tensor per layer, without a decomposition.
 
     Args:
         layers: L layers.
         norms: The norm of each, fitted to it as :func:`dynamon.norms.update_norm` does.
-        tensors: One a layer, stored as its weight is, all on one device.
+        tensors: One per layer, stored as its weight is, all on one device.
 
     Returns:
         ``[L]``, in float32 (float64 where a tensor is). Spectral norms are those of
@@ -47,7 +47,7 @@ def primal_norms(layers: Sequence[Layer], norms: Sequence[Norm], tensors: Sequen
 
 
 def differences(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors less others, in float32 at least: in half precision differences would be rounded once more.
+    """Subtract tensors, in float32 at least: differences in half precision would be rounded once more.
 
     Args:
         now: T tensors.
@@ -66,7 +66,7 @@ def differences(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]
 
 
 def in_dtypes(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Give tensors in these dtypes: themselves where all have them already, else copies in one call."""
+    """Convert tensors to these dtypes in one call; return them as they are where all have them already."""
     if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True)):
         return list(tensors)
     found = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
@@ -75,14 +75,14 @@ def in_dtypes(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[
 
 
 def wide_lengths(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norms ``[T]`` that are exact to the rounding of the entries: in float64, where the device has it."""
+    """Take Euclidean norms ``[T]`` in float64, where the device has it, so that they can be subtracted."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=widest_dtype(tensors[0].device)))
 
 
 def cosines(last: Tensor, previous: Tensor, apart: Tensor) -> Tensor:
-    r"""Cosines between pairs of vectors from their lengths and that of their difference, all in float64.
+    r"""Compute cosines between pairs of vectors from their lengths and that of their difference, all in float64.
 
     :math:`1 - (|a - b|^2 - (|a| - |b|)^2) / (2 |a| |b|)`. The difference is of rounded entries: what is found is off by
     up to 6e-8 times the quotient of the lengths, in practice less by the root of the number of entries.
@@ -102,7 +102,7 @@ def cosines(last: Tensor, previous: Tensor, apart: Tensor) -> Tensor:
 
 
 def angles(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
-    r"""Angles between vectors before and after a step from the lengths of both and of the step, all in float64.
+    r"""Compute angles between vectors before and after a step from the lengths of both and of the step, in float64.
 
     The squared distance of the unit vectors is :math:`(|d|^2 - (|b| - |a|)^2) / (|a| |b|)`: exact for small angles too,
     since the length of the step is that of the step itself. Where the step is along the vector, the root of the sums'
@@ -125,7 +125,7 @@ def angles(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
 
 
 def joint_cosine(rows: NDArray[Any]) -> float:
-    """The cosine between the last two updates of all tensors together.
+    """Compute the cosine between the last two updates of all tensors together.
 
     Args:
         rows: ``[3, T]``, on the host: the cosine between the last two updates of each tensor, and their lengths.
@@ -142,7 +142,7 @@ def joint_cosine(rows: NDArray[Any]) -> float:
 
 
 def local_smoothness(change: NDArray[Any], step: NDArray[Any]) -> NDArray[Any]:
-    r"""The layerwise trajectory smoothness of Gluon (arXiv 2505.13416).
+    r"""Compute the layerwise trajectory smoothness of Gluon (arXiv 2505.13416).
 
     :math:`\|G_t - G_{t-1}\|_* / \|W_t - W_{t-1}\|` with the gradients taken at these weights. For gradients of the
     whole loss it is how quickly a layer's gradient turns along the run; on small batches the numerator is dominated by
