@@ -174,7 +174,7 @@ def test_it_freezes_where_gradients_are_not_finite() -> None:
 
 def test_monitor_and_steering_share_one_pass(monkeypatch) -> None:
     calls = []
-    from dynamon.quantities import gradient_reader as gradients
+    from dynamon.quantities import gradient_statistics as gradients
 
     counted = gradients.gradient_stats
     monkeypatch.setattr(gradients, "gradient_stats", lambda *a, **k: calls.append(1) or counted(*a, **k))

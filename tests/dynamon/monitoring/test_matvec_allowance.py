@@ -6,12 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dynamon.callbacks import DynamicsMonitor
 from dynamon.curvature.solvers.tracker import EigenTracker
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.matvec_allowance import LEAST, MatvecAllowance
-from dynamon.monitoring.probe import ProbeMeter
-from tests.helpers import Classifier, fit, mlp
 
 
 @pytest.fixture
@@ -70,34 +67,3 @@ def test_a_tracker_takes_no_more_products_than_it_may() -> None:
     assert tracker.update(matrix @ matrix.T, most=9).matvecs <= 9
     assert not tracker.update(matrix @ matrix.T, most=9).converged
     assert 9 < tracker.update(matrix @ matrix.T).matvecs <= 40
-
-
-def test_a_cut_measurement_shows_what_it_has(monkeypatch) -> None:
-    """Twelve products for a solve and two more quantities: the solve is shown, the rest is left out."""
-    monkeypatch.setattr(MatvecAllowance, "rest", lambda self, taken: 12 - taken)
-    monitor = DynamicsMonitor("full", budget=10.0, grace=100.0, strict=True)
-    fit(Classifier(mlp(), lambda p: torch.optim.AdamW(p, lr=1e-2)), [monitor], steps=30, max_epochs=-1)
-    history = monitor.history
-    assert history["sharpness/matvecs"].values.max() <= 12
-    assert {"sharpness/stability_ratio", "sharpness/stability_ratio_unconverged"} & set(history)
-    assert "sharpness/block" not in history
-
-
-@pytest.mark.parametrize(("given", "is_smaller"), [({}, True), ({"probe_fraction": 1.0}, False)])
-def test_a_probe_is_made_smaller_where_the_first_measurement_would_not_fit(monkeypatch, given, is_smaller) -> None:
-    """Unless somebody has said how large it is to be. A gradient takes 20 ms per sample, as far as the budget knows."""
-    time_graph = ProbeMeter._time_graph
-
-    def slow(probe: ProbeMeter, run) -> None:
-        time_graph(probe, run)
-        probe.graph_seconds = 0.02 * (probe.samples or 0)
-
-    monkeypatch.setattr(ProbeMeter, "_time_graph", slow)
-    monitor = DynamicsMonitor("full", budget=1.0, grace=3.0, strict=True, **given)
-    fit(Classifier(mlp()), [monitor], steps=40, max_epochs=-1)
-    (probe,) = (meter for meter in monitor._meters if isinstance(meter, ProbeMeter))
-    samples = probe.samples
-    assert samples is not None and (2 <= samples < 8) == is_smaller
-    if is_smaller:
-        assert monitor.history["sharpness/probe_samples"].values.max() == samples
-        assert monitor.history["sharpness/probe_samples"].steps[0] < 10
