@@ -177,6 +177,12 @@ class EigenvalueMeter(CurvatureSolves):
             return price
         return min(price, max(least, run.budget.left))
 
+    def _is_overspent(self, run: RunContext) -> bool:
+        """Return whether other readings of this step took what was left for this one; it is then planned anew."""
+        least = self.least(run)
+        is_alone = self.cadence.is_planned and not run.ranks.is_distributed  # several keep to what was agreed
+        return is_alone and least is not None and run.budget.left < least / 2
+
     def least(self, run: RunContext) -> float | None:
         """Return the seconds of the smallest measurement."""
         return self._allowance.price(LEAST, self._probe.graph_seconds)
@@ -213,7 +219,7 @@ class EigenvalueMeter(CurvatureSolves):
 
     def batch_end(self, run: RunContext) -> None:
         """Measure when due."""
-        if not self._is_due(run) or not run.steps.any_taken():
+        if not self._is_due(run) or not run.steps.any_taken() or self._is_overspent(run):
             return
         with run.charge(self.name, waits=True):
             is_there = self._probe.check(run)
