@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,12 +17,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import start_processes
 
-from dynamon.monitoring import curvature_solves, eigenvalues, held_samples, memory_plan, monitor, probe
+from dynamon.monitoring import messages
 from tests.helpers import Classifier, fit
 from tests.ranks import loader, tables
 
 _SIZE = "DYNAMON_TEST_PROCESSES"
-_SPEAKERS = (curvature_solves, eigenvalues, held_samples, memory_plan, monitor, probe)
 
 
 class Sharded(Classifier):
@@ -69,18 +69,15 @@ def fit_here(module: Any, callbacks: list[Any], **settings: Any) -> dict[str, An
 
 @contextmanager
 def listening() -> Iterator[list[str]]:
-    """What the first process says."""
+    """Collect what the engine tells the user, in place of telling it: only the first process says anything."""
     said: list[str] = []
-    own = said.append if dist_rank() == 0 else lambda line: None
-    names = [(m, f"rank_zero_{kind}") for m in _SPEAKERS for kind in ("warn", "info")]
-    patches = [patch.object(module, name, own) for module, name in names if hasattr(module, name)]
-    for p in patches:
-        p.start()
-    try:
+
+    def keep(sentence: str, *_: Any, **__: Any) -> None:
+        said.append(sentence)
+
+    logger, shown = SimpleNamespace(info=keep), SimpleNamespace(warn=keep)
+    with patch.object(messages, "_LOGGER", logger), patch.object(messages, "warnings", shown):
         yield said
-    finally:
-        for p in patches:
-            p.stop()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

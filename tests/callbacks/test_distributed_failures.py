@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from dynamon.curvature import HessianOperator
 from dynamon.curvature.solvers import lanczos
 from dynamon.distributed import work_sharing
 from dynamon.isolation.samples import Part
-from dynamon.monitoring import eigenvalues, monitor
-from dynamon.monitoring import weight_meter as weights
+from dynamon.monitoring import eigenvalues, messages
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.quantities import gradient_reader, gradient_statistics
@@ -40,8 +40,8 @@ class Warnings:
 
     def __init__(self, monkeypatch) -> None:
         self.lines: list[str] = []
-        for module in (monitor, weights):
-            monkeypatch.setattr(module, "rank_zero_warn", self.lines.append)
+        keep = SimpleNamespace(warn=lambda sentence, *_, **__: self.lines.append(sentence))
+        monkeypatch.setattr(messages, "warnings", keep)
 
     def __call__(self, module) -> list[str]:
         return self.lines if rank() == 0 else []
