@@ -40,6 +40,7 @@ class Trends:
         self._now: Tensor | None = None
         self._places: tuple[tuple[int, ...], Tensor | None] = ((), None)
         self._columns: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
+        self._padding = torch.zeros(ENTRIES, device=self._device)
         self._seen: tuple[tuple[int, ...], Tensor] | None = None  # entries of the gradients of the last call
 
     def products(
@@ -112,16 +113,20 @@ class Trends:
     def _entries(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
         """Sample some of the gradients, ``[P, 64]``, with zeros for entries that a gradient or its shard lacks."""
         chosen = [self._sampled[i] for i in indices]
+        self._padding = self._padding.to(tensors[0])  # of one dtype, as the device's fast path wants it
+        pieces: list[Tensor] = []
         # At each step for every layer: a call only where it is not a plain view.
-        pieces = [
-            tensor.as_strided(*one.view) if one.view is not None and tensor.is_contiguous() else one.of(tensor)
-            for one, tensor in zip(chosen, tensors, strict=True)
-        ]
+        for one, tensor in zip(chosen, tensors, strict=True):
+            is_view = one.view is not None and tensor.is_contiguous()
+            pieces.append(tensor.as_strided(*one.view) if is_view else one.of(tensor))
+            if one.is_first and len(one.columns) < ENTRIES:
+                pieces.append(self._padding[len(one.columns) :])
         flat = torch.cat(pieces).float()
         if len(flat) == len(indices) * ENTRIES:
             return flat.view(-1, ENTRIES)
         if tuple(indices) != self._columns[0]:
-            columns = [row * ENTRIES + column for row, one in enumerate(chosen) for column in one.columns]
+            filled = [range(ENTRIES) if one.is_first else one.columns for one in chosen]
+            columns = [row * ENTRIES + column for row, columns in enumerate(filled) for column in columns]
             self._columns = tuple(indices), torch.tensor(columns, dtype=torch.int64, device=self._device)
         return flat.new_zeros(len(indices) * ENTRIES).index_copy(0, self._columns[1], flat).view(-1, ENTRIES)
 
@@ -160,6 +165,7 @@ class _Sampled:
 
     Attributes:
         columns: Which of the sampled entries these are.
+        is_first: Whether they are the first of the sampled entries, so that zeros behind them fill the row.
         view: Size and stride of the view of a contiguous tensor that holds them; None where it begins further on.
     """
 
@@ -169,6 +175,7 @@ class _Sampled:
         self.columns: Sequence[int] = range(min(like.numel(), ENTRIES))
         if is_sharded(like):
             self._find(like)
+        self.is_first = list(self.columns) == list(range(len(self.columns)))
         plain = self._chosen is None and not self._start
         self.view = ((len(self.columns),), (self._step,)) if plain else None
 
