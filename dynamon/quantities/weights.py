@@ -258,14 +258,19 @@ class _Here:
         self._previous = dict(zip(ends, differences([starts[i] for i in ends], list(ends.values())), strict=True))
 
     def lengths(self) -> Tensor:
-        """Take Euclidean norms ``[5, L]``: of weight, weight before, step, step before, the difference of these."""
-        last, previous = [self.steps[i] for i in self._previous], list(self._previous.values())
+        """Take Euclidean norms ``[5, L]``: of weight, weight before, step, step before, the difference of these.
+
+        Forgets the step before, which nothing else needs: a copy of the weights less beside the spectra.
+        """
+        two, previous = list(self._previous), list(self._previous.values())
+        self._previous = {}
+        last = [self.steps[i] for i in two]
         found = wide_lengths([*self.weights, *self.starts.values()])
         if self.steps:
             apart = torch._foreach_sub(last, previous) if last else ()
             found = torch.cat([found, wide_lengths([*self.steps.values(), *previous, *apart])])
         count = len(self.weights)
-        places = [list(range(count)), list(self.starts), list(self.steps), list(self._previous), list(self._previous)]
+        places = [list(range(count)), list(self.starts), list(self.steps), two, two]
         rows = found.split([len(place) for place in places])
         return torch.stack([spread(row, place, count, torch.nan) for row, place in zip(rows, places, strict=True)])
 
