@@ -317,13 +317,12 @@ def _cell(value: object) -> str:
 
 def command_help() -> str:
     """What ``--help`` says."""
-    found = ""
-    for command in ("demo", "report", "schedule"):
-        parser = argparse.ArgumentParser(prog="dynamon")
-        commands = parser.add_subparsers()
-        getattr(cli, command).add_parser(commands)
-        found += f"## dynamon {command}\n\n```text\n{commands.choices[command].format_help()}```\n\n"
-    return found
+    parser = argparse.ArgumentParser(prog="dynamon")
+    commands = parser.add_subparsers()
+    for command in cli.COMMANDS:
+        command.add_parser(commands)
+    found = commands.choices.items()
+    return "".join(f"## dynamon {name}\n\n```text\n{one.format_help()}```\n\n" for name, one in found)
 
 
 # Examples

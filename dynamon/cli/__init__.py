@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dynamon.cli import demo, report, schedule
 from dynamon.cli.refusal import RefusalError
 
+COMMANDS = (demo, report, schedule)
 _INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
@@ -22,9 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="dynamon", description="Training dynamics for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo.add_parser(commands)
-    report.add_parser(commands)
-    schedule.add_parser(commands)
+    for command in COMMANDS:
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

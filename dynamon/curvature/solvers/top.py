@@ -16,6 +16,7 @@ from dynamon.isolation.evaluations import full_precision
 from dynamon.kernels.arguments import check_count, check_tensor
 
 METHODS = ("lanczos", "power", "gram")
+_CERTIFIED = ("lanczos", "gram")  # those with an upper bound
 
 
 @checked_once()
@@ -88,8 +89,9 @@ def top_eigenvalues(
     """
     _check(operator, k, method, tol, max_matvecs, warm_start)
     k = min(k, operator.shape[0])
-    if certify and method == "power":
-        raise ValueError("power iteration has no upper bound: certify=True needs method='lanczos' or 'gram'.")
+    if certify and method not in _CERTIFIED:
+        needed = " or ".join(map(repr, _CERTIFIED))
+        raise ValueError(f"method {method!r} has no upper bound: certify=True needs {needed}.")
     if method == "gram":
         found = gram_eigenpairs(operator, tol)
     elif method == "power":

@@ -11,6 +11,7 @@ from torch import nn
 
 from dynamon.layers import Layer, describe_layers
 from dynamon.norms import (
+    NORMS,
     dual_norms,
     get_norm,
     iid_dual_norm,
@@ -22,7 +23,9 @@ from dynamon.norms import (
 )
 from tests.models import cnn, gpt
 
-NAMES = ("rms_to_rms", "one_to_rms", "rms_to_inf", "one_to_inf", "rms", "frobenius", "spectral")
+NAMES = tuple(NORMS)
+ON_MATRICES = [norm.name for norm in NORMS.values() if norm.on_matrices]
+ON_ENTRIES = [name for name in NAMES if name not in ON_MATRICES]
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True)
 SEEDS = st.integers(0, 2**32)
 EVERY_NORM = pytest.mark.parametrize("name", NAMES)
@@ -178,7 +181,7 @@ STORED = {
 @EVERY_NORM
 @pytest.mark.parametrize("layer", STORED.values(), ids=STORED)
 def test_fitted_to_what_a_layer_stores(name, layer):
-    if layer.role == "vector" and name not in ("one_to_inf", "rms", "frobenius"):
+    if layer.role == "vector" and name in ON_MATRICES:
         with pytest.raises(ValueError, match=f"{name} is a norm of matrices and w is a vector"):
             norm_for_layer(name, layer)
         return
@@ -208,11 +211,12 @@ def linear_maps(layer):
     return list(w) if len(w) > 1 else np.split(w[0], layer.blocks)
 
 
-@pytest.mark.parametrize("name", ["rms_to_rms", "spectral", "one_to_rms", "rms_to_inf"])
+@pytest.mark.parametrize("name", ON_MATRICES)
 @pytest.mark.parametrize("layer", [la for la in STORED.values() if la.role != "vector"],
                          ids=[k for k, la in STORED.items() if la.role != "vector"])  # fmt: skip
 def test_blocks_have_the_largest_norm_and_the_summed_dual(name, layer):
-    window = math.sqrt(math.prod(layer.parameter.shape[2:])) if layer.role == "conv" and name == "rms_to_rms" else 1
+    is_scaled = layer.role == "conv" and get_norm(name).per_window
+    window = math.sqrt(math.prod(layer.parameter.shape[2:])) if is_scaled else 1
     members = [torch.tensor(matrix.copy()) for matrix in linear_maps(layer)]
     assert len(members) == layer.blocks
     norm, weight = norm_for_layer(name, layer), layer.parameter.detach()
@@ -253,7 +257,7 @@ def test_single_precision_at_extreme_scales(name, scale):
     assert inner(g, step) == pytest.approx(-float(get_norm(name).dual(g.double())), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rms_to_rms", "spectral", "one_to_rms", "rms_to_inf", "one_to_inf"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("rms", "frobenius")])  # whose balls are round
 def test_duals_by_brute_force(name):
     """The largest inner product over many points of the unit ball comes close to the dual, and never above it."""
     g, norm = gaussian(2, 2, seed=3), get_norm(name)
@@ -272,7 +276,7 @@ def test_stacks_are_batched(name):
         assert torch.allclose(function(g), torch.stack([function(member) for member in g]))
 
 
-@pytest.mark.parametrize("name", ["one_to_inf", "rms", "frobenius"])
+@pytest.mark.parametrize("name", ON_ENTRIES)
 @pytest.mark.parametrize("shape", [(), (7,)], ids=str)
 def test_entrywise_norms_take_vectors_and_scalars(name, shape):
     assert_oracle_attains_the_dual(get_norm(name), gaussian(*shape))

@@ -287,7 +287,7 @@ def test_nonfinite_products_raise(bad):
     [
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"method": "gram"}, "method 'gram' is for k=1 of a GGNOperator"),
-        ({"method": "power", "certify": True}, "power iteration has no upper bound"),
+        ({"method": "power", "certify": True}, "method 'power' has no upper bound"),
         ({"method": "magic"}, "method must be one of lanczos, power, gram, got 'magic'"),
         ({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"),
         ({"tol": 1.0}, "tol must lie between 0 and 1"),
