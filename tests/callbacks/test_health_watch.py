@@ -53,7 +53,7 @@ def test_a_healthy_run_is_silent():
 
 
 def test_a_budget_that_carries_nothing_is_no_missing_monitor():
-    monitor = DynamicsMonitor(budget=1e-9)
+    monitor = DynamicsMonitor(budget=1e-9, grace=0)
     classify(0.1, 20, [monitor])
     (note,) = monitor.findings
     assert note.rule == "dynamon/nothing" and note.advice.startswith(
