@@ -155,6 +155,8 @@ class LoggedRun:
                 "loss": loss_tag(data.scalars),
             }
 
+    news = updates  # its earlier name, which scripts call
+
     def table(self, quantity: str, epoch: int, since: int) -> dict[str, Any]:
         """Return what is new in a table, as far as it is read: its rows, or only ``epoch`` and ``count``.
 

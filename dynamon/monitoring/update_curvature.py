@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import chart_layout
@@ -107,6 +108,8 @@ class UpdateCurvatureMeter(Meter):
             self.copy_weights(run)
         if "batch" not in self._wanted or not self._is_due(run):
             return
+        if any(is_lazy(t) for t in (*run.module.parameters(), *run.module.buffers())):
+            return  # an evaluation would draw their values before training does
         with run.charge(self.name, waits=True):
             is_there = self._probe.check(run)
         if not is_there:

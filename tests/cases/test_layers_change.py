@@ -432,3 +432,21 @@ def test_what_is_printed_of_a_layer() -> None:
     module = Net()
     assert repr(describe_layers(module)[0]) == "Layer('first.weight', hidden, 16 x 8)"
     assert [layer.name for layer in measurable_layers(Unmeasurable())] == []
+
+
+@pytest.mark.parametrize(
+    "lazy", [nn.LazyLinear, lambda out: nn.Sequential(nn.LazyBatchNorm1d(affine=False), nn.Linear(8, out))]
+)
+def test_nothing_is_evaluated_before_training_has_drawn_the_values_of_lazy_layers(lazy) -> None:
+    """Batch sharpness is measured before the first step: an evaluation there would draw other values."""
+
+    def trained(callbacks: list[Any]) -> list[Tensor]:
+        torch.manual_seed(3)
+        module = Classifier(nn.Sequential(lazy(16), nn.ReLU(), nn.Linear(16, 3)))
+        fit(module, callbacks, steps=4)
+        return [*module.state_dict().values(), torch.get_rng_state()]
+
+    monitor = DynamicsMonitor("full", every_n_steps=1, strict=True)
+    plain, watched = trained([]), trained([monitor])
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert len(monitor.history["sharpness/batch"]) >= 2
