@@ -73,6 +73,11 @@ class RunContext:
         """A number that changes whenever the layers do."""
         return self._set.version
 
+    def read_names(self) -> dict[int, str]:
+        """Read the layers again, also where no hook is under way, and return their names."""
+        self._set.hook()
+        return {} if not self._set.every else self._set.names
+
     def hook(self, optimizer: Optimizer | None = None) -> None:
         """A hook begins: what is measured in it and after it looks at the layers once more."""
         self._set.hook(optimizer)

@@ -74,6 +74,7 @@ class WeightMeter(PairMeter):
         self._reading = False  # this step is measured
         self._memory = DecayRetention()
         self._names: Callable[[], Mapping[int, str]] = dict
+        self._read_names: Callable[[], Mapping[int, str]] = dict
         self._layers: list[Layer] = []
 
     def start(self, run: RunContext) -> None:
@@ -85,7 +86,7 @@ class WeightMeter(PairMeter):
         self._earlier = matching(run.layers, self._earlier)
         warm_up_spectra(run.layers)
         run.steps.followers.append(self)
-        self._names = lambda: run.names
+        self._names, self._read_names = lambda: run.names, run.read_names
 
     def batch_start(self, run: RunContext, batch: Any) -> None:
         """Copy the weights here where they change in backward."""
@@ -165,7 +166,7 @@ class WeightMeter(PairMeter):
         rates = steering_of(optimizer)
         try:
             ratios = None if rates is None or not rates.scale_weight_decay else _ratios_of(rates, self._names())
-            self._memory.take(optimizer, self._names, ratios, skipped)
+            self._memory.take(optimizer, self._names, ratios, skipped, self._read_names)
         except Exception as error:  # inside of the optimizer step: told at its end
             self._lost = error
 

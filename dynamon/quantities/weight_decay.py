@@ -140,20 +140,24 @@ class DecayRetention:
         names: Callable[[], Mapping[int, str]],
         ratios: Mapping[str, float] | None = None,
         skipped: Tensor | None = None,
+        read_names: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         """Apply the step that was recorded last.
 
         Args:
             optimizer: The optimizer that has stepped.
-            names: Returns layer names by the ``id`` of the parameter; called where the groups have changed.
+            names: Returns layer names by the ``id`` of the parameter, as they were read last.
             ratios: Factor on the rate by layer name; 1 for layers not in it.
             skipped: A tensor that is not zero where the step was skipped on the device, or None.
+            read_names: Reads the names again; called where the groups have changed. None for ``names``.
         """
         for index, params, shrink in self._noted.pop(id(optimizer), ()):
             group = self._groups.get((id(optimizer), index))
             if group is None or len(group.params) != len(params) or group.params[0] is not params[0]:
                 self.regroup()
-                group = self._groups[id(optimizer), index] = self._decaying(optimizer, index, params, names())
+                group = self._groups[id(optimizer), index] = self._decaying(
+                    optimizer, index, params, (read_names or names)()
+                )
             is_whole = True
             for parameter in params:  # at every step: without a call for each
                 if parameter.grad is None:
