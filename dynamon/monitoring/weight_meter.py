@@ -102,8 +102,8 @@ class WeightMeter(PairMeter):
         """Copy the weights that this optimizer is about to change."""
         reads, keeps = self.is_due(run), self.keeps(run)
         self._reading = reads
+        self.step_begins(optimizer)  # once more, where this meter started after the step had begun
         if run.steps.of(optimizer).is_blind:  # it is taken to step
-            self.step_begins(optimizer)
             self.step_ends(optimizer, None)
         if not reads and not keeps:
             return

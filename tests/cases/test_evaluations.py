@@ -1156,7 +1156,7 @@ def test_parameters_are_taken_as_a_sequence_or_a_mapping_everywhere():
     step = torch.ones(sum(p.numel() for p in listed))
     with pytest.raises(ValueError, match="NaN or infinity"):  # not 0, which would say that it leads uphill
         critical_sharpness(loss, named, math.nan * step)
-    with pytest.raises(ValueError, match="flat tensor .*, got list"):
+    with pytest.raises(TypeError, match="update must be a tensor .*, got list"):
         critical_sharpness(loss, named, listed)
     for params in (named, listed, module):
         assert HessianOperator(loss, params).shape == (len(step), len(step))

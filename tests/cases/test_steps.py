@@ -306,7 +306,7 @@ def test_steps_in_backward_that_nobody_calls() -> None:
 
 def test_steering_of_what_steps_in_backward_is_refused() -> None:
     for kind in ("hook", "torch"):
-        with pytest.raises(ValueError, match="another optimizer uses the gradients as they arrive"):
+        with pytest.raises(ValueError, match="another optimizer steps during backward"):
             fit(InBackward(kind), [LayerwiseLR(FixedRates({"*": 0.5}))])
     steering = LayerwiseLR(FixedRates({"*": 0.5}))
     with pytest.warns(UserWarning, match="LayerwiseLR is off: gradients are gone before the optimizer's step"):
@@ -594,7 +594,7 @@ def test_rests_grow(monkeypatch) -> None:
 
     tried: list[int] = []
 
-    def fail(layers, before, earlier):
+    def fail(*_, **__):
         tried.append(monitor._run.step)
         raise RuntimeError("no such kernel")
 
