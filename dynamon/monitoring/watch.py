@@ -15,7 +15,7 @@ from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
 from dynamon.monitoring.budget import overhead_of
 from dynamon.monitoring.dynamics_monitor import DynamicsMonitor
-from dynamon.monitoring.messages import rank_zero_info
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.plain_loop import PlainLoop
 from dynamon.monitoring.row import write_layout
@@ -27,6 +27,10 @@ from dynamon.runs.history import Series
 _AFTER_CLIPPING = (
     "Watch: gradients are read when an optimizer steps. If you clip them, call watch.before_clipping() right before: "
     "without it gradient/ and noise/ are of clipped gradients, and what clipping did is left out."
+)
+_AFTER_ABORT = (
+    "Watch is off: an exception ended a watch.batch block, at step {}. Training goes on, and nothing more is measured. "
+    "Make a new Watch to measure again."
 )
 
 
@@ -99,6 +103,7 @@ class Watch:
         )
         self._writer = writer
         self._is_inside = self._has_begun = self._is_closed = self._is_told = False
+        self._is_off = self._is_off_told = False  # after an exception
         if writer is not None:
             finalize(self, writer.close)  # where a script ends without closing
         for monitor in self.monitors:
@@ -159,6 +164,8 @@ class Watch:
         """
         if not self._is_inside:
             raise RuntimeError("call watch.before_clipping() inside of `with watch.batch(batch):`.")
+        if self._is_off:
+            return
         self._loop.was_announced = True
         self._loop.before_step()
         chosen = self._loop.optimizers if optimizer is None else [unwrapped_optimizer(optimizer)]
@@ -172,6 +179,8 @@ class Watch:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._is_off:
+            return
         if self._has_begun:
             for monitor in self.monitors:
                 monitor.end()
@@ -207,6 +216,22 @@ class Watch:
             after = "after watch.close()" if self._is_closed else "inside of another one"
             raise RuntimeError(f"watch.batch was entered {after}.")
         self._is_inside = True
+        if self._is_off:
+            self._tell_off()
+            return
+        try:
+            self._see_begin(batch)
+        except BaseException:  # of strict=True, or Ctrl-C: the block is not entered, and nobody ends it
+            self._abort()
+            raise
+
+    def _tell_off(self) -> None:
+        """Say once, to a loop that goes on after an exception, that it is no longer measured."""
+        if not self._is_off_told:
+            self._is_off_told = True
+            rank_zero_warn(_AFTER_ABORT.format(self.step))
+
+    def _see_begin(self, batch: Any) -> None:
         self._loop.begin_batch()
         if not self._has_begun:
             self._has_begun = True
@@ -222,6 +247,8 @@ class Watch:
 
     def _end_batch(self, loss: Any) -> None:
         self._is_inside = False
+        if self._is_off:
+            return
         self._loop.before_step()
         for monitor in self.monitors:
             monitor.batch_end(loss)
@@ -233,7 +260,10 @@ class Watch:
             monitor.pause()  # what is between two batches is not counted as training
 
     def _abort(self) -> None:
-        self._is_inside, self._is_closed = False, True
+        self._is_inside = False
+        if self._is_off:
+            return
+        self._is_off = True
         for monitor in self.monitors:
             monitor.abort()
         with suppress(Exception):  # none of a writer's own may hide the user's
@@ -270,7 +300,7 @@ class WatchedBatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The batch is over; an exception ends the run."""
+        """The batch is over; an exception ends the measuring, and goes on to the caller."""
         if kind is None:
             self._watch._end_batch(self.loss)
         else:

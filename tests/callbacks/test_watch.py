@@ -405,6 +405,51 @@ def test_an_exception_goes_through_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert read_run_data(tmp_path).scalars["gradient/norm"].steps.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_loop_that_catches_an_exception_goes_on_as_without_a_watch(strict: bool, tmp_path: Path) -> None:
+    def train(logdir: Path | None) -> tuple[nn.Module, Any, list[Any]]:
+        model, data = Net(), list(batches())
+        optimizer = adamw(model.parameters())
+        own = [DynamicsMonitor("full", every_n_steps=1, strict=strict)]
+        watch = None if logdir is None else dynamon.Watch(model, optimizer, loss_fn, logdir=logdir, monitors=own)
+        torch.manual_seed(3)
+        for index, batch in enumerate(data):
+            try:
+                with nullcontext() if watch is None else watch.batch(batch):
+                    loss_fn(model, batch).backward()
+                    if index in (2, 4):
+                        raise MemoryError
+                    if watch is not None:
+                        watch.before_clipping()
+                    clip_grad_norm_(model.parameters(), CLIP)
+                    optimizer.step()
+            except MemoryError:
+                pass
+            optimizer.zero_grad()
+        return model, watch, [torch.get_rng_state(), len(data)]
+
+    plain, _, (state, _) = train(None)
+    with pytest.warns(UserWarning, match="Watch is off: an exception ended a watch.batch block, at step 2") as told:
+        model, watch, (other, _) = train(tmp_path)
+    assert len([w for w in told if "Watch is off" in str(w.message)]) == 1
+    assert_same_weights(plain, model)
+    assert torch.equal(state, other) and watch.history["gradient/norm"].steps.tolist() == [0, 1]
+    watch.close()
+    with pytest.raises(RuntimeError, match="after watch.close"), watch.batch(None):
+        pass
+
+
+def test_a_batch_that_cannot_begin_does_not_end_a_loop_that_catches_that() -> None:
+    model, data = Net(), list(batches())
+    optimizer = adamw(model.parameters())
+    watch = dynamon.Watch(model, optimizer, loss_fn, monitors=[GradientMonitor(layers=["no such *"])])
+    with pytest.raises(ValueError, match="matches no layer"), watch.batch(data[0]):
+        pass
+    with pytest.warns(UserWarning, match="Watch is off"), watch.batch(data[1]):
+        loss_fn(model, data[1]).backward()
+        optimizer.step()
+
+
 def test_batches_that_are_skipped_and_several_optimizers() -> None:
     model, data = Net(), list(batches())
     first, second = adamw(model.network[0].parameters()), adamw(model.network[4].parameters())
