@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dynamon.cli import demo, report, schedule
+from dynamon.cli import demo_options, report, schedule
 from dynamon.cli.refusal import RefusalError
 
 _INTERRUPTED = 130  # what shells give for Ctrl-C
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="dynamon", description="Training dynamics for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo.add_parser(commands)
+    demo_options.add_parser(commands)
     report.add_parser(commands)
     schedule.add_parser(commands)
     options = parser.parse_args(arguments)

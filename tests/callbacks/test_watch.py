@@ -470,7 +470,7 @@ def test_batches_that_are_skipped_and_several_optimizers() -> None:
     assert np.isfinite(watch.history["update/ratio"].values[:, [0, 1, 4, 5]]).all()
 
 
-WITHOUT_LIGHTNING = """
+NO_LIGHTNING = """
 import sys
 
 
@@ -481,6 +481,8 @@ class Refused:
 
 
 sys.meta_path.insert(0, Refused())
+"""
+WITHOUT_LIGHTNING = """
 import torch
 from torch import nn
 import dynamon
@@ -524,7 +526,7 @@ print("modules", [name for name in sys.modules if name.startswith(("lightning", 
 
 def test_every_meter_runs_where_lightning_cannot_be_imported(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", WITHOUT_LIGHTNING, str(tmp_path), ",".join(QUANTITIES)],
+        [sys.executable, "-W", "error::UserWarning", "-c", NO_LIGHTNING + WITHOUT_LIGHTNING, str(tmp_path), ",".join(QUANTITIES)],
         capture_output=True,
         text=True,
     )
@@ -537,6 +539,21 @@ def test_every_meter_runs_where_lightning_cannot_be_imported(tmp_path: Path) -> 
     run = read_run_data(tmp_path)
     assert set(tags) >= set(run.tables) and {tag for tag in tags if "layers" not in tag} >= set(run.tables)
     assert "sharpness/hessian_max" in run.scalars
+
+
+def test_the_commands_for_finished_runs_do_without_lightning(tmp_path: Path) -> None:
+    own_loop(steps=40, logdir=tmp_path, monitors=[monitor(DynamicsMonitor, every_n_steps=1)])
+
+    def command(*arguments: str) -> Any:
+        script = f"{NO_LIGHTNING}from dynamon.cli import main\nsys.exit(main({list(arguments)!r}))"
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+    for name, *options in (("report", "--text"), ("schedule",)):
+        done = command(name, str(tmp_path), *options)
+        assert done.returncode == 0 and done.stdout, done.stderr
+    refused = command("demo")
+    assert refused.returncode == 2 and "is not to be imported" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
 
 
 def _on_two_processes(rank: int, folder: Path, watched: bool) -> None:
