@@ -351,6 +351,9 @@ def _stored(state: dict[str, Any]) -> Any:
     return file
 
 
+OPTIMIZER = adamw(nn.Linear(2, 2).parameters())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
@@ -366,6 +369,18 @@ def _stored(state: dict[str, Any]) -> Any:
             ValueError,
             "DynamicsMonitor and GradientMonitor, which measure the same",
         ),
+        ({"monitors": 5}, TypeError, "monitors must be monitors of dynamon.monitoring, got int"),
+        ({"loss_fn": nn.CrossEntropyLoss()}, TypeError, "got CrossEntropyLoss, which takes outputs and targets. Write"),
+        ({"loss_fn": cross_entropy}, TypeError, "got cross_entropy, which takes outputs and targets"),
+        ({"loss_fn": lambda batch: 0.0}, TypeError, "loss_fn must be a function of .model, batch. .*, got <lambda>"),
+        ({"loss_fn": lambda model, x, y: 0.0}, TypeError, "loss_fn must be a function of .model, batch."),
+        ({"scaler": 65536.0}, TypeError, "scaler must be a torch.amp.GradScaler, or None, got float"),
+        ({"loader": 5}, TypeError, "loader must give batches"),
+        ({"schedulers": "cosine"}, TypeError, "schedulers must be learning rate schedulers, got str"),
+        ({"logdir": 5}, TypeError, "logdir must be the path of a folder, or None, got int"),
+        ({"logdir": __file__}, ValueError, "logdir must be a folder, and .* is a file"),
+        ({"optimizer": adamw(nn.Linear(2, 2).parameters())}, ValueError, "AdamW has no parameter of Net"),
+        ({"optimizer": [OPTIMIZER, OPTIMIZER]}, ValueError, "optimizer has the same optimizer twice"),
         ({"monitors": [GradientMonitor(loggers=["csv"])]}, ValueError, "matches no logger of Watch, which has: none"),
     ],
 )
@@ -374,6 +389,18 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     given = {"model": model, "optimizer": adamw(model.parameters()), "loss_fn": loss_fn, **change}
     with pytest.raises(error, match=sentence):
         dynamon.Watch(**given)
+
+
+def test_one_monitor_and_one_scheduler_need_no_list() -> None:
+    model = Net()
+    optimizer, own = adamw(model.parameters()), GradientMonitor()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    watch = dynamon.Watch(model, optimizer, loss_fn, monitors=own, schedulers=scheduler)
+    assert watch.monitors == [own] and watch._loop.schedulers == [scheduler]
+    for state in ({}, {**watch.state_dict(), "monitors": []}):
+        with pytest.raises(ValueError, match="state must be what state_dict.. of a Watch"):
+            watch.load_state_dict(state)
+    watch.load_state_dict(watch.state_dict())
 
 
 def test_calls_in_the_wrong_place_are_named() -> None:
@@ -526,7 +553,15 @@ print("modules", [name for name in sys.modules if name.startswith(("lightning", 
 
 def test_every_meter_runs_where_lightning_cannot_be_imported(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", NO_LIGHTNING + WITHOUT_LIGHTNING, str(tmp_path), ",".join(QUANTITIES)],
+        [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            "-c",
+            NO_LIGHTNING + WITHOUT_LIGHTNING,
+            str(tmp_path),
+            ",".join(QUANTITIES),
+        ],
         capture_output=True,
         text=True,
     )
