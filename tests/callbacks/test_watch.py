@@ -372,7 +372,7 @@ OPTIMIZER = adamw(nn.Linear(2, 2).parameters())
         ({"monitors": 5}, TypeError, "monitors must be monitors of dynamon.monitoring, got int"),
         ({"loss_fn": nn.CrossEntropyLoss()}, TypeError, "got CrossEntropyLoss, which takes outputs and targets. Write"),
         ({"loss_fn": cross_entropy}, TypeError, "got cross_entropy, which takes outputs and targets"),
-        ({"loss_fn": lambda batch: 0.0}, TypeError, "loss_fn must be a function of .model, batch. .*, got <lambda>"),
+        ({"loss_fn": lambda batch: 0.0}, TypeError, "loss_fn must be a function of .model, batch., got <lambda>"),
         ({"loss_fn": lambda model, x, y: 0.0}, TypeError, "loss_fn must be a function of .model, batch."),
         ({"scaler": 65536.0}, TypeError, "scaler must be a torch.amp.GradScaler, or None, got float"),
         ({"loader": 5}, TypeError, "loader must give batches"),
