@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 import dynamon
 from dynamon.callbacks import DynamicsMonitor as Callback
 from dynamon.monitoring.dynamics_monitor import DynamicsMonitor
+from dynamon.monitoring.failures import first_line
 from dynamon.monitoring.gradient_monitor import GradientMonitor
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.monitoring.weight_monitor import WeightMonitor
@@ -475,6 +477,55 @@ def test_a_batch_that_cannot_begin_does_not_end_a_loop_that_catches_that() -> No
     with pytest.warns(UserWarning, match="Watch is off"), watch.batch(data[1]):
         loss_fn(model, data[1]).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_ends_before_a_reading_is_due_is_called_short(steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    own_loop(steps=steps, monitors=DynamicsMonitor())
+    assert f"it ended after {steps} step{'s' * (steps - 1)}, before the first was due" in caplog.text
+    assert "Raise budget" not in caplog.text
+
+
+def test_steps_that_no_given_optimizer_takes_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    def train(outside: bool) -> None:
+        model = Net()
+        optimizer = adamw(model.parameters())
+        with dynamon.Watch(model, optimizer, loss_fn, monitors=DynamicsMonitor()) as watch:
+            for batch in [*batches()] * 4:
+                with watch.batch(batch):
+                    loss_fn(model, batch).backward()
+                    if not outside:
+                        watch.before_clipping()
+                if outside:
+                    optimizer.step()
+                optimizer.zero_grad()
+
+    for outside in (True, False):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train(outside)
+        said = caplog.text + "".join(str(one.message) for one in told)
+        assert "none of the optimizers that Watch was given" in said or "no optimizer that Watch was given" in said
+        assert not any(word in said for word in ("scaler", "the module", "Raise budget", "before the first was due"))
+        caplog.clear()
+
+
+def test_a_failure_without_a_full_stop_gets_one() -> None:
+    assert first_line(RuntimeError("no such thing\nat all")) == "no such thing."
+    assert first_line(RuntimeError("No such thing. ")) == "No such thing." and first_line(KeyError()) == "KeyError."
+
+
+def test_a_loop_resumes_in_the_middle_of_a_window() -> None:
+    model = Net()
+    watches = [dynamon.Watch(model, adamw(model.parameters()), loss_fn, accumulate=3) for _ in range(2)]
+    for batch in list(batches())[:5]:
+        with watches[0].batch(batch):
+            loss_fn(model, batch).backward()
+            if watches[0]._loop.window_position()[0] == 3:
+                watches[0]._loop.optimizers[0].step()
+    watches[1].load_state_dict(watches[0].state_dict())
+    assert watches[1]._loop.window_position() == watches[0]._loop.window_position() == (3, 3)
+    assert watches[1].step == 1
 
 
 def test_batches_that_are_skipped_and_several_optimizers() -> None:
