@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dynamon.cli import demo, report, schedule
+from dynamon.cli import demo_options, report, schedule
 from dynamon.cli.refusal import RefusalError
 
-COMMANDS = (demo, report, schedule)
+COMMANDS = (demo_options, report, schedule)
 _INTERRUPTED = 130  # what shells give for Ctrl-C
 
 

@@ -25,59 +25,16 @@ from torch import Tensor
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.cli import plots
 from dynamon.cli.demo_data import standard_library_text, training_batches, validation_batches
+from dynamon.cli.demo_options import SECONDS
 from dynamon.cli.demo_plan import SIZES, VALIDATION_BATCHES, VALIDATIONS, Plan, Size, make_plan, thread_counts
 from dynamon.cli.demo_summary import Outcome, shortfalls, summary
 from dynamon.cli.language_model import LanguageModel
 from dynamon.cli.refusal import refusing
-from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.monitoring.planner import GRACE
 
-_SECONDS = 90.0
 _RESERVED = 8.0  # of them for imports, before the clock starts, and for the picture
 _TRIAL_SECONDS, _FEWEST_TRIAL_STEPS, _MOST_TRIAL_STEPS = 1.5, 3, 20  # the first step of a trial is not counted
 _FIRST_STEP = 3.0  # a first step may take so many times as long as those after it
-
-
-def add_parser(commands: Any) -> None:
-    """Declare the command and its options."""
-    parser = commands.add_parser(
-        "demo",
-        help="train a small language model with everything on, and draw what was measured",
-        description="Train a byte-level GPT of about one million parameters on the source of the Python standard "
-        "library, with DynamicsMonitor and NoiseAdaptiveLR on. Nothing is downloaded. The demo times a step first and "
-        f"trains for as long as fits into about {_SECONDS:.0f} seconds; the options --steps, --size and --threads are "
-        "taken as given. With --steps nothing is timed, and the same seed gives the same training.",
-    )
-    parser.add_argument("--no-adaptive", action="store_true", help="monitor only: do not change the learning rates")
-    parser.add_argument("--steps", type=_positive_int, help="optimizer steps (default: as many as fit)")
-    parser.add_argument(
-        "--size",
-        choices=list(SIZES),
-        help="size of model and batches (default: the largest with which enough steps fit; with --steps: full)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=_positive_int,
-        help="threads of PyTorch (default: the number with which a step is fastest; with --steps: PyTorch's own)",
-    )
-    parser.add_argument(
-        "--preset", choices=list(PRESETS), default="economy", help="what is measured how often (default: economy)"
-    )
-    parser.add_argument(
-        "--budget",
-        type=_positive_float,
-        default=0.35,
-        help="time of monitoring as a share of the time of training (default: 0.35)",
-    )
-    parser.add_argument(
-        "--logdir",
-        type=Path,
-        default=Path("dynamon_demo"),
-        help="folder for event files and picture (default: dynamon_demo)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
-    parser.add_argument("--accelerator", default="cpu", help="accelerator for Lightning: cpu, gpu, auto (default: cpu)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -134,7 +91,7 @@ def _plan(options: argparse.Namespace, text: Tensor, begin: float) -> Plan:
         return _step_seconds(options, text, SIZES[size], count, too_slow)
 
     def seconds_left() -> float:
-        return _SECONDS - _RESERVED - GRACE - (time.perf_counter() - begin)
+        return SECONDS - _RESERVED - GRACE - (time.perf_counter() - begin)
 
     sizes = list(SIZES) if options.size is None else [options.size]
     return make_plan(step_seconds, sizes, threads, seconds_left, options.budget)
@@ -352,20 +309,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _positive_int(text: str) -> int:
-    value = int(text) if text.lstrip("+-").isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value

@@ -11,8 +11,9 @@ class SteeringError(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of what an error says, or its class where it says nothing, as a sentence with its end."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
+    return line if line.endswith((".", "!", "?")) else f"{line}."
 
 
 def forget_frames(error: BaseException | None) -> None:

@@ -36,6 +36,8 @@ class Loop(ABC):
         windows: Follows what gradients are accumulated over, for all monitors of the loop.
         row: Collects what all monitors of the loop have measured at one step.
         without_writers: What to say where there is nothing to write to.
+        not_taken: Why a step may not have been taken, where no gradient scaler skipped it.
+        never_taken: The same where none ever is, and what to look at.
     """
 
     name = "the training loop"
@@ -43,6 +45,11 @@ class Loop(ABC):
     windows: "Windows"
     row: "Row"
     without_writers = "there is nothing to write to"
+    not_taken = "by a gradient scaler that looks for its scale or by the module"
+    never_taken = (
+        "the module takes none. Look whether its optimizer_step hands the closure on, optimizer.step(closure=closure), "
+        "and whether gradients are still there when it does; in manual optimisation, whether step() is called."
+    )
 
     # Where training is
 

@@ -8,6 +8,8 @@ from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.run_context import RunContext
 
+_FIRST_DUE = 2  # steps before the first planned reading
+
 
 def say_late(monitor: str, run: RunContext, grace: float) -> None:
     """Say which first readings the grace does not pay for, and when they come.
@@ -17,12 +19,31 @@ def say_late(monitor: str, run: RunContext, grace: float) -> None:
         run: The run.
         grace: Seconds of grace at the start.
     """
+    unknown: dict[str, float] = {}
     for plan, seconds, step in run.planner.late():
-        when = "none is planned so far" if math.isinf(step) else f"the first is planned at step {step:.0f}"
+        if not seconds:  # a probe costs nothing by itself, and tells what sharpness does
+            name = "sharpness" if plan.name in ("probe", "steps") else plan.name
+            unknown[name] = min(step, unknown.get(name, math.inf))
+        elif seconds > run.budget.left:
+            takes = f"one {_known_as(plan.name)} reading takes about {seconds:.2g} s"
+            rank_zero_info(
+                f"{monitor}: {takes}, more than grace={grace:.3g} has left: {_when(step)}. Raise grace or budget to "
+                "have it sooner."
+            )
+    for name, step in unknown.items():
         rank_zero_info(
-            f"{monitor}: one {plan.name} reading takes about {seconds:.2g} s, more than grace={grace:.3g} has left: "
-            f"{when}. Raise grace or budget to have it sooner."
+            f"{monitor}: no {name} reading so far, and what one takes is not known yet: {_when(step)}. Raise grace or "
+            "budget to have it sooner."
         )
+
+
+def _known_as(name: str) -> str:
+    """What users call a group of quantities."""
+    return {"probe": "sharpness", "steps": "step sharpness"}.get(name, name)
+
+
+def _when(step: float) -> str:
+    return "none is planned so far" if math.isinf(step) else f"the first is planned at step {step:.0f}"
 
 
 def say_missed(monitor: str, run: RunContext, missed: Iterable[Meter], grace: float) -> None:
@@ -35,13 +56,23 @@ def say_missed(monitor: str, run: RunContext, missed: Iterable[Meter], grace: fl
         grace: Seconds of grace at the start.
     """
     fraction = run.budget.fraction or 0.0
+    too_short: list[str] = []
     for meter in missed:
-        seconds = meter.expected(run)
-        takes = "is not known to fit" if seconds is None else f"takes about {seconds:.2g} s"
+        seconds, name = meter.expected(run), _known_as(meter.name)
+        if run.steps_seen <= _FIRST_DUE and (seconds is None or seconds <= run.budget.left):
+            too_short.append(name)
+            continue
+        takes = "what one takes is not known" if seconds is None else f"one takes about {seconds:.2g} s"
         rank_zero_info(
-            f"{monitor}: no {meter.name} reading in this run: one {takes}, and a budget of {fraction:.3g} with a grace "
+            f"{monitor}: no {name} reading in this run: {takes}, and a budget of {fraction:.3g} with a grace "
             f"of {grace:.3g} s gave all of them {fraction * run.budget.training + grace:.2g} s"
             f"{_bookkeeping(run.budget)}. Raise budget or grace, or set every_n_steps."
+        )
+    if too_short:
+        steps = f"{run.steps_seen} step{'s' * (run.steps_seen != 1)}"
+        rank_zero_info(
+            f"{monitor}: no reading of {', '.join(too_short)} in this run: it ended after {steps}, before the first "
+            "was due. every_n_steps=1 reads from the first step on."
         )
 
 

@@ -361,7 +361,7 @@ class Monitor(MeterCaller):
     def conclude(self) -> None:
         """Say what looks wrong at the end, and what was never measured."""
         self.last_look()
-        if self._run is not None and not self._run.trying_out:
+        if self._run is not None and not self._run.trying_out and self._skipped.any_taken:
             missed = [meter for meter in self._meters if meter.is_missed() and not self.paused(meter)]
             say_missed(type(self).__name__, self._run, missed, self._grace)
 

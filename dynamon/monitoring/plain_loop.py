@@ -51,6 +51,11 @@ class PlainLoop(Loop):
 
     name = "Watch"
     without_writers = "no logdir was given"
+    not_taken = "by none of the optimizers that Watch was given"
+    never_taken = (
+        "no optimizer that Watch was given steps inside of watch.batch. Put optimizer.step() into the block; where you "
+        "have replaced the optimizer, make a new Watch."
+    )
 
     def __init__(
         self,
@@ -114,12 +119,13 @@ class PlainLoop(Loop):
 
     def state_dict(self) -> dict[str, int]:
         """Return where training is."""
-        return {"step": self._step, "steps_taken": self._steps_taken, "batches": self._batches}
+        counts = {"step": self._step, "steps_taken": self._steps_taken, "batches": self._batches}
+        return {**counts, "in_window": self._in_window}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from there."""
         self._step, self._steps_taken = int(state["step"]), int(state["steps_taken"])
-        self._batches, self._in_window = int(state["batches"]), 0
+        self._batches, self._in_window = int(state["batches"]), int(state.get("in_window", 0))
 
     @property
     def step(self) -> int:

@@ -281,7 +281,7 @@ class Planner:
                 needed -= prices[name]
         return found
 
-    def late(self) -> list[tuple[Plan, float, float]]:
-        """Groups without a reading so far, with the price of one and the step at which it is planned."""
+    def late(self) -> list[tuple[Plan, float | None, float]]:
+        """Groups without a reading so far, with the price of one, None where unknown, and the step of the first."""
         waiting = [p for p in self._planned_ones if p.cadence.last == -math.inf and self._can_ride(p)]
-        return [(plan, plan.price() or 0.0, plan.cadence.next) for plan in waiting]
+        return [(plan, plan.price(), plan.cadence.next) for plan in waiting]

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from dynamon.isolation.preserve import LossFn
-from dynamon.monitoring.arguments import check_arguments, check_probe
+from dynamon.monitoring.arguments import check_arguments, check_number, check_probe
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.eigenvalues import EigenvalueMeter
 from dynamon.monitoring.gauss_newton import OutputsFn
@@ -191,12 +191,16 @@ def sharpness_meters(
 def check_solver(
     quantities: Sequence[str], outputs: object, tol: float, max_matvecs: int, memory_limit: float | None
 ) -> None:
-    """Raise ValueError naming the argument that is out of range."""
+    """Raise TypeError or ValueError naming the argument that is wrong."""
     unknown = [q for q in quantities if q not in QUANTITIES]
     if unknown or not quantities:
         raise ValueError(f"quantities must be chosen from {', '.join(QUANTITIES)}; got {list(quantities)}.")
     if outputs is not None and not callable(outputs):
         raise ValueError(f"outputs must be a function of (module, batch), got {type(outputs).__name__}.")
+    check_number("tol", tol, "0.01")
+    check_number("max_matvecs", max_matvecs, "40")
+    if memory_limit is not None:
+        check_number("memory_limit", memory_limit, "4.0 for 4 GiB")
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
     if max_matvecs < 8:

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 _MANY = 50  # steps in a row: a scaler that begins at 2^16 has halved its scale to nothing by then
 _Told = Callable[[Optimizer], None]
 _NOT_FINITE = "gradients are not finite at any scale. Look at the loss, or train in bf16-mixed."
-_NOT_CALLED = (
-    "the module takes none. Look whether its optimizer_step hands the closure on, optimizer.step(closure=closure), and "
-    "whether gradients are still there when it does; in manual optimisation, whether step() is called."
-)
 
 
 class Steps:
@@ -211,27 +207,33 @@ class SkippedSteps:
 
     Args:
         name: Who speaks.
+
+    Attributes:
+        any_taken: Whether any step was taken.
     """
 
     def __init__(self, name: str) -> None:
         """None seen."""
         self._name, self._said, self._in_a_row = name, False, 0
-        self._none_said = False
+        self._none_said = self.any_taken = False
 
     def see(self, run: "RunContext") -> None:
         """A batch is over in which steps were begun; asks no device."""
         self._in_a_row = 0 if run.steps.may_have_stepped else self._in_a_row + 1
+        self.any_taken |= not self._in_a_row
         if self._in_a_row == _MANY:
-            why = _NOT_FINITE if run.loop.scaler is not None else _NOT_CALLED
+            why = _NOT_FINITE if run.loop.scaler is not None else run.loop.never_taken
             rank_zero_warn(
                 f"{self._name}: none of the last {_MANY} steps was taken, so nothing is learned or measured: {why}"
             )
         if self._said or not self._in_a_row:
             return
         self._said = True
+        by_scaler = run.loop.scaler is not None
+        why = "by a gradient scaler that looks for its scale" if by_scaler else run.loop.not_taken
         rank_zero_info(
-            f"{self._name}: step {run.step} was not taken, by a gradient scaler that looks for its scale or by the "
-            "module. Steps that are not taken have no readings; the next one that is stands in for them."
+            f"{self._name}: step {run.step} was not taken, {why}. Steps that are not taken have no readings; "
+            "the next one that is stands in for them."
         )
 
     def see_none(self, run: "RunContext", is_over: bool = False) -> None:
@@ -245,5 +247,5 @@ class SkippedSteps:
             self._none_said = True
             rank_zero_warn(
                 f"{self._name}: no optimizer has taken a step in {run.steps.passes} backward passes, so nothing is "
-                f"learned or measured: {_NOT_CALLED}"
+                f"learned or measured: {run.loop.never_taken}"
             )

@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
+from dynamon.monitoring.arguments import check_loss_fn
 from dynamon.monitoring.budget import overhead_of
 from dynamon.monitoring.dynamics_monitor import DynamicsMonitor
-from dynamon.monitoring.messages import rank_zero_info
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.plain_loop import PlainLoop
 from dynamon.monitoring.row import write_layout
+from dynamon.monitoring.watch_arguments import as_list, check_loop_arguments
 from dynamon.monitoring.wrappers import unwrapped_optimizer
 from dynamon.monitoring.writers import FolderWriter
 from dynamon.optim.stepping import has_gradients
@@ -27,6 +29,10 @@ from dynamon.runs.history import Series
 _AFTER_CLIPPING = (
     "Watch: gradients are read when an optimizer steps. If you clip them, call watch.before_clipping() right before: "
     "without it gradient/ and noise/ are of clipped gradients, and what clipping did is left out."
+)
+_AFTER_ABORT = (
+    "Watch is off: an exception ended a watch.batch block, at step {}. Training goes on, and nothing more is measured. "
+    "Make a new Watch to measure again."
 )
 
 
@@ -57,17 +63,18 @@ class Watch:
         scaler: Your ``torch.amp.GradScaler``. That of Fabric is found.
         logdir: Folder for TensorBoard's event files, which ``dynamon report`` reads as well. None keeps readings in
             :attr:`history` only.
-        monitors: Monitors of :mod:`dynamon.monitoring`; None for one ``DynamicsMonitor()``.
+        monitors: Monitors of :mod:`dynamon.monitoring`, or one; None for one ``DynamicsMonitor()``.
         loader: The training loader, which tells how many samples a batch has: the probe cuts batches more safely.
-        schedulers: Schedulers that ``loss_fn`` may touch, if it does.
+        schedulers: Schedulers that ``loss_fn`` may touch, if it does, or one.
 
     Attributes:
         monitors: The monitors.
         metrics: The latest numbers of the whole model, by tag.
 
     Raises:
-        TypeError: On a model, optimizer, loss function or monitor of the wrong type.
-        ValueError: On an argument out of range, and on two monitors that measure the same.
+        TypeError: On an argument of the wrong type.
+        ValueError: On an argument out of range, on two monitors that measure the same, and on an optimizer that has
+            none of the model's parameters.
     """
 
     def __init__(
@@ -80,25 +87,36 @@ class Watch:
         scaler: Any = None,
         logdir: str | Path | None = None,
         *,
-        monitors: Sequence[Monitor] | None = None,
+        monitors: Monitor | Sequence[Monitor] | None = None,
         loader: Any = None,
-        schedulers: Sequence[Any] = (),
+        schedulers: Any = (),
     ) -> None:
         """Check the arguments."""
         given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         optimizers = [unwrapped_optimizer(one) for one in given if isinstance(one, Optimizer)]
-        self.monitors = [DynamicsMonitor()] if monitors is None else list(monitors)
+        self.monitors = [DynamicsMonitor()] if monitors is None else as_list(monitors)
         _check_types(model, given, loss_fn, self.monitors)
+        check_loop_arguments(model, optimizers, scaler, logdir, loader, schedulers)
         for name, value in (("accumulate", accumulate), ("total_steps", total_steps)):
             if (type(value) is not int or value < 1) and not (name == "total_steps" and value is None):
                 raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
         _check_kinds(self.monitors)
         writer = None if logdir is None else FolderWriter(logdir)
         self._loop = PlainLoop(
-            model, optimizers, loss_fn, total_steps, accumulate, scaler, loader, schedulers, writer, self.monitors
+            model,
+            optimizers,
+            loss_fn,
+            total_steps,
+            accumulate,
+            scaler,
+            loader,
+            as_list(schedulers),
+            writer,
+            self.monitors,
         )
         self._writer = writer
         self._is_inside = self._has_begun = self._is_closed = self._is_told = False
+        self._is_off = self._is_off_told = False  # after an exception
         if writer is not None:
             finalize(self, writer.close)  # where a script ends without closing
         for monitor in self.monitors:
@@ -159,6 +177,8 @@ class Watch:
         """
         if not self._is_inside:
             raise RuntimeError("call watch.before_clipping() inside of `with watch.batch(batch):`.")
+        if self._is_off:
+            return
         self._loop.was_announced = True
         self._loop.before_step()
         chosen = self._loop.optimizers if optimizer is None else [unwrapped_optimizer(optimizer)]
@@ -172,6 +192,8 @@ class Watch:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._is_off:
+            return
         if self._has_begun:
             for monitor in self.monitors:
                 monitor.end()
@@ -197,7 +219,13 @@ class Watch:
         return {"loop": self._loop.state_dict(), "monitors": [monitor.state_dict() for monitor in self.monitors]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state, before the first batch or between two."""
+        """Take up a saved state, before the first batch or between two.
+
+        Raises:
+            ValueError: Where it is not that of a watch with as many monitors.
+        """
+        if not {"loop", "monitors"} <= set(state) or len(state["monitors"]) != len(self.monitors):
+            raise ValueError("state must be what state_dict() of a Watch with as many monitors has returned.")
         self._loop.load_state_dict(state["loop"])
         for monitor, own in zip(self.monitors, state["monitors"], strict=True):
             monitor.take_state(own, at_once=self._has_begun)
@@ -207,6 +235,22 @@ class Watch:
             after = "after watch.close()" if self._is_closed else "inside of another one"
             raise RuntimeError(f"watch.batch was entered {after}.")
         self._is_inside = True
+        if self._is_off:
+            self._tell_off()
+            return
+        try:
+            self._see_begin(batch)
+        except BaseException:  # of strict=True, or Ctrl-C: the block is not entered, and nobody ends it
+            self._abort()
+            raise
+
+    def _tell_off(self) -> None:
+        """Say once, to a loop that goes on after an exception, that it is no longer measured."""
+        if not self._is_off_told:
+            self._is_off_told = True
+            rank_zero_warn(_AFTER_ABORT.format(self.step))
+
+    def _see_begin(self, batch: Any) -> None:
         self._loop.begin_batch()
         if not self._has_begun:
             self._has_begun = True
@@ -222,6 +266,8 @@ class Watch:
 
     def _end_batch(self, loss: Any) -> None:
         self._is_inside = False
+        if self._is_off:
+            return
         self._loop.before_step()
         for monitor in self.monitors:
             monitor.batch_end(loss)
@@ -233,7 +279,10 @@ class Watch:
             monitor.pause()  # what is between two batches is not counted as training
 
     def _abort(self) -> None:
-        self._is_inside, self._is_closed = False, True
+        self._is_inside = False
+        if self._is_off:
+            return
+        self._is_off = True
         for monitor in self.monitors:
             monitor.abort()
         with suppress(Exception):  # none of a writer's own may hide the user's
@@ -270,7 +319,7 @@ class WatchedBatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The batch is over; an exception ends the run."""
+        """The batch is over; an exception ends the measuring, and goes on to the caller."""
         if kind is None:
             self._watch._end_batch(self.loss)
         else:
@@ -283,8 +332,8 @@ def _check_types(model: object, optimizers: Sequence[object], loss_fn: object, m
     wrong = [type(one).__name__ for one in optimizers if not isinstance(one, Optimizer)]
     if wrong or not optimizers:
         raise TypeError(f"optimizer must be a torch optimizer or a list of them, got {', '.join(wrong) or 'none'}.")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}.")
+    if loss_fn is not None:
+        check_loss_fn(loss_fn)
     for monitor in monitors:
         if not isinstance(monitor, Monitor):
             raise TypeError(f"monitors must be monitors of dynamon.monitoring, got {type(monitor).__name__}.")

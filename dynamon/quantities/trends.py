@@ -117,8 +117,8 @@ class Trends:
         pieces: list[Tensor] = []
         # At each step for every layer: a call only where it is not a plain view.
         for one, tensor in zip(chosen, tensors, strict=True):
-            is_view = one.view is not None and tensor.is_contiguous()
-            pieces.append(tensor.as_strided(*one.view) if is_view else one.of(tensor))
+            view = one.view if tensor.is_contiguous() else None
+            pieces.append(one.of(tensor) if view is None else tensor.as_strided(*view))
             if one.is_first and len(one.columns) < ENTRIES:
                 pieces.append(self._padding[len(one.columns) :])
         flat = torch.cat(pieces).float()

@@ -1,5 +1,6 @@
 """Bad input gets one clear sentence."""
 
+import inspect
 import logging
 
 import lightning.pytorch as pl
@@ -48,6 +49,23 @@ from tests.helpers import Classifier, batches, fit, mlp, same_weights
 def test_arguments_are_refused_at_construction(make, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("kind", [DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("grace", value) for value in ("3s", "3", None, True)),
+        *(("budget", value) for value in ("2%", "auto", [0.02])),
+        *(("probe_size", "8"), ("probe_fraction", "a"), ("probe_batches", "1"), ("memory_limit", "4G")),
+        *(("tol", "a"), ("max_matvecs", None), ("layers", 5)),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(kind, name: str, value: object) -> None:
+    if name not in inspect.signature(kind).parameters:
+        return
+    with pytest.raises(TypeError, match=f"^{name} must be a (number, like .*|list), got "):
+        kind(**{name: value})
 
 
 @pytest.mark.parametrize(

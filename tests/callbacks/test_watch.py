@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 import dynamon
 from dynamon.callbacks import DynamicsMonitor as Callback
 from dynamon.monitoring.dynamics_monitor import DynamicsMonitor
+from dynamon.monitoring.failures import first_line
 from dynamon.monitoring.gradient_monitor import GradientMonitor
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.monitoring.weight_monitor import WeightMonitor
@@ -351,6 +353,9 @@ def _stored(state: dict[str, Any]) -> Any:
     return file
 
 
+OPTIMIZER = adamw(nn.Linear(2, 2).parameters())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
@@ -366,6 +371,18 @@ def _stored(state: dict[str, Any]) -> Any:
             ValueError,
             "DynamicsMonitor and GradientMonitor, which measure the same",
         ),
+        ({"monitors": 5}, TypeError, "monitors must be monitors of dynamon.monitoring, got int"),
+        ({"loss_fn": nn.CrossEntropyLoss()}, TypeError, "got CrossEntropyLoss, which takes outputs and targets. Write"),
+        ({"loss_fn": cross_entropy}, TypeError, "got cross_entropy, which takes outputs and targets"),
+        ({"loss_fn": lambda batch: 0.0}, TypeError, "loss_fn must be a function of .model, batch., got <lambda>"),
+        ({"loss_fn": lambda model, x, y: 0.0}, TypeError, "loss_fn must be a function of .model, batch."),
+        ({"scaler": 65536.0}, TypeError, "scaler must be a torch.amp.GradScaler, or None, got float"),
+        ({"loader": 5}, TypeError, "loader must give batches"),
+        ({"schedulers": "cosine"}, TypeError, "schedulers must be learning rate schedulers, got str"),
+        ({"logdir": 5}, TypeError, "logdir must be the path of a folder, or None, got int"),
+        ({"logdir": __file__}, ValueError, "logdir must be a folder, and .* is a file"),
+        ({"optimizer": adamw(nn.Linear(2, 2).parameters())}, ValueError, "AdamW has no parameter of Net"),
+        ({"optimizer": [OPTIMIZER, OPTIMIZER]}, ValueError, "optimizer has the same optimizer twice"),
         ({"monitors": [GradientMonitor(loggers=["csv"])]}, ValueError, "matches no logger of Watch, which has: none"),
     ],
 )
@@ -374,6 +391,18 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     given = {"model": model, "optimizer": adamw(model.parameters()), "loss_fn": loss_fn, **change}
     with pytest.raises(error, match=sentence):
         dynamon.Watch(**given)
+
+
+def test_one_monitor_and_one_scheduler_need_no_list() -> None:
+    model = Net()
+    optimizer, own = adamw(model.parameters()), GradientMonitor()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    watch = dynamon.Watch(model, optimizer, loss_fn, monitors=own, schedulers=scheduler)
+    assert watch.monitors == [own] and watch._loop.schedulers == [scheduler]
+    for state in ({}, {**watch.state_dict(), "monitors": []}):
+        with pytest.raises(ValueError, match="state must be what state_dict.. of a Watch"):
+            watch.load_state_dict(state)
+    watch.load_state_dict(watch.state_dict())
 
 
 def test_calls_in_the_wrong_place_are_named() -> None:
@@ -405,6 +434,100 @@ def test_an_exception_goes_through_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert read_run_data(tmp_path).scalars["gradient/norm"].steps.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_loop_that_catches_an_exception_goes_on_as_without_a_watch(strict: bool, tmp_path: Path) -> None:
+    def train(logdir: Path | None) -> tuple[nn.Module, Any, list[Any]]:
+        model, data = Net(), list(batches())
+        optimizer = adamw(model.parameters())
+        own = [DynamicsMonitor("full", every_n_steps=1, strict=strict)]
+        watch = None if logdir is None else dynamon.Watch(model, optimizer, loss_fn, logdir=logdir, monitors=own)
+        torch.manual_seed(3)
+        for index, batch in enumerate(data):
+            try:
+                with nullcontext() if watch is None else watch.batch(batch):
+                    loss_fn(model, batch).backward()
+                    if index in (2, 4):
+                        raise MemoryError
+                    if watch is not None:
+                        watch.before_clipping()
+                    clip_grad_norm_(model.parameters(), CLIP)
+                    optimizer.step()
+            except MemoryError:
+                pass
+            optimizer.zero_grad()
+        return model, watch, [torch.get_rng_state(), len(data)]
+
+    plain, _, (state, _) = train(None)
+    with pytest.warns(UserWarning, match="Watch is off: an exception ended a watch.batch block, at step 2") as told:
+        model, watch, (other, _) = train(tmp_path)
+    assert len([w for w in told if "Watch is off" in str(w.message)]) == 1
+    assert_same_weights(plain, model)
+    assert torch.equal(state, other) and watch.history["gradient/norm"].steps.tolist() == [0, 1]
+    watch.close()
+    with pytest.raises(RuntimeError, match="after watch.close"), watch.batch(None):
+        pass
+
+
+def test_a_batch_that_cannot_begin_does_not_end_a_loop_that_catches_that() -> None:
+    model, data = Net(), list(batches())
+    optimizer = adamw(model.parameters())
+    watch = dynamon.Watch(model, optimizer, loss_fn, monitors=[GradientMonitor(layers=["no such *"])])
+    with pytest.raises(ValueError, match="matches no layer"), watch.batch(data[0]):
+        pass
+    with pytest.warns(UserWarning, match="Watch is off"), watch.batch(data[1]):
+        loss_fn(model, data[1]).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_ends_before_a_reading_is_due_is_called_short(steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    own_loop(steps=steps, monitors=DynamicsMonitor())
+    assert f"it ended after {steps} step{'s' * (steps - 1)}, before the first was due" in caplog.text
+    assert "Raise budget" not in caplog.text
+
+
+def test_steps_that_no_given_optimizer_takes_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    def train(outside: bool) -> None:
+        model = Net()
+        optimizer = adamw(model.parameters())
+        with dynamon.Watch(model, optimizer, loss_fn, monitors=DynamicsMonitor()) as watch:
+            for batch in [*batches()] * 4:
+                with watch.batch(batch):
+                    loss_fn(model, batch).backward()
+                    if not outside:
+                        watch.before_clipping()
+                if outside:
+                    optimizer.step()
+                optimizer.zero_grad()
+
+    for outside in (True, False):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train(outside)
+        said = caplog.text + "".join(str(one.message) for one in told)
+        assert "none of the optimizers that Watch was given" in said or "no optimizer that Watch was given" in said
+        assert not any(word in said for word in ("scaler", "the module", "Raise budget", "before the first was due"))
+        caplog.clear()
+
+
+def test_a_failure_without_a_full_stop_gets_one() -> None:
+    assert first_line(RuntimeError("no such thing\nat all")) == "no such thing."
+    assert first_line(RuntimeError("No such thing. ")) == "No such thing." and first_line(KeyError()) == "KeyError."
+
+
+def test_a_loop_resumes_in_the_middle_of_a_window() -> None:
+    model = Net()
+    watches = [dynamon.Watch(model, adamw(model.parameters()), loss_fn, accumulate=3) for _ in range(2)]
+    for batch in list(batches())[:5]:
+        with watches[0].batch(batch):
+            loss_fn(model, batch).backward()
+            if watches[0]._loop.window_position()[0] == 3:
+                watches[0]._loop.optimizers[0].step()
+    watches[1].load_state_dict(watches[0].state_dict())
+    assert watches[1]._loop.window_position() == watches[0]._loop.window_position() == (3, 3)
+    assert watches[1].step == 1
+
+
 def test_batches_that_are_skipped_and_several_optimizers() -> None:
     model, data = Net(), list(batches())
     first, second = adamw(model.network[0].parameters()), adamw(model.network[4].parameters())
@@ -425,7 +548,7 @@ def test_batches_that_are_skipped_and_several_optimizers() -> None:
     assert np.isfinite(watch.history["update/ratio"].values[:, [0, 1, 4, 5]]).all()
 
 
-WITHOUT_LIGHTNING = """
+NO_LIGHTNING = """
 import sys
 
 
@@ -436,6 +559,8 @@ class Refused:
 
 
 sys.meta_path.insert(0, Refused())
+"""
+WITHOUT_LIGHTNING = """
 import torch
 from torch import nn
 import dynamon
@@ -479,7 +604,15 @@ print("modules", [name for name in sys.modules if name.startswith(("lightning", 
 
 def test_every_meter_runs_where_lightning_cannot_be_imported(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", WITHOUT_LIGHTNING, str(tmp_path), ",".join(QUANTITIES)],
+        [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            "-c",
+            NO_LIGHTNING + WITHOUT_LIGHTNING,
+            str(tmp_path),
+            ",".join(QUANTITIES),
+        ],
         capture_output=True,
         text=True,
     )
@@ -492,6 +625,21 @@ def test_every_meter_runs_where_lightning_cannot_be_imported(tmp_path: Path) -> 
     run = read_run_data(tmp_path)
     assert set(tags) >= set(run.tables) and {tag for tag in tags if "layers" not in tag} >= set(run.tables)
     assert "sharpness/hessian_max" in run.scalars
+
+
+def test_the_commands_for_finished_runs_do_without_lightning(tmp_path: Path) -> None:
+    own_loop(steps=40, logdir=tmp_path, monitors=[monitor(DynamicsMonitor, every_n_steps=1)])
+
+    def command(*arguments: str) -> Any:
+        script = f"{NO_LIGHTNING}from dynamon.cli import main\nsys.exit(main({list(arguments)!r}))"
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+    for name, *options in (("report", "--text"), ("schedule",)):
+        done = command(name, str(tmp_path), *options)
+        assert done.returncode == 0 and done.stdout, done.stderr
+    refused = command("demo")
+    assert refused.returncode == 2 and "is not to be imported" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
 
 
 def _on_two_processes(rank: int, folder: Path, watched: bool) -> None:

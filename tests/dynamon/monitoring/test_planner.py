@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.missed_readings import say_late
 from dynamon.monitoring.planner import FIRST_STEPS, Demand, Plan, Planner, spread
 
 Cost = float | Callable[[int], float]
@@ -186,6 +187,22 @@ def test_a_reading_that_the_run_does_not_pay_for_holds_nobody_up(clock) -> None:
     ((plan, price, step),) = found.planner.late()
     assert plan.name == "sharpness" and price == 9.0 and step == math.inf
     assert found.budget.spent >= 0.9 * found.allowed
+
+
+def test_an_unknown_price_is_said_as_unknown(caplog) -> None:
+    planner = Planner(Budget(0.02, 0.0))
+    for name, price in (("probe", 0.0), ("steps", None), ("sharpness", None), ("weight", 2.0)):
+        planner.add(Plan(name, Cadence(None, 10), lambda price=price: price))
+    planner.begin(0, 100)
+    planner.take([math.inf] * 4 + [50])
+    assert [price for _, price, _ in planner.late()] == [0.0, None, None, 2.0]
+    say_late("Monitor", SimpleNamespace(planner=planner, budget=planner.budget), 0.0)
+    assert [record.message for record in caplog.records] == [
+        "Monitor: one weight reading takes about 2 s, more than grace=0 has left: none is planned so far. Raise grace "
+        "or budget to have it sooner.",
+        "Monitor: no sharpness reading so far, and what one takes is not known yet: none is planned so far. Raise "
+        "grace or budget to have it sooner.",
+    ]
 
 
 def test_first_readings_that_do_not_fit_together_come_one_by_one(clock) -> None:
