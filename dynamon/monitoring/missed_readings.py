@@ -79,5 +79,5 @@ def say_missed(monitor: str, run: RunContext, missed: Iterable[Meter], grace: fl
 def _bookkeeping(budget: Budget) -> str:
     """Say how much of a budget went into per-step bookkeeping, where that is much: where steps are short."""
     spent, given = budget.spent_on.get("hooks", 0.0), (budget.fraction or 0) * budget.training
-    took = f", of which per-step bookkeeping took {spent:.2g} s (steps are very short)"
+    took = f"; per-step bookkeeping alone took {spent:.2g} s (steps are very short)"
     return took if spent > given / 4 else ""
