@@ -53,7 +53,7 @@ class GradientMonitor(Monitor):
         loggers: Loggers to write to by part of the class name, class or object (``["tensorboard"]``); None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         histograms: Write a histogram of each layer's gradient to TensorBoard, every tenth reading.
-        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when

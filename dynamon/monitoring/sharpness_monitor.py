@@ -106,7 +106,7 @@ class SharpnessMonitor(Monitor):
             in a measurement all the same, the probe is halved for the next one.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
-        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
 
     Raises:
         ValueError: On an argument out of range, at construction.

@@ -38,7 +38,7 @@ class WeightMonitor(Monitor):
         histograms: Write a histogram of each layer's weights to TensorBoard, every tenth reading.
         convolutions: Bound the norm of each convolution as a map of whole inputs, every tenth reading. Takes from
             milliseconds to, for hundreds of channels on a CPU, seconds a layer.
-        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
