@@ -99,7 +99,7 @@ class SharpnessMonitor(Monitor):
         save_probe: Whether checkpoints hold the probe, which is a few training samples. Without it a resumed run takes
             another one, and says so.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
-        tol: Relative tolerance on residual and change; the value's error is about its square.
+        tol: Relative tolerance of eigenvalues: a solve stops by the error and the change of the value.
         max_matvecs: Most Hessian products a solve may take.
         memory_limit: GiB that the solver's vectors may take; None for half of what is free when training starts.
             Where they do not fit, critical sharpness is measured instead, and that is said. Where memory runs out

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from dynamon.curvature import HessianOperator, LinearOperator, top_eigenvalues
+from dynamon.curvature.solvers.eigenpairs import value_error
 from tests.models import dense_hessian, mlp, samples
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
@@ -72,7 +73,8 @@ def assert_consistent(found, matrix, k, tol):
     if found.upper is not None:
         assert found.lower <= found.upper
     if found.converged:
-        assert (found.residuals <= tol * scale + 100 * rounding * scale).all()
+        assert (found.errors <= tol * scale + 100 * rounding * scale).all()
+    assert (found.errors <= found.residuals + 100 * rounding * scale).all()
     return truth
 
 
@@ -385,3 +387,51 @@ def test_several_values_keep_to_the_limit_on_products_too(limit):
     torch.testing.assert_close(vectors.mT @ vectors, torch.eye(len(found.values), dtype=vectors.dtype))
     quotients = (vectors * (matrix @ vectors)).sum(0)
     torch.testing.assert_close(quotients, found.values, atol=0.05 * float(matrix.abs().max()), rtol=0)
+
+
+def test_the_error_is_the_square_of_the_residual_over_the_gap():
+    """By hand: a vector at the angle t from the top of diag(10, 1) and a Ritz value known exactly."""
+    for angle in (0.01, 0.1, 0.3):
+        value = 10 * math.cos(angle) ** 2 + math.sin(angle) ** 2
+        residual = 9 * math.sin(angle) * math.cos(angle)
+        bound = value_error(np.array([value, 1.0]), np.array([residual, 0.0]))
+        assert 10 - value <= bound == pytest.approx(min(residual, residual**2 / (value - 1)))
+
+
+def test_values_within_their_residuals_are_one_cluster():
+    """The gap is then that below the cluster, and the residual that of the whole of it."""
+    values, residuals = np.array([5.0, 4.9, 1.0]), np.array([0.1, 0.2, 0.05])
+    assert value_error(values, residuals) == pytest.approx((0.1**2 + 0.2**2) / (5 - 1 - 0.05))
+    assert value_error(values, np.array([0.1, 0.2, 4.5])) == 0.1  # no gap: the residual alone
+    assert value_error(np.array([2.0]), np.array([0.3])) == 0.3
+
+
+def test_the_error_seldom_lies_above_its_bound():
+    """Over all runs, converged or not, against dense eigenvalues: the distance to the nearest one."""
+    above = 0
+    for seed in range(300):
+        matrix = symmetric(30 + seed % 100, seed)
+        truth = torch.linalg.eigvalsh(matrix)
+        found = top_eigenvalues(matrix, seed=seed, max_matvecs=4 + seed % 20)
+        above += float((truth - found.values).abs().min()) > float(found.errors) + 1e-12
+    assert above <= 3
+
+
+def test_stopping_by_the_error_takes_fewer_products_than_by_the_residual():
+    """A residual of 10 % over a gap as large as the value is an error of 1 %."""
+    values = decaying(400, top=[10, 4])
+    loose, tight = (top_eigenvalues(with_spectrum(values, seed=3), tol=tol, max_matvecs=100) for tol in (1e-2, 1e-6))
+    assert loose.converged and tight.converged and loose.matvecs < tight.matvecs
+    assert float(tight.residuals) > 1e-6 * 10 >= float(tight.errors)
+    assert abs(float(tight.values) - 10) <= 1e-5
+
+
+def test_the_error_is_never_below_that_of_the_products():
+    class Doubtful(Counted):
+        def product_error(self, vector):
+            return 3e-3
+
+    found = top_eigenvalues(Doubtful(decaying(300, top=[4.0, 2.0])))
+    assert found.converged and float(found.errors) >= 3e-3 * 4 * 0.99
+    single = top_eigenvalues(Counted(decaying(300, top=[4.0, 2.0]).float()), tol=1e-3)
+    assert float(single.errors) >= torch.finfo(torch.float32).eps * 3.9
