@@ -216,7 +216,7 @@ def _preset_parts(
     if budget is not None:
         # Two per cent carry an eighth of a batch: about one reading in 300 steps on a small GPT.
         fraction = min(fraction, 6 * budget)
-    preset = {"quantities": chosen.quantities, "probe_fraction": fraction}
+    preset: dict[str, Any] = {"quantities": chosen.quantities, "probe_fraction": fraction}
     settings: dict[str, Any] = {
         name: preset.get(name) if value is None else value for name, value in of_sharpness.items()
     }
