@@ -52,6 +52,7 @@ class SharpnessMonitor(Monitor):
     ``batch``             curvature of a training batch's own loss along its gradient     1 product on a full batch
     ``subspace``          share of gradient and update in the top eigenspace              20 to 40 products
     ``blocks``            top eigenvalue of every layer's own block                       5 to 10 products a layer
+    ``next``              the stability ratio of a step on the probe, with Adam or RMSprop        5 to 10 products
     ``preconditioned``    top eigenvalue between P^-1/2, P of an Adam-type optimizer      5 to 10 products
     ``ggn``               top eigenvalue of the Gauss-Newton matrix                       5 to 10 products, 1 graph
     ``trace``             trace of the Hessian with its standard error                    16 products
@@ -134,6 +135,7 @@ class SharpnessMonitor(Monitor):
     ``stability_ratio``   24         37            3
     ``hessian``           24         37            3
     ``bracket``           24         37            3
+    ``next``              26         39            3
     ``preconditioned``    25         38            3
     ``ggn``               24         37            3
     ``subspace``          46         73            8

@@ -104,7 +104,7 @@ def second_moment_scale(
     if not state:
         return None
     if gradient is not None:
-        state = _after_step(state, group, p, gradient)
+        state = _after_step(state, group, p, gradient.to(_wide(p)))
     eps = float(group.get("eps", 0.0))
     beta1, beta2 = (float(b) for b in group.get("betas", (0.0, 0.0)))
     step = float(state.get("step", 1))
@@ -126,12 +126,13 @@ def second_moment_scale(
 def _after_step(state: Mapping[str, Any], group: Mapping[str, Any], p: Tensor, gradient: Tensor) -> dict[str, Any]:
     """Return the flat moments after one more step, zero where the second moment is zero now: these stay left out."""
     key, decay = ("exp_avg_sq", group["betas"][1]) if "exp_avg_sq" in state else ("square_avg", group["alpha"])
-    moment, decay = _flat(state[key], p), float(decay)
-    after = torch.where(moment > 0, decay * moment + (1 - decay) * gradient**2, 0.0)
-    coming = {**state, "step": float(state.get("step", 0)) + 1, key: after}
+    decay = float(decay)
+    before = _flat(state[key], p)
+    after = decay * before + (1 - decay) * gradient**2
     if group.get("amsgrad"):
-        largest = torch.maximum(_flat(state["max_exp_avg_sq"], p), after)
-        coming["max_exp_avg_sq"] = torch.where(moment > 0, largest, 0.0)
+        key, before = "max_exp_avg_sq", _flat(state["max_exp_avg_sq"], p)
+        after = torch.maximum(before, after)
+    coming = {**state, "step": float(state.get("step", 0)) + 1, key: torch.where(before > 0, after, 0.0)}
     if group.get("centered"):
         coming["grad_avg"] = decay * _flat(state["grad_avg"], p) + (1 - decay) * gradient
     return coming

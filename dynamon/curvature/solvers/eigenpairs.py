@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamon.curvature.operators.scaling import relative
+
 
 @dataclass(frozen=True)
 class Eigenpairs:
@@ -70,10 +72,11 @@ class Eigenpairs:
         """Return the numbers by tag; a value that did not converge goes under ``{tag}_unconverged``.
 
         Args:
-            tag: Tag of the largest eigenvalue; ``{tag}_residual`` and, for a certified run, ``{tag}_upper`` are added.
+            tag: Tag of the largest eigenvalue; ``{tag}_residual``, relative to the value, and, for a certified run,
+                ``{tag}_upper`` are added.
         """
-        value = tag if self.converged else f"{tag}_unconverged"
-        readings = {value: float(self.values[0]), f"{tag}_residual": float(self.residuals[0])}
+        key, value, residual = tag if self.converged else f"{tag}_unconverged", self.values[0], self.residuals[0]
+        readings = {key: float(value), f"{tag}_residual": relative(residual, value.abs())}
         return readings if self.upper is None else {**readings, f"{tag}_upper": self.upper}
 
     def scaled(self, factor: float) -> "Eigenpairs":
