@@ -19,6 +19,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -197,8 +198,12 @@ def main() -> None:
     begin = time.perf_counter()
     seeds = (*CHOSEN_ON, *REPORTED_ON)
     cells = [(make, rate, seed, steps) for make in TASKS for seed in seeds for rate in rates]
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        for run in pool.map(train, *zip(*cells, strict=True)):
+    with ExitStack() as stack:
+        each: Any = map
+        if options.processes > 1:
+            spawn = multiprocessing.get_context("spawn")
+            each = stack.enter_context(ProcessPoolExecutor(options.processes, spawn)).map
+        for run in each(train, *zip(*cells, strict=True)):
             scores = "  ".join(f"{form} {score:.3g}" for form, score in run["scores"].items())
             print(f"{run['task']} {run['seed']} {'failed' if run['failed'] else 'fine':<7}{scores}", flush=True)
             result["runs"].append(run)
