@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.monitoring import probe
+from dynamon.monitoring import effect_check
 from tests.helpers import Classifier
 from tests.models import dense_hessian
 from tests.processes import fit_here, in_processes, loader, rank, regression, same, small, values
@@ -123,10 +123,10 @@ def fits() -> dict[str, Any]:
     found = {"plain": fit_here(Classifier(small()), [])}
     found["effects"] = fit_here(Notes(small()), [monitor()])
     found["strict"] = strict_effects()
-    kept = probe.external_state
-    probe.external_state = (lambda *_: 1 / 0) if rank() == 1 else kept
+    kept = effect_check.external_state
+    effect_check.external_state = (lambda *_: 1 / 0) if rank() == 1 else kept
     found["check fails"] = fit_here(Classifier(small()), [monitor()])
-    probe.external_state = kept
+    effect_check.external_state = kept
     uneven = {"data": loader(bounds=(3,))}
     for name, loss in (("on 1", NoRoom(4)), ("on 0", NoRoom(2, on=0)), ("both", NoRoom(4, other="no loss today"))):
         found[f"halved {name}"] = fit_here(
