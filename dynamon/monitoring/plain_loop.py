@@ -17,6 +17,7 @@ from dynamon.isolation.preserve import LossFn, training_loss
 from dynamon.monitoring.accumulation import Windows
 from dynamon.monitoring.loop import Loop, nothing_to_train, writes_of_unscaling
 from dynamon.monitoring.messages import is_first_process
+from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.wrappers import averages_gradients, evaluated_model, fabric_scaler, unwrapped_model
 from dynamon.monitoring.writers import Writer
@@ -78,7 +79,7 @@ class PlainLoop(Loop):
         self._scaler = fabric_scaler(model) if scaler is None else scaler
         self._loader, self._members = loader, list(members)
         self._writers = [writer] if writer is not None and is_first_process() else []
-        self.windows, self.row = Windows(), Row()
+        self.windows, self.row, self.planner = Windows(), Row(), Planner()
         self.metrics: dict[str, float] = {}
         self._step = self._steps_taken = self._batches = self._in_window = 0
         self.was_announced = self._is_told = False

@@ -32,6 +32,7 @@ _SAME, _SAME_ON_HOST = 1e-3, 1e-6  # two evaluations of a loss differ by less wh
 _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
 _FEWEST = 2  # samples that a probe is not made smaller than
+_STEPS_TO_TIME = 4.0  # training steps on as many samples that timing takes: two losses, and a gradient with its graph
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
@@ -119,8 +120,8 @@ class ProbeMeter(HeldSamples):
         return self.off or self.graph_seconds is not None or not any(m.cadence.is_planned for m in self.users)
 
     def expected(self, run: RunContext) -> float | None:
-        """Return zero: what follows rests on it."""
-        return 0.0
+        """Return the seconds of a gradient with its graph, after the evaluations that try the loss out."""
+        return _STEPS_TO_TIME * self.share * run.seconds_per_step
 
     def batch_end(self, run: RunContext) -> None:
         """Time a gradient on the samples before the first measurement; take fewer where that is too expensive."""
