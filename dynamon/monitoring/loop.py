@@ -33,6 +33,7 @@ class Loop(ABC):
 
     Attributes:
         name: How messages call the loop.
+        loss_name: How they call the function behind :meth:`loss`.
         module: The module that is trained. Layers have the names of its parameters.
         windows: Follows what gradients are accumulated over, for all monitors of the loop.
         row: Collects what all monitors of the loop have measured at one step.
@@ -43,6 +44,7 @@ class Loop(ABC):
     """
 
     name = "the training loop"
+    loss_name = "training_step"
     module: nn.Module
     windows: "Windows"
     row: "Row"

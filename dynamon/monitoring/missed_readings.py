@@ -58,6 +58,9 @@ def say_missed(monitor: str, run: RunContext, missed: Iterable[Meter]) -> None:
     too_short: list[str] = []
     for meter in missed:
         seconds, name = meter.expected(run), _known_as(meter.name)
+        if (reason := meter.missed_reason()) is not None:
+            rank_zero_info(f"{monitor}: no {name} reading in this run: {reason}")
+            continue
         if run.steps_seen <= _FIRST_DUE and (seconds is None or seconds <= run.budget.left):
             too_short.append(name)
             continue

@@ -329,7 +329,7 @@ class Monitor(MeterScheduler):
         """Say what looks wrong at the end, and what was never measured."""
         self.last_look()
         if self._run is not None and not self._run.trying_out and self._skipped.any_taken:
-            missed = [meter for meter in self._meters if meter.is_missed() and not self.paused(meter)]
+            missed = [m for m in self._meters if (m.is_missed() or m.missed_reason()) and not self.paused(m)]
             say_missed(type(self).__name__, self._run, missed)
 
     def abort(self) -> None:

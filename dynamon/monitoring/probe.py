@@ -75,8 +75,9 @@ class ProbeMeter(HeldSamples):
         self._may_shrink, self.gathers = may_shrink, True
         self.users: Sequence[Meter] = ()
         self.graph_seconds: float | None = None
-        self.effects = EffectCheck(loss_fn is not None)
+        self.effects = EffectCheck(loss_fn)
         self._refused = 0  # batches in a row without one
+        self.refusal: str | None = None  # why the last batch had none
         self._part_error = "on another process."
 
     def start(self, run: RunContext) -> None:
@@ -86,7 +87,7 @@ class ProbeMeter(HeldSamples):
         if reason is not None:
             rank_zero_warn(f"sharpness is off: {reason}")
         else:
-            self.effects.is_done |= run.loop.loss_source is None
+            self.effects.is_done |= self.loss_fn is None and run.loop.loss_source is None
             self._take_up(run)
 
     def is_off(self) -> bool:
@@ -258,12 +259,13 @@ class ProbeMeter(HeldSamples):
         Raises:
             Exception: What it raised on whole batches.
         """
-        is_cut = any(one.is_cut for one in self._sets[place])
+        is_cut, self.refusal = any(one.is_cut for one in self._sets[place]), None
         try:
             loss = self._looked(run, place)
-        except NoLossError:
+        except NoLossError as error:
             if self._refused >= _TRIES:
                 raise
+            self.refusal = str(error)
             if is_cut and self._refused >= _PATIENCE:
                 self._part_error = "there was none."
                 return _PART_FAILS
@@ -276,6 +278,7 @@ class ProbeMeter(HeldSamples):
             forget_frames(error)
             return _PART_FAILS
         if not math.isfinite(loss) and self._refused < _PATIENCE:
+            self.refusal = "the loss on the probe is not finite."
             self._say(
                 "not finite",
                 "the loss on the batch that sharpness was to be measured on is not finite: the next is taken.",
