@@ -69,7 +69,8 @@ class DynamicsMonitor(Monitor):
     preset        gradients every  weights every   sharpness every   sharpness
     ============  ===============  ==============  ================  =============================================
     ``economy``   4 steps          20 steps        20 steps          stability ratio, directional and critical
-                                                                     sharpness, on a quarter of a batch
+                                                                     sharpness, on a quarter of a batch; progress
+                                                                     by layer, on the next batch
     ``standard``  2 steps          10 steps        20 steps          with the Hessian and the bracket
     ``full``      1 step           5 steps         10 steps          with batch sharpness, the top eigenspace and
                                                                      every layer's block, on a whole batch; histograms
