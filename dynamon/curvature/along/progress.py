@@ -75,9 +75,9 @@ class LastStep:
                 torch._foreach_add_(self._parts(flat), lost)
         self._step = flat  # without decay
 
-    def _parts(self, flat: Tensor) -> Sequence[Tensor]:
+    def _parts(self, flat: Tensor) -> list[Tensor]:
         """Split a flat vector by parameter: views, where a complex entry is two numbers."""
-        return flat.split([real_numel(p) for p in self._before])
+        return list(flat.split([real_numel(p) for p in self._before]))
 
     def _weights(self) -> Iterator[Tensor]:
         """The weights before the step in that form."""
@@ -148,7 +148,7 @@ class LastStep:
             decay = torch.zeros_like(along)
             if any(left != 1 for left in self._left):
                 lost = along.new_tensor(self._left) - 1
-                decay = _sums(torch._foreach_mul(self._parts(gradient), list(self._weights()))) * lost
+                decay = _sums(list(torch._foreach_mul(self._parts(gradient), list(self._weights())))) * lost
             of_products, of_loss = self._shares
             own = loss.to(along.dtype).reshape(1) * of_loss
             return torch.cat([along * of_products, decay * of_products, own])
@@ -162,7 +162,7 @@ class LastStep:
         return host[:-1].reshape(len(rows), -1), float(host[-1])
 
 
-def _sums(pieces: Sequence[Tensor]) -> Tensor:
+def _sums(pieces: list[Tensor]) -> Tensor:
     """Sum the entries of each of L tensors in the widest dtype, ``[L]``: in few device calls, by their two signs."""
     wide = widest_dtype(pieces[0].device)
     up, down = torch._foreach_clamp_min(pieces, 0), torch._foreach_clamp_max(pieces, 0)
