@@ -166,6 +166,10 @@ class EigenvalueMeter(CurvatureSolves):
     def _expected_extra(self, run: RunContext, quantity: str) -> float | None:
         return self._allowance.price(self._products_of(run, quantity), self._probe.graph_seconds)
 
+    def missed_reason(self) -> str | None:
+        """Return why there was no loss to measure on."""
+        return None if self.points or self.is_off() else self._probe.refusal
+
     def expected(self, run: RunContext) -> float | None:
         """Return the seconds of the coming measurement, its extras left out; None as long as nothing was timed.
 
