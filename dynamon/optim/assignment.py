@@ -21,6 +21,7 @@ class RatioAssignment:
 
     Attributes:
         merging: The same.
+        places: The number of each layer's group in the optimizer, ``[L]``.
     """
 
     def __init__(self, merging: RatioMerging | None) -> None:
@@ -36,6 +37,8 @@ class RatioAssignment:
         self._parameters, self._sizes = parameters_of(optimizer), group_sizes(optimizer)
         self._layer_at = np.array([at.get(id(p), len(at)) for p in self._parameters], np.int64)
         self._group_at = np.repeat(np.arange(len(self._sizes)), self._sizes)
+        group_of = dict(zip(map(id, self._parameters), self._group_at.tolist(), strict=True))
+        self.places = [group_of[id(layer.parameter)] for layer in layers]
 
     def fits(self, optimizer: Optimizer) -> bool:
         """Return whether the optimizer has the parameters and groups of the last :meth:`assign`."""
