@@ -1,4 +1,4 @@
-r"""What a step does to the loss, layer by layer: decrease, curvature cost, overshoot. Needs no torch.
+r"""Decrease, curvature cost and overshoot of each layer in a step. Needs no torch.
 
 Let :math:`u_l` be the step of layer l and L the loss on a batch that the step has not seen, its probe. Two gradients,
 at the weights w before the step and w' after it, give for every layer

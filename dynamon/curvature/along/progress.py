@@ -1,4 +1,4 @@
-"""What the last step did to a loss: slopes along it before and after, by layer, and how groups of layers interact."""
+"""Slopes of a loss along the last step, before and after it, by layer; and how groups of layers interact."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
