@@ -25,7 +25,8 @@ class EffectCheck:
 
     def __init__(self, trusts: bool = False) -> None:
         """Nothing evaluated yet."""
-        self.is_done, self.reason = trusts, None
+        self.is_done, self._is_told = trusts, False
+        self.reason: str | None = None
         self._marks: list[dict[str, str]] = []  # of what is outside of the module, before each evaluation
         self._losses: list[float] = []
 
@@ -52,14 +53,18 @@ class EffectCheck:
         changed = [name for name in changed_names(*marks[1:]) if name in changed_names(*marks[:2])]
         if changed:
             return f"it changes {', '.join(changed[:3])}"
-        return _difference(*self._losses, loop.device)
+        first, second = self._losses
+        return _difference(first, second, loop.device)
 
     def settle(self, reason: str | None) -> None:
         """Take what was found, here or on another process."""
         self.is_done, self.reason = True, reason
 
     def sentence(self, what: str) -> str:
-        """Say that something is off because of what was found."""
+        """Say that something is off because of what was found, at full length once."""
+        if self._is_told:
+            return f"{what} is off for the same reason."
+        self._is_told = True
         return (
             f"{what} is off: training_step has effects outside the module that cannot be undone ({self.reason}); "
             "pass loss_fn=lambda module, batch: ... that computes the loss and nothing else."

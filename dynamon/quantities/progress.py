@@ -18,7 +18,7 @@ Reference: Lan et al., "LCA: Loss Change Allocation", arXiv 1909.01440, for the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -176,9 +176,9 @@ class StepReading:
         """
         names = tuple(dict.fromkeys(keys))
         places = [np.array([key == name for key in keys]) for name in names]
-        rows = [self.before, self.after, self.decay_before, self.decay_after]
-        sums = [np.array([_sum(row[place]) for place in places]) for row in rows]
-        return StepReading(names, *sums, self.loss_before, self.loss_after, self.samples)
+        rows = ("before", "after", "decay_before", "decay_after")
+        sums: dict[str, Any] = {row: np.array([_sum(getattr(self, row)[place]) for place in places]) for row in rows}
+        return replace(self, names=names, **sums)
 
 
 def _sum(values: NDArray[Any]) -> float:

@@ -95,8 +95,8 @@ class LastStep:
         after = self._slopes()
         before = self._slopes_at(self._before)
         rows, count = self._reduced([before, after], samples)
-        (b, decay_b, loss_b), (a, decay_a, loss_a) = ((*np.split(row[:-1], 2), float(row[-1])) for row in rows)
-        return StepReading(self._names, b, a, decay_b, decay_a, loss_b, loss_a, count)
+        (b, decay_b), (a, decay_a) = (np.split(row[:-1], 2) for row in rows)
+        return StepReading(self._names, b, a, decay_b, decay_a, float(rows[0, -1]), float(rows[1, -1]), count)
 
     def couplings(self, groups: Mapping[str, Sequence[str]]) -> Couplings:
         """Take one gradient before the step, and one after the step of each group alone.
