@@ -4,14 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dynamon.distributed.dtensor import holders_section, to_local
-from dynamon.distributed.work_sharing import share_work
-from dynamon.kernels import in_double
 from dynamon.layers import Layer
+from dynamon.quantities.hill import hill_exponents
 from dynamon.rates.rule import FixedRates, matches_key
 from dynamon.rates.spectral_tail import SpectralTailRates
 
@@ -74,18 +70,8 @@ class HeavyTailRates(SpectralTailRates):
 
     def _read(self) -> dict[str, float]:
         layers = [layer for layer in self.layers if self._is_read(layer)]
-        if not layers:
-            return {}
-        likes = [layer.parameter for layer in layers]
-
-        def measure(chosen: list[int], wholes: list[Sequence[Tensor]]) -> Tensor:
-            return torch.stack([hill_exponent(tensors[0].flatten(1)) for tensors in wholes])[None]
-
-        costs = [like.numel() * min(like.flatten(1).shape) for like in likes]
-        with holders_section(likes, None) as group:
-            values = group.sum(share_work(measure, [[to_local(like)] for like in likes], likes, costs, 1, group))
-        found = zip([layer.name for layer in layers], values[0].tolist(), strict=True)
-        return {name: value for name, value in found if np.isfinite(value)}
+        found = zip(layers, hill_exponents(layers), strict=True)
+        return {layer.name: value for layer, value in found if np.isfinite(value)}
 
     @staticmethod
     def _is_read(layer: Layer) -> bool:
@@ -104,29 +90,6 @@ class HeavyTailRates(SpectralTailRates):
             if layer.name.endswith("bias"):
                 goals[index] = by_name.get(layer.name.removesuffix("bias") + "weight", goals[index])
         return goals
-
-
-def hill_exponent(matrix: Tensor) -> Tensor:
-    """Compute Hill's estimate of the tail exponent of a matrix's squared singular values, over their upper half.
-
-    Args:
-        matrix: ``[m, n]``.
-
-    Returns:
-        0-d, float64; infinite where the upper half is constant.
-
-    Cost: the singular values, in float64; waits for the device.
-
-    Example:
-        >>> import torch
-        >>> from dynamon.rates.published import hill_exponent
-        >>> ranks = torch.arange(1, 401, dtype=torch.float64)
-        >>> round(float(hill_exponent(torch.diag(ranks**-0.5))), 1)  # density l^-2
-        2.0
-    """
-    logs = torch.linalg.svdvals(in_double(matrix)).square().log().sort().values
-    upper = logs[len(logs) // 2 :]
-    return 1 + len(upper) / (upper - upper[0]).sum()
 
 
 def disparity_rates(layers: Sequence[Layer]) -> FixedRates:

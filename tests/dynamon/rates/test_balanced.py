@@ -76,8 +76,8 @@ def test_following_a_quadratic_converges_to_the_solution_of_the_allocation_probl
     random = np.random.default_rng(seed)
     root = random.normal(size=(4, 8))
     curvature = root @ root.T / 8 + 0.2 * np.eye(4)
-    progress = np.abs(curvature.sum(1)) * np.exp(random.normal(0, 0.3, 4))
-    rule, noise = started(low=1 / 64, high=64.0), jitter(600, 4, seed=seed)
+    progress = np.abs(curvature.sum(1)) * random.permutation([3.0, 1.0, 1.0, 0.4])
+    rule, noise = started(low=1 / 64, high=64.0, gain=0.05), jitter(1200, 4, seed=seed)
     for factors in noise.reshape(-1, 2, 4):
         s = rule.ratios()
         rule.learn(reading(s * progress * factors[0], s * (curvature @ s) * factors[1]))
@@ -87,9 +87,9 @@ def test_following_a_quadratic_converges_to_the_solution_of_the_allocation_probl
         return s @ progress / np.sqrt(s @ curvature @ s)
 
     s = rule.ratios()
-    assert efficiency(np.ones(4)) < 0.99 * efficiency(best)
-    assert efficiency(s) == pytest.approx(efficiency(best), rel=1e-3)
-    assert s @ curvature @ s == pytest.approx(curvature.sum(), rel=0.05)  # kept to first order of each move
+    assert efficiency(np.ones(4)) < 0.98 * efficiency(best)
+    assert efficiency(s) == pytest.approx(efficiency(best), rel=5e-3)
+    assert s @ curvature @ s == pytest.approx(curvature.sum(), rel=0.15)  # kept to first order of each move
 
 
 def moves(progress, cost, noise, count):

@@ -9,14 +9,15 @@ from torch import nn
 
 from dynamon.layers import describe_layers
 from dynamon.optim import LayerwiseRates
+from dynamon.quantities.hill import hill_exponent
 from dynamon.rates import HeavyTailRates, disparity_rates
-from dynamon.rates.published import hill_exponent
 from tests.models import gpt
 
 
 def by_hand(matrix):
     """Hill's estimate over the upper half of the eigenvalues, as the definition has it."""
-    eigenvalues = sorted(np.linalg.eigvalsh(np.asarray(matrix @ matrix.T, np.float64)))
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    eigenvalues = sorted(np.linalg.eigvalsh(gram))
     first = int(len(eigenvalues) / 2)
     tail = eigenvalues[first:]
     return 1 + len(tail) / sum(math.log(value / tail[0]) for value in tail)
