@@ -218,7 +218,9 @@ class BalancedRates(Rule):
         self._cost = np.vstack([self._cost, cost])[-_MEMORY:]
         moves = self.gain * balance(self._progress, self._cost)
         p, c = np.nan_to_num(self._progress.mean(0)), np.nan_to_num(self._cost.mean(0))
-        self._log_ratios = shift(self._log_ratios, moves, p, c, self.low, self.high)
+        moved = shift(self._log_ratios, moves, p, c, self.low, self.high)
+        factors = np.exp(moved - self._log_ratios)  # to what earlier readings would have been, but for cross terms
+        self._progress, self._cost, self._log_ratios = self._progress * factors, self._cost * factors, moved
         self._aim(np.exp(self._log_ratios))
 
     def _by_group(self, names: Sequence[str], row: NDArray[Any]) -> Array:

@@ -89,7 +89,7 @@ def test_following_a_quadratic_converges_to_the_solution_of_the_allocation_probl
     s = rule.ratios()
     assert efficiency(np.ones(4)) < 0.98 * efficiency(best)
     assert efficiency(s) == pytest.approx(efficiency(best), rel=5e-3)
-    assert s @ curvature @ s == pytest.approx(curvature.sum(), rel=0.15)  # kept to first order of each move
+    assert s @ curvature @ s == pytest.approx(curvature.sum(), rel=0.2)  # kept to first order of each move
 
 
 def moves(progress, cost, noise, count):
