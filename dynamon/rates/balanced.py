@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dynamon.layers import Layer
 from dynamon.norms import Norm
 from dynamon.quantities.progress import Couplings, StepReading, curvature_cost, is_significant
-from dynamon.rates.allocation import BOUNDS, Advice, Array, advise
+from dynamon.rates.allocation import BOUNDS, Advice, Array, advise, ratios_by_key
 from dynamon.rates.groups import LayerGroup, check_groups, group_layers
 from dynamon.rates.ramp import Ramp
 from dynamon.rates.rule import Rule
@@ -208,10 +208,10 @@ class BalancedRates(Rule):
         return "couplings" if self.steps < self.pilot else None
 
     def learn(self, reading: StepReading) -> None:
-        """Follow: move the ratios after a reading of a step; one that is not finite is skipped."""
+        """Follow: move the ratios after a reading of a step; one that is not finite, or of no step, is skipped."""
         sums = np.array([self._by_group(reading.names, row) for row in (reading.before, reading.after)])
         losses = [reading.loss_before, reading.loss_after]
-        if not np.isfinite(losses).all() or np.isinf(sums).any() or np.isnan(sums).all():
+        if not np.isfinite(losses).all() or np.isinf(sums).any() or not np.nan_to_num(sums).any():
             return
         progress, cost = -sums[0], curvature_cost(*sums)
         self._progress = np.vstack([self._progress, progress])[-_MEMORY:]
@@ -239,6 +239,18 @@ class BalancedRates(Rule):
         if np.isfinite(couplings.matrix).all() and np.isfinite(couplings.slopes).all():
             self._progress = np.vstack([self._progress, -couplings.slopes])
             self._couplings = np.concatenate([self._couplings, couplings.matrix[None]])
+
+    @property
+    def verdict(self) -> str:
+        """What the pilot has found, in one sentence; empty before its end."""
+        if self.advice is None:
+            return ""
+        if self.advice.refusal is not None:
+            return f"all rates stay as they are: {self.advice.refusal}"
+        found = ratios_by_key([group.keys for group in self.groups], self.advice.committed)
+        if not found:
+            return f"all rates stay as they are: after {self.advice.readings} readings no ratio is certain."
+        return f"from now on, by {self.advice.readings} readings, FixedRates({found})."
 
     def begin_step(self) -> None:
         """Count the step, and commit at the end of the pilot."""
