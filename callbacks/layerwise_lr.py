@@ -34,7 +34,7 @@ from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.loop import nothing_to_train
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.recorder import Recorder
-from dynamon.monitoring.run_context import say_geometry
+from dynamon.monitoring.stated import say_geometry
 from dynamon.monitoring.steering_probe import SteeringProbe
 from dynamon.optim import LayerwiseRates, unsupported_reason
 from dynamon.optim.stepping import GONE, has_gradients
