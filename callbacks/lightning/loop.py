@@ -164,6 +164,15 @@ class TrainerLoop(Loop):
         """Whether optimisation is automatic: else ``training_step`` clips before the step is announced."""
         return self.module.automatic_optimization
 
+    def clipped(self, gradient: Tensor) -> Tensor:
+        """Return a flat gradient as ``gradient_clip_val`` of the Trainer clips it."""
+        value = self.trainer.gradient_clip_val
+        if value is None or value <= 0 or not self.module.automatic_optimization:
+            return gradient
+        if self.trainer.gradient_clip_algorithm == "value":
+            return gradient.clamp(-value, value)
+        return gradient * (value / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0)
+
     @property
     def accumulates(self) -> int:
         """Batches in an accumulation window, at present."""

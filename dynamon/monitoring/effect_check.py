@@ -28,6 +28,7 @@ class EffectCheck:
     def __init__(self, loss_fn: LossFn | None = None) -> None:
         """Nothing evaluated yet."""
         self.is_done, self._loss_fn, self._name = False, loss_fn, "loss_fn"
+        self._is_told = False
         self.reason: str | None = None
         self._marks: list[dict[str, str]] = []  # of what is outside of the module, before each evaluation
         self._losses: list[float] = []
@@ -67,7 +68,10 @@ class EffectCheck:
         self.is_done, self.reason = True, reason
 
     def sentence(self, what: str) -> str:
-        """Say that something is off because of what was found."""
+        """Say that something is off because of what was found, at full length once."""
+        if self._is_told:
+            return f"{what} is off for the same reason."
+        self._is_told = True
         mend = "let it compute" if self._name == "loss_fn" else "pass loss_fn=lambda module, batch: ... that computes"
         return (
             f"{what} is off: {self._name} has effects outside the module that cannot be undone ({self.reason}); {mend} "

@@ -133,6 +133,10 @@ class Loop(ABC):
     def reads_before_clipping(self) -> bool:
         """Whether the step under way was announced before its gradients were clipped."""
 
+    def clipped(self, gradient: Tensor) -> Tensor:
+        """Return a flat gradient as the loop clips it before a step; as it is where that is not known."""
+        return gradient
+
     @property
     def accumulates(self) -> int:
         """Batches in an accumulation window, at present."""

@@ -221,10 +221,10 @@ class ProbeMeter(HeldSamples):
                 self.effects.settle(next((text for text in found if text is not None), None))
             if self.effects.reason is None:
                 return True
-            self.off = True
+            self.off, sentence = True, self.effects.sentence("sharpness")
             if run.strict:
-                raise ValueError(self.effects.sentence("sharpness"))
-        rank_zero_warn(self.effects.sentence("sharpness"))
+                raise ValueError(sentence)
+        rank_zero_warn(sentence)
         return False
 
     def _try_out(self, run: RunContext) -> bool:

@@ -27,6 +27,7 @@ from dynamon.optim.stepping import StepWatch, uses_gradients_at_once
 from dynamon.quantities.progress import Couplings, StepReading
 
 ReadingT = TypeVar("ReadingT")
+COPIES = 7  # of the weights, in float32 at least, while a reading is taken
 
 
 class StepProbe:
@@ -126,7 +127,7 @@ class StepProbe:
             self._decay.step_ends(optimizer, skipped)
 
     def read(self, batch: Any) -> StepReading | None:
-        """Measure what was done since :meth:`keep`, and drop what was kept.
+        """Measure what was done since :meth:`keep`, and drop what was kept, unless training skips this batch.
 
         All processes must call it together, inside of their :meth:`dynamon.distributed.ranks.Ranks.collective_section`.
 
@@ -167,9 +168,10 @@ class StepProbe:
             fractions = [left.get(name, 1.0) * self._left.get(name, 1.0) for name in owned]
             with self._evaluation(owned) as params:
                 return take(LastStep(lambda: self._loss(batch, index), params, weights, fractions, self.ranks))
-        except NoLossError:  # training skips this batch; with several processes it cannot
+        except NoLossError:  # training skips this batch, so the next one serves; with several processes it cannot
             if self.ranks.is_distributed:
                 raise
+            self._before, self._layers = before, layers
             return None
 
     def _evaluation(self, owned: Mapping[str, Tensor]) -> AbstractContextManager[FlatParameters]:
