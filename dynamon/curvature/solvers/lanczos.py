@@ -23,6 +23,7 @@ _BURST = 2  # products between two looks at the projected matrix after that, whe
 _CERTIFY_MATVECS = 20  # an unrestarted run this long gives an upper bound worth showing
 _GROWTH = 8  # vectors that a certified run, which may not restart, adds at a time
 _CONFIDENCE = 0.99
+_SAFETY = 2  # on bounds that rest on an estimated gap: errors of warm runs came out up to 1.4 times as large
 _NOISE = 0.3  # share of fresh noise in a warm start; without any, a run cannot find a new direction
 
 
@@ -318,7 +319,9 @@ def _agrees(ritz: Ritz, tol: float) -> bool:
         return False
     scale = tol * float(np.abs(ritz.values).max())
     steady = np.abs(ritz.values[:k] - ritz.previous) <= scale
-    return bool((_errors(ritz, ritz.residuals[:k]) <= scale).all() and steady.all())
+    residuals = ritz.residuals[:k]
+    within = (residuals <= scale) | (_SAFETY * _errors(ritz, residuals) <= scale)
+    return bool(within.all() and steady.all())
 
 
 def _errors(ritz: Ritz, residuals: np.ndarray) -> np.ndarray:
