@@ -142,5 +142,7 @@ def test_advice_in_words_names_roles_for_lanton():
     text = "\n".join(advice_lines(advice, ["role:hidden", "role:head", "role:vector"], RADII))
     radius = float(re.search(r'radii={.*"vector": ([\d.]+)', text)[1])
     assert radius == pytest.approx(RADII["vector"] * advice.committed[2], rel=0.06)
+    shown = [line.split() for line in text.splitlines() if line.rstrip().endswith(("hidden", "head", "vector"))]
+    assert [float(line[4]) for line in shown] == [float(f"{ratio:.2g}") for ratio in advice.committed]
     table = re.search(r"ratios = (\{.*\})", text)[1]
     assert FixedRates(eval(table))  # noqa: S307
