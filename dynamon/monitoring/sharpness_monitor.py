@@ -54,6 +54,7 @@ class SharpnessMonitor(Monitor):
     ``progress``          what the last step of every layer did to the next batch's loss  2 gradients on a full batch
     ``subspace``          share of gradient and update in the top eigenspace              20 to 40 products
     ``blocks``            top eigenvalue of every layer's own block                       5 to 10 products a layer
+    ``next``              the stability ratio of a step on the probe, with Adam or RMSprop        5 to 10 products
     ``preconditioned``    top eigenvalue between P^-1/2, P of an Adam-type optimizer      5 to 10 products
     ``ggn``               top eigenvalue of the Gauss-Newton matrix                       5 to 10 products, 1 graph
     ``trace``             trace of the Hessian with its standard error                    16 products
@@ -84,7 +85,8 @@ class SharpnessMonitor(Monitor):
     Args:
         every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
             that is. None: as often as ``budget`` allows, every twentieth step at most.
-        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
+        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None. Several monitors
+            in one run share one budget and one grace, the largest that one of them has.
         quantities: What to measure, from the table above.
         loss_fn: ``loss_fn(module, batch) -> scalar``, instead of ``training_step``. Needed for manual
             optimisation and where ``training_step`` has effects outside the module (files, iterators, objects of your
@@ -104,7 +106,7 @@ class SharpnessMonitor(Monitor):
         save_vectors: Whether checkpoints hold the vectors that the next solve starts from: one to three copies of the
             parameters per quantity, up to 2^26 numbers each. Without them the first solve after a resume is a cold one.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
-        tol: Relative tolerance on residual and change; the value's error is about its square.
+        tol: Relative tolerance of eigenvalues: a solve stops by the error and the change of the value.
         max_matvecs: Most Hessian products a solve may take.
         memory_limit: GiB that the solver's vectors may take, and so the copies of weights that ``progress`` makes;
             None for half of what is free when training starts.
@@ -112,7 +114,7 @@ class SharpnessMonitor(Monitor):
             in a measurement all the same, the probe is halved for the next one.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
-        grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
         roles: Roles of layers by glob (``{"stem.*": "embedding"}``) where they are guessed wrongly, as ``overrides`` of
             :func:`dynamon.layers.describe_layers`. What was guessed from a name is logged once.
         geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which
@@ -138,6 +140,7 @@ class SharpnessMonitor(Monitor):
     ``stability_ratio``   24         37            3
     ``hessian``           24         37            3
     ``bracket``           24         37            3
+    ``next``              26         39            3
     ``preconditioned``    25         38            3
     ``ggn``               24         37            3
     ``subspace``          46         73            8

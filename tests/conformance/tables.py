@@ -89,7 +89,7 @@ _EVERY = {"every_n_steps": 1, "strict": True}
 _ONES = {"class_path": "dynamon.rates.FixedRates", "init_args": {"ratios": {"*": 1.0}}}
 _BALANCED = {"class_path": "dynamon.rates.BalancedRates", "init_args": {"every": 1}}
 _QUICK = ["stability_ratio", "hessian", "bracket", "directional", "critical", "batch"]
-_DEAR = ["subspace", "blocks", "preconditioned", "ggn", "trace", "density"]
+_DEAR = ["subspace", "blocks", "next", "preconditioned", "ggn", "trace", "density"]
 CALLBACKS = {
     "GradientMonitor": _one("GradientMonitor", **_EVERY, histograms=True),
     "WeightMonitor": _one("WeightMonitor", **_EVERY, histograms=True, convolutions=True),
