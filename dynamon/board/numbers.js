@@ -17,6 +17,13 @@ export function short(value) {
   return String(Number(value.toPrecision(4)));
 }
 
+/** As many digits as single precision needs, in which event files hold values. */
+export function exact(value) {
+  if (!Number.isFinite(value)) return short(value);
+  const digits = [1, 2, 3, 4, 5, 6, 7, 8, 9].find((count) => Math.fround(value.toPrecision(count)) === Math.fround(value));
+  return String(Number(value.toPrecision(digits ?? 9)));
+}
+
 /** Round numbers between two, about `count` of them. */
 export function ticks(low, high, count) {
   const span = high - low;
@@ -27,6 +34,11 @@ export function ticks(low, high, count) {
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i += 1) found.push(i * step);
   return found;
+}
+
+/** Steps between two, about `count` of them. */
+export function stepTicks(first, last, count) {
+  return ticks(first, last, Math.max(2, Math.min(count, last - first))).filter(Number.isInteger);
 }
 
 /** Powers of ten between two positive numbers, with 2 and 5 times those where there is room for them. */

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import findings, loss_tag
+from dynamon.board.summary import summarise
+from dynamon.health import examine, loss_tag
 from dynamon.quantities import REGISTRY
 from dynamon.runs.history import RunData, Series
 
@@ -26,12 +27,14 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
     Returns:
         ``scalars`` by tag and ``tables`` by quantity with arrays as little-endian base64: ``steps`` of both and
         ``values`` of scalars in float64, ``values`` of tables, ``[T, L]`` row by row, in float32; the original number
-        of readings as ``total``; ``shown`` of the tables; ``findings``, computed from all readings.
+        of readings as ``total``; ``shown`` of the tables; ``findings``, ``checks`` and ``summary``, computed from all
+        readings.
 
     Cost: about 5 bytes per value of a table. Of more than 4,000 readings of a table every k-th is packed; of more than
     20,000 points of a scalar the lowest and the highest of each bucket. A table without a single value is left out.
     """
     tag = loss or loss_tag(run.scalars)
+    examined = examine(run, loss)
     tables = {key: pack_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()}
     return {
         "name": name,
@@ -40,7 +43,9 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
         "scalars": {key: pack_scalar(series) for key, series in run.scalars.items()},
         "tables": tables,
         "shown": display_hints(tables),
-        "findings": [finding.as_dict() for finding in findings(run, loss)],
+        "findings": [finding.as_dict() for finding in examined.findings],
+        "checks": [check.as_dict() for check in examined.checks],
+        "summary": {"name": name, **summarise(run, examined)},
     }
 
 

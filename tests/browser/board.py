@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # git ignores it
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Nothing is being drawn, and in the tab nothing of a file is left to be read.
@@ -153,6 +155,11 @@ def in_tensorboard(page) -> Board:
 
 def number(text: str) -> float:
     return {"no value": math.nan, "infinite": math.inf, "-infinite": -math.inf}.get(text) or float(text)
+
+
+def exact(value: float) -> float:
+    """The shortest number that is the same in single precision, which a reader gets to see."""
+    return float(str(np.float32(value)))
 
 
 def rounded(value: float) -> float:

@@ -11,7 +11,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.browser import big
-from tests.browser.board import rounded, serving
+from tests.browser.board import exact, serving
 
 pytestmark = pytest.mark.slow
 NASTY = "<img src=x onerror=window.attacked=1>"
@@ -69,7 +69,7 @@ def test_the_board_follows_a_run(open_tab, add_run, logdir):
         board.page.wait_for_timeout(200)
         loss = {step: board.point("Training loss", step / 29)[1]["train/loss"] for step in (10, 19, 20, 29)}
         expected = {10: 2 + np.sin(10), 19: 2 + np.sin(19), 20: 120.0, 29: 129.0}
-        assert {step: float(value) for step, value in loss.items()} == {s: rounded(v) for s, v in expected.items()}
+        assert {step: float(value) for step, value in loss.items()} == {s: exact(v) for s, v in expected.items()}
     with add_run("newer") as writer:  # runs appear and vanish
         choice = "() => [...document.querySelector('.runs select').options].map((option) => option.value)"
         shutil.rmtree(logdir / "live")
@@ -191,7 +191,7 @@ def test_200_layers_and_2000_steps(open_tab, open_report, logdir, add_run, capsy
                 board.frame.locator(".maparea canvas").bounding_box()["height"] / 2, 0.5
             )
             column = big.names(200).index(layer)
-            assert value == rounded(float(expected["gradient/dual"][step, column])) and 990 < step < 1010
+            assert value == exact(float(expected["gradient/dual"][step, column])) and 990 < step < 1010
             begin = board.frame.evaluate("performance.now()")
             board.frame.get_by_role("button", name="fold all", exact=True).click()
             board.frame.wait_for_function("() => performance.getEntriesByName('dynamon layers').length > 1")
