@@ -56,7 +56,7 @@ export function unpackedTable({ steps, values, layers, total }) {
  * theme here; notice; sweep, all runs there are to choose from: {count(), rows() (a promise of their summaries),
  * choose(names)}. Returns `update(runs, notice)`, which shows other runs or what is new in them, and instead of them a
  * notice [title, lines ...] where there is one; `examined()`, for when their findings are there; and `tick()`, for when
- * other runs may have changed.
+ * other runs may have changed, the promise of whether some are not read yet.
  */
 export function mount(root, runs, { controls = null, hasTheme = true, notice = null, sweep = null, view = "stability" } = {}) {
   const place = new Place();
@@ -148,7 +148,7 @@ export function mount(root, runs, { controls = null, hasTheme = true, notice = n
     if (sweep && names.length && names.join() !== runs.map((run) => run.label).join()) sweep.choose(names);
     else draw();
   };
-  place.follow(go);
+  place.follow(go, () => write());
   Object.assign(state, stateOf(place.read() ?? {}, state));
   const list = el("div", { role: "tablist", "aria-label": "views" }, tabs);
   list.addEventListener("keydown", (event) => {
@@ -177,7 +177,10 @@ export function mount(root, runs, { controls = null, hasTheme = true, notice = n
   };
   const tick = async () => {
     label();
-    if (state.view === "runs" && JSON.stringify(await sweep.rows()) !== state.rows) draw();
+    if (state.view !== "runs") return false;
+    const rows = await sweep.rows();
+    if (JSON.stringify(rows) !== state.rows) await draw();
+    return rows.some((row) => row.share < 1);
   };
   return { update, tick, examined: () => (state.view === "health" ? draw() : label()) };
 }

@@ -30,7 +30,7 @@ export function lineChart(options) {
   const move = () => {
     at.textContent = String(axis.cursor);
     lines.forEach((line, i) => readings[i].replaceChildren(reading(line, axis.cursor)));
-    plot?.setCursor({ left: plot.valToPos(axis.cursor, "x"), top: 0 });
+    if (plot) point(plot, axis.cursor);
   };
   const draw = () => {
     plot?.destroy();
@@ -151,11 +151,16 @@ function drawn(holder, width, options, lines) {
         },
       ],
       cursor: { y: false, bind: off, drag: { x: false, y: false }, dataIdx: nearestPoint, points: { size: 7 } },
-      hooks: { draw: [(u) => rules.forEach((rule) => drawRule(u, rule.value))] },
+      hooks: { draw: [(u) => rules.forEach((rule) => drawRule(u, rule.value)), (u) => point(u, axis.cursor)] },
     },
     tables.length ? uPlot.join(tables, tables.map(() => [0, 1])) : [[...axis.shown]],
     holder,
   );
+}
+
+/** Put uPlot's cursor at a step. */
+function point(plot, step) {
+  plot.setCursor({ left: plot.valToPos(step, "x"), top: 0 }, false);
 }
 
 /** Add the series that a line is drawn by. `add(line, values, style)` returns the index of a series. */

@@ -71,7 +71,7 @@ export function heatmap(options) {
     scale.replaceChildren(
       ...stepTicks(...axis.shown, width / 110).map((step) => {
         const mark = el("span", {}, String(step));
-        mark.style.left = `${LABELS + place(step)}px`;
+        mark.style.left = `${LABELS + Math.min(place(step), width - 6 * mark.textContent.length)}px`; // inside at the end
         return mark;
       }),
     );

@@ -16,13 +16,14 @@ SCALAR_POINTS = 20_000
 TABLE_POINTS = 4_000
 
 
-def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
+def payload(run: RunData, name: str, loss: str | None = None, runs: int = 1) -> dict[str, Any]:
     """Pack a run for the board.
 
     Args:
         run: The run.
         name: Its name.
         loss: Tag of the training loss; None searches for one.
+        runs: Number of runs on the page; of more than two each has a part of the points of two.
 
     Returns:
         ``scalars`` by tag and ``tables`` by quantity with arrays as little-endian base64: ``steps`` of both and
@@ -35,12 +36,13 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
     """
     tag = loss or loss_tag(run.scalars)
     examined = examine(run, loss)
-    tables = {key: pack_table(series) for key, series in run.tables.items() if not np.isnan(series.values).all()}
+    part = 2 / max(runs, 2)
+    tables = {key: pack_table(series, part) for key, series in run.tables.items() if not np.isnan(series.values).all()}
     return {
         "name": name,
         "last_step": run.last_step,
         "loss": tag if tag in run.scalars else None,
-        "scalars": {key: pack_scalar(series) for key, series in run.scalars.items()},
+        "scalars": {key: pack_scalar(series, part) for key, series in run.scalars.items()},
         "tables": tables,
         "shown": display_hints(tables),
         "findings": [finding.as_dict() for finding in examined.findings],
@@ -54,9 +56,9 @@ def display_hints(quantities: Iterable[str]) -> dict[str, dict[str, str]]:
     return {tag: {"words": REGISTRY[tag].words, "scale": REGISTRY[tag].scale} for tag in quantities if tag in REGISTRY}
 
 
-def pack_scalar(series: Series) -> dict[str, Any]:
-    """Pack a scalar with at most 20,000 points, see :func:`payload`."""
-    kept = _extremes(series.values, SCALAR_POINTS)
+def pack_scalar(series: Series, part: float = 1) -> dict[str, Any]:
+    """Pack a scalar with at most 20,000 points or a part of them, see :func:`payload`."""
+    kept = _extremes(series.values, round(SCALAR_POINTS * part))
     return {
         "steps": _packed(series.steps[kept], "<f8"),
         "values": _packed(series.values[kept], "<f8"),
@@ -64,9 +66,9 @@ def pack_scalar(series: Series) -> dict[str, Any]:
     }
 
 
-def pack_table(series: Series) -> dict[str, Any]:
-    """Pack a table with at most 4,000 readings, see :func:`payload`."""
-    stride = -(-len(series) // TABLE_POINTS) or 1
+def pack_table(series: Series, part: float = 1) -> dict[str, Any]:
+    """Pack a table with at most 4,000 readings or a part of them, see :func:`payload`."""
+    stride = -(-len(series) // max(round(TABLE_POINTS * part), 1)) or 1
     return {
         "steps": _packed(series.steps[::stride], "<f8"),
         "values": _packed(series.values[::stride], "<f4"),
@@ -77,6 +79,7 @@ def pack_table(series: Series) -> dict[str, Any]:
 
 def _extremes(values: NDArray[Any], limit: int) -> NDArray[Any]:
     """Return the indices of at most ``limit`` values: lowest and highest of each bucket, NaN if one is in it."""
+    limit = max(limit, 2)
     if len(values) <= limit:
         return np.arange(len(values))
     edges = np.linspace(0, len(values), limit // 2 + 1).astype(int)

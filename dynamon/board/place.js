@@ -39,11 +39,11 @@ export class Place {
     else history.replaceState(history.state, "", hash);
   }
 
-  /** Call go(place) when the reader goes back or forward, or changes the address. */
-  follow(go) {
+  /** Call go(place) when the reader goes back or forward, or changes the address; stay() where that names no place. */
+  follow(go, stay) {
     this.page.addEventListener("popstate", () => {
       const values = this.read();
-      if (values) go(values);
+      if (values) Object.keys(values).length ? go(values) : stay();
     });
   }
 }

@@ -93,8 +93,8 @@ export async function render() {
     }
     const key = JSON.stringify(runs.map((run) => [run.label, run.epoch, run.count]));
     if (key !== shown) show(runs);
-    else board.tick();
     shown = key;
+    const isReading = await board.tick();
     const share = Math.min(...runs.map((run) => run.share));
     status.textContent = share < 1 ? `reading, ${Math.floor(100 * share)} % …` : `step ${Math.max(...runs.map((run) => run.lastStep))}`;
     const damage = runs.flatMap((run) => run.damage);
@@ -103,7 +103,7 @@ export async function render() {
     if (share < 1) return 0;
     const found = await Promise.all(runs.map((run) => run.examine()));
     if (isCurrent() && found.some(Boolean)) board.examined();
-    return EVERY;
+    return isReading ? 0 : EVERY;
   };
   await poll();
 }

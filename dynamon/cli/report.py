@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,8 +37,8 @@ def add_parser(commands: Any) -> None:
         help="show a run, or several: stability, layers, rates and health, as one HTML file or as text",
         description="Show what dynamon's callbacks logged to TensorBoard or CSVLogger: as an HTML file that needs no "
         "network, as a summary for the terminal, or what looks wrong as JSON. Several runs make one table and one "
-        "picture of how they ended: final loss, highest stability ratio, health. A run that was restarted in its folder "
-        "is shown as TensorBoard shows it, without the points that the restart made invalid.",
+        "picture of how they ended: final loss, highest stability ratio, health. A run that was restarted in its "
+        "folder is shown as TensorBoard shows it, without the points that the restart made invalid.",
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help=f"{RUN_HELP}; several are compared")
     parser.add_argument(
@@ -84,9 +84,10 @@ def run(options: argparse.Namespace) -> int:
             _print(iter(_sweep(runs, options.loss)))
             _print(line for name, data in runs for line in summary(data, name, options.loss))
         else:
-            content = page([payload(data, name, options.loss) for name, data in runs])
-            written = _write(content, options.output)
-            _print(iter([*selected, written, *_health_lines(runs, options.loss)]))
+            packs = [payload(data, name, options.loss, len(runs)) for name, data in runs]
+            written = _write(page(packs), options.output)
+            told = (_told(pack, data, options.loss) for pack, (_, data) in zip(packs, runs, strict=True))
+            _print(chain(selected, [written], *told))
     return 0
 
 
@@ -207,10 +208,10 @@ def _loss_source(run: RunData, loss: str | None) -> str:
     return judged.reason if judged.source in ("returned", "stated") else f"{judged.reason}; --loss TAG takes another"
 
 
-def _health_lines(runs: list[tuple[str, RunData]], loss: str | None) -> Iterator[str]:
-    for name, data in runs:
-        yield f"health        {name}: {_counted(summarise(data, examine(data, loss))['counts'])}"
-        yield f"loss          {name}: {_loss_source(data, loss)}"
+def _told(pack: dict[str, Any], data: RunData, loss: str | None) -> Iterator[str]:
+    """Say how healthy a run is, and by which loss."""
+    yield f"health        {pack['name']}: {_counted(pack['summary']['counts'])}"
+    yield f"loss          {pack['name']}: {_loss_source(data, loss)}"
 
 
 def _counted(counts: dict[str, int]) -> str:
@@ -262,8 +263,8 @@ def _require_readings(runs: list[tuple[str, RunData]]) -> None:
 def _names(folders: list[Path]) -> list[str]:
     """Name each by the last two parts of its path, since the last is often ``version_0``, or by as many as differ."""
     parts = [folder.resolve().parts for folder in folders]
-    for count in range(2, max(map(len, parts)) + 1):
-        names = ["/".join(one[-count:]).lstrip("/") for one in parts]
+    for length in range(2, max(map(len, parts)) + 1):
+        names = ["/".join(one[-length:]).lstrip("/") for one in parts]
         if len(set(names)) == len(set(parts)):
             break
     return [printable(name) for name in names]

@@ -159,7 +159,7 @@ def large_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def norm_levels(data: RunData) -> Iterator[tuple[str, NDArray[Any], NDArray[Any], float]]:
-    """Yield name, steps and smoothed operator norm of each layer, and what it is compared with: its size, or others'."""
+    """Yield name, steps and smoothed operator norm of each layer, and its usual size: its first, or that of others."""
     table = data.tables.get("weight/operator")
     if table is None or len(table) < 2 * CONSECUTIVE:
         return

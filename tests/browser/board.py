@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Board:
         self.page, self.frame = page, frame
 
     def wait(self, selector: str):
-        return self.frame.wait_for_selector(selector, timeout=20_000)
+        return self.frame.wait_for_selector(selector)
 
     def choose_runs(self, run: str, other: str | None = None) -> None:
         """Choose in the header of the tab."""
@@ -81,6 +82,29 @@ class Board:
         place = chart.locator(".plot").bounding_box()
         self.page.mouse.move(place["x"] + 64 + share * (place["width"] - 80), place["y"] + 60)
         return self.readings(title)
+
+    def drag(self, title: str, begin: float, end: float) -> None:
+        """Drag across a chart, from one share of its width to another."""
+        self.point(title, begin)
+        place = self.chart(title).locator(".plot").bounding_box()
+        self.page.mouse.down()
+        for share in (begin + (end - begin) / 2, end):
+            self.page.mouse.move(place["x"] + 64 + share * (place["width"] - 80), place["y"] + 60)
+        self.page.mouse.up()
+
+    def steps(self) -> tuple[int, int] | None:
+        """The steps that the header says are shown; None for the whole run."""
+        found = re.match(r"steps (\d+) to (\d+)", self.frame.locator(".zoomed").text_content() or "")
+        return (int(found[1]), int(found[2])) if self.frame.locator(".zoomed").is_visible() else None
+
+    def view(self) -> str:
+        return self.frame.locator("#board").get_attribute("data-view")
+
+    def place(self) -> dict[str, str]:
+        """What the address says, once what is under way is written to it."""
+        self.page.wait_for_timeout(500)
+        parts = [part for part in self.page.url.partition("#")[2].split("&") if "=" in part]
+        return {key.removeprefix("p.dynamon."): unquote(value) for key, _, value in (p.partition("=") for p in parts)}
 
     def readings(self, title: str) -> tuple[int, dict[str, str]]:
         keys = [key for key in self.chart(title).locator(".key").all() if key.locator("output").count()]
