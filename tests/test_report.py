@@ -231,6 +231,46 @@ def test_text(runs, capsys):
     assert max(map(len, text.splitlines())) <= 160
 
 
+def test_several_runs_make_a_table(tmp_path, capsys, runs):
+    """Names tell runs apart, however far up their folders differ; a run that ended in NaN counts as a fault."""
+    for name in ("one/run/tb", "two/run/tb", "three/run/tb"):
+        shutil.copytree(runs / "tb", tmp_path / name)
+    lines = [f"{i},{1.0 if i < 30 else 'nan'},1.0" for i in range(50)]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.csv").write_text("\n".join(["step,train/loss,gradient/norm", *lines]))
+    folders = [tmp_path / name for name in ("one/run/tb", "two/run/tb", "three/run/tb", "broken")]
+    packs = report(tmp_path, *folders).data()
+    names = [pack["name"] for pack in packs]
+    assert names == [
+        *(f"{name}/run/tb" for name in ("one", "two", "three")),
+        f"{tmp_path.parent.name}/{tmp_path.name}/broken",
+    ]
+    whole = report(tmp_path, runs / "tb").data()[0]
+    assert len(array(packs[0]["scalars"]["dynamon/loss"]["steps"])) == len(
+        array(whole["scalars"]["dynamon/loss"]["steps"])
+    )
+    capsys.readouterr()
+    assert main(["report", *map(str, folders), "--text"]) == 0
+    table, *_ = capsys.readouterr().out.split("\n\n")
+    rows = {line.split()[0]: line.split(maxsplit=6)[1:] for line in table.splitlines()[1:]}
+    loss = read_run_data(runs / "tb").scalars["dynamon/loss"].values
+    ratio = read_run_data(runs / "tb").scalars["sharpness/stability_ratio"].values
+    for name in names[:3]:
+        steps, rate, final, lowest, highest, health = rows[name]
+        assert steps == "60" and float(rate) == 0.01 and health == "nothing looks wrong"
+        assert (final, highest) == (f"{np.median(loss[-5:]):.4g}", f"{ratio.max():.4g}")
+        assert loss.min() <= float(lowest) <= float(final)
+    assert rows[names[3]] == ["50", "-", "nan", "1", "-", "1 fault"]
+
+
+def test_pages_of_many_runs_hold_fewer_points_of_each():
+    table = Series(np.arange(9_000), np.arange(18_000.0).reshape(9_000, 2), ("a", "b"))
+    run = RunData({"x": Series(np.arange(100_000), np.arange(100_000.0))}, {"y/z": table})
+    packed = payload(run, "one of eight", runs=8)
+    assert len(array(packed["scalars"]["x"]["steps"])) == SCALAR_POINTS // 4
+    assert len(array(packed["tables"]["y/z"]["steps"])) == 1_000 == TABLE_POINTS // 4
+
+
 def test_text_where_the_terminal_knows_ascii_only(runs):
     command = [sys.executable, "-m", "dynamon.cli", "report", str(runs / "csv"), "--text"]
     done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""})
