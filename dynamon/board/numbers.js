@@ -20,8 +20,10 @@ export function short(value) {
 /** As many digits as single precision needs, in which event files hold values. */
 export function exact(value) {
   if (!Number.isFinite(value)) return short(value);
-  const digits = [1, 2, 3, 4, 5, 6, 7, 8, 9].find((count) => Math.fround(value.toPrecision(count)) === Math.fround(value));
-  return String(Number(value.toPrecision(digits ?? 9)));
+  const single = Math.fround(value);
+  if (!Number.isFinite(single) || (single === 0 && value !== 0)) return short(value);
+  const digits = [1, 2, 3, 4, 5, 6, 7, 8, 9].find((count) => Math.fround(single.toPrecision(count)) === single);
+  return String(Number(single.toPrecision(digits)));
 }
 
 /** Round numbers between two, about `count` of them. */

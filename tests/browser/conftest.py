@@ -1,6 +1,7 @@
 """A browser, a real run with readings in every view, TensorBoard on it, and the board in the tab and in the report."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,10 +84,12 @@ SWEEP = {"0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "100": 100.0, "1e+30": 
 def sweep_dir(browser, tmp_path_factory) -> Path:
     """Six runs at rates of gradient descent from too small to absurd; none of them steered."""
     root = tmp_path_factory.mktemp("sweep")
-    for name, rate in SWEEP.items():
-        callbacks = [GradientMonitor(every_n_steps=2), SharpnessMonitor(every_n_steps=4), LearningRateMonitor()]
-        module = Classifier(mlp(), lambda parameters, rate=rate: torch.optim.SGD(parameters, lr=rate))
-        fit(module, callbacks, logger=TensorBoardLogger(root, name="sweep", version=name), steps=60, max_epochs=-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what looks wrong, which it is
+        for name, rate in SWEEP.items():
+            callbacks = [GradientMonitor(every_n_steps=2), SharpnessMonitor(every_n_steps=4), LearningRateMonitor()]
+            module = Classifier(mlp(), lambda parameters, rate=rate: torch.optim.SGD(parameters, lr=rate))
+            fit(module, callbacks, logger=TensorBoardLogger(root, name="sweep", version=name), steps=60, max_epochs=-1)
     return root
 
 

@@ -190,8 +190,7 @@ def test_two_runs(open_board, logdir):
 def test_smoothing_leaves_the_values(open_board, events):
     board = open_board()
     loss = np.array([point.value for point in {p.step: p for p in events.Scalars(LOSS)}.values()])
-    board.frame.locator(".smoothing input").fill("0.9")
-    board.wait(".faint")
+    board.after_drawing(lambda: board.frame.locator(".smoothing input").fill("0.9"))
     step, readings = board.point("Training loss", 1.0)
     weights = 0.9 ** np.arange(len(loss))[::-1]
     smooth = (weights * loss).sum() / weights.sum()
