@@ -72,7 +72,7 @@ def sources(*folders: str) -> list[Path]:
 
 # The rooms of dynamon/: what each may import beside kernels, and why. Those that a room may import stand above it, so
 # there are no cycles. REGISTRY is what dynamon.quantities says about quantities, and measures none.
-REGISTRY = ("entries", "names", "registry", "tables")
+REGISTRY = ("entries", "names", "progress", "registry", "tables")
 ROOMS: dict[str, tuple[set[str], str]] = {
     "registry": (set(), "facts and names, which files of runs are read with where torch is not installed"),
     "schedule": (set(), "factors from numbers alone"),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,12 +12,11 @@ from dynamon.layers import Layer
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.monitoring.loop import Loop
-from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.recorder import Recorder
+from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import Steps
 from dynamon.monitoring.weight_copies import copied
-from dynamon.norms.geometry import geometry_assumption
 
 
 class RunContext:
@@ -32,6 +30,7 @@ class RunContext:
         ranks: The processes that measure together, this one alone where there is no other.
         planner: When they measure.
         steps: Which optimizers really step.
+        stated: What the user states of layers and optimizers.
         begun_at: The step at which this fit began.
         unsettled: What went wrong in a meter on this process and has yet to be said to the others, by its name.
     """
@@ -42,10 +41,12 @@ class RunContext:
         budget: Budget,
         recorder: Recorder,
         patterns: Sequence[str] | None = None,
+        stated: Stated | None = None,
     ) -> None:
         """Remember them, and read the layers."""
         self.loop, self.module, self.budget, self.recorder = loop, loop.module, budget, recorder
-        self._set = LayerSet(loop.module, patterns)
+        self.stated = Stated() if stated is None else stated
+        self._set = LayerSet(loop.module, patterns, self.stated.roles)
         self.ranks, self.planner = loop.ranks(), Planner(budget)
         self.steps = Steps(loop, self.ranks, budget.waiting)
         self.begun_at = self.step
@@ -143,14 +144,3 @@ class RunContext:
             if name in self.unsettled:
                 raise self.unsettled.pop(name)
             yield
-
-
-_told: "WeakSet[Optimizer]" = WeakSet()  # whose geometry was spoken of
-
-
-def say_geometry(optimizer: Optimizer) -> None:
-    """Say once of an optimizer what is assumed of it, where its geometry is a guess."""
-    guessed = None if optimizer in _told else geometry_assumption(optimizer)
-    _told.add(optimizer)
-    if guessed is not None:
-        rank_zero_info(guessed)

@@ -1,6 +1,6 @@
 """Sizes of weights and updates, how updates turn, the spectrum's extremes, and what decay leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,11 @@ class WeightMonitor(Monitor):
         convolutions: Bound the norm of each convolution as a map of whole inputs, every tenth reading. Takes from
             milliseconds to, for hundreds of channels on a CPU, seconds a layer.
         grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
+        roles: Roles of layers by glob (``{"stem.*": "embedding"}``) where they are guessed wrongly, as ``overrides`` of
+            :func:`dynamon.layers.describe_layers`. What was guessed from a name is logged once.
+        geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which
+            selects the norms of ``gradient/dual``, noise and steps. A mapping from class names states it of some. None:
+            by their classes (:func:`dynamon.norms.optimizer_family`); what was guessed is logged once.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
@@ -62,13 +67,17 @@ class WeightMonitor(Monitor):
         histograms: bool = False,
         convolutions: bool = False,
         grace: float = GRACE,
+        roles: Mapping[str, str] | None = None,
+        geometry: str | Mapping[str, str] | None = None,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
-        super().__init__(
-            partial(_meters, every_n_steps, histograms, convolutions), budget, layers, loggers, strict, grace
-        )
+        self._every_n_steps = every_n_steps
+        self._make_part = partial(weight_meters, interval=20, histograms=histograms, convolutions=convolutions)
+        own_meters = partial(self._make_part, every_n_steps)
+        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry)
 
 
-def _meters(every_n_steps: int | None, with_histograms: bool, with_convolutions: bool) -> list[Meter]:
-    return [WeightMeter(Cadence(every_n_steps, interval=20), with_histograms, with_convolutions)]
+def weight_meters(every_n_steps: int | None, interval: int, histograms: bool, convolutions: bool) -> list[Meter]:
+    """Make the meter of weights."""
+    return [WeightMeter(Cadence(every_n_steps, interval), histograms, convolutions)]
