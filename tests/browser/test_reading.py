@@ -204,7 +204,7 @@ def check_sweep(board: Board, folders, kind: str) -> None:
         steps, rate, final, lowest, highest, health = rows[name]
         assert steps == "60" and number(rate) == rounded(SWEEP[folder.name])
         assert health == (words or "nothing looks wrong")
-        np.testing.assert_allclose([number(final), number(highest)], [finals[name], ratios[name]], rtol=1e-3)
+        np.testing.assert_allclose([number(final), number(highest)], [finals[name], ratios[name]], rtol=5e-3)
         assert number(lowest) <= number(final)
     assert any("fault" in row[-1] for row in rows.values()) and any("nothing" in row[-1] for row in rows.values())
     board.shot(f"sweep-{kind}")
