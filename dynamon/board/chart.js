@@ -83,9 +83,7 @@ function reading(line, step) {
   const index = nearest(line.steps, step);
   const value = line.upper ? `${short(line.values[index])} to ${short(line.upper[index])}` : exact(line.values[index]);
   const smooth = line.smooth ? ` (${short(line.smooth[index])})` : "";
-  const isOutside = step < line.steps[0] || step > line.steps[line.steps.length - 1];
-  const isElsewhere = isOutside || (MARKS.includes(line.kind) && line.steps[index] !== step);
-  return `${value}${smooth}${isElsewhere ? ` (step ${line.steps[index]})` : ""}`;
+  return `${value}${smooth}${line.steps[index] === step ? "" : ` (step ${line.steps[index]})`}`;
 }
 
 function withSmooth(line, weight) {

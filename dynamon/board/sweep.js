@@ -106,6 +106,9 @@ function picture(rows, shown, side, toggle) {
   if (!drawn.length) return el("p", { class: "hint" }, `No run has both a training loss and a ${SIDES[side]}.`);
   const x = scaled(drawn.map((row) => numeric(row[side])));
   const y = scaled(drawn.map((row) => numeric(row.final)).filter(Number.isFinite));
+  const notes = ["A click shows a run in the other views, or takes it out."];
+  if (drawn.some((row) => !Number.isFinite(numeric(row.final)))) notes.push("Above the top line: the loss is not finite.");
+  if (x.hasZero || y.hasZero) notes.push("At the edge: zero, on a logarithmic scale.");
   onWidth(holder, (width) => holder.replaceChildren(sketch(width), tip));
   const sketch = (width) => {
     const inner = { width: width - AREA.left - AREA.right, height: AREA.height - AREA.top - AREA.bottom };
@@ -145,7 +148,7 @@ function picture(rows, shown, side, toggle) {
   return el(
     "figure",
     { class: "chart" },
-    el("figcaption", {}, el("h3", {}, `Final loss over the ${SIDES[side]}`), el("p", {}, "A click shows a run in the other views, or takes it out. Above the top line: the loss is not finite.")),
+    el("figcaption", {}, el("h3", {}, `Final loss over the ${SIDES[side]}`), el("p", {}, notes.join(" "))),
     el("div", { class: "legend" }, [["fine", "nothing looks wrong"], ["warning", "a warning"], ["fault", "a fault"]].map(([kind, text]) => {
       const swatch = svg("svg", { width: 16, height: 16, "aria-hidden": "true", class: "inkrule" }, mark(kind, 8, 8));
       return el("span", { class: "key" }, swatch, ` ${text}`);
@@ -166,15 +169,18 @@ function mark(kind, x, y) {
   return svg("circle", { class: "dot", cx: x, cy: y, r: 5 });
 }
 
-/** Where values lie on an axis (0 to 1), logarithmic where they are positive and far apart. */
+/** Where values lie on an axis (0 to 1), logarithmic where they are far apart; then those not positive are at its end. */
 function scaled(values) {
-  let [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
-  const isLog = low > 0 && high / low > 10;
+  const positive = values.filter((value) => value > 0);
+  const isLog = values.every((value) => value >= 0) && positive.length > 1 && Math.max(...positive) > 10 * Math.min(...positive);
+  const known = isLog ? positive : values;
+  let [low, high] = known.length ? [Math.min(...known), Math.max(...known)] : [0, 1];
   if (isLog) [low, high] = [low / 1.3, high * 1.3];
   else {
     const pad = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
     [low, high] = [low - pad, high + pad];
   }
   const shape = isLog ? Math.log : (value) => value;
-  return { share: (value) => (shape(value) - shape(low)) / (shape(high) - shape(low)), ticks: isLog ? logTicks(low, high, 7) : ticks(low, high, 5) };
+  const share = (value) => (isLog && value <= 0 ? 0 : (shape(value) - shape(low)) / (shape(high) - shape(low)));
+  return { share, hasZero: isLog && known.length < values.length, ticks: isLog ? logTicks(low, high, 7) : ticks(low, high, 5) };
 }

@@ -6,6 +6,8 @@ import { median } from "./numbers.js";
 
 export const ADD = "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks";
 
+const FINE = "Nothing looks wrong";
+
 /** The axis of steps that all views share. */
 export function stepsOf(runs) {
   return [0, Math.max(1, ...runs.map((run) => run.lastStep))];
@@ -155,7 +157,9 @@ export function health(runs, state, actions) {
         ? el("p", { class: "hint" }, "looking …")
         : run.findings.length
         ? el("ol", { class: "findings" }, run.findings.map((finding) => card(run, finding, actions.open)))
-        : empty("Nothing looks wrong", "No rule has anything to say. Sharpness around its threshold is normal training."),
+        : runs.length > 1
+        ? el("p", { class: "verdict fine" }, FINE)
+        : empty(FINE, "No rule has anything to say. Sharpness around its threshold is normal training."),
       run.findings && run.checks ? checked(run, runs.length > 1) : null,
     ]),
   );

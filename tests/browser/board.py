@@ -178,6 +178,8 @@ def in_tensorboard(page) -> Board:
 
 
 def number(text: str) -> float:
+    """A number as it is shown, without the step of its reading."""
+    text = text.split(" (step")[0]
     return {"no value": math.nan, "infinite": math.inf, "-infinite": -math.inf}.get(text) or float(text)
 
 

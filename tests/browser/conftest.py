@@ -87,7 +87,7 @@ def sweep_dir(browser, tmp_path_factory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what looks wrong, which it is
         for name, rate in SWEEP.items():
-            callbacks = [GradientMonitor(every_n_steps=2), SharpnessMonitor(every_n_steps=4), LearningRateMonitor()]
+            callbacks = [GradientMonitor(every_n_steps=1), SharpnessMonitor(every_n_steps=4), LearningRateMonitor()]
             module = Classifier(mlp(), lambda parameters, rate=rate: torch.optim.SGD(parameters, lr=rate))
             fit(module, callbacks, logger=TensorBoardLogger(root, name="sweep", version=name), steps=60, max_epochs=-1)
     return root

@@ -48,7 +48,7 @@ def test_every_view(open_board, request, scheme):
     for view in VIEWS:
         board.show(view)
         assert CHARTS[view] <= set(board.titles())
-        assert view != "health" or board.frame.locator(".finding, .empty").count()
+        assert view != "health" or board.frame.locator(".finding, .empty, .verdict").count()
         assert "NaN" not in board.frame.locator("#panel").inner_html()
         assert board.frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
         board.shot(f"{name}-{view}-{scheme}")
