@@ -29,7 +29,7 @@ export function lineChart(options) {
   let isLog = memory.isLog ?? Boolean(options.isLog);
   const move = () => {
     at.textContent = String(axis.cursor);
-    lines.forEach((line, i) => readings[i].replaceChildren(reading(line, axis.cursor)));
+    lines.forEach((line, i) => readings[i].replaceChildren(reading(line, axis)));
     if (plot) point(plot, axis.cursor);
   };
   const draw = () => {
@@ -78,12 +78,20 @@ function legendOf(lines, readings, at, rules) {
   );
 }
 
-/** What the legend says of a line at a step: the value of its nearest point, and whose step it is where it is not here. */
-function reading(line, step) {
+/**
+ * What the legend says of a line: the value of its point nearest to the cursor, and the step of that where it is another.
+ * While nobody points, that is the last point, and its step is of interest only where the line ends before the others.
+ */
+function reading(line, axis) {
+  const step = axis.cursor;
   const index = nearest(line.steps, step);
   const value = line.upper ? `${short(line.values[index])} to ${short(line.upper[index])}` : exact(line.values[index]);
   const smooth = line.smooth ? ` (${short(line.smooth[index])})` : "";
-  return `${value}${smooth}${line.steps[index] === step ? "" : ` (step ${line.steps[index]})`}`;
+  const away = Math.abs(line.steps[index] - step);
+  const isPointed = axis.step !== null || MARKS.includes(line.kind);
+  const last = line.steps.length - 1;
+  const usual = isPointed ? 0 : (line.steps[last] - line.steps[0]) / Math.max(last, 1);
+  return `${value}${smooth}${away <= usual ? "" : ` (step ${line.steps[index]})`}`;
 }
 
 function withSmooth(line, weight) {

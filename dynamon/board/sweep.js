@@ -33,8 +33,9 @@ export async function sweepView(runs, state, actions) {
   return el(
     "div",
     {},
-    el("p", { class: "hint" }, `${rows.length} runs${read < rows.length ? `, ${read} of them read so far` : ""}. Those ticked are in the other views, at most ${MOST_RUNS}. `
-      + "Losses are running medians; the ratio is the largest converged reading of the stability ratio."),
+    el("p", { class: "hint" }, `${rows.length} runs${read < rows.length ? `, ${read} of them read so far` : ""}. `
+      + `Those ticked are in the other views, at most ${MOST_RUNS}. Losses are running medians; the ratio is the highest `
+      + "converged reading of the stability ratio."),
     table(sorted, shown, order, toggle, actions),
     el("div", { class: "controls" }, choice("horizontal ", Object.entries(SIDES), side, (v) => actions.change({ side: v }))),
     picture(rows, shown, side, toggle),
@@ -71,19 +72,21 @@ function table(rows, shown, order, toggle, actions) {
   });
   const body = rows.map((row) => {
     const place = shown.indexOf(row.name);
+    const chip = place >= 0 ? el("span", { class: `chip ink${place + 1}`, "aria-hidden": "true" }) : null;
     const box = el("input", { type: "checkbox", checked: place >= 0, "aria-label": `show ${row.name}`, onchange: () => toggle(row.name) });
     const cell = (key) => el("td", { class: "number" }, row[key] === null ? "–" : key === "steps" ? String(row[key]) : said(row[key]));
     return el(
       "tr",
       {},
       el("td", {}, box),
-      el("th", { scope: "row", title: row.name }, place >= 0 ? el("span", { class: `chip ink${place + 1}`, "aria-hidden": "true" }) : null, row.name),
+      el("th", { scope: "row", title: row.name }, chip, row.name),
       row.share === 1
         ? [...COLUMNS.slice(1, -1).map(([key]) => cell(key)), el("td", {}, verdictOf(row))]
         : el("td", { colspan: COLUMNS.length - 1, class: "hint" }, row.problem ?? "not read yet"),
     );
   });
-  return el("div", { class: "tablescroll" }, el("table", { class: "runtable" }, el("thead", {}, el("tr", {}, el("th", {}, "show"), head)), el("tbody", {}, body)));
+  const titles = el("thead", {}, el("tr", {}, el("th", {}, "show"), head));
+  return el("div", { class: "tablescroll" }, el("table", { class: "runtable" }, titles, el("tbody", {}, body)));
 }
 
 function said(value) {
@@ -92,7 +95,8 @@ function said(value) {
 }
 
 function verdictOf(row) {
-  const parts = ["fault", "warning", "note"].filter((kind) => row.counts[kind]).map((kind) => `${row.counts[kind]} ${kind}${row.counts[kind] > 1 ? "s" : ""}`);
+  const found = ["fault", "warning", "note"].filter((kind) => row.counts[kind]);
+  const parts = found.map((kind) => `${row.counts[kind]} ${kind}${row.counts[kind] > 1 ? "s" : ""}`);
   return el("span", { class: `verdict ${worst(row)}` }, parts.join(", ") || "nothing looks wrong");
 }
 
@@ -119,9 +123,13 @@ function picture(rows, shown, side, toggle) {
       node.append(svg("line", { class: "grid", x1: AREA.left, x2: width - AREA.right, y1: up(value), y2: up(value) }));
       node.append(svg("text", { x: AREA.left - 8, y: up(value) + 4, "text-anchor": "end" }, short(value)));
     }
-    for (const value of x.ticks) node.append(svg("text", { x: across(value), y: AREA.height - 24, "text-anchor": "middle" }, short(value)));
+    for (const value of x.ticks) {
+      node.append(svg("text", { x: across(value), y: AREA.height - 24, "text-anchor": "middle" }, short(value)));
+    }
     node.append(svg("text", { x: AREA.left + inner.width / 2, y: AREA.height - 6, "text-anchor": "middle" }, SIDES[side]));
-    if (side === "ratio" && x.share(1) >= 0 && x.share(1) <= 1) node.append(svg("line", { class: "rule", x1: across(1), x2: across(1), y1: AREA.top, y2: AREA.height - AREA.bottom }));
+    if (side === "ratio" && x.share(1) >= 0 && x.share(1) <= 1) {
+      node.append(svg("line", { class: "rule", x1: across(1), x2: across(1), y1: AREA.top, y2: AREA.height - AREA.bottom }));
+    }
     for (const row of drawn) node.append(point(row, across(numeric(row[side])), up(numeric(row.final))));
     return node;
   };
@@ -132,7 +140,8 @@ function picture(rows, shown, side, toggle) {
       tip.replaceChildren(words);
       tip.hidden = false;
       const isRight = left > holder.clientWidth / 2;
-      Object.assign(tip.style, { top: `${top + 12}px`, left: isRight ? "auto" : `${left}px`, right: isRight ? `${holder.clientWidth - left}px` : "auto" });
+      const right = `${holder.clientWidth - left}px`;
+      Object.assign(tip.style, { top: `${top + 12}px`, left: isRight ? "auto" : `${left}px`, right: isRight ? right : "auto" });
     };
     const hide = () => (tip.hidden = true);
     const act = () => toggle(row.name);

@@ -90,7 +90,8 @@ export function stability(runs, state) {
     { title: "Top eigenvalue of the Hessian", lines: linesOf(runs, [...solved("hessian_max", "eigenvalue"), threshold]) },
     {
       title: "Sharpness along the step",
-      note: "Cheap readings of the curvature: along the last update; 2 over the rate at which the loss is back where it was (critical); along the gradient of a batch.",
+      note: "Cheap readings of the curvature: along the last update; 2 over the rate at which the loss is back where it was "
+        + "(critical); along the gradient of a batch.",
       lines: linesOf(runs, [
         ["sharpness/directional", "along the last update"],
         ["sharpness/critical", "critical"],
@@ -100,7 +101,8 @@ export function stability(runs, state) {
     },
     {
       title: "How far the last step could have gone",
-      note: "In multiples of the step taken. Where the first line is below 1, the step raised the loss; where the second is below 1, it went beyond the lowest.",
+      note: "In multiples of the step taken. Where the first line is below 1, the step raised the loss; where the second is "
+        + "below 1, it went beyond the lowest.",
       lines: linesOf(runs, [
         ["sharpness/critical_multiple", "until the loss is back where it was"],
         ["sharpness/best_multiple", "to the lowest loss"],
