@@ -26,6 +26,7 @@ from dynamon.isolation.trackers import is_muted
 from dynamon.monitoring.accumulation import Windows
 from dynamon.monitoring.loop import Loop, nothing_to_train
 from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.writers import Writer
 from dynamon.optim import LayerwiseRates, several_devices_reason
@@ -37,6 +38,7 @@ class _Shared:
 
     windows: Windows = field(default_factory=Windows)
     row: Row = field(default_factory=Row)
+    planner: Planner = field(default_factory=Planner)
     writers: WeakKeyDictionary[Logger, Writer] = field(default_factory=WeakKeyDictionary)
 
 
@@ -74,6 +76,11 @@ class TrainerLoop(Loop):
     def row(self) -> Row:  # type: ignore[override]
         """Collects what all callbacks of the Trainer have measured at one step."""
         return self._shared.row
+
+    @property
+    def planner(self) -> Planner:  # type: ignore[override]
+        """Decides when all callbacks of the Trainer measure."""
+        return self._shared.planner
 
     def begin_windows(self) -> None:
         """Forget what was accumulated in another fit."""
@@ -149,6 +156,15 @@ class TrainerLoop(Loop):
     def reads_before_clipping(self) -> bool:
         """Whether optimisation is automatic: else ``training_step`` clips before the step is announced."""
         return self.module.automatic_optimization
+
+    def clipped(self, gradient: Tensor) -> Tensor:
+        """Return a flat gradient as ``gradient_clip_val`` of the Trainer clips it."""
+        value = self.trainer.gradient_clip_val
+        if value is None or value <= 0 or not self.module.automatic_optimization:
+            return gradient
+        if self.trainer.gradient_clip_algorithm == "value":
+            return gradient.clamp(-value, value)
+        return gradient * (value / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0)
 
     @property
     def accumulates(self) -> int:

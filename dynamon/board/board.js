@@ -3,13 +3,14 @@
 // A run is {label, lastStep, loss, findings, checks, quantities, shown, scalar, table}: the tag of the training loss or
 // null, what health found and what it checked or null while it is looked for, `shown` the {words, scale} of those of `quantities` that dynamon knows, a
 // Map, `scalar(tag)` the series {steps, values} or null, `await table(quantity)` a quantity of `quantities` as
-// {steps, layers, values (row by row), total}.
+// {steps, layers, values (row by row), total}, `await progress()` what `dynamon.board.progress` says of it or null.
 
 import { Axis } from "./axis.js";
 import { el } from "./dom.js";
 import { layers } from "./layers.js";
-import { decoded } from "./numbers.js";
+import { decoded, stepText } from "./numbers.js";
 import { Place, listed, numbered } from "./place.js";
+import { progress } from "./progress.js";
 import { MOST_RUNS, sweepView } from "./sweep.js";
 import { empty, health, rates, stability, stepsOf } from "./views.js";
 
@@ -17,8 +18,9 @@ const VIEWS = [
   ["runs", "Runs", sweepView],
   ["stability", "1 Stability", stability],
   ["layers", "2 Layers", layers],
-  ["rates", "3 Rates", rates],
-  ["health", "4 Health", health],
+  ["progress", "3 Progress", progress],
+  ["rates", "4 Rates", rates],
+  ["health", "5 Health", health],
 ];
 const GESTURES =
   "Drag to zoom, Shift + drag to move, double-click for the whole run. Keys on a chart: ← → step, + − zoom, 0 the whole run.";
@@ -40,6 +42,7 @@ export function packed(run) {
     shown: new Map(Object.entries(run.shown ?? {})),
     scalar: (tag) => (scalars.has(tag) ? once(`s ${tag}`, () => unpackedScalar(scalars.get(tag))) : null),
     table: async (quantity) => once(`t ${quantity}`, () => unpackedTable(tables.get(quantity))),
+    progress: async () => once("progress", () => run.progress && unpackedProgress(run.progress)),
   };
 }
 
@@ -49,6 +52,11 @@ export function unpackedScalar({ steps, values, total }) {
 
 export function unpackedTable({ steps, values, layers, total }) {
   return { steps: decoded(steps, "f8"), values: decoded(values, "f4"), layers, total };
+}
+
+export function unpackedProgress({ steps, values, errors, total, low, high, overshoot, ...rest }) {
+  const wide = Object.entries({ steps, total, low, high, overshoot }).map(([key, text]) => [key, decoded(text, "f8")]);
+  return { ...rest, ...Object.fromEntries(wide), values: decoded(values, "f4"), errors: decoded(errors, "f4") };
 }
 
 /**
@@ -207,7 +215,7 @@ function placeOf(runs, state) {
     ...(view === "layers" && state.quantity ? { quantity: state.quantity } : {}),
     ...(view === "layers" ? numbered("layer", [...state.chosen]) : {}),
     ...(axis.range ? { steps: axis.range.join("-") } : {}),
-    ...(axis.step === null ? {} : { step: String(axis.step) }),
+    ...(axis.step === null ? {} : { step: stepText(axis.step) }),
   };
 }
 

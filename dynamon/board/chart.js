@@ -2,7 +2,7 @@
 
 import { steer, themeColor } from "./axis.js";
 import { el, onWidth, svg } from "./dom.js";
-import { exact, logTicks, nearest, short, smoothed, stepTicks, ticks } from "./numbers.js";
+import { exact, logTicks, nearest, short, smoothed, stepText, stepTicks, ticks } from "./numbers.js";
 import { uPlot } from "./uplot.js";
 
 const MARKS = ["points", "rings", "hollow"];
@@ -28,7 +28,7 @@ export function lineChart(options) {
   let width = 0;
   let isLog = memory.isLog ?? Boolean(options.isLog);
   const move = () => {
-    at.textContent = String(axis.cursor);
+    at.textContent = stepText(axis.cursor);
     lines.forEach((line, i) => readings[i].replaceChildren(reading(line, axis)));
     if (plot) point(plot, axis.cursor);
   };
@@ -91,7 +91,7 @@ function reading(line, axis) {
   const isPointed = axis.step !== null || MARKS.includes(line.kind);
   const last = line.steps.length - 1;
   const usual = isPointed ? 0 : (line.steps[last] - line.steps[0]) / Math.max(last, 1);
-  return `${value}${smooth}${away <= usual ? "" : ` (step ${line.steps[index]})`}`;
+  return `${value}${smooth}${away <= usual ? "" : ` (step ${stepText(line.steps[index])})`}`;
 }
 
 function withSmooth(line, weight) {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, display_hints, pack_scalar, pack_table
+from dynamon.board.progress import packed_progress
 from dynamon.board.summary import summarise
 from dynamon.health import examine, loss_tag
 from dynamon.runs import assemble_run
@@ -243,6 +244,12 @@ class LoggedRun:
         """Return the findings in what was read so far."""
         found: list[dict[str, Any]] = self.health()["findings"]
         return found
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return the summary of :func:`dynamon.board.progress.packed_progress` of what was read so far."""
+        with self._lock:
+            data = self._data()
+        return packed_progress(data)
 
     def _data(self, with_rows: bool = True) -> RunData:
         """Return what was read so far; tables of tensor summaries without their rows if those are not needed."""

@@ -38,6 +38,11 @@ export function ticks(low, high, count) {
   return found;
 }
 
+/** A step as text; the middle of several may lie between two. */
+export function stepText(step) {
+  return String(Math.round(step));
+}
+
 /** Steps between two, about `count` of them. */
 export function stepTicks(first, last, count) {
   return ticks(first, last, Math.max(2, Math.min(count, last - first))).filter(Number.isInteger);

@@ -21,6 +21,7 @@ MODULES = (
     "views",
     "layers",
     "sweep",
+    "progress",
     "board",
 )  # each after those that it imports
 _IMPORT = re.compile(r"^import \{[^}]*\} from \"\./\w+\.js\";\n", re.M)

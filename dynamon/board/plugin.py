@@ -37,7 +37,7 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
         self._folder: Any = None
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
-        """Return the routes: files of the board by name, and five requests."""
+        """Return the routes: files of the board by name, and six requests."""
         modules = {f"/{name}.js": _file(partial(page.module, name), "text/javascript") for name in page.module_names()}
         return modules | {
             "/board.css": _file(page.style_sheet, "text/css"),
@@ -45,6 +45,7 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
             "/run": self._answers(lambda folder, asked: _run(folder, asked).updates(*_known(asked))),
             "/table": self._answers(lambda folder, asked: _run(folder, asked).table(asked["quantity"], *_known(asked))),
             "/health": self._answers(lambda folder, asked: _run(folder, asked).health()),
+            "/progress": self._answers(lambda folder, asked: {"progress": _run(folder, asked).progress()}),
             "/rows": self._answers(lambda folder, _: {"rows": folder.rows()}),
         }
 

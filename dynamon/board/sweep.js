@@ -97,7 +97,7 @@ function said(value) {
 function verdictOf(row) {
   const found = ["fault", "warning", "note"].filter((kind) => row.counts[kind]);
   const parts = found.map((kind) => `${row.counts[kind]} ${kind}${row.counts[kind] > 1 ? "s" : ""}`);
-  return el("span", { class: `verdict ${worst(row)}` }, parts.join(", ") || "nothing looks wrong");
+  return el("span", { class: `result ${worst(row)}` }, parts.join(", ") || "nothing looks wrong");
 }
 
 /** Final loss over the chosen side, one mark for each run: a circle, a triangle with a warning, a cross with a fault. */

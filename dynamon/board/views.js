@@ -126,7 +126,7 @@ export function stability(runs, state) {
   );
 }
 
-/** 3: the base rate, what steering makes of it, and the noise that it follows. */
+/** 4: the base rate, what steering makes of it, and the noise that it follows. */
 export function rates(runs, state) {
   const found = charts(state, [
     { title: "Base learning rate", lines: linesOf(runs, [["lr/base", "base rate"], ["lr/base_min", "smallest of all groups"]]) },
@@ -148,7 +148,7 @@ export function rates(runs, state) {
   return el("div", {}, found.length ? found : empty("No steering of rates in this run", add), noise);
 }
 
-/** 4: what looks wrong, the worst first, and what was checked. */
+/** 5: what looks wrong, the worst first, and what was checked. */
 export function health(runs, state, actions) {
   return el(
     "div",
@@ -160,7 +160,7 @@ export function health(runs, state, actions) {
         : run.findings.length
         ? el("ol", { class: "findings" }, run.findings.map((finding) => card(run, finding, actions.open)))
         : runs.length > 1
-        ? el("p", { class: "verdict fine" }, FINE)
+        ? el("p", { class: "result fine" }, FINE)
         : empty(FINE, "No rule has anything to say. Sharpness around its threshold is normal training."),
       run.findings && run.checks ? checked(run, runs.length > 1) : null,
     ]),
@@ -170,7 +170,7 @@ export function health(runs, state, actions) {
 /** What was checked, with the value seen; then what could not be checked, and which readings that needs. */
 function checked(run, isShort) {
   const [seen, unseen] = [true, false].map((has) => run.checks.filter((check) => (check.value !== null) === has));
-  const verdict = (check) => el("span", { class: `verdict ${check.severity ?? "fine"}` }, check.severity ?? "fine");
+  const verdict = (check) => el("span", { class: `result ${check.severity ?? "fine"}` }, check.severity ?? "fine");
   const rows = seen.map((check) => el(
     "tr",
     {},

@@ -38,8 +38,8 @@ class Preset:
     histograms: bool = False
 
 
-_ECONOMY = ("stability_ratio", "directional", "critical")
-_EXPENSIVE = ("preconditioned", "ggn", "trace", "density")  # asked for by name, in SharpnessMonitor
+_ECONOMY = ("stability_ratio", "directional", "critical", "progress")
+_EXPENSIVE = ("next", "preconditioned", "ggn", "trace", "density")  # asked for by name, in SharpnessMonitor
 PRESETS = {
     "economy": Preset(gradients=4, weights=20, sharpness=20, probe_fraction=0.25, quantities=_ECONOMY),
     "standard": Preset(
@@ -66,7 +66,8 @@ class DynamicsMonitor(Monitor):
     preset        gradients every  weights every   sharpness every   sharpness
     ============  ===============  ==============  ================  =============================================
     ``economy``   4 steps          20 steps        20 steps          stability ratio, directional and critical
-                                                                     sharpness, on a quarter of a batch
+                                                                     sharpness, on a quarter of a batch; progress
+                                                                     by layer, on the next batch
     ``standard``  2 steps          10 steps        20 steps          with the Hessian and the bracket
     ``full``      1 step           5 steps         10 steps          with batch sharpness, the top eigenspace and
                                                                      every layer's block, on a whole batch; histograms

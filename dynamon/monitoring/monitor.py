@@ -194,9 +194,7 @@ class Monitor(MeterScheduler):
         self._detach()
         self._take_grace()
         self._run, self._started = run, False
-        for meter in self._meters:
-            for plan in meter.plans(run):
-                run.planner.add(plan)
+        run.planner.join(self, self._budget, [plan for meter in self._meters for plan in meter.plans(run)])
         self._go_back_to(run.step)
         for sentence in loop.warnings_of(type(self).__name__, self._meters):
             rank_zero_warn(sentence)
@@ -223,7 +221,8 @@ class Monitor(MeterScheduler):
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
             self._run.go_back()
-            self._run.planner.begin(step, None, self._run.trying_out)
+            if self._run.planner.has_begun:
+                self._run.planner.begin(step, None, self._run.trying_out)
         self._next_step = step
 
     def batch_start(self, batch: Any) -> None:
@@ -299,6 +298,7 @@ class Monitor(MeterScheduler):
             said = f"{wanted} no layer of {name}" if self._run.all_layers else f"{name} has nothing to measure"
             rank_zero_warn(f"{type(self).__name__} is off: {said}.")
             self._detach()
+            self._run.planner.leave(self)
             self._run = None
 
     def _record_loss(self, loss: StepLoss) -> None:
@@ -329,8 +329,8 @@ class Monitor(MeterScheduler):
         """Say what looks wrong at the end, and what was never measured."""
         self.last_look()
         if self._run is not None and not self._run.trying_out and self._skipped.any_taken:
-            missed = [meter for meter in self._meters if meter.is_missed() and not self.paused(meter)]
-            say_missed(type(self).__name__, self._run, missed, self._grace)
+            missed = [m for m in self._meters if (m.is_missed() or m.missed_reason()) and not self.paused(m)]
+            say_missed(type(self).__name__, self._run, missed)
 
     def abort(self) -> None:
         """Training was ended by an exception: stop the clock."""

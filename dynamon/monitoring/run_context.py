@@ -12,7 +12,6 @@ from dynamon.layers import Layer
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.monitoring.loop import Loop
-from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import Steps
@@ -28,7 +27,7 @@ class RunContext:
         budget: Times measurements.
         recorder: Takes readings.
         ranks: The processes that measure together, this one alone where there is no other.
-        planner: When they measure.
+        planner: When all monitors of the loop measure.
         steps: Which optimizers really step.
         stated: What the user states of layers and optimizers.
         begun_at: The step at which this fit began.
@@ -47,7 +46,7 @@ class RunContext:
         self.loop, self.module, self.budget, self.recorder = loop, loop.module, budget, recorder
         self.stated = Stated() if stated is None else stated
         self._set = LayerSet(loop.module, patterns, self.stated.roles)
-        self.ranks, self.planner = loop.ranks(), Planner(budget)
+        self.ranks, self.planner = loop.ranks(), loop.planner
         self.steps = Steps(loop, self.ranks, budget.waiting)
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}

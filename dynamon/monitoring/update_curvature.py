@@ -76,6 +76,10 @@ class UpdateCurvatureMeter(Meter):
         """Not where nothing was asked for."""
         return super().is_missed() and bool(self._wanted) and not self._probe.off
 
+    def missed_reason(self) -> str | None:
+        """Return why there was no loss to measure on."""
+        return None if self.points or self.is_off() else self._probe.refusal
+
     def expected(self, run: RunContext) -> float | None:
         """Return the seconds a measurement took last; before the first, gradients on the probe; None without one.
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 CHARTS = {
     "stability": {"Stability ratio", "Training loss", "Top eigenvalue of the Hessian", "Sharpness along the step"},
     "layers": {"gradient/dual"},
+    "progress": {"Decrease of the loss in a step", "Overshoot of the step"},
     "rates": {"Base learning rate", "Rate ratio across layers", "Gradient noise across layers, dual norm"},
     "health": set(),
 }
@@ -48,7 +49,7 @@ def test_every_view(open_board, request, scheme):
     for view in VIEWS:
         board.show(view)
         assert CHARTS[view] <= set(board.titles())
-        assert view != "health" or board.frame.locator(".finding, .empty, .verdict").count()
+        assert view != "health" or board.frame.locator(".finding, .empty, .result").count()
         assert "NaN" not in board.frame.locator("#panel").inner_html()
         assert board.frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
         board.shot(f"{name}-{view}-{scheme}")

@@ -187,7 +187,7 @@ def test_a_sweep_of_six_runs(open_tab, open_report, sweep_dir, tmp_path, kind):
 
 def check_sweep(board: Board, folders, kind: str) -> None:
     board.show("runs")
-    board.frame.wait_for_function("() => document.querySelectorAll('table.runtable .verdict').length === 6")
+    board.frame.wait_for_function("() => document.querySelectorAll('table.runtable .result').length === 6")
     board.wait_until_drawn()
     rows = table_of(board)
     assert set(rows) == set(folders)
