@@ -1,8 +1,9 @@
 // A map of layers over steps: rows in model order, groups that fold, the value under the pointer.
 
+import { steer } from "./axis.js";
 import { BELOW, FAINTEST, INFINITE, NEGATIVE, POSITIVE, UNSURE, colorScale, colorTable, signedScale } from "./colors.js";
 import { el, onWidth } from "./dom.js";
-import { median, nearest, range, short, ticks } from "./numbers.js";
+import { exact, median, nearest, range, short, stepText, stepTicks } from "./numbers.js";
 
 const LABELS = 260; // pixels
 const ROW = { compact: 4, readable: 17 };
@@ -39,18 +40,20 @@ function sharedPrefix(names) {
   return cut;
 }
 
-/** options: table {steps, layers, values}, steps [first, last], isLog, map, density, folded (Set of groups), chosen
- * (Set of layer names), pick(name), memory (keeps the cell and the place scrolled to), isSigned (two colours by sign in
- * place of map). A table with `errors` shows them, and values within two of them of zero are grey. Returns the element. */
+/** options: table {steps, layers, values}, axis (the Axis of all charts), isLog, map, density, folded (Set of groups),
+ * chosen (Set of layer names), pick(name), memory (keeps the cell and the place scrolled to), isSigned (two colours by
+ * sign in place of map). A table with `errors` shows them, and values within two of them of zero are grey. Returns the
+ * element. */
 export function heatmap(options) {
-  const { table } = options;
+  const { table, axis } = options;
   const canvas = el("canvas", { tabindex: 0, role: "img", "aria-label": "layers over steps; arrow keys move, Enter shows a layer's curve" });
   const labels = el("div", { class: "rowlabels" });
   const box = el("div", { class: "cell", hidden: true });
   const tip = el("div", { class: "tip", hidden: true, role: "status", "aria-live": "polite" });
-  const area = el("div", { class: "maparea" }, canvas, box, tip);
+  const line = el("div", { class: "mapcursor" });
+  const area = el("div", { class: "maparea" }, canvas, line, box, tip);
   const root = el("div", { class: "map" }, labels, area);
-  const axis = el("div", { class: "mapaxis" });
+  const scale = el("div", { class: "mapaxis" });
   const found = range(table.values, (v) => Number.isFinite(v) && (!options.isLog || v > 0)) ?? [0, 1];
   const most = Math.max(...found.map(Math.abs)) || 1;
   const limits = options.isSigned ? [-most, most] : found;
@@ -64,15 +67,27 @@ export function heatmap(options) {
   const redraw = () => {
     layout = rowsOf(groups, options, table);
     paintLabels();
-    paint(canvas, layout, table, options.steps, width, color);
-    axis.replaceChildren(
-      ...ticks(options.steps[0], options.steps[1], Math.max(2, width / 110)).map((step) => {
+    repaint();
+  };
+  const place = (step) => (width * (step - axis.shown[0])) / (axis.shown[1] - axis.shown[0] || 1);
+  const repaint = () => {
+    paint(canvas, layout, table, axis.shown, width, color);
+    scale.replaceChildren(
+      ...stepTicks(...axis.shown, width / 110).map((step) => {
         const mark = el("span", {}, String(step));
-        mark.style.left = `${LABELS + (width * (step - options.steps[0])) / (options.steps[1] - options.steps[0] || 1)}px`;
+        mark.style.left = `${LABELS + Math.min(place(step), width - 6 * mark.textContent.length)}px`; // inside at the end
         return mark;
       }),
     );
+    move();
   };
+  const move = () => {
+    const [first, last] = axis.shown;
+    line.hidden = axis.step === null || axis.step < first || axis.step > last;
+    line.style.left = `${place(axis.cursor)}px`;
+  };
+  axis.join({ node: root, move, zoom: () => layout && (hide(), repaint()) });
+  steer(area, axis, () => ({ left: canvas.getBoundingClientRect().left, width }));
   const paintLabels = () => {
     const parts = layout.labels.map(({ y, height, text, group, index, inset }) => {
       const isFolded = group !== undefined && options.folded.has(group);
@@ -111,12 +126,12 @@ export function heatmap(options) {
     memory.cell = cursor = [row, column];
     const { y, height, name, read } = layout.rows[row];
     const step = table.steps[column];
-    const x = (width * (step - options.steps[0])) / (options.steps[1] - options.steps[0] || 1);
+    const x = place(step);
     box.hidden = tip.hidden = false;
     Object.assign(box.style, { left: `${x - 1}px`, top: `${y}px`, height: `${height}px` });
     const error = layout.rows[row].error(column);
     const about = Number.isNaN(error) ? "" : ` ± ${short(2 * error)}`;
-    tip.replaceChildren(el("b", {}, `${short(read(column))}${about}`), ` at step ${short(step)}`, el("br"), name);
+    tip.replaceChildren(el("b", {}, `${exact(read(column))}${about}`), ` at step ${stepText(step)}`, el("br"), name);
     const isRight = x > width / 2;
     Object.assign(tip.style, {
       top: `${Math.max(0, y - 8)}px`,
@@ -126,7 +141,7 @@ export function heatmap(options) {
   };
   canvas.addEventListener("pointermove", (event) => {
     const [row, column] = under(event);
-    if (row >= 0) point(row, column);
+    if (row >= 0 && !event.buttons) point(row, column);
   });
   canvas.addEventListener("pointerleave", hide);
   canvas.addEventListener("blur", hide);
@@ -138,8 +153,10 @@ export function heatmap(options) {
     else if (dy || dx) {
       const stride = event.shiftKey ? 10 : 1;
       const to = (value, most) => Math.max(0, Math.min(most - 1, value));
-      point(to(row + dy * stride, layout.rows.length), to(column + dx * stride, table.steps.length));
-    } else return;
+      const other = to(column + dx * stride, table.steps.length);
+      axis.moveTo(table.steps[other]);
+      point(to(row + dy * stride, layout.rows.length), other);
+    } else if (event.ctrlKey || event.metaKey || event.altKey || !axis.key(event.key)) return;
     event.preventDefault();
   });
   const choose = (row) => {
@@ -148,10 +165,9 @@ export function heatmap(options) {
     else if (layout.rows[row]) toggle(layout.rows[row].group);
   };
   const under = (event) => {
-    const place = canvas.getBoundingClientRect();
-    const y = event.clientY - place.top;
-    const share = (event.clientX - place.left) / place.width;
-    const step = options.steps[0] + share * (options.steps[1] - options.steps[0]);
+    const edges = canvas.getBoundingClientRect();
+    const y = event.clientY - edges.top;
+    const step = axis.shown[0] + ((event.clientX - edges.left) / edges.width) * (axis.shown[1] - axis.shown[0]);
     if (!layout) return [-1, 0]; // not on the screen yet
     return [layout.rows.findIndex((row) => y >= row.y && y < row.y + row.height), nearest(table.steps, step)];
   };
@@ -161,7 +177,7 @@ export function heatmap(options) {
     scrolled.scrollTop = memory.scroll ?? 0;
     if (memory.cell && memory.cell[0] < layout.rows.length) point(...memory.cell);
   });
-  const scrolled = el("div", { class: "mapscroll", onscroll: () => (memory.scroll = scrolled.scrollTop) }, root, axis);
+  const scrolled = el("div", { class: "mapscroll", onscroll: () => (memory.scroll = scrolled.scrollTop) }, root, scale);
   return el("div", {}, legend(options, limits), scrolled);
 }
 

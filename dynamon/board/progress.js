@@ -4,7 +4,7 @@ import { lineChart } from "./chart.js";
 import { choice, el } from "./dom.js";
 import { heatmap } from "./heatmap.js";
 import { short } from "./numbers.js";
-import { ADD, empty, remembered, stepsOf } from "./views.js";
+import { ADD, empty, remembered } from "./views.js";
 
 const HEADS = ["layer", "decrease in a step", "share", "in the last third", "overshoot", ""];
 
@@ -24,19 +24,19 @@ export async function progress(runs, state, actions) {
       "Under manual optimisation it needs loss_fn=lambda module, batch: ...",
     ));
   }
-  const chart = (title, note, lines, rules) => lineChart({ ...remembered(runs, state, title), title, note, lines, rules });
+  const chart = (title, note, lines, rules) => lineChart({ ...remembered(state, title), title, note, lines, rules });
   const lines = (make) => all.flatMap((found, i) => (found ? make(found, i, runs.length > 1 ? ` (${runs[i].label})` : "") : []));
   const decrease = lines(({ steps, total, low, high }, i, of) => [
-    { label: `within two standard errors${of}`, steps, values: low, upper: high, kind: "band", color: i + 1 },
-    { label: `mean decrease${of}`, steps, values: total, color: i + 1, dash: i > 0 },
+    ...(runs.length > 2 ? [] : [{ label: `within two standard errors${of}`, steps, values: low, upper: high, kind: "band", color: i + 1 }]),
+    { label: `mean decrease${of}`, steps, values: total, color: i + 1, dash: runs.length === 2 && i > 0 },
   ]);
   const overshoot = lines(({ steps, overshoot: values }, i, of) => [
-    { label: `overshoot of the step${of}`, steps, values, color: i + 1, dash: i > 0 },
+    { label: `overshoot of the step${of}`, steps, values, color: i + 1, dash: runs.length === 2 && i > 0 },
   ]);
   const density = state.density === "auto" ? (own.layers.length > 40 ? "compact" : "readable") : state.density;
   const pick = (name) => actions.open("layers", "progress/decrease", [name], runs[which]);
   const map = heatmap({
-    table: own, steps: stepsOf(runs), isLog: false, isSigned: true, density, folded: state.folded, chosen: new Set(), pick,
+    table: own, axis: state.axis, isLog: false, isSigned: true, density, folded: state.folded, chosen: new Set(), pick,
     memory: (state.mapOfProgress ??= {}),
   });
   return el(
