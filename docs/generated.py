@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rates_study.tables import read
 from dynamon import cli
 from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.quantities import REGISTRY, Quantity
@@ -229,6 +230,19 @@ def tracking_table() -> str:
     return f"{table(head, rows)}\n{note} {provenance(found['environment'])}"
 
 
+def adaptive_tables() -> str:
+    """Rates by layer: every arm against one rate for all layers, task by task."""
+    found = read(RESULTS / "adaptive.json")
+    head = ("arm", "best base rate", "final loss", "less that of uniform, paired by seed", "base rates within 2 %")
+    parts = [
+        f"**{task}**: {found.verdict(task)}.\n\n{table(head, found.rows(task))}"
+        if {"uniform", "oracle", "committed"} <= set(arms)
+        else f"**{task}**\n\n{table(head, found.rows(task))}"
+        for task, arms in found.chosen.items()
+    ]
+    return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
+
+
 def gpu_tables(found: Mapping[str, Any] | None = None) -> str:
     """What ``make gpu`` found when it was last run on a GPU, or that it was not."""
     if found is None:
@@ -363,6 +377,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharpness": sharpness_table,
     "spectra": spectra_table,
     "tracking": tracking_table,
+    "adaptive": adaptive_tables,
     "distributed": distributed_table,
     "gpu": gpu_tables,
     "gpu_draft": gpu_draft_tables,

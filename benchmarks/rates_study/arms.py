@@ -1,0 +1,80 @@
+"""The arms of the study that steer: the rule of each, and controls that keep one part of another rule."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from benchmarks.rates_study.tasks import Task
+from dynamon.layers import Layer, describe_layers
+from dynamon.norms import Norm
+from dynamon.rates import BalancedRates, FixedRates, HeavyTailRates, NoiseAdaptiveRates, Rule, disparity_rates
+
+EVERY = 10  # steps between two readings when following; runs of some hundred steps cannot wait for more
+
+
+class MeanOnly(Rule):
+    """Every layer takes the mean ratio of all: what is left of following is how the mean moves."""
+
+    needs_probe = True
+
+    def __init__(self, inner: BalancedRates) -> None:
+        """Wrap the rule."""
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        """Ask and learn what the rule asks and learns."""
+        return getattr(self._inner, name)
+
+    def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
+        """Form the groups."""
+        super().start(layers, norms)
+        self._inner.start(layers, norms)
+
+    def begin_step(self) -> None:
+        """Count the step."""
+        self._inner.begin_step()
+
+    def ratios(self) -> NDArray[Any]:
+        """The geometric mean for all."""
+        ratios = self._inner.ratios()
+        return np.full_like(ratios, np.exp(np.log(ratios).mean()))
+
+
+def _following(task: Task, model: nn.Module) -> BalancedRates:
+    return BalancedRates(list(task.groups.values()), every=EVERY)
+
+
+RULES: Mapping[str, Callable[[Task, nn.Module], Rule]] = {
+    "following": _following,
+    "mean only": lambda task, model: MeanOnly(_following(task, model)),
+    "inside": lambda task, model: BalancedRates(list(task.groups.values()), pilot=max(12, task.steps // 4)),
+    "pilot": lambda task, model: BalancedRates(
+        list(task.groups.values()), pilot=3 * task.steps // 4, every=task.steps // 24
+    ),
+    "noise": lambda task, model: NoiseAdaptiveRates(),
+    "LLR": lambda task, model: HeavyTailRates(),
+    "blockwise": lambda task, model: disparity_rates(describe_layers(model)),
+}
+
+
+def rule_of(arm: str, task: Task, model: nn.Module, ratios: tuple[float, ...]) -> Rule | None:
+    """The rule of a run; None where all layers have the base rate."""
+    if arm != "fixed":
+        return RULES[arm](task, model)
+    if all(ratio == 1 for ratio in ratios):
+        return None
+    return FixedRates(dict(zip(task.groups.values(), ratios, strict=True)))
+
+
+def inverted(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    """What should go up goes down."""
+    return tuple(1 / ratio for ratio in ratios)
+
+
+def permuted(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    """The right ratios on the wrong groups: turned round by half."""
+    half = len(ratios) // 2
+    return ratios[half:] + ratios[:half]

@@ -1,0 +1,128 @@
+"""What the runs of the study say: losses by arm, paired differences with intervals, verdicts, ranges of good rates."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy.stats import t
+
+from benchmarks.rates_study.book import key_of
+from benchmarks.rates_study.tasks import REPORTED, TUNING
+
+GOOD = 1.02  # times the best loss
+
+
+class Interval(NamedTuple):
+    """A mean and half of its 95 % interval (Student)."""
+
+    mean: float
+    half: float
+
+    @property
+    def upper(self) -> float:
+        """The upper end."""
+        return self.mean + self.half
+
+    def __str__(self) -> str:
+        """As tables show it."""
+        return f"{self.mean:.4f} ± {self.half:.4f}" if math.isfinite(self.mean) else "lost"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of the mean of some values; infinite for one, and where a run was lost."""
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return Interval(mean, math.inf)
+    return Interval(mean, float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+class Results:
+    """The runs of a file of results.
+
+    Args:
+        runs: By key.
+        chosen: By task and arm: the base rate and the ratios that are reported.
+        reported: Seeds.
+        tuning: Seeds.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str, Any],
+        chosen: Mapping[str, Any],
+        reported: Sequence[int] = REPORTED,
+        tuning: Sequence[int] = TUNING,
+    ) -> None:
+        """Remember them."""
+        self.runs, self.chosen, self.reported, self.tuning = runs, chosen, reported, tuning
+
+    def finals(self, task: str, name: str) -> list[float]:
+        """Final losses of an arm on the reported seeds."""
+        arm = self.chosen[task][name]
+        return [self._final(task, arm["arm"], arm["rate"], seed, arm["ratios"]) for seed in self.reported]
+
+    def _final(self, task: str, arm: str, rate: float, seed: int, ratios: Sequence[float]) -> float:
+        final = self.runs[key_of(task, arm, rate, seed, ratios)]["final"]
+        return math.inf if final is None else final
+
+    def difference(self, task: str, name: str, other: str) -> Interval:
+        """Final loss of one arm less that of another, paired by seed."""
+        pairs = zip(self.finals(task, name), self.finals(task, other), strict=True)
+        return interval([a - b for a, b in pairs])
+
+    def sweep(self, task: str, name: str) -> dict[float, float]:
+        """The mean loss of the tuning seeds by base rate, for every rate that was tried with all of them."""
+        arm = self.chosen[task][name]
+        start = f"{task}|{arm['arm']}|"
+        end = key_of("", "", 1, 0, arm["ratios"]).rsplit("|", 1)[1]
+        rates = {float(k.split("|")[2]) for k in self.runs if k.startswith(start) and k.rsplit("|", 1)[1] == end}
+        keys = {rate: [key_of(task, arm["arm"], rate, seed, arm["ratios"]) for seed in self.tuning] for rate in rates}
+        whole = {rate: own for rate, own in sorted(keys.items()) if set(own) <= set(self.runs)}
+        return {r: statistics.fmean(self.runs[k]["final"] or math.inf for k in own) for r, own in whole.items()}
+
+    def good_rates(self, task: str, name: str) -> tuple[float, float, bool]:
+        """The lowest and highest rate whose loss is within 2 % of the arm's best, and whether both ends were seen."""
+        found = self.sweep(task, name)
+        good = [rate for rate, loss in found.items() if loss <= GOOD * min(found.values())]
+        return min(good), max(good), min(found) < min(good) and max(good) < max(found)
+
+    def gap(self, task: str) -> Interval:
+        """What the oracle gains over one rate for all layers."""
+        return self.difference(task, "uniform", "oracle")
+
+    def verdict(self, task: str) -> str:
+        """Whether committed ratios pass the bar on a task."""
+        gap, rest = self.gap(task), self.difference(task, "committed", "oracle")
+        if gap.mean - gap.half <= 0:
+            return "does not count: the oracle gains nothing beyond the interval"
+        words = "passed" if rest.upper <= gap.mean / 4 else "missed"
+        return f"{words}: upper limit of committed - oracle {rest.upper:+.4f}, a quarter of the gap {gap.mean / 4:.4f}"
+
+    def rows(self, task: str) -> list[tuple[str, ...]]:
+        """Arm, base rate, final loss, difference to uniform, and the range of good rates where it was looked for."""
+        rows = []
+        for name, arm in self.chosen[task].items():
+            low, high, seen = self.good_rates(task, name)
+            width = f"{low:.3g} to {high:.3g}, {high / low:.1f} times" if seen else ""
+            apart = "" if name == "uniform" else str(self.difference(task, name, "uniform"))
+            rows.append((name, f"{arm['rate']:.3g}", str(interval(self.finals(task, name))), apart, width))
+        return rows
+
+    def text(self) -> str:
+        """Everything, for a terminal."""
+        lines = []
+        for task, arms in self.chosen.items():
+            lines.append(f"\n{task}")
+            lines += [f"{a:14s} {r:>8s} {loss:>18s} {apart:>20s}  {w}" for a, r, loss, apart, w in self.rows(task)]
+            if {"uniform", "oracle", "committed"} <= set(arms):
+                lines.append(self.verdict(task))
+        return "\n".join(lines)
+
+
+def read(path: Path) -> Results:
+    """Read a file of results."""
+    found = json.loads(path.read_text())
+    return Results(found["runs"], found["chosen"])
