@@ -72,7 +72,7 @@ def sources(*folders: str) -> list[Path]:
 
 # The rooms of dynamon/: what each may import beside kernels, and why. Those that a room may import stand above it, so
 # there are no cycles. REGISTRY is what dynamon.quantities says about quantities, and measures none.
-REGISTRY = ("entries", "names", "registry", "tables")
+REGISTRY = ("entries", "names", "progress", "registry", "tables")
 ROOMS: dict[str, tuple[set[str], str]] = {
     "registry": (set(), "facts and names, which files of runs are read with where torch is not installed"),
     "schedule": (set(), "factors from numbers alone"),
@@ -84,7 +84,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
     "quantities": ({"registry", "distributed", "layers", "spectra", "norms"}, "readings of each layer in its norm"),
     "curvature": ({"registry", "distributed", "isolation", "layers"}, "products with the Hessian of a model at rest"),
     "stability": ({"distributed", "layers", "norms", "quantities", "curvature"}, "curvature as an optimizer sees it"),
-    "rates": ({"layers", "norms", "quantities"}, "rules follow readings, and know no optimizer"),
+    "rates": ({"registry", "layers", "norms", "quantities"}, "rules follow readings, and know no optimizer"),
     "optim": ({"registry", "distributed", "layers", "norms", "quantities", "rates"}, "optimizers that rules steer"),
     "runs": ({"registry"}, "what was written and is read again, without torch"),
     "health": ({"registry", "runs"}, "findings in what was read, without torch"),
@@ -95,7 +95,7 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "decides when to measure, measures, and hands on; only the commands know it",
     ),
     "cli": (
-        {"registry", "schedule", "layers", "norms", "quantities", "runs", "health", "board", "monitoring"},
+        {"registry", "schedule", "layers", "norms", "quantities", "rates", "runs", "health", "board", "monitoring"},
         "commands",
     ),
 }

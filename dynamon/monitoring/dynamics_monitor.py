@@ -41,7 +41,7 @@ class Preset:
     histograms: bool = False
 
 
-_ECONOMY = ("stability_ratio", "directional", "critical")
+_ECONOMY = ("stability_ratio", "directional", "critical", "progress")
 _EXPENSIVE = ("preconditioned", "ggn", "trace", "density")  # asked for by name, in SharpnessMonitor
 PRESETS = {
     "economy": Preset(gradients=4, weights=20, sharpness=20, probe_fraction=0.25, quantities=_ECONOMY),

@@ -38,6 +38,7 @@ class HeldSamples(Meter):
 
     Attributes:
         off: Whether nothing is kept or measured.
+        saves: Whether checkpoints hold the samples.
         share: Of one batch, roughly: what an evaluation costs in training steps.
         samples_in_all: Samples of all processes, None where they cannot be told apart.
         second_in_all: Whether all have their second set.
@@ -60,7 +61,7 @@ class HeldSamples(Meter):
         self.loss_fn = loss_fn
         self.share = batches * fraction  # of one batch, roughly: what an evaluation costs in training steps
         self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
-        self._save = save
+        self.saves = save
         self._sets: list[list[Kept]] = [[], []] if second else [[]]
         self.off = False
         self.samples_in_all: int | None = None
@@ -144,7 +145,7 @@ class HeldSamples(Meter):
 
     def _kept(self, batch: Any, samples: int | None, is_cut: bool, index: int, is_tried: bool = False) -> Kept:
         weight = self._weight_of(batch, samples)
-        return Kept(batch, index, samples, weight, is_cut, is_tried, numbers_of(batch) if self._save else None)
+        return Kept(batch, index, samples, weight, is_cut, is_tried, numbers_of(batch) if self.saves else None)
 
     def _say(self, what: str, sentence: str) -> None:
         if what not in self._told:
@@ -256,12 +257,12 @@ class HeldSamples(Meter):
     def state_dict(self) -> dict[str, Any]:
         """The samples, where they are not many and a checkpoint can load them safely."""
         state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
-        if self._save and (self._loaded or self._parts[0]):
+        if self.saves and (self._loaded or self._parts[0]):
             return {**state, "parts": self._loaded or self._parts}
         if not self._sets[0]:
             return {**state, "held": False}  # where there is nothing, nothing is missing
         numbers = [_numbers(kept) for kept in self._sets]
-        if not self._save or None in numbers or sum(n for n in numbers if n is not None) > SAVED_NUMBERS:
+        if not self.saves or None in numbers or sum(n for n in numbers if n is not None) > SAVED_NUMBERS:
             return state
         return {**state, "parts": [[[one.state() for one in kept]] for kept in self._sets]}
 

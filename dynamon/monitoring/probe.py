@@ -8,19 +8,16 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
-from dynamon.curvature.distributed.fsdp import unsupported_reason
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
-from dynamon.isolation.random_streams import is_restorable
 from dynamon.isolation.samples import count_samples
-from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.kernels import widest_dtype
-from dynamon.kernels.devices import reads_are_free
-from dynamon.monitoring.evaluation import evaluation, trained_parameters
+from dynamon.monitoring.effect_check import EffectCheck
+from dynamon.monitoring.evaluation import evaluation, trained_parameters, why_not_evaluated
 from dynamon.monitoring.failures import forget_frames
 from dynamon.monitoring.held_samples import NO_LOSS_SENTENCE, HeldSamples, reduced_on
 from dynamon.monitoring.messages import rank_zero_warn
@@ -28,7 +25,6 @@ from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.samples import batch_sizes
 
-_SAME, _SAME_ON_HOST = 1e-3, 1e-6  # two evaluations of a loss differ by less where a GPU adds up in another order
 _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
 _FEWEST = 2  # samples that a probe is not made smaller than
@@ -78,40 +74,18 @@ class ProbeMeter(HeldSamples):
         self._may_shrink, self.gathers = may_shrink, True
         self.users: Sequence[Meter] = ()
         self.graph_seconds: float | None = None
-        self._checked = loss_fn is not None
+        self.effects = EffectCheck(loss_fn is not None)
         self._refused = 0  # batches in a row without one
         self._part_error = "on another process."
-        self._marks: list[dict[str, str]] = []  # of what is outside of the module, before each evaluation
-        self._losses: list[float] = []
 
     def start(self, run: RunContext) -> None:
         """Say what cannot be measured, and take up what a checkpoint held."""
-        self.off = True
-        if run.loop.world_size > 1 and not run.ranks.is_distributed:
-            name = run.loop.strategy
-            rank_zero_warn(
-                f"sharpness is off: of several processes it is measured under DDP and FSDP2 only, and this is {name}."
-            )
-        elif (
-            split := unsupported_reason(run.module, list(trained_parameters(run).values()), run.ranks.size)
-        ) is not None:
-            rank_zero_warn(f"sharpness is off: {split}.")
-        elif run.ranks.is_distributed and any(isinstance(m, nn.SyncBatchNorm) for m in run.module.modules()):
-            rank_zero_warn("sharpness is off: SyncBatchNorm has no second derivative and waits for other processes.")
-        elif _has_transformer_engine(run):
-            rank_zero_warn(
-                "sharpness is off: Transformer Engine keeps the scales of its FP8 numbers outside of the module, where "
-                "they cannot be put back after an evaluation."
-            )
-        elif not is_restorable(run.device):
-            rank_zero_warn(
-                f"sharpness is off: torch cannot put back the random numbers of {run.device.type}, so that "
-                "training would go on with others."
-            )
-        elif self.loss_fn is None and (reason := run.loop.no_loss_reason()) is not None:
+        reason = why_not_evaluated(run, list(trained_parameters(run).values()), self.loss_fn)
+        self.off = reason is not None or self.effects.reason is not None
+        if reason is not None:
             rank_zero_warn(f"sharpness is off: {reason}")
         else:
-            self.off, self._checked = False, self._checked or run.loop.loss_source is None
+            self.effects.is_done |= run.loop.loss_source is None
             self._take_up(run)
 
     def is_off(self) -> bool:
@@ -240,18 +214,12 @@ class ProbeMeter(HeldSamples):
             self._require_samples(run)
             if not self._try_out(run):
                 return False
-            if self._checked:
+            if not self.effects.is_done:
+                found = run.ranks.all_gather_object(self.effects.find(run.loop, lambda: self._look(run, 0)))
+                self.effects.settle(next((text for text in found if text is not None), None))
+            if self.effects.reason is None:
                 return True
-            found = run.ranks.all_gather_object(self._effect(run))
-            self._checked = True
-            reason = next((text for text in found if text is not None), None)
-            if reason is None:
-                return True
-            self.off = True
-            sentence = (
-                f"sharpness is off: training_step has effects outside the module that cannot be undone ({reason}); "
-                "pass loss_fn=lambda module, batch: ... that computes the loss and nothing else."
-            )
+            self.off, sentence = True, self.effects.sentence("sharpness")
             if run.strict:
                 raise ValueError(sentence)
         rank_zero_warn(sentence)
@@ -291,7 +259,7 @@ class ProbeMeter(HeldSamples):
         """
         is_cut = any(one.is_cut for one in self._sets[place])
         try:
-            loss = self._look(run, place)
+            loss = self._looked(run, place)
         except NoLossError:
             if self._refused >= _TRIES:
                 raise
@@ -314,38 +282,10 @@ class ProbeMeter(HeldSamples):
             return _NO_LOSS
         return _GOOD
 
+    def _looked(self, run: RunContext, place: int) -> float:
+        """The loss on a set; of the first one it is watched what its evaluation changes."""
+        return self._look(run, place) if place else self.effects.watch(run.loop, lambda: self._look(run, place))
+
     def _look(self, run: RunContext, place: int) -> float:
-        """The loss on a set; what is outside of the module is marked before the first evaluations of the first set."""
-        if place == 0 and not self._checked:
-            self._marks.append(external_state(run.module, run.loop.loss_source))
         with self.evaluation(run):
-            loss = float(self.loss(run, second=place == 1).detach())
-        if place == 0 and not self._checked:
-            self._losses.append(loss)
-        return loss
-
-    def _effect(self, run: RunContext) -> str | None:
-        """What two evaluations change outside of the module, in words; None where there is nothing."""
-        self._marks, self._losses = self._marks[-1:], self._losses[-1:]  # of the evaluation that tried it, if any
-        while len(self._losses) < 2:
-            self._look(run, 0)
-        marks = [*self._marks, external_state(run.module, run.loop.loss_source)]
-        # What changed the first time only is a cache that has been filled.
-        changed = [name for name in changed_names(*marks[1:]) if name in changed_names(*marks[:2])]
-        if changed:
-            return f"it changes {', '.join(changed[:3])}"
-        first, second = self._losses
-        return _difference(first, second, run.device)
-
-
-def _has_transformer_engine(run: RunContext) -> bool:
-    own = any(type(m).__module__.split(".")[0] == "transformer_engine" for m in run.module.modules())
-    return own or run.loop.precision.startswith("transformer-engine")
-
-
-def _difference(first: float, second: float, device: torch.device) -> str | None:
-    """What to say of two evaluations of one loss on a device; None where they agree."""
-    tolerance = _SAME_ON_HOST if reads_are_free(device) else _SAME
-    if math.isclose(first, second, rel_tol=tolerance) or not math.isfinite(first + second):
-        return None
-    return f"on the same samples with the same random numbers its loss was {first:.6g}, then {second:.6g}"
+            return float(self.loss(run, second=place == 1).detach())

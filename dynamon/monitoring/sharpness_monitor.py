@@ -13,15 +13,16 @@ from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.probe import ProbeMeter
+from dynamon.monitoring.progress_meter import ProgressMeter
 from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.quantities import choices, quantities_of, with_tag_table
 
-_OF_SPECTRUM, _OF_STEPS = choices("sharpness"), choices("steps")
-QUANTITIES = (*_OF_SPECTRUM, *_OF_STEPS)
+_OF_SPECTRUM, _OF_STEPS, _OF_PROGRESS = choices("sharpness"), choices("steps"), choices("progress")
+QUANTITIES = (*_OF_SPECTRUM, *_OF_STEPS, *_OF_PROGRESS)
 _DEFAULT = ("stability_ratio", "hessian", "bracket")
 
 
-@with_tag_table(quantities_of("sharpness", "steps", "monitor"))
+@with_tag_table(quantities_of("sharpness", "steps", "progress", "monitor"))
 class SharpnessMonitor(Monitor):
     """The loss's curvature during training, and how close the step size is to the edge of stability.
 
@@ -50,6 +51,7 @@ class SharpnessMonitor(Monitor):
     ``directional``       curvature along the last update, also in the optimizer's norm   1 product, 1 graph
     ``critical``          how far the last update could go before the loss rises          5 to 9 forward passes
     ``batch``             curvature of a training batch's own loss along its gradient     1 product on a full batch
+    ``progress``          what the last step of every layer did to the next batch's loss  2 gradients on a full batch
     ``subspace``          share of gradient and update in the top eigenspace              20 to 40 products
     ``blocks``            top eigenvalue of every layer's own block                       5 to 10 products a layer
     ``preconditioned``    top eigenvalue between P^-1/2, P of an Adam-type optimizer      5 to 10 products
@@ -96,12 +98,14 @@ class SharpnessMonitor(Monitor):
             instead of the two above.
         probe_weight: Name of an entry (or attribute) of the batch whose sum weighs it among the probe's batches,
             a mask of tokens say. None weighs by samples.
-        save_probe: Whether checkpoints hold the probe, which is a few training samples. Without it a resumed run takes
-            another one, and says so.
+        save_probe: Whether checkpoints hold the probe, which is a few training samples, and with ``every_n_steps`` the
+            weights that are kept for a reading of ``progress``. Without it a resumed run takes another probe, says so,
+            and leaves that reading out.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
         tol: Relative tolerance on residual and change; the value's error is about its square.
         max_matvecs: Most Hessian products a solve may take.
-        memory_limit: GiB that the solver's vectors may take; None for half of what is free when training starts.
+        memory_limit: GiB that the solver's vectors may take, and so the copies of weights that ``progress`` makes;
+            None for half of what is free when training starts.
             Where they do not fit, critical sharpness is measured instead, and that is said. Where memory runs out
             in a measurement all the same, the probe is halved for the next one.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
@@ -136,6 +140,7 @@ class SharpnessMonitor(Monitor):
     ``directional``       12         12            1
     ``critical``          9          9             1
     ``batch``             9          9             0
+    ``progress``          7          7             1
     ====================  =========  ============  ====
     """
 
@@ -179,13 +184,16 @@ def sharpness_meters(
     outputs: OutputsFn | None = None,
     memory_limit: float | None = None,
 ) -> list[Meter]:
-    """A probe and the two meters that measure on it, in the order in which they must be called."""
+    """A probe and the meters that measure on it or on the next batch, in the order in which they must be called."""
     kept = probe(second="bracket" in quantities)
     steps = UpdateCurvatureMeter(cadence(), kept, [q for q in quantities if q in _OF_STEPS])
     wanted = [q for q in quantities if q in _OF_SPECTRUM]
     meter = EigenvalueMeter(cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
     kept.users = (steps, meter)
-    return [kept, steps, meter]
+    found: list[Meter] = [kept, steps, meter]
+    if set(quantities) & set(_OF_PROGRESS):
+        found.append(ProgressMeter(cadence(), kept.loss_fn, kept.effects, memory_limit, kept.saves))
+    return found
 
 
 def check_solver(

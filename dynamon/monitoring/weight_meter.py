@@ -1,6 +1,6 @@
 """Sizes of weights and updates, how updates turn, the spectrum's extremes, and what decay leaves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from dynamon.distributed.dtensor import to_local
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real
 from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.decay_follower import DecayFollower, ratios_of
 from dynamon.monitoring.failures import PAUSE_AFTER, forget_frames
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import FULL_EVERY
@@ -22,12 +23,12 @@ from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.weight_copies import matching, whole_copies
-from dynamon.optim import LayerwiseRates, steering_of
+from dynamon.optim import steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
 from dynamon.quantities.updates import joint_cosine
-from dynamon.quantities.weight_decay import DecayRetention, decay_assumption, decoupled_decay
+from dynamon.quantities.weight_decay import decay_assumption, decoupled_decay
 from dynamon.quantities.weights import (
     ENTRYWISE,
     FIELDS,
@@ -67,14 +68,11 @@ class WeightMeter(PairMeter):
         self._full_seconds: float | None = None  # what it took last
         self._full_failures = 0  # in a row
         self._guessed: tuple[float, float] | None = None  # seconds of a plain reading and of a full one
-        self._lost: Exception | None = None  # what went wrong at a step that nobody measured
         self._before: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
         self._reading = False  # this step is measured
-        self._memory = DecayRetention()
-        self._names: Callable[[], Mapping[int, str]] = dict
-        self._read_names: Callable[[], Mapping[int, str]] = dict
+        self._decay = DecayFollower()
         self._layers: list[Layer] = []
 
     def start(self, run: RunContext) -> None:
@@ -85,8 +83,8 @@ class WeightMeter(PairMeter):
         self._layers = run.layers
         self._earlier = matching(run.layers, self._earlier)
         warm_up_spectra(run.layers)
-        run.steps.followers.append(self)
-        self._names, self._read_names = lambda: run.names, run.read_names
+        run.steps.followers.append(self._decay)
+        self._decay.find_names(lambda: run.names, run.read_names)
 
     def batch_start(self, run: RunContext, batch: Any) -> None:
         """Copy the weights here where they change in backward."""
@@ -102,9 +100,9 @@ class WeightMeter(PairMeter):
         """Copy the weights that this optimizer is about to change."""
         reads, keeps = self.is_due(run), self.keeps(run)
         self._reading = reads
-        self.step_begins(optimizer)  # once more, where this meter started after the step had begun
+        self._decay.step_begins(optimizer)  # once more, where this meter started after the step had begun
         if run.steps.of(optimizer).is_blind:  # it is taken to step
-            self.step_ends(optimizer, None)
+            self._decay.step_ends(optimizer, None)
         if not reads and not keeps:
             return
         with run.charge(self.name):
@@ -126,9 +124,7 @@ class WeightMeter(PairMeter):
         rates, self._rates = self._rates, {}
         reads, self._reading = self._reading, False
         ratios, decay_ratios = self._ratios(run) if rates else ({}, {})
-        lost, self._lost = self._lost, None
-        if lost is not None:
-            raise lost
+        self._decay.check()
         if before and not run.steps.any_taken():
             self._earlier = earlier  # as if there had been no step
             return
@@ -152,23 +148,6 @@ class WeightMeter(PairMeter):
             return before
         own = {id(p) for o in run.steps.taken() for group in o.param_groups for p in group["params"]}
         return {la.name: before[la.name] for la in run.layers if la.name in before and id(la.parameter) in own}
-
-    def step_begins(self, optimizer: Optimizer) -> None:
-        """Note the rates of a step, whether it is measured or not."""
-        rates = steering_of(optimizer)
-        try:
-            self._memory.note(optimizer, None if rates is None else rates.groups)
-        except Exception as error:  # training goes on; the next measurement fails of it
-            self._lost = error
-
-    def step_ends(self, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        """Follow the decay of a step."""
-        rates = steering_of(optimizer)
-        try:
-            ratios = None if rates is None or not rates.scale_weight_decay else _ratios_of(rates, self._names())
-            self._memory.take(optimizer, self._names, ratios, skipped, self._read_names)
-        except Exception as error:  # inside of the optimizer step: told at its end
-            self._lost = error
 
     def lapse(self, run: RunContext) -> None:
         """Forget what was kept: steps pass that are not seen."""
@@ -231,7 +210,7 @@ class WeightMeter(PairMeter):
         for optimizer in run.loop.optimizers:
             rates = steering_of(optimizer)
             if rates is not None:
-                found = _ratios_of(rates, run.names)
+                found = ratios_of(rates, run.names)
                 on_rate |= found
                 on_decay |= found if rates.scale_weight_decay else {}
         return on_rate, on_decay
@@ -245,7 +224,7 @@ class WeightMeter(PairMeter):
     ) -> None:
         names = [layer.name for layer in run.layers]
         readings = weight_readings(run.layers, before, earlier, run.ranks)
-        memory = self._memory.row(names)
+        memory = self._decay.retention.row(names)
         columns = [getattr(readings, field) for field in FIELDS.values()]
         columns += entrywise_readings(run.layers, ENTRYWISE, run.ranks)
         columns += [getattr(readings, field) for field in _COMPARED]
@@ -286,22 +265,16 @@ class WeightMeter(PairMeter):
     def state_dict(self) -> dict[str, Any]:
         """What decay has left, and where the next step is read, the weights before the last one."""
         earlier = whole_copies(self._earlier, self._layers) if self.saves_copies else {}
-        return {**super().state_dict(), "memory": self._memory.state_dict(), "earlier": earlier}
+        return {**super().state_dict(), "memory": self._decay.retention.state_dict(), "earlier": earlier}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state)
         self._before, self._rates, self._reading = {}, {}, False
-        self._memory.load_state_dict(state.get("memory", {}))
+        self._decay.retention.load_state_dict(state.get("memory", {}))
         self._earlier = dict(state.get("earlier", {}))
         if self._layers:  # in the middle of a run
             self._earlier = matching(self._layers, self._earlier)
-
-
-def _ratios_of(rates: LayerwiseRates, names: Mapping[int, str]) -> dict[str, float]:
-    """The factors that steering had on the rates of the step that was taken last, by layer name."""
-    applied = rates.applied
-    return {names.get(id(la.parameter), la.name): applied[la.name] for la in rates.layers}
 
 
 def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[float, float]]:

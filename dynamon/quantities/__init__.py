@@ -8,6 +8,7 @@ from dynamon.quantities.entries.gradient import GRADIENT
 from dynamon.quantities.entries.lr import LR
 from dynamon.quantities.entries.noise import NOISE
 from dynamon.quantities.entries.own import DYNAMON
+from dynamon.quantities.entries.progress import PROGRESS
 from dynamon.quantities.entries.sharpness import SHARPNESS
 from dynamon.quantities.entries.spectrum import SPECTRUM
 from dynamon.quantities.entries.update import UPDATE
@@ -28,7 +29,7 @@ __all__ = [
     "with_tag_table",
 ]
 
-REGISTRY: dict[str, Quantity] = by_tag(SHARPNESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, DYNAMON)
+REGISTRY: dict[str, Quantity] = by_tag(SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, DYNAMON)
 
 
 def quantities_of(*cadences: str, scope: Scope | None = None, choice: str | None = None) -> list[Quantity]:

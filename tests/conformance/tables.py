@@ -94,6 +94,7 @@ CALLBACKS = {
     "WeightMonitor": _one("WeightMonitor", **_EVERY, histograms=True, convolutions=True),
     "SharpnessMonitor": _one("SharpnessMonitor", **_EVERY, probe_fraction=0.5, quantities=_QUICK),
     "SharpnessMonitor, dear": _one("SharpnessMonitor", **_EVERY, probe_fraction=0.5, quantities=_DEAR),
+    "SharpnessMonitor, progress": _one("SharpnessMonitor", **_EVERY, quantities=["progress"]),
     "DynamicsMonitor economy": _one("DynamicsMonitor", preset="economy", **_EVERY),
     "DynamicsMonitor standard": _one("DynamicsMonitor", preset="standard", **_EVERY),
     "DynamicsMonitor full": _one("DynamicsMonitor", preset="full", **_EVERY),

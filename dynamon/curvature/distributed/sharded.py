@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.curvature.distributed.fsdp import at_rest, compute_dtypes, full_gradients
-from dynamon.curvature.operators.backends import FiniteDifference, check_scalar_loss
+from dynamon.curvature.operators.backends import FiniteDifference, Gradients, check_scalar_loss
 from dynamon.curvature.operators.hessian import HessianOperator
 from dynamon.curvature.operators.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.operators.scaling import LARGEST, LOWER, is_whole
@@ -48,10 +48,16 @@ class ShardedParameters(FlatParameters):
     @contextmanager
     def perturbed(self, step: Tensor) -> Iterator[None]:
         """Set the shards to ``theta + step`` inside the context, in place; restore them bit for bit at exit."""
+        with self.placed([p + piece for p, piece in zip(self.tensors, self.split(step), strict=True)]):
+            yield
+
+    @contextmanager
+    def placed(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Set the shards to some values inside the context, in place; restore them bit for bit at exit."""
         kept = [p.clone() for p in self.tensors]
         try:
             with at_rest(self.module):
-                self._write([p + piece for p, piece in zip(self.tensors, self.split(step), strict=True)])
+                self._write(values)
                 yield
         finally:
             self._write(kept)
@@ -123,8 +129,11 @@ class ShardedHessian(HessianOperator):
         return _ShardedDifference(self._loss_fn, self.parameters, self._evaluations)
 
 
-class _ShardedDifference(FiniteDifference):
-    def _evaluate(self) -> tuple[Tensor, Tensor]:
+class ShardedGradients(Gradients):
+    """The same of the mean of the processes' losses: this process's loss, and its part of the flat gradient."""
+
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """Compute both by an ordinary backward pass of FSDP2."""
         params = self._params
         assert isinstance(params, ShardedParameters)
         half = torch.float16 in {*self._evaluations.autocast.values(), *compute_dtypes(params.module)}
@@ -138,3 +147,7 @@ class _ShardedDifference(FiniteDifference):
             if not params.ranks.maximum(torch.tensor(overflow, dtype=widest_dtype(flat.device), device=flat.device)):
                 return loss, flat / scale
             scale /= LOWER
+
+
+class _ShardedDifference(ShardedGradients, FiniteDifference):
+    """Differences of these."""

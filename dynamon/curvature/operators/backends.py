@@ -138,85 +138,30 @@ class DoubleBackward:
         return 0.0
 
 
-class FiniteDifference:
-    r"""Products :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2 \epsilon`, v of unit length.
+class Gradients:
+    """Evaluates a loss and its gradient again and again, from the same random numbers and module state.
 
-    A product takes two gradients, with the same random numbers each time. It works where second derivatives do not
-    exist. Under reentrant checkpointing ``backward`` reaches every parameter inside, and ``.grad`` of those not in
-    ``params`` accumulates unless :func:`dynamon.isolation.preserve.preserve_state` is active.
+    Where the graph computes in float16 the loss is multiplied by a power of two meanwhile. Under reentrant
+    checkpointing ``backward`` reaches every parameter inside, and ``.grad`` of those not in ``params`` accumulates
+    unless :func:`dynamon.isolation.preserve.preserve_state` is active.
+
+    Args:
+        loss_fn: The loss, called without arguments.
+        params: The parameters.
+        evaluations: What every evaluation starts from.
 
     Attributes:
-        name: ``"finite_difference"``.
-        loss: The value of the loss, without graph.
-        gradient: The flat gradient ``[n]``.
-        has_gradient: As in :class:`DoubleBackward`.
-
-    Raises:
-        ValueError: For parameters in half precision, whose spacing is too coarse for differences.
+        has_gradient: For each parameter, whether it takes part in the loss; others have zeros in the flat gradient.
     """
 
-    name = "finite_difference"
-    rounding = 0.0  # it shows in the error
+    has_gradient: list[bool]
 
     def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations) -> None:
-        """Compute the gradient and remember the state that every evaluation starts from."""
-        dtype = real_dtype(params.tensors[0])
-        if dtype not in DIFFERENCE_STEP:
-            raise ValueError(
-                f"finite differences need float32 or float64 parameters, these are {dtype}; "
-                "measure a float32 copy of the model."
-            )
-        self._loss_fn, self._params, self._step = loss_fn, params, DIFFERENCE_STEP[dtype]
-        self._evaluations = evaluations
-        self.loss, self.gradient = self._evaluate()
+        """Evaluate nothing yet."""
+        self._loss_fn, self._params, self._evaluations = loss_fn, params, evaluations
 
-    def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
-        """Compute ``H v``; for a block, ``vector`` and the result belong to the block alone."""
-        if block is None:
-            return self._difference(vector, self._step)
-        product = self._difference(self._params.embed(vector, block), self._step)
-        return self._params.extract(product, block)
-
-    def error(self, vector: Tensor) -> float:
-        """Return the relative difference between two step sizes, the second half of the first.
-
-        It includes the drift of a stateful loss, whose gradient at the same weights changes.
-        """
-        one, other = (self._difference(vector, step) for step in (self._step, self._step / 2))
-        norm = self._params.space.norm
-        again = self._evaluate()[1]
-        drift = norm(again - self.gradient) * norm(vector) / (2 * self._step)
-        return relative(torch.maximum(norm(one - other), drift), norm(other))
-
-    def norm(self, vector: Tensor) -> Tensor:
-        """Return the length of a flat vector, also where its square leaves the dtype."""
-        return self._params.space.norm(vector)
-
-    def usual_direction(self) -> Tensor:
-        """Return the unit vector along which products are compared: the gradient, or a random one where it is zero.
-
-        A unit length keeps products within the dtype at any scale of the loss.
-        """
-        length = self.norm(self.gradient)
-        if length > 0:
-            return self.gradient / length
-        generator = self._params.space.generator(0, length.device)
-        noise = torch.randn(self.gradient.shape, generator=generator, device=length.device, dtype=length.dtype)
-        return noise / self.norm(noise)
-
-    def _difference(self, vector: Tensor, step: float) -> Tensor:
-        norm = self._params.space.norm(vector)
-        if not norm > 0:
-            return torch.zeros_like(vector)
-        ahead, behind = (self._gradient_at(sign * step / norm * vector) for sign in (1, -1))
-        return (ahead - behind) * (norm / (2 * step))
-
-    def _gradient_at(self, step: Tensor) -> Tensor:
-        with self._params.perturbed(step):
-            return self._evaluate()[1]
-
-    def _evaluate(self) -> tuple[Tensor, Tensor]:
-        """Compute loss and gradient."""
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """Compute the loss, without graph, and its flat gradient ``[n]``."""
         with self._evaluations.another(), torch.enable_grad(), self._params.hooks_off():
             return self._loss_and_gradient()
 
@@ -255,6 +200,83 @@ class FiniteDifference:
         finally:
             for p, grad in zip(tensors, kept, strict=True):
                 p.grad = grad
+
+
+class FiniteDifference(Gradients):
+    r"""Products :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2 \epsilon`, v of unit length.
+
+    A product takes two gradients, with the same random numbers each time. It works where second derivatives do not
+    exist.
+
+    Attributes:
+        name: ``"finite_difference"``.
+        loss: The value of the loss, without graph.
+        gradient: The flat gradient ``[n]``.
+        has_gradient: As in :class:`DoubleBackward`.
+
+    Raises:
+        ValueError: For parameters in half precision, whose spacing is too coarse for differences.
+    """
+
+    name = "finite_difference"
+    rounding = 0.0  # it shows in the error
+
+    def __init__(self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations) -> None:
+        """Compute the gradient and remember the state that every evaluation starts from."""
+        dtype = real_dtype(params.tensors[0])
+        if dtype not in DIFFERENCE_STEP:
+            raise ValueError(
+                f"finite differences need float32 or float64 parameters, these are {dtype}; "
+                "measure a float32 copy of the model."
+            )
+        super().__init__(loss_fn, params, evaluations)
+        self._step = DIFFERENCE_STEP[dtype]
+        self.loss, self.gradient = self.evaluate()
+
+    def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
+        """Compute ``H v``; for a block, ``vector`` and the result belong to the block alone."""
+        if block is None:
+            return self._difference(vector, self._step)
+        product = self._difference(self._params.embed(vector, block), self._step)
+        return self._params.extract(product, block)
+
+    def error(self, vector: Tensor) -> float:
+        """Return the relative difference between two step sizes, the second half of the first.
+
+        It includes the drift of a stateful loss, whose gradient at the same weights changes.
+        """
+        one, other = (self._difference(vector, step) for step in (self._step, self._step / 2))
+        norm = self._params.space.norm
+        again = self.evaluate()[1]
+        drift = norm(again - self.gradient) * norm(vector) / (2 * self._step)
+        return relative(torch.maximum(norm(one - other), drift), norm(other))
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """Return the length of a flat vector, also where its square leaves the dtype."""
+        return self._params.space.norm(vector)
+
+    def usual_direction(self) -> Tensor:
+        """Return the unit vector along which products are compared: the gradient, or a random one where it is zero.
+
+        A unit length keeps products within the dtype at any scale of the loss.
+        """
+        length = self.norm(self.gradient)
+        if length > 0:
+            return self.gradient / length
+        generator = self._params.space.generator(0, length.device)
+        noise = torch.randn(self.gradient.shape, generator=generator, device=length.device, dtype=length.dtype)
+        return noise / self.norm(noise)
+
+    def _difference(self, vector: Tensor, step: float) -> Tensor:
+        norm = self._params.space.norm(vector)
+        if not norm > 0:
+            return torch.zeros_like(vector)
+        ahead, behind = (self._gradient_at(sign * step / norm * vector) for sign in (1, -1))
+        return (ahead - behind) * (norm / (2 * step))
+
+    def _gradient_at(self, step: Tensor) -> Tensor:
+        with self._params.perturbed(step):
+            return self.evaluate()[1]
 
 
 @dataclass(frozen=True)

@@ -185,11 +185,30 @@ class FlatParameters:
 
         Their storage is replaced, not written to, so that graphs built before stay valid.
         """
-        kept = [p.data for p in self.tensors]
-        try:
+        with self._restored():
             self._move([(p, piece) for p, piece in zip(self.tensors, self.split(step), strict=True) if p.requires_grad])
             with fresh_autocast_cache():
                 yield
+
+    @contextmanager
+    def placed(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Set the parameters to copies of some values inside the context; restore them bit for bit at exit.
+
+        Args:
+            values: One tensor per parameter, in its shape and dtype.
+        """
+        with self._restored():
+            for p, value in zip(self.tensors, values, strict=True):
+                p.data = value.detach().clone()
+            with fresh_autocast_cache():
+                yield
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Put the parameters' storage back at exit."""
+        kept = [p.data for p in self.tensors]
+        try:
+            yield
         finally:
             for p, data in zip(self.tensors, kept, strict=True):
                 p.data = data
