@@ -243,6 +243,16 @@ def adaptive_tables() -> str:
     return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
 
 
+def radii_table() -> str:
+    """Losses at the former and at the present default radii of Lanton."""
+    found = dict(_result("radii")["found"])
+    radii = found.pop("radii")
+    rows = [(task, *(f"{loss:.4f}" for loss in losses.values())) for task, losses in found.items()]
+    head = ("task", "loss at the former radii", "at those found")
+    words = ", ".join(f"{role} {radius:g}" for role, radius in radii.items())
+    return f"{table(head, rows)}\nFound: {words}. {provenance(_result('radii')['environment'])}"
+
+
 def gpu_tables(found: Mapping[str, Any] | None = None) -> str:
     """What ``make gpu`` found when it was last run on a GPU, or that it was not."""
     if found is None:
@@ -378,6 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "spectra": spectra_table,
     "tracking": tracking_table,
     "adaptive": adaptive_tables,
+    "radii": radii_table,
     "distributed": distributed_table,
     "gpu": gpu_tables,
     "gpu_draft": gpu_draft_tables,
