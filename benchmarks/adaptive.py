@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 
 from benchmarks.environment import RESULTS, parser
@@ -21,7 +22,7 @@ from benchmarks.rates_study.arms import inverted, permuted
 from benchmarks.rates_study.book import HALF_OCTAVE, Book
 from benchmarks.rates_study.oracle import search
 from benchmarks.rates_study.tables import GOOD, Results
-from benchmarks.rates_study.tasks import GPTBytes, tasks, variants
+from benchmarks.rates_study.tasks import GPTBytes, quarter, tasks, variants
 
 # What the default radii of Lanton were until this study, over those of now, by group of the GPT.
 FORMER = (2.0, 2.0, 8.0, 1.0, 1.0, 1.0, 1.0, 2.0)
@@ -62,9 +63,10 @@ def core(book: Book, task: str) -> None:
 
 def advised(book: Book, task: str) -> None:
     """The other ways to come by ratios."""
-    held(book, task, "advised", observed(book, task, "pilot", "committed"))
-    steered(book, task, "inside")
-    steered(book, task, "following")
+    one = book.tuning[:1]
+    held(book, task, "advised", observed(book, task, "pilot", "committed"), one)
+    steered(book, task, "inside", one)
+    steered(book, task, "following", one)
 
 
 def steered(book: Book, task: str, arm: str, seeds: Sequence[int] = ()) -> None:
@@ -82,6 +84,26 @@ def controls(book: Book, task: str) -> None:
     steered(book, task, "mean only", one)
     if task == "GPT, LMO":
         held(book, task, "former radii", FORMER, one)
+
+
+def remedies(book: Book, task: str) -> None:
+    """Two other ways to ratios, where those of the rule miss the bar."""
+    held(book, task, "balanced", balanced(book, task))
+    short = f"{task}, a quarter of the length"
+    book.tasks[short] = quarter(task)
+    rate = book.tune(short, "fixed", (), book.tasks[short].guess)
+    held(book, task, "short search", search(book, short, rate))
+
+
+def balanced(book: Book, task: str, rounds: int = 3) -> tuple[float, ...]:
+    """Ratios from all readings of whole runs at ratios that are held, certain or not, in some rounds."""
+    ratios = (1.0,) * len(book.tasks[task].groups)
+    for _ in range(rounds):
+        runs = [book.run(task, "observed", uniform(book, task), seed, ratios) for seed in book.tuning]
+        progress, cost = (np.sum([run[key] for run in runs], 0) for key in ("progress", "cost"))
+        moves = np.where(progress > 0, progress / np.maximum(cost, 1e-9) * cost.sum() / progress.sum(), 0.5)
+        ratios = tuple(float(f"{r * m:.3g}") for r, m in zip(ratios, np.clip(moves, 0.5, 2.0), strict=True))
+    return ratios
 
 
 def ranges(book: Book, task: str) -> None:
@@ -107,7 +129,14 @@ def beyond(book: Book, task: str) -> None:
             held(book, name, arm, tuple(book.chosen[task][arm]["ratios"]))
 
 
-STAGES = {"core": core, "advised": advised, "controls": controls, "ranges": ranges, "beyond": beyond}
+STAGES = {
+    "core": core,
+    "advised": advised,
+    "controls": controls,
+    "remedies": remedies,
+    "ranges": ranges,
+    "beyond": beyond,
+}
 
 
 def smallest(book: Book) -> None:

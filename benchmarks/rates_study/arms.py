@@ -10,7 +10,9 @@ from torch import nn
 from benchmarks.rates_study.tasks import Task
 from dynamon.layers import Layer, describe_layers
 from dynamon.norms import Norm
+from dynamon.quantities.progress import StepReading
 from dynamon.rates import BalancedRates, FixedRates, HeavyTailRates, NoiseAdaptiveRates, Rule, disparity_rates
+from dynamon.rates.groups import group_layers
 
 EVERY = 10  # steps between two readings when following; runs of some hundred steps cannot wait for more
 
@@ -43,6 +45,44 @@ class MeanOnly(Rule):
         return np.full_like(ratios, np.exp(np.log(ratios).mean()))
 
 
+class Observed(FixedRates):
+    """Holds ratios, and adds up what the groups' steps do to the loss, over the whole run.
+
+    Args:
+        task: Whose groups.
+        ratios: Of the groups.
+    """
+
+    needs_probe, pilot = True, None
+
+    def __init__(self, task: Task, ratios: tuple[float, ...]) -> None:
+        """Hold the ratios."""
+        globs = list(task.groups.values())
+        super().__init__(dict(zip(globs, ratios or [1.0] * len(globs), strict=True)))
+        self._globs, self.steps = globs, 0
+        self.progress, self.cost = np.zeros(len(globs)), np.zeros(len(globs))
+
+    def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
+        """Form the groups."""
+        super().start(layers, norms)
+        groups = group_layers(layers, self._globs)
+        self._place = {layers[i].name: self._globs.index(group.label) for group in groups for i in group.indices}
+
+    def begin_step(self) -> None:
+        """Count the step."""
+        self.steps += 1
+
+    def asks_for(self) -> str | None:
+        """A reading every four steps."""
+        return None if self.steps % 4 else "step"
+
+    def learn(self, reading: StepReading) -> None:
+        """Add it up."""
+        for name, progress, cost in zip(reading.names, reading.first_order, reading.curvature_cost, strict=True):
+            self.progress[self._place[name]] += progress
+            self.cost[self._place[name]] += cost
+
+
 def _following(task: Task, model: nn.Module) -> BalancedRates:
     return BalancedRates(list(task.groups.values()), every=EVERY)
 
@@ -62,6 +102,8 @@ RULES: Mapping[str, Callable[[Task, nn.Module], Rule]] = {
 
 def rule_of(arm: str, task: Task, model: nn.Module, ratios: tuple[float, ...]) -> Rule | None:
     """The rule of a run; None where all layers have the base rate."""
+    if arm == "observed":
+        return Observed(task, ratios)
     if arm != "fixed":
         return RULES[arm](task, model)
     if all(ratio == 1 for ratio in ratios):

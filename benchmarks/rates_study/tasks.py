@@ -268,7 +268,7 @@ _MADE: Mapping[str, Callable[..., Task]] = {
     "GPT, LMO": partial(GPTBytes, "LMO"),
     "GPT, AdamW": partial(GPTBytes, "AdamW", steps=800, guess=0.004),
     "CNN, SGD": partial(Digits, "SGD"),
-    "LSTM, AdamW": partial(LSTMBytes, "AdamW", steps=800, guess=0.02),
+    "LSTM, AdamW": partial(LSTMBytes, "AdamW", steps=600, guess=0.02),
 }
 _SIZES = {"twice the width": "width", "twice the length": "steps", "four times the batch": "batch"}
 
@@ -285,3 +285,8 @@ def variants(name: str) -> dict[str, Task]:
         f"{name}, {words}": _MADE[name](**{size: (4 if size == "batch" else 2) * getattr(made, size)})
         for words, size in _SIZES.items()
     }
+
+
+def quarter(name: str) -> Task:
+    """A task with a quarter of the steps."""
+    return _MADE[name](steps=_MADE[name]().steps // 4)
