@@ -234,12 +234,10 @@ def adaptive_tables() -> str:
     """Rates by layer: every arm against one rate for all layers, task by task."""
     found = read(RESULTS / "adaptive.json")
     head = ("arm", "best base rate", "final loss", "less that of uniform, paired by seed", "base rates within 2 %")
-    parts = [
-        f"**{task}**: {found.verdict(task)}.\n\n{table(head, found.rows(task))}"
-        if {"uniform", "oracle", "committed"} <= set(arms)
-        else f"**{task}**\n\n{table(head, found.rows(task))}"
-        for task, arms in found.chosen.items()
-    ]
+    parts = [found.summary() + "\n"]
+    for task in found.chosen:
+        said = found.verdict(task) if task in found.judged() else ""
+        parts.append(f"**{task}**: {said}\n\n{table(head, found.rows(task))}")
     return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
 
 

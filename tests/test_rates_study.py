@@ -106,11 +106,15 @@ def test_verdicts():
     uniform = [2.0, 2.1, 2.05, 2.0, 2.1]
     lower = [x - 0.1 for x in uniform]
     near = [x - 0.1 + d for x, d in zip(uniform, (0.01, 0.012, 0.008, 0.009, 0.011), strict=True)]
-    assert results(uniform, lower, near).verdict("T").startswith("passed")
+    assert results(uniform, lower, near).verdict("T").endswith("the bar is passed. Arms that pass: committed.")
     far = [x - 0.1 + d for x, d in zip(uniform, (0.03, 0.022, 0.028, 0.029, 0.021), strict=True)]
-    assert results(uniform, lower, far).verdict("T").startswith("missed")
+    assert results(uniform, lower, far).verdict("T").endswith("the bar is missed.")
     noisy = [x + d for x, d in zip(uniform, (0.1, -0.1, 0.05, -0.1, 0.04), strict=True)]
-    assert results(uniform, noisy, near).verdict("T").startswith("does not count")
+    assert results(uniform, noisy, near).verdict("T").endswith("the task does not count.")
+    assert results(uniform, lower, near).summary().startswith("The bar is passed on 1 of 1 tasks")
+    assert results(uniform, lower, far).summary().startswith("The bar is passed on 0 of 1 tasks")
+    assert results(uniform, noisy, near).summary().startswith("The bar is passed on 0 of 0 tasks")
+    assert results(lower, uniform, uniform).summary().count(" on T (0.1000 ± 0.0000)") == 2  # both are worse
 
 
 def test_differences_are_paired_by_seed():

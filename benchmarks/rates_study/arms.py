@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.rates_study.tasks import Task
 from dynamon.layers import Layer, describe_layers
-from dynamon.norms import Norm
+from dynamon.norms import Norm, update_norm
+from dynamon.optim.lanton import RADII
 from dynamon.quantities.progress import StepReading
 from dynamon.rates import BalancedRates, FixedRates, HeavyTailRates, NoiseAdaptiveRates, Rule, disparity_rates
 from dynamon.rates.groups import group_layers
@@ -83,6 +85,47 @@ class Observed(FixedRates):
             self.cost[self._place[name]] += cost
 
 
+class StepSizes(Rule):
+    """Holds one rate, and measures how far each layer steps in the norm in which Lanton steps.
+
+    Args:
+        task: Whose groups.
+    """
+
+    def __init__(self, task: Task) -> None:
+        """Measure nothing yet."""
+        self._globs, self._steps = list(task.groups.values()), 0
+
+    def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
+        """Choose the norms."""
+        super().start(layers, norms)
+        self._norms = [update_norm(layer, "spectral") for layer in layers]
+        self._sizes = torch.zeros(len(layers))
+        self._before: list[Tensor] = []
+
+    def begin_step(self) -> None:
+        """Measure every eighth step."""
+        now = [layer.parameter.detach() for layer in self.layers]
+        if self._before:
+            steps = zip(self._norms, now, self._before, strict=True)
+            self._sizes += torch.stack([norm.primal(after - before) for norm, after, before in steps])
+        self._before = [] if self._steps % 8 else [weight.clone() for weight in now]
+        self._steps += 1
+
+    def ratios(self) -> NDArray[Any]:
+        """One rate."""
+        return np.ones(len(self.layers))
+
+    def found(self) -> NDArray[Any]:
+        """Ratios of the groups with which steps would relate as those of Lanton, their geometric mean 1."""
+        inputs = [layer.matrix_shape[-1] if layer.role == "head" else 1 for layer in self.layers]
+        wanted = np.array([RADII[layer.role] / n for layer, n in zip(self.layers, inputs, strict=True)])
+        logs = np.log(wanted / self._sizes.numpy())
+        groups = {group.label: logs[group.indices].mean() for group in group_layers(self.layers, self._globs)}
+        means = np.array([groups[glob] for glob in self._globs])
+        return np.asarray(np.exp(means - means.mean()))
+
+
 def _following(task: Task, model: nn.Module) -> BalancedRates:
     return BalancedRates(list(task.groups.values()), every=EVERY)
 
@@ -102,6 +145,8 @@ RULES: Mapping[str, Callable[[Task, nn.Module], Rule]] = {
 
 def rule_of(arm: str, task: Task, model: nn.Module, ratios: tuple[float, ...]) -> Rule | None:
     """The rule of a run; None where all layers have the base rate."""
+    if arm == "step sizes":
+        return StepSizes(task)
     if arm == "observed":
         return Observed(task, ratios)
     if arm != "fixed":

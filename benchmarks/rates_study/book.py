@@ -109,7 +109,7 @@ class Book:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
             there = json.loads(self._path.read_text()) if self._path.exists() else {}
-            there.setdefault("environment", environment("adaptive"))
+            there["environment"] = environment("adaptive") | {"command": "python -m benchmarks.adaptive"}
             there.setdefault("runs", {}).update(more.get("runs", {}))
             for task, arms in more.get("chosen", {}).items():
                 there.setdefault("chosen", {}).setdefault(task, {}).update(arms)

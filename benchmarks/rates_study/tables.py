@@ -93,13 +93,42 @@ class Results:
         """What the oracle gains over one rate for all layers."""
         return self.difference(task, "uniform", "oracle")
 
+    def counts(self, task: str) -> bool:
+        """Whether the oracle gains anything beyond the interval, so that there is something to find."""
+        gap = self.gap(task)
+        return gap.mean > gap.half
+
+    def passes(self, task: str, name: str = "committed") -> bool:
+        """Whether the upper limit of what an arm loses to the oracle is at most a quarter of the oracle's gain."""
+        return self.difference(task, name, "oracle").upper <= self.gap(task).mean / 4
+
+    def judged(self) -> list[str]:
+        """The tasks whose three main arms were run."""
+        return [task for task, arms in self.chosen.items() if {"uniform", "oracle", "committed"} <= set(arms)]
+
     def verdict(self, task: str) -> str:
-        """Whether committed ratios pass the bar on a task."""
+        """What the bar says of a task, in a sentence."""
         gap, rest = self.gap(task), self.difference(task, "committed", "oracle")
-        if gap.mean - gap.half <= 0:
-            return "does not count: the oracle gains nothing beyond the interval"
-        words = "passed" if rest.upper <= gap.mean / 4 else "missed"
-        return f"{words}: upper limit of committed - oracle {rest.upper:+.4f}, a quarter of the gap {gap.mean / 4:.4f}"
+        if not self.counts(task):
+            return f"the oracle gains {gap}, which is within the interval: the task does not count."
+        words = "passed" if self.passes(task) else "missed"
+        arms = [name for name in self.chosen[task] if name not in ("uniform", "oracle") and self.passes(task, name)]
+        others = f" Arms that pass: {', '.join(arms)}." if arms else ""
+        return f"the oracle gains {gap}, committed - oracle is {rest}: the bar is {words}.{others}"
+
+    def summary(self) -> str:
+        """What the bar says of all tasks, and which arms are worse than one rate for all layers."""
+        counted = [task for task in self.judged() if self.counts(task)]
+        passed = [task for task in counted if self.passes(task)]
+        worse = [
+            f"{name} on {task} ({apart})"
+            for task, arms in self.chosen.items()
+            for name in arms
+            if name != "uniform" and "uniform" in arms
+            if (apart := self.difference(task, name, "uniform")).mean > apart.half
+        ]
+        named = f"Worse than uniform beyond the interval: {'; '.join(worse) or 'none'}."
+        return f"The bar is passed on {len(passed)} of {len(counted)} tasks on which the oracle gains. {named}"
 
     def rows(self, task: str) -> list[tuple[str, ...]]:
         """Arm, base rate, final loss, difference to uniform, and the range of good rates where it was looked for."""
@@ -114,12 +143,12 @@ class Results:
     def text(self) -> str:
         """Everything, for a terminal."""
         lines = []
-        for task, arms in self.chosen.items():
+        for task in self.chosen:
             lines.append(f"\n{task}")
             lines += [f"{a:14s} {r:>8s} {loss:>18s} {apart:>20s}  {w}" for a, r, loss, apart, w in self.rows(task)]
-            if {"uniform", "oracle", "committed"} <= set(arms):
+            if task in self.judged():
                 lines.append(self.verdict(task))
-        return "\n".join(lines)
+        return "\n".join([*lines, "", self.summary()])
 
 
 def read(path: Path) -> Results:

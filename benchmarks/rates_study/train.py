@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.rates_study.arms import Observed, rule_of
+from benchmarks.rates_study.arms import Observed, StepSizes, rule_of
 from benchmarks.rates_study.tasks import Batch, Task
 from dynamon.monitoring.step_probe import StepObserver
 from dynamon.optim import LayerwiseRates
@@ -69,6 +69,8 @@ def _learn(rule: Rule, observer: StepObserver, batch: Batch) -> None:
 
 def _learned(rule: Rule | None, task: Task) -> dict[str, Any]:
     """What a rule by groups has found, in the order of the task's groups."""
+    if isinstance(rule, StepSizes):
+        return {"ratios": _rounded(rule.found())}
     if isinstance(rule, Observed):
         return {"progress": _rounded(rule.progress), "cost": _rounded(rule.cost)}
     if not isinstance(rule, BalancedRates):
