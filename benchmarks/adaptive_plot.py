@@ -36,8 +36,11 @@ def _draw_sweep(axes, results: Results, task: str) -> None:
         if name in results.chosen[task]:
             points = results.sweep(task, name)
             least = min(least, *points.values())
-            axes.plot(points.keys(), points.values(), "o-", color=colour, label=name, markersize=3)
-    axes.set(xscale="log", xlabel="base rate", ylim=(0.995 * least, 1.1 * least))
+            axes.plot(list(points), list(points.values()), "o-", color=colour, label=name, markersize=3)
+    axes.set(xscale="log", xlabel="base rate", ylim=(0.995 * least, 1.12 * least))
+    rates = sorted({rate for line in axes.lines for rate in line.get_xdata()})
+    axes.set_xticks(rates[:: max(1, len(rates) // 4)], [f"{r:.2g}" for r in rates[:: max(1, len(rates) // 4)]])
+    axes.minorticks_off()
     axes.set_title(task, fontsize=10)
 
 
@@ -54,6 +57,7 @@ def _draw_arms(axes, results: Results, task: str) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("final loss less that of uniform")
+    axes.locator_params(axis="x", nbins=5)
 
 
 def main() -> None:

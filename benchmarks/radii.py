@@ -91,9 +91,9 @@ class Search:
             moved, passes = False, passes - 1
             best = {name: self.tune(name, radii) for name in names}
             for role in ("vector", "head", "embedding", "conv"):
-                for factor in (0.5, 2.0):
+                own = [name for name in names if role not in ABSENT[name.split(",")[0]]]
+                for factor in (0.5, 2.0) if own else ():
                     tried = {**radii, role: factor * radii[role]}
-                    own = [name for name in names if role not in ABSENT[name.split(",")[0]]]
                     losses = {name: self.loss(name, tried, best[name][0]) for name in own}
                     change = statistics.fmean(math.log(losses[name] / best[name][1]) for name in own)
                     print(f"{role} {tried[role]:g}: {change:+.4f}", flush=True)

@@ -73,6 +73,13 @@ def test_two_processes_write_one_file(book, tmp_path):
     assert len(json.loads((tmp_path / "found.json").read_text())["runs"]) == 2
 
 
+def test_ratios_of_one_are_the_uniform_arm(book):
+    book.arm("GPT", "uniform", 0.1)
+    count = len(book.calls)
+    book.arm("GPT", "other", 0.1, ratios=(1.0,) * 8)
+    assert len(book.calls) == count and book.chosen["GPT"]["other"] == book.chosen["GPT"]["uniform"]
+
+
 def test_a_lost_run_is_worse_than_any(book):
     assert book.mean("GPT", "fixed", 4.0, ()) == math.inf
     assert json.loads(book._path.read_text())["runs"][key_of("GPT", "fixed", 4.0, 5)]["final"] is None

@@ -93,6 +93,7 @@ class Book:
         seeds: Sequence[int] = (),
     ) -> float:
         """Tune an arm on some seeds, run its reported seeds, note it under its name, and return its rate."""
+        ratios = () if all(ratio == 1 for ratio in ratios) else ratios
         rate = self.tune(task, arm, ratios, start, seeds)
         self.finals(task, arm, rate, ratios, self.reported)
         noted = {"arm": arm, "rate": rate, "ratios": list(ratios)}
