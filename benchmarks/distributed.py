@@ -9,7 +9,6 @@ values beside it are those of the last reading, the mean over layers. Takes a fe
 import json
 import logging
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -145,26 +144,35 @@ def fit(case: Case, callbacks: list[Any], report: Callable[[], Any], steps: int)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.pt"
         run = partial(train, case, [*callbacks, Report(path, report)], steps)
-        if case.strategy == "FSDP2" and case.ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            start_processes(sharded, (run, case.ranks, port), nprocs=case.ranks, start_method="fork")
+        if case.ranks == 1:
+            run("auto")
         else:
-            ddp = DDPStrategy(start_method="fork", process_group_backend="gloo")
-            run(ddp if case.ranks > 1 else "auto")
+            sizes = {"DDP": (), "FSDP2": (case.ranks, 1)}[case.strategy]
+            kind = DDPStrategy if case.strategy == "DDP" else ModelParallelStrategy
+            in_processes(lambda: run(kind(*sizes, process_group_backend="gloo")), case.ranks)
         return torch.load(path, weights_only=False)
 
 
-def sharded(rank: int, run: Callable[[Any], None], ranks: int, port: int) -> None:
-    """One process of an FSDP2 run."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    os.environ.update(WORLD_SIZE=str(ranks), RANK=str(rank))
+def in_processes(work: Callable[[], None], processes: int) -> None:
+    """Call a function in forked processes, in which a Trainer finds the others.
+
+    The port at which they meet is taken here and stays taken, so that nobody else comes between. They end without
+    destroying anything: torch 2.13 may hang where DDP is the last to hold a process group.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    start_processes(_work, (work, store.port, processes), nprocs=processes, start_method="fork")
+
+
+def _work(rank: int, work: Callable[[], None], port: int, processes: int) -> None:
+    # LOCAL_RANK tells Lightning that somebody else has made the processes, the last two torch where its store is.
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
+    names |= {"WORLD_SIZE": processes, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
-    try:
-        run(ModelParallelStrategy(ranks, 1, process_group_backend="gloo"))
-    finally:
-        dist.destroy_process_group()
+    work()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def train(case: Case, callbacks: list[Any], steps: int, strategy: Any) -> None:

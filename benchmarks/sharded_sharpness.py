@@ -6,7 +6,6 @@ vectors fit into memory, *shards* what is done where they do not: products by di
 """
 
 import os
-import socket
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -15,12 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import start_processes
 
-from benchmarks.distributed import Module, data, differences, quiet_trainer
+from benchmarks.distributed import Module, data, differences, in_processes, quiet_trainer
 from benchmarks.environment import environment, parser, write
 from dynamon.callbacks import SharpnessMonitor
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
@@ -72,8 +69,8 @@ def sharpness_rows(
     one = _measured(dtype, 1, quantities, 1.0, tolerance, steps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tables.pt"
-        given = (path, _free_port(), processes, dtype, quantities, limit * size / 2**30, tolerance, steps)
-        start_processes(_work, given, nprocs=processes, start_method="fork")
+        given = (dtype, processes, quantities, limit * size / 2**30, tolerance, steps)
+        in_processes(lambda: _save(_measured(*given), path), processes)
         several = torch.load(path, weights_only=False)
     skipped = ("dynamon/", *(() if gathered else ("sharpness/trace",)))
     found = differences({tag: v for tag, v in one.items() if not tag.startswith(skipped)}, several)
@@ -94,24 +91,9 @@ def _measured(
     return {tag: np.asarray(monitor.history[tag].values) for tag in monitor.history}
 
 
-def _work(rank: int, path: Path, port: int, processes: int, dtype: torch.dtype, *given: Any) -> None:
-    # LOCAL_RANK tells Lightning that somebody else has made the processes.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    try:
-        found = _measured(dtype, processes, *given)
-        if rank == 0:
-            torch.save(found, path)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def _save(found: dict[str, Any], path: Path) -> None:
+    if os.environ["RANK"] == "0":
+        torch.save(found, path)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.loop import nothing_to_train
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.recorder import Recorder
-from dynamon.monitoring.run_context import say_geometry
+from dynamon.monitoring.stated import say_geometry
 from dynamon.optim import LayerwiseRates, unsupported_reason
 from dynamon.optim.stepping import GONE, has_gradients
 from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,13 @@ else:
     settings.register_profile("dynamon", deadline=None)  # how long an example takes says how busy the machine is
     settings.load_profile("dynamon")
 
+try:
+    from tqdm import tqdm
+except ImportError:  # Lightning brings it
+    pass
+else:
+    tqdm.monitor_interval = 0  # no thread that holds tqdm's lock now and then, a fork might inherit it
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -17,3 +27,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_fork_is_left_behind():
+    """A process that a test has forked, and that goes on, would hold files and take time of all tests after it."""
+    yield
+    assert not forks(), "left behind"
+
+
+def forks() -> list[tuple[int, str]]:
+    """Processes that this one has forked and that still run, with their command line; none where /proc is missing."""
+    own, found = (Path("/proc/self/cmdline").read_bytes() if Path("/proc").is_dir() else b""), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (folder / "stat").read_text().rpartition(")")[2].split()
+            command = (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if int(state[1]) == os.getpid() and command == own and state[0] != "Z":
+            found.append((int(folder.name), command.replace(b"\0", b" ").decode()))
+    return found

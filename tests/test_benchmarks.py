@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: F401
 
 import dynamon.callbacks  # noqa: F401
 from benchmarks.environment import RESULTS, SKIPPED
+from tests.processes import in_forks
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
@@ -29,24 +31,28 @@ MISSING_PACKAGE = re.compile(r"^skipped: .+, since (\S+) is missing: pip install
 def run(name: str, arguments: list[str], folder: Path) -> tuple[int, str]:
     """Return the exit status of a script and what it printed; a fork has torch and Lightning imported already."""
     printed = folder / "printed"
-    process = multiprocessing.get_context("fork").Process(target=_script, args=(name, arguments, printed))
-    process.start()
-    process.join()
-    return process.exitcode, printed.read_text()
+    (status,) = in_forks(lambda _: _script(name, arguments, printed), 1)
+    return status, printed.read_text()
 
 
-def _script(name: str, arguments: list[str], printed: Path) -> None:
+def _script(name: str, arguments: list[str], printed: Path) -> int:
     file = printed.open("w", buffering=1)
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
     sys.stdout = sys.stderr = file
     sys.argv = [f"benchmarks/{name}.py", *arguments]
     warnings.resetwarnings()  # pytest makes errors of them
-    torch.set_num_threads(1)  # the threads of the parent did not come through the fork
     multiprocessing.set_start_method("fork", force=True)
     for module in [m for m in sys.modules if m.startswith("benchmarks.")]:
         del sys.modules[module]
-    runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def kept() -> dict[Path, float]:

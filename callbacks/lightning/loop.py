@@ -26,6 +26,7 @@ from dynamon.isolation.trackers import is_muted
 from dynamon.monitoring.accumulation import Windows
 from dynamon.monitoring.loop import Loop, nothing_to_train
 from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.writers import Writer
 from dynamon.optim import LayerwiseRates, several_devices_reason
@@ -37,6 +38,7 @@ class _Shared:
 
     windows: Windows = field(default_factory=Windows)
     row: Row = field(default_factory=Row)
+    planner: Planner = field(default_factory=Planner)
     writers: WeakKeyDictionary[Logger, Writer] = field(default_factory=WeakKeyDictionary)
 
 
@@ -74,6 +76,11 @@ class TrainerLoop(Loop):
     def row(self) -> Row:  # type: ignore[override]
         """Collects what all callbacks of the Trainer have measured at one step."""
         return self._shared.row
+
+    @property
+    def planner(self) -> Planner:  # type: ignore[override]
+        """Decides when all callbacks of the Trainer measure."""
+        return self._shared.planner
 
     def begin_windows(self) -> None:
         """Forget what was accumulated in another fit."""

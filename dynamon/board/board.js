@@ -1,20 +1,22 @@
-// The board: four views of a run or two, in the theme of the reader.
+// The board: five views of a run or two, in the theme of the reader.
 //
 // A run is {label, lastStep, loss, findings, quantities, shown, scalar, table}: the tag of the training loss or null, what
 // health found or null while it is looked for, `shown` the {words, scale} of those of `quantities` that dynamon knows, a
 // Map, `scalar(tag)` the series {steps, values} or null, `await table(quantity)` a quantity of `quantities` as
-// {steps, layers, values (row by row), total}.
+// {steps, layers, values (row by row), total}, `await progress()` what `dynamon.board.progress` says of it or null.
 
 import { el } from "./dom.js";
 import { layers } from "./layers.js";
 import { decoded } from "./numbers.js";
+import { progress } from "./progress.js";
 import { empty, health, rates, stability } from "./views.js";
 
 const VIEWS = [
   ["stability", "1 Stability", stability],
   ["layers", "2 Layers", layers],
-  ["rates", "3 Rates", rates],
-  ["health", "4 Health", health],
+  ["progress", "3 Progress", progress],
+  ["rates", "4 Rates", rates],
+  ["health", "5 Health", health],
 ];
 const PATIENCE = 15000; // milliseconds for which an open list of choices is left alone
 
@@ -33,6 +35,7 @@ export function packed(run) {
     shown: new Map(Object.entries(run.shown ?? {})),
     scalar: (tag) => (scalars.has(tag) ? once(`s ${tag}`, () => unpackedScalar(scalars.get(tag))) : null),
     table: async (quantity) => once(`t ${quantity}`, () => unpackedTable(tables.get(quantity))),
+    progress: async () => once("progress", () => run.progress && unpackedProgress(run.progress)),
   };
 }
 
@@ -42,6 +45,11 @@ export function unpackedScalar({ steps, values, total }) {
 
 export function unpackedTable({ steps, values, layers, total }) {
   return { steps: decoded(steps, "f8"), values: decoded(values, "f4"), layers, total };
+}
+
+export function unpackedProgress({ steps, values, errors, total, low, high, overshoot, ...rest }) {
+  const wide = Object.entries({ steps, total, low, high, overshoot }).map(([key, text]) => [key, decoded(text, "f8")]);
+  return { ...rest, ...Object.fromEntries(wide), values: decoded(values, "f4"), errors: decoded(errors, "f4") };
 }
 
 /**

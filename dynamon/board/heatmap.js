@@ -1,6 +1,6 @@
 // A map of layers over steps: rows in model order, groups that fold, the value under the pointer.
 
-import { BELOW, INFINITE, colorScale, colorTable } from "./colors.js";
+import { BELOW, FAINTEST, INFINITE, NEGATIVE, POSITIVE, UNSURE, colorScale, colorTable, signedScale } from "./colors.js";
 import { el, onWidth } from "./dom.js";
 import { median, nearest, range, short, ticks } from "./numbers.js";
 
@@ -40,7 +40,8 @@ function sharedPrefix(names) {
 }
 
 /** options: table {steps, layers, values}, steps [first, last], isLog, map, density, folded (Set of groups), chosen
- * (Set of layer names), pick(name), memory (keeps the cell and the place scrolled to). Returns the element. */
+ * (Set of layer names), pick(name), memory (keeps the cell and the place scrolled to), isSigned (two colours by sign in
+ * place of map). A table with `errors` shows them, and values within two of them of zero are grey. Returns the element. */
 export function heatmap(options) {
   const { table } = options;
   const canvas = el("canvas", { tabindex: 0, role: "img", "aria-label": "layers over steps; arrow keys move, Enter shows a layer's curve" });
@@ -50,8 +51,10 @@ export function heatmap(options) {
   const area = el("div", { class: "maparea" }, canvas, box, tip);
   const root = el("div", { class: "map" }, labels, area);
   const axis = el("div", { class: "mapaxis" });
-  const limits = range(table.values, (v) => Number.isFinite(v) && (!options.isLog || v > 0)) ?? [0, 1];
-  const color = colorScale(options.map, limits[0], limits[1], options.isLog);
+  const found = range(table.values, (v) => Number.isFinite(v) && (!options.isLog || v > 0)) ?? [0, 1];
+  const most = Math.max(...found.map(Math.abs)) || 1;
+  const limits = options.isSigned ? [-most, most] : found;
+  const color = options.isSigned ? signedScale(most) : colorScale(options.map, limits[0], limits[1], options.isLog);
   const groups = groupsOf(table.layers);
   const memory = options.memory ?? {};
   let layout = null;
@@ -111,7 +114,9 @@ export function heatmap(options) {
     const x = (width * (step - options.steps[0])) / (options.steps[1] - options.steps[0] || 1);
     box.hidden = tip.hidden = false;
     Object.assign(box.style, { left: `${x - 1}px`, top: `${y}px`, height: `${height}px` });
-    tip.replaceChildren(el("b", {}, short(read(column))), ` at step ${step}`, el("br"), name);
+    const error = layout.rows[row].error(column);
+    const about = Number.isNaN(error) ? "" : ` ± ${short(2 * error)}`;
+    tip.replaceChildren(el("b", {}, `${short(read(column))}${about}`), ` at step ${short(step)}`, el("br"), name);
     const isRight = x > width / 2;
     Object.assign(tip.style, {
       top: `${Math.max(0, y - 8)}px`,
@@ -165,13 +170,14 @@ function rowsOf(groups, options, table) {
   const [rows, labels] = [[], []];
   const layers = table.layers.length;
   const own = (index, column) => table.values[column * layers + index];
+  const wrong = (index, column) => (table.errors ? table.errors[column * layers + index] : NaN);
   let y = 0;
   for (const { key, members } of groups) {
     const several = members.length > 1;
     if (several && options.folded.has(key)) {
       const read = (column) => median(members.map((member) => own(member.index, column)));
       labels.push({ y, height: HEADER, text: `${key} (median of ${members.length})`, group: key });
-      rows.push({ y, height: HEADER, read, name: `${key}, median of ${members.length}`, group: key });
+      rows.push({ y, height: HEADER, read, error: () => NaN, name: `${key}, median of ${members.length}`, group: key });
       y += HEADER;
       continue;
     }
@@ -181,7 +187,7 @@ function rowsOf(groups, options, table) {
     const height = readable ? ROW.readable : Math.max(ROW.compact, HEADER / members.length);
     for (const { index, label } of members) {
       if (readable || !several) labels.push({ y, height, text: label, index, inset: several });
-      rows.push({ y, height, index, name: table.layers[index], read: (column) => own(index, column) });
+      rows.push({ y, height, index, name: table.layers[index], read: (column) => own(index, column), error: (column) => wrong(index, column) });
       y += height;
     }
   }
@@ -206,8 +212,9 @@ function paint(canvas, layout, table, steps, width, color) {
     for (let x = 0; x < width; ) {
       const column = columns[x];
       const shade = column < 0 ? null : color(row.read(column));
+      const isSure = column < 0 || !table.errors || Math.abs(row.read(column)) > 2 * row.error(column);
       for (; x < width && columns[x] === column; x += 1) {
-        if (shade) image.data.set([...shade, 255], 4 * (r * width + x));
+        if (shade) image.data.set(isSure ? [...shade, 255].slice(0, 4) : UNSURE, 4 * (r * width + x));
       }
     }
   });
@@ -224,7 +231,10 @@ function paint(canvas, layout, table, steps, width, color) {
 }
 
 function legend(options, [low, high]) {
-  const stops = colorTable(options.map).filter((_, i) => i % 15 === 0).map((rgb) => `rgb(${rgb})`);
+  const [weak, strong] = [FAINTEST / 255, 1];
+  const stops = options.isSigned
+    ? [[NEGATIVE, strong], [NEGATIVE, weak], [POSITIVE, weak], [POSITIVE, strong]].map(([rgb, a]) => `rgba(${rgb},${a})`)
+    : colorTable(options.map).filter((_, i) => i % 15 === 0).map((rgb) => `rgb(${rgb})`);
   const bar = el("span", { class: "bar", "aria-hidden": "true" });
   bar.style.background = `linear-gradient(to right, ${stops.join(",")})`;
   const key = (rgb, text) => {
@@ -237,7 +247,7 @@ function legend(options, [low, high]) {
     { class: "legend" },
     el("span", { class: "key" }, short(low), " ", bar, " ", short(high)),
     options.isLog ? key(BELOW, "zero or below") : null,
-    key(INFINITE, "infinite"),
+    options.table.errors ? key(UNSURE.slice(0, 3), "not sure: zero is within two standard errors") : key(INFINITE, "infinite"),
     el("span", { class: "key" }, "empty: no value"),
   );
 }

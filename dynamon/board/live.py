@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, display_hints, pack_scalar, pack_table
+from dynamon.board.progress import packed_progress
 from dynamon.health import findings, loss_tag
 from dynamon.runs import assemble_run
 from dynamon.runs.event_files import EventFile, event_paths
@@ -181,6 +182,12 @@ class LoggedRun:
         with self._lock:
             self._health = count, found
         return found
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return the summary of :func:`dynamon.board.progress.packed_progress` of what was read so far."""
+        with self._lock:
+            data = self._data()
+        return packed_progress(data)
 
     def _data(self, with_rows: bool = True) -> RunData:
         """Return what was read so far; tables of tensor summaries without their rows if those are not needed."""

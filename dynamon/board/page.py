@@ -17,6 +17,7 @@ MODULES = (
     "heatmap",
     "views",
     "layers",
+    "progress",
     "board",
 )  # each after those that it imports
 _IMPORT = re.compile(r"^import \{[^}]*\} from \"\./\w+\.js\";\n", re.M)

@@ -1,12 +1,13 @@
 """Convert a run to what the front end reads: plain JSON, arrays in base64."""
 
-import base64
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dynamon.board.packing import packed
+from dynamon.board.progress import packed_progress
 from dynamon.health import findings, loss_tag
 from dynamon.quantities import REGISTRY
 from dynamon.runs.history import RunData, Series
@@ -26,7 +27,7 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
     Returns:
         ``scalars`` by tag and ``tables`` by quantity with arrays as little-endian base64: ``steps`` of both and
         ``values`` of scalars in float64, ``values`` of tables, ``[T, L]`` row by row, in float32; the original number
-        of readings as ``total``; ``shown`` of the tables; ``findings``, computed from all readings.
+        of readings as ``total``; ``shown`` of the tables; ``findings`` and ``progress``, computed from all readings.
 
     Cost: about 5 bytes per value of a table. Of more than 4,000 readings of a table every k-th is packed; of more than
     20,000 points of a scalar the lowest and the highest of each bucket. A table without a single value is left out.
@@ -40,6 +41,7 @@ def payload(run: RunData, name: str, loss: str | None = None) -> dict[str, Any]:
         "scalars": {key: pack_scalar(series) for key, series in run.scalars.items()},
         "tables": tables,
         "shown": display_hints(tables),
+        "progress": packed_progress(run),
         "findings": [finding.as_dict() for finding in findings(run, loss)],
     }
 
@@ -53,8 +55,8 @@ def pack_scalar(series: Series) -> dict[str, Any]:
     """Pack a scalar with at most 20,000 points, see :func:`payload`."""
     kept = _extremes(series.values, SCALAR_POINTS)
     return {
-        "steps": _packed(series.steps[kept], "<f8"),
-        "values": _packed(series.values[kept], "<f8"),
+        "steps": packed(series.steps[kept], "<f8"),
+        "values": packed(series.values[kept], "<f8"),
         "total": len(series),
     }
 
@@ -63,8 +65,8 @@ def pack_table(series: Series) -> dict[str, Any]:
     """Pack a table with at most 4,000 readings, see :func:`payload`."""
     stride = -(-len(series) // TABLE_POINTS) or 1
     return {
-        "steps": _packed(series.steps[::stride], "<f8"),
-        "values": _packed(series.values[::stride], "<f4"),
+        "steps": packed(series.steps[::stride], "<f8"),
+        "values": packed(series.values[::stride], "<f4"),
         "layers": list(series.layers or ()),
         "total": len(series),
     }
@@ -81,8 +83,3 @@ def _extremes(values: NDArray[Any], limit: int) -> NDArray[Any]:
         for place in (start + int(np.argmin(values[start:stop])), start + int(np.argmax(values[start:stop])))
     ]
     return np.unique(np.array(kept))
-
-
-def _packed(values: NDArray[Any], kind: str) -> str:
-    with np.errstate(over="ignore"):  # beyond float32 is infinite there
-        return base64.b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode()

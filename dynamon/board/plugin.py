@@ -36,13 +36,14 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
         self._folder: Any = None
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
-        """Return the routes: files of the board by name, and four requests."""
+        """Return the routes: files of the board by name, and five requests."""
         files = [path.name for path in resources.files(__package__).iterdir() if path.name.endswith(tuple(_KINDS))]
         return {f"/{name}": _file(name) for name in files} | {
             "/runs": self._answers(lambda folder, _: _listing(folder, self._logdir)),
             "/run": self._answers(lambda folder, asked: _run(folder, asked).updates(*_known(asked))),
             "/table": self._answers(lambda folder, asked: _run(folder, asked).table(asked["quantity"], *_known(asked))),
             "/health": self._answers(lambda folder, asked: {"findings": _run(folder, asked).findings()}),
+            "/progress": self._answers(lambda folder, asked: {"progress": _run(folder, asked).progress()}),
         }
 
     def data_plugin_names(self) -> tuple[str, ...]:

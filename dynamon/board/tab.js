@@ -1,6 +1,6 @@
 // The tab in TensorBoard: which runs to show, and what is new in them every few seconds.
 
-import { mount, unpackedScalar, unpackedTable } from "./board.js";
+import { mount, unpackedProgress, unpackedScalar, unpackedTable } from "./board.js";
 import { el } from "./dom.js";
 import { ADD } from "./views.js";
 
@@ -153,6 +153,17 @@ class Live {
 
   scalar(tag) {
     return this.scalars.get(tag) ?? null;
+  }
+
+  async progress() {
+    if (!this.quantities.includes("progress/decrease")) return null;
+    if (this.summed?.epoch !== this.epoch || this.summed.count !== this.count) {
+      const { epoch, count } = this;
+      const { progress, problem } = await asked("progress", { run: this.label });
+      if (problem) throw new Error(problem);
+      this.summed = { epoch, count, found: progress && unpackedProgress(progress) };
+    }
+    return this.summed.found;
   }
 
   async table(quantity) {

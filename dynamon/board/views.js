@@ -102,7 +102,7 @@ export function stability(runs, state) {
   );
 }
 
-/** 3: the base rate, what steering makes of it, and the noise that it follows. */
+/** 4: the base rate, what steering makes of it, and the noise that it follows. */
 export function rates(runs, state) {
   const found = charts(runs, state, [
     { title: "Base learning rate", lines: linesOf(runs, [["lr/base", "base rate"], ["lr/base_min", "smallest of all groups"]]) },
@@ -124,7 +124,7 @@ export function rates(runs, state) {
   return el("div", {}, found.length ? found : empty("No steering of rates in this run", add), noise);
 }
 
-/** 4: what looks wrong, the worst first. */
+/** 5: what looks wrong, the worst first. */
 export function health(runs, state, actions) {
   return el(
     "div",

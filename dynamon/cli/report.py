@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dynamon.board.page import page
 from dynamon.board.payload import payload
+from dynamon.board.progress import progress_lines
 from dynamon.cli.refusal import refusing
 from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
 from dynamon.health import Finding, findings, judged_loss, loss_tag
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
-    """Describe a run in lines for a terminal: sparklines over its steps, extreme layers, health findings.
+    """Describe a run in lines for a terminal: sparklines over its steps, extreme layers, progress, health findings.
 
     Args:
         run: Its scalars and per-layer tables.
@@ -116,6 +117,9 @@ def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
         yield "  layers, median of the last readings"
     for quantity, table in tables:
         yield f"  {quantity:20}  {_extremes(table)}"
+    lines = list(progress_lines(run))
+    if lines:
+        yield from ["", *lines]
     yield ""
     found = findings(run, loss)
     if not found:

@@ -152,9 +152,36 @@ def known_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -
     return layers
 
 
-def measurable_layers(model: nn.Module) -> list[Layer]:
+def measurable_layers(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[Layer]:
     """List the layers of :func:`known_layers` that :func:`is_measurable` accepts."""
-    return [layer for layer in known_layers(model) if is_measurable(layer)]
+    return [layer for layer in known_layers(model, overrides) if is_measurable(layer)]
+
+
+def role_assumption(model: nn.Module, overrides: Mapping[str, str] | None = None) -> str | None:
+    """Return which roles rest on names or on the order of modules, and how to state others; None if none does.
+
+    Args:
+        model: Any module.
+        overrides: As in :func:`describe_layers`; what they state is not assumed.
+    """
+    uses, stated = _uses(model), {**(getattr(model, STATED, None) or {}), **(overrides or {})}
+    heads = _head_weights(model, uses)
+    guessed: dict[str, list[str]] = {}
+    for layer in known_layers(model, overrides):
+        key, names = id(layer.parameter), (layer.name, *layer.aliases)
+        held = uses.get(key, [])
+        of_class = any(type(module).__module__.startswith("torch.nn.") for module, _ in held)
+        is_known = layer.role == "vector" or of_class and key not in heads
+        if not is_known and not any(fnmatchcase(name, glob) for name in names for glob in stated):
+            guessed.setdefault(layer.role, []).append(layer.name)
+    if not guessed:
+        return None
+    found = "; ".join(f"{role}: {_some(names)}" for role, names in guessed.items())
+    return f"Roles assumed by name or place: {found}. They choose norms; roles={{glob: role}} states others."
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:

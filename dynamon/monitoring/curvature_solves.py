@@ -79,6 +79,7 @@ class CurvatureSolves(Meter):
         tol: Relative tolerance of the solves.
         max_matvecs: Most products per solve.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
+        save_vectors: Whether checkpoints hold the vectors that the next solve starts from.
 
     Attributes:
         last_density: The whole density of the last measurement that took one.
@@ -93,13 +94,14 @@ class CurvatureSolves(Meter):
         tol: float,
         max_matvecs: int,
         outputs: OutputsFn | None = None,
+        save_vectors: bool = True,
     ) -> None:
         """Nothing tracked yet."""
         super().__init__(cadence)
         self._probe, self._steps = probe, steps
         self._gauss_newton = GaussNewton(probe, outputs)
         self._wanted = frozenset(quantities)
-        self._tol, self._max_matvecs = tol, max_matvecs
+        self._tol, self._max_matvecs, self._save_vectors = tol, max_matvecs, save_vectors
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None
@@ -231,7 +233,8 @@ class CurvatureSolves(Meter):
     def state_dict(self) -> dict[str, Any]:
         """Trackers, their vectors where they are not large."""
         state: dict[str, Any] = {"points": self.points}
-        most = SAVED_NUMBERS if self._probe.gathers else -1  # one process cannot save what each has a part of
+        # One process cannot save what each has a part of.
+        most = SAVED_NUMBERS if self._save_vectors and self._probe.gathers else -1
         state["trackers"] = {tag: tracker.state_dict(most) for tag, tracker in self._trackers.items()}
         if sum(v.numel() for v in self._blocks.values()) <= most:
             state["blocks"] = dict(self._blocks)

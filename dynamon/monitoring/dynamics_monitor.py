@@ -1,22 +1,19 @@
 """All monitors in one line."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from dynamon.isolation.preserve import LossFn
-from dynamon.monitoring.arguments import check_arguments, check_probe
-from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.arguments import check_arguments
 from dynamon.monitoring.gauss_newton import OutputsFn
-from dynamon.monitoring.gradient_meter import GradientMeter
 from dynamon.monitoring.gradient_monitor import GradientMonitor
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
-from dynamon.monitoring.probe import ProbeMeter
-from dynamon.monitoring.sharpness_monitor import QUANTITIES, SharpnessMonitor, check_solver, sharpness_meters
-from dynamon.monitoring.weight_meter import WeightMeter
+from dynamon.monitoring.sharpness_monitor import QUANTITIES, SharpnessMonitor
 from dynamon.monitoring.weight_monitor import WeightMonitor
 
 
@@ -69,7 +66,8 @@ class DynamicsMonitor(Monitor):
     preset        gradients every  weights every   sharpness every   sharpness
     ============  ===============  ==============  ================  =============================================
     ``economy``   4 steps          20 steps        20 steps          stability ratio, directional and critical
-                                                                     sharpness, on a quarter of a batch
+                                                                     sharpness, on a quarter of a batch; progress
+                                                                     by layer, on the next batch
     ``standard``  2 steps          10 steps        20 steps          with the Hessian and the bracket
     ``full``      1 step           5 steps         10 steps          with batch sharpness, the top eigenspace and
                                                                      every layer's block, on a whole batch; histograms
@@ -78,8 +76,21 @@ class DynamicsMonitor(Monitor):
     These are the shortest intervals; the budget stretches them. Below 4 % (``full``: 17 %) it also cuts the probe,
     to ``6 * budget`` of a batch, unless ``probe_fraction`` or ``probe_size`` says how much of it is wanted;
     ``sharpness/probe_samples`` shows what is left. For SGD the Hessian's eigenvalue comes with the stability ratio at
-    no cost, so ``economy`` shows it too. All arguments from ``quantities`` on are those of the three monitors, under
-    one budget; where they are None the preset decides.
+    no cost, so ``economy`` shows it too.
+
+    A part of your own replaces that of the preset, with all its options::
+
+        DynamicsMonitor(
+            budget=0.05,
+            sharpness=SharpnessMonitor(quantities=["stability_ratio", "ggn"], tol=1e-3),
+            weights=WeightMonitor(convolutions=True, every_n_steps=500),
+        )
+
+    The parts are settings: this monitor measures them, under one budget and one grace, with one pass over the
+    gradients, and everything is in its ``history`` and its state; ``history`` of a part is the same object. What
+    concerns all of them (``budget``, ``grace``, ``layers``, ``loggers``, ``strict``, ``roles``, ``geometry``) is
+    given here, not to a part. A part without ``every_n_steps`` has that of this monitor. The arguments from
+    ``quantities`` to ``convolutions`` change the preset's own parts.
 
     Under DDP every reading is that of all processes, and the budget is kept by the first one's clock.
 
@@ -99,19 +110,26 @@ class DynamicsMonitor(Monitor):
         probe_size: As there: samples in the probe, instead of ``probe_batches`` and ``probe_fraction``.
         probe_weight: As there.
         save_probe: As there: whether checkpoints hold the probe.
+        save_vectors: As there: whether checkpoints hold the vectors that a solve starts from.
         tol: As there.
         max_matvecs: As there.
         memory_limit: As there.
         histograms: Whether every tenth reading of gradients and weights brings their histograms.
         convolutions: As in :class:`WeightMonitor`.
         grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
+        sharpness: The sharpness part, instead of that of the preset.
+        gradients: The gradient part, likewise.
+        weights: The weight part, likewise.
+        roles: As in :class:`GradientMonitor`.
+        geometry: As there.
 
     Attributes:
         history: Everything measured, as arrays: ``monitor.history["noise/dual"].values`` is ``[T, L]``.
 
     Raises:
-        ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
-            fit starts.
+        TypeError: On an argument of the wrong type.
+        ValueError: On an argument out of range, or given both here and in a part, at construction; on globs or loggers
+            that match nothing, when fit starts.
 
     Memory: what the three monitors keep in between, and the peak of one of them at a time; they share their copies.
     """
@@ -132,50 +150,105 @@ class DynamicsMonitor(Monitor):
         probe_size: int | None = None,
         probe_weight: str | None = None,
         save_probe: bool = True,
+        save_vectors: bool = True,
         tol: float = 1e-2,
         max_matvecs: int = 40,
         memory_limit: float | None = None,
         histograms: bool | None = None,
         convolutions: bool = False,
         grace: float = GRACE,
+        sharpness: SharpnessMonitor | None = None,
+        gradients: GradientMonitor | None = None,
+        weights: WeightMonitor | None = None,
+        roles: Mapping[str, str] | None = None,
+        geometry: str | Mapping[str, str] | None = None,
     ) -> None:
-        """Check the arguments."""
+        """Check the arguments, and take the parts together."""
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
-        own: dict[str, Any] = {"quantities": quantities, "probe_fraction": probe_fraction, "histograms": histograms}
-        chosen = replace(PRESETS[preset], **{name: value for name, value in own.items() if value is not None})
         check_arguments(every_n_steps, budget, grace, quantities=quantities, layers=layers, loggers=loggers)
-        check_probe(probe_batches, chosen.probe_fraction, loss_fn, probe_size, probe_weight)
-        check_solver(chosen.quantities, outputs, tol, max_matvecs, memory_limit)
-        if budget is not None and every_n_steps is None and probe_fraction is None:
-            # Two per cent carry an eighth of a batch: about one reading in 300 steps on a small GPT.
-            chosen = replace(chosen, probe_fraction=min(chosen.probe_fraction, 6 * budget))
-        probe = partial(
-            ProbeMeter,
-            *(loss_fn, probe_batches, chosen.probe_fraction, probe_size, probe_weight),
-            save=save_probe,
-            may_shrink=probe_fraction is None and probe_size is None,
-        )
-        solver = (tol, max_matvecs, outputs, memory_limit)
-        make_meters = partial(_meters, chosen, every_n_steps, probe, solver, convolutions)
-        super().__init__(make_meters, budget, layers, loggers, strict, grace)
+        of_sharpness: dict[str, Any] = {
+            "quantities": quantities,
+            "loss_fn": loss_fn,
+            "outputs": outputs,
+            "probe_batches": probe_batches,
+            "probe_fraction": probe_fraction,
+            "probe_size": probe_size,
+            "probe_weight": probe_weight,
+            "save_probe": save_probe,
+            "save_vectors": save_vectors,
+            "tol": tol,
+            "max_matvecs": max_matvecs,
+            "memory_limit": memory_limit,
+        }
+        cuts_probe = budget is not None and every_n_steps is None
+        parts = _preset_parts(PRESETS[preset], of_sharpness, histograms, convolutions, budget if cuts_probe else None)
+        given: dict[str, Any] = {"gradients": gradients, "weights": weights, "sharpness": sharpness}
+        self._given = {name: part for name, part in given.items() if part is not None}
+        for name, part in self._given.items():
+            check_part(name, part, {**of_sharpness, "histograms": histograms, "convolutions": convolutions})
+        own = [self._given.get(name, part) for name, part in parts.items()]
+        makes = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
+        super().__init__(partial(_meters, makes), budget, layers, loggers, strict, grace, roles, geometry)
         self.preset = preset
+
+    def _forget(self) -> None:
+        """Begin like new; what is measured is also the history of the parts."""
+        super()._forget()
+        for part in self._given.values():
+            part._recorder, part._budget = self._recorder, self._budget
 
     def one_of_a_kind(self) -> tuple[type, ...]:
         """One monitor of everything beside one of its parts would measure twice; a monitor of your own may stand by."""
         return (DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor)
 
 
-def _meters(
-    chosen: Preset,
-    every_n_steps: int | None,
-    probe: partial[ProbeMeter],
-    solver: tuple[float, int, OutputsFn | None, float | None],
-    convolutions: bool,
-) -> list[Meter]:
-    """Make the meters of a preset."""
-    return [
-        GradientMeter(Cadence(every_n_steps, chosen.gradients), chosen.histograms),
-        WeightMeter(Cadence(every_n_steps, chosen.weights), chosen.histograms, convolutions),
-        *sharpness_meters(tuple(chosen.quantities), probe, partial(Cadence, every_n_steps, chosen.sharpness), *solver),
-    ]
+def _meters(makes: Sequence[Callable[[], list[Meter]]]) -> list[Meter]:
+    """Make the meters of all parts."""
+    return [meter for make in makes for meter in make()]
+
+
+def _preset_parts(
+    chosen: Preset, of_sharpness: dict[str, Any], histograms: bool | None, convolutions: bool, budget: float | None
+) -> dict[str, Any]:
+    """Make the parts of a preset, changed by what is given; a budget cuts the probe."""
+    fraction, binned = chosen.probe_fraction, chosen.histograms if histograms is None else histograms
+    may_shrink = of_sharpness["probe_fraction"] is None and of_sharpness["probe_size"] is None
+    if budget is not None:
+        # Two per cent carry an eighth of a batch: about one reading in 300 steps on a small GPT.
+        fraction = min(fraction, 6 * budget)
+    preset: dict[str, Any] = {"quantities": chosen.quantities, "probe_fraction": fraction}
+    settings: dict[str, Any] = {
+        name: preset.get(name) if value is None else value for name, value in of_sharpness.items()
+    }
+    gradients, weights = GradientMonitor(histograms=binned), WeightMonitor(histograms=binned, convolutions=convolutions)
+    sharpness = SharpnessMonitor(**settings)
+    gradients._make_part = partial(gradients._make_part, interval=chosen.gradients)
+    weights._make_part = partial(weights._make_part, interval=chosen.weights)
+    sharpness._make_part = partial(sharpness._make_part, interval=chosen.sharpness, may_shrink=may_shrink)
+    return {"gradients": gradients, "weights": weights, "sharpness": sharpness}
+
+
+def check_part(name: str, part: Any, options: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError where a part is none, or where something is given twice.
+
+    Args:
+        name: The argument that holds the part.
+        part: The part.
+        options: What the monitor of all parts was given for one of them.
+    """
+    kind: type[Monitor] = {"gradients": GradientMonitor, "weights": WeightMonitor, "sharpness": SharpnessMonitor}[name]
+    if not isinstance(part, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, or None, got {type(part).__name__}.")
+    of_all, of_part = signature(DynamicsMonitor).parameters, signature(kind).parameters
+    for option, value in options.items():
+        if option in of_part and value != of_all[option].default:
+            raise ValueError(
+                f"{option} is given beside {name}={kind.__name__}(...): give it to {kind.__name__} instead."
+            )
+    for option, value in part.shared_settings().items():
+        if value != of_part[option].default:
+            raise ValueError(
+                f"{option} is given to {name}={kind.__name__}(...), but all parts share it: give it to DynamicsMonitor "
+                "instead."
+            )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from dynamon.isolation.preserve import LossFn
 from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.kernels.devices import reads_are_free
 from dynamon.monitoring.loop import Loop
@@ -16,16 +17,18 @@ class EffectCheck:
     """Compares what is outside of the module before and after two evaluations of a loss, and the two losses.
 
     Args:
-        trusts: Whether the loss is a function of the user's own, which is not checked.
+        loss_fn: The user's own loss function; None for the loop's. Numbers and lists that it counts in are its own
+            matter, since they change nothing that is trained.
 
     Attributes:
         is_done: Whether nothing is left to be checked.
         reason: What was found, in words; None where there was nothing.
     """
 
-    def __init__(self, trusts: bool = False) -> None:
+    def __init__(self, loss_fn: LossFn | None = None) -> None:
         """Nothing evaluated yet."""
-        self.is_done, self._is_told = trusts, False
+        self.is_done, self._loss_fn, self._name = False, loss_fn, "loss_fn"
+        self._is_told = False
         self.reason: str | None = None
         self._marks: list[dict[str, str]] = []  # of what is outside of the module, before each evaluation
         self._losses: list[float] = []
@@ -34,7 +37,7 @@ class EffectCheck:
         """Evaluate a loss, and remember what was outside of the module before and what it was."""
         if self.is_done:
             return evaluate()
-        self._marks.append(external_state(loop.module, loop.loss_source))
+        self._marks.append(self._state(loop))
         self._losses.append(evaluate())
         return self._losses[-1]
 
@@ -48,13 +51,17 @@ class EffectCheck:
         self._marks, self._losses = self._marks[-1:], self._losses[-1:]
         while len(self._losses) < 2:
             self.watch(loop, evaluate)
-        marks = [*self._marks, external_state(loop.module, loop.loss_source)]
+        marks = [*self._marks, self._state(loop)]
         # What changed the first time only is a cache that has been filled.
         changed = [name for name in changed_names(*marks[1:]) if name in changed_names(*marks[:2])]
         if changed:
             return f"it changes {', '.join(changed[:3])}"
-        first, second = self._losses
-        return _difference(first, second, loop.device)
+        return _difference(self._losses[0], self._losses[1], loop.device)
+
+    def _state(self, loop: Loop) -> dict[str, str]:
+        source = loop.loss_source if self._loss_fn is None else self._loss_fn
+        self._name = loop.loss_name if self._loss_fn is None else "loss_fn"
+        return external_state(loop.module, source, counts=self._name == "training_step")
 
     def settle(self, reason: str | None) -> None:
         """Take what was found, here or on another process."""
@@ -65,9 +72,10 @@ class EffectCheck:
         if self._is_told:
             return f"{what} is off for the same reason."
         self._is_told = True
+        mend = "let it compute" if self._name == "loss_fn" else "pass loss_fn=lambda module, batch: ... that computes"
         return (
-            f"{what} is off: training_step has effects outside the module that cannot be undone ({self.reason}); "
-            "pass loss_fn=lambda module, batch: ... that computes the loss and nothing else."
+            f"{what} is off: {self._name} has effects outside the module that cannot be undone ({self.reason}); {mend} "
+            "the loss and nothing else."
         )
 
 

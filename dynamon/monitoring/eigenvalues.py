@@ -52,6 +52,7 @@ class EigenvalueMeter(CurvatureSolves):
         max_matvecs: Most products a solve.
         outputs: ``outputs(module, batch) -> (outputs, loss)`` for the Gauss-Newton matrix, or None to find them.
         memory_limit: GiB for the solver's vectors; None for half of what is free when training starts.
+        save_vectors: Whether checkpoints hold the vectors that the next solve starts from.
     """
 
     name = "sharpness"
@@ -66,9 +67,10 @@ class EigenvalueMeter(CurvatureSolves):
         max_matvecs: int,
         outputs: OutputsFn | None = None,
         memory_limit: float | None = None,
+        save_vectors: bool = True,
     ) -> None:
         """Nothing tracked yet."""
-        super().__init__(cadence, probe, steps, quantities, tol, max_matvecs, outputs)
+        super().__init__(cadence, probe, steps, quantities, tol, max_matvecs, outputs, save_vectors)
         self._memory_limit = memory_limit
         declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
         self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
@@ -163,6 +165,10 @@ class EigenvalueMeter(CurvatureSolves):
 
     def _expected_extra(self, run: RunContext, quantity: str) -> float | None:
         return self._allowance.price(self._products_of(run, quantity), self._probe.graph_seconds)
+
+    def missed_reason(self) -> str | None:
+        """Return why there was no loss to measure on."""
+        return None if self.points or self.is_off() else self._probe.refusal
 
     def expected(self, run: RunContext) -> float | None:
         """Return the seconds of the coming measurement, its extras left out; None as long as nothing was timed.

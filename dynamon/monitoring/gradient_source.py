@@ -13,9 +13,8 @@ from dynamon.layers import Layer, is_steerable
 from dynamon.layers.complex_pairs import as_real
 from dynamon.monitoring.accumulation import compares_independent
 from dynamon.monitoring.failures import SteeringError
-from dynamon.monitoring.run_context import RunContext, say_geometry
+from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.weight_copies import matching, whole_copies
-from dynamon.norms import optimizer_family
 from dynamon.optim import LayerwiseRates, steering_of
 from dynamon.quantities.gradient_reader import GradientReader
 from dynamon.quantities.noise import SOURCES, NoiseEstimator, SignalToNoise
@@ -83,16 +82,15 @@ class GradientSource:
 
     def __init__(self, run: RunContext, optimizer: Optimizer) -> None:
         """Find the optimizer's layers and who reads them."""
-        say_geometry(optimizer)
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._version = run.layers_version
         layers = [la for la in run.all_layers if id(la.parameter) in self._own]
         rates = steering_of(optimizer)
         reads_all = rates is not None and rates.rule.needs_gradients and all(is_steerable(la) for la in layers)
+        self._reader = GradientReader(layers, run.stated.family(optimizer))
         shared = rates is not None and reads_all and run.loop.reads_for_steering(rates)
-        self._rates: LayerwiseRates | None = rates if shared else None
+        self._rates: LayerwiseRates | None = rates if shared and _reads_alike(rates, self._reader) else None
         self._steered = self._rates is not None
-        self._reader = GradientReader(layers, optimizer_family(optimizer))
         names = [layer.name for layer in layers]
         self._noise, self._independent = NoiseEstimator(names), NoiseEstimator(names, source="independent")
         self._signals = {source: SignalToNoise(names, source=source) for source in SOURCES}
@@ -273,3 +271,12 @@ class GradientSource:
         for source, signal in self._signals.items():
             signal.load_state_dict(state.get("signals", {}).get(source, {}))
         self._weights, self._kept_at = matching(self.reader.layers, state.get("weights", {})), self._step
+
+
+def _reads_alike(rates: LayerwiseRates | None, reader: GradientReader) -> bool:
+    """Return whether the steering reads in the norms that are wanted: the user may have stated others here."""
+    if rates is None:
+        return False
+    norms = {id(la.parameter): norm.name for la, norm in zip(rates.reader.layers, rates.reader.norms, strict=True)}
+    wanted = zip(reader.layers, reader.norms, strict=True)
+    return all(norms.get(id(la.parameter), norm.name) == norm.name for la, norm in wanted)

@@ -8,6 +8,7 @@ from dynamon.layers import Layer, is_measurable, known_layers, select
 from dynamon.monitoring.arguments import BadArgumentError
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.stated import say_roles
 from dynamon.quantities.names import plain_name
 
 _MEASURED = "Weights are measured in floating point of sixteen bits or more, and in complex64 and complex128."
@@ -25,7 +26,8 @@ def say_layers(run: RunContext, monitor: str, patterns: Sequence[str] | None) ->
         BadArgumentError: Where they match no layer.
     """
     lazy = [plain_name(name) for name, p in run.module.named_parameters() if is_lazy(p)]
-    every = known_layers(run.module)
+    every = known_layers(run.module, run.stated.roles)
+    say_roles(run.module, run.stated.roles)
     if not run.layers and not lazy:
         chosen = select(every, patterns)
         if not chosen:

@@ -1,6 +1,6 @@
 """The layers of a module while it is trained: they may not be known yet, join, leave, and be made anew."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from dynamon.distributed.dtensor import reshard
 from dynamon.layers import Layer, measurable_layers, select
+from dynamon.monitoring.arguments import BadArgumentError
 
 
 class LayerSet:
@@ -22,11 +23,17 @@ class LayerSet:
     Args:
         module: The module.
         patterns: Globs for those that are chosen, or None for all.
+        roles: Roles by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`.
+
+    Raises:
+        BadArgumentError: Where a glob of ``roles`` matches nothing that can have the role.
     """
 
-    def __init__(self, module: nn.Module, patterns: Sequence[str] | None) -> None:
+    def __init__(
+        self, module: nn.Module, patterns: Sequence[str] | None, roles: Mapping[str, str] | None = None
+    ) -> None:
         """Read them."""
-        self._module, self._patterns = module, patterns
+        self._module, self._patterns, self._roles = module, patterns, roles
         self._held: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._seen: list[tuple[str, int, bool]] | None = None
         self._looked = self._joined = False
@@ -83,7 +90,10 @@ class LayerSet:
         return [(name, id(p), is_lazy(p)) for name, p in self._module.named_parameters()]
 
     def _read(self) -> None:
-        self._every = measurable_layers(self._module)
+        try:
+            self._every = measurable_layers(self._module, self._roles)
+        except ValueError as error:
+            raise BadArgumentError(f"roles: {error}") from error
         self._chosen = select(self._every, self._patterns)
         self._names = {id(layer.parameter): layer.name for layer in self._every}
         self._seen = self._signs()

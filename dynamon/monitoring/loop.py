@@ -19,6 +19,7 @@ from dynamon.quantities.scales import Scale, inverse_scale
 if TYPE_CHECKING:
     from dynamon.monitoring.accumulation import Windows
     from dynamon.monitoring.meter import Meter
+    from dynamon.monitoring.planner import Planner
     from dynamon.monitoring.row import Row
     from dynamon.monitoring.writers import Writer
 
@@ -32,18 +33,22 @@ class Loop(ABC):
 
     Attributes:
         name: How messages call the loop.
+        loss_name: How they call the function behind :meth:`loss`.
         module: The module that is trained. Layers have the names of its parameters.
         windows: Follows what gradients are accumulated over, for all monitors of the loop.
         row: Collects what all monitors of the loop have measured at one step.
+        planner: Decides when all monitors of the loop measure.
         without_writers: What to say where there is nothing to write to.
         not_taken: Why a step may not have been taken, where no gradient scaler skipped it.
         never_taken: The same where none ever is, and what to look at.
     """
 
     name = "the training loop"
+    loss_name = "training_step"
     module: nn.Module
     windows: "Windows"
     row: "Row"
+    planner: "Planner"
     without_writers = "there is nothing to write to"
     not_taken = "by a gradient scaler that looks for its scale or by the module"
     never_taken = (

@@ -82,6 +82,10 @@ class Meter(ABC):
         """Whether the budget alone kept it from ever measuring."""
         return not self.points and self.cadence.every_n_steps is None
 
+    def missed_reason(self) -> str | None:
+        """Return why it never measured, in one sentence; None where it has, or where it is not known here."""
+        return None
+
     def resume(self, run: RunContext, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         self.load_state_dict(state)

@@ -1,7 +1,7 @@
 """What all monitors share: calling their meters, what happens when one fails, what is saved."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,12 @@ from dynamon.monitoring.layer_messages import say_layers
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
-from dynamon.monitoring.meter_caller import MeterCaller
-from dynamon.monitoring.missed_readings import say_late, say_missed
-from dynamon.monitoring.planner import FIRST_STEPS, GRACE
-from dynamon.monitoring.rank_decisions import review
+from dynamon.monitoring.meter_scheduler import MeterScheduler
+from dynamon.monitoring.missed_readings import say_missed
+from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import SkippedSteps
 from dynamon.quantities import quantities_of
 from dynamon.runs.history import History
@@ -31,7 +31,7 @@ from dynamon.runs.history import History
 _GRACE = "grace"  # key of what is left of it in a state
 
 
-class Monitor(MeterCaller):
+class Monitor(MeterScheduler):
     """Calls meters as training goes on, catches what goes wrong, and saves their state.
 
     The methods from :meth:`begin` to :meth:`close` are the events of a training loop, in their order. Somebody who
@@ -45,6 +45,8 @@ class Monitor(MeterCaller):
         loggers: Loggers to write to, by (part of) class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning.
         grace: Seconds that it may take beyond its share, once.
+        roles: Roles of layers by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`.
+        geometry: Geometry of the optimizers, or of some by class name; see :class:`GradientMonitor`.
     """
 
     def __init__(
@@ -55,11 +57,14 @@ class Monitor(MeterCaller):
         loggers: Sequence[Any] | None = None,
         strict: bool = False,
         grace: float = GRACE,
+        roles: Mapping[str, str] | None = None,
+        geometry: str | Mapping[str, str] | None = None,
     ) -> None:
         """Remember what to measure."""
         super().__init__()
         self._make_meters, self._grace = make_meters, grace
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
+        self._stated = Stated(roles, geometry)
         self._state: dict[str, Any] = {}
         self._panels: Layout | None = None  # where somebody has set them
         self._forget()
@@ -84,9 +89,9 @@ class Monitor(MeterCaller):
         self._run: RunContext | None = None
         self._forget_failures()
         self._skipped = SkippedSteps(type(self).__name__)
-        self._started = self._has_told = False
+        self._started = False
         self._next_step = 0
-        self.asleep, self._slept_at, self._wakes_at = False, 0, 0.0
+        self._forget_plan()
         self._health = HealthWatch(type(self).__name__)
 
     @property
@@ -108,6 +113,12 @@ class Monitor(MeterCaller):
     def failures(self) -> int:
         """Measurements that failed so far, and calls of loggers that did."""
         return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
+
+    def shared_settings(self) -> dict[str, Any]:
+        """Return the arguments that monitors of one :class:`DynamicsMonitor` have in common, by name."""
+        stated = {"roles": self._stated.roles, "geometry": self._stated.geometry}
+        own = {"budget": self._fraction, "grace": self._grace, "layers": self._patterns, "loggers": self._loggers}
+        return {**own, "strict": self._strict, **stated}
 
     def measures(self, quantity: str) -> bool:
         """Return whether a per-layer quantity is measured."""
@@ -172,8 +183,9 @@ class Monitor(MeterCaller):
         if loop.is_barebones:
             return
         with loop.ranks().collective_section():  # off on all processes, or on none
-            run = RunContext(loop, self._budget, self._recorder, self._patterns)
+            run = RunContext(loop, self._budget, self._recorder, self._patterns, self._stated)
         run.strict, run.steps_seen = self._strict, steps_seen
+        self._stated.check(loop.optimizers)
         if not say_layers(run, type(self).__name__, self._patterns):
             return
         if not loop.writers:
@@ -182,9 +194,7 @@ class Monitor(MeterCaller):
         self._detach()
         self._take_grace()
         self._run, self._started = run, False
-        for meter in self._meters:
-            for plan in meter.plans(run):
-                run.planner.add(plan)
+        run.planner.join(self, self._budget, [plan for meter in self._meters for plan in meter.plans(run)])
         self._go_back_to(run.step)
         for sentence in loop.warnings_of(type(self).__name__, self._meters):
             rank_zero_warn(sentence)
@@ -211,7 +221,8 @@ class Monitor(MeterCaller):
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
             self._run.go_back()
-            self._run.planner.begin(step, None, self._run.trying_out)
+            if self._run.planner.has_begun:
+                self._run.planner.begin(step, None, self._run.trying_out)
         self._next_step = step
 
     def batch_start(self, batch: Any) -> None:
@@ -280,51 +291,6 @@ class Monitor(MeterCaller):
         if not self._started and not any(is_lazy(p) for p in self._run.module.parameters()):
             self._give_up()
 
-    def _plan(self) -> None:
-        """Plan the readings to come, and look at nothing before the first of them."""
-        run = self._run
-        assert run is not None
-        if run.planner.is_due(run.step):
-            with self._budget.watch():
-                review(run)
-            self._tell_late()
-        wakes_at = run.planner.wakes_at
-        if (
-            wakes_at > run.step + 1
-            and self._started
-            and run.steps.can_sleep
-            and all(m.is_idle(run) for m in self._meters)
-        ):
-            self.asleep, self._slept_at, self._wakes_at = True, run.step + 1, wakes_at
-            run.steps.sleep()
-            for meter in self._meters:
-                meter.lapse(run)
-
-    def sleeps_on(self, step: int) -> bool:
-        """Return whether nothing has to be done at a step; else wake up, where nothing had to be before."""
-        if not self.asleep:
-            return False
-        if self._slept_at <= step < self._wakes_at:
-            return True
-        self._wake()
-        return False
-
-    def _wake(self) -> None:
-        """Count the steps that were not looked at, and look at those to come."""
-        if self.asleep and self._run is not None:
-            self.asleep = False
-            self._run.steps.sleep(False)
-            self._run.steps_seen += max(self._run.step - self._slept_at, 0)
-
-    def _tell_late(self) -> None:
-        """Say once what the grace does not pay for, and when it comes."""
-        run = self._run
-        assert run is not None
-        if self._has_told or run.step < run.begun_at + FIRST_STEPS or self._fraction is None:
-            return
-        self._has_told = True
-        say_late(type(self).__name__, run, self._grace)
-
     def _give_up(self) -> None:
         """Switch off: shapes are known by now, and still there is nothing to measure."""
         if self._run is not None and not self._has_started():
@@ -332,6 +298,7 @@ class Monitor(MeterCaller):
             said = f"{wanted} no layer of {name}" if self._run.all_layers else f"{name} has nothing to measure"
             rank_zero_warn(f"{type(self).__name__} is off: {said}.")
             self._detach()
+            self._run.planner.leave(self)
             self._run = None
 
     def _record_loss(self, loss: StepLoss) -> None:
@@ -362,8 +329,8 @@ class Monitor(MeterCaller):
         """Say what looks wrong at the end, and what was never measured."""
         self.last_look()
         if self._run is not None and not self._run.trying_out and self._skipped.any_taken:
-            missed = [meter for meter in self._meters if meter.is_missed() and not self.paused(meter)]
-            say_missed(type(self).__name__, self._run, missed, self._grace)
+            missed = [m for m in self._meters if (m.is_missed() or m.missed_reason()) and not self.paused(m)]
+            say_missed(type(self).__name__, self._run, missed)
 
     def abort(self) -> None:
         """Training was ended by an exception: stop the clock."""

@@ -28,6 +28,7 @@ from dynamon.monitoring.samples import batch_sizes
 _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
 _FEWEST = 2  # samples that a probe is not made smaller than
+_STEPS_TO_TIME = 4.0  # training steps on as many samples that timing takes: two losses, and a gradient with its graph
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
@@ -74,8 +75,9 @@ class ProbeMeter(HeldSamples):
         self._may_shrink, self.gathers = may_shrink, True
         self.users: Sequence[Meter] = ()
         self.graph_seconds: float | None = None
-        self.effects = EffectCheck(loss_fn is not None)
+        self.effects = EffectCheck(loss_fn)
         self._refused = 0  # batches in a row without one
+        self.refusal: str | None = None  # why the last batch had none
         self._part_error = "on another process."
 
     def start(self, run: RunContext) -> None:
@@ -85,7 +87,7 @@ class ProbeMeter(HeldSamples):
         if reason is not None:
             rank_zero_warn(f"sharpness is off: {reason}")
         else:
-            self.effects.is_done |= run.loop.loss_source is None
+            self.effects.is_done |= self.loss_fn is None and run.loop.loss_source is None
             self._take_up(run)
 
     def is_off(self) -> bool:
@@ -93,8 +95,8 @@ class ProbeMeter(HeldSamples):
         return self.off or self.graph_seconds is not None or not any(m.cadence.is_planned for m in self.users)
 
     def expected(self, run: RunContext) -> float | None:
-        """Return zero: what follows rests on it."""
-        return 0.0
+        """Return the seconds of a gradient with its graph, after the evaluations that try the loss out."""
+        return _STEPS_TO_TIME * self.share * run.seconds_per_step
 
     def batch_end(self, run: RunContext) -> None:
         """Time a gradient on the samples before the first measurement; take fewer where that is too expensive."""
@@ -257,12 +259,13 @@ class ProbeMeter(HeldSamples):
         Raises:
             Exception: What it raised on whole batches.
         """
-        is_cut = any(one.is_cut for one in self._sets[place])
+        is_cut, self.refusal = any(one.is_cut for one in self._sets[place]), None
         try:
             loss = self._looked(run, place)
-        except NoLossError:
+        except NoLossError as error:
             if self._refused >= _TRIES:
                 raise
+            self.refusal = str(error)
             if is_cut and self._refused >= _PATIENCE:
                 self._part_error = "there was none."
                 return _PART_FAILS
@@ -275,6 +278,7 @@ class ProbeMeter(HeldSamples):
             forget_frames(error)
             return _PART_FAILS
         if not math.isfinite(loss) and self._refused < _PATIENCE:
+            self.refusal = "the loss on the probe is not finite."
             self._say(
                 "not finite",
                 "the loss on the batch that sharpness was to be measured on is not finite: the next is taken.",

@@ -73,10 +73,9 @@ class ProgressMeter(PairMeter):
         self._take_up(run)
 
     def _take_up(self, run: RunContext) -> None:
-        loaded, self._loaded = self._loaded, {}
-        if self._probe is not None and loaded:
-            self._probe.load_state_dict(loaded, self._trained(run))
-            self._kept_at = run.step - 1
+        if self._probe is not None and self._loaded:
+            self._probe.load_state_dict(self._loaded, self._trained(run))
+            self._loaded, self._kept_at = {}, run.step - 1
 
     @staticmethod
     def _trained(run: RunContext) -> list[Layer]:
@@ -172,7 +171,8 @@ class ProgressMeter(PairMeter):
 
     def state_dict(self) -> dict[str, Any]:
         """How many readings there were, and where the next step is read, the weights kept for it."""
-        kept = self._probe.state_dict() if self._probe is not None and self._probe.is_kept and self._saves else {}
+        is_kept = self._probe is not None and self._probe.is_kept and self._saves
+        kept = self._probe.state_dict() if is_kept and self._probe is not None else self._loaded
         return {**super().state_dict(), "kept": kept}
 
     @property

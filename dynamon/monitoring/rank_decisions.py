@@ -33,6 +33,7 @@ def _proposal(run: "RunContext") -> list[float]:
     try:
         return run.planner.review(run.step, run.steps_seen)
     except Exception as error:  # the others wait for what the first process says
-        if run.planner.plans:
-            run.unsettled.setdefault(run.planner.plans[0].name, error)
+        own = [plan.name for plan in run.planner.plans if plan.budget is run.budget]
+        if own:
+            run.unsettled.setdefault(own[0], error)
         return nothing

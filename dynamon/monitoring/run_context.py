@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,12 +12,10 @@ from dynamon.layers import Layer
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.monitoring.loop import Loop
-from dynamon.monitoring.messages import rank_zero_info
-from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.recorder import Recorder
+from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import Steps
 from dynamon.monitoring.weight_copies import copied
-from dynamon.norms.geometry import geometry_assumption
 
 
 class RunContext:
@@ -30,8 +27,9 @@ class RunContext:
         budget: Times measurements.
         recorder: Takes readings.
         ranks: The processes that measure together, this one alone where there is no other.
-        planner: When they measure.
+        planner: When all monitors of the loop measure.
         steps: Which optimizers really step.
+        stated: What the user states of layers and optimizers.
         begun_at: The step at which this fit began.
         unsettled: What went wrong in a meter on this process and has yet to be said to the others, by its name.
     """
@@ -42,11 +40,13 @@ class RunContext:
         budget: Budget,
         recorder: Recorder,
         patterns: Sequence[str] | None = None,
+        stated: Stated | None = None,
     ) -> None:
         """Remember them, and read the layers."""
         self.loop, self.module, self.budget, self.recorder = loop, loop.module, budget, recorder
-        self._set = LayerSet(loop.module, patterns)
-        self.ranks, self.planner = loop.ranks(), Planner(budget)
+        self.stated = Stated() if stated is None else stated
+        self._set = LayerSet(loop.module, patterns, self.stated.roles)
+        self.ranks, self.planner = loop.ranks(), loop.planner
         self.steps = Steps(loop, self.ranks, budget.waiting)
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
@@ -143,14 +143,3 @@ class RunContext:
             if name in self.unsettled:
                 raise self.unsettled.pop(name)
             yield
-
-
-_told: "WeakSet[Optimizer]" = WeakSet()  # whose geometry was spoken of
-
-
-def say_geometry(optimizer: Optimizer) -> None:
-    """Say once of an optimizer what is assumed of it, where its geometry is a guess."""
-    guessed = None if optimizer in _told else geometry_assumption(optimizer)
-    _told.add(optimizer)
-    if guessed is not None:
-        rank_zero_info(guessed)

@@ -1,6 +1,6 @@
 """The sharpness monitor: which curvature quantities there are, and what is measured by default."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,8 @@ class SharpnessMonitor(Monitor):
     Args:
         every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
             that is. None: as often as ``budget`` allows, every twentieth step at most.
-        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
+        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None. Several monitors
+            in one run share one budget and one grace, the largest that one of them has.
         quantities: What to measure, from the table above.
         loss_fn: ``loss_fn(module, batch) -> scalar``, instead of ``training_step``. Needed for manual
             optimisation and where ``training_step`` has effects outside the module (files, iterators, objects of your
@@ -101,6 +102,8 @@ class SharpnessMonitor(Monitor):
         save_probe: Whether checkpoints hold the probe, which is a few training samples, and with ``every_n_steps`` the
             weights that are kept for a reading of ``progress``. Without it a resumed run takes another probe, says so,
             and leaves that reading out.
+        save_vectors: Whether checkpoints hold the vectors that the next solve starts from: one to three copies of the
+            parameters per quantity, up to 2^26 numbers each. Without them the first solve after a resume is a cold one.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
         tol: Relative tolerance on residual and change; the value's error is about its square.
         max_matvecs: Most Hessian products a solve may take.
@@ -110,7 +113,12 @@ class SharpnessMonitor(Monitor):
             in a measurement all the same, the probe is halved for the next one.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
-        grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
+        roles: Roles of layers by glob (``{"stem.*": "embedding"}``) where they are guessed wrongly, as ``overrides`` of
+            :func:`dynamon.layers.describe_layers`. What was guessed from a name is logged once.
+        geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which
+            selects the norms of ``gradient/dual``, noise and steps. A mapping from class names states it of some. None:
+            by their classes (:func:`dynamon.norms.optimizer_family`); what was guessed is logged once.
 
     Raises:
         ValueError: On an argument out of range, at construction.
@@ -156,6 +164,7 @@ class SharpnessMonitor(Monitor):
         probe_size: int | None = None,
         probe_weight: str | None = None,
         save_probe: bool = True,
+        save_vectors: bool = True,
         layers: Sequence[str] | None = None,
         tol: float = 1e-2,
         max_matvecs: int = 40,
@@ -163,36 +172,41 @@ class SharpnessMonitor(Monitor):
         loggers: Sequence[Any] | None = None,
         strict: bool = False,
         grace: float = GRACE,
+        roles: Mapping[str, str] | None = None,
+        geometry: str | Mapping[str, str] | None = None,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, quantities=quantities, layers=layers, loggers=loggers)
         check_probe(probe_batches, probe_fraction, loss_fn, probe_size, probe_weight)
         check_solver(quantities, outputs, tol, max_matvecs, memory_limit)
         probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction, probe_size, probe_weight, save=save_probe)
-        cadence = partial(Cadence, every_n_steps, 20)
-        solver = (tol, max_matvecs, outputs, memory_limit)
-        make_meters = partial(sharpness_meters, tuple(quantities), probe, cadence, *solver)
-        super().__init__(make_meters, budget, layers, loggers, strict, grace)
+        self._every_n_steps = every_n_steps
+        solver = (tol, max_matvecs, outputs, memory_limit, save_vectors)
+        self._make_part = partial(
+            sharpness_meters, interval=20, quantities=tuple(quantities), probe=probe, solver=solver
+        )
+        own_meters = partial(self._make_part, every_n_steps)
+        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry)
 
 
 def sharpness_meters(
+    every_n_steps: int | None,
+    interval: int,
     quantities: Sequence[str],
     probe: partial[ProbeMeter],
-    cadence: partial[Cadence],
-    tol: float = 1e-2,
-    max_matvecs: int = 40,
-    outputs: OutputsFn | None = None,
-    memory_limit: float | None = None,
+    solver: tuple[float, int, OutputsFn | None, float | None, bool],
+    may_shrink: bool = False,
 ) -> list[Meter]:
-    """A probe and the meters that measure on it or on the next batch, in the order in which they must be called."""
-    kept = probe(second="bracket" in quantities)
+    """Make a probe and the meters that measure on it or on the next batch, in the order in which they are called."""
+    kept = probe(second="bracket" in quantities, may_shrink=may_shrink)
+    cadence = partial(Cadence, every_n_steps, interval)
     steps = UpdateCurvatureMeter(cadence(), kept, [q for q in quantities if q in _OF_STEPS])
     wanted = [q for q in quantities if q in _OF_SPECTRUM]
-    meter = EigenvalueMeter(cadence(), kept, steps, wanted, tol, max_matvecs, outputs, memory_limit)
+    meter = EigenvalueMeter(cadence(), kept, steps, wanted, *solver)
     kept.users = (steps, meter)
     found: list[Meter] = [kept, steps, meter]
     if set(quantities) & set(_OF_PROGRESS):
-        found.append(ProgressMeter(cadence(), kept.loss_fn, kept.effects, memory_limit, kept.saves))
+        found.append(ProgressMeter(cadence(), kept.loss_fn, kept.effects, solver[3], kept.saves))
     return found
 
 

@@ -60,8 +60,8 @@ class StepProbe:
     ) -> None:
         """Keep nothing yet."""
         self.loop, self.ranks, self._loss_fn = loop, ranks, loss_fn
-        self.effects = EffectCheck(loss_fn is not None) if effects is None else effects
-        self.effects.is_done |= loop.loss_source is None
+        self.effects = EffectCheck(loss_fn) if effects is None else effects
+        self.effects.is_done |= loss_fn is None and loop.loss_source is None
         self._before: dict[str, Tensor] = {}
         self._layers: dict[str, Layer] = {}
         self._left: dict[str, float] = {}  # by decay before a resume
@@ -190,7 +190,7 @@ class StepProbe:
                 return float(self._loss(batch, index).detach())
 
         if not self.effects.is_done:
-            found = self.ranks.all_gather_object(EffectCheck().find(self.loop, evaluate))
+            found = self.ranks.all_gather_object(self.effects.find(self.loop, evaluate))
             self.effects.settle(next((text for text in found if text is not None), None))
         return self.effects.reason is not None
 

@@ -29,9 +29,9 @@ from dynamon.monitoring.evaluation import trained_parameters
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.probe import ProbeMeter
-from dynamon.monitoring.run_context import RunContext, say_geometry
+from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.trust import why_never, why_not
-from dynamon.norms import optimizer_family, update_norm
+from dynamon.norms import update_norm
 from dynamon.optim import steering_of
 from dynamon.quantities import meanings, quantities_of
 
@@ -75,6 +75,10 @@ class UpdateCurvatureMeter(Meter):
     def is_missed(self) -> bool:
         """Not where nothing was asked for."""
         return super().is_missed() and bool(self._wanted) and not self._probe.off
+
+    def missed_reason(self) -> str | None:
+        """Return why there was no loss to measure on."""
+        return None if self.points or self.is_off() else self._probe.refusal
 
     def expected(self, run: RunContext) -> float | None:
         """Return the seconds a measurement took last; before the first, gradients on the probe; None without one.
@@ -231,8 +235,7 @@ class UpdateCurvatureMeter(Meter):
         self, run: RunContext, params: FlatParameters, update: Tensor, found: DirectionalSharpness
     ) -> float:
         layers = {layer.name: layer for layer in run.all_layers}
-        say_geometry(run.loop.optimizers[0])
-        family = optimizer_family(run.loop.optimizers[0])
+        family = run.stated.family(run.loop.optimizers[0])
         if family == "euclidean":  # one norm for all layers together
             return found.sharpness
         norms = {name: update_norm(layers[name], family).primal for name in params.names or []}

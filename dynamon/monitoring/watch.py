@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from weakref import finalize
+from weakref import WeakKeyDictionary, finalize, ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +29,10 @@ from dynamon.runs.history import Series
 _AFTER_CLIPPING = (
     "Watch: gradients are read when an optimizer steps. If you clip them, call watch.before_clipping() right before: "
     "without it gradient/ and noise/ are of clipped gradients, and what clipping did is left out."
+)
+_UNKNOWN_SCALER = (
+    "Watch: a GradScaler steps the optimizer, and Watch was not given it: gradients are read multiplied by its scale. "
+    "Pass scaler=scaler."
 )
 _AFTER_ABORT = (
     "Watch is off: an exception ended a watch.batch block, at step {}. Training goes on, and nothing more is measured. "
@@ -114,13 +118,13 @@ class Watch:
             writer,
             self.monitors,
         )
-        self._writer = writer
         self._is_inside = self._has_begun = self._is_closed = self._is_told = False
-        self._is_off = self._is_off_told = False  # after an exception
-        if writer is not None:
-            finalize(self, writer.close)  # where a script ends without closing
+        self._is_off = self._is_off_told = self._is_scaler_told = False  # after an exception
         for monitor in self.monitors:
             monitor.check(self._loop)
+            _watched[monitor] = ref(self)
+        # Where it is dropped, or a script ends, without closing.
+        self._release = finalize(self, _let_go, self.monitors, self._loop, writer)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -244,6 +248,12 @@ class Watch:
             self._abort()
             raise
 
+    def _tell_scaler(self) -> None:
+        """Say once that a gradient scaler is at work that nobody named."""
+        if self._loop.has_unknown_scaler and not self._is_scaler_told:
+            self._is_scaler_told = True
+            rank_zero_warn(_UNKNOWN_SCALER)
+
     def _tell_off(self) -> None:
         """Say once, to a loop that goes on after an exception, that it is no longer measured."""
         if not self._is_off_told:
@@ -272,6 +282,7 @@ class Watch:
         for monitor in self.monitors:
             monitor.batch_end(loss)
         self._loop.row.send(self._loop)
+        self._tell_scaler()
         if self._loop.end_batch() and not self._loop.was_announced and not self._is_told:
             self._is_told = True
             rank_zero_info(_AFTER_CLIPPING)
@@ -292,11 +303,9 @@ class Watch:
         self._let_go()
 
     def _let_go(self) -> None:
+        self._release()
         for monitor in self.monitors:
-            monitor.close()
-        self._loop.remove()
-        if self._writer is not None:
-            self._writer.close()
+            _watched.pop(monitor, None)
 
 
 class WatchedBatch:
@@ -326,6 +335,15 @@ class WatchedBatch:
             self._watch._abort()
 
 
+def _let_go(monitors: Sequence[Monitor], loop: PlainLoop, writer: FolderWriter | None) -> None:
+    """Leave no hook behind, and close the files."""
+    for monitor in monitors:
+        monitor.close()
+    loop.remove()
+    if writer is not None:
+        writer.close()
+
+
 def _check_types(model: object, optimizers: Sequence[object], loss_fn: object, monitors: Sequence[object]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -339,8 +357,15 @@ def _check_types(model: object, optimizers: Sequence[object], loss_fn: object, m
             raise TypeError(f"monitors must be monitors of dynamon.monitoring, got {type(monitor).__name__}.")
 
 
+_watched: "WeakKeyDictionary[Monitor, ref[Watch]]" = WeakKeyDictionary()  # by watches that are not closed
+
+
 def _check_kinds(monitors: Sequence[Monitor]) -> None:
     for monitor in monitors:
+        if monitor in _watched and _watched[monitor]() is not None:
+            raise ValueError(
+                f"monitors has a {type(monitor).__name__} that another Watch uses: make one for each, or close it."
+            )
         same = [type(other).__name__ for other in monitors if isinstance(other, monitor.one_of_a_kind())]
         if len(same) > 1:
             raise ValueError(f"monitors has {' and '.join(same)}, which measure the same; keep one of them.")

@@ -43,6 +43,7 @@ from dynamon.spectra.convolution import layer_convolution_bounds
 _TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
 _COMPARED = ("cosine", "last", "previous")  # of the last two steps
 _FULL = "full spectra"  # under which their time is booked
+_FOR_GUESS = 0.1  # of what is left to spend, for finding out what a first reading takes
 
 
 class WeightMeter(PairMeter):
@@ -67,7 +68,7 @@ class WeightMeter(PairMeter):
         self._full = Cadence(None, FULL_EVERY * cadence.unit)  # what is taken along with a reading now and then
         self._full_seconds: float | None = None  # what it took last
         self._full_failures = 0  # in a row
-        self._guessed: tuple[float, float] | None = None  # seconds of a plain reading and of a full one
+        self._guessed: dict[str, float] = {}  # seconds of a plain reading and of a full one
         self._before: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
@@ -155,24 +156,26 @@ class WeightMeter(PairMeter):
 
     def plans(self, run: RunContext) -> list[Plan]:
         """Return what the planner has to know, of full spectra too."""
-        if not self.cadence.is_planned:
-            return super().plans(run)
         price, is_off = partial(self._expected_full, run), lambda: self._full_failures >= PAUSE_AFTER
-        return [*super().plans(run), Plan(_FULL, self._full, price, is_off, rides=True)]
+        cadence = self._full if self.cadence.is_planned else self.cadence
+        return [*super().plans(run), Plan(_FULL, cadence, price, is_off, rides=True)]
 
     def expected(self, run: RunContext) -> float | None:
         """Return the mean so far without full spectra; before the first what a part of one matrix takes tells it."""
-        return super().expected(run) if self._took else self._guess(run)[0]
+        return super().expected(run) if self._took else self._guess(run, self.name)
 
-    def _expected_full(self, run: RunContext) -> float:
-        return self._guess(run)[1] if self._full_seconds is None else self._full_seconds
+    def _expected_full(self, run: RunContext) -> float | None:
+        return self._guess(run, _FULL) if self._full_seconds is None else self._full_seconds
 
-    def _guess(self, run: RunContext) -> tuple[float, float]:
-        """Time the spectra of a part of one matrix; once, and on this process only."""
-        if self._guessed is None:
-            with run.charge(self.name, waits=True), torch.no_grad():
-                self._guessed = guess_seconds(run.layers)
-        return self._guessed
+    def _guess(self, run: RunContext, name: str) -> float | None:
+        """Time the spectra of a part of one matrix: once, on this process only, and only where something is left."""
+        if name not in self._guessed:
+            if run.budget.left <= 0:
+                return None
+            most = run.budget.left * _FOR_GUESS
+            with run.charge(name, waits=True), torch.no_grad():
+                self._guessed[name] = guess_seconds(run.layers, most, is_full=name == _FULL)
+        return self._guessed[name]
 
     def _full_is_due(self, run: RunContext) -> bool:
         """Return whether this reading brings what is expensive."""

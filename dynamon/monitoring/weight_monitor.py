@@ -1,6 +1,6 @@
 """Sizes of weights and updates, how updates turn, the spectrum's extremes, and what decay leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,14 +31,20 @@ class WeightMonitor(Monitor):
     Args:
         every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
             that is. None: as often as ``budget`` allows, every twentieth step at most.
-        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
+        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None. Several monitors
+            in one run share one budget and one grace, the largest that one of them has.
         layers: Globs for the layers measured, ``!`` excludes.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         histograms: Write a histogram of each layer's weights to TensorBoard, every tenth reading.
         convolutions: Bound the norm of each convolution as a map of whole inputs, every tenth reading. Takes from
             milliseconds to, for hundreds of channels on a CPU, seconds a layer.
-        grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
+        roles: Roles of layers by glob (``{"stem.*": "embedding"}``) where they are guessed wrongly, as ``overrides`` of
+            :func:`dynamon.layers.describe_layers`. What was guessed from a name is logged once.
+        geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which
+            selects the norms of ``gradient/dual``, noise and steps. A mapping from class names states it of some. None:
+            by their classes (:func:`dynamon.norms.optimizer_family`); what was guessed is logged once.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
@@ -62,13 +68,17 @@ class WeightMonitor(Monitor):
         histograms: bool = False,
         convolutions: bool = False,
         grace: float = GRACE,
+        roles: Mapping[str, str] | None = None,
+        geometry: str | Mapping[str, str] | None = None,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
-        super().__init__(
-            partial(_meters, every_n_steps, histograms, convolutions), budget, layers, loggers, strict, grace
-        )
+        self._every_n_steps = every_n_steps
+        self._make_part = partial(weight_meters, interval=20, histograms=histograms, convolutions=convolutions)
+        own_meters = partial(self._make_part, every_n_steps)
+        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry)
 
 
-def _meters(every_n_steps: int | None, with_histograms: bool, with_convolutions: bool) -> list[Meter]:
-    return [WeightMeter(Cadence(every_n_steps, interval=20), with_histograms, with_convolutions)]
+def weight_meters(every_n_steps: int | None, interval: int, histograms: bool, convolutions: bool) -> list[Meter]:
+    """Make the meter of weights."""
+    return [WeightMeter(Cadence(every_n_steps, interval), histograms, convolutions)]

@@ -115,7 +115,7 @@ def geometry_assumption(optimizer: Optimizer) -> str | None:
     why = "by its name" if found.source == "name" else "like SGD, since it is unknown"
     return (
         f"{name} is assumed to descend in {found.family!r} geometry, {why}: gradient/dual and noise use its norms. "
-        f"To state it, set {STATED} = 'sign', 'euclidean' or 'spectral' on its class."
+        f"To state it, pass geometry='sign', 'euclidean' or 'spectral' to the monitor, or set {STATED} on its class."
     )
 
 

@@ -19,7 +19,7 @@ IDLE = (
     "document.querySelector('#panel')?.getAttribute('aria-busy') === 'false' && "
     "!document.querySelector('.runs [role=status]')?.textContent.startsWith('reading')"
 )
-VIEWS = ("stability", "layers", "rates", "health")
+VIEWS = ("stability", "layers", "progress", "rates", "health")
 
 
 class Board:

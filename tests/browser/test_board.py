@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 CHARTS = {
     "stability": {"Stability ratio", "Training loss", "Top eigenvalue of the Hessian", "Sharpness along the step"},
     "layers": {"gradient/dual"},
+    "progress": {"Decrease of the loss in a step", "Overshoot of the step"},
     "rates": {"Base learning rate", "Rate ratio across layers", "Gradient noise across layers, dual norm"},
     "health": set(),
 }

@@ -13,11 +13,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from dynamon.callbacks import SharpnessMonitor
-from dynamon.monitoring import probe
+from dynamon.monitoring import effect_check
 from tests.helpers import Classifier
 from tests.models import dense_hessian
-from tests.processes import dist_rank, fit_here, in_processes, same, small, values
-from tests.ranks import loader, regression
+from tests.processes import fit_here, in_processes, loader, rank, regression, same, small, values
 
 pytestmark = pytest.mark.processes
 
@@ -36,7 +35,7 @@ class Notes(Classifier):
     """Counts outside of the module, on the second process only."""
 
     def training_step(self, batch, batch_idx):
-        NOTES.count += dist_rank()
+        NOTES.count += rank()
         return super().training_step(batch, batch_idx)
 
 
@@ -57,9 +56,9 @@ class NoRoom:
         self.fits, self.on, self.other = fits, on, other
 
     def __call__(self, module, batch) -> torch.Tensor:
-        if dist_rank() == self.on and len(batch[0]) > self.fits:
+        if rank() == self.on and len(batch[0]) > self.fits:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        if self.other and dist_rank() != self.on and len(batch[0]) > self.fits:
+        if self.other and rank() != self.on and len(batch[0]) > self.fits:
             raise ValueError(self.other)
         return loss_fn(module, batch)
 
@@ -71,10 +70,10 @@ class Picky:
         self.least = least
 
     def __call__(self, module, batch) -> torch.Tensor | None:
-        if dist_rank() == 1 and len(batch["x"]) < self.least:
+        if rank() == 1 and len(batch["x"]) < self.least:
             raise IndexError("index 7 is out of bounds")
         first = any(torch.equal(row, batch["x"][0]) for row in regression()[:16][0])
-        return None if dist_rank() == 1 and first and not self.least else loss_fn(module, (batch["x"], batch["y"]))
+        return None if rank() == 1 and first and not self.least else loss_fn(module, (batch["x"], batch["y"]))
 
 
 class Mapped(UserDict):
@@ -98,7 +97,7 @@ def monitor(every: int = 1, quantities: tuple[str, ...] = ("hessian",), **argume
 
 def strict_effects() -> str:
     try:
-        fit_here(Notes(small()), [monitor(strict=True)], ddp={})
+        fit_here(Notes(small()), [monitor(strict=True)])
     except ValueError as error:
         return str(error)
     return "nothing was raised"
@@ -121,33 +120,33 @@ class Adds(Callback):
 
 def fits() -> dict[str, Any]:
     """Every fit of this file, in one fork."""
-    found = {"plain": fit_here(Classifier(small()), [], ddp={})}
-    found["effects"] = fit_here(Notes(small()), [monitor()], ddp={})
+    found = {"plain": fit_here(Classifier(small()), [])}
+    found["effects"] = fit_here(Notes(small()), [monitor()])
     found["strict"] = strict_effects()
-    kept = probe.external_state
-    probe.external_state = (lambda *_: 1 / 0) if dist_rank() == 1 else kept
-    found["check fails"] = fit_here(Classifier(small()), [monitor()], ddp={})
-    probe.external_state = kept
-    uneven = {"ddp": {}, "data": loader(bounds=(3,))}
+    kept = effect_check.external_state
+    effect_check.external_state = (lambda *_: 1 / 0) if rank() == 1 else kept
+    found["check fails"] = fit_here(Classifier(small()), [monitor()])
+    effect_check.external_state = kept
+    uneven = {"data": loader(bounds=(3,))}
     for name, loss in (("on 1", NoRoom(4)), ("on 0", NoRoom(2, on=0)), ("both", NoRoom(4, other="no loss today"))):
         found[f"halved {name}"] = fit_here(
             Classifier(small(), still), [monitor(1, ("hessian", "bracket"), loss_fn=loss)], steps=9, **uneven
         )
     for name, loss in (("no loss on 1", Picky()), ("no part on 1", Picky(8))):
         callback = monitor(1, loss_fn=loss, probe_fraction=0.5, strict=True)
-        found[name] = fit_here(OnMappings(small(), still), [callback], steps=6, ddp={}, data=mappings())
-    found["never"] = fit_here(Classifier(small()), [monitor(loss_fn=NoRoom(0, on=0))], ddp={})
+        found[name] = fit_here(OnMappings(small(), still), [callback], steps=6, data=mappings())
+    found["never"] = fit_here(Classifier(small()), [monitor(loss_fn=NoRoom(0, on=0))])
     zero = Classifier(small(), spread)
-    found["zero"] = fit_here(zero, [monitor(quantities=("stability_ratio", "hessian"), strict=True)], ddp={})
-    found["sync"] = fit_here(Classifier(small()), [Adds(), monitor(strict=True)], ddp={})
+    found["zero"] = fit_here(zero, [monitor(quantities=("stability_ratio", "hessian"), strict=True)])
+    found["sync"] = fit_here(Classifier(small()), [Adds(), monitor(strict=True)])
     found["by hand"] = fit_here(ByHand(small(), still), [monitor(loss_fn=loss_fn, strict=True)], **uneven)
-    found["by hand, without"] = fit_here(ByHand(small(), still), [monitor(strict=True)], ddp={})
+    found["by hand, without"] = fit_here(ByHand(small(), still), [monitor(strict=True)])
     return found
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory) -> list[dict[str, Any]]:
-    return in_processes(tmp_path_factory.mktemp("fits"), fits)
+def both() -> list[dict[str, Any]]:
+    return in_processes(lambda _: fits())
 
 
 def truth(places: list[int]) -> float:
@@ -157,7 +156,7 @@ def truth(places: list[int]) -> float:
 
 def test_effects_on_one_process_switch_sharpness_off_on_both(both) -> None:
     for found in both:
-        assert same(found["plain"], found["effects"]) and found["effects"]["failures"] == 0
+        assert same(found["plain"], found["effects"]) and found["effects"]["failures"] == [0]
         assert not any(tag.startswith("sharpness/") for tag in found["effects"]["tables"])
         assert "training_step has effects outside the module" in found["strict"] and "NOTES.count" in found["strict"]
     (line,) = both[0]["effects"]["said"][-1:]
@@ -166,7 +165,7 @@ def test_effects_on_one_process_switch_sharpness_off_on_both(both) -> None:
 
 def test_a_check_that_fails_on_one_process_fails_on_both(both) -> None:
     for found in both:
-        assert found["check fails"]["failures"] == 3 and same(found["plain"], found["check fails"])
+        assert found["check fails"]["failures"] == [3] and same(found["plain"], found["check fails"])
     assert any("first on rank 1: division by zero" in line for line in both[0]["check fails"]["said"])
 
 
@@ -183,7 +182,7 @@ def test_memory_that_one_process_lacks_halves_the_probe_of_both(both, name: str)
     expected = truth([*range(first), *range(3, 3 + second)])
     for found in both:
         run = found[f"halved {name}"]
-        assert run["failures"] == failures
+        assert run["failures"] == [failures]
         steps = run["tables"]["sharpness/hessian_max"]["steps"]
         assert steps == list(range(failures, 9))
         assert values(run, "sharpness/probe_samples").tolist() == [float(first + second)] * len(steps)
@@ -200,21 +199,21 @@ def test_memory_that_one_process_lacks_halves_the_probe_of_both(both, name: str)
 def test_what_one_process_cannot_evaluate_is_let_go_of_by_both(both, name: str, places: list[int]) -> None:
     for found in both:
         run = found[name]
-        assert run["failures"] == 0
+        assert run["failures"] == [0]
         assert values(run, "sharpness/probe_samples").tolist() == [float(len(places))] * 5
         assert values(run, "sharpness/hessian_max")[-1] == pytest.approx(truth(places), rel=1e-8)
 
 
 def test_memory_that_never_suffices_pauses_on_both(both) -> None:
     for found in both:
-        assert found["never"]["failures"] == 3 and same(found["plain"], found["never"])
+        assert found["never"]["failures"] == [3] and same(found["plain"], found["never"])
     assert "paused" in both[0]["never"]["said"][-1]
 
 
 def test_what_cannot_be_measured_is_said_once_and_the_rest_goes_on(both) -> None:
     for found in both:
         assert len(values(found["zero"], "sharpness/hessian_max")) == 6
-        assert "sharpness/stability_ratio" not in found["zero"]["tables"] and found["zero"]["failures"] == 0
+        assert "sharpness/stability_ratio" not in found["zero"]["tables"] and found["zero"]["failures"] == [0]
         for name in ("sync", "by hand, without"):
             assert not any(tag.startswith("sharpness/") for tag in found[name]["tables"])
     for name, line in (("zero", "no stability ratio: Zero"), ("sync", "SyncBatchNorm has no second derivative"),

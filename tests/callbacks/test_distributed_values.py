@@ -12,7 +12,7 @@ from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.helpers import Classifier, mlp
 from tests.models import dense_hessian
-from tests.ranks import fit_ranks, loader, regression
+from tests.processes import fit_in_processes, loader, regression, values
 
 pytestmark = pytest.mark.processes
 
@@ -34,14 +34,10 @@ def monitors(every: int = 3) -> list:
     return [sharpness, *others]
 
 
-def values(report: dict, tag: str) -> torch.Tensor:
-    return report["tables"][tag]["values"]
-
-
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_every_tag_is_that_of_one_process(tmp_path: Path, ranks: int) -> None:
-    (one,) = fit_ranks(tmp_path / "one", classifier, monitors(), 1, data=loader())
-    several = fit_ranks(tmp_path / "several", classifier, monitors(), ranks, data=loader())
+def test_every_tag_is_that_of_one_process(ranks: int) -> None:
+    (one,) = fit_in_processes(classifier, monitors(), 1, steps=16)
+    several = fit_in_processes(classifier, monitors(), ranks, steps=16)
     compared = {tag for tag in one["tables"] if not OTHER_SOURCE.match(tag) and tag not in OWN_CLOCK}
     assert compared <= set(several[0]["tables"]) and len(compared) > 100
     assert {"sharpness/hessian_max_bracket", "spectrum/nuclear", "sharpness/batch"} <= compared
@@ -59,10 +55,10 @@ def test_every_tag_is_that_of_one_process(tmp_path: Path, ranks: int) -> None:
         )
 
 
-def test_parts_of_different_sizes_count_by_their_samples(tmp_path: Path) -> None:
+def test_parts_of_different_sizes_count_by_their_samples() -> None:
     callback = SharpnessMonitor(every_n_steps=1, quantities=["hessian"], probe_fraction=1.0, tol=1e-7, strict=True)
     data = loader(bounds=(11,))
-    ranks = fit_ranks(tmp_path / "uneven", classifier, [callback], data=data, steps=3, more=whole_hessian)
+    ranks = fit_in_processes(classifier, [callback], data=data, steps=3, more=whole_hessian)
     for rank in ranks:
         assert float(values(rank, "sharpness/hessian_max")[-1]) == pytest.approx(rank["more"], rel=1e-8)
         assert values(rank, "sharpness/probe_samples").tolist() == [16.0] * 3
@@ -97,19 +93,17 @@ def batches(x: torch.Tensor, y: torch.Tensor):
 SETTINGS = {
     "plain": {},
     "accumulation": {"accumulate_grad_batches": 3},
-    "static": {"ddp": {"static_graph": True}},
-    "unused": {"ddp": {"find_unused_parameters": True}},
-    "views": {"ddp": {"gradient_as_bucket_view": True}, "accumulate_grad_batches": 2},
+    "static": {"options": {"static_graph": True}},
+    "unused": {"options": {"find_unused_parameters": True}},
+    "views": {"options": {"gradient_as_bucket_view": True}, "accumulate_grad_batches": 2},
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_noise_between_processes_is_its_definition(tmp_path: Path, name: str) -> None:
+def test_noise_between_processes_is_its_definition(name: str) -> None:
     settings = {**SETTINGS[name], "steps": 3}
-    plain = fit_ranks(tmp_path / "plain", classifier, [], data=loader(), **settings)
-    seen = fit_ranks(
-        tmp_path / "seen", classifier, [GradientMonitor(every_n_steps=1, strict=True)], data=loader(), **settings
-    )
+    plain = fit_in_processes(classifier, [], data=loader(), **settings)
+    seen = fit_in_processes(classifier, [GradientMonitor(every_n_steps=1, strict=True)], data=loader(), **settings)
     window = settings.get("accumulate_grad_batches", 1)
     truth = noise_at_the_start(2, window, lambda g: g.abs().sum())  # Adam: the dual norm is the sum of magnitudes
     for rank in seen:
@@ -120,9 +114,9 @@ def test_noise_between_processes_is_its_definition(tmp_path: Path, name: str) ->
         assert all(torch.equal(rank["weights"][key], plain[0]["weights"][key]) for key in rank["weights"])
 
 
-def test_noise_of_four_processes_and_what_follows_from_it(tmp_path: Path) -> None:
+def test_noise_of_four_processes_and_what_follows_from_it() -> None:
     callback = GradientMonitor(every_n_steps=1, strict=True)
-    ranks = fit_ranks(tmp_path / "four", classifier, [callback], 4, data=loader(), steps=4)
+    ranks = fit_in_processes(classifier, [callback], 4, data=loader(), steps=4)
     truth = noise_at_the_start(4, 1, lambda g: g.abs().sum())
     torch.testing.assert_close(
         values(ranks[3], "noise/independent")[0], torch.tensor(list(truth.values())).double(), rtol=1e-6, atol=0
@@ -137,25 +131,23 @@ def test_noise_of_four_processes_and_what_follows_from_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ranks,read_every", [(2, 1), (2, 3), (4, 1)])
-def test_steering_by_the_noise_between_processes(tmp_path: Path, ranks: int, read_every: int) -> None:
+def test_steering_by_the_noise_between_processes(ranks: int, read_every: int) -> None:
     steering = NoiseAdaptiveLR(warmup=1, group_by="all", source="independent", read_every=read_every)
     watching = GradientMonitor(every_n_steps=2, strict=True)
-    found = fit_ranks(tmp_path / "steered", classifier, [steering, watching], ranks, data=loader(), steps=10)
+    found = fit_in_processes(classifier, [steering, watching], ranks, data=loader(), steps=10)
     assert min(found[0]["ratios"][0].values()) < 1
     for rank in found[1:]:
         assert rank["ratios"] == found[0]["ratios"]
         assert all(torch.equal(rank["weights"][key], found[0]["weights"][key]) for key in rank["weights"])
 
 
-def test_noise_between_processes_is_what_one_process_finds_by_halves(tmp_path: Path) -> None:
+def test_noise_between_processes_is_what_one_process_finds_by_halves() -> None:
     """Two ranks of eight samples are two halves of an accumulation window, at the first step."""
-    (halves,) = fit_ranks(
-        tmp_path / "one", classifier, [GradientMonitor(1, strict=True)], 1,
+    (halves,) = fit_in_processes(
+        classifier, [GradientMonitor(1, strict=True)], 1,
         data=loader(8), accumulate_grad_batches=2, steps=1,
     )  # fmt: skip
-    ranks = fit_ranks(
-        tmp_path / "two", classifier, [GradientMonitor(1, strict=True)], data=loader(16, bounds=(8,)), steps=1
-    )
+    ranks = fit_in_processes(classifier, [GradientMonitor(1, strict=True)], data=loader(16, bounds=(8,)), steps=1)
     torch.testing.assert_close(
         values(ranks[0], "noise/independent"), values(halves, "noise/independent"), rtol=1e-6, atol=0
     )
@@ -165,17 +157,17 @@ def still() -> Classifier:
     return Classifier(mlp().double(), lambda p: torch.optim.SGD(p, lr=0.0))
 
 
-def test_uneven_batches_and_an_uneven_last_one(tmp_path: Path) -> None:
+def test_uneven_batches_and_an_uneven_last_one() -> None:
     """At weights that stay, so that only what is measured differs: DDP itself does not weigh by samples."""
     quantities = [q for q in QUANTITIES if q not in ("directional", "critical", "stability_ratio", "subspace")]
     settings = {"steps": 8, "max_epochs": -1}  # the sixth batch is uneven, and the sixth measurement has a bracket
     found = []
-    for name, ranks, bounds in (("one", 1, ()), ("two", 2, (3,))):
+    for ranks, bounds in ((1, ()), (2, (3,))):
         callback = SharpnessMonitor(
             1, quantities=quantities, probe_fraction=1.0, probe_batches=2, tol=1e-6, max_matvecs=200, strict=True
         )
         data = loader(count=88, bounds=bounds)
-        found.append(fit_ranks(tmp_path / name, still, [callback], ranks, data=data, **settings)[0]["tables"])
+        found.append(fit_in_processes(still, [callback], ranks, data=data, **settings)[0]["tables"])
     one, two = found
     for tag in set(one) - OWN_CLOCK - {"dynamon/loss"}:
         assert one[tag]["steps"] == two[tag]["steps"], tag
@@ -189,11 +181,9 @@ def test_a_resumed_run_measures_what_the_whole_one_did(tmp_path: Path) -> None:
         return [*monitors(every=2), NoiseAdaptiveLR(warmup=1, group_by="all", source="independent")]
 
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
-    whole = fit_ranks(
-        tmp_path / "whole", classifier, callbacks(), data=loader(), others=[save], enable_checkpointing=True, steps=12
-    )
+    whole = fit_in_processes(classifier, callbacks(), data=loader(), others=[save], enable_checkpointing=True, steps=12)
     path = str(tmp_path / "step=6.ckpt")
-    rest = fit_ranks(tmp_path / "rest", classifier, callbacks(), data=loader(), steps=12, ckpt_path=path)
+    rest = fit_in_processes(classifier, callbacks(), data=loader(), steps=12, ckpt_path=path)
     for rank, own in zip(rest, whole, strict=True):
         assert all(torch.equal(rank["weights"][key], own["weights"][key]) for key in own["weights"])
         assert rank["ratios"] == own["ratios"]

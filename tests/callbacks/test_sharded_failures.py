@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, WeightMonitor
 from dynamon.callbacks.lightning.loop import TrainerLoop
@@ -20,8 +18,7 @@ from dynamon.optim import Lanton
 from dynamon.quantities import dual_norms, gradient_statistics, weights
 from dynamon.quantities.gradient_reader import GradientReader
 from tests.helpers import mlp
-from tests.ranks import Breaks, loader
-from tests.shards import ShardedClassifier, fit_shards
+from tests.processes import Breaks, ProcessFailedError, Sharded, fit_in_processes, loader
 
 # A collective without its partner waits for half an hour.
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
@@ -31,12 +28,12 @@ def orthogonal(parameters: Any) -> torch.optim.Optimizer:
     return Lanton(parameters, lr=0.02, noise_adaptive=False)
 
 
-def classifier() -> ShardedClassifier:
-    return ShardedClassifier(mlp().double())
+def classifier() -> Sharded:
+    return Sharded(mlp().double())
 
 
-def orthogonalised() -> ShardedClassifier:
-    return ShardedClassifier(mlp().double(), orthogonal)
+def orthogonalised() -> Sharded:
+    return Sharded(mlp().double(), orthogonal)
 
 
 BREAKS = {
@@ -50,11 +47,11 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_what_one_process_cannot_measure(tmp_path: Path, name: str) -> None:
+def test_what_one_process_cannot_measure(name: str) -> None:
     make, monitor, owner, attribute, on = BREAKS[name]
     broken = Breaks(owner, attribute, begin=2, end=5, on=on)
     callback = monitor(every_n_steps=3)
-    ranks = fit_shards(tmp_path / "seen", make, [callback], others=[broken], data=loader(), steps=10)
+    ranks = fit_in_processes(make, [callback], others=[broken], data=loader(), steps=10)
     assert ranks[0]["failures"] == ranks[1]["failures"] == [1]
     tag = "gradient/norm" if monitor is GradientMonitor else "weight/frobenius"
     assert [found["tables"][tag]["steps"] for found in ranks] == [[0, 6, 9]] * 2
@@ -66,10 +63,10 @@ def test_what_one_process_cannot_measure(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("make", [classifier, orthogonalised])
-def test_steering_that_fails_on_one_process_stops_the_run(tmp_path: Path, make: Any) -> None:
+def test_steering_that_fails_on_one_process_stops_the_run(make: Any) -> None:
     broken = Breaks(gradient_statistics, "gradient_stats", begin=3, end=5)
-    with pytest.raises(ProcessRaisedException, match="broken"):
-        fit_shards(tmp_path / "seen", make, [NoiseAdaptiveLR(warmup=1)], others=[broken], data=loader(), steps=8)
+    with pytest.raises(ProcessFailedError, match="broken"):
+        fit_in_processes(make, [NoiseAdaptiveLR(warmup=1)], others=[broken], data=loader(), steps=8)
 
 
 class Counts(Callback):
@@ -102,10 +99,10 @@ class Counts(Callback):
         return self.by_step
 
 
-def test_under_a_budget_the_first_process_decides(tmp_path: Path) -> None:
+def test_under_a_budget_the_first_process_decides() -> None:
     callbacks = [GradientMonitor(budget=1.0, strict=True), WeightMonitor(budget=1.0, strict=True)]
-    plain = fit_shards(tmp_path / "plain", classifier, [], data=loader(), steps=60)
-    ranks = fit_shards(tmp_path / "seen", classifier, callbacks, data=loader(), steps=60)
+    plain = fit_in_processes(classifier, [], data=loader(), steps=60)
+    ranks = fit_in_processes(classifier, callbacks, data=loader(), steps=60)
     steps = [{tag: table["steps"] for tag, table in found["tables"].items()} for found in ranks]
     assert steps[0] == steps[1] and len(steps[0]["gradient/norm"]) > 2 and len(steps[0]["weight/frobenius"]) > 1
     assert all(torch.equal(plain[0]["weights"][key], ranks[0]["weights"][key]) for key in plain[0]["weights"])
@@ -141,10 +138,10 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_a_measurement_sends_one_reduction_and_gathers_each_matrix_once(tmp_path: Path, monkeypatch, name: str) -> None:
+def test_a_measurement_sends_one_reduction_and_gathers_each_matrix_once(monkeypatch, name: str) -> None:
     make, monitor, expected = MESSAGES[name]
     counts = Counts(monkeypatch)
-    ranks = fit_shards(tmp_path / "seen", make, [monitor()], others=[counts], data=loader(), steps=7, more=counts)
+    ranks = fit_in_processes(make, [monitor()], others=[counts], data=loader(), steps=7, more=counts)
     for found in ranks:
         # The first process tells the others what it plans, by one broadcast at most.
         assert all(sent.pop("broadcast", 0) <= 1 for sent in found["more"])
@@ -152,8 +149,8 @@ def test_a_measurement_sends_one_reduction_and_gathers_each_matrix_once(tmp_path
         assert found["more"][3] == expected
 
 
-def test_steering_sends_one_reduction_a_step(tmp_path: Path, monkeypatch) -> None:
+def test_steering_sends_one_reduction_a_step(monkeypatch) -> None:
     counts = Counts(monkeypatch)
     steering = NoiseAdaptiveLR(warmup=1)
-    ranks = fit_shards(tmp_path / "seen", classifier, [steering], others=[counts], data=loader(), steps=4, more=counts)
+    ranks = fit_in_processes(classifier, [steering], others=[counts], data=loader(), steps=4, more=counts)
     assert ranks[0]["more"] == [{"all_reduce": 1, "numbers": 2 + 4 * 13}] * 4

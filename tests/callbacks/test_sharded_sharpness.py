@@ -18,13 +18,12 @@ from dynamon.callbacks import SharpnessMonitor
 from dynamon.monitoring.memory_plan import _why_no_differences
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from tests.models import dense_hessian
-from tests.processes import Sharded, dist_rank, fit_here, in_processes, same, small, values
-from tests.ranks import regression
+from tests.processes import Sharded, by_parts, fit_here, in_processes, rank, regression, same, small, values
 
 pytestmark = pytest.mark.processes
 
 NUMBERS = sum(p.numel() for p in small().parameters())
-IN_SHARDS = ("hessian", "stability_ratio", "preconditioned", "directional", "critical", "batch", "subspace")
+IN_SHARDS = ("hessian", "stability_ratio", "preconditioned", "directional", "critical", "batch", "subspace", "progress")
 BOUNDS = ("hessian", "stability_ratio", "bracket")  # in the sixth measurement
 NOT_A_VALUE = re.compile(".*_residual|sharpness/matvecs|sharpness/outliers|dynamon/overhead")  # how a solve went
 BY_CHANCE = re.compile(".*_(upper|min)")  # these depend on the start vector, and shards draw their own
@@ -50,7 +49,7 @@ class Breaks(nn.Tanh):
     on: tuple[int, ...] = ()
 
     def forward(self, x):
-        if dist_rank() in self.on:
+        if rank() in self.on:
             raise ValueError("broken in the middle")
         return super().forward(x)
 
@@ -96,7 +95,9 @@ def plain_descent(parameters) -> torch.optim.Optimizer:
 
 def rounded() -> Sharded:
     network = small().float()
-    return Sharded(network, plain_descent, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    return Sharded(
+        network, plain_descent, shard=partial(by_parts, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    )
 
 
 def resumed(folder: Path, limit: dict[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -118,10 +119,12 @@ def fits() -> dict[str, Any]:
         found[name] = fit_here(Sharded(small()), [monitor(3, quantities, **limit)], steps=4)
         found[f"{name} bounds"] = fit_here(Sharded(small()), [monitor(1, BOUNDS, **limit)], steps=6)
     mixed = {"accumulate_grad_batches": 2, "steps": 4}
-    found["plain mixed"] = fit_here(Sharded(Mixed(), momentum, ("block",)), [], **mixed)
+    found["plain mixed"] = fit_here(Sharded(Mixed(), momentum, shard=partial(by_parts, names=("block",))), [], **mixed)
     for name, limit, quantities in (("gathered", GATHERED, QUANTITIES), ("shards", DEALT_OUT, ("ggn", *IN_SHARDS))):
         callback = monitor(2, quantities, tol=1e-2, max_matvecs=20, **limit)
-        found[f"{name} mixed"] = fit_here(Sharded(Mixed(), momentum, ("block",)), [callback], **mixed)
+        found[f"{name} mixed"] = fit_here(
+            Sharded(Mixed(), momentum, shard=partial(by_parts, names=("block",))), [callback], **mixed
+        )
     for name, limit, ranks in (("gathered", GATHERED, (1,)), ("shards", DEALT_OUT, (0, 1))):
         callback = monitor(1, ["hessian", "critical"], loss_fn=breaks_on(*ranks), **{**limit, "strict": False})
         found[f"{name} breaks"] = fit_here(Sharded(breakable()), [callback], steps=6)
@@ -133,8 +136,8 @@ def fits() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory) -> list[dict[str, Any]]:
-    return in_processes(tmp_path_factory.mktemp("fits"), fits)
+def both() -> list[dict[str, Any]]:
+    return in_processes(lambda _: fits())
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +206,7 @@ def test_training_is_what_it_was(both, seen: str, plain: str) -> None:
 @pytest.mark.parametrize("name", ["gathered", "shards"])
 def test_a_pass_that_fails_in_the_middle_fails_everywhere(both, name: str) -> None:
     for found in both:
-        assert found[f"{name} breaks"]["failures"] == 6  # two meters, three times each
+        assert found[f"{name} breaks"]["failures"] == [6]  # two meters, three times each
     said = both[0][f"{name} breaks"]["said"]
     where = "on 1 of 2 processes, first on rank 1: " if name == "gathered" else ""
     assert any(f"measurement failed: {where}broken in the middle" in line for line in said)
@@ -225,8 +228,8 @@ def test_what_is_done_about_memory_is_said_once(both) -> None:
 def test_a_resumed_run_measures_what_the_whole_one_did(tmp_path: Path, name: str) -> None:
     """Bitwise, but for eigenvalues of shards, whose vectors are not saved: they agree within the tolerance."""
     limit = {"gathered": GATHERED, "shards": DEALT_OUT}[name]
-    for whole, rest in in_processes(tmp_path, partial(resumed, tmp_path, limit)):
-        assert same(whole, rest) and rest["failures"] == 0
+    for whole, rest in in_processes(lambda _: resumed(tmp_path, limit)):
+        assert same(whole, rest) and rest["failures"] == [0]
         for tag in ("hessian_max", "stability_ratio", "directional", "batch", "probe_loss"):
             before, after = values(whole, f"sharpness/{tag}")[-2:], values(rest, f"sharpness/{tag}")
             solved = name == "shards" and tag in ("hessian_max", "stability_ratio")

@@ -12,8 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from dynamon.callbacks import GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, WeightMonitor
 from dynamon.optim import Lanton
 from dynamon.rates import FixedRates, SpectralTailRates
-from tests.ranks import fit_ranks, loader
-from tests.shards import ShardedClassifier, fit_shards
+from tests.processes import Sharded, fit_in_processes, loader
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
@@ -47,7 +46,7 @@ def by_noise(**options: Any) -> NoiseAdaptiveLR:
 
 
 def make(optimizer: Any = adamw, of: Any = network) -> Any:
-    return lambda: ShardedClassifier(of(), optimizer)
+    return lambda: Sharded(of(), optimizer)
 
 
 def by_tails() -> LayerwiseLR:
@@ -65,13 +64,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_ratios_are_those_of_one_process(tmp_path: Path, name: str) -> None:
+def test_weights_and_ratios_are_those_of_one_process(name: str) -> None:
     optimizer, steering, settings = CASES[name]
     settings = {"data": loader(), "steps": 8, **settings}
     module = make(optimizer, wide if "tails" in name else network)
     watching = [GradientMonitor(every_n_steps=3, strict=True)]
-    (one,) = fit_ranks(tmp_path / "one", module, [steering(), *watching], 1, **settings)
-    ranks = fit_shards(tmp_path / "two", module, [steering(), *watching], 2, **settings)
+    (one,) = fit_in_processes(module, [steering(), *watching], 1, **settings)
+    ranks = fit_in_processes(module, [steering(), *watching], 2, **settings)
     (ratios,) = one["ratios"]
     assert min(ratios.values()) < 0.99
     for rank in ranks:
@@ -84,11 +83,11 @@ def test_weights_and_ratios_are_those_of_one_process(tmp_path: Path, name: str) 
     torch.testing.assert_close(noise[1], noise[0], rtol=1e-6, atol=0)
 
 
-def test_ratios_of_one_leave_training_as_it_was(tmp_path: Path) -> None:
+def test_ratios_of_one_leave_training_as_it_was() -> None:
     settings = {"data": loader(), "steps": 8, "gradient_clip_val": 0.1}
-    plain = fit_shards(tmp_path / "plain", make(), [], 2, **settings)
-    for name, callback in {"fixed": LayerwiseLR(FixedRates({"*": 1.0})), "dry": by_noise(apply=False)}.items():
-        seen = fit_shards(tmp_path / name, make(), [callback], 2, **settings)
+    plain = fit_in_processes(make(), [], 2, **settings)
+    for callback in (LayerwiseLR(FixedRates({"*": 1.0})), by_noise(apply=False)):
+        seen = fit_in_processes(make(), [callback], 2, **settings)
         for one, other in zip(plain, seen, strict=True):
             assert all(torch.equal(one["weights"][key], other["weights"][key]) for key in one["weights"])
 
@@ -112,10 +111,10 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, name: str) 
     parted, callbacks = RESUMED[name]
     settings = {"data": loader(), "options": {"save_distributed_checkpoint": parted}, "steps": 12}
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
-    first = fit_shards(tmp_path / "whole", make(), callbacks(), 2, others=[save], enable_checkpointing=True, **settings)
+    first = fit_in_processes(make(), callbacks(), 2, others=[save], enable_checkpointing=True, **settings)
     path = tmp_path / "step=6.ckpt"
     assert path.is_dir() == parted
-    rest = fit_shards(tmp_path / "rest", make(), callbacks(), 2, ckpt_path=str(path), **settings)
+    rest = fit_in_processes(make(), callbacks(), 2, ckpt_path=str(path), **settings)
     for rank, own in zip(rest, first, strict=True):
         assert all(torch.equal(rank["weights"][key], own["weights"][key]) for key in own["weights"])
         assert rank["ratios"] == own["ratios"]
@@ -131,19 +130,19 @@ def at_once(whole: nn.Module, mesh: Any) -> None:
     fully_shard(whole, mesh=mesh["data_parallel"])
 
 
-class Validated(ShardedClassifier):
+class Validated(Sharded):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.network(batch[0])
 
 
-def test_what_an_evaluation_leaves_behind(tmp_path: Path) -> None:
+def test_what_an_evaluation_leaves_behind() -> None:
     """The root of an FSDP2 model keeps whole weights after an evaluation, the sanity check before training too."""
     callbacks = [*watched(), by_noise()]
-    found = fit_shards(
-        tmp_path / "two", lambda: Validated(network(), adamw, shard=at_once), callbacks, 2,
+    found = fit_in_processes(
+        lambda: Validated(network(), adamw, shard=at_once), callbacks, 2,
         data=loader(), validation=loader(), steps=8, val_check_interval=3,
     )  # fmt: skip
-    (one,) = fit_ranks(tmp_path / "one", make(), [*watched(), by_noise()], 1, data=loader(), steps=8)
+    (one,) = fit_in_processes(make(), [*watched(), by_noise()], 1, data=loader(), steps=8)
     assert found[0]["failures"] == [0, 0, 0]
     for key, weight in one["weights"].items():
         torch.testing.assert_close(found[0]["weights"][key], weight, rtol=1e-7, atol=1e-9)

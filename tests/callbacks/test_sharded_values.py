@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,7 @@ from torch.utils.data import DataLoader
 
 from dynamon.callbacks import GradientMonitor, WeightMonitor
 from dynamon.optim import Lanton
-from tests.ranks import fit_ranks, loader, regression
-from tests.shards import ShardedClassifier, fit_shards
+from tests.processes import Sharded, fit_in_processes, loader, regression
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 OWN_CLOCK = re.compile("dynamon/.*overhead")
@@ -60,7 +58,7 @@ def at_once(network: nn.Module, mesh: Any) -> None:
     fully_shard(network, mesh=mesh["data_parallel"])
 
 
-class TwoOptimizers(ShardedClassifier):
+class TwoOptimizers(Sharded):
     """One optimizer for each half, stepped by hand."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -87,7 +85,7 @@ def orthogonal(parameters: Any) -> torch.optim.Optimizer:
     return Lanton(parameters, lr=0.02, noise_adaptive=False)
 
 
-def make(network: Callable[[], nn.Module], optimizer: Any = None, kind: Any = ShardedClassifier, shard: Any = None):
+def make(network: Callable[[], nn.Module], optimizer: Any = None, kind: Any = Sharded, shard: Any = None):
     return lambda: kind(network(), optimizer, shard=shard)
 
 
@@ -127,11 +125,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_tag_is_that_of_one_process(tmp_path: Path, name: str) -> None:
+def test_every_tag_is_that_of_one_process(name: str) -> None:
     module, settings = CASES[name]
     settings = {"data": loader(), "steps": 7, **settings}
-    (one,) = fit_ranks(tmp_path / "one", module, monitors(), 1, **settings)
-    several = fit_shards(tmp_path / "several", module, monitors(), 2, **settings)
+    (one,) = fit_in_processes(module, monitors(), 1, **settings)
+    several = fit_in_processes(module, monitors(), 2, **settings)
     compare(one, several)
     tags = set(one["tables"])
     assert {"gradient/dual", "noise/dual", "update/operator", "spectrum/nuclear", "weight/initial_fraction"} - tags <= {
@@ -145,17 +143,17 @@ def test_every_tag_is_that_of_one_process(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_and_with_four_processes(tmp_path: Path, name: str) -> None:
+def test_and_with_four_processes(name: str) -> None:
     module, settings = CASES[name]
     settings = {"data": loader(), "steps": 7, **settings}
-    (one,) = fit_ranks(tmp_path / "one", module, monitors(), 1, **settings)
-    compare(one, fit_shards(tmp_path / "several", module, monitors(), 4, **settings))
+    (one,) = fit_in_processes(module, monitors(), 1, **settings)
+    compare(one, fit_in_processes(module, monitors(), 4, **settings))
 
 
-def test_monitors_do_not_change_training(tmp_path: Path) -> None:
+def test_monitors_do_not_change_training() -> None:
     settings = {"data": loader(), "steps": 10, "gradient_clip_val": 0.1}
-    plain = fit_shards(tmp_path / "plain", make(uneven), [], 2, **settings)
-    seen = fit_shards(tmp_path / "seen", make(uneven), monitors(every=2), 2, **settings)
+    plain = fit_in_processes(make(uneven), [], 2, **settings)
+    seen = fit_in_processes(make(uneven), monitors(every=2), 2, **settings)
     for one, other in zip(plain, seen, strict=True):
         assert all(torch.equal(one["weights"][key], other["weights"][key]) for key in one["weights"])
         assert other["failures"] == [0, 0]
@@ -177,12 +175,12 @@ def even() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)).double()
 
 
-def test_tensor_parallelism(tmp_path: Path) -> None:
+def test_tensor_parallelism() -> None:
     """Columns cut in two, whole biases on both processes, and a last layer that is not cut at all."""
     settings = {"data": whole_batches(), "steps": 4}
     module = make(even, orthogonal, shard=rows_and_columns)
-    (one,) = fit_ranks(tmp_path / "one", module, monitors(), 1, **settings)
-    compare(one, fit_shards(tmp_path / "several", module, monitors(), 2, sizes=(1, 2), **settings))
+    (one,) = fit_in_processes(module, monitors(), 1, **settings)
+    compare(one, fit_in_processes(module, monitors(), 2, mesh=(1, 2), **settings))
 
 
 def in_copies(network: nn.Module, mesh: Any) -> None:
@@ -199,11 +197,11 @@ MESHES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
-def test_meshes_of_two_dimensions(tmp_path: Path, name: str) -> None:
+def test_meshes_of_two_dimensions(name: str) -> None:
     module, data = MESHES[name]
     settings = {"data": data, "steps": 4}
-    (one,) = fit_ranks(tmp_path / "one", module, monitors(), 1, **settings)
-    compare(one, fit_shards(tmp_path / "several", module, monitors(), 4, sizes=(2, 2), **settings))
+    (one,) = fit_in_processes(module, monitors(), 1, **settings)
+    compare(one, fit_in_processes(module, monitors(), 4, mesh=(2, 2), **settings))
 
 
 def mixed(network: nn.Module, mesh: Any) -> None:
@@ -218,16 +216,13 @@ HALF = {
 
 
 @pytest.mark.parametrize("name", HALF)
-def test_half_precision(tmp_path: Path, name: str) -> None:
+def test_half_precision(name: str) -> None:
     """Training is what it was, and readings are the same everywhere; one process without FSDP2 rounds elsewhere."""
     network, shard, dtype = HALF[name]
     data = DataLoader(regression(), batch_size=16)
     data.dataset.tensors = (data.dataset.tensors[0].to(dtype), data.dataset.tensors[1])
     settings = {"data": data, "steps": 4}
-    plain, seen = (
-        fit_shards(tmp_path / str(len(used)), make(network, shard=shard), used, 2, **settings)
-        for used in ([], monitors())
-    )
+    plain, seen = (fit_in_processes(make(network, shard=shard), used, 2, **settings) for used in ([], monitors()))
     assert all(torch.equal(plain[0]["weights"][key], seen[0]["weights"][key]) for key in plain[0]["weights"])
     compare(seen[1], seen)
     expected = torch.linalg.vector_norm(seen[0]["weights"]["network.2.weight"].double())

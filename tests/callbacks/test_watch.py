@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -31,6 +31,7 @@ from dynamon.monitoring.weight_monitor import WeightMonitor
 from dynamon.quantities import REGISTRY
 from dynamon.runs import read_run_data
 from tests.helpers import Classifier, batches, fit
+from tests.processes import in_processes
 
 CLOCKS = {"dynamon/overhead"}  # two runs take different times
 STEPS, CLIP = 8, 0.3
@@ -642,9 +643,7 @@ def test_the_commands_for_finished_runs_do_without_lightning(tmp_path: Path) -> 
     assert "Traceback" not in refused.stderr
 
 
-def _on_two_processes(rank: int, folder: Path, watched: bool) -> None:
-    store = torch.distributed.FileStore(str(folder / f"store_{watched}"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def _on_two_processes(rank: int, folder: Path, watched: bool) -> dict[str, Any]:
     inner = Net()
     model = nn.parallel.DistributedDataParallel(inner)
     optimizer = adamw(inner.parameters())
@@ -661,20 +660,16 @@ def _on_two_processes(rank: int, folder: Path, watched: bool) -> None:
             optimizer.zero_grad()
     if watch is not None:
         watch.close()
-    if rank == 0:
-        found = {"weights": inner.state_dict()}
-        if watch is not None:
-            readings = ("sharpness/probe_samples", "noise/independent", "gradient/norm")
-            found |= {tag: torch.from_numpy(watch.history[tag].values) for tag in readings}
-        torch.save(found, folder / f"found_{watched}")
-    torch.distributed.destroy_process_group()
+    readings = ("sharpness/probe_samples", "noise/independent", "gradient/norm") if watch is not None else ()
+    return {"weights": inner.state_dict(), **{tag: torch.from_numpy(watch.history[tag].values) for tag in readings}}
 
 
 @pytest.mark.processes
 def test_processes_under_ddp_measure_together(tmp_path: Path) -> None:
-    for watched in (False, True):
-        start_processes(_on_two_processes, (tmp_path, watched), nprocs=2, start_method="fork")
-    plain, seen = (torch.load(tmp_path / f"found_{watched}") for watched in (False, True))
+    plain, seen = (
+        in_processes(partial(_on_two_processes, folder=tmp_path, watched=watched), group=True)[0]
+        for watched in (False, True)
+    )
     assert all(torch.equal(plain["weights"][name], tensor) for name, tensor in seen["weights"].items())
     assert seen["sharpness/probe_samples"].unique().tolist() == [16.0]  # a batch of each process
     assert seen["noise/independent"].isfinite().all() and len(seen["gradient/norm"]) == 2

@@ -10,7 +10,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
@@ -20,8 +19,7 @@ from dynamon.monitoring import weight_meter as weights_module
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.quantities.trends import Trends
 from tests.helpers import Classifier, mlp
-from tests.ranks import Breaks, fit_ranks, loader, rank
-from tests.shards import in_group
+from tests.processes import Breaks, ProcessFailedError, fit_in_processes, in_processes, loader, rank
 
 # A collective without its partner waits for half an hour.
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
@@ -80,8 +78,8 @@ def monitors() -> list[Any]:
 
 def test_a_rate_search_in_mid_fit_of_two_processes_leaves_nothing(tmp_path: Path) -> None:
     settings = {"steps": -1, "max_epochs": 4, "data": loader(), "default_root_dir": tmp_path}
-    searched = fit_ranks(tmp_path / "searched", Learner, monitors(), others=[AtEpoch(search)], **settings)
-    plain = fit_ranks(tmp_path / "plain", Learner, monitors(), **settings)
+    searched = fit_in_processes(Learner, monitors(), others=[AtEpoch(search)], **settings)
+    plain = fit_in_processes(Learner, monitors(), **settings)
     assert len(plain[0]["tables"]["gradient/norm"]["steps"]) == 12
     for ours, right in zip(searched, plain, strict=True):
         assert all(torch.equal(ours["weights"][key], right["weights"][key]) for key in right["weights"])
@@ -98,12 +96,10 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_the_loss_is_the_mean_over_processes_also_where_one_measurement_fails(tmp_path: Path, name: str) -> None:
+def test_the_loss_is_the_mean_over_processes_also_where_one_measurement_fails(name: str) -> None:
     broken = Breaks(*BREAKS[name][:2], begin=2, end=5, on=BREAKS[name][2])
     callbacks = [DynamicsMonitor(every_n_steps=1)]
-    ranks = fit_ranks(
-        tmp_path / "seen", Learner, callbacks, others=[broken], data=loader(), steps=8, more=lambda m: m.losses
-    )
+    ranks = fit_in_processes(Learner, callbacks, others=[broken], data=loader(), steps=8, more=lambda m: m.losses)
     assert ranks[0]["failures"] == ranks[1]["failures"] == [3]
     loss = ranks[0]["tables"]["dynamon/loss"]
     expected = np.mean([found["more"] for found in ranks], 0)[loss["steps"]]
@@ -135,9 +131,9 @@ class Counted:
 
 
 @pytest.mark.parametrize("monitor", [GradientMonitor, WeightMonitor, SharpnessMonitor])
-def test_the_loss_takes_no_reduction_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: Any) -> None:
+def test_the_loss_takes_no_reduction_of_its_own(monkeypatch: pytest.MonkeyPatch, monitor: Any) -> None:
     counted = Counted(monkeypatch)
-    ranks = fit_ranks(tmp_path / "seen", Learner, [monitor(every_n_steps=2)], data=loader(), steps=6, more=counted)
+    ranks = fit_in_processes(Learner, [monitor(every_n_steps=2)], data=loader(), steps=6, more=counted)
     for found in ranks:
         assert found["tables"]["dynamon/loss"]["steps"] == [0, 2, 4]
         assert found["more"][0] == 0 and found["more"][1] > 3
@@ -155,9 +151,9 @@ class ReturnsNone(Learner):
 
 
 @pytest.mark.parametrize("on", [(0, 1), (1,)])
-def test_a_skipped_batch_ends_the_run_with_lightnings_word_for_it(tmp_path: Path, on: tuple[int, ...]) -> None:
-    with pytest.raises(ProcessRaisedException, match="returning None in distributed training is not supported"):
-        fit_ranks(tmp_path / "seen", lambda: ReturnsNone(on), monitors(), data=loader(), steps=8)
+def test_a_skipped_batch_ends_the_run_with_lightnings_word_for_it(on: tuple[int, ...]) -> None:
+    with pytest.raises(ProcessFailedError, match="returning None in distributed training is not supported"):
+        fit_in_processes(lambda: ReturnsNone(on), monitors(), data=loader(), steps=8)
 
 
 class ByHand(Learner):
@@ -179,9 +175,9 @@ class ByHand(Learner):
         return loss.detach() if rank() == 0 else None
 
 
-def test_a_loss_that_only_one_process_returns(tmp_path: Path) -> None:
+def test_a_loss_that_only_one_process_returns() -> None:
     watching = [GradientMonitor(every_n_steps=1, strict=True), WeightMonitor(every_n_steps=1, strict=True)]
-    ranks = fit_ranks(tmp_path / "seen", ByHand, watching, data=loader(), steps=8, more=lambda m: m.losses)
+    ranks = fit_in_processes(ByHand, watching, data=loader(), steps=8, more=lambda m: m.losses)
     loss = ranks[0]["tables"]["dynamon/loss"]
     np.testing.assert_allclose(loss["values"], ranks[0]["more"], rtol=1e-12)
     assert_same_tables(*ranks)
@@ -200,16 +196,16 @@ class Head(Learner):
         return torch.optim.AdamW(self.network[3].parameters(), lr=1e-2)
 
 
-def test_layers_that_join_on_all_processes(tmp_path: Path) -> None:
+def test_layers_that_join_on_all_processes() -> None:
     watching = [*monitors()[:2], NoiseAdaptiveLR(warmup=1)]
-    ranks = fit_ranks(tmp_path / "seen", Head, watching, others=[Unfreezes()], data=loader(), steps=10)
+    ranks = fit_in_processes(Head, watching, others=[Unfreezes()], data=loader(), steps=10)
     assert ranks[0]["tables"]["gradient/norm"]["steps"] == [0, 2, 4, 6, 8]
     assert ranks[0]["ratios"] == ranks[1]["ratios"] and len(ranks[0]["ratios"][0]) == 4
     assert_same_tables(*ranks)
 
 
 @pytest.mark.parametrize("on", [0, 1])
-def test_a_monitor_that_cannot_begin_on_one_process_is_off_on_all(tmp_path: Path, monkeypatch: Any, on: int) -> None:
+def test_a_monitor_that_cannot_begin_on_one_process_is_off_on_all(monkeypatch: Any, on: int) -> None:
     read = LayerSet._read
 
     def fails(self: LayerSet) -> None:
@@ -218,16 +214,16 @@ def test_a_monitor_that_cannot_begin_on_one_process_is_off_on_all(tmp_path: Path
         read(self)
 
     monkeypatch.setattr(LayerSet, "_read", fails)
-    ranks = fit_ranks(tmp_path / "seen", Learner, [DynamicsMonitor(every_n_steps=1)], data=loader(), steps=4)
+    ranks = fit_in_processes(Learner, [DynamicsMonitor(every_n_steps=1)], data=loader(), steps=4)
     assert ranks[0]["tables"] == ranks[1]["tables"] == {}
 
 
 @pytest.mark.parametrize("bounds", [(5,), (8,)])
-def test_windows_that_are_unlike_on_one_process_only(tmp_path: Path, bounds: tuple[int, ...]) -> None:
+def test_windows_that_are_unlike_on_one_process_only(bounds: tuple[int, ...]) -> None:
     """The last batch of an epoch has 8 samples: of 5 and 3, the first process sees no change, of 8 and 0 neither."""
     data = loader(16, 88, bounds=bounds) if bounds == (5,) else loader(16, 88)
     watching = [GradientMonitor(every_n_steps=1, strict=True), NoiseAdaptiveLR(warmup=1)]
-    ranks = fit_ranks(tmp_path / "seen", Learner, watching, data=data, steps=14)
+    ranks = fit_in_processes(Learner, watching, data=data, steps=14)
     assert ranks[0]["ratios"] == ranks[1]["ratios"]
     assert_same_tables(*ranks)
 
@@ -264,8 +260,8 @@ def check_trends(size: int) -> None:
 
 
 def test_trends_of_parts_are_those_of_wholes() -> None:
-    in_group(lambda _: check_trends(2), 2)
-    in_group(lambda _: check_trends(3), 3)
+    in_processes(lambda _: check_trends(2), 2, group=True)
+    in_processes(lambda _: check_trends(3), 3, group=True)
 
 
 def test_a_trend_is_kept_over_a_reading_that_has_nothing_to_compare() -> None:

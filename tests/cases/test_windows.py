@@ -19,7 +19,7 @@ from dynamon.optim import LayerwiseRates
 from dynamon.quantities.windows import Window
 from dynamon.rates import NoiseAdaptiveRates
 from tests.helpers import Classifier, fit, mlp
-from tests.ranks import fit_ranks, loader
+from tests.processes import fit_in_processes, loader
 
 SMALL = 1e-3  # what curvature times step leaves at a rate of 1e-3; a gradient has length 0.8
 
@@ -552,11 +552,11 @@ def _noise_of(callback: Any) -> Any:
 @pytest.mark.processes
 @pytest.mark.parametrize("monitored", [0, 1, 3])
 @pytest.mark.parametrize("length", [1, 2])
-def test_processes_with_batches_of_different_sizes_decide_alike(tmp_path: Path, monitored: int, length: int) -> None:
+def test_processes_with_batches_of_different_sizes_decide_alike(monitored: int, length: int) -> None:
     """The first process has eight samples in every batch, the second four in the last of an epoch."""
     steering = NoiseAdaptiveLR(warmup=1)
     monitors = [GradientMonitor(every_n_steps=monitored, strict=True)] if monitored else []
-    ranks = fit_ranks(tmp_path / "ranks", lambda: Classifier(mlp().double(), lambda p: torch.optim.SGD(p, lr=0.05)),
+    ranks = fit_in_processes(lambda: Classifier(mlp().double(), lambda p: torch.optim.SGD(p, lr=0.05)),
                       [*monitors, steering], more=_noise_of(steering), data=loader(16, 92, bounds=[8]), steps=18,
                       accumulate_grad_batches=length)  # fmt: skip
     first, second = ranks

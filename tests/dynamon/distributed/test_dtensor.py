@@ -22,7 +22,7 @@ from dynamon.distributed.ranks import OthersFailedError, Ranks
 from dynamon.distributed.reduction import PartialStats, ShardReduction
 from dynamon.distributed.work_sharing import share_work
 from dynamon.quantities.histograms import histogram_table, read_histograms, reduce_tables
-from tests.shards import in_group
+from tests.processes import in_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -167,13 +167,13 @@ def check_all(rank: int, size: int) -> None:
 
 @pytest.mark.processes
 def test_two_processes() -> None:
-    in_group(lambda rank: check_all(rank, 2), 2)
+    in_processes(lambda rank: check_all(rank, 2), 2, group=True)
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_four_processes() -> None:
-    in_group(lambda rank: check_all(rank, 4), 4)
+    in_processes(lambda rank: check_all(rank, 4), 4, group=True)
 
 
 def test_large_tensors_go_a_few_at_a_time() -> None:

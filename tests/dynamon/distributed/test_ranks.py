@@ -1,13 +1,8 @@
 """Processes that measure together: what fails on one ends on all, whatever each of them was doing."""
 
-import os
-import socket
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,25 +11,9 @@ from dynamon.optim import LayerwiseRates
 from dynamon.quantities.local_gradients import LocalGradients
 from dynamon.rates import NoiseAdaptiveRates
 from tests.models import mlp, samples
+from tests.processes import in_processes
 
 X, Y = samples(24, 4, dtype=torch.float64)
-
-
-def run(work, processes: int, folder: Path) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(begin, (work, port, processes, str(folder)), nprocs=processes, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-def begin(rank: int, work, port: int, processes: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
-    try:
-        torch.save(work(rank), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def measure(ranks: Ranks, fails: int, where: str, error: Exception) -> str:
@@ -79,8 +58,8 @@ def failures(rank: int) -> dict:
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
-def test_a_failure_anywhere_ends_it_everywhere(tmp_path: Path) -> None:
-    found = run(failures, 3, tmp_path)
+def test_a_failure_anywhere_ends_it_everywhere() -> None:
+    found = in_processes(failures, 3, group=True)
     for rank, own in enumerate(found):
         assert own["rank"] == [rank, 3]
         assert own["mean"] == pytest.approx((0 + 2 + 6) / 6)
@@ -141,8 +120,8 @@ def mean_square(own: torch.Tensor, mean: torch.Tensor) -> float:
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
-def test_noise_between_processes_in_a_loop_of_ones_own(tmp_path: Path) -> None:
-    found = run(steer, 3, tmp_path)
+def test_noise_between_processes_in_a_loop_of_ones_own() -> None:
+    found = in_processes(steer, 3, group=True)
     assert found[0]["ratios"] == found[1]["ratios"] == found[2]["ratios"] and min(found[0]["ratios"].values()) < 1
     for own in found:
         assert own["noise"] == pytest.approx(own["truth"], rel=1e-6)
@@ -164,8 +143,8 @@ def give_up(rank: int) -> dict:
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
-def test_one_that_gives_up_leaves_no_reading(tmp_path: Path) -> None:
-    found = run(give_up, 2, tmp_path)
+def test_one_that_gives_up_leaves_no_reading() -> None:
+    found = in_processes(give_up, 2, group=True)
     assert found[0]["found"].shape == (2, 4) and found[0]["found"].isnan().all()
 
 

@@ -1,21 +1,18 @@
 """Layers dealt out over two processes give what one process finds."""
 
-import os
-import socket
 from dataclasses import fields
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.multiprocessing import start_processes
 
 from dynamon.distributed.ranks import Ranks
 from dynamon.distributed.work_sharing import assign_by_cost, share_work
 from dynamon.layers import describe_layers
 from dynamon.quantities.weights import layer_spectra
 from tests.models import gpt, mlp
+from tests.processes import in_processes
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=30), st.integers(1, 8))
@@ -27,32 +24,27 @@ def test_every_item_is_taken_once_and_the_work_is_even(costs, processes) -> None
         assert max(load) <= sum(costs) / processes + max(costs) + 1e-6 * sum(costs)
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        found, ranks = {}, Ranks(torch.device("cpu"))
-        for name, model in (("gpt", gpt().double()), ("one", mlp(3, 4)), ("odd", gpt(depth=1))):
-            with ranks.collective_section():
-                names, spectra = layer_spectra(describe_layers(model), ranks=ranks)
-            found[name] = {"names": names, **{f.name: getattr(spectra, f.name) for f in fields(spectra)}}
-        asked, items = [], [[torch.tensor(float(i))] for i in range(4)]
-
-        def count(chosen, wholes):
-            asked.extend(chosen)
-            return torch.stack([tensors[0] for tensors in wholes]).expand(2, -1)
-
+def work(rank: int) -> dict:
+    found, ranks = {}, Ranks(torch.device("cpu"))
+    for name, model in (("gpt", gpt().double()), ("one", mlp(3, 4)), ("odd", gpt(depth=1))):
         with ranks.collective_section():
-            table = ranks.sum(share_work(count, items, [own for (own,) in items], [5.0, 1.0, 1.0, 1.0], 2, ranks))
-        failed = None
-        try:
-            with ranks.collective_section():
-                ranks.sum(share_work(fail_on_first, items[:2], [own for (own,) in items[:2]], [1.0, 1.0], 1, ranks))
-        except Exception as error:
-            failed = str(error)
-        torch.save({"found": found, "asked": asked, "table": table, "failed": failed}, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+            names, spectra = layer_spectra(describe_layers(model), ranks=ranks)
+        found[name] = {"names": names, **{f.name: getattr(spectra, f.name) for f in fields(spectra)}}
+    asked, items = [], [[torch.tensor(float(i))] for i in range(4)]
+
+    def count(chosen, wholes):
+        asked.extend(chosen)
+        return torch.stack([tensors[0] for tensors in wholes]).expand(2, -1)
+
+    with ranks.collective_section():
+        table = ranks.sum(share_work(count, items, [own for (own,) in items], [5.0, 1.0, 1.0, 1.0], 2, ranks))
+    failed = None
+    try:
+        with ranks.collective_section():
+            ranks.sum(share_work(fail_on_first, items[:2], [own for (own,) in items[:2]], [1.0, 1.0], 1, ranks))
+    except Exception as error:
+        failed = str(error)
+    return {"found": found, "asked": asked, "table": table, "failed": failed}
 
 
 def fail_on_first(items: list[int], wholes: list) -> torch.Tensor:
@@ -63,12 +55,8 @@ def fail_on_first(items: list[int], wholes: list) -> torch.Tensor:
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes(tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(work, (port, str(tmp_path)), nprocs=2, start_method="fork")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_two_processes() -> None:
+    ranks = in_processes(work, 2, group=True)
     for name, model in (("gpt", gpt().double()), ("one", mlp(3, 4)), ("odd", gpt(depth=1))):
         names, alone = layer_spectra(describe_layers(model))
         for rank in ranks:

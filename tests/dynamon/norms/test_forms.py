@@ -23,7 +23,7 @@ from dynamon.quantities.primal_norms import BY_MAXIMUM, BY_WHOLE, StepNorms, red
 from dynamon.quantities.updates import primal_norms
 from dynamon.quantities.weights import weight_readings
 from dynamon.rates import NoiseAdaptiveRates
-from tests.shards import in_group
+from tests.processes import in_processes
 
 COLUMNS = Norm(
     name="columns",
@@ -141,7 +141,7 @@ def check_parts(rank: int, size: int) -> None:
 
 @pytest.mark.processes
 def test_readings_of_parts(columns) -> None:
-    in_group(lambda rank: check_parts(rank, 2), 2)
+    in_processes(lambda rank: check_parts(rank, 2), 2, group=True)
 
 
 def test_steering(columns) -> None:

@@ -1,19 +1,15 @@
 """Two processes with FSDP2: Lanton on shards is Lanton on the whole."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 
 from dynamon.optim import Lanton
 from dynamon.rates import NoiseAdaptiveRates
 from tests.models import GPT, gpt
+from tests.processes import in_processes
 
 STEPS = 6
 
@@ -42,34 +38,24 @@ def train(model: GPT, optimizer: Lanton, steps: range, part: slice = slice(None)
         optimizer.step()
 
 
-def work(rank: int, port: int, adaptive: bool, lag: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        model, part = network(sharded=True), slice(4 * rank, 4 * rank + 4)
-        optimizer = make(model, adaptive, lag)
-        train(model, optimizer, range(3), part)
-        state = optimizer.state_dict()
-        assert all(hasattr(entry["momentum_buffer"], "placements") for entry in state["state"].values())
-        resumed = make(model, adaptive, lag)
-        resumed.load_state_dict(state)
-        train(model, resumed, range(3, STEPS), part)
-        weights = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
-        torch.save({"weights": weights, "ratios": resumed.ratios}, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(rank: int, adaptive: bool, lag: int) -> dict:
+    model, part = network(sharded=True), slice(4 * rank, 4 * rank + 4)
+    optimizer = make(model, adaptive, lag)
+    train(model, optimizer, range(3), part)
+    state = optimizer.state_dict()
+    assert all(hasattr(entry["momentum_buffer"], "placements") for entry in state["state"].values())
+    resumed = make(model, adaptive, lag)
+    resumed.load_state_dict(state)
+    train(model, resumed, range(3, STEPS), part)
+    weights = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    return {"weights": weights, "ratios": resumed.ratios}
 
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("adaptive", "lag"), [(False, 1), (True, 1), (True, 0)])
-def test_shards_take_the_steps_of_the_whole(tmp_path, adaptive, lag) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(work, (port, adaptive, lag, str(tmp_path)), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_shards_take_the_steps_of_the_whole(adaptive, lag) -> None:
+    first, second = in_processes(lambda rank: work(rank, adaptive, lag), 2, group=True)
     model = network(sharded=False)
     optimizer = make(model, adaptive, lag)
     train(model, optimizer, range(STEPS))

@@ -13,7 +13,7 @@ from dynamon.layers import describe_layers
 from dynamon.quantities import Quantity, Scope
 from dynamon.quantities.entrywise import _PIECE, entrywise_readings
 from dynamon.quantities.registry import Entrywise
-from tests.shards import in_group
+from tests.processes import in_processes
 
 pytestmark = [pytest.mark.timeout(60)]
 
@@ -81,4 +81,4 @@ def check_shards(rank: int) -> None:
 
 
 def test_shards_of_different_sizes_and_copies() -> None:
-    in_group(check_shards, 2)
+    in_processes(check_shards, 2, group=True)

@@ -18,7 +18,7 @@ from dynamon.quantities.readings import GradientReadings
 from dynamon.quantities.updates import primal_norms
 from dynamon.quantities.weights import WeightReadings, layer_spectra, weight_readings
 from tests.models import gpt
-from tests.shards import in_group
+from tests.processes import in_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ITERATIVE = (
@@ -178,10 +178,10 @@ def check(rank: int, size: int) -> None:
 
 @pytest.mark.processes
 def test_two_processes() -> None:
-    in_group(lambda rank: check(rank, 2), 2)
+    in_processes(lambda rank: check(rank, 2), 2, group=True)
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_four_processes() -> None:
-    in_group(lambda rank: check(rank, 4), 4)
+    in_processes(lambda rank: check(rank, 4), 4, group=True)

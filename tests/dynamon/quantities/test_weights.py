@@ -18,7 +18,7 @@ from dynamon.quantities.entrywise import entrywise_readings
 from dynamon.quantities.weights import ENTRYWISE, weight_readings
 from tests.launches import Launches, gpt2
 from tests.models import cnn, gpt, mlp
-from tests.shards import in_group
+from tests.processes import in_processes
 
 SPECTRAL = ("sigma_max", "sigma_lower", "sigma_upper", "stable_rank")
 
@@ -104,7 +104,7 @@ def check_shards(size):
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_of_shards():
-    in_group(lambda rank: check_shards(2), 2)
+    in_processes(lambda rank: check_shards(2), 2, group=True)
 
 
 MODELS = [lambda: gpt(), lambda: gpt(tied=True), cnn, lambda: mlp(5, 9, 3)]

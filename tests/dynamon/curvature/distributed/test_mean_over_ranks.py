@@ -1,18 +1,15 @@
 """Two processes: the Hessian on the samples of both, with plain and with sharded parameters."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 
 from dynamon.curvature import HessianOperator, MeanOverRanks, top_eigenvalues, unsharded
 from tests.models import dense_hessian, mlp, samples
+from tests.processes import in_processes
 
 X, Y = samples(12, 4, dtype=torch.float64)
 PARTS = [slice(0, 8), slice(8, 12)]  # uneven, so that weights matter
@@ -32,26 +29,21 @@ def whole_weights(model) -> list[torch.Tensor]:
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
 
 
-def work(rank: int, port: int, sharded: bool, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        models = []
-        for measured in (False, True):
-            model = mlp(4, 5, 3).double()
-            if sharded:
-                mesh = init_device_mesh("cpu", (2,))
-                for part in (model[0], model[2]):
-                    fully_shard(part, mesh=mesh)
-                fully_shard(model, mesh=mesh)
-            train_step(model, rank)
-            if measured:
-                torch.save(measure(model, rank), f"{folder}/{rank}.pt")
-            train_step(model, rank)
-            models.append(whole_weights(model))
-        assert all(torch.equal(a, b) for a, b in zip(*models, strict=True))  # measuring left the run alone
-    finally:
-        dist.destroy_process_group()
+def work(rank: int, sharded: bool) -> dict:
+    models = []
+    for measured in (False, True):
+        model = mlp(4, 5, 3).double()
+        if sharded:
+            mesh = init_device_mesh("cpu", (2,))
+            for part in (model[0], model[2]):
+                fully_shard(part, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        train_step(model, rank)
+        found = measure(model, rank) if measured else {}
+        train_step(model, rank)
+        models.append(whole_weights(model))
+    assert all(torch.equal(a, b) for a, b in zip(*models, strict=True))  # measuring left the run alone
+    return found
 
 
 def measure(model, rank: int) -> dict:
@@ -66,12 +58,8 @@ def measure(model, rank: int) -> dict:
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_hessian_of_both_processes(tmp_path, sharded) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(work, (port, sharded, str(tmp_path)), nprocs=2, start_method="fork")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_the_hessian_of_both_processes(sharded) -> None:
+    ranks = in_processes(lambda rank: work(rank, sharded), 2, group=True)
     model = mlp(4, 5, 3).double()
     with torch.no_grad():
         for p, w in zip(model.parameters(), ranks[0]["weights"], strict=True):

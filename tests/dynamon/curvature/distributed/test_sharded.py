@@ -1,14 +1,9 @@
 """Processes that hold shards of FSDP2 parameters: operators and solvers against the dense Hessian."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 
 from dynamon.curvature import (
@@ -29,6 +24,7 @@ from dynamon.curvature.distributed.fsdp import is_rounded, unsupported_reason
 from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from tests.models import dense_hessian, mlp, samples
+from tests.processes import in_processes
 
 X, Y = samples(12, 4, dtype=torch.float64)
 PARTS = {2: [slice(0, 8), slice(8, 12)], 4: [slice(0, 5), slice(5, 7), slice(7, 11), slice(11, 12)]}
@@ -66,16 +62,6 @@ def part(vector: torch.Tensor, params: ShardedParameters, model) -> torch.Tensor
         distribute_tensor(v.view(p.shape), p.device_mesh, p.placements) for v, p in zip(pieces, owners, strict=True)
     ]
     return params.flatten([to_local(v) for v in dealt])
-
-
-def work(rank: int, port: int, processes: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
-    try:
-        torch.save(measure(rank, processes), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def measure(rank: int, processes: int) -> dict:
@@ -165,12 +151,8 @@ def hessian_at(weights: list[torch.Tensor]) -> tuple[torch.nn.Module, torch.Tens
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_shards_give_what_the_dense_hessian_gives(tmp_path, processes: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(work, (port, processes, str(tmp_path)), nprocs=processes, start_method="fork")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+def test_shards_give_what_the_dense_hessian_gives(processes: int) -> None:
+    ranks = in_processes(lambda rank: measure(rank, processes), processes, group=True)
     own = ranks[0]
     model, dense = hessian_at(own["weights"])
     top = torch.linalg.eigvalsh(dense).flip(0)
