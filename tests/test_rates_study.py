@@ -4,19 +4,22 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from benchmarks.environment import RESULTS
 from benchmarks.rates_study import book as books
-from benchmarks.rates_study.arms import inverted, permuted
+from benchmarks.rates_study.arms import Observed, inverted, permuted
 from benchmarks.rates_study.book import Book, key_of
 from benchmarks.rates_study.corpus import RADII, STUDY, Corpus, split
 from benchmarks.rates_study.oracle import search
 from benchmarks.rates_study.tables import Results, interval, read
 from benchmarks.rates_study.tasks import Digits, GPTBytes, LSTMBytes, tasks, variants
+from benchmarks.rates_study.train import train
 from dynamon.layers import describe_layers
+from dynamon.quantities.progress import StepReading
 from dynamon.rates.rule import matches_key
 
 BEST = (2.0, 1.0, 0.25, 1.0, 4.0, 1.0, 0.5, 1.0)  # within what two passes can reach
@@ -133,6 +136,33 @@ def test_range_of_good_rates():
     found = results([2.0] * 5, [1.9] * 5, [1.9] * 5)
     assert found.good_rates("T", "uniform") == (0.1, 0.2, True)
     assert found.sweep("T", "uniform") == pytest.approx({0.05: 2.5, 0.1: 2.0, 0.2: 2.001, 0.4: 2.9})
+
+
+def test_an_arm_that_was_tuned_on_one_seed_has_a_sweep():
+    found = results([2.0] * 5, [1.9] * 5, [1.9] * 5)
+    for rate in (0.05, 0.1, 0.2, 0.4):
+        del found.runs[key_of("T", "fixed", rate, 101, ())]
+    assert found.sweep("T", "uniform") == pytest.approx({0.05: 2.5, 0.1: 2.0, 0.2: 2.001, 0.4: 2.9})
+
+
+def test_steps_of_lanton_have_the_sizes_of_lanton():
+    task = GPTBytes("LMO", width=16, steps=24, batch=2, windows=20)
+    assert train(task, "step sizes", 0.03, 0, (), False)["ratios"] == pytest.approx([1.0] * 8, abs=0.08)
+
+
+def test_a_reading_is_added_up_by_group():
+    task = GPTBytes("LMO", width=16, steps=2, batch=2, windows=20)
+    rule, layers = Observed(task, ()), describe_layers(task.model(0))
+    rule.start(layers, [None] * len(layers))
+    before = np.arange(1.0, len(layers) + 1)
+    nothing = np.zeros(len(layers))
+    names = tuple(layer.name for layer in layers)
+    reading = StepReading(names, -before, 2 * before, nothing, nothing, 1.0, 1.0, 1.0)
+    rule.learn(reading)
+    rule.learn(reading)
+    for glob, progress, cost in zip(task.groups.values(), rule.progress, rule.cost, strict=True):
+        own = sum(b for b, layer in zip(before, layers, strict=True) if matches_key(layer, glob))
+        assert (progress, cost) == pytest.approx((2 * own, 6 * own))
 
 
 def test_controls_of_ratios():

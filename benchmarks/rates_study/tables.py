@@ -74,14 +74,20 @@ class Results:
         return interval([a - b for a, b in pairs])
 
     def sweep(self, task: str, name: str) -> dict[float, float]:
-        """The mean loss of the tuning seeds by base rate, for every rate that was tried with all of them."""
+        """The mean loss by base rate, of the tuning seeds that every rate was tried with where the arm was tuned."""
         arm = self.chosen[task][name]
-        start = f"{task}|{arm['arm']}|"
-        end = key_of("", "", 1, 0, arm["ratios"]).rsplit("|", 1)[1]
-        rates = {float(k.split("|")[2]) for k in self.runs if k.startswith(start) and k.rsplit("|", 1)[1] == end}
-        keys = {rate: [key_of(task, arm["arm"], rate, seed, arm["ratios"]) for seed in self.tuning] for rate in rates}
-        whole = {rate: own for rate, own in sorted(keys.items()) if set(own) <= set(self.runs)}
-        return {r: statistics.fmean(self.runs[k]["final"] or math.inf for k in own) for r, own in whole.items()}
+        start, end = f"{task}|{arm['arm']}|", "|" + key_of("", "", 1, 0, arm["ratios"]).rsplit("|", 1)[1]
+        rates = sorted({float(k.split("|")[2]) for k in self.runs if k.startswith(start) and k.endswith(end)})
+
+        def seen(rate: float, seeds: Sequence[int]) -> bool:
+            return {key_of(task, arm["arm"], rate, seed, arm["ratios"]) for seed in seeds} <= set(self.runs)
+
+        seeds = self.tuning if seen(arm["rate"], self.tuning) else self.tuning[:1]
+        return {
+            rate: statistics.fmean(self._final(task, arm["arm"], rate, seed, arm["ratios"]) for seed in seeds)
+            for rate in rates
+            if seen(rate, seeds)
+        }
 
     def good_rates(self, task: str, name: str) -> tuple[float, float, bool]:
         """The lowest and highest rate whose loss is within 2 % of the arm's best, and whether both ends were seen."""
