@@ -103,7 +103,7 @@ def mlp(seed: int = 0, *, width: int = 256) -> Problem:
     torch.manual_seed(seed)
     hidden = [nn.Linear(128, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
     model = nn.Sequential(*hidden, nn.Linear(width, _CLASSES))
-    return Problem("MLP", model, *_clusters((128,), noise=3.0))
+    return Problem("MLP", model, *clusters((128,), noise=3.0))
 
 
 def cnn(seed: int = 0) -> Problem:
@@ -113,14 +113,14 @@ def cnn(seed: int = 0) -> Problem:
     for inside, outside in ((3, 20), (20, 40), (40, 60)):
         layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(60, _CLASSES))
-    return Problem("CNN", model, *_clusters((3, 16, 16), noise=3.0), probe_size=128)
+    return Problem("CNN", model, *clusters((3, 16, 16), noise=3.0), probe_size=128)
 
 
 def gpt(seed: int = 0) -> Problem:
     """Three blocks of width 48 with 32 tokens of context, 110k parameters, on a random Markov chain."""
     torch.manual_seed(seed)
     model = FlatGPT(width=48, depth=3, heads=4, context=32)
-    return Problem("GPT", model, *_markov_chain(256, 32), rate=3e-3, probe_size=64, batch_size=32)
+    return Problem("GPT", model, *markov_chain(256, 32), rate=3e-3, probe_size=64, batch_size=32)
 
 
 def gpt2(*, batch: int = 4, context: int = 256, tiny: bool = False, seed: int = 0) -> Problem:
@@ -138,7 +138,7 @@ def gpt2(*, batch: int = 4, context: int = 256, tiny: bool = False, seed: int = 
     return Problem("GPT-2", model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 3e-4, batch, batch)
 
 
-def _clusters(shape: tuple[int, ...], noise: float) -> tuple[Tensor, Tensor]:
+def clusters(shape: tuple[int, ...], noise: float) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     centres = torch.randn(_CLASSES, *shape, generator=generator)
     targets = torch.randint(_CLASSES, (_SAMPLES,), generator=generator)
@@ -148,7 +148,7 @@ def _clusters(shape: tuple[int, ...], noise: float) -> tuple[Tensor, Tensor]:
     return inputs / noise, targets
 
 
-def _markov_chain(vocabulary: int, context: int) -> tuple[Tensor, Tensor]:
+def markov_chain(vocabulary: int, context: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     table = torch.softmax(3 * torch.randn(vocabulary, vocabulary, generator=generator), 1)
     tokens = [torch.randint(vocabulary, (_SAMPLES,), generator=generator)]

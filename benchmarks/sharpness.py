@@ -1,7 +1,9 @@
 """The largest Hessian eigenvalue by dynamon and by its peers: error, products, time and memory, side by side.
 
 Run ``python -m benchmarks.sharpness``; the result goes to ``benchmarks/results/sharpness.json``. Times include
-making the operator. Errors are against ARPACK in float64. The peers come with
+making the operator; on a CPU they are this process's processor time, which other programs do not lengthen. Errors are
+against ARPACK in float64. The bars on time compare with each peer at its cheapest setting whose error is at most 1 % in
+that cell, which a user, who does not know the truth, would have to guess. The peers come with
 ``pip install -c constraints.txt -e ".[bench]"``; one that is missing is skipped. That brings a torchvision which fits
 torch from PyPI; with another build of torch it breaks Lightning's import, and as no peer imports it here,
 ``pip uninstall torchvision`` mends that. ``--gpt2`` takes the shape of GPT-2 124M in float32 and bfloat16 instead,
@@ -29,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.environment import environment, parser, write
 from benchmarks.models import Problem, cnn, gpt, gpt2, mlp
-from benchmarks.peers import COLD, METHODS, PACKAGES, TRACKING, Reading, hessian_of, installed, reading
+from benchmarks.peers import COLD, METHODS, PACKAGES, SETTINGS, TRACKING, Reading, hessian_of, installed, reading
 from dynamon.curvature import EigenTracker, top_eigenvalues
 
 SPEED_BARS = {"curvlinops eigsh": 3.0, "curvlinops eigsh ncv=8": 3.0, "PyHessian": 2.0, "eigenthings Lanczos 20": 1.0}
@@ -81,14 +83,15 @@ def tight(problem: Problem) -> tuple[float, float]:
 def timed(problem: Problem, call: Callable[[], Any]) -> tuple[Any, float]:
     """What a call returns, and its seconds; attention runs through the kernel that has second derivatives."""
     gc.collect()
-    wait = torch.cuda.synchronize if problem.inputs.is_cuda else (lambda: None)
+    on_gpu = problem.inputs.is_cuda
+    wait, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu else ((lambda: None), time.process_time)
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyHessian warns of its own reference cycle
         wait()
-        begin = time.perf_counter()
+        begin = clock()
         result = call()
         wait()
-        return result, time.perf_counter() - begin
+        return result, clock() - begin
 
 
 def extra_memory(problem: Problem, call: Callable[[], Any]) -> float | None:
@@ -248,7 +251,7 @@ def worst(row: dict[str, Any]) -> float:
 
 
 def bars(cells: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """For each bar and each cell, whether dynamon cold met it, with the figure."""
+    """For each bar and each cell, whether dynamon cold met it and how far; none where no setting is right."""
     result: dict[str, dict[str, str]] = {}
     for cell in cells:
         where, methods = f"{cell['model']} {cell['stage']}", cell["methods"]
@@ -257,17 +260,18 @@ def bars(cells: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
             continue
         checks = {"error at most 1 %": (worst(own) <= 0.01, f"{worst(own):.1e}")}
         for name, factor in SPEED_BARS.items():
-            if "median seconds" in (row := methods.get(name, {})):
-                ratio = row["median seconds"] / own["median seconds"]
+            rows = [methods.get(one, {}) for one in (name, *SETTINGS[name])]
+            times = [row["median seconds"] for row in rows if "median seconds" in row and worst(row) <= 0.01]
+            if times:  # else no setting has an error of at most 1 %
+                ratio = min(times) / own["median seconds"]
                 checks[f"time x {factor:g}: {name}"] = (ratio >= factor, f"{ratio:.2f}x")
-                checks[f"error: {name}"] = (worst(own) <= worst(row), f"{worst(own):.0e} {worst(row):.0e}")
         for bar, (met, figure) in checks.items():
             result.setdefault(bar, {})[where] = f"{'PASS' if met else 'MISS'} {figure}"
     return dict(sorted(result.items(), reverse=True))
 
 
 def print_bars(table: dict[str, dict[str, str]]) -> None:
-    """One line a bar, one column a cell; errors are the worst over the seeds, dynamon's first."""
+    """One line a bar, one column a cell; errors are the worst over the seeds."""
     columns = list(dict.fromkeys(where for row in table.values() for where in row))
     print("\n" + " " * 34 + "".join(f"{column:>19}" for column in columns) + f"{'met':>8}")
     for bar, row in table.items():

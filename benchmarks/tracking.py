@@ -7,10 +7,14 @@ Hessian of a fixed probe loss, and under AdamW also the operator whose largest e
 cold run with the same tolerance counts what it would have taken without tracking. The truth is ARPACK's, in float64
 on a float64 copy of the model. Then the weights jump: a tracker that has followed one training measures the model
 that has been trained from another seed, once from every point.
+
+``--demo`` measures instead what a reading of the stability ratio costs on the model of ``dynamon demo`` with a quarter
+of a batch, in training steps (processor time), and adds it to the result as ``demo``.
 """
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,11 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, AdamW
 
-from benchmarks.environment import environment, parser, write
+from benchmarks.environment import RESULTS, environment, parser, write
 from benchmarks.models import Problem, cnn, gpt, mlp
+from dynamon.cli.demo_data import standard_library_text, training_batches
+from dynamon.cli.demo_plan import SIZES
+from dynamon.cli.language_model import LanguageModel
 from dynamon.curvature import EigenTracker, HessianOperator, LinearOperator, top_eigenvalues
 from dynamon.stability import StabilityScaling, stability_operator, stability_scaling
 
@@ -234,6 +242,46 @@ def print_jumps(rows: list[dict[str, Any]]) -> None:
         print(JUMP_LINE.format(*where, *counts, s["most products"], f"{s['worst error']:.1e}"))
 
 
+# ---- the demo
+
+
+def demo_cost(steps: int, every: int) -> dict[str, Any]:
+    """Training steps that tracked readings take on the demo's model; the first reading starts from nothing."""
+    size = SIZES["full"]
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = LanguageModel(steps, context=size.context, width=size.width, depth=size.depth)
+    optimizer = model.configure_optimizers()["optimizer"]
+    named, tracker = dict(model.network.named_parameters()), EigenTracker(tol=TOLERANCE)
+    probe, readings, trained = None, [], []
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        logits = model.network(batch[:, :-1])
+        return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    text, _ = standard_library_text()
+    for step, batch in enumerate(training_batches(text, size.batch, size.context, steps, 0), start=1):
+        probe = batch[: size.batch // 4] if probe is None else probe
+        begin = time.process_time()
+        optimizer.zero_grad()
+        loss(batch).backward()
+        optimizer.step()
+        trained.append(time.process_time() - begin)
+        if step % every == 0:
+            cold, begin = tracker.next_is_cold, time.process_time()
+            hessian = HessianOperator(lambda probe=probe: loss(probe), named)
+            found = tracker.update(stability_operator(hessian, stability_scaling(optimizer, named)))
+            readings.append((cold, found.matvecs, time.process_time() - begin))
+    one = statistics.median(trained)
+    tracked = [(products, seconds / one) for cold, products, seconds in readings if not cold]
+    return {
+        "step seconds": float(f"{one:.4g}"),
+        "median steps per tracked reading": round(statistics.median(cost for _, cost in tracked), 2),
+        "median products": statistics.median(products for products, _ in tracked),
+        "tracked": [[products, round(cost, 2)] for products, cost in tracked],
+    }
+
+
 # ---- the runs
 
 
@@ -270,6 +318,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     command = parser("tracking", __doc__)
     command.add_argument("--models", nargs="+", default=["mlp", "cnn", "gpt"], choices=["mlp", "cnn", "gpt"])
+    command.add_argument("--demo", action="store_true", help="the cost of a reading on the demo's model only")
     command.add_argument("--spacings", nargs="+", type=int, default=list(SPACINGS), choices=SPACINGS)
     options = command.parse_args()
     if options.smallest:
@@ -280,6 +329,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write the result after every training."""
     options = parse()
+    if options.demo:
+        path = options.output or RESULTS / "tracking.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        steps, every = (4, 2) if options.smallest else (110, 10)
+        cost = demo_cost(steps, every) | {"environment": environment("tracking")}
+        print(cost)
+        write(options, "tracking", before | {"demo": cost})
+        return
     result: dict[str, Any] = {"environment": environment("tracking"), "rows": []}
     begin = time.perf_counter()
     print_header()

@@ -18,7 +18,7 @@ from dynamon.curvature.operators.parameters import FlatParameters, Parameters, n
 from dynamon.curvature.operators.preconditioner import NoSecondMomentError, second_moment_scale
 from dynamon.curvature.operators.vector_space import VectorSpace
 from dynamon.distributed.dtensor import to_local
-from dynamon.layers.complex_pairs import real_dtype, real_numel
+from dynamon.layers.complex_pairs import as_real, real_dtype, real_numel
 from dynamon.norms.geometry import optimizer_family
 from dynamon.quantities.weight_decay import is_decoupled
 
@@ -133,8 +133,14 @@ def stability_scaling(
     params: Parameters | FlatParameters,
     ratios: Sequence[float] | Mapping[str, float] | None = None,
     space: VectorSpace | None = None,
+    gradient: Tensor | None = None,
 ) -> StabilityScaling:
-    """Read the scaling of :func:`stability_ratio` from an optimizer's groups and state.
+    r"""Read the scaling of :func:`stability_ratio` from an optimizer's groups and state.
+
+    With a ``gradient`` it is the scaling of the step that would be taken with it. The second moment then answers to
+    this gradient, as Adam's does in its step: :math:`v' = \beta_2 v + (1 - \beta_2) g^2`, with bias correction,
+    ``max_exp_avg_sq`` and the mean gradient of centered RMSprop carried on likewise. Coordinates whose second moment is
+    zero now stay left out.
 
     Args:
         optimizer: SGD, Adam, AdamW or RMSprop of ``torch.optim`` (subclasses included).
@@ -142,6 +148,8 @@ def stability_scaling(
             their names.
         ratios: One factor on the learning rate per parameter, a mapping from the names of some, or None for ones.
         space: The space of the flat coordinates where they are sharded.
+        gradient: Flat ``[n]``, as the optimizer would receive it (clipped, not multiplied by a gradient scaler, without
+            weight decay), or None for the scaling of the last step. SGD's does not depend on it.
 
     Raises:
         TypeError: As for :func:`stability_ratio`.
@@ -166,12 +174,15 @@ def stability_scaling(
     factors = _factors(names, len(params), ratios)
     space = space or VectorSpace(sum(real_numel(p) for p in params))
     pieces, decays = [], []
-    for p, factor in zip(params, factors, strict=True):
+    sizes = [real_numel(to_local(p)) for p in params]
+    gradients = [None] * len(params) if gradient is None or isinstance(optimizer, SGD) else gradient.split(sizes)
+    for p, factor, g in zip(params, factors, gradients, strict=True):
         if id(p) not in group_of:
             raise ValueError("a parameter is not in the optimizer; its stability is not defined.")
         group = group_of[id(p)]
-        pieces.append(_squared_scale(optimizer, group, p, factor))
         decays.append(0.0 if is_decoupled(optimizer, group) else float(group.get("weight_decay", 0.0)))
+        seen = None if g is None else _as_received(g, group, p, decays[-1])
+        pieces.append(_squared_scale(optimizer, group, p, factor, seen))
     squared = space.join(pieces)
     missing = squared.isnan()
     excluded = int(space.total(missing.sum()))
@@ -254,13 +265,21 @@ def _sgd_factor(group: dict[str, object]) -> float:
     return rate * (1 - dampening) / (2 * (1 + momentum))
 
 
-def _squared_scale(optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float) -> Tensor:
+def _as_received(gradient: Tensor, group: dict[str, Any], p: Tensor, decay: float) -> Tensor:
+    """Return the gradient that enters the moments: turned round by ``maximize``, with coupled decay."""
+    signed = -gradient if group.get("maximize", False) else gradient
+    return signed + decay * as_real(to_local(p.detach())).reshape(-1).to(signed) if decay else signed
+
+
+def _squared_scale(
+    optimizer: Optimizer, group: dict[str, object], p: Tensor, ratio: float, gradient: Tensor | None = None
+) -> Tensor:
     """Compute D / P of one parameter, flat; NaN where nothing moves: no second moment, or a second moment of zero."""
     wide = torch.promote_types(real_dtype(p), torch.float32)
     if isinstance(optimizer, SGD):
         value = _sgd_factor(group) * ratio
         return torch.full((real_numel(to_local(p)),), value, dtype=wide, device=p.device)
-    divisor = second_moment_scale(optimizer.state.get(p), group, p)
+    divisor = second_moment_scale(optimizer.state.get(p), group, p, gradient)
     if divisor is None:
         return torch.full((real_numel(to_local(p)),), torch.nan, dtype=wide, device=p.device)
     return _adaptive_factor(optimizer, group, ratio) / divisor

@@ -95,7 +95,19 @@ ROOMS: dict[str, tuple[set[str], str]] = {
         "decides when to measure, measures, and hands on; only the commands know it",
     ),
     "cli": (
-        {"registry", "schedule", "layers", "norms", "quantities", "rates", "runs", "health", "board", "monitoring"},
+        {
+            "registry",
+            "schedule",
+            "layers",
+            "norms",
+            "quantities",
+            "rates",
+            "optim",
+            "runs",
+            "health",
+            "board",
+            "monitoring",
+        },
         "commands",
     ),
 }

@@ -29,6 +29,7 @@ from dynamon.curvature.operators.preconditioner import (
     preconditioner,
 )
 from dynamon.curvature.solvers.lanczos import random_start
+from dynamon.distributed.dtensor import is_sharded
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
 from dynamon.monitoring.held_samples import SAVED_NUMBERS
@@ -43,6 +44,7 @@ from dynamon.optim import steering_of
 from dynamon.quantities.entries.sharpness import SUBSPACE
 from dynamon.stability import (
     StabilityScaling,
+    has_stability_condition,
     stability_operator,
     stability_scaling,
     stability_threshold,
@@ -114,11 +116,7 @@ class CurvatureSolves(Meter):
     def _stability(self, point: Point) -> None:
         optimizer = point.optimizer
         assert optimizer is not None
-        rates = steering_of(optimizer)
-        ratios = {} if rates is None else rates.ratios
-        ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
-        factors = [ratio_of.get(id(p), 1.0) for p in point.owned]
-        scaling = stability_scaling(optimizer, point.owned, factors, point.params.space)
+        scaling = stability_scaling(optimizer, point.owned, _rate_factors(point), point.params.space)
         point.readings["sharpness/excluded_coordinates"] = float(scaling.excluded)
         if scaling.constant is not None and scaling.constant > 0:
             # Plain SGD: the ratio is the Hessian's eigenvalue times a number, one solve gives both.
@@ -128,15 +126,32 @@ class CurvatureSolves(Meter):
             found = self._solve(point, "stability_ratio", stability_operator(point.hessian, scaling))
         self._note_bracket(point, "stability_ratio", found, scaling)
 
+    def _next(self, point: Point) -> None:
+        """Solve for the stability ratio of the step that would be taken on the probe."""
+        optimizer = point.optimizer
+        if optimizer is None or not has_stability_condition(optimizer) or not has_second_moment(optimizer):
+            self._say_once("next", "next: there is no single Adam, AdamW or RMSprop, so nothing to show.")
+        elif any(is_sharded(p) for p in point.owned):
+            self._say_once("next", "next is left out: it is not measured with sharded parameters.")
+        else:
+            gradient = point.run.loop.clipped(point.hessian.gradient)
+            scaling = stability_scaling(optimizer, point.owned, _rate_factors(point), point.params.space, gradient)
+            self._solve(point, "stability_ratio_next", stability_operator(point.hessian, scaling))
+
+    def _say_once(self, key: str, sentence: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            rank_zero_info(sentence)
+
     def _preconditioned(self, point: Point) -> None:
         optimizer = point.optimizer
         if optimizer is not None and has_second_moment(optimizer):
             diagonal = preconditioner(optimizer, point.owned, point.params.space)
             self._solve(point, "preconditioned_max", preconditioned(point.hessian, diagonal))
-        elif "preconditioned" not in self._told:
-            self._told.add("preconditioned")
-            rank_zero_info(
-                "preconditioned: there is no single optimizer that keeps a second moment, so nothing to show."
+        else:
+            self._say_once(
+                "preconditioned",
+                "preconditioned: there is no single optimizer that keeps a second moment, so nothing to show.",
             )
 
     def _trace(self, point: Point) -> None:
@@ -250,3 +265,11 @@ class CurvatureSolves(Meter):
             self._trackers[tag] = self._tracker(int(saved["k"]))
             self._trackers[tag].load_state_dict(saved)
         self._blocks, self._space = dict(state.get("blocks", {})), state.get("space")
+
+
+def _rate_factors(point: Point) -> list[float]:
+    """Return the factor that steering puts on the rate of each parameter."""
+    rates = None if point.optimizer is None else steering_of(point.optimizer)
+    ratios = {} if rates is None else rates.ratios
+    ratio_of = {} if rates is None else {id(la.parameter): ratios[la.name] for la in rates.layers}
+    return [ratio_of.get(id(p), 1.0) for p in point.owned]

@@ -39,7 +39,7 @@ class Preset:
 
 
 _ECONOMY = ("stability_ratio", "directional", "critical", "progress")
-_EXPENSIVE = ("preconditioned", "ggn", "trace", "density")  # asked for by name, in SharpnessMonitor
+_EXPENSIVE = ("next", "preconditioned", "ggn", "trace", "density")  # asked for by name, in SharpnessMonitor
 PRESETS = {
     "economy": Preset(gradients=4, weights=20, sharpness=20, probe_fraction=0.25, quantities=_ECONOMY),
     "standard": Preset(

@@ -36,7 +36,7 @@ from dynamon.stability import (
     has_stability_condition,
 )
 
-_EXTRAS = ("preconditioned", "trace", "density", "blocks", "ggn")  # which a measurement can do without
+_EXTRAS = ("next", "preconditioned", "trace", "density", "blocks", "ggn")  # which a measurement can do without
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
@@ -87,10 +87,11 @@ class EigenvalueMeter(CurvatureSolves):
         if self._probe.off:
             return
         optimizer = _only(run.loop.optimizers)
-        if self._wanted & {"stability_ratio", "preconditioned"} and _is_spread(run.loop.optimizers):
-            self._wanted -= {"stability_ratio", "preconditioned"}
+        of_state = {"stability_ratio", "next", "preconditioned"}
+        if self._wanted & of_state and _is_spread(run.loop.optimizers):
+            self._wanted -= of_state
             rank_zero_warn("no stability ratio: ZeroRedundancyOptimizer keeps a part of its state on each process.")
-        if optimizer is None and self._wanted & {"stability_ratio", "preconditioned"}:
+        if optimizer is None and self._wanted & of_state:
             rank_zero_info("no stability ratio: it is defined for one optimizer, and there are several.")
         if optimizer is not None and "stability_ratio" in self._wanted and not has_stability_condition(optimizer):
             self._steps.also("directional")
@@ -297,6 +298,7 @@ class EigenvalueMeter(CurvatureSolves):
             if "sharpness/hessian_min" not in point.readings:
                 self._attempt(point, "hessian", self._solve_hessian)
         for quantity, function in (
+            ("next", self._next),
             ("preconditioned", self._preconditioned),
             ("trace", self._trace),
             ("density", self._density),

@@ -133,6 +133,10 @@ class Loop(ABC):
     def reads_before_clipping(self) -> bool:
         """Whether the step under way was announced before its gradients were clipped."""
 
+    def clipped(self, gradient: Tensor) -> Tensor:
+        """Return a flat gradient as the loop clips it before a step; as it is where that is not known."""
+        return gradient
+
     @property
     def accumulates(self) -> int:
         """Batches in an accumulation window, at present."""
@@ -250,6 +254,17 @@ class Loop(ABC):
 
     def before_step(self) -> None:
         """Do what the loop owes the monitors before a step begins."""
+
+    # What monitors cost by being there
+
+    def call_seconds(self, member: Any) -> float:
+        """Return the seconds per batch that the loop takes to call a monitor, beside what the monitor does then."""
+        return 0.0
+
+    @property
+    def batches_seen(self) -> int:
+        """Batches of this run so far; asked for only where :meth:`call_seconds` is not zero."""
+        return 0
 
     # The loss
 

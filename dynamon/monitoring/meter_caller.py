@@ -61,7 +61,7 @@ class MeterCaller:
         points = meter.points
         try:
             getattr(meter, method)(self._run, *arguments)
-            if meter.points > points:
+            if meter.points > points and method != "resume":  # which takes up a count
                 self._measured = True
                 self._in_a_row.clear(meter.name)
                 self._recorder.keep()

@@ -198,6 +198,7 @@ class Monitor(MeterScheduler):
         self._go_back_to(run.step)
         for sentence in loop.warnings_of(type(self).__name__, self._meters):
             rank_zero_warn(sentence)
+        self._call_seconds, self._batches_booked = loop.call_seconds(self), loop.batches_seen
         self._has_started()
 
     def _take_grace(self) -> None:
@@ -320,6 +321,7 @@ class Monitor(MeterScheduler):
         """Training is over: stop the clock, and complete what is to be written."""
         self._budget.stop()
         self._wake()
+        self._book_calls()
         self._end_meters()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there

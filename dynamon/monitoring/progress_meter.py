@@ -55,7 +55,7 @@ class ProgressMeter(PairMeter):
         self._probe: StepProbe | None = None  # None where it is off
         self._kept_at = -1
         self._loaded: dict[str, Any] = {}
-        self._reading: StepReading | None = None  # of the batch that is under way
+        self._reading: Any = None  # of the batch that is under way
         self._layers: list[Layer] = []
 
     def start(self, run: RunContext) -> None:
@@ -124,13 +124,16 @@ class ProgressMeter(PairMeter):
             self._probe.forget()
             return
         with run.together(self.name):
-            self._reading = self._probe.read(batch)
+            self._reading = self._take(self._probe, batch)
         if self._effects.reason is not None:
             self._probe = None
             sentence = self._effects.sentence(self.name)
             if run.strict:
                 raise ValueError(sentence)
             rank_zero_warn(sentence)
+
+    def _take(self, probe: StepProbe, batch: Any) -> Any:
+        return probe.read(batch)
 
     def batch_end(self, run: RunContext) -> None:
         """Hand on what was measured; forget weights that no optimizer has changed."""

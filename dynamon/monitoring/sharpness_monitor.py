@@ -54,6 +54,7 @@ class SharpnessMonitor(Monitor):
     ``progress``          what the last step of every layer did to the next batch's loss  2 gradients on a full batch
     ``subspace``          share of gradient and update in the top eigenspace              20 to 40 products
     ``blocks``            top eigenvalue of every layer's own block                       5 to 10 products a layer
+    ``next``              the stability ratio of a step on the probe, with Adam or RMSprop        5 to 10 products
     ``preconditioned``    top eigenvalue between P^-1/2, P of an Adam-type optimizer      5 to 10 products
     ``ggn``               top eigenvalue of the Gauss-Newton matrix                       5 to 10 products, 1 graph
     ``trace``             trace of the Hessian with its standard error                    16 products
@@ -105,7 +106,7 @@ class SharpnessMonitor(Monitor):
         save_vectors: Whether checkpoints hold the vectors that the next solve starts from: one to three copies of the
             parameters per quantity, up to 2^26 numbers each. Without them the first solve after a resume is a cold one.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
-        tol: Relative tolerance on residual and change; the value's error is about its square.
+        tol: Relative tolerance of eigenvalues: a solve stops by the error and the change of the value.
         max_matvecs: Most Hessian products a solve may take.
         memory_limit: GiB that the solver's vectors may take, and so the copies of weights that ``progress`` makes;
             None for half of what is free when training starts.
@@ -139,6 +140,7 @@ class SharpnessMonitor(Monitor):
     ``stability_ratio``   24         37            3
     ``hessian``           24         37            3
     ``bracket``           24         37            3
+    ``next``              26         39            3
     ``preconditioned``    25         38            3
     ``ggn``               24         37            3
     ``subspace``          46         73            8

@@ -2,7 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,9 +20,11 @@ from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.plain_loop import PlainLoop
 from dynamon.monitoring.row import write_layout
+from dynamon.monitoring.steering_probe import SteeringProbe
 from dynamon.monitoring.watch_arguments import as_list, check_loop_arguments
 from dynamon.monitoring.wrappers import unwrapped_optimizer
 from dynamon.monitoring.writers import FolderWriter
+from dynamon.optim import steering_of
 from dynamon.optim.stepping import has_gradients
 from dynamon.runs.history import Series
 
@@ -120,6 +122,8 @@ class Watch:
         )
         self._is_inside = self._has_begun = self._is_closed = self._is_told = False
         self._is_off = self._is_off_told = self._is_scaler_told = False  # after an exception
+        self._steering: SteeringProbe | None = None
+        self._pending: Mapping[str, Any] = {}
         for monitor in self.monitors:
             monitor.check(self._loop)
             _watched[monitor] = ref(self)
@@ -220,7 +224,9 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: numbers and tensors by name."""
-        return {"loop": self._loop.state_dict(), "monitors": [monitor.state_dict() for monitor in self.monitors]}
+        state = {"loop": self._loop.state_dict(), "monitors": [monitor.state_dict() for monitor in self.monitors]}
+        pending = {} if self._steering is None else self._steering.state_dict()
+        return state | ({"steering": pending} if pending else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state, before the first batch or between two.
@@ -231,6 +237,7 @@ class Watch:
         if not {"loop", "monitors"} <= set(state) or len(state["monitors"]) != len(self.monitors):
             raise ValueError("state must be what state_dict() of a Watch with as many monitors has returned.")
         self._loop.load_state_dict(state["loop"])
+        self._steering, self._pending = None, state.get("steering", {})
         for monitor, own in zip(self.monitors, state["monitors"], strict=True):
             monitor.take_state(own, at_once=self._has_begun)
 
@@ -268,26 +275,47 @@ class Watch:
                 monitor.begin(self._loop)
             write_layout(self._loop)
         self._loop.row.close()
+        self._serve_steering(batch)
         for monitor in self.monitors:
             monitor.go_on()
-            monitor.batch_start(batch)
-        for monitor in self.monitors:
-            monitor.before_backward()
+        with self._watch_time():
+            for monitor in self.monitors:
+                monitor.batch_start(batch)
+            for monitor in self.monitors:
+                monitor.before_backward()
+
+    def _serve_steering(self, batch: Any) -> None:
+        """Measure for rules that follow the loss of the next batch, on optimizers that are steered."""
+        found = [rates for one in self._loop.optimizers if (rates := steering_of(one)) is not None]
+        steered = [rates for rates in found if rates.rule.needs_probe]
+        if not steered:
+            return
+        if self._steering is None:
+            self._steering = SteeringProbe(self._loop)
+            self._steering.start(type(steered[0].rule).__name__, steered, self._pending)
+        for rates in steered:
+            self._steering.follow(rates)
+        self._steering.batch_start(steered, batch)
 
     def _end_batch(self, loss: Any) -> None:
         self._is_inside = False
         if self._is_off:
             return
-        self._loop.before_step()
-        for monitor in self.monitors:
-            monitor.batch_end(loss)
-        self._loop.row.send(self._loop)
+        with self._watch_time():
+            self._loop.before_step()
+            for monitor in self.monitors:
+                monitor.batch_end(loss)
+            self._loop.row.send(self._loop)
         self._tell_scaler()
         if self._loop.end_batch() and not self._loop.was_announced and not self._is_told:
             self._is_told = True
             rank_zero_info(_AFTER_CLIPPING)
         for monitor in self.monitors:
             monitor.pause()  # what is between two batches is not counted as training
+
+    def _watch_time(self) -> AbstractContextManager[None]:
+        """Book what passes inside and belongs to no monitor alone."""
+        return self.monitors[0]._budget.watch() if self.monitors else nullcontext()
 
     def _abort(self) -> None:
         self._is_inside = False

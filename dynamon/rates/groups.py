@@ -1,13 +1,15 @@
 """Group layers whose learning rates move together."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from dynamon.layers import Layer
+from dynamon.layers import Layer, describe_layers
 from dynamon.rates.rule import matches_key
 
 _KINDS = ("kind", "role", "parameter_groups")
@@ -113,3 +115,38 @@ def _keys(layers: Sequence[Layer], label: str, indices: NDArray[np.int64]) -> tu
     """Return the label where it matches exactly these layers, else their names."""
     matched = [index for index, layer in enumerate(layers) if matches_key(layer, label)]
     return (label,) if matched == indices.tolist() else tuple(layers[index].name for index in indices)
+
+
+def rate_groups(model: nn.Module, ratios: Mapping[str, float], lr: float) -> list[dict[str, Any]]:
+    """Return parameter groups for an optimizer, one for each ratio of the learning rate.
+
+    Args:
+        model: The model.
+        ratios: Ratio by key, as in :class:`dynamon.rates.FixedRates`; the first key that matches a layer counts.
+        lr: The learning rate at ratio 1.
+
+    Returns:
+        Groups with ``params`` and ``lr``, those of ratio 1 first.
+
+    Raises:
+        ValueError: If a key matches no layer.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.rates import rate_groups
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> optimizer = torch.optim.AdamW(rate_groups(model, {"role:vector": 0.5}, lr=1e-3))
+        >>> [(len(group["params"]), group["lr"]) for group in optimizer.param_groups]
+        [(2, 0.001), (2, 0.0005)]
+    """
+    layers = describe_layers(model)
+    unused = [key for key in ratios if not any(matches_key(layer, key) for layer in layers)]
+    if unused:
+        raise ValueError(f"ratios: {unused[0]!r} matches no layer; print(describe_layers(model)) lists them.")
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    known = {id(layer.parameter): layer for layer in layers}
+    for parameter in model.parameters():
+        layer = known.get(id(parameter))
+        matched = (ratio for key, ratio in ratios.items() if layer is not None and matches_key(layer, key))
+        groups.setdefault(next(matched, 1.0), []).append(parameter)
+    return [{"params": params, "lr": lr * ratio} for ratio, params in groups.items() if params]

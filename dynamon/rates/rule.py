@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dynamon.layers import Layer
 from dynamon.norms import Norm
 from dynamon.quantities.noise import NoiseEstimator
+from dynamon.quantities.progress import Couplings, StepReading
 from dynamon.quantities.readings import GradientReadings
 
 GROUPINGS = ("role", "role_and_shape", "all")
@@ -29,8 +30,8 @@ class Rule(ABC):
         exact: Whether each layer gets exactly its ratio, however many parameter groups a step then has. Otherwise
             :class:`dynamon.optim.LayerwiseRates` merges similar ratios.
         bounds: Ratios that are never merged, besides 1.
-        needs_probe: Whether the rule follows what steps do to the loss of the next batch. It then has ``asks_for``,
-            ``learn``, ``learn_couplings`` and ``probe_groups`` of :class:`dynamon.rates.BalancedRates`.
+        needs_probe: Whether the rule follows what steps do to the loss of the next batch; see :meth:`asks_for`.
+        steps: Steps so far, counted by a rule with ``needs_probe``.
         places: The number of each layer's group in the optimizer, ``[L]``; set before :meth:`start`.
         layers: The layers, with the current weights in ``layers[i].parameter``.
 
@@ -47,6 +48,7 @@ class Rule(ABC):
     exact = False
     bounds: tuple[float, ...] = ()
     needs_probe = False
+    steps = 0
     places: Sequence[int] | None = None
 
     def check(self, layers: Sequence[Layer]) -> None:
@@ -61,6 +63,21 @@ class Rule(ABC):
 
     def update(self, readings: GradientReadings) -> None:
         """Process the readings of one step."""
+
+    @property
+    def probe_groups(self) -> Mapping[str, Sequence[str]]:
+        """The groups whose couplings the rule wants: layer names by label."""
+        return {}
+
+    def asks_for(self) -> str | None:
+        """Return what is to be measured of the coming step on the next batch: ``"step"``, ``"couplings"`` or None."""
+        return None
+
+    def learn(self, reading: StepReading) -> None:
+        """Process what a step did to the loss of the next batch."""
+
+    def learn_couplings(self, couplings: Couplings) -> None:
+        """Process how the groups' parts of a step interact."""
 
     @abstractmethod
     def ratios(self) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from dynamon.stability import has_stability_condition, stability_ratio, stability_scaling, stability_threshold
 from tests.models import dense_hessian, mlp, samples
 
-SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+SGD, Adam, AdamW, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
 SHAPES = [(3,), (2, 2)]  # two parameters, seven coordinates
 STILL = math.nextafter(1.0, 0.0)  # a decay at which the second moment stays where it is
 FROZEN = {"betas": (0.9, STILL), "eps": 1e-3}
@@ -297,3 +297,54 @@ def test_bad_input():
     with pytest.raises(ValueError):
         stability_ratio(quadratic.loss, quadratic.params, SGD([p, q], lr=0.1), ratios=[1.0])
     assert math.isfinite(float(stability_ratio(quadratic.loss, [p], SGD([p, q], lr=0.1)).values[0]))
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        (Adam, {"weight_decay": 0.2, "betas": (0.8, 0.9)}),
+        (Adam, {"maximize": True, "weight_decay": 0.1, "amsgrad": True}),
+        (AdamW, {"amsgrad": True, "weight_decay": 0.1}),
+        (RMSprop, {"centered": True, "momentum": 0.3, "alpha": 0.9}),
+        (RMSprop, {"weight_decay": 0.2}),
+    ],
+)
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_the_scaling_of_the_coming_step_is_that_after_it(cls, arguments, size):
+    """Against torch's own step with that gradient; where nothing has moved yet, nothing counts."""
+    torch.manual_seed(0)
+    params = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True), torch.ones(4, dtype=torch.float64)]
+    params[1].requires_grad_()
+    optimizer = cls(params, lr=0.01, **arguments)
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    for key in {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg"} & set(optimizer.state[params[0]]):
+        optimizer.state[params[0]][key][0, 0] = 0
+    gradient = size * torch.randn(10, dtype=torch.float64)
+    coming = stability_scaling(optimizer, params, gradient=gradient)
+    now = stability_scaling(optimizer, params)
+    for p, g in zip(params, gradient.split([6, 4]), strict=True):
+        p.grad = g.view_as(p).clone()
+    optimizer.step()
+    after = stability_scaling(optimizer, params)
+    assert coming.scale[0] == 0 == now.scale[0] and coming.excluded == 1
+    torch.testing.assert_close(coming.scale[1:], after.scale[1:], rtol=1e-12, atol=0)
+    assert not torch.allclose(coming.scale[1:], now.scale[1:], rtol=1e-3)
+
+
+def test_a_gradient_says_nothing_of_the_coming_step_of_sgd():
+    quadratic = Quadratic()
+    optimizer = SGD(quadratic.params, lr=0.1, momentum=0.9)
+    one, other = (stability_scaling(optimizer, quadratic.params, gradient=g) for g in (None, torch.ones(7).double()))
+    assert torch.equal(one.scale, other.scale) and one.constant == other.constant
+
+
+def test_with_a_small_gradient_the_ratio_of_the_coming_step_is_exact_on_quadratics():
+    """Frozen moments: a coming step of gradient sqrt(v) leaves them as they are, and the ratio too."""
+    quadratic = Quadratic()
+    optimizer = freeze_second_moment(AdamW(quadratic.params, lr=0.1, **FROZEN))
+    moment = torch.cat([optimizer.state[p]["exp_avg_sq"].flatten() for p in quadratic.params])
+    now, coming = (stability_scaling(optimizer, quadratic.params, gradient=g) for g in (None, moment.sqrt()))
+    torch.testing.assert_close(coming.scale, now.scale, rtol=1e-6, atol=0)

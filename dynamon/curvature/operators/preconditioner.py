@@ -89,10 +89,22 @@ def preconditioned(operator: LinearOperator, diagonal: Tensor) -> LinearOperator
     return operator.scaled(diagonal.rsqrt().nan_to_num(0.0, posinf=0.0))
 
 
-def second_moment_scale(state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor) -> Tensor | None:
-    """Compute P of a parameter's local part, flat; NaN where its second moment is zero, None without state."""
+def second_moment_scale(
+    state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor, gradient: Tensor | None = None
+) -> Tensor | None:
+    """Compute P of a parameter's local part, flat; NaN where its second moment is zero, None without state.
+
+    Args:
+        state: The optimizer's state of the parameter.
+        group: The optimizer's group of the parameter.
+        p: The parameter.
+        gradient: Its local part, flat, as the next step of Adam or RMSprop would take it, coupled decay included; P is
+            then that of this step. None for the P of the last step.
+    """
     if not state:
         return None
+    if gradient is not None:
+        state = _after_step(state, group, p, gradient.to(_wide(p)))
     eps = float(group.get("eps", 0.0))
     beta1, beta2 = (float(b) for b in group.get("betas", (0.0, 0.0)))
     step = float(state.get("step", 1))
@@ -109,6 +121,21 @@ def second_moment_scale(state: Mapping[str, Any] | None, group: Mapping[str, Any
     if "sum" in state:
         return _divisor(_flat(state["sum"], p), eps, 1.0)
     return None
+
+
+def _after_step(state: Mapping[str, Any], group: Mapping[str, Any], p: Tensor, gradient: Tensor) -> dict[str, Any]:
+    """Return the flat moments after one more step, zero where the second moment is zero now: these stay left out."""
+    key, decay = ("exp_avg_sq", group["betas"][1]) if "exp_avg_sq" in state else ("square_avg", group["alpha"])
+    decay = float(decay)
+    before = _flat(state[key], p)
+    after = decay * before + (1 - decay) * gradient**2
+    if group.get("amsgrad"):
+        key, before = "max_exp_avg_sq", _flat(state["max_exp_avg_sq"], p)
+        after = torch.maximum(before, after)
+    coming = {**state, "step": float(state.get("step", 0)) + 1, key: torch.where(before > 0, after, 0.0)}
+    if group.get("centered"):
+        coming["grad_avg"] = decay * _flat(state["grad_avg"], p) + (1 - decay) * gradient
+    return coming
 
 
 _MOMENTS = {"exp_avg_sq", "square_avg", "exp_inf", "sum"}

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamon.curvature.operators.scaling import relative
+
 
 @dataclass(frozen=True)
 class Eigenpairs:
@@ -18,12 +20,15 @@ class Eigenpairs:
         vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors, and further Ritz
             vectors for the next warm start.
         residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
+        errors: ``[k]`` float64, what the solver stops by: bounds on the distance of each value to an eigenvalue. For
+            k = 1 by Lanczos that is the smaller of the residual and its square over the gap (:func:`value_error`),
+            else the residual; never less than the error of the products.
         lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
         upper: A 99 % upper bound on the largest eigenvalue, or None where the run was not certified.
         smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue (the mean eigenvalue for
             method ``"gram"``, the smallest Rayleigh quotient for ``"power"``).
         matvecs: Number of matvecs taken.
-        converged: True where residuals, successive values and the error of products met the tolerance.
+        converged: True where errors, successive values and the error of products met the tolerance.
         backend: Backend of the operator.
         product_error: Estimated relative error of the product with the top vector: 0 for exact products, for finite
             differences the relative difference between two step sizes. Where it exceeds the tolerance, ``converged`` is
@@ -33,6 +38,7 @@ class Eigenpairs:
     values: Tensor
     vectors: Tensor
     residuals: Tensor
+    errors: Tensor
     lower: float
     upper: float | None
     smallest: float
@@ -60,16 +66,17 @@ class Eigenpairs:
             (3.0, None, True)
         """
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "vectors"}
-        return plain | {"values": self.values.tolist(), "residuals": self.residuals.tolist()}
+        return plain | {name: getattr(self, name).tolist() for name in ("values", "residuals", "errors")}
 
     def readings(self, tag: str) -> dict[str, float]:
         """Return the numbers by tag; a value that did not converge goes under ``{tag}_unconverged``.
 
         Args:
-            tag: Tag of the largest eigenvalue; ``{tag}_residual`` and, for a certified run, ``{tag}_upper`` are added.
+            tag: Tag of the largest eigenvalue; ``{tag}_residual``, relative to the value, and, for a certified run,
+                ``{tag}_upper`` are added.
         """
-        value = tag if self.converged else f"{tag}_unconverged"
-        readings = {value: float(self.values[0]), f"{tag}_residual": float(self.residuals[0])}
+        key, value, residual = tag if self.converged else f"{tag}_unconverged", self.values[0], self.residuals[0]
+        readings = {key: float(value), f"{tag}_residual": relative(residual, value.abs())}
         return readings if self.upper is None else {**readings, f"{tag}_upper": self.upper}
 
     def scaled(self, factor: float) -> "Eigenpairs":
@@ -78,10 +85,40 @@ class Eigenpairs:
             self,
             values=self.values * factor,
             residuals=self.residuals * factor,
+            errors=self.errors * factor,
             lower=self.lower * factor,
             upper=None if self.upper is None else self.upper * factor,
             smallest=self.smallest * factor,
         )
+
+
+def value_error(values: np.ndarray, residuals: np.ndarray) -> float:
+    r"""Bound the distance of the largest Ritz value to an eigenvalue by the residual and the gap below it.
+
+    :math:`\min(\rho, \rho^2 / \gamma)` with :math:`\gamma = \theta_1 - (\theta_j + \rho_j)`, where
+    :math:`\theta_j` is the first Ritz value outside of the cluster of those within their residuals of
+    :math:`\theta_1`. :math:`\rho` in the quotient is the residual of the whole cluster. Without a gap
+    (:math:`\gamma \le 0`) the residual alone counts. An eigenvector that the space does not contain leaves no trace in
+    either.
+
+    Args:
+        values: ``[m]`` Ritz values, largest first.
+        residuals: ``[m]`` norms of their residual vectors.
+
+    Reference: Parlett, "The symmetric eigenvalue problem", section 11.7.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dynamon.curvature.solvers.eigenpairs import value_error
+        >>> value_error(np.array([10.0, 1.0]), np.array([0.3, 0.0]))  # 0.3^2 / 9
+        0.01
+    """
+    inside = 1
+    while inside < len(values) and values[0] - values[inside] <= residuals[inside]:
+        inside += 1
+    own = float(residuals[0])
+    gap = float(values[0] - values[inside] - residuals[inside]) if inside < len(values) else 0.0
+    return min(own, float(np.square(residuals[:inside]).sum()) / gap) if gap > 0 else own
 
 
 def on_host(numbers: Any) -> Tensor:
@@ -93,6 +130,9 @@ def with_product_check(found: Eigenpairs, operator: Any, tol: float) -> Eigenpai
     """Add backend and product error; where products are not trusted nothing has converged."""
     error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
     backend = getattr(operator, "backend", "exact")
+    rounding = max(getattr(operator, "rounding", 0.0), torch.finfo(found.vectors.dtype).eps)
+    scale = max(abs(float(found.values[0])), abs(found.smallest))
+    found = replace(found, errors=found.errors.clamp_min(max(error, rounding) * scale))
     if _is_lost(found, tol):
         return replace(found, backend=backend, product_error=error, converged=False, lower=-math.inf, upper=None)
     found = replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)

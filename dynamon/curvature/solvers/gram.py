@@ -43,6 +43,7 @@ def gram_eigenpairs(operator: GGNOperator, tol: float) -> Eigenpairs:
         values=on_host([value]),
         vectors=vector[:, None],
         residuals=on_host([residual]),
+        errors=on_host([min(residual, upper - lower)]),
         lower=lower,
         upper=upper,
         smallest=float(gram.trace()) / operator.shape[0],  # the mean eigenvalue: the smallest is not above it

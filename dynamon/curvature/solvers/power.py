@@ -48,6 +48,7 @@ def power_eigenpairs(
         values=found,
         vectors=known[:, order.to(known.device)],
         residuals=on_host(residuals)[order],
+        errors=on_host(residuals)[order],
         lower=float(found[0]) - allowance,
         upper=None,
         smallest=smallest,

@@ -36,12 +36,14 @@ def top_eigenvalues(
 
     ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm start
     adds fresh noise to the given vectors, so that a direction that has overtaken the old one is found. A cold start is
-    half noise and half the gradient, where the operator has one. The run stops when the residual of every wanted pair
-    is at most ``tol`` times the largest Ritz value in magnitude **and** the last two Ritz values agree to ``tol``, but
-    not before 8 matvecs from a cold start, 16 with one tracked vector, 12 with two, 5 with three or more: a run from
-    the old top vector alone converges to an eigenvalue that is no longer the largest. A Krylov space contains a
-    repeated eigenvalue only once, so for k > 1 the run restarts from a fresh vector until that yields nothing new,
-    which at least doubles the matvecs; a certified run, which may not restart, does not.
+    half noise and half the gradient, where the operator has one. The run stops when the error of every wanted value
+    (:attr:`Eigenpairs.errors`) is at most ``tol`` times the largest Ritz value in magnitude **and** the last two Ritz
+    values agree to ``tol``, but not before 8 matvecs from a cold start, 16 with one tracked vector, 12 with two, 5 with
+    three or more: a run from the old top vector alone converges to an eigenvalue that is no longer the largest, and its
+    residual and gap both look perfect. For k = 1 the error is bounded by the residual, and by its square over the gap,
+    which must reach half of ``tol``, since the gap is an estimate; for several values by the residual. A Krylov space
+    contains a repeated eigenvalue only once, so for k > 1 the run restarts from a fresh vector until that yields
+    nothing new, which at least doubles the matvecs; a certified run, which may not restart, does not.
 
     ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the largest
     in magnitude. It needs several times as many matvecs and serves for comparison.
@@ -54,7 +56,7 @@ def top_eigenvalues(
         operator: Anything with ``.shape`` ``(n, n)`` and ``@`` on flat tensors ``[n]``.
         k: Number of eigenvalues, 1 or more (``"gram"``: 1); all of them where the operator has fewer.
         method: ``"lanczos"``, ``"power"`` or ``"gram"``.
-        tol: Relative tolerance.
+        tol: Relative tolerance of the values.
         max_matvecs: Upper limit on matvecs; a run that reaches it first has ``converged=False``.
         warm_start: ``[n]`` or ``[n, m]``, such as ``.vectors`` of the last run, or None for a cold start.
         certify: Take a cold, unrestarted run of at least 20 matvecs (Lanczos), which alone has a valid upper bound:
@@ -71,10 +73,12 @@ def top_eigenvalues(
         FloatingPointError: If the operator returns NaN or infinity.
 
     Cost: up to ``max_matvecs`` matvecs. Memory for k = 1: 9 vectors of length n (``max_matvecs + 1`` certified, 2k + 7
-    for larger k); one host read per 2 matvecs. Power: k + 2 vectors. Gram: some matrices of rows x rows.
+    for larger k); one host read per 2 matvecs, on a CPU per matvec. Power: k + 2 vectors. Gram: some matrices of
+    rows x rows.
 
     Reference: Wu and Simon, "Thick-restart Lanczos", 2000; van Dorsselaer, Hochstenbach and van der Vorst,
-    "Computing probabilistic bounds for extreme eigenvalues", 2000; Delattre et al., arXiv 2305.16173.
+    "Computing probabilistic bounds for extreme eigenvalues", 2000; Parlett, "The symmetric eigenvalue problem", 1998,
+    for residuals and gaps; Delattre et al., arXiv 2305.16173.
 
     Examples:
         >>> import torch

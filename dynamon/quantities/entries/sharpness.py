@@ -53,6 +53,14 @@ SHARPNESS = (
         choice="stability_ratio",
         condition=Condition.STABILITY_FORMULA,
     ),
+    *_solve(
+        "stability_ratio_next",
+        "the ratio of the step that would be taken on the probe: Adam's second moment has seen its gradient",
+        "none",
+        "next",
+        Condition.STABILITY_FORMULA | Condition.SECOND_MOMENT,
+        _RATIO,
+    ),
     *_solve("hessian_max", "largest eigenvalue of the Hessian", _LOSS, "hessian", ALWAYS, _TOP, "top eigenvalue"),
     _solved_for(
         "sharpness/hessian_min",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from dynamon.curvature import HessianOperator, LinearOperator, top_eigenvalues
+from dynamon.curvature.solvers.eigenpairs import value_error
 from tests.models import dense_hessian, mlp, samples
 
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
@@ -72,7 +73,8 @@ def assert_consistent(found, matrix, k, tol):
     if found.upper is not None:
         assert found.lower <= found.upper
     if found.converged:
-        assert (found.residuals <= tol * scale + 100 * rounding * scale).all()
+        assert (found.errors <= tol * scale + 100 * rounding * scale).all()
+    assert (found.errors <= found.residuals + 100 * rounding * scale).all()
     return truth
 
 
@@ -385,3 +387,58 @@ def test_several_values_keep_to_the_limit_on_products_too(limit):
     torch.testing.assert_close(vectors.mT @ vectors, torch.eye(len(found.values), dtype=vectors.dtype))
     quotients = (vectors * (matrix @ vectors)).sum(0)
     torch.testing.assert_close(quotients, found.values, atol=0.05 * float(matrix.abs().max()), rtol=0)
+
+
+def test_the_error_is_the_square_of_the_residual_over_the_gap():
+    """By hand: a vector at the angle t from the top of diag(10, 1) and a Ritz value known exactly."""
+    for angle in (0.01, 0.1, 0.3):
+        value = 10 * math.cos(angle) ** 2 + math.sin(angle) ** 2
+        residual = 9 * math.sin(angle) * math.cos(angle)
+        bound = value_error(np.array([value, 1.0]), np.array([residual, 0.0]))
+        assert 10 - value == pytest.approx(bound) == min(residual, residual**2 / (value - 1))
+
+
+def test_values_within_their_residuals_are_one_cluster():
+    """The gap is then that below the cluster, and the residual that of the whole of it."""
+    values, residuals = np.array([5.0, 4.9, 1.0]), np.array([0.1, 0.2, 0.05])
+    assert value_error(values, residuals) == pytest.approx((0.1**2 + 0.2**2) / (5 - 1 - 0.05))
+    assert value_error(values, np.array([0.1, 0.2, 4.5])) == 0.1  # no gap: the residual alone
+    assert value_error(np.array([2.0]), np.array([0.3])) == 0.3
+
+
+def test_the_error_seldom_lies_above_its_bound():
+    """Over runs of 4 to 23 products, converged or not, against dense eigenvalues: the distance to the nearest one."""
+    above = 0
+    for seed in range(120):
+        matrix = symmetric(30 + seed % 100, seed)
+        truth = torch.linalg.eigvalsh(matrix)
+        found = top_eigenvalues(matrix, seed=seed, max_matvecs=4 + seed % 20)
+        above += float((truth - found.values).abs().min()) > float(found.errors) + 1e-12
+    assert above <= 6
+
+
+def test_a_run_stops_by_the_error_while_the_residual_is_above_the_tolerance():
+    values = torch.cat([torch.tensor([10.0, 7.5]), torch.linspace(7, -3, 198)]).double()
+    for tol in (1e-3, 1e-4):
+        found = top_eigenvalues(with_spectrum(values, seed=3), tol=tol, max_matvecs=100)
+        assert found.converged and found.matvecs <= 10
+        assert 10 - float(found.values) <= float(found.errors) <= 10 * tol < float(found.residuals) / 2
+
+
+def test_the_error_is_never_below_that_of_the_products():
+    class Doubtful(Counted):
+        def product_error(self, vector):
+            return 3e-3
+
+    found = top_eigenvalues(Doubtful(decaying(300, top=[4.0, 2.0])))
+    assert found.converged and float(found.errors) >= 3e-3 * 4 * 0.99
+    single = top_eigenvalues(Counted(decaying(300, top=[4.0, 2.0]).float()), tol=1e-3)
+    assert float(single.errors) >= torch.finfo(torch.float32).eps * 3.9
+
+
+def test_readings_hold_the_residual_relative_to_the_value():
+    found = top_eigenvalues(with_spectrum(-decaying(60, top=[3])), max_matvecs=5)
+    expected = float(found.residuals[0]) / abs(float(found.values[0]))
+    for pairs in (found, found.scaled(7.0)):
+        assert pairs.readings("x")["x_residual"] == pytest.approx(expected, rel=1e-12)
+    assert top_eigenvalues(torch.zeros(5, 5)).readings("x") == {"x": 0.0, "x_residual": 0.0}
