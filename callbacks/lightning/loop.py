@@ -1,9 +1,11 @@
 """The training loop of a Lightning Trainer, as the engine sees it."""
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -30,6 +33,10 @@ from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.writers import Writer
 from dynamon.optim import LayerwiseRates, several_devices_reason
+
+_IDLE_HOOK = "on_sanity_check_start"  # which no monitor has
+_HOOKS = 6  # of a callback that a Trainer calls for a batch with a step
+_TIMED_CALLS = 16
 
 
 @dataclass
@@ -243,6 +250,23 @@ class TrainerLoop(Loop):
     def scaler(self) -> Any:
         """The gradient scaler of the precision plugin, or None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def call_seconds(self, member: pl.Callback) -> float:
+        """Time a hook in which a callback does nothing, as the Trainer calls it."""
+        profile, times = PassThroughProfiler().profile, []
+        for _ in range(_TIMED_CALLS):
+            begin = time.perf_counter()
+            hook = getattr(member, _IDLE_HOOK)
+            if callable(hook):
+                with profile(f"[Callback]{member.state_key}.{_IDLE_HOOK}"):
+                    hook(self.trainer, self.module)
+            times.append(time.perf_counter() - begin)
+        return _HOOKS * median(times)
+
+    @property
+    def batches_seen(self) -> int:
+        """Batches of all epochs so far."""
+        return self.trainer.fit_loop.total_batch_idx
 
     def no_loss_reason(self) -> str | None:
         """Return why ``training_step`` cannot be called once more; None where it can."""

@@ -63,6 +63,11 @@ class Ledger:
         )
 
     @property
+    def booked(self) -> float:
+        """Seconds that all monitors have spent, and waited for what training had queued."""
+        return sum(budget.spent + budget._waited for budget in self.budgets)
+
+    @property
     def allowed(self) -> float:
         """Seconds that may have been spent by now."""
         return self.fraction * self.training + self.grace
@@ -226,15 +231,15 @@ class Budget:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Book what passes inside beyond what is charged there: start-up, deciding what to measure."""
-        begin, known = time.perf_counter(), self.spent + self._waited
+        """Book what passes inside beyond what any monitor is charged there: start-up, deciding what to measure."""
+        begin, known = time.perf_counter(), self.ledger.booked
         try:
             yield
         finally:
             seconds = time.perf_counter() - begin
             if self._since is None:  # before the first batch
                 self._running += seconds
-            self.book("hooks", max(seconds - (self.spent + self._waited - known), 0.0))
+            self.book("hooks", max(seconds - (self.ledger.booked - known), 0.0))
 
     @property
     def grace_left(self) -> float:

@@ -41,6 +41,10 @@ class EffectCheck:
         self._losses.append(evaluate())
         return self._losses[-1]
 
+    def clear(self) -> None:
+        """Forget evaluations that were watched: what comes is another loss, on another batch."""
+        self._marks, self._losses = [], []
+
     def find(self, loop: Loop, evaluate: Callable[[], float]) -> str | None:
         """Return what two evaluations change outside of the module, in words; None where there is nothing.
 

@@ -102,5 +102,8 @@ class StepLoss:
         self._run.ranks.detach_values()
 
     def _sum_and_count(self) -> list[float]:
-        loss = self._run.loop.loss_of(self._outputs)
+        try:
+            loss = self._run.loop.loss_of(self._outputs)
+        except Exception:  # a loss that is no number, in the middle of a message that other processes wait for
+            loss = None
         return [0.0, 0.0] if loss is None else [loss, 1.0]

@@ -175,15 +175,18 @@ class HeldSamples(Meter):
         self._require_samples(run)
         numbers = [_numbers(kept) for kept in self._sets]
         full = [float(self._is_full(kept)) for kept in self._sets]
+        lacking = [float(not parts) for parts in self._parts]  # on one process only, after a failure there
         known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
-        summed = torch.tensor([*known, *full], dtype=widest_dtype(reduced_on(run)), device=reduced_on(run))
+        summed = torch.tensor([*known, *full, *lacking], dtype=widest_dtype(reduced_on(run)), device=reduced_on(run))
         samples, *found = run.ranks.sum(summed).tolist()
         self.samples_in_all = None if math.isnan(samples) else int(samples)
-        are_full = [count == run.ranks.size for count in found[len(numbers) :]]
+        own, full, lacking = (found[at : at + len(numbers)] for at in range(0, len(found), len(numbers)))
+        are_full = [count == run.ranks.size for count in full]
         self.second_in_all = len(are_full) > 1 and are_full[1]
         if run.ranks.is_distributed:
-            small = sum(found[: len(numbers)]) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
-            self._gather(run, [is_full and small for is_full in are_full])
+            small = sum(own) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
+            wanted = [bool(is_full and small and lacks) for is_full, lacks in zip(are_full, lacking, strict=True)]
+            self._gather(run, wanted)
 
     def _require_samples(self, run: RunContext) -> None:
         if not self._sets[0]:
@@ -192,7 +195,7 @@ class HeldSamples(Meter):
     def _gather(self, run: RunContext, wanted: Sequence[bool]) -> None:
         """Have the parts of all processes here, once: a checkpoint holds what the first process saves."""
         for place, (kept, is_wanted) in enumerate(zip(self._sets, wanted, strict=True)):
-            if is_wanted and not self._parts[place]:
+            if is_wanted:
                 states = [one.state() for one in kept]
                 self._parts[place] = run.ranks.all_gather_object(
                     [{**s, "batch": move_to_host(s["batch"])} for s in states]

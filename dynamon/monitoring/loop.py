@@ -255,6 +255,17 @@ class Loop(ABC):
     def before_step(self) -> None:
         """Do what the loop owes the monitors before a step begins."""
 
+    # What monitors cost by being there
+
+    def call_seconds(self, member: Any) -> float:
+        """Return the seconds per batch that the loop takes to call a monitor, beside what the monitor does then."""
+        return 0.0
+
+    @property
+    def batches_seen(self) -> int:
+        """Batches of this run so far; asked for only where :meth:`call_seconds` is not zero."""
+        return 0
+
     # The loss
 
     def no_loss_reason(self) -> str | None:

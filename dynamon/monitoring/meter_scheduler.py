@@ -17,6 +17,7 @@ class MeterScheduler(MeterCaller):
 
     def _forget_plan(self) -> None:
         """Begin like new."""
+        self._call_seconds, self._batches_booked = 0.0, 0
         self._has_told = False
         self.asleep, self._slept_at, self._wakes_at = False, 0, 0.0
 
@@ -24,6 +25,7 @@ class MeterScheduler(MeterCaller):
         """Plan the readings to come, for all monitors of the loop once all have seen the step."""
         run = self._run
         assert run is not None
+        self._book_calls()
         planner = run.planner
         if not planner.is_last(self):
             if not planner.is_due(run.step):
@@ -55,6 +57,14 @@ class MeterScheduler(MeterCaller):
             run.steps.sleep()
             for meter in self._meters:
                 meter.lapse(run)
+
+    def _book_calls(self) -> None:
+        """Book what the loop has taken to call this monitor since the last time, asleep or not."""
+        run = self._run
+        if run is not None and self._call_seconds:
+            batches = run.loop.batches_seen
+            self._budget.book("hooks", max(batches - self._batches_booked, 0) * self._call_seconds)
+            self._batches_booked = batches
 
     def sleeps_on(self, step: int) -> bool:
         """Return whether nothing has to be done at a step; else wake up, where nothing had to be before."""

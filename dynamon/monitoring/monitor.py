@@ -183,7 +183,13 @@ class Monitor(MeterScheduler):
         if loop.is_barebones:
             return
         with loop.ranks().collective_section():  # off on all processes, or on none
-            run = RunContext(loop, self._budget, self._recorder, self._patterns, self._stated)
+            self._join(loop, steps_seen)
+        if self._run is not None:
+            self._has_started()
+
+    def _join(self, loop: Loop, steps_seen: int) -> None:
+        """Find the layers, and take part in the loop if any can be measured."""
+        run = RunContext(loop, self._budget, self._recorder, self._patterns, self._stated)
         run.strict, run.steps_seen = self._strict, steps_seen
         self._stated.check(loop.optimizers)
         if not say_layers(run, type(self).__name__, self._patterns):
@@ -198,7 +204,7 @@ class Monitor(MeterScheduler):
         self._go_back_to(run.step)
         for sentence in loop.warnings_of(type(self).__name__, self._meters):
             rank_zero_warn(sentence)
-        self._has_started()
+        self._call_seconds, self._batches_booked = loop.call_seconds(self), loop.batches_seen
 
     def _take_grace(self) -> None:
         """Go on with what a saved run has left of its grace."""
@@ -320,6 +326,7 @@ class Monitor(MeterScheduler):
         """Training is over: stop the clock, and complete what is to be written."""
         self._budget.stop()
         self._wake()
+        self._book_calls()
         self._end_meters()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there

@@ -106,13 +106,17 @@ class ProbeMeter(HeldSamples):
             is_there = self.check(run)
         if not is_there:
             return
-        with run.together(self.name):
-            self._time_graph(run)
-            halvings = self._halvings_that_fit(run)
-            for _ in range(halvings):
-                self.halve(run)
-            if halvings:
+        try:
+            with run.together(self.name):
                 self._time_graph(run)
+                halvings = self._halvings_that_fit(run)
+                for _ in range(halvings):
+                    self.halve(run)
+                if halvings:
+                    self._time_graph(run)
+        except Exception:  # whatever it was: known on all processes, or on none
+            self.graph_seconds = None
+            raise
         self.cadence.read(run.step)
 
     def _time_graph(self, run: RunContext) -> None:
@@ -130,8 +134,8 @@ class ProbeMeter(HeldSamples):
         halvings = math.ceil(math.log2(least / left)) if 0 < left < least else 0
         samples = self.samples or 1
         is_worth_it = self._may_shrink and run.budget.grace > 0 and samples // 2**halvings >= _FEWEST
-        (found,) = run.ranks.broadcast_from_rank0([float(halvings if is_worth_it else 0)])
-        return int(found)
+        own = halvings if is_worth_it and run.ranks.rank == 0 else 0  # the first process decides
+        return int(run.ranks.sum(torch.tensor(own, dtype=widest_dtype(reduced_on(run)), device=reduced_on(run))))
 
     def evaluation(
         self, run: RunContext, names: Collection[str] | None = None, moves: bool = False

@@ -20,7 +20,6 @@ from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.step_probe import COPIES, StepProbe
 from dynamon.quantities import Scope, meanings, quantities_of
-from dynamon.quantities.progress import StepReading
 
 
 class ProgressMeter(PairMeter):
@@ -146,7 +145,7 @@ class ProgressMeter(PairMeter):
             self._record(run, reading)
             self.done(run)
 
-    def _record(self, run: RunContext, reading: StepReading) -> None:
+    def _record(self, run: RunContext, reading: Any) -> None:
         names = [layer.name for layer in run.layers]
         place = {name: i for i, name in enumerate(reading.names)}
         decays = bool(np.any(reading.decay_before) or np.any(reading.decay_after))

@@ -51,7 +51,7 @@ class CouplingsMeter(ProgressMeter):
         self, every: int, readings: int, group_by: str | Sequence[str], loss_fn: LossFn | None, low: float, high: float
     ) -> None:
         """Keep nothing."""
-        super().__init__(Cadence(every, every), loss_fn, EffectCheck(loss_fn is not None))
+        super().__init__(Cadence(every, every), loss_fn, EffectCheck(loss_fn))
         self._readings, self._group_by, self._bounds = readings, group_by, (low, high)
         self.groups: list[LayerGroup] = []
         self._members: dict[str, list[str]] = {}

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from dynamon.distributed.dtensor import any_sharded
 from dynamon.layers import Layer
 from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.failures import forget_frames
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.recorder import Recorder
@@ -135,6 +136,24 @@ class RunContext:
         """Book the time inside to a measurement; ``waits`` where the host reads something of the device in it."""
         with self.budget.charge(name, self.device, waits):
             yield
+
+    @contextmanager
+    def untold(self, name: str) -> Iterator[None]:
+        """Go on after what only this process has met, to where all measure: it is raised there, see :meth:`together`.
+
+        A process alone raises it at once.
+        """
+        try:
+            yield
+        except Exception as error:  # whatever it was, the others have not heard of it
+            if not self.ranks.is_distributed:
+                raise
+            self.keep_untold(name, error)
+
+    def keep_untold(self, name: str, error: Exception) -> None:
+        """Keep what the others have not heard of for the next measurement of all."""
+        forget_frames(error)  # until then they would hold the graph of a measurement
+        self.unsettled.setdefault(name, error)
 
     @contextmanager
     def together(self, name: str) -> Iterator[None]:

@@ -190,6 +190,7 @@ class StepProbe:
                 return float(self._loss(batch, index).detach())
 
         if not self.effects.is_done:
+            self.effects.clear()
             found = self.ranks.all_gather_object(self.effects.find(self.loop, evaluate))
             self.effects.settle(next((text for text in found if text is not None), None))
         return self.effects.reason is not None

@@ -109,7 +109,8 @@ class UpdateCurvatureMeter(Meter):
         self._batch = None
         self._update = {}
         if run.steps.in_backward and self._compares(run):
-            self.copy_weights(run)
+            with run.untold(self.name):
+                self.copy_weights(run)
         if "batch" not in self._wanted or not self._is_due(run):
             return
         if any(is_lazy(t) for t in (*run.module.parameters(), *run.module.buffers())):
@@ -118,12 +119,13 @@ class UpdateCurvatureMeter(Meter):
             is_there = self._probe.check(run)
         if not is_there:
             return
-        self._on_batch = True
+        self._on_batch, found = True, None
         try:
             with run.together(self.name), self._probe.evaluation(run) as params:
                 hessian = self._probe.batch_hessian(run, params, batch)
                 if self._is_trusted(hessian, hessian.gradient, "batch"):
-                    self._batch = batch_sharpness([hessian])
+                    found = batch_sharpness([hessian])
+            self._batch = found  # of all processes, or of none
         except NoLossError:  # training skips this batch; with several processes it cannot
             if run.ranks.is_distributed:
                 raise

@@ -2,7 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -278,9 +278,11 @@ class Watch:
         self._serve_steering(batch)
         for monitor in self.monitors:
             monitor.go_on()
-            monitor.batch_start(batch)
-        for monitor in self.monitors:
-            monitor.before_backward()
+        with self._watch_time():
+            for monitor in self.monitors:
+                monitor.batch_start(batch)
+            for monitor in self.monitors:
+                monitor.before_backward()
 
     def _serve_steering(self, batch: Any) -> None:
         """Measure for rules that follow the loss of the next batch, on optimizers that are steered."""
@@ -299,16 +301,21 @@ class Watch:
         self._is_inside = False
         if self._is_off:
             return
-        self._loop.before_step()
-        for monitor in self.monitors:
-            monitor.batch_end(loss)
-        self._loop.row.send(self._loop)
+        with self._watch_time():
+            self._loop.before_step()
+            for monitor in self.monitors:
+                monitor.batch_end(loss)
+            self._loop.row.send(self._loop)
         self._tell_scaler()
         if self._loop.end_batch() and not self._loop.was_announced and not self._is_told:
             self._is_told = True
             rank_zero_info(_AFTER_CLIPPING)
         for monitor in self.monitors:
             monitor.pause()  # what is between two batches is not counted as training
+
+    def _watch_time(self) -> AbstractContextManager[None]:
+        """Book what passes inside and belongs to no monitor alone."""
+        return self.monitors[0]._budget.watch() if self.monitors else nullcontext()
 
     def _abort(self) -> None:
         self._is_inside = False

@@ -124,14 +124,14 @@ class WeightMeter(PairMeter):
         before, earlier, self._before, self._earlier = self._before, self._earlier, {}, {}
         rates, self._rates = self._rates, {}
         reads, self._reading = self._reading, False
-        ratios, decay_ratios = self._ratios(run) if rates else ({}, {})
-        self._decay.check()
-        if before and not run.steps.any_taken():
+        if (reads or self.keeps(run)) and not run.steps.any_taken():  # asked by all processes, or by none
             self._earlier = earlier  # as if there had been no step
             return
         before = self._of_those_taken(run, before)
         if reads and (before or run.ranks.is_distributed):
             with run.together(self.name):
+                self._decay.check()
+                ratios, decay_ratios = self._ratios(run) if rates else ({}, {})
                 steered = {
                     name: (rate * ratios.get(name, 1.0), rate * decay * decay_ratios.get(name, 1.0))
                     for name, (rate, decay) in rates.items()
@@ -140,6 +140,8 @@ class WeightMeter(PairMeter):
             if self._full_is_due(run):
                 self._try_full(run)
             self.done(run)
+        else:
+            self._decay.check()
         self._earlier = before if self.keeps(run) else {}
 
     @staticmethod

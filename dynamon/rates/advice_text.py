@@ -32,19 +32,16 @@ def advice_lines(advice: Advice, names: Sequence[str], radii: dict[str, float]) 
     if advice.refusal is not None:
         return [f"advice        none: {advice.refusal}", "              All rates stay as they are."]
     sure = int(advice.certain.sum())
-    lines = [
-        f"advice        {advice.readings} readings; {sure} of {len(names)} ratios are certain",
-        f"gain          {advice.gain - 1:+.0%} progress at the same curvature, with the ratios to take",
-        "",
-        "  ratio   95 % interval     take   group of layers",
-    ]
-    for name, ratio, low, high, is_sure, taken in zip(
-        names, advice.ratios, advice.low, advice.high, advice.certain, advice.committed, strict=True
-    ):
-        take = f"{taken:6.2g}" if is_sure else "     1"
-        lines.append(
-            f"  {ratio:5.2f}   {low:5.2f} to {high:5.2f}   {take}   {name}{'' if is_sure else ' (not certain)'}"
-        )
+    lines = [f"advice        {advice.readings} readings; {sure} of {len(names)} ratios are certain"]
+    if sure:
+        lines.append(f"gain          {advice.gain - 1:+.0%} progress at the same curvature, with the ratios to take")
+    lines += ["", "  ratio   95 % interval     take   group of layers"]
+    rows = zip(names, advice.ratios, advice.low, advice.high, advice.certain, advice.committed, strict=True)
+    for name, ratio, low, high, is_sure, taken in rows:
+        mark = "" if is_sure else " (not certain)"
+        lines.append(f"  {ratio:5.2f}   {low:5.2f} to {high:5.2f}   {taken:6.2g}   {name}{mark}")
+    if 0 < sure < len(names):
+        lines.append("  Groups that are not certain share one ratio, with which the curvature stays the same.")
     return [*lines, "", *_usage(advice, names, radii)]
 
 

@@ -79,24 +79,15 @@ def test_the_command_refuses_in_one_sentence(tmp_path, capsys):
 
 
 def test_it_goes_on_after_a_resume(tmp_path):
-    def go(steps, name, **arguments):
-        advisor = RateAdvisor(pilot=36, readings=12, group_by="role", strict=True)
-        keep = ModelCheckpoint(tmp_path / name, save_last=True)
+    def go(steps, **arguments):
+        advisor = RateAdvisor(pilot=48, readings=12, group_by="role", strict=True)
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
         module = Classifier(network(), optimizer=optimizer)
-        fit(
-            module,
-            [advisor, keep],
-            batches(count=1280),
-            steps=steps,
-            max_epochs=-1,
-            enable_checkpointing=True,
-            **arguments,
-        )
+        fit(module, [advisor, keep], steps=steps, max_epochs=-1, enable_checkpointing=True, **arguments)
         return module, advisor
 
-    whole, advisor = go(STEPS, "whole")
-    go(18, "part")
-    resumed, again = go(STEPS, "resumed", ckpt_path=str(tmp_path / "part" / "last.ckpt"))
+    go(8)  # the weights for the second reading are in the checkpoint
+    (resumed, again), (whole, advisor) = go(56, ckpt_path=str(tmp_path / "step=8.ckpt")), go(56)
     assert same_weights(whole, resumed)
     assert advisor.advice.readings == again.advice.readings == 12
     assert advisor.advice.ratios.tolist() == again.advice.ratios.tolist()
@@ -151,5 +142,7 @@ def test_advice_in_words_names_roles_for_lanton():
     text = "\n".join(advice_lines(advice, ["role:hidden", "role:head", "role:vector"], RADII))
     radius = float(re.search(r'radii={.*"vector": ([\d.]+)', text)[1])
     assert radius == pytest.approx(RADII["vector"] * advice.committed[2], rel=0.06)
+    shown = [line.split() for line in text.splitlines() if line.rstrip().endswith(("hidden", "head", "vector"))]
+    assert [float(line[4]) for line in shown] == [float(f"{ratio:.2g}") for ratio in advice.committed]
     table = re.search(r"ratios = (\{.*\})", text)[1]
     assert FixedRates(eval(table))  # noqa: S307

@@ -165,6 +165,5 @@ class LastStep:
 def _sums(pieces: list[Tensor]) -> Tensor:
     """Sum the entries of each of L tensors in the widest dtype, ``[L]``: in few device calls, by their two signs."""
     wide = widest_dtype(pieces[0].device)
-    up, down = torch._foreach_clamp_min(pieces, 0), torch._foreach_clamp_max(pieces, 0)
-    norms = (torch.stack(torch._foreach_norm(parts, 1, dtype=wide)) for parts in (up, down))
-    return next(norms) - next(norms)
+    up = torch.stack(torch._foreach_norm(torch._foreach_clamp_min(pieces, 0), 1, dtype=wide))
+    return up - torch.stack(torch._foreach_norm(torch._foreach_clamp_max(pieces, 0), 1, dtype=wide))

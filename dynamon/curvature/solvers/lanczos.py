@@ -23,6 +23,7 @@ _BURST = 2  # products between two looks at the projected matrix after that, whe
 _CERTIFY_MATVECS = 20  # an unrestarted run this long gives an upper bound worth showing
 _GROWTH = 8  # vectors that a certified run, which may not restart, adds at a time
 _CONFIDENCE = 0.99
+_SAFETY = 2  # on bounds that rest on an estimated gap: errors of warm runs came out up to 1.4 times as large
 _NOISE = 0.3  # share of fresh noise in a warm start; without any, a run cannot find a new direction
 
 
@@ -217,7 +218,7 @@ class Lanczos:
 
     def ritz(self, k: int) -> Ritz:
         """Read the projected matrix and decompose it: the only host synchronisation of a burst."""
-        read = self.projected[: self.size + 1, : self.size].cpu().double().numpy()
+        read = self.space.agreed(self.projected[: self.size + 1, : self.size]).cpu().double().numpy()
         if not np.isfinite(read).all():
             raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
         size, exhausted = self._invariant(read)
@@ -279,13 +280,14 @@ class Lanczos:
 
     def residuals(self, ritz: Ritz, k: int) -> tuple[np.ndarray, Tensor]:
         """Compute residuals of the k leading pairs, one product each, and the residual vector of the worst."""
-        found, vectors = [], []
+        lengths, vectors = [], []
         for x, value in zip(self.vectors(ritz, k).mT, ritz.values, strict=False):
             product = (self.operator @ x.to(self.dtype)).to(x)
             self.matvecs += 1
             vectors.append(product - value * x)
-            found.append(float(self.space.norm(vectors[-1])))
-        return np.array(found), vectors[int(np.argmax(found))]
+            lengths.append(self.space.norm(vectors[-1]))
+        found = self.space.agreed(torch.stack(lengths)).cpu().double().numpy()
+        return found, vectors[int(np.argmax(found))]
 
     def vectors(self, ritz: Ritz, count: int) -> Tensor:
         """Return the leading Ritz vectors as columns ``[n, m]``."""
@@ -318,7 +320,9 @@ def _agrees(ritz: Ritz, tol: float) -> bool:
         return False
     scale = tol * float(np.abs(ritz.values).max())
     steady = np.abs(ritz.values[:k] - ritz.previous) <= scale
-    return bool((_errors(ritz, ritz.residuals[:k]) <= scale).all() and steady.all())
+    residuals = ritz.residuals[:k]
+    within = (residuals <= scale) | (_SAFETY * _errors(ritz, residuals) <= scale)
+    return bool(within.all() and steady.all())
 
 
 def _errors(ritz: Ritz, residuals: np.ndarray) -> np.ndarray:

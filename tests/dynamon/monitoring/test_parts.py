@@ -34,8 +34,9 @@ def trained(*monitors: Any, steps: int = 7, make: Any = torch.optim.SGD, state: 
     for index in range(watch.step, watch.step + steps):
         generator = torch.Generator().manual_seed(index)
         batch = [torch.randn(16, 6, generator=generator).double(), torch.randint(3, (16,), generator=generator)]
-        with watch.batch(batch):
-            loss_fn(model, batch).backward()
+        with watch.batch(batch) as block:
+            block.loss = loss_fn(model, batch)
+            block.loss.backward()
             watch.gradients = [p.grad.clone() for p in model.parameters()]
             optimizer.step()
             optimizer.zero_grad()
@@ -213,3 +214,10 @@ def test_guessing_a_price_is_cheap_and_keeps_to_its_share(monkeypatch):
     clock[0], sides[:] = 0.0, []
     weights.guess_seconds(layers, most=0.004)
     assert clock[0] < 0.008 and max(sides) == 32
+
+
+def test_a_resumed_run_has_a_loss_where_something_was_measured_only():
+    first = trained(GradientMonitor(2), steps=3)
+    assert first.history["dynamon/loss"].steps.tolist() == [0, 2]
+    again = trained(GradientMonitor(2), steps=4, state=copy.deepcopy(first.state_dict()))
+    assert again.history["gradient/norm"].steps.tolist() == again.history["dynamon/loss"].steps.tolist() == [4, 6]
