@@ -5,6 +5,7 @@ from dynamon.callbacks.gradients import GradientMonitor
 from dynamon.callbacks.layerwise_lr import LayerwiseLR
 from dynamon.callbacks.monitor import Monitor
 from dynamon.callbacks.noise_adaptive_lr import NoiseAdaptiveLR
+from dynamon.callbacks.rate_advisor import RateAdvisor
 from dynamon.callbacks.sharpness import SharpnessMonitor
 from dynamon.callbacks.weights import WeightMonitor
 from dynamon.monitoring.cadence import Cadence
@@ -20,6 +21,7 @@ __all__ = [
     "Meter",
     "Monitor",
     "NoiseAdaptiveLR",
+    "RateAdvisor",
     "Run",
     "RunContext",
     "SharpnessMonitor",

@@ -15,15 +15,19 @@ from dynamon.callbacks.lightning.callback import DynamonCallback
 from dynamon.callbacks.lightning.loop import TrainerLoop, step_of
 from dynamon.callbacks.lightning.steering import (
     can_be_steered,
+    check_steering,
+    headlines,
     holds_some_of,
     noise_is_shown,
-    range_of_rates,
+    noise_row,
+    rates_and_ratios,
     say_unsteered,
     unsteerable_reason,
     wants_parts,
 )
 from dynamon.callbacks.lightning.strategy import averages_gradients
 from dynamon.distributed.dtensor import any_sharded
+from dynamon.isolation.preserve import LossFn
 from dynamon.layers import select
 from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows
 from dynamon.monitoring.budget import Budget
@@ -31,11 +35,11 @@ from dynamon.monitoring.loop import nothing_to_train
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.stated import say_geometry
+from dynamon.monitoring.steering_probe import SteeringProbe
 from dynamon.optim import LayerwiseRates, unsupported_reason
 from dynamon.optim.stepping import GONE, has_gradients
 from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
 from dynamon.rates import Rule
-from dynamon.rates.merging import RatioMerging
 from dynamon.runs.history import History
 
 _NOISE = REGISTRY["noise/dual"]  # shown where the rule follows it and no monitor in the Trainer does
@@ -70,6 +74,8 @@ class LayerwiseLR(DynamonCallback):
         scale_weight_decay: Decoupled weight decay (AdamW) scales with the rate. False keeps it at the base rate.
         read_every: Read gradients for the rule at every so many-th step only; its updates are then so many steps
             apart. At 10 reading costs about a fifth.
+        loss_fn: ``loss_fn(module, batch) -> scalar`` for rules that follow the loss of the next batch
+            (:class:`dynamon.rates.BalancedRates`); None for ``training_step``. Needed in manual optimisation.
         max_groups: Groups of parameters in a step at most: near ratios are brought together, see
             :class:`dynamon.optim.LayerwiseRates`. None: every layer has the ratio of the rule to the bit.
 
@@ -94,26 +100,21 @@ class LayerwiseLR(DynamonCallback):
         scale_weight_decay: bool = True,
         read_every: int = 1,
         max_groups: int | None = 16,
+        loss_fn: LossFn | None = None,
     ) -> None:
         """Check the arguments."""
         super().__init__()
-        if not isinstance(rule, Rule):
-            raise ValueError(f"rule must be a dynamon.rates.Rule, got {type(rule).__name__}.")
-        if lag not in (0, 1):
-            raise ValueError(f"lag must be 0 or 1, got {lag}.")
+        check_steering(rule, lag, read_every, max_groups, loss_fn)
         self.rule, self.lag, self.save_gradient = rule, lag, save_gradient
-        if type(read_every) is not int or read_every < 1:
-            raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
-        if max_groups is not None:
-            RatioMerging(max_groups)  # checks it
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
-        self.max_groups = max_groups
-        self._patterns = layers
-        self._loggers = loggers
+        self.max_groups, self.loss_fn = max_groups, loss_fn
+        self._patterns, self._loggers = layers, loggers
         self._recorder = Recorder(loggers, len(self.quantities))
         self._steered: dict[Optimizer, LayerwiseRates] = {}
         self._in_force: dict[Optimizer, dict[str, float]] = {}  # base rates
         self._state: list[Any] = []
+        self._probe: SteeringProbe | None = None
+        self._pending: dict[str, Any] = {}  # what a checkpoint held of the probe
         self._budget = Budget(None)
         self._is_off = False
         self._passes = 0  # backward passes since the last step
@@ -151,7 +152,7 @@ class LayerwiseLR(DynamonCallback):
         return LayerwiseLR
 
     def rates_for(self, optimizer: Optimizer) -> LayerwiseRates | None:
-        """What steers an optimizer, or None."""
+        """Return what steers an optimizer, or None."""
         return self._steered.get(optimizer)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -165,7 +166,7 @@ class LayerwiseLR(DynamonCallback):
     def begin_turn(self, goes_on: bool) -> None:
         """Begin anew; a fit that goes on takes up what was learned, as from a checkpoint, and keeps its history."""
         if not self._is_given:
-            self._state = []
+            self._state, self._pending = [], {}
         layers = [layer.parameter for rates in self._steered.values() for layer in rates.layers]
         if goes_on and not any_sharded(layers):
             self._state = self._state or self.state_dict()["optimizers"]
@@ -198,6 +199,9 @@ class LayerwiseLR(DynamonCallback):
             rank_zero_warn(f"{type(self).__name__} steers nothing: {nothing}")
             return
         self._attach(trainer, pl_module)
+        if self.rule.needs_probe:
+            self._probe = SteeringProbe(loop, self.loss_fn, self.save_gradient)
+            self._probe.start(type(self).__name__, list(self._steered.values()), self._pending)
         for rates in self._steered.values():
             if self.rule.needs_gradients:
                 rates.reader.warm_up()
@@ -205,7 +209,7 @@ class LayerwiseLR(DynamonCallback):
         self.write_layout(loop)
 
     def _go_back_to(self, step: int) -> None:
-        """What was recorded at a step that is yet to come, before a checkpoint was loaded, is undone."""
+        """Undo what was recorded at a step that is yet to come, before a checkpoint was loaded."""
         if step < self._next_step:
             self.history.forget_from(step)
         self._next_step = step
@@ -220,6 +224,9 @@ class LayerwiseLR(DynamonCallback):
         self._go_back_to(step_of(trainer))
         if any(self._is_new(trainer, optimizer) for optimizer in trainer.optimizers):
             self._attach(trainer, pl_module)  # the strategy was given new optimizers
+        if self._probe is not None:
+            with self._budget.charge("steering", pl_module.device):
+                self._probe.batch_start(list(self._steered.values()), batch)
         if not self.rule.needs_gradients:
             return
         loop.windows.batch_start(loop, batch)
@@ -271,7 +278,7 @@ class LayerwiseLR(DynamonCallback):
                 self._in_force[optimizer] = rates.base_rates()
 
     def _has_gradients(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-        """Whether there is something to take a step with; steering ends where there never is."""
+        """Return whether there is something to take a step with; steering ends where there never is."""
         passes, self._passes = self._passes, 0
         if has_gradients(optimizer):
             self._gone = None
@@ -291,11 +298,11 @@ class LayerwiseLR(DynamonCallback):
 
     @staticmethod
     def _is_shown(trainer: pl.Trainer) -> bool:
-        """Whether this batch's rates are logged."""
+        """Return whether this batch's rates are logged."""
         return trainer._logger_connector.should_update_logs and not trainer.barebones
 
     def _is_new(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-        """Whether an optimizer of the Trainer's is neither steered nor left alone so far."""
+        """Return whether an optimizer of the Trainer's is neither steered nor left alone so far."""
         if optimizer in self._steered or self._is_off:
             return False
         return optimizer in trainer.optimizers and not any(known is optimizer for known in self._left_alone)
@@ -321,34 +328,16 @@ class LayerwiseLR(DynamonCallback):
         self.send_row(TrainerLoop(trainer, pl_module))
 
     def _record(self, loop: TrainerLoop, in_force: dict[Optimizer, dict[str, float]]) -> None:
-        # All optimizers each time, also those that did not step: rows of a table must line up.
-        known = {
-            o: (in_force[o], rates.asked) if o in in_force else (rates.base_rates(), rates.wanted)
-            for o, rates in self._steered.items()
-        }
-        base = {name: rate for rates, _ in known.values() for name, rate in rates.items()}
-        ratio = {name: r for _, ratios in known.values() for name, r in ratios.items()}
+        base, ratio = rates_and_ratios(self._steered, in_force)
         names = [la.name for rates in self._steered.values() for la in select(rates.layers, self._patterns)]
-        self._recorder.scalars(
-            range_of_rates(base.values())
-            | {
-                "lr/bounded": float(sum(rates.rule.bounded() for rates in self._steered.values())),
-                "dynamon/steering_overhead": self._budget.overhead,
-            },
-            headline=True,
-        )
+        self._recorder.scalars(headlines(base.values(), self._steered.values(), self._budget.overhead), headline=True)
         self._recorder.layers("lr/ratio", np.array([ratio[name] for name in names]), names)
         self._recorder.layers("lr/effective", np.array([base[name] * ratio[name] for name in names]), names)
         if self._shows_noise:
-            self._record_noise(list(self._steered.values()), names)
+            row = noise_row(list(self._steered.values()), names)
+            if np.isfinite(row).any():
+                self._recorder.layers("noise/dual", row, names)
         self._recorder.flush(loop, loop.step, self._budget)
-
-    def _record_noise(self, steered: list[LayerwiseRates], names: list[str]) -> None:
-        estimators = [rates.rule.noise for rates in steered if rates.rule.noise is not None]
-        known = {n: v for noise in estimators for n, v in zip(noise.names, noise.values, strict=True)}
-        row = np.array([known.get(name, np.nan) for name in names])
-        if np.isfinite(row).any():
-            self._recorder.layers("noise/dual", row, names)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""
@@ -373,7 +362,7 @@ class LayerwiseLR(DynamonCallback):
         self._let_go()
 
     def _let_go(self) -> None:
-        self._is_steering = False
+        self._is_steering, self._probe = False, None
         for rates in self._steered.values():
             rates.remove()
 
@@ -381,9 +370,9 @@ class LayerwiseLR(DynamonCallback):
         """The rules' states and previous gradients: numbers and tensors by parameter name."""
         if not self._steered or self._state:
             return {"optimizers": self._state or self._past[0]}
-        return {
-            "optimizers": [rates.state_dict(self.save_gradient, everywhere=False) for rates in self._steered.values()]
-        }
+        states = [rates.state_dict(self.save_gradient, everywhere=False) for rates in self._steered.values()]
+        pending = {} if self._probe is None else self._probe.state_dict()
+        return {"optimizers": states, **({"pending": pending} if pending else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the optimizers are there; in the middle of training take it up at once.
@@ -392,18 +381,27 @@ class LayerwiseLR(DynamonCallback):
         """
         if not self.takes_state():
             return
-        self._state = list(state_dict["optimizers"])
+        self._state, self._pending = list(state_dict["optimizers"]), dict(state_dict.get("pending", {}))
         if self._is_steering and self._stage == "fit":
             self._budget.rewind()
             for rates, state in zip(self._steered.values(), self._state, strict=False):
                 rates.load_state_dict(state)
             self._state = []
+            if self._probe is not None:
+                self._probe.load_state_dict(self._pending, list(self._steered.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments, the history and a state to be saved; it steers nothing, and begins anew."""
         sharded = any_sharded([layer.parameter for rates in self._steered.values() for layer in rates.layers])
         past = ([] if sharded else self.state_dict()["optimizers"], self.ratios)
-        ended = {"_steered": {}, "_in_force": {}, "_left_alone": [], "_is_steering": False, "_past": past}
+        ended = {
+            "_steered": {},
+            "_in_force": {},
+            "_left_alone": [],
+            "_is_steering": False,
+            "_past": past,
+            "_probe": None,
+        }
         return {**super().__getstate__(), **ended}
 
     def __repr__(self) -> str:
@@ -439,6 +437,8 @@ class LayerwiseLR(DynamonCallback):
             rates.charge = partial(self._budget.charge, "steering", pl_module.device)
             rates.idle = self._budget.waiting
             self._steered[optimizer] = rates
+            if self._probe is not None:
+                self._probe.follow(rates)
             if self.rule.needs_gradients:
                 say_geometry(optimizer)
         if not self._told:

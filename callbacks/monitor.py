@@ -43,8 +43,9 @@ class Monitor(monitor.Monitor, DynamonCallback):
         """Let the meters see the batch."""
         if self.asleep and self.sleeps_on(step_of(trainer)):
             return
-        TrainerLoop(trainer, pl_module).row.close()
-        self.batch_start(batch)
+        with self._budget.watch():
+            TrainerLoop(trainer, pl_module).row.close()
+            self.batch_start(batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let the meters see gradients before more is added to them."""
@@ -58,7 +59,9 @@ class Monitor(monitor.Monitor, DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Let the meters see the gradients."""
-        self.before_step(optimizer)
+        if not self.asleep:
+            with self._budget.watch():
+                self.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,8 +69,9 @@ class Monitor(monitor.Monitor, DynamonCallback):
         """Let the meters measure, if the optimizer has stepped, and hand on what they read."""
         if self.asleep and (self._row is None or self._row.is_empty):
             return
-        self.batch_end(outputs)
-        self.send_row(TrainerLoop(trainer, pl_module))
+        with self._budget.watch():
+            self.batch_end(outputs)
+            self.send_row(TrainerLoop(trainer, pl_module))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock: validation is not training time."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rates_study.tables import read
 from dynamon import cli
 from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.quantities import REGISTRY, Quantity
@@ -229,6 +230,27 @@ def tracking_table() -> str:
     return f"{table(head, rows)}\n{note} {provenance(found['environment'])}"
 
 
+def adaptive_tables() -> str:
+    """Rates by layer: every arm against one rate for all layers, task by task."""
+    found = read(RESULTS / "adaptive.json")
+    head = ("arm", "best base rate", "final loss", "less that of uniform, paired by seed", "base rates within 2 %")
+    parts = [found.summary() + "\n"]
+    for task in found.chosen:
+        said = found.verdict(task) if task in found.judged() else ""
+        parts.append(f"**{task}**: {said}\n\n{table(head, found.rows(task))}")
+    return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
+
+
+def radii_table() -> str:
+    """Losses at the former and at the present default radii of Lanton."""
+    found = dict(_result("radii")["found"])
+    radii = found.pop("radii")
+    rows = [(task, *(f"{loss:.4f}" for loss in losses.values())) for task, losses in found.items()]
+    head = ("task", "loss at the former radii", "at those found")
+    words = ", ".join(f"{role} {radius:g}" for role, radius in radii.items())
+    return f"{table(head, rows)}\nFound: {words}. {provenance(_result('radii')['environment'])}"
+
+
 def gpu_tables(found: Mapping[str, Any] | None = None) -> str:
     """What ``make gpu`` found when it was last run on a GPU, or that it was not."""
     if found is None:
@@ -363,6 +385,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharpness": sharpness_table,
     "spectra": spectra_table,
     "tracking": tracking_table,
+    "adaptive": adaptive_tables,
+    "radii": radii_table,
     "distributed": distributed_table,
     "gpu": gpu_tables,
     "gpu_draft": gpu_draft_tables,

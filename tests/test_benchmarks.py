@@ -25,8 +25,6 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
 PICTURES = {"adaptive_plot"}  # all others write JSON
 LONG = {"distributed"}  # a dozen fits in several processes
-# Options that keep a smallest run in one process where it would start one for each processor.
-MORE = {"adaptive": ["--workers", "1"]}
 MISSING_PACKAGE = re.compile(r"^skipped: .+, since (\S+) is missing: pip install .+$")
 
 
@@ -89,7 +87,7 @@ def test_help(name, tmp_path):
 def test_smallest_run(name, tmp_path):
     before = kept()
     output = tmp_path / f"found.{'png' if name in PICTURES else 'json'}"
-    status, said = run(name, ["--smallest", "--output", str(output), *MORE.get(name, [])], tmp_path)
+    status, said = run(name, ["--smallest", "--output", str(output)], tmp_path)
     assert kept() == before
     skipped = [line for line in said.splitlines() if line.startswith("skipped: ")]
     if status == SKIPPED:

@@ -41,7 +41,16 @@ def test_a_short_run_ends_with_summary_picture_and_event_files(tmp_path: Path) -
     done = run("--steps", 60, *SMALL, "--budget", 1.0, "--logdir", tmp_path, "--preset", "standard")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "60 steps of 8 x 128 bytes" in done.stdout and "timing" not in done.stdout
-    for word in ("loss", "stability", "noisiest", "quietest", "spectra", "cost", f"tensorboard --logdir {tmp_path}"):
+    for word in (
+        "loss",
+        "stability",
+        "noisiest",
+        "quietest",
+        "spectra",
+        "progress",
+        "cost",
+        f"tensorboard --logdir {tmp_path}",
+    ):
         assert word in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     (picture,) = tmp_path.rglob("dynamon.png")

@@ -141,7 +141,8 @@ def test_wheel_holds_nothing_else(wheel):
     front_end = {
         path.relative_to(ROOT).as_posix() for kind in ("*.js", "*.css") for path in (ROOT / "dynamon").rglob(kind)
     }
-    assert {"dynamon/py.typed", *front_end} <= names and "dynamon/board/board.js" in front_end
+    assert {"dynamon/py.typed", "dynamon/board/uplot/LICENSE", *front_end} <= names
+    assert {"dynamon/board/board.js", "dynamon/board/uplot/uPlot.iife.min.js"} <= front_end
     code = "import sys, importlib.util as util; print([util.find_spec(name) for name in sys.argv[1:]])"
     assert wheel.run("-c", code, "callbacks", "kernels") == "[None, None]"
 

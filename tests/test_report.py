@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from dynamon.board.page import MODULES, embedded, page
+from dynamon.board.page import MODULES, embedded, module, module_names, page
 from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, payload
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.cli import main
@@ -127,10 +127,10 @@ def test_the_page_stands_alone(runs, tmp_path):
 
 def test_modules_come_after_those_they_import_and_share_no_name():
     folder = Path(sys.modules["dynamon.board"].__file__).parent
-    assert {path.stem for path in folder.glob("*.js")} == {*MODULES, "tab"}  # the last is for TensorBoard alone
-    defined: dict[str, str] = {}
-    for place, name in enumerate((*MODULES, "tab")):
-        source = (folder / f"{name}.js").read_text()
+    assert {path.stem for path in folder.glob("*.js")} == set(module_names()) - {"uplot"}
+    defined: dict[str, str] = {"uPlot": "uplot"}
+    for place, name in enumerate(module_names()):  # the last is for TensorBoard alone
+        source = module(name)
         assert set(re.findall(r'from "\./(\w+)\.js"', source)) <= set(MODULES[:place])
         for found in re.findall(r"^(?:export )?(?:async )?(?:function|const|let|class) (\w+)", source, re.M):
             assert defined.setdefault(found, name) == name
@@ -231,6 +231,46 @@ def test_text(runs, capsys):
     assert max(map(len, text.splitlines())) <= 160
 
 
+def test_several_runs_make_a_table(tmp_path, capsys, runs):
+    """Names tell runs apart, however far up their folders differ; a run that ended in NaN counts as a fault."""
+    for name in ("one/run/tb", "two/run/tb", "three/run/tb"):
+        shutil.copytree(runs / "tb", tmp_path / name)
+    lines = [f"{i},{1.0 if i < 30 else 'nan'},1.0" for i in range(50)]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.csv").write_text("\n".join(["step,train/loss,gradient/norm", *lines]))
+    folders = [tmp_path / name for name in ("one/run/tb", "two/run/tb", "three/run/tb", "broken")]
+    packs = report(tmp_path, *folders).data()
+    names = [pack["name"] for pack in packs]
+    assert names == [
+        *(f"{name}/run/tb" for name in ("one", "two", "three")),
+        f"{tmp_path.parent.name}/{tmp_path.name}/broken",
+    ]
+    whole = report(tmp_path, runs / "tb").data()[0]
+    assert len(array(packs[0]["scalars"]["dynamon/loss"]["steps"])) == len(
+        array(whole["scalars"]["dynamon/loss"]["steps"])
+    )
+    capsys.readouterr()
+    assert main(["report", *map(str, folders), "--text"]) == 0
+    table, *_ = capsys.readouterr().out.split("\n\n")
+    rows = {line.split()[0]: line.split(maxsplit=6)[1:] for line in table.splitlines()[1:]}
+    loss = read_run_data(runs / "tb").scalars["dynamon/loss"].values
+    ratio = read_run_data(runs / "tb").scalars["sharpness/stability_ratio"].values
+    for name in names[:3]:
+        steps, rate, final, lowest, highest, health = rows[name]
+        assert steps == "60" and float(rate) == 0.01 and health == "nothing looks wrong"
+        assert (final, highest) == (f"{np.median(loss[-5:]):.4g}", f"{ratio.max():.4g}")
+        assert loss.min() <= float(lowest) <= float(final)
+    assert rows[names[3]] == ["50", "-", "nan", "1", "-", "1 fault"]
+
+
+def test_pages_of_many_runs_hold_fewer_points_of_each():
+    table = Series(np.arange(9_000), np.arange(18_000.0).reshape(9_000, 2), ("a", "b"))
+    run = RunData({"x": Series(np.arange(100_000), np.arange(100_000.0))}, {"y/z": table})
+    packed = payload(run, "one of eight", runs=8)
+    assert len(array(packed["scalars"]["x"]["steps"])) == SCALAR_POINTS // 4
+    assert len(array(packed["tables"]["y/z"]["steps"])) == 1_000 == TABLE_POINTS // 4
+
+
 def test_text_where_the_terminal_knows_ascii_only(runs):
     command = [sys.executable, "-m", "dynamon.cli", "report", str(runs / "csv"), "--text"]
     done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""})
@@ -246,7 +286,12 @@ def test_a_row_of_blocks():
 
 def test_json(runs, tmp_path, capsys):
     assert main(["report", str(runs / "tb"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [{"run": "run/tb", "loss": "dynamon/loss", "findings": []}]
+    (run,) = json.loads(capsys.readouterr().out)
+    assert (run["run"], run["loss"], run["findings"]) == ("run/tb", "dynamon/loss", [])
+    loss = read_run_data(runs / "tb").scalars["dynamon/loss"].values
+    (check,) = [check for check in run["checks"] if check["words"] == "loss is finite"]
+    assert check["value"] == f"0 of {len(loss)} readings not finite" and check["severity"] is None
+    assert run["summary"]["steps"] == 60 and loss.min() <= run["summary"]["lowest"] <= run["summary"]["final"]
     lines = [f"{i},{1.0 if i < 30 else 'nan'},{0 if i < 30 else 'inf'}" for i in range(50)]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,train/loss,gradient/nonfinite", *lines]))
     assert main(["report", str(tmp_path), "--json"]) == 0
@@ -298,7 +343,6 @@ def test_errors(tmp_path, capsys, runs):
     assert "holds no my/loss; tags with 'loss' in their name: dynamon/loss, sharpness/probe_loss, train/loss" in says(
         runs / "csv", "--loss", "my/loss"
     )
-    assert "give one run, or two to compare; got 3" in says(*[runs / "csv"] * 3)
     assert "--text and --json print, so leave it out" in says(runs / "csv", "--text", "-o", tmp_path / "x.html")
 
 

@@ -1,9 +1,11 @@
 """The training loop of a Lightning Trainer, as the engine sees it."""
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -26,17 +29,23 @@ from dynamon.isolation.trackers import is_muted
 from dynamon.monitoring.accumulation import Windows
 from dynamon.monitoring.loop import Loop, nothing_to_train
 from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.writers import Writer
 from dynamon.optim import LayerwiseRates, several_devices_reason
 
+_IDLE_HOOK = "on_sanity_check_start"  # which no monitor has
+_HOOKS = 6  # of a callback that a Trainer calls for a batch with a step
+_TIMED_CALLS = 16
+
 
 @dataclass
 class _Shared:
-    """What all dynamon callbacks of a Trainer have in common."""
+    """Hold what all dynamon callbacks of a Trainer have in common."""
 
     windows: Windows = field(default_factory=Windows)
     row: Row = field(default_factory=Row)
+    planner: Planner = field(default_factory=Planner)
     writers: WeakKeyDictionary[Logger, Writer] = field(default_factory=WeakKeyDictionary)
 
 
@@ -75,6 +84,11 @@ class TrainerLoop(Loop):
         """Collects what all callbacks of the Trainer have measured at one step."""
         return self._shared.row
 
+    @property
+    def planner(self) -> Planner:  # type: ignore[override]
+        """Decides when all callbacks of the Trainer measure."""
+        return self._shared.planner
+
     def begin_windows(self) -> None:
         """Forget what was accumulated in another fit."""
         self._shared.windows = Windows()
@@ -96,7 +110,7 @@ class TrainerLoop(Loop):
 
     @property
     def position(self) -> tuple[int, int, int]:
-        """What tells this batch from every other one."""
+        """Return what tells this batch from every other one."""
         return self.trainer.current_epoch, self.batch_index, self.trainer.global_step
 
     @property
@@ -112,12 +126,12 @@ class TrainerLoop(Loop):
 
     @property
     def is_trial(self) -> bool:
-        """Whether this is a ``fast_dev_run``."""
+        """Return whether this is a ``fast_dev_run``."""
         return is_trial(self.trainer)
 
     @property
     def is_barebones(self) -> bool:
-        """Whether the Trainer leaves everything out that costs time."""
+        """Return whether the Trainer leaves everything out that costs time."""
         return self.trainer.barebones
 
     @property
@@ -132,22 +146,22 @@ class TrainerLoop(Loop):
 
     @property
     def device(self) -> torch.device:
-        """Where the module is."""
+        """Return where the module is."""
         return self.module.device
 
     @property
     def drives_steps(self) -> bool:
-        """Whether optimisation is automatic."""
+        """Return whether optimisation is automatic."""
         return self.module.automatic_optimization
 
     @property
     def knows_windows(self) -> bool:
-        """Whether optimisation is automatic: else a step may come at any batch."""
+        """Return whether optimisation is automatic: else a step may come at any batch."""
         return self.module.automatic_optimization
 
     @property
     def reads_before_clipping(self) -> bool:
-        """Whether optimisation is automatic: else ``training_step`` clips before the step is announced."""
+        """Return whether optimisation is automatic: else ``training_step`` clips before the step is announced."""
         return self.module.automatic_optimization
 
     def clipped(self, gradient: Tensor) -> Tensor:
@@ -185,12 +199,12 @@ class TrainerLoop(Loop):
 
     @property
     def loader_key(self) -> tuple[Any, int]:
-        """What changes when the loaders do."""
+        """Return what changes when the loaders do."""
         return self.trainer.train_dataloader, self.trainer.current_epoch
 
     @property
     def repeats_batches(self) -> bool:
-        """Whether the Trainer overfits a few batches."""
+        """Return whether the Trainer overfits a few batches."""
         return getattr(self.trainer, "overfit_batches", 0) > 0
 
     def ranks(self) -> Ranks:
@@ -209,12 +223,12 @@ class TrainerLoop(Loop):
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether each process has gradients of its own before they are averaged (DDP)."""
+        """Return whether each process has gradients of its own before they are averaged (DDP)."""
         return averages_gradients(self.trainer)
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether gradients are summed in every backward pass (FSDP2)."""
+        """Return whether gradients are summed in every backward pass (FSDP2)."""
         return sums_gradients(self.trainer)
 
     @property
@@ -236,6 +250,23 @@ class TrainerLoop(Loop):
     def scaler(self) -> Any:
         """The gradient scaler of the precision plugin, or None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def call_seconds(self, member: pl.Callback) -> float:
+        """Time a hook in which a callback does nothing, as the Trainer calls it."""
+        profile, times = PassThroughProfiler().profile, []
+        for _ in range(_TIMED_CALLS):
+            begin = time.perf_counter()
+            hook = getattr(member, _IDLE_HOOK)
+            if callable(hook):
+                with profile(f"[Callback]{member.state_key}.{_IDLE_HOOK}"):
+                    hook(self.trainer, self.module)
+            times.append(time.perf_counter() - begin)
+        return _HOOKS * median(times)
+
+    @property
+    def batches_seen(self) -> int:
+        """Batches of all epochs so far."""
+        return self.trainer.fit_loop.total_batch_idx
 
     def no_loss_reason(self) -> str | None:
         """Return why ``training_step`` cannot be called once more; None where it can."""
@@ -286,7 +317,7 @@ class TrainerLoop(Loop):
 
     @property
     def is_writing(self) -> bool:
-        """Whether this is the first process."""
+        """Return whether this is the first process."""
         return self.trainer.is_global_zero
 
     def publish(self, headlines: Mapping[str, float]) -> None:

@@ -1,8 +1,11 @@
 """Which optimizers of a Trainer can be steered, and where a rule cannot have what it reads."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -11,9 +14,25 @@ from dynamon.callbacks.lightning.loop import TrainerLoop, callbacks_of
 from dynamon.callbacks.lightning.strategy import strategy_reason
 from dynamon.callbacks.monitor import Monitor
 from dynamon.monitoring.accumulation import compares_ranks
+from dynamon.monitoring.arguments import check_loss_fn
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
-from dynamon.optim import several_devices_reason, steerable_layers, unsupported_reason
+from dynamon.optim import LayerwiseRates, several_devices_reason, steerable_layers, unsupported_reason
 from dynamon.rates import Rule
+from dynamon.rates.merging import RatioMerging
+
+
+def check_steering(rule: object, lag: int, read_every: int, max_groups: int | None, loss_fn: object) -> None:
+    """Raise ValueError or TypeError naming the argument that is wrong."""
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule must be a dynamon.rates.Rule, got {type(rule).__name__}.")
+    if lag not in (0, 1):
+        raise ValueError(f"lag must be 0 or 1, got {lag}.")
+    if type(read_every) is not int or read_every < 1:
+        raise ValueError(f"read_every must be a whole number of 1 or more, got {read_every!r}.")
+    if max_groups is not None:
+        RatioMerging(max_groups)  # checks it
+    if loss_fn is not None:
+        check_loss_fn(loss_fn)
 
 
 def holds_some_of(module: nn.Module, optimizer: Optimizer) -> bool:
@@ -89,7 +108,35 @@ def say_unsteered(steering: str, module: nn.Module, left_alone: Sequence[Optimiz
     return bool(names or alone)
 
 
-def range_of_rates(rates: Collection[float]) -> dict[str, float]:
-    """Return the largest base rate, and the smallest where groups have different ones."""
-    highest, lowest = max(rates), min(rates)
-    return {"lr/base": highest} if lowest == highest else {"lr/base": highest, "lr/base_min": lowest}
+def headlines(base: Collection[float], steered: Iterable[LayerwiseRates], overhead: float) -> dict[str, float]:
+    """Return the largest base rate, the smallest where groups have different ones, layers at bounds, and the cost."""
+    highest, lowest = max(base), min(base)
+    bounded = float(sum(rates.rule.bounded() for rates in steered))
+    found = {"lr/base": highest} if lowest == highest else {"lr/base": highest, "lr/base_min": lowest}
+    return found | {"lr/bounded": bounded, "dynamon/steering_overhead": overhead}
+
+
+def rates_and_ratios(
+    steered: Mapping[Optimizer, LayerwiseRates], in_force: Mapping[Optimizer, Mapping[str, float]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return base rate and ratio of every layer, by name.
+
+    All optimizers each time, also those that did not step: rows of a table must line up.
+
+    Args:
+        steered: What steers each optimizer.
+        in_force: Base rates of the step, for those that stepped.
+    """
+    base: dict[str, float] = {}
+    ratio: dict[str, float] = {}
+    for optimizer, rates in steered.items():
+        base |= in_force.get(optimizer) or rates.base_rates()
+        ratio |= rates.asked if optimizer in in_force else rates.wanted
+    return base, ratio
+
+
+def noise_row(steered: Sequence[LayerwiseRates], names: Sequence[str]) -> NDArray[Any]:
+    """Return the noise that the rules follow, for these layers; NaN where there is none."""
+    estimators = [rates.rule.noise for rates in steered if rates.rule.noise is not None]
+    known = {n: v for noise in estimators for n, v in zip(noise.names, noise.values, strict=True)}
+    return np.array([known.get(name, np.nan) for name in names])

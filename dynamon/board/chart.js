@@ -1,65 +1,52 @@
-// A line chart in SVG: lines, points, bands, horizontal rules; a cursor that the pointer or the arrow keys move.
+// A line chart, drawn by uPlot: lines, points, bands, horizontal rules. Its steps and its cursor are those of the axis.
 
+import { steer, themeColor } from "./axis.js";
 import { el, onWidth, svg } from "./dom.js";
-import { logTicks, nearest, short, smoothed, ticks } from "./numbers.js";
+import { exact, logTicks, nearest, short, smoothed, stepText, stepTicks, ticks } from "./numbers.js";
+import { uPlot } from "./uplot.js";
 
 const MARKS = ["points", "rings", "hollow"];
-const MARGIN = { left: 64, right: 16, top: 10, bottom: 28 };
+const LEFT = 64; // pixels of the axes and around the plot
+const [RIGHT, TOP, BOTTOM] = [16, 10, 28];
+const FONT = "12px system-ui, sans-serif";
+const DOTS = [1.5, 3];
+const DASH = [6, 3];
 
 /**
- * options: title, note, height, isLog, steps [first, last], rules [{value, label}], smoothing (0: none, below 1), memory
- * (an object that keeps the reader's choices for the next chart of this title),
- * lines [{label, steps, values, color (1 to 6), dash, kind ("line" | "points" | "rings" | "hollow" | "band"), upper}].
+ * options: title, note, height, isLog, axis (the Axis of all charts), rules [{value, label}], smoothing (0: none, below
+ * 1), memory (an object that keeps the reader's choices for the next chart of this title),
+ * lines [{label, steps, values, color (1 to 6), dash, kind ("line" | "points" | "rings" | "hollow" | "band"), upper,
+ * total (readings, of which these points were kept)}].
  */
 export function lineChart(options) {
-  const memory = options.memory ?? {};
+  const { axis, memory = {} } = options;
   const lines = options.lines.filter((line) => line.steps.length).map((line) => withSmooth(line, options.smoothing));
   const holder = el("div", { class: "plot", tabindex: 0, role: "img", "aria-label": `${options.title}: ${described(lines)}` });
   const readings = lines.map(() => el("output"));
   const at = el("output");
-  const legend = el(
-    "div",
-    { class: "legend" },
-    el("span", { class: "key" }, "step ", at),
-    lines.map((line, i) =>
-      el("span", { class: "key" }, swatch(line), ` ${line.label} `, readings[i]),
-    ),
-    (options.rules ?? []).map((rule) => el("span", { class: "key" }, swatch({ color: "rule", dash: true }), ` ${rule.label}`)),
-  );
-  let view = null;
-  const show = (step) => {
-    at.textContent = String(step);
-    lines.forEach((line, i) => {
-      const index = nearest(line.steps, step);
-      readings[i].textContent = line.upper
-        ? `${short(line.values[index])} to ${short(line.upper[index])}`
-        : short(line.values[index]);
-      if (line.smooth) readings[i].append(` (${short(line.smooth[index])})`);
-      const isOutside = step < line.steps[0] || step > line.steps[line.steps.length - 1];
-      if (isOutside || (MARKS.includes(line.kind) && line.steps[index] !== step)) readings[i].append(` (step ${line.steps[index]})`);
-    });
-    if (view) view.move(step);
-  };
-  let current = Math.min(memory.step ?? Infinity, options.steps[1]);
-  const axis = lines.length ? lines[0].steps : [];
-  holder.addEventListener("pointermove", (event) => {
-    if (view) show((memory.step = current = Math.round(view.stepAt(event.clientX - holder.getBoundingClientRect().left))));
-  });
-  holder.addEventListener("keydown", (event) => {
-    const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key];
-    if (by && axis.length) {
-      const index = Math.max(0, Math.min(axis.length - 1, nearest(axis, current) + by));
-      show((memory.step = current = axis[index]));
-      event.preventDefault();
-    }
-  });
+  let plot = null;
   let width = 0;
   let isLog = memory.isLog ?? Boolean(options.isLog);
-  const draw = () => {
-    view = drawn(width, { ...options, isLog }, lines);
-    holder.replaceChildren(view.node);
-    show(current);
+  const move = () => {
+    at.textContent = stepText(axis.cursor);
+    lines.forEach((line, i) => readings[i].replaceChildren(reading(line, axis)));
+    if (plot) point(plot, axis.cursor);
   };
+  const draw = () => {
+    plot?.destroy();
+    plot = drawn(holder, width, { ...options, isLog }, lines);
+    move();
+  };
+  const zoom = () => plot?.setScale("x", { min: axis.shown[0], max: axis.shown[1] });
+  axis.join({ node: holder, move, zoom, restyle: () => plot?.redraw(false), drop: () => plot?.destroy() });
+  steer(holder, axis, () => ({ left: holder.getBoundingClientRect().left + LEFT, width: width - LEFT - RIGHT }));
+  holder.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key];
+    const steps = lines[0]?.steps ?? [];
+    if (by && steps.length) axis.moveTo(steps[Math.max(0, Math.min(steps.length - 1, nearest(steps, axis.cursor) + by))]);
+    else if (event.ctrlKey || event.metaKey || event.altKey || !axis.key(event.key)) return;
+    event.preventDefault();
+  });
   onWidth(holder, (wide) => {
     width = wide;
     draw();
@@ -69,21 +56,52 @@ export function lineChart(options) {
     scale.setAttribute("aria-pressed", String(isLog));
     draw();
   } }, "log scale");
-  show(current); // the legend need not wait for the width
-  const note = lines.some((line) => line.smooth) ? "Lines are smoothed; in brackets the smoothed value." : null;
+  move(); // the legend need not wait for the width
+  const notes = [options.note, lines.some((line) => line.smooth) ? "Lines are smoothed; in brackets the smoothed value." : null, thinned(lines)];
   return el(
     "figure",
     { class: "chart" },
     scale,
-    el("figcaption", {}, el("h3", {}, options.title), [options.note, note].filter(Boolean).map((text) => el("p", {}, text))),
-    legend,
+    el("figcaption", {}, el("h3", {}, options.title), notes.filter(Boolean).map((text) => el("p", {}, text))),
+    legendOf(lines, readings, at, options.rules ?? []),
     holder,
   );
+}
+
+function legendOf(lines, readings, at, rules) {
+  return el(
+    "div",
+    { class: "legend" },
+    el("span", { class: "key" }, "step ", at),
+    lines.map((line, i) => el("span", { class: "key" }, swatch(line), ` ${line.label} `, readings[i])),
+    rules.map((rule) => el("span", { class: "key" }, swatch({ color: "rule", dash: "dots" }), ` ${rule.label}`)),
+  );
+}
+
+/**
+ * What the legend says of a line: the value of its point nearest to the cursor, and the step of that where it is another.
+ * While nobody points, that is the last point, and its step is of interest only where the line ends before the others.
+ */
+function reading(line, axis) {
+  const step = axis.cursor;
+  const index = nearest(line.steps, step);
+  const value = line.upper ? `${short(line.values[index])} to ${short(line.upper[index])}` : exact(line.values[index]);
+  const smooth = line.smooth ? ` (${short(line.smooth[index])})` : "";
+  const away = Math.abs(line.steps[index] - step);
+  const isPointed = axis.step !== null || MARKS.includes(line.kind);
+  const last = line.steps.length - 1;
+  const usual = isPointed ? 0 : (line.steps[last] - line.steps[0]) / Math.max(last, 1);
+  return `${value}${smooth}${away <= usual ? "" : ` (step ${stepText(line.steps[index])})`}`;
 }
 
 function withSmooth(line, weight) {
   const isLine = !MARKS.includes(line.kind) && line.kind !== "band";
   return weight && isLine && line.steps.length > 2 ? { ...line, smooth: smoothed(line.values, weight) } : line;
+}
+
+function thinned(lines) {
+  const line = lines.find((one) => one.total > one.steps.length);
+  return line ? `Of ${line.total} points ${line.steps.length} are drawn: the lowest and the highest of each stretch.` : null;
 }
 
 function described(lines) {
@@ -92,121 +110,131 @@ function described(lines) {
 
 function swatch(line) {
   const mark = svg("svg", { width: 22, height: 10, "aria-hidden": "true", class: `ink${line.color}` });
-  if (MARKS.includes(line.kind)) mark.append(marker(11, 5, line.kind));
+  if (line.kind === "hollow") mark.append(svg("path", { class: "hollow", d: "M7 8h8l-4 -7z" }));
+  else if (MARKS.includes(line.kind)) mark.append(svg("circle", { class: line.kind === "rings" ? "hollow" : "dot", cx: 11, cy: 5, r: 3 }));
   else if (line.kind === "band") mark.append(svg("rect", { class: "band", x: 1, y: 1, width: 20, height: 8 }));
-  else mark.append(svg("line", { class: "line", x1: 1, x2: 21, y1: 5, y2: 5, "stroke-dasharray": line.dash === "dots" ? "1.5 3" : line.dash ? "5 3" : null }));
+  else mark.append(svg("line", { class: "line", x1: 1, x2: 21, y1: 5, y2: 5, "stroke-dasharray": dashOf(line)?.join(" ") }));
   return mark;
 }
 
-function marker(x, y, kind) {
-  if (kind === "hollow") return svg("path", { class: "hollow", d: `M${x - 4} ${y + 3}h8l-4 -7z` });
-  return svg("circle", { class: kind === "rings" ? "hollow" : "dot", cx: x, cy: y, r: kind === "rings" ? 3.5 : 2.5 });
+function dashOf(line) {
+  return line.dash === "dots" ? DOTS : line.dash ? DASH : null;
 }
 
-function extent(options, lines) {
-  let low = Infinity;
-  let high = -Infinity;
-  const see = (value) => {
-    if (Number.isFinite(value) && (!options.isLog || value > 0)) {
-      low = Math.min(low, value);
-      high = Math.max(high, value);
-    }
+function drawn(holder, width, options, lines) {
+  const { axis, isLog, rules = [] } = options;
+  const fits = (value) => Number.isFinite(value) && (!isLog || value > 0);
+  const [tables, series, bands] = [[], [{}], []];
+  const add = (line, values, style) => {
+    tables.push([line.steps, Array.from(values, (value) => (fits(value) ? value : null))]);
+    return series.push({ scale: "y", width: 1.5, ...style }) - 1;
   };
-  for (const line of lines) {
-    line.values.forEach(see);
-    if (line.upper) line.upper.forEach(see);
+  for (const line of lines) addLine(line, add, bands);
+  const muted = () => themeColor("--muted");
+  const bare = { grid: { show: false }, ticks: { show: false }, stroke: muted, font: FONT, filter: (_, splits) => splits };
+  const off = Object.fromEntries(["mousedown", "mouseup", "mousemove", "mouseenter", "mouseleave", "click", "dblclick"].map((kind) => [kind, () => null]));
+  const height = options.height ?? 220;
+  return new uPlot(
+    {
+      width,
+      height,
+      series,
+      bands,
+      legend: { show: false },
+      padding: [TOP, RIGHT, 0, 0],
+      scales: {
+        x: { time: false, range: () => axis.shown },
+        y: { distr: isLog ? 3 : 1, range: (u, low, high) => extent(u, low, high, rules, isLog) },
+      },
+      axes: [
+        { ...bare, size: BOTTOM, splits: (u, _, low, high) => stepTicks(low, high, u.width / 110), values: (_, splits) => splits.map(String) },
+        {
+          ...bare,
+          size: LEFT,
+          grid: { stroke: () => themeColor("--line"), width: 1 },
+          splits: (_, __, low, high) => (isLog ? logTicks(low, high, 5) : ticks(low, high, 5)),
+          values: (_, splits) => splits.map(short),
+        },
+      ],
+      cursor: { y: false, bind: off, drag: { x: false, y: false }, dataIdx: nearestPoint, points: { size: 7 } },
+      hooks: { draw: [(u) => rules.forEach((rule) => drawRule(u, rule.value)), (u) => point(u, axis.cursor)] },
+    },
+    tables.length ? uPlot.join(tables, tables.map(() => [0, 1])) : [[...axis.shown]],
+    holder,
+  );
+}
+
+/** Put uPlot's cursor at a step. */
+function point(plot, step) {
+  plot.setCursor({ left: plot.valToPos(step, "x"), top: 0 }, false);
+}
+
+/** Add the series that a line is drawn by. `add(line, values, style)` returns the index of a series. */
+function addLine(line, add, bands) {
+  const color = () => themeColor(`--ink${line.color}`);
+  const style = { stroke: color, dash: dashOf(line), points: { size: 5, fill: color, stroke: color } };
+  if (line.kind === "band") {
+    const under = add(line, line.values, { width: 0, points: { show: false } });
+    const over = add(line, line.upper, { width: 0, points: { show: false } });
+    bands.push({ series: [over, under], fill: () => `${color()}38` });
+  } else if (MARKS.includes(line.kind)) {
+    const points = { show: true, size: line.kind === "points" ? 5 : 8, stroke: color, width: 1.5 };
+    const hollow = { ...points, fill: "transparent", ...(line.kind === "hollow" ? { paths: triangles } : {}) };
+    add(line, line.values, { stroke: color, paths: () => null, points: line.kind === "points" ? { ...points, fill: color } : hollow });
+  } else if (line.smooth) {
+    add(line, line.values, { ...style, width: 1, alpha: 0.35 });
+    add(line, line.smooth, { ...style, points: { show: false } });
+  } else add(line, line.values, style);
+}
+
+/** Triangles in the place of uPlot's circles. */
+function triangles(u, index, first, last) {
+  const path = new Path2D();
+  const size = 4 * uPlot.pxRatio;
+  for (let i = first; i <= last; i += 1) {
+    const value = u.data[index][i];
+    if (value === null || value === undefined) continue;
+    const [x, y] = [u.valToPos(u.data[0][i], "x", true), u.valToPos(value, "y", true)];
+    path.moveTo(x - size, y + 0.75 * size);
+    path.lineTo(x + size, y + 0.75 * size);
+    path.lineTo(x, y - size);
+    path.closePath();
   }
-  for (const rule of options.rules ?? []) see(rule.value);
-  if (low > high) return options.isLog ? [0.1, 1] : [0, 1];
-  if (options.isLog) return low === high ? [low / 2, high * 2] : [low / 1.1, high * 1.1];
+  return { stroke: path, fill: null, clip: null, flags: 3 };
+}
+
+/** The point of a series that is nearest to the cursor, of the joined steps of all series. */
+function nearestPoint(u, index, closest) {
+  const values = u.data[index];
+  const has = (i) => values[i] !== null && values[i] !== undefined;
+  for (let away = 0; away < values.length; away += 1) {
+    if (closest - away >= 0 && has(closest - away)) return closest - away;
+    if (closest + away < values.length && has(closest + away)) return closest + away;
+  }
+  return null;
+}
+
+/** The range of the vertical axis around the lowest and the highest value shown and the rules. */
+function extent(u, lowest, highest, rules, isLog) {
+  let [low, high] = [lowest ?? Infinity, highest ?? -Infinity];
+  const see = (value) => [low, high] = [Math.min(low, value), Math.max(high, value)];
+  if (!(low <= high)) for (const values of u.data.slice(1)) for (const value of values) if (typeof value === "number") see(value);
+  for (const rule of rules) if (!isLog || rule.value > 0) see(rule.value);
+  if (!(low <= high)) return isLog ? [0.1, 1] : [0, 1];
+  if (isLog) return low === high ? [low / 2, high * 2] : [low / 1.1, high * 1.1];
   const pad = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
   return [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad];
 }
 
-function drawn(width, options, lines) {
-  const height = options.height ?? 220;
-  const [first, last] = options.steps;
-  const inner = { width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.top - MARGIN.bottom };
-  const [low, high] = extent(options, lines);
-  const shape = options.isLog ? Math.log : (value) => value;
-  const x = (step) => MARGIN.left + (inner.width * (step - first)) / (last - first || 1);
-  const y = (value) => MARGIN.top + inner.height * (1 - (shape(value) - shape(low)) / (shape(high) - shape(low)));
-  const node = svg("svg", { width, height, "aria-hidden": "true" });
-  node.append(...axes(options, inner, x, y, low, high, height, width));
-  for (const line of lines) node.append(svg("g", { class: `ink${line.color}` }, shapes(line, x, y, options.isLog, inner.width)));
-  for (const rule of options.rules ?? []) {
-    const level = y(rule.value);
-    node.append(svg("line", { class: "rule", x1: MARGIN.left, x2: width - MARGIN.right, y1: level, y2: level }));
-  }
-  const cursor = svg("line", { class: "cursor", y1: MARGIN.top, y2: height - MARGIN.bottom });
-  node.append(cursor);
-  return {
-    node,
-    stepAt: (place) => Math.max(first, Math.min(last, first + ((place - MARGIN.left) / inner.width) * (last - first))),
-    move: (step) => {
-      cursor.setAttribute("x1", x(step));
-      cursor.setAttribute("x2", x(step));
-    },
-  };
-}
-
-function axes(options, inner, x, y, low, high, height, width) {
-  const parts = [];
-  const levels = options.isLog ? logTicks(low, high, 5) : ticks(low, high, 5);
-  for (const value of levels) {
-    parts.push(svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }));
-    parts.push(svg("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, short(value)));
-  }
-  for (const step of ticks(options.steps[0], options.steps[1], Math.max(2, inner.width / 110))) {
-    parts.push(svg("text", { x: x(step), y: height - 8, "text-anchor": "middle" }, String(step)));
-  }
-  return parts;
-}
-
-function shapes(line, x, y, isLog, width) {
-  const fits = (value) => Number.isFinite(value) && (!isLog || value > 0);
-  if (MARKS.includes(line.kind)) {
-    const marks = [];
-    line.steps.forEach((step, i) => fits(line.values[i]) && marks.push(marker(x(step), y(line.values[i]), line.kind)));
-    return marks;
-  }
-  if (line.kind === "band") {
-    const kept = [...line.steps.keys()].filter((i) => fits(line.values[i]) && fits(line.upper[i]));
-    const over = kept.map((i) => `${x(line.steps[i]).toFixed(1)} ${y(line.upper[i]).toFixed(1)}`);
-    const under = kept.map((i) => `${x(line.steps[i]).toFixed(1)} ${y(line.values[i]).toFixed(1)}`).reverse();
-    return kept.length ? [svg("path", { class: "band", d: `M${[...over, ...under].join("L")}Z` })] : [];
-  }
-  const dash = line.dash === "dots" ? "1.5 3" : line.dash ? "6 3" : null;
-  const path = (values, kind) => svg("path", { class: kind, d: track({ ...line, values }, x, y, fits, width), "stroke-dasharray": dash });
-  if (line.smooth) return [path(line.values, "line faint"), path(line.smooth, "line")];
-  const few = line.steps.length <= 60;
-  return [path(line.values, "line"), ...(few ? shapes({ ...line, kind: "points" }, x, y, isLog, width) : [])];
-}
-
-/** A path; of many points in a column of pixels only the lowest and the highest, in their order. */
-function track(line, x, y, fits, width) {
-  const { steps, values } = line;
-  const thin = steps.length > 4 * width;
-  let path = "";
-  let isDown = false;
-  const go = (i) => {
-    path += `${isDown ? "L" : "M"}${x(steps[i]).toFixed(1)} ${y(values[i]).toFixed(1)}`;
-    isDown = true;
-  };
-  for (let i = 0; i < steps.length; ) {
-    const column = Math.floor(x(steps[i]));
-    let [low, high, next] = [-1, -1, i];
-    for (; next < steps.length && (next === i || (thin && Math.floor(x(steps[next])) === column)); next += 1) {
-      if (!fits(values[next])) continue;
-      if (low < 0 || values[next] < values[low]) low = next;
-      if (high < 0 || values[next] > values[high]) high = next;
-    }
-    if (low < 0) isDown = false;
-    else {
-      go(Math.min(low, high));
-      if (low !== high) go(Math.max(low, high));
-    }
-    i = next;
-  }
-  return path;
+function drawRule(u, value) {
+  const [{ ctx }, y] = [u, u.valToPos(value, "y", true)];
+  ctx.save();
+  ctx.beginPath();
+  ctx.strokeStyle = themeColor("--text");
+  ctx.lineWidth = 1.2 * uPlot.pxRatio;
+  ctx.setLineDash([2, 3].map((length) => length * uPlot.pxRatio));
+  ctx.moveTo(u.bbox.left, y);
+  ctx.lineTo(u.bbox.left + u.bbox.width, y);
+  ctx.stroke();
+  ctx.restore();
 }

@@ -9,6 +9,9 @@ const ANCHORS = {
 export const MAPS = Object.keys(ANCHORS);
 export const INFINITE = [230, 0, 120];
 export const BELOW = [128, 128, 128];
+export const [NEGATIVE, POSITIVE] = [[222, 110, 8], [38, 128, 216]];
+export const UNSURE = [128, 128, 128, 48]; // what may be zero
+export const FAINTEST = 70; // opacity of the smallest values, of 255
 
 /** 256 colours as [r, g, b]. */
 export function colorTable(name) {
@@ -32,4 +35,10 @@ export function colorScale(name, low, high, isLog) {
     if (isLog && value <= 0) return BELOW;
     return table[Math.max(0, Math.min(255, Math.round((255 * (shape(value) - from)) / span)))];
   };
+}
+
+/** From value to [r, g, b, opacity] by its sign and the root of its size, on dark and light pages alike; null: no value. */
+export function signedScale(most) {
+  const strength = (value) => FAINTEST + (255 - FAINTEST) * Math.sqrt(Math.min(1, Math.abs(value) / most));
+  return (value) => (Number.isNaN(value) ? null : [...(value < 0 ? NEGATIVE : POSITIVE), Math.round(strength(value))]);
 }

@@ -1,8 +1,9 @@
 // A map of layers over steps: rows in model order, groups that fold, the value under the pointer.
 
-import { BELOW, INFINITE, colorScale, colorTable } from "./colors.js";
+import { steer } from "./axis.js";
+import { BELOW, FAINTEST, INFINITE, NEGATIVE, POSITIVE, UNSURE, colorScale, colorTable, signedScale } from "./colors.js";
 import { el, onWidth } from "./dom.js";
-import { median, nearest, range, short, ticks } from "./numbers.js";
+import { exact, median, nearest, range, short, stepText, stepTicks } from "./numbers.js";
 
 const LABELS = 260; // pixels
 const ROW = { compact: 4, readable: 17 };
@@ -39,19 +40,24 @@ function sharedPrefix(names) {
   return cut;
 }
 
-/** options: table {steps, layers, values}, steps [first, last], isLog, map, density, folded (Set of groups), chosen
- * (Set of layer names), pick(name), memory (keeps the cell and the place scrolled to). Returns the element. */
+/** options: table {steps, layers, values}, axis (the Axis of all charts), isLog, map, density, folded (Set of groups),
+ * chosen (Set of layer names), pick(name), memory (keeps the cell and the place scrolled to), isSigned (two colours by
+ * sign in place of map). A table with `errors` shows them, and values within two of them of zero are grey. Returns the
+ * element. */
 export function heatmap(options) {
-  const { table } = options;
+  const { table, axis } = options;
   const canvas = el("canvas", { tabindex: 0, role: "img", "aria-label": "layers over steps; arrow keys move, Enter shows a layer's curve" });
   const labels = el("div", { class: "rowlabels" });
   const box = el("div", { class: "cell", hidden: true });
   const tip = el("div", { class: "tip", hidden: true, role: "status", "aria-live": "polite" });
-  const area = el("div", { class: "maparea" }, canvas, box, tip);
+  const line = el("div", { class: "mapcursor" });
+  const area = el("div", { class: "maparea" }, canvas, line, box, tip);
   const root = el("div", { class: "map" }, labels, area);
-  const axis = el("div", { class: "mapaxis" });
-  const limits = range(table.values, (v) => Number.isFinite(v) && (!options.isLog || v > 0)) ?? [0, 1];
-  const color = colorScale(options.map, limits[0], limits[1], options.isLog);
+  const scale = el("div", { class: "mapaxis" });
+  const found = range(table.values, (v) => Number.isFinite(v) && (!options.isLog || v > 0)) ?? [0, 1];
+  const most = Math.max(...found.map(Math.abs)) || 1;
+  const limits = options.isSigned ? [-most, most] : found;
+  const color = options.isSigned ? signedScale(most) : colorScale(options.map, limits[0], limits[1], options.isLog);
   const groups = groupsOf(table.layers);
   const memory = options.memory ?? {};
   let layout = null;
@@ -61,15 +67,27 @@ export function heatmap(options) {
   const redraw = () => {
     layout = rowsOf(groups, options, table);
     paintLabels();
-    paint(canvas, layout, table, options.steps, width, color);
-    axis.replaceChildren(
-      ...ticks(options.steps[0], options.steps[1], Math.max(2, width / 110)).map((step) => {
+    repaint();
+  };
+  const place = (step) => (width * (step - axis.shown[0])) / (axis.shown[1] - axis.shown[0] || 1);
+  const repaint = () => {
+    paint(canvas, layout, table, axis.shown, width, color);
+    scale.replaceChildren(
+      ...stepTicks(...axis.shown, width / 110).map((step) => {
         const mark = el("span", {}, String(step));
-        mark.style.left = `${LABELS + (width * (step - options.steps[0])) / (options.steps[1] - options.steps[0] || 1)}px`;
+        mark.style.left = `${LABELS + Math.min(place(step), width - 6 * mark.textContent.length)}px`; // inside at the end
         return mark;
       }),
     );
+    move();
   };
+  const move = () => {
+    const [first, last] = axis.shown;
+    line.hidden = axis.step === null || axis.step < first || axis.step > last;
+    line.style.left = `${place(axis.cursor)}px`;
+  };
+  axis.join({ node: root, move, zoom: () => layout && (hide(), repaint()) });
+  steer(area, axis, () => ({ left: canvas.getBoundingClientRect().left, width }));
   const paintLabels = () => {
     const parts = layout.labels.map(({ y, height, text, group, index, inset }) => {
       const isFolded = group !== undefined && options.folded.has(group);
@@ -108,10 +126,12 @@ export function heatmap(options) {
     memory.cell = cursor = [row, column];
     const { y, height, name, read } = layout.rows[row];
     const step = table.steps[column];
-    const x = (width * (step - options.steps[0])) / (options.steps[1] - options.steps[0] || 1);
+    const x = place(step);
     box.hidden = tip.hidden = false;
     Object.assign(box.style, { left: `${x - 1}px`, top: `${y}px`, height: `${height}px` });
-    tip.replaceChildren(el("b", {}, short(read(column))), ` at step ${step}`, el("br"), name);
+    const error = layout.rows[row].error(column);
+    const about = Number.isNaN(error) ? "" : ` ± ${short(2 * error)}`;
+    tip.replaceChildren(el("b", {}, `${exact(read(column))}${about}`), ` at step ${stepText(step)}`, el("br"), name);
     const isRight = x > width / 2;
     Object.assign(tip.style, {
       top: `${Math.max(0, y - 8)}px`,
@@ -121,7 +141,7 @@ export function heatmap(options) {
   };
   canvas.addEventListener("pointermove", (event) => {
     const [row, column] = under(event);
-    if (row >= 0) point(row, column);
+    if (row >= 0 && !event.buttons) point(row, column);
   });
   canvas.addEventListener("pointerleave", hide);
   canvas.addEventListener("blur", hide);
@@ -133,8 +153,10 @@ export function heatmap(options) {
     else if (dy || dx) {
       const stride = event.shiftKey ? 10 : 1;
       const to = (value, most) => Math.max(0, Math.min(most - 1, value));
-      point(to(row + dy * stride, layout.rows.length), to(column + dx * stride, table.steps.length));
-    } else return;
+      const other = to(column + dx * stride, table.steps.length);
+      axis.moveTo(table.steps[other]);
+      point(to(row + dy * stride, layout.rows.length), other);
+    } else if (event.ctrlKey || event.metaKey || event.altKey || !axis.key(event.key)) return;
     event.preventDefault();
   });
   const choose = (row) => {
@@ -143,10 +165,9 @@ export function heatmap(options) {
     else if (layout.rows[row]) toggle(layout.rows[row].group);
   };
   const under = (event) => {
-    const place = canvas.getBoundingClientRect();
-    const y = event.clientY - place.top;
-    const share = (event.clientX - place.left) / place.width;
-    const step = options.steps[0] + share * (options.steps[1] - options.steps[0]);
+    const edges = canvas.getBoundingClientRect();
+    const y = event.clientY - edges.top;
+    const step = axis.shown[0] + ((event.clientX - edges.left) / edges.width) * (axis.shown[1] - axis.shown[0]);
     if (!layout) return [-1, 0]; // not on the screen yet
     return [layout.rows.findIndex((row) => y >= row.y && y < row.y + row.height), nearest(table.steps, step)];
   };
@@ -156,7 +177,7 @@ export function heatmap(options) {
     scrolled.scrollTop = memory.scroll ?? 0;
     if (memory.cell && memory.cell[0] < layout.rows.length) point(...memory.cell);
   });
-  const scrolled = el("div", { class: "mapscroll", onscroll: () => (memory.scroll = scrolled.scrollTop) }, root, axis);
+  const scrolled = el("div", { class: "mapscroll", onscroll: () => (memory.scroll = scrolled.scrollTop) }, root, scale);
   return el("div", {}, legend(options, limits), scrolled);
 }
 
@@ -165,13 +186,14 @@ function rowsOf(groups, options, table) {
   const [rows, labels] = [[], []];
   const layers = table.layers.length;
   const own = (index, column) => table.values[column * layers + index];
+  const wrong = (index, column) => (table.errors ? table.errors[column * layers + index] : NaN);
   let y = 0;
   for (const { key, members } of groups) {
     const several = members.length > 1;
     if (several && options.folded.has(key)) {
       const read = (column) => median(members.map((member) => own(member.index, column)));
       labels.push({ y, height: HEADER, text: `${key} (median of ${members.length})`, group: key });
-      rows.push({ y, height: HEADER, read, name: `${key}, median of ${members.length}`, group: key });
+      rows.push({ y, height: HEADER, read, error: () => NaN, name: `${key}, median of ${members.length}`, group: key });
       y += HEADER;
       continue;
     }
@@ -181,7 +203,7 @@ function rowsOf(groups, options, table) {
     const height = readable ? ROW.readable : Math.max(ROW.compact, HEADER / members.length);
     for (const { index, label } of members) {
       if (readable || !several) labels.push({ y, height, text: label, index, inset: several });
-      rows.push({ y, height, index, name: table.layers[index], read: (column) => own(index, column) });
+      rows.push({ y, height, index, name: table.layers[index], read: (column) => own(index, column), error: (column) => wrong(index, column) });
       y += height;
     }
   }
@@ -206,8 +228,9 @@ function paint(canvas, layout, table, steps, width, color) {
     for (let x = 0; x < width; ) {
       const column = columns[x];
       const shade = column < 0 ? null : color(row.read(column));
+      const isSure = column < 0 || !table.errors || Math.abs(row.read(column)) > 2 * row.error(column);
       for (; x < width && columns[x] === column; x += 1) {
-        if (shade) image.data.set([...shade, 255], 4 * (r * width + x));
+        if (shade) image.data.set(isSure ? [...shade, 255].slice(0, 4) : UNSURE, 4 * (r * width + x));
       }
     }
   });
@@ -224,7 +247,10 @@ function paint(canvas, layout, table, steps, width, color) {
 }
 
 function legend(options, [low, high]) {
-  const stops = colorTable(options.map).filter((_, i) => i % 15 === 0).map((rgb) => `rgb(${rgb})`);
+  const [weak, strong] = [FAINTEST / 255, 1];
+  const stops = options.isSigned
+    ? [[NEGATIVE, strong], [NEGATIVE, weak], [POSITIVE, weak], [POSITIVE, strong]].map(([rgb, a]) => `rgba(${rgb},${a})`)
+    : colorTable(options.map).filter((_, i) => i % 15 === 0).map((rgb) => `rgb(${rgb})`);
   const bar = el("span", { class: "bar", "aria-hidden": "true" });
   bar.style.background = `linear-gradient(to right, ${stops.join(",")})`;
   const key = (rgb, text) => {
@@ -237,7 +263,7 @@ function legend(options, [low, high]) {
     { class: "legend" },
     el("span", { class: "key" }, short(low), " ", bar, " ", short(high)),
     options.isLog ? key(BELOW, "zero or below") : null,
-    key(INFINITE, "infinite"),
+    options.table.errors ? key(UNSURE.slice(0, 3), "not sure: zero is within two standard errors") : key(INFINITE, "infinite"),
     el("span", { class: "key" }, "empty: no value"),
   );
 }

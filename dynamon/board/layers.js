@@ -5,7 +5,7 @@ import { MAPS } from "./colors.js";
 import { choice, el } from "./dom.js";
 import { groupsOf, heatmap } from "./heatmap.js";
 import { median } from "./numbers.js";
-import { ADD, empty, remembered, stepsOf } from "./views.js";
+import { ADD, empty, remembered } from "./views.js";
 
 const FIRST = ["gradient/dual", "gradient/l2", "noise/dual", "update/ratio"]; // what the view opens with
 const MOST = 5; // curves at a time
@@ -60,8 +60,8 @@ export async function layers(runs, state, actions) {
     map.querySelectorAll("button.layer").forEach((node) => node.setAttribute("aria-pressed", String(state.chosen.has(node.title))));
   };
   const density = state.density === "auto" ? (table.layers.length > 40 ? "compact" : "readable") : state.density;
-  const { folded, chosen, map: colors, cell } = state;
-  const map = heatmap({ table, steps: stepsOf(runs), isLog, map: colors, density, folded, chosen, pick, memory: cell });
+  const { folded, chosen, map: colors, cell, axis } = state;
+  const map = heatmap({ table, axis, isLog, map: colors, density, folded, chosen, pick, memory: cell });
   show();
   const shown = table.total > table.steps.length ? `Every ${Math.ceil(table.total / table.steps.length)}th of ${table.total} readings. ` : "";
   const note = `${shown}${table.layers.length} layers, ${table.steps.length} readings. Click a row for its curve.`;
@@ -78,12 +78,13 @@ function curvesOf(runs, tables, which, quantity, isLog, state) {
       if (index < 0) return [];
       const label = runs.length > 1 ? `${name} (${runs[i].label})` : name;
       const values = Float64Array.from(table.steps, (_, t) => table.values[t * table.layers.length + index]);
-      return [{ label, steps: table.steps, values, color: color + 1, dash: i !== which }];
+      const style = state.chosen.size === 1 && runs.length > 2 ? { color: i + 1 } : { color: color + 1, dash: i !== which };
+      return [{ label, steps: table.steps, values, ...style }];
     });
   });
   const count = own.layers.length;
   const middle = Float64Array.from(own.steps, (_, t) => median([...own.values.subarray(t * count, (t + 1) * count)]));
   lines.push({ label: "median of all layers", steps: own.steps, values: middle, color: 6, dash: "dots" });
   const note = lines.length > 1 ? null : "Click a row of the map to see a layer here.";
-  return lineChart({ ...remembered(runs, state, quantity), title: quantity, note, lines, isLog });
+  return lineChart({ ...remembered(state, quantity), title: quantity, note, lines, isLog });
 }

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dynamon.board.payload import SCALAR_POINTS, TABLE_POINTS, display_hints, pack_scalar, pack_table
-from dynamon.health import findings, loss_tag
+from dynamon.board.progress import packed_progress
+from dynamon.board.summary import summarise
+from dynamon.health import examine, loss_tag
 from dynamon.runs import assemble_run
 from dynamon.runs.event_files import EventFile, event_paths
 from dynamon.runs.event_log import Curve, EventLog, RowCurve
@@ -17,6 +19,7 @@ _KEPT = 8  # runs held in memory: the last ones requested
 _SEARCH_EVERY = 4.0  # seconds between searches for runs
 _LOOK_FOR = 0.5  # seconds per walk to search for readings in files that had none
 _READ_FOR = 0.5  # seconds of reading per answer; the rest follows with the next one
+_AGAIN = 15.0  # seconds for which the summary of a run that goes on is kept
 
 
 class LiveFolder:
@@ -49,9 +52,12 @@ class LiveFolder:
         self._folder = Path(folder).expanduser()
         self._lock = threading.Lock()
         self._found: dict[str, Path] = {}
+        self._written: dict[str, float] = {}
         self._searched_at = -_SEARCH_EVERY
         self._known: dict[Path, RunContents] = {}
         self._open: dict[str, LoggedRun] = {}
+        self._rows: dict[str, tuple[float, float, dict[str, Any]]] = {}  # when written, when summarised, the row
+        self._pending: tuple[str, LoggedRun] | None = None
 
     def names(self) -> list[str]:
         """List the names of the runs, ``"."`` for the folder itself.
@@ -69,6 +75,7 @@ class LiveFolder:
                 runs = select_runs(there, self._known, time.monotonic() + _LOOK_FOR)
                 self.skipped = len(there) - len(runs)
                 self._found = {run.name: run.path for run in runs}
+                self._written = {run.name: run.written for run in runs}
                 self._searched_at = time.monotonic()
                 for name in self._open.keys() - self._found.keys():
                     del self._open[name]
@@ -89,6 +96,43 @@ class LiveFolder:
             while len(self._open) > _KEPT:
                 del self._open[next(iter(self._open))]
             return run
+
+    def rows(self, read_for: float = _READ_FOR) -> list[dict[str, Any]]:
+        """Summarise all runs, in the order of :meth:`names`; those not read yet hold ``name`` and ``share`` only.
+
+        Cost: reads and checks runs for about ``read_for`` seconds, at least one of them; the others follow with later
+        calls. A run is read again once it was written to, at most every 15 seconds.
+        """
+        until = time.monotonic() + read_for
+        names = self.names()
+        for name in names:
+            if self._is_outdated(name):
+                self._read_row(name, until)
+                if time.monotonic() > until:
+                    break
+        return [self._rows[name][2] if name in self._rows else {"name": name, "share": 0} for name in names]
+
+    def _is_outdated(self, name: str) -> bool:
+        written, at, _ = self._rows.get(name, (-1.0, -_AGAIN, {}))
+        return written != self._written.get(name) and time.monotonic() - at >= _AGAIN
+
+    def _read_row(self, name: str, until: float) -> None:
+        """Read a run on, and summarise it once it is read; between calls only one that is not open is held."""
+        with self._lock:
+            path, written = self._found.get(name), self._written.get(name, 0.0)
+            if path is None:
+                return
+            pending = self._pending[1] if self._pending and self._pending[0] == name else None
+            run = self._open.get(name) or pending or LoggedRun(path)
+            self._pending = name, run
+        share = 0.0
+        while share < 1 and (share == 0 or time.monotonic() < until):
+            share = run.read(max(until - time.monotonic(), 0.0))
+        if share < 1:
+            return
+        row = {"name": name, **run.health()["summary"]}
+        with self._lock:
+            self._rows[name], self._pending = (written, time.monotonic(), row), None
 
 
 class LoggedRun:
@@ -113,7 +157,7 @@ class LoggedRun:
         self._epoch += 1
         self._files: dict[Path, EventFile] = {}
         self._log = EventLog()
-        self._health: tuple[int, list[dict[str, Any]]] | None = None
+        self._health: tuple[int, dict[str, Any]] | None = None
 
     def updates(self, epoch: int, since: int, read_for: float = _READ_FOR) -> dict[str, Any]:
         """Read on, and return what is new in the scalars.
@@ -155,6 +199,11 @@ class LoggedRun:
                 "loss": loss_tag(data.scalars),
             }
 
+    def read(self, read_for: float) -> float:
+        """Read for some seconds, and return the share of all bytes that is read."""
+        with self._lock:
+            return self._read(read_for)
+
     news = updates  # its earlier name, which scripts call
 
     def table(self, quantity: str, epoch: int, since: int) -> dict[str, Any]:
@@ -171,16 +220,36 @@ class LoggedRun:
                 news = pack_table(self._data(with_rows=False).tables[quantity])
             return answer | (news or {})
 
-    def findings(self) -> list[dict[str, Any]]:
-        """Return the findings of :mod:`dynamon.health` in what was read so far."""
+    def health(self) -> dict[str, Any]:
+        """Return what :mod:`dynamon.health` finds in what was read so far.
+
+        Returns:
+            ``findings``, ``checks``, and ``summary``, see :func:`dynamon.board.summary.summarise`.
+        """
         with self._lock:
             count, data = self._log.count, self._data()
             if self._health is not None and self._health[0] == count:
                 return self._health[1]
-        found = [finding.as_dict() for finding in findings(data)]  # without the lock, since it takes long
+        examined = examine(data)  # without the lock, since it takes long
+        found = {
+            "findings": [finding.as_dict() for finding in examined.findings],
+            "checks": [check.as_dict() for check in examined.checks],
+            "summary": summarise(data, examined),
+        }
         with self._lock:
             self._health = count, found
         return found
+
+    def findings(self) -> list[dict[str, Any]]:
+        """Return the findings in what was read so far."""
+        found: list[dict[str, Any]] = self.health()["findings"]
+        return found
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return the summary of :func:`dynamon.board.progress.packed_progress` of what was read so far."""
+        with self._lock:
+            data = self._data()
+        return packed_progress(data)
 
     def _data(self, with_rows: bool = True) -> RunData:
         """Return what was read so far; tables of tensor summaries without their rows if those are not needed."""

@@ -13,8 +13,17 @@ export function short(value) {
   if (Number.isNaN(value)) return "no value";
   if (!Number.isFinite(value)) return value > 0 ? "infinite" : "-infinite";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
+}
+
+/** As many digits as single precision needs, in which event files hold values. */
+export function exact(value) {
+  if (!Number.isFinite(value)) return short(value);
+  const single = Math.fround(value);
+  if (!Number.isFinite(single) || (single === 0 && value !== 0)) return short(value);
+  const digits = [1, 2, 3, 4, 5, 6, 7, 8, 9].find((count) => Math.fround(single.toPrecision(count)) === single);
+  return String(Number(single.toPrecision(digits)));
 }
 
 /** Round numbers between two, about `count` of them. */
@@ -27,6 +36,16 @@ export function ticks(low, high, count) {
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i += 1) found.push(i * step);
   return found;
+}
+
+/** A step as text; the middle of several may lie between two. */
+export function stepText(step) {
+  return String(Math.round(step));
+}
+
+/** Steps between two, about `count` of them. */
+export function stepTicks(first, last, count) {
+  return ticks(first, last, Math.max(2, Math.min(count, last - first))).filter(Number.isInteger);
 }
 
 /** Powers of ten between two positive numbers, with 2 and 5 times those where there is room for them. */

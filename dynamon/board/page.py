@@ -10,18 +10,24 @@ from importlib import resources
 from typing import Any
 
 MODULES = (
+    "uplot",
     "dom",
     "numbers",
     "colors",
+    "axis",
     "chart",
     "heatmap",
+    "place",
     "views",
     "layers",
+    "sweep",
+    "progress",
     "board",
 )  # each after those that it imports
 _IMPORT = re.compile(r"^import \{[^}]*\} from \"\./\w+\.js\";\n", re.M)
+_EXPORTS = re.compile(r"\nexport \{[^}]*\};\n")
 _START = """
-mount(document.getElementById("board"), JSON.parse(document.getElementById("data").textContent).map(packed));
+mountReport(document.getElementById("board"), JSON.parse(document.getElementById("data").textContent));
 """
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -48,10 +54,11 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     Names in the data are shown as text only. The page's content security policy lets no script run but the one inside.
 
     Args:
-        runs: Results of :func:`dynamon.board.payload.payload`, one or two of them.
+        runs: Results of :func:`dynamon.board.payload.payload`.
     """
-    script, style = _script(), _file("board.css")
-    title = "dynamon: " + " and ".join(str(run["name"]) for run in runs)
+    script, style = _script(), style_sheet()
+    names = [str(run["name"]) for run in runs]
+    title = "dynamon: " + (" and ".join(names) if len(names) < 3 else f"{len(names)} runs, {names[0]} and others")
     return _PAGE.format(
         title=html.escape(title),
         style=style,
@@ -68,14 +75,31 @@ def embedded(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+def module_names() -> tuple[str, ...]:
+    """Return the names of all modules: those of the page, and the one that TensorBoard loads."""
+    return *MODULES, "tab"
+
+
+def module(name: str) -> str:
+    """Return a module's source. ``uplot`` is the library as its authors build it, with its licence and an export."""
+    if name == "uplot":
+        return f"/*\n{_file('uplot/LICENSE')}\n*/\n{_file('uplot/uPlot.iife.min.js')}\nexport {{ uPlot }};\n"
+    return _file(f"{name}.js")
+
+
+def style_sheet() -> str:
+    """Return the styles of the library and of the board."""
+    return _file("uplot/uPlot.min.css") + "\n" + _file("board.css")
+
+
 def _script() -> str:
     """Join all modules: their imports of each other are removed, and so is ``export``."""
-    parts = [_IMPORT.sub("", _file(f"{name}.js")).replace("\nexport ", "\n") for name in MODULES]
+    parts = [_EXPORTS.sub("\n", _IMPORT.sub("", module(name))).replace("\nexport ", "\n") for name in MODULES]
     return "\n".join([*parts, _START])
 
 
 def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath(*name.split("/")).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -8,14 +8,15 @@ import importlib
 import re
 import threading
 from collections.abc import Callable
-from importlib import resources
+from functools import partial
 from typing import Any
 
 from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
-_KINDS = {".js": "text/javascript", ".css": "text/css"}
+from dynamon.board import page
+
 _REMOTE = re.compile(r"[a-zA-Z][\w+.-]+://")
 _Answer = Callable[[Any, Any], Any]  # from the runs and the arguments of the question
 
@@ -36,13 +37,16 @@ class DynamonPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard 
         self._folder: Any = None
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
-        """Return the routes: files of the board by name, and four requests."""
-        files = [path.name for path in resources.files(__package__).iterdir() if path.name.endswith(tuple(_KINDS))]
-        return {f"/{name}": _file(name) for name in files} | {
+        """Return the routes: files of the board by name, and six requests."""
+        modules = {f"/{name}.js": _file(partial(page.module, name), "text/javascript") for name in page.module_names()}
+        return modules | {
+            "/board.css": _file(page.style_sheet, "text/css"),
             "/runs": self._answers(lambda folder, _: _listing(folder, self._logdir)),
             "/run": self._answers(lambda folder, asked: _run(folder, asked).updates(*_known(asked))),
             "/table": self._answers(lambda folder, asked: _run(folder, asked).table(asked["quantity"], *_known(asked))),
-            "/health": self._answers(lambda folder, asked: {"findings": _run(folder, asked).findings()}),
+            "/health": self._answers(lambda folder, asked: _run(folder, asked).health()),
+            "/progress": self._answers(lambda folder, asked: {"progress": _run(folder, asked).progress()}),
+            "/rows": self._answers(lambda folder, _: {"rows": folder.rows()}),
         }
 
     def data_plugin_names(self) -> tuple[str, ...]:
@@ -114,11 +118,9 @@ def _known(asked: Any) -> tuple[int, int]:
     return asked.get("epoch", 0, type=int), asked.get("since", 0, type=int)
 
 
-def _file(name: str) -> Callable[..., Any]:
+def _file(read: Callable[[], str], kind: str) -> Callable[..., Any]:
     @Request.application
     def application(request: Request) -> Response:
-        kind = _KINDS[name[name.rindex(".") :]]
-        content = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-        return http_util.Respond(request, content, kind)
+        return http_util.Respond(request, read(), kind)
 
     return application

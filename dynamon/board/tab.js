@@ -1,11 +1,14 @@
 // The tab in TensorBoard: which runs to show, and what is new in them every few seconds.
 
-import { mount, unpackedScalar, unpackedTable } from "./board.js";
+import { mount, unpackedProgress, unpackedScalar, unpackedTable } from "./board.js";
 import { el } from "./dom.js";
+import { Place, listed } from "./place.js";
+import { MOST_RUNS } from "./sweep.js";
 import { ADD } from "./views.js";
 
 const EVERY = 2500; // milliseconds between two questions
 const NONE = ""; // the name of no run
+const MORE = "\n"; // stands for several, which the view of all runs chose
 const UNREAD = "The event files hold no readings: the run has only just begun, or they are damaged or of another kind.";
 
 /** TensorBoard calls this in the frame of the tab. */
@@ -20,13 +23,22 @@ export async function render() {
   await styled;
   const status = el("span", { class: "hint", role: "status" });
   const warning = el("span", { class: "hint", role: "alert" });
-  const first = el("select", { "aria-label": "run", onchange: () => poll() });
-  const second = el("select", { "aria-label": "run to compare with", onchange: () => poll() });
+  const first = el("select", { "aria-label": "run", onchange: () => choose([first.value, ...chosen.slice(1)]) });
+  const second = el("select", { "aria-label": "run to compare with", onchange: () => choose([chosen[0], second.value]) });
   const controls = el("span", { class: "runs" }, el("label", {}, "run ", first), el("label", {}, "compare with ", second), status, warning);
+  let chosen = listed(new Place().read() ?? {}, "run").slice(0, MOST_RUNS);
+  let known = [];
+  let lost = ""; // runs of the address that are not there
+  const choose = (names) => {
+    lost = "";
+    chosen = [...new Set(names)].filter((name) => name !== NONE && name !== MORE).slice(0, MOST_RUNS);
+    return poll();
+  };
+  const sweep = { count: () => known.length, rows: async () => (await asked("rows")).rows ?? [], choose };
   let board = null;
   const show = (runs, notice = null) => {
     if (board) board.update(runs, notice);
-    else board = mount(root, runs, { controls, hasTheme: !follows, notice });
+    else board = mount(root, runs, { controls, hasTheme: !follows, notice, sweep });
   };
 
   const opened = new Map();
@@ -58,9 +70,15 @@ export async function render() {
       show([], problem ? ["Nothing to show here", problem] : nothing(folder, unread));
       return EVERY;
     }
-    fill(first, names, names[0]);
-    fill(second, [NONE, ...names.filter((name) => name !== first.value)], NONE);
-    const chosen = [first.value, second.value].filter((name) => name !== NONE);
+    known = names;
+    const gone = chosen.filter((name) => !names.includes(name));
+    chosen = chosen.filter((name) => names.includes(name));
+    if (gone.length) lost = `There is no ${gone.join(", ")} here. `;
+    if (!chosen.length) chosen = [names[0]];
+    fill(first, names, chosen[0]);
+    const others = names.filter((name) => name !== chosen[0]);
+    const several = chosen.length > 2 ? [MORE] : [];
+    fill(second, [NONE, ...several, ...others], several[0] ?? chosen[1] ?? NONE, `${chosen.length - 1} runs`);
     for (const name of chosen) if (!opened.has(name)) opened.set(name, new Live(name));
     const runs = chosen.map((name) => opened.get(name));
     await Promise.all(runs.map((run) => run.refresh()));
@@ -76,15 +94,16 @@ export async function render() {
     const key = JSON.stringify(runs.map((run) => [run.label, run.epoch, run.count]));
     if (key !== shown) show(runs);
     shown = key;
+    const isReading = await board.tick();
     const share = Math.min(...runs.map((run) => run.share));
     status.textContent = share < 1 ? `reading, ${Math.floor(100 * share)} % …` : `step ${Math.max(...runs.map((run) => run.lastStep))}`;
     const damage = runs.flatMap((run) => run.damage);
-    warning.textContent = damage.length ? `${damage.length} part${damage.length > 1 ? "s" : ""} of the event files cannot be read` : "";
+    warning.textContent = lost + (damage.length ? `${damage.length} part${damage.length > 1 ? "s" : ""} of the event files cannot be read` : "");
     warning.title = damage.join("\n");
     if (share < 1) return 0;
     const found = await Promise.all(runs.map((run) => run.examine()));
     if (isCurrent() && found.some(Boolean)) board.examined();
-    return EVERY;
+    return isReading ? 0 : EVERY;
   };
   await poll();
 }
@@ -101,11 +120,11 @@ function nothing(folder, unread) {
   ];
 }
 
-/** Make the choices of a list those names, and keep what is chosen while it is there. */
-function fill(select, names, otherwise) {
-  const current = select.options.length && names.includes(select.value) ? select.value : otherwise;
-  if (JSON.stringify([...select.options].map((option) => option.value)) !== JSON.stringify(names)) {
-    select.replaceChildren(...names.map((name) => el("option", { value: name }, name === NONE ? "nothing" : name)));
+/** Make the choices of a list those names, and choose one. */
+function fill(select, names, current, more = "") {
+  const texts = names.map((name) => (name === NONE ? "nothing" : name === MORE ? more : name));
+  if (JSON.stringify([...select.options].map((option) => option.textContent)) !== JSON.stringify(texts)) {
+    select.replaceChildren(...names.map((name, i) => el("option", { value: name }, texts[i])));
   }
   select.value = current;
 }
@@ -119,7 +138,7 @@ async function asked(question, values = {}) {
 /** A run that is read from the server piece by piece; see `mount` for its properties. */
 class Live {
   constructor(name) {
-    Object.assign(this, { label: name, problem: null, findings: null, share: 0, damage: [] });
+    Object.assign(this, { label: name, problem: null, findings: null, checks: null, share: 0, damage: [] });
     this.forget(0);
   }
 
@@ -145,14 +164,25 @@ class Live {
   async examine() {
     if (this.examined === this.count) return false;
     const { count } = this;
-    const { findings, problem } = await asked("health", { run: this.label });
+    const { findings, checks, problem } = await asked("health", { run: this.label });
     if (problem) return false;
-    [this.findings, this.examined] = [findings, count];
+    [this.findings, this.checks, this.examined] = [findings, checks, count];
     return true;
   }
 
   scalar(tag) {
     return this.scalars.get(tag) ?? null;
+  }
+
+  async progress() {
+    if (!this.quantities.includes("progress/decrease")) return null;
+    if (this.summed?.epoch !== this.epoch || this.summed.count !== this.count) {
+      const { epoch, count } = this;
+      const { progress, problem } = await asked("progress", { run: this.label });
+      if (problem) throw new Error(problem);
+      this.summed = { epoch, count, found: progress && unpackedProgress(progress) };
+    }
+    return this.summed.found;
   }
 
   async table(quantity) {

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dynamon.cli import demo_options, report, schedule
+from dynamon.cli import advise, demo_options, report, schedule
 from dynamon.cli.refusal import RefusalError
 
-COMMANDS = (demo_options, report, schedule)
+COMMANDS = (demo_options, report, schedule, advise)
 _INTERRUPTED = 130  # what shells give for Ctrl-C
 
 

@@ -8,14 +8,17 @@ import lightning.pytorch as pl
 import numpy as np
 from numpy.typing import NDArray
 
+from dynamon.board.progress import LayerProgress, layer_progress
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.layers import describe_layers
 from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.norms import iid_dual_norm, update_norm
+from dynamon.runs.history import RunData
 
 _PROMISED = {
     "sharpness/stability_ratio": "sharpness",
     "noise/dual": "gradient noise",
+    "progress/decrease": "decrease by layer",
     "spectrum/sigma_max": "weights",
 }
 _TOLERANCE = 1.1  # of what the budget allows: what a reading costs varies on a busy machine
@@ -72,6 +75,9 @@ def summary(run: Outcome) -> list[str]:
         lines += _noise_lines(run)
     if "spectrum/sigma_max" in history:
         lines.append(_spectrum_line(run))
+    learned = layer_progress(RunData.of(history))
+    if learned is not None:
+        lines += _progress_lines(learned)
     cost = (
         f"cost          monitoring took {overhead:.2%} of training time (budget {run.budget:.0%} and {run.grace:.0f} s)"
     )
@@ -167,6 +173,23 @@ def _spectrum_line(run: Outcome) -> str:
         f"spectra       largest singular value {sigma.values[-1][top]:.3g} in {names[top]} "
         f"(certified to {gap:.1%}), lowest stable rank {rank.values[-1][low]:.3g} in {names[low]}"
     )
+
+
+def _progress_lines(learned: LayerProgress) -> list[str]:
+    names = _short(learned.layers)
+    order = np.argsort(-np.nan_to_num(learned.decrease))
+
+    def named(indices: NDArray[Any]) -> str:
+        shares = {i: "" if np.isnan(learned.share[i]) else f" ({learned.share[i]:.0%})" for i in indices}
+        return ", ".join(f"{names[i]} {learned.decrease[i]:.1g}{shares[i]}" for i in indices)
+
+    error = "" if np.isnan(learned.total_error) else f" ± {2 * learned.total_error:.1g}"
+    count = learned.readings
+    return [
+        f"progress      a step took {learned.total:.2g}{error} off the loss of the next batch, by {count} readings",
+        f"              most: {named(order[:3])}",
+        f"              least: {named(order[::-1][:3])}",
+    ]
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.runs.history import Series
+from dynamon.board.progress import layer_progress
+from dynamon.runs.history import RunData, Series
 from dynamon.schedule import linear_decay, smoothed_norms
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # distinct for colour-blind readers
@@ -23,7 +24,7 @@ def draw_run(
     steering: Mapping[str, Series] | None,
     strip: str = "",
 ) -> None:
-    """Draw loss, stability ratio, and maps of noise and rate ratio over layers and steps.
+    """Draw loss, stability ratio, and maps over layers and steps: noise, rate ratio, decrease of the loss.
 
     Args:
         path: The PNG to write.
@@ -41,16 +42,31 @@ def draw_run(
     ]
     if steering is not None:
         maps.append(("lr/ratio", "learning-rate ratio", steering, colors.Normalize(0, 1), "cividis"))
-    maps = [m for m in maps if m[0] in m[2]]
-    figure = _figure(13, 4.2 + 4.4 * bool(maps))
+    drawn = [(label, history[tag], norm, palette) for tag, label, history, norm, palette in maps if tag in history]
+    learned = layer_progress(RunData.of(monitor))
+    if learned is not None:
+        label = "decrease of the loss in a step: blue lowers it, red raises it"
+        means = Series(learned.steps, learned.over_time, learned.layers)
+        drawn.append((label, means, _signed_roots(np.nanmax(np.abs(means.values))), "RdBu"))
+    rows = -(-len(drawn) // 2)
+    figure = _figure(13, 4.2 + 4.4 * rows)
     figure.suptitle(title, fontsize=12)
-    grid = figure.add_gridspec(1 + bool(maps), 2, height_ratios=[1, 1.25][: 1 + bool(maps)])
+    grid = figure.add_gridspec(1 + rows, 2, height_ratios=[1, *[1.25] * rows])
     _draw_loss(figure.add_subplot(grid[0, 0]), loss, validation)
     _draw_stability(figure.add_subplot(grid[0, 1]), monitor, len(loss[0]))
-    for column, (quantity, label, history, norm, palette) in enumerate(maps):
-        where = grid[1, column] if len(maps) == 2 else grid[1, :]
-        _draw_map(figure, figure.add_subplot(where), history[quantity], label, norm, palette, strip)
+    for place, (label, series, norm, palette) in enumerate(drawn):
+        is_alone = place == len(drawn) - 1 and place % 2 == 0
+        where = grid[1 + place // 2, :] if is_alone else grid[1 + place // 2, place % 2]
+        _draw_map(figure, figure.add_subplot(where), series, label, norm, palette, strip)
     figure.savefig(path, dpi=_DPI)
+
+
+def _signed_roots(most: float) -> Any:
+    """Colours by signed square roots: small layers are seen beside large ones."""
+    from matplotlib import colors
+
+    roots = lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda r: np.sign(r) * np.square(r)  # noqa: E731
+    return colors.FuncNorm(roots, -most or -1.0, most or 1.0)
 
 
 def draw_schedule(path: Path, schedule: NDArray[Any], readings: Series, norm: str, tag: str) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from dynamon.board.page import page
 from dynamon.board.payload import payload
+from dynamon.board.progress import progress_lines
+from dynamon.board.summary import summarise
 from dynamon.cli.refusal import refusing
 from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
-from dynamon.health import Finding, findings, judged_loss, loss_tag
+from dynamon.health import Finding, examine, findings, judged_loss, loss_tag
 from dynamon.quantities import REGISTRY, Scope
 from dynamon.runs import read_run_data
 from dynamon.runs.folders import printable
@@ -33,12 +35,13 @@ def add_parser(commands: Any) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser(
         "report",
-        help="show a run: stability, layers, rates and health, as one HTML file or as text",
+        help="show a run, or several: stability, layers, rates and health, as one HTML file or as text",
         description="Show what dynamon's callbacks logged to TensorBoard or CSVLogger: as an HTML file that needs no "
-        "network, as a summary for the terminal, or what looks wrong as JSON. A run that was restarted in its folder "
-        "is shown as TensorBoard shows it, without the points that the restart made invalid.",
+        "network, as a summary for the terminal, or what looks wrong as JSON. Several runs make one table and one "
+        "picture of how they ended: final loss, highest stability ratio, health. A run that was restarted in its "
+        "folder is shown as TensorBoard shows it, without the points that the restart made invalid.",
     )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help=f"{RUN_HELP}; two are compared")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help=f"{RUN_HELP}; several are compared")
     parser.add_argument(
         "-o",
         "--output",
@@ -56,7 +59,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read one or two runs, check their health, show them.
+    """Read runs, check their health, show them.
 
     Args:
         options: The parsed options.
@@ -70,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     with refusing():
         _check(options)
         found = [_read(folder, options.loss) for folder in options.folders]
-        runs = [(_name(folder), data) for folder, data in found]
+        runs = list(zip(_names([folder for folder, _ in found]), [data for _, data in found], strict=True))
         _require_readings(runs)
         pairs = zip(options.folders, found, strict=True)
         selected = [line for folder, (run, _) in pairs if (line := selection_line(folder, run))]
@@ -79,16 +82,18 @@ def run(options: argparse.Namespace) -> int:
             print(json.dumps(_health(runs, options.loss), indent=2, allow_nan=False))
         elif options.text:
             _print(iter(selected))
+            _print(iter(_sweep(runs, options.loss)))
             _print(line for name, data in runs for line in summary(data, name, options.loss))
         else:
-            content = page([payload(data, name, options.loss) for name, data in runs])
-            written = _write(content, options.output)
-            _print(iter([*selected, written, *_health_lines(runs, options.loss)]))
+            packs = [payload(data, name, options.loss, len(runs)) for name, data in runs]
+            written = _write(page(packs), options.output)
+            told = (_told(pack, data, options.loss) for pack, (_, data) in zip(packs, runs, strict=True))
+            _print(chain(selected, [written], *told))
     return 0
 
 
 def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
-    """Describe a run in lines for a terminal: sparklines over its steps, extreme layers, health findings.
+    """Describe a run in lines for a terminal: sparklines over its steps, extreme layers, progress, health findings.
 
     Args:
         run: Its scalars and per-layer tables.
@@ -116,12 +121,20 @@ def summary(run: RunData, name: str, loss: str | None = None) -> Iterator[str]:
         yield "  layers, median of the last readings"
     for quantity, table in tables:
         yield f"  {quantity:20}  {_extremes(table)}"
+    lines = list(progress_lines(run))
+    if lines:
+        yield from ["", *lines]
     yield ""
-    found = findings(run, loss)
-    if not found:
+    examined = examine(run, loss)
+    if not examined.findings:
         yield "  health: nothing looks wrong"
-    for finding in found:
+    for finding in examined.findings:
         yield from _lines(finding)
+    checks = [check for check in examined.checks if check.value is not None]
+    yield ""
+    yield f"  checked, {len(checks)} of {len(examined.checks)} (the others lack readings)"
+    for check in checks:
+        yield f"  {check.severity or 'fine':8} {check.words}: {check.value}"
 
 
 def sparkline(series: Series, last_step: int, width: int = _WIDTH) -> str:
@@ -199,31 +212,33 @@ def _loss_source(run: RunData, loss: str | None) -> str:
     return judged.reason if judged.source in ("returned", "stated") else f"{judged.reason}; --loss TAG takes another"
 
 
-def _health_lines(runs: list[tuple[str, RunData]], loss: str | None) -> Iterator[str]:
-    for name, data in runs:
-        found = findings(data, loss)
-        counts = [
-            (kind, sum(one.severity == kind for one in found)) for kind in dict.fromkeys(f.severity for f in found)
-        ]
-        health = ", ".join(f"{number} {kind}{'s' * (number > 1)}" for kind, number in counts) or "nothing looks wrong"
-        yield f"health        {name}: {health}"
-        yield f"loss          {name}: {_loss_source(data, loss)}"
+def _told(pack: dict[str, Any], data: RunData, loss: str | None) -> Iterator[str]:
+    """Say how healthy a run is, and by which loss."""
+    yield f"health        {pack['name']}: {_counted(pack['summary']['counts'])}"
+    yield f"loss          {pack['name']}: {_loss_source(data, loss)}"
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """Describe numbers of findings by severity."""
+    parts = [f"{number} {kind}{'s' * (number > 1)}" for kind, number in counts.items() if number]
+    return ", ".join(parts) or "nothing looks wrong"
 
 
 def _health(runs: list[tuple[str, RunData]], loss: str | None) -> list[dict[str, Any]]:
+    examined = [(name, data, examine(data, loss)) for name, data in runs]
     return [
         {
             "run": name,
             "loss": loss or loss_tag(data.scalars),
-            "findings": [one.as_dict() for one in findings(data, loss)],
+            "findings": [one.as_dict() for one in found.findings],
+            "checks": [one.as_dict() for one in found.checks],
+            "summary": summarise(data, found),
         }
-        for name, data in runs
+        for name, data, found in examined
     ]
 
 
 def _check(options: argparse.Namespace) -> None:
-    if len(options.folders) > 2:
-        raise ValueError(f"give one run, or two to compare; got {len(options.folders)}.")
     if options.output is not None and (options.text or options.json):
         raise ValueError("--output names the file of the page; --text and --json print, so leave it out.")
 
@@ -241,7 +256,7 @@ def _read(folder: Path, loss: str | None) -> tuple[Path, RunData]:
 
 
 def _require_readings(runs: list[tuple[str, RunData]]) -> None:
-    """Refuse if no run holds readings of dynamon; one of two may hold none, as a baseline."""
+    """Refuse if no run holds readings of dynamon; some of several may hold none, as a baseline."""
     missing = [[one for one in findings(data) if one.rule == "dynamon/nothing"] for _, data in runs]
     if all(missing):
         finding = missing[0][0]
@@ -249,9 +264,28 @@ def _require_readings(runs: list[tuple[str, RunData]]) -> None:
         raise ValueError(f"{names}: {finding.message} {finding.advice}")
 
 
-def _name(folder: Path) -> str:
-    """Return the last two parts of the path; the last alone is often ``version_0``."""
-    return printable("/".join(folder.resolve().parts[-2:]).lstrip("/"))
+def _names(folders: list[Path]) -> list[str]:
+    """Name each by the last two parts of its path, since the last is often ``version_0``, or by as many as differ."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(2, max(map(len, parts)) + 1):
+        names = ["/".join(one[-length:]).lstrip("/") for one in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return [printable(name) for name in names]
+
+
+def _sweep(runs: list[tuple[str, RunData]], loss: str | None) -> Iterator[str]:
+    """Print a table of several runs, one row for each."""
+    if len(runs) < 2:
+        return
+    rows = [{"name": name, **summarise(data, examine(data, loss))} for name, data in runs]
+    width = max(len(row["name"]) for row in rows)
+    columns = {"rate": "highest rate", "final": "final loss", "lowest": "lowest loss", "ratio": "highest ratio"}
+    yield f"  {'':{width}}  {'steps':>8}" + "".join(f"  {title:>13}" for title in columns.values()) + "  health"
+    for row in rows:
+        cells = "".join(f"  {'-' if row[key] is None else format(float(row[key]), '.4g'):>13}" for key in columns)
+        yield f"  {row['name']:{width}}  {row['steps']:>8}{cells}  {_counted(row['counts'])}"
+    yield ""
 
 
 def _print(lines: Iterator[str], stream: TextIO | None = None) -> None:

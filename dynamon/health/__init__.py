@@ -9,56 +9,40 @@ Rules use the loss that ``training_step`` returned. If only logged tags are know
 is used, and why.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
+from dynamon.health.checks import RULES, Check
 from dynamon.health.finding import SEVERITIES, Finding
-from dynamon.health.gradients import (
-    dead_gradients,
-    growing_gradients,
-    hard_clipping,
-    no_gradients,
-    nonfinite_gradients,
-    unused_layers,
-    vanished_by_clipping,
-)
-from dynamon.health.loss import (
-    LOSS_TAG,
-    JudgedLoss,
-    Loss,
-    broken_loss,
-    constant_loss,
-    diverging,
-    judged_loss,
-    loss_tag,
-    unstable,
-)
-from dynamon.health.monitoring import failed_measurements, missing_readings, steering_at_bounds
-from dynamon.health.weights import collapsed_ranks, exploding_weights, large_updates, no_updates, stopped_layers
+from dynamon.health.loss import LOSS_TAG, JudgedLoss, Loss, judged_loss, loss_tag
 from dynamon.runs.history import RunData, Series
 
-__all__ = ["LOSS_TAG", "SEVERITIES", "Finding", "JudgedLoss", "findings", "judged_loss", "loss_tag"]
+__all__ = [
+    "LOSS_TAG",
+    "SEVERITIES",
+    "Check",
+    "Examination",
+    "Finding",
+    "JudgedLoss",
+    "examine",
+    "findings",
+    "judged_loss",
+    "loss_tag",
+]
 
-RULES: tuple[Callable[[RunData, Loss], Iterator[Finding]], ...] = (
-    broken_loss,
-    diverging,
-    constant_loss,
-    unstable,
-    nonfinite_gradients,
-    no_gradients,
-    vanished_by_clipping,
-    growing_gradients,
-    hard_clipping,
-    no_updates,
-    stopped_layers,
-    large_updates,
-    dead_gradients,
-    unused_layers,
-    exploding_weights,
-    collapsed_ranks,
-    steering_at_bounds,
-    failed_measurements,
-    missing_readings,
-)
+
+class Examination(NamedTuple):
+    """Hold what :func:`examine` returns.
+
+    Attributes:
+        findings: What looks wrong, the most severe first, and of equal ones the earliest.
+        checks: What each rule checked, with the value that it saw.
+        loss: The training loss as the rules see it.
+    """
+
+    findings: list[Finding]
+    checks: list[Check]
+    loss: Loss
 
 
 def findings(run: RunData | Mapping[str, Series], loss: str | None = None) -> list[Finding]:
@@ -83,9 +67,49 @@ def findings(run: RunData | Mapping[str, Series], loss: str | None = None) -> li
         >>> found.rule, found.severity, found.step
         ('loss/nonfinite', 'fault', 120)
     """
+    data, known = _known(run, loss)
+    return _sorted(finding for rule in RULES for finding in rule.find(data, known))
+
+
+def examine(run: RunData | Mapping[str, Series], loss: str | None = None) -> Examination:
+    """Apply all rules, and list what each of them saw.
+
+    Args:
+        run: As for :func:`findings`.
+        loss: Likewise.
+
+    Raises:
+        TypeError: Likewise.
+
+    Cost: twice that of :func:`findings` at most.
+
+    Example:
+        >>> import numpy as np
+        >>> from dynamon.health import examine
+        >>> from dynamon.runs import Series
+        >>> examined = examine({"train/loss": Series(np.arange(20), 1 / np.arange(1, 21))})
+        >>> examined.checks[0].words, examined.checks[0].value
+        ('loss is finite', '0 of 20 readings not finite')
+    """
+    data, known = _known(run, loss)
+    found = [list(rule.find(data, known)) for rule in RULES]
+    checks = [
+        Check(rule.words, rule.seen(data, known), rule.limit, rule.needs, _worst(own))
+        for rule, own in zip(RULES, found, strict=True)
+    ]
+    return Examination(_sorted(finding for own in found for finding in own), checks, known)
+
+
+def _known(run: RunData | Mapping[str, Series], loss: str | None) -> tuple[RunData, Loss]:
     if not isinstance(run, RunData | Mapping):
         raise TypeError(f"run must be RunData or a mapping of tags to series, got {type(run).__name__}.")
     data = run if isinstance(run, RunData) else RunData.of(run)
-    known = Loss(data.scalars, judged_loss(data.scalars, loss))
-    found = [finding for rule in RULES for finding in rule(data, known)]
+    return data, Loss(data.scalars, judged_loss(data.scalars, loss))
+
+
+def _sorted(found: Iterable[Finding]) -> list[Finding]:
     return sorted(found, key=lambda finding: (SEVERITIES.index(finding.severity), finding.step))
+
+
+def _worst(found: list[Finding]) -> str | None:
+    return min((finding.severity for finding in found), key=SEVERITIES.index, default=None)

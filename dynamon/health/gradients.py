@@ -223,17 +223,22 @@ def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     )
 
 
-def _jump(logs: NDArray[Any]) -> tuple[int, float] | None:
-    """Find where a series of logarithms first leaves its past upwards for good, and by which factor."""
-    if len(logs) < PAST + CONSECUTIVE:
-        return None
+def rises(logs: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return how far a series of logarithms is above its past at each window of readings, and where it left it."""
     windows = np.lib.stride_tricks.sliding_window_view(logs, PAST + CONSECUTIVE)
     past, now = np.sort(windows[:, :PAST], axis=1), np.sort(windows[:, PAST:], axis=1)
     middle = (past[:, (PAST - 1) // 2] + past[:, PAST // 2]) / 2
     spread = 1.4826 * np.median(np.abs(past - middle[:, None]), axis=1)
     rise = now[:, CONSECUTIVE // 2] - middle
     limit = np.maximum(math.log(JUMP), NOISE_SIGMAS * np.maximum(spread, noise_level(logs)))
-    hit = (rise > limit) & (now[:, 0] > past[:, -2])  # of the past one reading may have been as high
+    return rise, (rise > limit) & (now[:, 0] > past[:, -2])  # of the past one reading may have been as high
+
+
+def _jump(logs: NDArray[Any]) -> tuple[int, float] | None:
+    """Find where a series of logarithms first leaves its past upwards for good, and by which factor."""
+    if len(logs) < PAST + CONSECUTIVE:
+        return None
+    rise, hit = rises(logs)
     if not hit.any():
         return None
     first = int(np.argmax(hit))

@@ -57,6 +57,15 @@ def failed_measurements(data: RunData, loss: Loss) -> Iterator[Finding]:
         )
 
 
+def solves(data: RunData) -> tuple[int, int]:
+    """Count the eigenvalue solves that converged, and those that did not."""
+
+    def count(ending: str) -> int:
+        return sum(len(data.scalars.get(f"sharpness/{name}{ending}", ())) for name in _EIGENVALUES)
+
+    return count(""), count("_unconverged")
+
+
 def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find readings that the budget did not allow, only if related ones exist: else they were not requested."""
     scalars, overhead = data.scalars, data.scalars.get("dynamon/overhead")
@@ -71,8 +80,7 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             else "A monitor was present. If optimizers took steps: " + _RAISE,
         )
         return
-    converged = sum(len(scalars.get(f"sharpness/{name}", ())) for name in _EIGENVALUES)
-    unsolved = sum(len(scalars.get(f"sharpness/{name}_unconverged", ())) for name in _EIGENVALUES)
+    converged, unsolved = solves(data)
     along = any(f"sharpness/{name}" in scalars for name in ("directional", "critical", "critical_multiple"))
     everything = "gradient/norm" in scalars and "weight/operator" in data.tables
     failed = "dynamon/failures" in scalars and scalars["dynamon/failures"].values[-1] > 0  # which gives the reason

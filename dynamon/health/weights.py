@@ -1,8 +1,10 @@
 """Rules on weights that do not move, stop, move too far, explode, or lose their rank."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dynamon.health.finding import Finding, name_layers
 from dynamon.health.gradients import dead_columns
@@ -156,26 +158,30 @@ def large_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     )
 
 
-def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Find norms that grow 10 times within ten readings, or 100 times overall; those from zero against the others."""
+def norm_levels(data: RunData) -> Iterator[tuple[str, NDArray[Any], NDArray[Any], float]]:
+    """Yield name, steps and smoothed operator norm of each layer, and its usual size: its first, or that of others."""
     table = data.tables.get("weight/operator")
     if table is None or len(table) < 2 * CONSECUTIVE:
         return
-    usual = (
-        float(np.median(finite_or_zero(table.values)[:3][table.values[:3] > 0]))
-        if (table.values[:3] > 0).any()
-        else 0.0
-    )
-    hits = []
+    early = finite_or_zero(table.values)[:3]
+    usual = float(np.median(early[early > 0])) if (early > 0).any() else 0.0
     for name, steps, values in layer_columns(data, "weight/operator"):
         if len(values) < 2 * CONSECUTIVE:
             continue
         level = running_median(values, 3)
         base = max(float(level[2]), usual)
+        if base > 0:
+            yield name, steps, level, base
+
+
+def exploding_weights(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Find norms that grow 10 times within ten readings, or 100 times overall; those from zero against the others."""
+    hits = []
+    for name, steps, level, base in norm_levels(data):
         before = np.maximum(np.concatenate([np.full(10, level[2]), level])[: len(level)], base)
         hit = (level > JUMP * before) | (level > JUMP**2 * base)
         start = final_stretch(hit | (level > JUMP * base) & (np.cumsum(hit) > 0))
-        if base > 0 and len(level) - start >= 3:
+        if len(level) - start >= 3:
             hits.append((int(steps[start]), float(level[-1] / base), name))
     if hits:
         step, times = min(hit[0] for hit in hits), max(hit[1] for hit in hits)

@@ -7,6 +7,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ _FRAMEWORKS = frozenset({"torch", "numpy", "lightning", "lightning_fabric", "pyt
 _DEEPEST, _LONGEST, _MOST = 4, 1000, 10_000  # levels, entries of a container, fingerprints: bound the time
 
 
-def external_state(module: nn.Module, step: Callable[..., Any] | None = None) -> dict[str, str]:
+def external_state(module: nn.Module, step: Callable[..., Any] | None = None, counts: bool = True) -> dict[str, str]:
     """Fingerprint what a module reaches and :func:`dynamon.isolation.preserve.preserve_state` does not restore.
 
     Covered: attributes of objects of the user's own classes, positions of open files and iterators, states of random
@@ -31,12 +32,13 @@ def external_state(module: nn.Module, step: Callable[..., Any] | None = None) ->
 
     Args:
         module: The module.
-        step: Its training step.
+        step: Its training step, or another function or callable object that computes the loss.
+        counts: Whether plain values and lengths of containers outside the module matter as well; those of iterators do.
 
     Returns:
         A fingerprint by name, to be compared with a later one by :func:`changed_names`.
     """
-    walk = _Walk(module)
+    walk = _Walk(module, counts)
     for path, part in module.named_modules():
         place = ".".join(filter(None, (type(module).__name__, path)))
         for name, value in vars(part).items():
@@ -55,7 +57,8 @@ def changed_names(before: Mapping[str, str], after: Mapping[str, str]) -> list[s
 class _Walk:
     """Visits objects, each once."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, counts: bool) -> None:
+        self._counts = counts
         self.marks: dict[str, str] = {}
         self._seen = {id(part) for part in module.modules()}
         self._seen |= {id(t) for t in (*module.parameters(), *module.buffers())}
@@ -63,7 +66,7 @@ class _Walk:
     def visit(self, value: Any, name: str, depth: int = 0, restored: bool = False) -> None:
         """Fingerprint a value and its contents; ``restored``: plain values and containers here are restored anyway."""
         if isinstance(value, _PLAIN):
-            if not restored:
+            if not restored and self._counts:
                 self.marks[name] = repr(value)
             return
         if id(value) in self._seen or depth > _DEEPEST or len(self.marks) > _MOST:
@@ -74,11 +77,13 @@ class _Walk:
         elif (mark := _mark(value, restored)) is not None:
             self.marks[name] = mark
         elif _is_own(value):
+            counts, self._counts = self._counts, self._counts or hasattr(type(value), "__next__")
             for key, part in list(vars(value).items()):
                 self.visit(part, f"{name}.{key}", depth + 1)
+            self._counts = counts
 
     def _visit_entries(self, value: Any, name: str, depth: int, restored: bool) -> None:
-        if not restored:
+        if not restored and self._counts:
             self.marks[name] = str(len(value))
         if len(value) <= _LONGEST:
             items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -121,10 +126,18 @@ def _is_own(value: Any) -> bool:
 
 
 def _names_of(step: Callable[..., Any] | None) -> dict[str, Any]:
-    """Return the globals and closure variables that a function names, without functions, classes and modules."""
+    """Return the globals and closure variables that a function names, without functions and classes.
+
+    Of a bound method the object as well, of a callable object the object, of a partial what it binds.
+    """
+    if isinstance(step, partial):
+        bound = {f"argument {key}": value for key, value in [*enumerate(step.args), *step.keywords.items()]}
+        return {**bound, **_names_of(step.func)}
     function = getattr(step, "__func__", step)
+    owner = getattr(step, "__self__", None if isinstance(function, FunctionType) else step)
+    owned = {} if owner is None else {type(owner).__name__: owner}
     if not isinstance(function, FunctionType):
-        return {}
+        return owned
     code, cells = function.__code__, function.__closure__ or ()
     found = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
     for name, cell in zip(code.co_freevars, cells, strict=True):
@@ -132,4 +145,4 @@ def _names_of(step: Callable[..., Any] | None) -> dict[str, Any]:
             found[name] = cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    return {name: value for name, value in found.items() if not isinstance(value, type | FunctionType)}
+    return owned | {name: value for name, value in found.items() if not isinstance(value, type | FunctionType)}

@@ -1,4 +1,4 @@
-"""What monitoring costs, and what it may cost."""
+"""Add up what monitoring costs, and what it may cost."""
 
 import math
 import time
@@ -15,13 +15,83 @@ _EVENTS = 64  # measurements whose device time nobody has asked for yet
 _SAMPLED = 16  # without events, of what is charged at every step and reads nothing, one in so many is waited for
 
 
+class Ledger:
+    """Adds up what the monitors of one run have spent, and what they may spend together.
+
+    The largest share and the largest grace that one of them was given hold for all. Monitors without a limit, and
+    readings at fixed steps, are outside of it: they take what they take, and the others have theirs.
+
+    Attributes:
+        budgets: The budgets of the monitors.
+    """
+
+    def __init__(self) -> None:
+        """Start without a monitor."""
+        self.budgets: list[Budget] = []
+
+    def add(self, budget: "Budget") -> None:
+        """Take in a monitor's budget, once."""
+        self.budgets = [*(one for one in self.budgets if one is not budget), budget]
+        budget.ledger = self
+
+    @property
+    def limited(self) -> "list[Budget]":
+        """Return those that limit anything."""
+        return [budget for budget in self.budgets if budget.fraction is not None and budget.is_planned]
+
+    @property
+    def fraction(self) -> float:
+        """Share of training time that may be spent."""
+        return max((budget.fraction or 0.0 for budget in self.limited), default=0.0)
+
+    @property
+    def grace(self) -> float:
+        """Seconds that may be spent beyond the share, once."""
+        return max((budget.grace for budget in self.limited), default=0.0)
+
+    @property
+    def training(self) -> float:
+        """Seconds of training so far without what any monitor took."""
+        running = max((budget.running for budget in self.budgets), default=0.0)
+        return max(running - sum(budget.spent for budget in self.budgets), 1e-9)
+
+    @property
+    def spent(self) -> float:
+        """Seconds spent of what may be spent."""
+        return sum(
+            budget.spent - sum(budget.spent_on.get(name, 0.0) for name in budget.fixed) for budget in self.limited
+        )
+
+    @property
+    def booked(self) -> float:
+        """Seconds that all monitors have spent, and waited for what training had queued."""
+        return sum(budget.spent + budget._waited for budget in self.budgets)
+
+    @property
+    def allowed(self) -> float:
+        """Seconds that may have been spent by now."""
+        return self.fraction * self.training + self.grace
+
+    @property
+    def left(self) -> float:
+        """Seconds that may be spent now."""
+        for budget in self.budgets:
+            budget._collect()
+        return self.allowed - self.spent
+
+
 class Budget:
-    """Times the measurements and the training around them.
+    """Times the measurements of a monitor and the training around them.
 
     Args:
         fraction: Most that measurements may take, as a share of the training time without them; None for
             no limit.
         grace: Seconds that they may take beyond that, once.
+
+    Attributes:
+        ledger: What it shares with the other monitors of the run.
+        is_planned: Whether it limits anything: not where everything is read at fixed steps.
+        fixed: Names of the measurements that are taken at fixed steps all the same.
 
     On a GPU a measurement is timed by CUDA events as well, since its work is only queued when the host
     moves on; the larger of the two times counts, and events are read when they have passed. A measurement that waits
@@ -33,6 +103,9 @@ class Budget:
     def __init__(self, fraction: float | None, grace: float = 0.0) -> None:
         """Start with nothing spent."""
         self.fraction, self.grace = fraction, grace
+        self.is_planned, self.fixed = True, frozenset[str]()
+        self.ledger = Ledger()
+        self.ledger.add(self)
         self.spent = 0.0
         self.spent_on: dict[str, float] = {}
         self.last: dict[str, float] = {}
@@ -50,7 +123,7 @@ class Budget:
         self._since = now
 
     def rewind(self) -> None:
-        """What passed since training last began or went on was something else: a search, say."""
+        """Forget what passed since training last began or went on: it was something else, a search, say."""
         self._since = None
 
     def stop(self) -> None:
@@ -64,8 +137,8 @@ class Budget:
 
     @property
     def training(self) -> float:
-        """Seconds of training so far without the measurements."""
-        return max(self.running - self.spent, 1e-9)
+        """Seconds of training so far without the measurements of all monitors."""
+        return self.ledger.training
 
     @property
     def overhead(self) -> float:
@@ -74,11 +147,8 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds that measurements may take now: of the share and of the grace what is not spent."""
-        if self.fraction is None:
-            return math.inf
-        self._collect()
-        return self.fraction * self.training + self.grace - self.spent
+        """Seconds that measurements may take now: of the share and of the grace what no monitor has spent."""
+        return math.inf if self.fraction is None else self.ledger.left
 
     @contextmanager
     def charge(self, name: str, device: torch.device | None = None, waits: bool = False) -> Iterator[None]:
@@ -94,7 +164,7 @@ class Budget:
             yield
 
     def _clock(self, name: str, device: torch.device, waits: bool) -> AbstractContextManager[None]:
-        """What tells how long a measurement takes on a device."""
+        """Return what tells how long a measurement takes on a device."""
         if device.type == "cuda":
             return self._by_events(name, device, waits)
         wait = waiter(device)
@@ -152,7 +222,7 @@ class Budget:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What passes inside is a wait for what training has queued: nobody's cost."""
+        """Book to nobody what passes inside: a wait for what training has queued."""
         begin = time.perf_counter()
         try:
             yield
@@ -161,15 +231,15 @@ class Budget:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Book what passes inside beyond what is charged there: start-up, deciding what to measure."""
-        begin, known = time.perf_counter(), self.spent + self._waited
+        """Book what passes inside beyond what any monitor is charged there: start-up, deciding what to measure."""
+        begin, known = time.perf_counter(), self.ledger.booked
         try:
             yield
         finally:
             seconds = time.perf_counter() - begin
             if self._since is None:  # before the first batch
                 self._running += seconds
-            self.book("hooks", max(seconds - (self.spent + self._waited - known), 0.0))
+            self.book("hooks", max(seconds - (self.ledger.booked - known), 0.0))
 
     @property
     def grace_left(self) -> float:

@@ -19,7 +19,7 @@ from dynamon.monitoring.weight_monitor import WeightMonitor
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset measures at most how often, before the budget stretches it.
+    """Hold what a preset measures, and how often at most, before the budget stretches it.
 
     Attributes:
         gradients: Steps between gradient readings.
@@ -38,7 +38,7 @@ class Preset:
     histograms: bool = False
 
 
-_ECONOMY = ("stability_ratio", "directional", "critical")
+_ECONOMY = ("stability_ratio", "directional", "critical", "progress")
 _EXPENSIVE = ("next", "preconditioned", "ggn", "trace", "density")  # asked for by name, in SharpnessMonitor
 PRESETS = {
     "economy": Preset(gradients=4, weights=20, sharpness=20, probe_fraction=0.25, quantities=_ECONOMY),
@@ -66,7 +66,8 @@ class DynamicsMonitor(Monitor):
     preset        gradients every  weights every   sharpness every   sharpness
     ============  ===============  ==============  ================  =============================================
     ``economy``   4 steps          20 steps        20 steps          stability ratio, directional and critical
-                                                                     sharpness, on a quarter of a batch
+                                                                     sharpness, on a quarter of a batch; progress
+                                                                     by layer, on the next batch
     ``standard``  2 steps          10 steps        20 steps          with the Hessian and the bracket
     ``full``      1 step           5 steps         10 steps          with batch sharpness, the top eigenspace and
                                                                      every layer's block, on a whole batch; histograms

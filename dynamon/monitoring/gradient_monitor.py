@@ -48,12 +48,13 @@ class GradientMonitor(Monitor):
     Args:
         every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
             that is. None: as often as ``budget`` allows, every fourth step at most.
-        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
+        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None. Several monitors
+            in one run share one budget and one grace, the largest that one of them has.
         layers: Globs for the layers shown one by one, ``!`` excludes: ``["blocks.*", "!*.bias"]``.
         loggers: Loggers to write to by part of the class name, class or object (``["tensorboard"]``); None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         histograms: Write a histogram of each layer's gradient to TensorBoard, every tenth reading.
-        grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
         roles: Roles of layers by glob (``{"stem.*": "embedding"}``) where they are guessed wrongly, as ``overrides`` of
             :func:`dynamon.layers.describe_layers`. What was guessed from a name is logged once.
         geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which

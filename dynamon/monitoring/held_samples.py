@@ -38,6 +38,7 @@ class HeldSamples(Meter):
 
     Attributes:
         off: Whether nothing is kept or measured.
+        saves: Whether checkpoints hold the samples.
         share: Of one batch, roughly: what an evaluation costs in training steps.
         samples_in_all: Samples of all processes, None where they cannot be told apart.
         second_in_all: Whether all have their second set.
@@ -60,7 +61,7 @@ class HeldSamples(Meter):
         self.loss_fn = loss_fn
         self.share = batches * fraction  # of one batch, roughly: what an evaluation costs in training steps
         self._batches, self._fraction, self._size, self._weight = batches, fraction, size, weight
-        self._save = save
+        self.saves = save
         self._sets: list[list[Kept]] = [[], []] if second else [[]]
         self.off = False
         self.samples_in_all: int | None = None
@@ -135,7 +136,7 @@ class HeldSamples(Meter):
             self._newest = None
 
     def _leave_skipped(self, run: RunContext) -> None:
-        """What was kept of a batch that training has skipped gives way to the next one."""
+        """Let what was kept of a batch that training has skipped give way to the next one."""
         skipped, self._newest = self._newest, None
         if skipped is None or self.loss_fn is not None or run.ranks.is_distributed:  # Lightning refuses it under DDP
             return
@@ -144,7 +145,7 @@ class HeldSamples(Meter):
 
     def _kept(self, batch: Any, samples: int | None, is_cut: bool, index: int, is_tried: bool = False) -> Kept:
         weight = self._weight_of(batch, samples)
-        return Kept(batch, index, samples, weight, is_cut, is_tried, numbers_of(batch) if self._save else None)
+        return Kept(batch, index, samples, weight, is_cut, is_tried, numbers_of(batch) if self.saves else None)
 
     def _say(self, what: str, sentence: str) -> None:
         if what not in self._told:
@@ -158,11 +159,11 @@ class HeldSamples(Meter):
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to measure on, on this process."""
+        """Return whether there is something to measure on, on this process."""
         return not self.off and bool(self._sets[0])
 
     def is_expected(self, run: RunContext) -> bool:
-        """Whether there should be something to measure on: the same on all processes."""
+        """Return whether there should be something to measure on: the same on all processes."""
         return not self.off and not self._let_go and (run.ranks.is_distributed or self.ready)
 
     def agree(self, run: RunContext) -> None:
@@ -174,15 +175,18 @@ class HeldSamples(Meter):
         self._require_samples(run)
         numbers = [_numbers(kept) for kept in self._sets]
         full = [float(self._is_full(kept)) for kept in self._sets]
+        lacking = [float(not parts) for parts in self._parts]  # on one process only, after a failure there
         known = [math.nan if n is None else float(n) for n in (self.samples, *numbers)]
-        summed = torch.tensor([*known, *full], dtype=widest_dtype(reduced_on(run)), device=reduced_on(run))
+        summed = torch.tensor([*known, *full, *lacking], dtype=widest_dtype(reduced_on(run)), device=reduced_on(run))
         samples, *found = run.ranks.sum(summed).tolist()
         self.samples_in_all = None if math.isnan(samples) else int(samples)
-        are_full = [count == run.ranks.size for count in found[len(numbers) :]]
+        own, full, lacking = (found[at : at + len(numbers)] for at in range(0, len(found), len(numbers)))
+        are_full = [count == run.ranks.size for count in full]
         self.second_in_all = len(are_full) > 1 and are_full[1]
         if run.ranks.is_distributed:
-            small = sum(found[: len(numbers)]) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
-            self._gather(run, [is_full and small for is_full in are_full])
+            small = sum(own) <= SAVED_NUMBERS  # not where a part cannot be saved, which is NaN
+            wanted = [bool(is_full and small and lacks) for is_full, lacks in zip(are_full, lacking, strict=True)]
+            self._gather(run, wanted)
 
     def _require_samples(self, run: RunContext) -> None:
         if not self._sets[0]:
@@ -191,7 +195,7 @@ class HeldSamples(Meter):
     def _gather(self, run: RunContext, wanted: Sequence[bool]) -> None:
         """Have the parts of all processes here, once: a checkpoint holds what the first process saves."""
         for place, (kept, is_wanted) in enumerate(zip(self._sets, wanted, strict=True)):
-            if is_wanted and not self._parts[place]:
+            if is_wanted:
                 states = [one.state() for one in kept]
                 self._parts[place] = run.ranks.all_gather_object(
                     [{**s, "batch": move_to_host(s["batch"])} for s in states]
@@ -204,11 +208,11 @@ class HeldSamples(Meter):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of it is here, on this process."""
+        """Return whether all of it is here, on this process."""
         return self._is_full(self._sets[0])
 
     def is_everything(self, run: RunContext) -> bool:
-        """Whether the probe is the whole training set."""
+        """Return whether the probe is the whole training set."""
         return is_whole_training_set(run.loop, self._sets[0])
 
     def _weight_of(self, part: Any, samples: int | None) -> float:
@@ -248,7 +252,7 @@ class HeldSamples(Meter):
         return halves
 
     def _want_less(self, times: int) -> None:
-        """What is still to be kept is as small as what is there."""
+        """Keep as little of what is still to come as of what is there."""
         self._fraction, self.share = self._fraction / 2**times, self.share / 2**times
         if self._size is not None:
             self._size = max(2, min(self._size // 2**times, count_of(self._sets[0]) or self._size))
@@ -256,12 +260,12 @@ class HeldSamples(Meter):
     def state_dict(self) -> dict[str, Any]:
         """The samples, where they are not many and a checkpoint can load them safely."""
         state: dict[str, Any] = {"halvings": self._halvings} if self._halvings else {}
-        if self._save and (self._loaded or self._parts[0]):
+        if self.saves and (self._loaded or self._parts[0]):
             return {**state, "parts": self._loaded or self._parts}
         if not self._sets[0]:
             return {**state, "held": False}  # where there is nothing, nothing is missing
         numbers = [_numbers(kept) for kept in self._sets]
-        if not self._save or None in numbers or sum(n for n in numbers if n is not None) > SAVED_NUMBERS:
+        if not self.saves or None in numbers or sum(n for n in numbers if n is not None) > SAVED_NUMBERS:
             return state
         return {**state, "parts": [[[one.state() for one in kept]] for kept in self._sets]}
 
@@ -276,7 +280,7 @@ class HeldSamples(Meter):
 
 
 def reduced_on(run: RunContext) -> torch.device:
-    """Where a few numbers are reduced: on the host where there is nobody to reduce with."""
+    """Return where a few numbers are reduced: on the host where there is nobody to reduce with."""
     return run.device if run.ranks.is_distributed else torch.device("cpu")
 
 
@@ -286,6 +290,6 @@ def count_of(kept: Sequence[Kept]) -> int:
 
 
 def _numbers(kept: Sequence[Kept]) -> int | None:
-    """How many numbers these are in a checkpoint, None where it cannot hold them."""
+    """Return how many numbers these are in a checkpoint, None where it cannot hold them."""
     counts = [one.numbers for one in kept]
     return None if None in counts else sum(n for n in counts if n is not None)

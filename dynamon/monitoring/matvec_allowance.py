@@ -1,4 +1,4 @@
-"""How many Hessian products a measurement may take, and what they cost."""
+"""Count how many Hessian products a measurement may take, and what they cost."""
 
 import math
 import time
@@ -55,11 +55,12 @@ class MatvecAllowance:
         """
         self._seconds = self._products = math.inf
         self._begun, self._is_shared = time.perf_counter(), run.ranks.is_distributed
-        one = self.price(1, graph_seconds)
-        if not is_limited or run.budget.fraction is None or one is None:
+        if not is_limited or run.budget.fraction is None:
             return
-        self._seconds = max(run.budget.left, 0.0)
-        self._products = max(self._seconds / max(one, 1e-9), LEAST)
+        one = self.price(1, graph_seconds)
+        if one is not None:
+            self._seconds = max(run.budget.left, 0.0)
+            self._products = max(self._seconds / max(one, 1e-9), LEAST)
         if self._is_shared:
             own = self._products if run.ranks.rank == 0 else 0.0
             shared = torch.tensor(own, dtype=widest_dtype(run.device), device=run.device)

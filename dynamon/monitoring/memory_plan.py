@@ -20,7 +20,7 @@ _PRECISE = ("32-true", "64-true")  # precisions in which neighbouring weights ar
 
 @dataclass(frozen=True)
 class CurvatureMemoryPlan:
-    """What fits, the same on all processes.
+    """Hold what fits, the same on all processes.
 
     Attributes:
         limit: Bytes that are allowed.
@@ -43,6 +43,18 @@ class CurvatureMemoryPlan:
     differences: bool
 
 
+def allowed_memory(run: RunContext, memory_limit: float | None) -> float:
+    """Return the bytes that copies and vectors may take.
+
+    Args:
+        run: The run.
+        memory_limit: GiB that are allowed; None for half of what is free: activations take the rest. Processes that
+            share the memory of a host share that half.
+    """
+    shared = 1 if run.device.type != "cpu" else run.loop.processes_on_host
+    return memory_limit * 2**30 if memory_limit else free_memory(run.device) / 2 / shared
+
+
 def plan_memory(
     run: RunContext, trained: Sequence[Tensor], k: int, density_vectors: int, memory_limit: float | None
 ) -> CurvatureMemoryPlan:
@@ -53,12 +65,9 @@ def plan_memory(
         trained: The parameters as the optimizers have them.
         k: Eigenvalues of the largest solve.
         density_vectors: Vectors of a density.
-        memory_limit: GiB that are allowed; None for half of what is free: activations take the rest. Processes that
-            share the memory of a host share that half.
+        memory_limit: As in :func:`allowed_memory`.
     """
-    device = run.device
-    shared = 1 if device.type != "cpu" else run.loop.processes_on_host
-    limit = memory_limit * 2**30 if memory_limit else free_memory(device) / 2 / shared
+    device, limit = run.device, allowed_memory(run, memory_limit)
     gathers = not any(is_sharded(p) for p in trained) or _are_gathered(run, trained, k, limit)
     differences = not gathers and _why_no_differences(run, trained) is None
     tensors = [to_local(p) for p in trained] if differences else list(trained)
@@ -72,7 +81,7 @@ def plan_memory(
 
 
 def _are_gathered(run: RunContext, trained: Sequence[Tensor], k: int, limit: float) -> bool:
-    """Whether whole parameters and vectors fit on every process; says so, or what happens instead."""
+    """Return whether whole parameters and vectors fit on every process; says so, or what happens instead."""
     needed = basis_memory(trained, k) + _WHOLE * sum(p.numel() * p.element_size() for p in trained)
     device = run.device
     too_much = torch.tensor(float(needed > limit), dtype=widest_dtype(device), device=device)
@@ -92,7 +101,7 @@ def _are_gathered(run: RunContext, trained: Sequence[Tensor], k: int, limit: flo
 
 
 def _why_no_differences(run: RunContext, trained: Sequence[Tensor]) -> str | None:
-    """Why sharded parameters cannot be moved a little for a difference of gradients; None where they can."""
+    """Return why sharded parameters cannot be moved a little for a difference of gradients; None where they can."""
     if run.loop.precision not in _PRECISE or is_rounded(run.module):
         return f"at precision {run.loop.precision} gradients are too coarse"
     whole = sum(not is_sharded(p) for p in trained)

@@ -61,7 +61,7 @@ class MeterCaller:
         points = meter.points
         try:
             getattr(meter, method)(self._run, *arguments)
-            if meter.points > points:
+            if meter.points > points and method != "resume":  # which takes up a count
                 self._measured = True
                 self._in_a_row.clear(meter.name)
                 self._recorder.keep()
@@ -70,8 +70,7 @@ class MeterCaller:
         except Exception as error:  # a measurement that fails must not end training
             if not self._run.ranks.is_collective_failure(error):
                 # The other processes have not heard of it: they do when they measure this together.
-                forget_frames(error)  # until then they would hold the graph of a measurement
-                self._run.unsettled.setdefault(meter.name, error)
+                self._run.keep_untold(meter.name, error)
                 return
             if self._strict:
                 raise

@@ -14,23 +14,40 @@ class MeterScheduler(MeterCaller):
     """
 
     _fraction: float | None
-    _grace: float
 
     def _forget_plan(self) -> None:
         """Begin like new."""
+        self._call_seconds, self._batches_booked = 0.0, 0
         self._has_told = False
         self.asleep, self._slept_at, self._wakes_at = False, 0, 0.0
 
     def _plan(self) -> None:
-        """Plan the readings to come, and look at nothing before the first of them."""
+        """Plan the readings to come, for all monitors of the loop once all have seen the step."""
         run = self._run
         assert run is not None
-        if run.planner.is_due(run.step):
+        self._book_calls()
+        planner = run.planner
+        if not planner.is_last(self):
+            if not planner.is_due(run.step):
+                self._fall_asleep()
+            return
+        if planner.is_due(run.step):
             with self._budget.watch():
                 review(run)
-            self._tell_late()
-        wakes_at = run.planner.wakes_at
-        if (
+            for member in planner.owners:
+                member._tell_late()
+        for member in planner.owners:
+            member._fall_asleep()
+
+    def _fall_asleep(self) -> None:
+        """Look at nothing before the next reading that is planned, as far as nobody has to."""
+        run = self._run
+        if run is None:
+            return
+        wakes_at = run.planner.wakes_at(self)
+        if self.asleep:
+            self._wakes_at = wakes_at
+        elif (
             wakes_at > run.step + 1
             and self._started
             and run.steps.can_sleep
@@ -40,6 +57,14 @@ class MeterScheduler(MeterCaller):
             run.steps.sleep()
             for meter in self._meters:
                 meter.lapse(run)
+
+    def _book_calls(self) -> None:
+        """Book what the loop has taken to call this monitor since the last time, asleep or not."""
+        run = self._run
+        if run is not None and self._call_seconds:
+            batches = run.loop.batches_seen
+            self._budget.book("hooks", max(batches - self._batches_booked, 0) * self._call_seconds)
+            self._batches_booked = batches
 
     def sleeps_on(self, step: int) -> bool:
         """Return whether nothing has to be done at a step; else wake up, where nothing had to be before."""
@@ -60,8 +85,7 @@ class MeterScheduler(MeterCaller):
     def _tell_late(self) -> None:
         """Say once what the grace does not pay for, and when it comes."""
         run = self._run
-        assert run is not None
-        if self._has_told or run.step < run.begun_at + FIRST_STEPS or self._fraction is None:
+        if run is None or self._has_told or run.step < run.begun_at + FIRST_STEPS or self._fraction is None:
             return
         self._has_told = True
-        say_late(type(self).__name__, run, self._grace)
+        say_late(self, run)

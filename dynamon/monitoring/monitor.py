@@ -1,4 +1,4 @@
-"""What all monitors share: calling their meters, what happens when one fails, what is saved."""
+"""Hold what all monitors share: calling their meters, what happens when one fails, what is saved."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +101,7 @@ class Monitor(MeterScheduler):
 
     @property
     def findings(self) -> list[Finding]:
-        """What looks wrong in what this monitor has measured so far, see :mod:`dynamon.health`; the worst first."""
+        """Return what looks wrong in what this monitor has measured, see :mod:`dynamon.health`; the worst first."""
         return self._health.findings(self.history)
 
     @property
@@ -183,7 +183,13 @@ class Monitor(MeterScheduler):
         if loop.is_barebones:
             return
         with loop.ranks().collective_section():  # off on all processes, or on none
-            run = RunContext(loop, self._budget, self._recorder, self._patterns, self._stated)
+            self._join(loop, steps_seen)
+        if self._run is not None:
+            self._has_started()
+
+    def _join(self, loop: Loop, steps_seen: int) -> None:
+        """Find the layers, and take part in the loop if any can be measured."""
+        run = RunContext(loop, self._budget, self._recorder, self._patterns, self._stated)
         run.strict, run.steps_seen = self._strict, steps_seen
         self._stated.check(loop.optimizers)
         if not say_layers(run, type(self).__name__, self._patterns):
@@ -194,13 +200,11 @@ class Monitor(MeterScheduler):
         self._detach()
         self._take_grace()
         self._run, self._started = run, False
-        for meter in self._meters:
-            for plan in meter.plans(run):
-                run.planner.add(plan)
+        run.planner.join(self, self._budget, [plan for meter in self._meters for plan in meter.plans(run)])
         self._go_back_to(run.step)
         for sentence in loop.warnings_of(type(self).__name__, self._meters):
             rank_zero_warn(sentence)
-        self._has_started()
+        self._call_seconds, self._batches_booked = loop.call_seconds(self), loop.batches_seen
 
     def _take_grace(self) -> None:
         """Go on with what a saved run has left of its grace."""
@@ -223,7 +227,8 @@ class Monitor(MeterScheduler):
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
             self._run.go_back()
-            self._run.planner.begin(step, None, self._run.trying_out)
+            if self._run.planner.has_begun:
+                self._run.planner.begin(step, None, self._run.trying_out)
         self._next_step = step
 
     def batch_start(self, batch: Any) -> None:
@@ -299,6 +304,7 @@ class Monitor(MeterScheduler):
             said = f"{wanted} no layer of {name}" if self._run.all_layers else f"{name} has nothing to measure"
             rank_zero_warn(f"{type(self).__name__} is off: {said}.")
             self._detach()
+            self._run.planner.leave(self)
             self._run = None
 
     def _record_loss(self, loss: StepLoss) -> None:
@@ -320,6 +326,7 @@ class Monitor(MeterScheduler):
         """Training is over: stop the clock, and complete what is to be written."""
         self._budget.stop()
         self._wake()
+        self._book_calls()
         self._end_meters()
         if self._run is not None and not self._run.trying_out and not any(meter.points for meter in self._meters):
             self._finish()  # that it was there
@@ -329,8 +336,8 @@ class Monitor(MeterScheduler):
         """Say what looks wrong at the end, and what was never measured."""
         self.last_look()
         if self._run is not None and not self._run.trying_out and self._skipped.any_taken:
-            missed = [meter for meter in self._meters if meter.is_missed() and not self.paused(meter)]
-            say_missed(type(self).__name__, self._run, missed, self._grace)
+            missed = [m for m in self._meters if (m.is_missed() or m.missed_reason()) and not self.paused(m)]
+            say_missed(type(self).__name__, self._run, missed)
 
     def abort(self) -> None:
         """Training was ended by an exception: stop the clock."""
@@ -403,7 +410,7 @@ class Monitor(MeterScheduler):
         return {**super().__getstate__(), **ended}  # type: ignore[dict-item]
 
     def __repr__(self) -> str:
-        """What it measures, and how often it has."""
+        """Return what it measures, and how often it has."""
         points = ", ".join(f"{meter.points} {meter.name}" for meter in self._meters if meter.points)
         return f"{type(self).__name__}({points or 'no'} readings, {len(self.history)} quantities in .history)"
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from dynamon.isolation.preserve import LossFn, training_loss
 from dynamon.monitoring.accumulation import Windows
 from dynamon.monitoring.loop import Loop, nothing_to_train, writes_of_unscaling
 from dynamon.monitoring.messages import is_first_process
+from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.row import Row
 from dynamon.monitoring.wrappers import averages_gradients, evaluated_model, fabric_scaler, unwrapped_model
 from dynamon.monitoring.writers import Writer
@@ -24,6 +26,7 @@ from dynamon.optim import several_devices_reason
 from dynamon.optim.stepping import has_gradients
 
 _PRECISIONS = {torch.float64: "64-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
+_CALLERS = 16  # between a scaler's step and the hook of an optimizer, wrappers included
 _FLATTENING = ("FullyShardedDataParallel", "DeepSpeedEngine")  # classes that hide parameters or gradients
 
 
@@ -47,9 +50,11 @@ class PlainLoop(Loop):
     Attributes:
         metrics: The latest numbers of the whole model, by tag.
         was_announced: Whether the step under way was announced before clipping.
+        has_unknown_scaler: Whether a gradient scaler took the first step that the user did not name.
     """
 
     name = "Watch"
+    loss_name = "loss_fn"
     without_writers = "no logdir was given"
     not_taken = "by none of the optimizers that Watch was given"
     never_taken = (
@@ -78,14 +83,16 @@ class PlainLoop(Loop):
         self._scaler = fabric_scaler(model) if scaler is None else scaler
         self._loader, self._members = loader, list(members)
         self._writers = [writer] if writer is not None and is_first_process() else []
-        self.windows, self.row = Windows(), Row()
+        self.windows, self.row, self.planner = Windows(), Row(), Planner()
         self.metrics: dict[str, float] = {}
         self._step = self._steps_taken = self._batches = self._in_window = 0
         self.was_announced = self._is_told = False
-        self._has_stepped = False
+        self._has_stepped = self.has_unknown_scaler = False
         self._handles = [o.register_step_post_hook(self._count_step) for o in self._optimizers]
 
     def _count_step(self, *_: Any) -> None:
+        if not self._steps_taken and self.scaler is None:
+            self.has_unknown_scaler = _is_stepped_by_scaler()
         self._steps_taken += 1
         self._has_stepped = True
 
@@ -150,7 +157,7 @@ class PlainLoop(Loop):
 
     @property
     def total_steps(self) -> int | None:
-        """What the user said."""
+        """Return what the user said."""
         return self._total_steps
 
     @property
@@ -180,7 +187,7 @@ class PlainLoop(Loop):
 
     @property
     def reads_before_clipping(self) -> bool:
-        """Whether the user said when the clipping begins."""
+        """Return whether the user said when the clipping begins."""
         return self.was_announced
 
     @property
@@ -189,7 +196,7 @@ class PlainLoop(Loop):
         return self._accumulate
 
     def window_position(self) -> tuple[int, int]:
-        """How many batches of its window are done with this one, and how many it has."""
+        """Return how many batches of its window are done with this one, and how many it has."""
         return self._in_window + 1, max(self._accumulate, self._in_window + 1)
 
     @property
@@ -221,12 +228,12 @@ class PlainLoop(Loop):
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether the model is wrapped in ``DistributedDataParallel``."""
+        """Return whether the model is wrapped in ``DistributedDataParallel``."""
         return self.world_size > 1 and averages_gradients(self._outer)
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether parameters are sharded (FSDP2)."""
+        """Return whether parameters are sharded (FSDP2)."""
         return self.world_size > 1 and any_sharded(list(self.module.parameters()))
 
     @property
@@ -281,6 +288,11 @@ class PlainLoop(Loop):
         """Evaluate the user's loss function."""
         return training_loss(self.model, batch, self._loss_fn)
 
+    @property
+    def loss_source(self) -> Any:
+        """The user's loss function."""
+        return self._loss_fn
+
     def loss_of(self, outputs: Any) -> float | None:
         """Return the loss that the user gave for a batch; None where there was none."""
         if isinstance(outputs, Tensor):
@@ -294,7 +306,7 @@ class PlainLoop(Loop):
 
     @property
     def is_writing(self) -> bool:
-        """Whether this is the first process."""
+        """Return whether this is the first process."""
         return is_first_process()
 
     def publish(self, headlines: Mapping[str, float]) -> None:
@@ -305,3 +317,15 @@ class PlainLoop(Loop):
     def members(self) -> Sequence[Any]:
         """The monitors."""
         return self._members
+
+
+def _is_stepped_by_scaler() -> bool:
+    """Return whether an enabled gradient scaler is among the callers."""
+    frame = sys._getframe(1)
+    for _ in range(_CALLERS):
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+        if frame.f_code.co_name == "step" and isinstance(scaler := frame.f_locals.get("self"), torch.amp.GradScaler):
+            return scaler.is_enabled()
+    return False

@@ -1,10 +1,11 @@
-"""When each group of quantities is read, so that all of them together keep to a budget."""
+"""Plan when each group of quantities is read, so that all of them together keep to a budget."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.budget import Budget, Ledger
 from dynamon.monitoring.cadence import NEVER, Cadence
 
 GRACE = 3.0  # seconds: all first readings of a GPT of a million parameters take 1.4 s on one slow core
@@ -12,12 +13,13 @@ FIRST_STEPS = 50  # within which everything is read once that the grace pays for
 _UNKNOWN = 500  # steps that a run of unknown length is taken to go on for at least
 _LONGEST = 10_000  # most steps between two reviews
 _FIRST_SHARE = 0.5  # of the money, for a first reading that the grace does not pay for
+_DOUBT = 3.0  # times its estimate that a first reading may take
 _ROUNDING = 1e-6  # of a step
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
-    """What the planner knows of one group of quantities.
+    """Hold what the planner knows of one group of quantities.
 
     Attributes:
         name: Its name, under which its time is booked.
@@ -25,6 +27,8 @@ class Plan:
         price: Gives the seconds that the next reading takes; None where that is not known yet.
         is_off: Tells whether it is not read in this run.
         rides: Whether it is taken along with the readings of another group, which it follows in the list.
+        owner: The monitor that reads it; set by the planner.
+        budget: What pays for it, likewise.
     """
 
     name: str
@@ -32,6 +36,18 @@ class Plan:
     price: Callable[[], float | None]
     is_off: Callable[[], bool] = lambda: False
     rides: bool = False
+    owner: Any = None
+    budget: Budget | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Return whether nothing limits it."""
+        return self.budget is None or self.budget.fraction is None
+
+    @property
+    def spent(self) -> float:
+        """Seconds spent on it."""
+        return 0.0 if self.budget is None else self.budget.spent_on.get(self.name, 0.0)
 
 
 @dataclass(frozen=True)
@@ -123,34 +139,61 @@ def _step(moment: float) -> float:
 
 
 class Planner:
-    """Decides at which steps what is read, from what readings cost and what the budget has left.
+    """Decides at which steps the monitors of a run read what, from what readings cost and what is left to spend.
 
     At each review every group gets the step of its next reading. A first reading comes at once where the budget, the
     grace included, pays for it. All others are spread over the rest of the run, or, where its length is not known, over
     as many steps again as it has taken. Between two reviews nothing has to be asked.
 
-    Args:
-        budget: What was spent, and what may be.
-
     Attributes:
-        plans: The groups.
+        ledger: What the monitors have spent, and may spend.
+        owners: The monitors, in the order in which a training loop calls them.
+        plans: The groups of all of them.
         reviews_at: Step at whose end the next review is due, readings or not.
         has_begun: Whether the first step is known.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self) -> None:
         """Plan nothing."""
-        self.budget = budget
-        self.plans: list[Plan] = []
-        self.reviews_at: float = -math.inf
-        self.has_begun = False
         self._begun = 0
         self._last_step: int | None = None
         self._start_up = 0.0  # seconds that were no readings, before the first step
+        self._clear()
 
-    def add(self, plan: Plan) -> None:
-        """Take in one more group."""
-        self.plans.append(plan)
+    def _clear(self) -> None:
+        self.ledger = Ledger()
+        self.owners: list[Any] = []
+        self.plans: list[Plan] = []
+        self.reviews_at: float = -math.inf
+        self.has_begun = False
+
+    def join(self, owner: Any, budget: Budget, plans: Sequence[Plan]) -> None:
+        """Take in a monitor before the first step of a fit; those of the fit before are forgotten.
+
+        Args:
+            owner: The monitor.
+            budget: What pays for its readings.
+            plans: What it reads.
+        """
+        if self.has_begun:
+            self._clear()
+        self.leave(owner)
+        for plan in plans:
+            plan.owner, plan.budget = owner, budget
+        budget.fixed = frozenset(plan.name for plan in plans if not plan.cadence.is_planned)
+        budget.is_planned = any(plan.cadence.is_planned and not plan.is_off() for plan in plans)
+        self.ledger.add(budget)
+        self.owners.append(owner)
+        self.plans += plans
+
+    def leave(self, owner: Any) -> None:
+        """Plan nothing for a monitor any more."""
+        self.owners = [one for one in self.owners if one is not owner]
+        self.plans = [plan for plan in self.plans if plan.owner is not owner]
+
+    def is_last(self, owner: Any) -> bool:
+        """Return whether a monitor is the last one to see a step: those that come after it sleep."""
+        return all(later.asleep for later in self.owners[self.owners.index(owner) + 1 :])
 
     def begin(self, step: int, total: float | None, is_tryout: bool = False) -> None:
         """Start a fit, or go back to a step of it.
@@ -169,10 +212,9 @@ class Planner:
             plan.cadence.begin(step)
         self.reviews_at = step
 
-    @property
-    def wakes_at(self) -> float:
-        """First step at which anything has to be done; nothing is measured before it."""
-        own = [plan.cadence.wakes_at for plan in self.plans if not plan.rides]
+    def wakes_at(self, owner: Any) -> float:
+        """Return the first step at which a monitor has something to do; it measures nothing before it."""
+        own = [plan.cadence.wakes_at for plan in self.plans if plan.owner is owner and not plan.rides]
         return min([*own, self.reviews_at if self._planned_ones else NEVER])
 
     def is_due(self, step: int) -> bool:
@@ -195,12 +237,15 @@ class Planner:
         Returns:
             The step of the next reading of each group, then that of the next review; for :meth:`take`.
         """
-        budgeted = [plan for plan in self._planned_ones if self._can_ride(plan)]
-        is_free = self.budget.fraction is None
-        prices = {plan.name: 0.0 if is_free else plan.price() for plan in budgeted}
-        known = [plan for plan in budgeted if prices[plan.name] is not None]
-        planned = self._planned(step, steps_taken, known, {p.name: float(prices[p.name] or 0.0) for p in known})
-        nexts = [planned.get(plan.name, NEVER if plan.cadence.is_planned else plan.cadence.next) for plan in self.plans]
+        wanted = [plan for plan in self._planned_ones if self._can_ride(plan)]
+        prices = {plan: price for plan in wanted if not plan.is_free and (price := plan.price()) is not None}
+        planned = self._paid_for(step, steps_taken, prices) | {
+            plan: max(plan.cadence.last + plan.cadence.interval, plan.cadence.possible_after(step))
+            for plan in wanted
+            if plan.is_free
+        }
+        planned |= self._kept(step, wanted)
+        nexts = [planned.get(plan, NEVER if plan.cadence.is_planned else plan.cadence.next) for plan in self.plans]
         wait = max(1, min(step + 1 - self._begun, _LONGEST))
         return [*nexts, step + wait]
 
@@ -218,27 +263,31 @@ class Planner:
                 plan.cadence.next, plan.cadence.is_open = step, False
         self.reviews_at = planned[-1]
 
-    def _planned(
-        self, step: int, steps_taken: int, plans: Sequence[Plan], prices: dict[str, float]
-    ) -> dict[str, float]:
-        """The step of the next reading of each group by name."""
-        possible = {plan.name: plan.cadence.possible_after(step) for plan in plans}
-        # What was kept of this step for a reading at the next is not given up.
-        kept = {p.name: p.cadence.next for p in plans if p.cadence.wakes_at <= step < p.cadence.next}
-        if self.budget.fraction is None:
-            return {p.name: max(p.cadence.last + p.cadence.interval, possible[p.name]) for p in plans} | kept
-        income, planned = self._income(step, steps_taken), dict(kept)
-        left = self.budget.left - sum(prices[name] for name in planned)
-        for plan in sorted(plans, key=lambda p: prices[p.name]):
-            if plan.cadence.last == -math.inf and plan.name not in planned and prices[plan.name] <= left:
-                planned[plan.name], left = possible[plan.name], left - prices[plan.name]
-        others = [plan for plan in plans if plan.name not in planned]
+    @staticmethod
+    def _kept(step: int, plans: Iterable[Plan]) -> dict[Plan, float]:
+        """The readings of which something was kept at this step: they are not given up."""
+        return {p: p.cadence.next for p in plans if p.cadence.wakes_at <= step < p.cadence.next}
+
+    def _paid_for(self, step: int, steps_taken: int, prices: dict[Plan, float]) -> dict[Plan, float]:
+        """The step of the next reading of each group that the budget limits."""
+        possible = {plan: plan.cadence.possible_after(step) for plan in prices}
+        income, planned = self._income(step, steps_taken), self._kept(step, prices)
+        left = self.ledger.left - sum(prices[plan] for plan in planned)
+        firsts = [plan for plan in sorted(prices, key=prices.__getitem__) if plan.cadence.last == -math.inf]
+        is_scarce = sum(prices[plan] for plan in firsts) * _DOUBT > left
+        for plan in firsts:
+            if plan in planned or prices[plan] > left:
+                continue
+            planned[plan], left = possible[plan], left - prices[plan]
+            if is_scarce and prices[plan] > 0:
+                break  # prices are estimates so far: what this one really takes decides on the next
+        others = [plan for plan in prices if plan not in planned]
         rest = self._rest(step)
-        demands = [self._demand(plan, prices[plan.name], step, rest) for plan in others]
+        demands = [self._demand(plan, prices[plan], step, rest) for plan in others]
         intervals = spread(left + income * rest, demands, self._last_step is not None)
         for plan, interval in zip(others, intervals, strict=True):
-            planned[plan.name] = max(_step(self._since(plan) + interval), possible[plan.name])
-        return self._earned(step, income, planned, prices) | kept
+            planned[plan] = max(_step(self._since(plan) + interval), possible[plan])
+        return self._earned(step, income, planned, prices)
 
     def _demand(self, plan: Plan, price: float, step: int, rest: float) -> Demand:
         window = rest + step - self._since(plan)
@@ -257,31 +306,32 @@ class Planner:
     @property
     def _other(self) -> float:
         """Seconds spent on other work than readings."""
-        return self.budget.spent - sum(self.budget.spent_on.get(plan.name, 0.0) for plan in self.plans)
+        counted = [p for p in self.plans if p.budget in self.ledger.limited and p.name not in p.budget.fixed]
+        return self.ledger.spent - sum(plan.spent for plan in counted)
 
     def _income(self, step: int, steps_taken: int) -> float:
         """Seconds for readings that a step brings; what other work takes at each is taken off."""
-        assert self.budget.fraction is not None
         other = (self._other - self._start_up) / (step + 1 - self._begun)
-        return self.budget.fraction * self.budget.training / max(steps_taken, 1) - max(other, 0.0)
+        return self.ledger.fraction * self.ledger.training / max(steps_taken, 1) - max(other, 0.0)
 
     def _earned(
-        self, step: int, income: float, planned: dict[str, float], prices: dict[str, float]
-    ) -> dict[str, float]:
+        self, step: int, income: float, planned: dict[Plan, float], prices: dict[Plan, float]
+    ) -> dict[Plan, float]:
         """Put readings off until the budget has what they and all those before them cost."""
-        needed, found = 0.0, {}
-        for name in sorted(planned, key=lambda name: planned[name]):
-            needed += prices[name]
-            lacks = needed - self.budget.left
+        needed, found = 0.0, dict[Plan, float]()
+        for plan in sorted(planned, key=lambda plan: planned[plan]):
+            needed += prices[plan]
+            lacks = needed - self.ledger.left
             wait = 0.0 if lacks <= 0 else lacks / income if income > 0 else NEVER
-            found[name] = max(planned[name], _step(step + wait))
-            if self._last_step is not None and found[name] > self._last_step:
-                found[name] = NEVER
-            if found[name] == NEVER:
-                needed -= prices[name]
+            found[plan] = max(planned[plan], _step(step + wait))
+            if self._last_step is not None and found[plan] > self._last_step:
+                found[plan] = NEVER
+            if found[plan] == NEVER:
+                needed -= prices[plan]
         return found
 
-    def late(self) -> list[tuple[Plan, float | None, float]]:
-        """Groups without a reading so far, with the price of one, None where unknown, and the step of the first."""
-        waiting = [p for p in self._planned_ones if p.cadence.last == -math.inf and self._can_ride(p)]
+    def late(self, owner: Any) -> list[tuple[Plan, float | None, float]]:
+        """Return a monitor's groups without a reading so far, the price of one if known, and the step of the first."""
+        own = (plan for plan in self._planned_ones if plan.owner is owner)
+        waiting = [p for p in own if p.cadence.last == -math.inf and self._can_ride(p)]
         return [(plan, plan.price(), plan.cadence.next) for plan in waiting]

@@ -28,6 +28,7 @@ from dynamon.monitoring.samples import batch_sizes
 _PATIENCE = 5  # batches in a row without a loss, after which whole ones are tried: it may be their parts that have none
 _TRIES = 10  # ... after which that is a failure; where it is there and not finite, at the first of the two
 _FEWEST = 2  # samples that a probe is not made smaller than
+_STEPS_TO_TIME = 4.0  # training steps on as many samples that timing takes: two losses, and a gradient with its graph
 _GOOD, _PART_FAILS, _NO_LOSS = 0.0, 1.0, 2.0  # what an evaluation says of what was kept
 OperatorT = TypeVar("OperatorT", bound=LinearOperator)
 
@@ -74,8 +75,9 @@ class ProbeMeter(HeldSamples):
         self._may_shrink, self.gathers = may_shrink, True
         self.users: Sequence[Meter] = ()
         self.graph_seconds: float | None = None
-        self.effects = EffectCheck(loss_fn is not None)
+        self.effects = EffectCheck(loss_fn)
         self._refused = 0  # batches in a row without one
+        self.refusal: str | None = None  # why the last batch had none
         self._part_error = "on another process."
 
     def start(self, run: RunContext) -> None:
@@ -85,7 +87,7 @@ class ProbeMeter(HeldSamples):
         if reason is not None:
             rank_zero_warn(f"sharpness is off: {reason}")
         else:
-            self.effects.is_done |= run.loop.loss_source is None
+            self.effects.is_done |= self.loss_fn is None and run.loop.loss_source is None
             self._take_up(run)
 
     def is_off(self) -> bool:
@@ -93,8 +95,8 @@ class ProbeMeter(HeldSamples):
         return self.off or self.graph_seconds is not None or not any(m.cadence.is_planned for m in self.users)
 
     def expected(self, run: RunContext) -> float | None:
-        """Return zero: what follows rests on it."""
-        return 0.0
+        """Return the seconds of a gradient with its graph, after the evaluations that try the loss out."""
+        return _STEPS_TO_TIME * self.share * run.seconds_per_step
 
     def batch_end(self, run: RunContext) -> None:
         """Time a gradient on the samples before the first measurement; take fewer where that is too expensive."""
@@ -104,13 +106,17 @@ class ProbeMeter(HeldSamples):
             is_there = self.check(run)
         if not is_there:
             return
-        with run.together(self.name):
-            self._time_graph(run)
-            halvings = self._halvings_that_fit(run)
-            for _ in range(halvings):
-                self.halve(run)
-            if halvings:
+        try:
+            with run.together(self.name):
                 self._time_graph(run)
+                halvings = self._halvings_that_fit(run)
+                for _ in range(halvings):
+                    self.halve(run)
+                if halvings:
+                    self._time_graph(run)
+        except Exception:  # whatever it was: known on all processes, or on none
+            self.graph_seconds = None
+            raise
         self.cadence.read(run.step)
 
     def _time_graph(self, run: RunContext) -> None:
@@ -122,19 +128,19 @@ class ProbeMeter(HeldSamples):
             self.graph_seconds = time.perf_counter() - begin
 
     def _halvings_that_fit(self, run: RunContext) -> int:
-        """How often to halve the samples so that the grace pays for a first measurement; 0 where no number does."""
+        """Return how often to halve the samples so that the grace pays for a measurement; 0 where no number does."""
         least = sum(getattr(user, "least", user.expected)(run) or 0.0 for user in self.users if not user.is_off())
         left = run.budget.left
         halvings = math.ceil(math.log2(least / left)) if 0 < left < least else 0
         samples = self.samples or 1
         is_worth_it = self._may_shrink and run.budget.grace > 0 and samples // 2**halvings >= _FEWEST
-        (found,) = run.ranks.broadcast_from_rank0([float(halvings if is_worth_it else 0)])
-        return int(found)
+        own = halvings if is_worth_it and run.ranks.rank == 0 else 0  # the first process decides
+        return int(run.ranks.sum(torch.tensor(own, dtype=widest_dtype(reduced_on(run)), device=reduced_on(run))))
 
     def evaluation(
         self, run: RunContext, names: Collection[str] | None = None, moves: bool = False
     ) -> AbstractContextManager[FlatParameters]:
-        """Where the loss may be evaluated again: :func:`dynamon.monitoring.evaluation.evaluation`.
+        """Enter :func:`dynamon.monitoring.evaluation.evaluation`, where the loss may be evaluated again.
 
         Args:
             run: The run.
@@ -186,7 +192,7 @@ class ProbeMeter(HeldSamples):
         return MeanOverRanks(own, weight, run.ranks) if run.ranks.is_distributed else own
 
     def _share(self, run: RunContext, weight: float) -> float:
-        """What this process's loss counts in the mean over the processes that FSDP2 takes."""
+        """Return what this process's loss counts in the mean over the processes that FSDP2 takes."""
         total = run.ranks.sum(torch.tensor(weight, dtype=widest_dtype(run.device), device=run.device))
         return weight * run.ranks.size / float(total)
 
@@ -198,7 +204,7 @@ class ProbeMeter(HeldSamples):
         return (values * weights).sum() / weights.sum()
 
     def check(self, run: RunContext) -> bool:
-        """Whether there is something to measure on, the same on all processes; asked before each measurement.
+        """Return whether there is something to measure on, the same on all processes; asked before each measurement.
 
         Where something was kept since the last time the loss is evaluated once. If it has none the next batch is taken
         instead, and if it cannot be evaluated on a part of a batch, whole ones. Before the first measurement it is
@@ -219,10 +225,10 @@ class ProbeMeter(HeldSamples):
                 self.effects.settle(next((text for text in found if text is not None), None))
             if self.effects.reason is None:
                 return True
-            self.off = True
+            self.off, sentence = True, self.effects.sentence("sharpness")
             if run.strict:
-                raise ValueError(self.effects.sentence("sharpness"))
-        rank_zero_warn(self.effects.sentence("sharpness"))
+                raise ValueError(sentence)
+        rank_zero_warn(sentence)
         return False
 
     def _try_out(self, run: RunContext) -> bool:
@@ -252,17 +258,18 @@ class ProbeMeter(HeldSamples):
         return not self._let_go
 
     def _verdict(self, run: RunContext, place: int) -> float:
-        """What the loss on a set says of it.
+        """Return what the loss on a set says of it.
 
         Raises:
             Exception: What it raised on whole batches.
         """
-        is_cut = any(one.is_cut for one in self._sets[place])
+        is_cut, self.refusal = any(one.is_cut for one in self._sets[place]), None
         try:
             loss = self._looked(run, place)
-        except NoLossError:
+        except NoLossError as error:
             if self._refused >= _TRIES:
                 raise
+            self.refusal = str(error)
             if is_cut and self._refused >= _PATIENCE:
                 self._part_error = "there was none."
                 return _PART_FAILS
@@ -275,6 +282,7 @@ class ProbeMeter(HeldSamples):
             forget_frames(error)
             return _PART_FAILS
         if not math.isfinite(loss) and self._refused < _PATIENCE:
+            self.refusal = "the loss on the probe is not finite."
             self._say(
                 "not finite",
                 "the loss on the batch that sharpness was to be measured on is not finite: the next is taken.",

@@ -26,13 +26,14 @@ def review(run: "RunContext") -> None:
 
 
 def _proposal(run: "RunContext") -> list[float]:
-    """What this process has to say. The others wait for the first one, so it must say something."""
+    """Return what this process has to say. The others wait for the first one, so it must say something."""
     nothing = [*(NEVER for _ in run.planner.plans), run.step + float(_AFTER_FAILURE)]
     if run.ranks.rank:
         return nothing
     try:
         return run.planner.review(run.step, run.steps_seen)
     except Exception as error:  # the others wait for what the first process says
-        if run.planner.plans:
-            run.unsettled.setdefault(run.planner.plans[0].name, error)
+        own = [plan.name for plan in run.planner.plans if plan.budget is run.budget]
+        if own:
+            run.unsettled.setdefault(own[0], error)
         return nothing

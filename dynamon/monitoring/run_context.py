@@ -1,4 +1,4 @@
-"""What a meter may know of the run that it measures."""
+"""Tell a meter what it may know of the run that it measures."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from dynamon.distributed.dtensor import any_sharded
 from dynamon.layers import Layer
 from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.failures import forget_frames
 from dynamon.monitoring.layer_set import LayerSet
 from dynamon.monitoring.loop import Loop
-from dynamon.monitoring.planner import Planner
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import Steps
@@ -20,7 +20,7 @@ from dynamon.monitoring.weight_copies import copied
 
 
 class RunContext:
-    """What a meter may know of the run it measures.
+    """Tells a meter what it may know of the run it measures.
 
     Attributes:
         loop: The training loop.
@@ -28,7 +28,7 @@ class RunContext:
         budget: Times measurements.
         recorder: Takes readings.
         ranks: The processes that measure together, this one alone where there is no other.
-        planner: When they measure.
+        planner: When all monitors of the loop measure.
         steps: Which optimizers really step.
         stated: What the user states of layers and optimizers.
         begun_at: The step at which this fit began.
@@ -47,7 +47,7 @@ class RunContext:
         self.loop, self.module, self.budget, self.recorder = loop, loop.module, budget, recorder
         self.stated = Stated() if stated is None else stated
         self._set = LayerSet(loop.module, patterns, self.stated.roles)
-        self.ranks, self.planner = loop.ranks(), Planner(budget)
+        self.ranks, self.planner = loop.ranks(), loop.planner
         self.steps = Steps(loop, self.ranks, budget.waiting)
         self.begun_at = self.step
         self.unsettled: dict[str, Exception] = {}
@@ -61,7 +61,7 @@ class RunContext:
 
     @property
     def layers(self) -> list[Layer]:
-        """Those that per-layer readings are wanted for."""
+        """Return those that per-layer readings are wanted for."""
         return self._set.chosen
 
     @property
@@ -90,17 +90,17 @@ class RunContext:
 
     @property
     def device(self) -> torch.device:
-        """Where the module is."""
+        """Return where the module is."""
         return self.loop.device
 
     @property
     def is_sharded(self) -> bool:
-        """Whether processes hold parameters in parts (FSDP2), so that every measurement takes all of them."""
+        """Return whether processes hold parameters in parts (FSDP2), so that every measurement takes all of them."""
         return any_sharded([layer.parameter for layer in self.all_layers])
 
     @property
     def trying_out(self) -> bool:
-        """Whether a few batches are tried out only, so that everything is measured at once."""
+        """Return whether a few batches are tried out only, so that everything is measured at once."""
         return self.loop.is_trial
 
     def go_back(self) -> None:
@@ -136,6 +136,24 @@ class RunContext:
         """Book the time inside to a measurement; ``waits`` where the host reads something of the device in it."""
         with self.budget.charge(name, self.device, waits):
             yield
+
+    @contextmanager
+    def untold(self, name: str) -> Iterator[None]:
+        """Go on after what only this process has met, to where all measure: it is raised there, see :meth:`together`.
+
+        A process alone raises it at once.
+        """
+        try:
+            yield
+        except Exception as error:  # whatever it was, the others have not heard of it
+            if not self.ranks.is_distributed:
+                raise
+            self.keep_untold(name, error)
+
+    def keep_untold(self, name: str, error: Exception) -> None:
+        """Keep what the others have not heard of for the next measurement of all."""
+        forget_frames(error)  # until then they would hold the graph of a measurement
+        self.unsettled.setdefault(name, error)
 
     @contextmanager
     def together(self, name: str) -> Iterator[None]:

@@ -13,15 +13,16 @@ from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.probe import ProbeMeter
+from dynamon.monitoring.progress_meter import ProgressMeter
 from dynamon.monitoring.update_curvature import UpdateCurvatureMeter
 from dynamon.quantities import choices, quantities_of, with_tag_table
 
-_OF_SPECTRUM, _OF_STEPS = choices("sharpness"), choices("steps")
-QUANTITIES = (*_OF_SPECTRUM, *_OF_STEPS)
+_OF_SPECTRUM, _OF_STEPS, _OF_PROGRESS = choices("sharpness"), choices("steps"), choices("progress")
+QUANTITIES = (*_OF_SPECTRUM, *_OF_STEPS, *_OF_PROGRESS)
 _DEFAULT = ("stability_ratio", "hessian", "bracket")
 
 
-@with_tag_table(quantities_of("sharpness", "steps", "monitor"))
+@with_tag_table(quantities_of("sharpness", "steps", "progress", "monitor"))
 class SharpnessMonitor(Monitor):
     """The loss's curvature during training, and how close the step size is to the edge of stability.
 
@@ -50,6 +51,7 @@ class SharpnessMonitor(Monitor):
     ``directional``       curvature along the last update, also in the optimizer's norm   1 product, 1 graph
     ``critical``          how far the last update could go before the loss rises          5 to 9 forward passes
     ``batch``             curvature of a training batch's own loss along its gradient     1 product on a full batch
+    ``progress``          what the last step of every layer did to the next batch's loss  2 gradients on a full batch
     ``subspace``          share of gradient and update in the top eigenspace              20 to 40 products
     ``blocks``            top eigenvalue of every layer's own block                       5 to 10 products a layer
     ``next``              the stability ratio of a step on the probe, with Adam or RMSprop        5 to 10 products
@@ -83,7 +85,8 @@ class SharpnessMonitor(Monitor):
     Args:
         every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
             that is. None: as often as ``budget`` allows, every twentieth step at most.
-        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None.
+        budget: Share of training time that monitoring may take; used when ``every_n_steps`` is None. Several monitors
+            in one run share one budget and one grace, the largest that one of them has.
         quantities: What to measure, from the table above.
         loss_fn: ``loss_fn(module, batch) -> scalar``, instead of ``training_step``. Needed for manual
             optimisation and where ``training_step`` has effects outside the module (files, iterators, objects of your
@@ -97,19 +100,21 @@ class SharpnessMonitor(Monitor):
             instead of the two above.
         probe_weight: Name of an entry (or attribute) of the batch whose sum weighs it among the probe's batches,
             a mask of tokens say. None weighs by samples.
-        save_probe: Whether checkpoints hold the probe, which is a few training samples. Without it a resumed run takes
-            another one, and says so.
+        save_probe: Whether checkpoints hold the probe, which is a few training samples, and with ``every_n_steps`` the
+            weights that are kept for a reading of ``progress``. Without it a resumed run takes another probe, says so,
+            and leaves that reading out.
         save_vectors: Whether checkpoints hold the vectors that the next solve starts from: one to three copies of the
             parameters per quantity, up to 2^26 numbers each. Without them the first solve after a resume is a cold one.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
         tol: Relative tolerance of a solve on the change of the value and on its error (the residual, where tracked).
         max_matvecs: Most Hessian products a solve may take.
-        memory_limit: GiB that the solver's vectors may take; None for half of what is free when training starts.
+        memory_limit: GiB that the solver's vectors may take, and so the copies of weights that ``progress`` makes;
+            None for half of what is free when training starts.
             Where they do not fit, critical sharpness is measured instead, and that is said. Where memory runs out
             in a measurement all the same, the probe is halved for the next one.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
-        grace: Seconds that monitoring may take beyond ``budget``, once in a fit for each monitor, for short runs.
+        grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
         roles: Roles of layers by glob (``{"stem.*": "embedding"}``) where they are guessed wrongly, as ``overrides`` of
             :func:`dynamon.layers.describe_layers`. What was guessed from a name is logged once.
         geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which
@@ -145,6 +150,7 @@ class SharpnessMonitor(Monitor):
     ``directional``       12         12            1
     ``critical``          9          9             1
     ``batch``             9          9             0
+    ``progress``          7          7             1
     ====================  =========  ============  ====
     """
 
@@ -193,14 +199,17 @@ def sharpness_meters(
     solver: tuple[float, int, OutputsFn | None, float | None, bool],
     may_shrink: bool = False,
 ) -> list[Meter]:
-    """Make a probe and the two meters that measure on it, in the order in which they must be called."""
+    """Make a probe and the meters that measure on it or on the next batch, in the order in which they are called."""
     kept = probe(second="bracket" in quantities, may_shrink=may_shrink)
     cadence = partial(Cadence, every_n_steps, interval)
     steps = UpdateCurvatureMeter(cadence(), kept, [q for q in quantities if q in _OF_STEPS])
     wanted = [q for q in quantities if q in _OF_SPECTRUM]
     meter = EigenvalueMeter(cadence(), kept, steps, wanted, *solver)
     kept.users = (steps, meter)
-    return [kept, steps, meter]
+    found: list[Meter] = [kept, steps, meter]
+    if set(quantities) & set(_OF_PROGRESS):
+        found.append(ProgressMeter(cadence(), kept.loss_fn, kept.effects, solver[3], kept.saves))
+    return found
 
 
 def check_solver(

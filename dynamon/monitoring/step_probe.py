@@ -27,6 +27,7 @@ from dynamon.optim.stepping import StepWatch, uses_gradients_at_once
 from dynamon.quantities.progress import Couplings, StepReading
 
 ReadingT = TypeVar("ReadingT")
+COPIES = 7  # of the weights, in float32 at least, while a reading is taken
 
 
 class StepProbe:
@@ -59,8 +60,8 @@ class StepProbe:
     ) -> None:
         """Keep nothing yet."""
         self.loop, self.ranks, self._loss_fn = loop, ranks, loss_fn
-        self.effects = EffectCheck(loss_fn is not None) if effects is None else effects
-        self.effects.is_done |= loop.loss_source is None
+        self.effects = EffectCheck(loss_fn) if effects is None else effects
+        self.effects.is_done |= loss_fn is None and loop.loss_source is None
         self._before: dict[str, Tensor] = {}
         self._layers: dict[str, Layer] = {}
         self._left: dict[str, float] = {}  # by decay before a resume
@@ -73,7 +74,7 @@ class StepProbe:
 
     @property
     def is_kept(self) -> bool:
-        """Whether weights are kept for a reading."""
+        """Return whether weights are kept for a reading."""
         return bool(self._before)
 
     def off_reason(self, layers: Sequence[Layer]) -> str | None:
@@ -126,7 +127,7 @@ class StepProbe:
             self._decay.step_ends(optimizer, skipped)
 
     def read(self, batch: Any) -> StepReading | None:
-        """Measure what was done since :meth:`keep`, and drop what was kept.
+        """Measure what was done since :meth:`keep`, and drop what was kept, unless training skips this batch.
 
         All processes must call it together, inside of their :meth:`dynamon.distributed.ranks.Ranks.collective_section`.
 
@@ -167,9 +168,10 @@ class StepProbe:
             fractions = [left.get(name, 1.0) * self._left.get(name, 1.0) for name in owned]
             with self._evaluation(owned) as params:
                 return take(LastStep(lambda: self._loss(batch, index), params, weights, fractions, self.ranks))
-        except NoLossError:  # training skips this batch; with several processes it cannot
+        except NoLossError:  # training skips this batch, so the next one serves; with several processes it cannot
             if self.ranks.is_distributed:
                 raise
+            self._before, self._layers = before, layers
             return None
 
     def _evaluation(self, owned: Mapping[str, Tensor]) -> AbstractContextManager[FlatParameters]:
@@ -188,7 +190,8 @@ class StepProbe:
                 return float(self._loss(batch, index).detach())
 
         if not self.effects.is_done:
-            found = self.ranks.all_gather_object(EffectCheck().find(self.loop, evaluate))
+            self.effects.clear()
+            found = self.ranks.all_gather_object(self.effects.find(self.loop, evaluate))
             self.effects.settle(next((text for text in found if text is not None), None))
         return self.effects.reason is not None
 
@@ -267,7 +270,7 @@ class StepObserver:
 
     @property
     def is_kept(self) -> bool:
-        """Whether weights are kept for a reading."""
+        """Return whether weights are kept for a reading."""
         return self._probe.is_kept
 
     def keep(self) -> None:

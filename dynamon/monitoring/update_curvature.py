@@ -69,12 +69,16 @@ class UpdateCurvatureMeter(Meter):
         self.tags, self.panels = meanings(declared), chart_layout(declared)
 
     def is_off(self) -> bool:
-        """Where nothing was asked for, or sharpness is off."""
+        """Return whether nothing was asked for, or sharpness is off."""
         return not self._wanted or self._probe.off
 
     def is_missed(self) -> bool:
         """Not where nothing was asked for."""
         return super().is_missed() and bool(self._wanted) and not self._probe.off
+
+    def missed_reason(self) -> str | None:
+        """Return why there was no loss to measure on."""
+        return None if self.points or self.is_off() else self._probe.refusal
 
     def expected(self, run: RunContext) -> float | None:
         """Return the seconds a measurement took last; before the first, gradients on the probe; None without one.
@@ -105,7 +109,8 @@ class UpdateCurvatureMeter(Meter):
         self._batch = None
         self._update = {}
         if run.steps.in_backward and self._compares(run):
-            self.copy_weights(run)
+            with run.untold(self.name):
+                self.copy_weights(run)
         if "batch" not in self._wanted or not self._is_due(run):
             return
         if any(is_lazy(t) for t in (*run.module.parameters(), *run.module.buffers())):
@@ -114,12 +119,13 @@ class UpdateCurvatureMeter(Meter):
             is_there = self._probe.check(run)
         if not is_there:
             return
-        self._on_batch = True
+        self._on_batch, found = True, None
         try:
             with run.together(self.name), self._probe.evaluation(run) as params:
                 hessian = self._probe.batch_hessian(run, params, batch)
                 if self._is_trusted(hessian, hessian.gradient, "batch"):
-                    self._batch = batch_sharpness([hessian])
+                    found = batch_sharpness([hessian])
+            self._batch = found  # of all processes, or of none
         except NoLossError:  # training skips this batch; with several processes it cannot
             if run.ranks.is_distributed:
                 raise
@@ -150,7 +156,7 @@ class UpdateCurvatureMeter(Meter):
                 self._before = run.copies(layer for layer in run.all_layers if layer.name in trained)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing is saved; what was kept of a step that is undone is dropped."""
+        """Drop what was kept of a step that is undone; nothing is saved."""
         self._before, self._update, self._planned, self._batch = {}, {}, False, None
 
     def _is_due(self, run: RunContext) -> bool:
@@ -192,7 +198,7 @@ class UpdateCurvatureMeter(Meter):
         return readings
 
     def _has_moved(self, run: RunContext) -> bool:
-        """Whether the last step changed anything, on any process."""
+        """Return whether the last step changed anything, on any process."""
         device = run.device
         steps = [step for step in self._update.values() if step.numel()]
         if len({(step.device, step.dtype) for step in steps}) == 1:
@@ -217,7 +223,7 @@ class UpdateCurvatureMeter(Meter):
         return readings
 
     def _is_trusted(self, hessian: HessianOperator | MeanOverRanks, vector: Tensor, quantity: str) -> bool:
-        """Whether a product means something; the first time that it does not, say why."""
+        """Return whether a product means something; the first time that it does not, say why."""
         never = why_never(hessian, vector)
         reason = never or why_not(hessian, hessian.product_error(vector))
         if reason is not None and quantity not in self._told:

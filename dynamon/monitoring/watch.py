@@ -2,11 +2,11 @@
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from weakref import finalize
+from weakref import WeakKeyDictionary, finalize, ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,15 +20,21 @@ from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.plain_loop import PlainLoop
 from dynamon.monitoring.row import write_layout
+from dynamon.monitoring.steering_probe import SteeringProbe
 from dynamon.monitoring.watch_arguments import as_list, check_loop_arguments
 from dynamon.monitoring.wrappers import unwrapped_optimizer
 from dynamon.monitoring.writers import FolderWriter
+from dynamon.optim import steering_of
 from dynamon.optim.stepping import has_gradients
 from dynamon.runs.history import Series
 
 _AFTER_CLIPPING = (
     "Watch: gradients are read when an optimizer steps. If you clip them, call watch.before_clipping() right before: "
     "without it gradient/ and noise/ are of clipped gradients, and what clipping did is left out."
+)
+_UNKNOWN_SCALER = (
+    "Watch: a GradScaler steps the optimizer, and Watch was not given it: gradients are read multiplied by its scale. "
+    "Pass scaler=scaler."
 )
 _AFTER_ABORT = (
     "Watch is off: an exception ended a watch.batch block, at step {}. Training goes on, and nothing more is measured. "
@@ -114,13 +120,15 @@ class Watch:
             writer,
             self.monitors,
         )
-        self._writer = writer
         self._is_inside = self._has_begun = self._is_closed = self._is_told = False
-        self._is_off = self._is_off_told = False  # after an exception
-        if writer is not None:
-            finalize(self, writer.close)  # where a script ends without closing
+        self._is_off = self._is_off_told = self._is_scaler_told = False  # after an exception
+        self._steering: SteeringProbe | None = None
+        self._pending: Mapping[str, Any] = {}
         for monitor in self.monitors:
             monitor.check(self._loop)
+            _watched[monitor] = ref(self)
+        # Where it is dropped, or a script ends, without closing.
+        self._release = finalize(self, _let_go, self.monitors, self._loop, writer)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -135,7 +143,7 @@ class Watch:
 
     @property
     def findings(self) -> list[Finding]:
-        """What looks wrong in what was measured so far, see :mod:`dynamon.health`."""
+        """Return what looks wrong in what was measured so far, see :mod:`dynamon.health`."""
         return [finding for monitor in self.monitors for finding in monitor.findings]
 
     @property
@@ -211,12 +219,14 @@ class Watch:
         self.close()
 
     def __repr__(self) -> str:
-        """Where it is, and what watches."""
+        """Return where it is, and what watches."""
         return f"Watch(step {self.step}, {', '.join(map(repr, self.monitors))})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: numbers and tensors by name."""
-        return {"loop": self._loop.state_dict(), "monitors": [monitor.state_dict() for monitor in self.monitors]}
+        state = {"loop": self._loop.state_dict(), "monitors": [monitor.state_dict() for monitor in self.monitors]}
+        pending = {} if self._steering is None else self._steering.state_dict()
+        return state | ({"steering": pending} if pending else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state, before the first batch or between two.
@@ -227,6 +237,7 @@ class Watch:
         if not {"loop", "monitors"} <= set(state) or len(state["monitors"]) != len(self.monitors):
             raise ValueError("state must be what state_dict() of a Watch with as many monitors has returned.")
         self._loop.load_state_dict(state["loop"])
+        self._steering, self._pending = None, state.get("steering", {})
         for monitor, own in zip(self.monitors, state["monitors"], strict=True):
             monitor.take_state(own, at_once=self._has_begun)
 
@@ -244,6 +255,12 @@ class Watch:
             self._abort()
             raise
 
+    def _tell_scaler(self) -> None:
+        """Say once that a gradient scaler is at work that nobody named."""
+        if self._loop.has_unknown_scaler and not self._is_scaler_told:
+            self._is_scaler_told = True
+            rank_zero_warn(_UNKNOWN_SCALER)
+
     def _tell_off(self) -> None:
         """Say once, to a loop that goes on after an exception, that it is no longer measured."""
         if not self._is_off_told:
@@ -258,25 +275,47 @@ class Watch:
                 monitor.begin(self._loop)
             write_layout(self._loop)
         self._loop.row.close()
+        self._serve_steering(batch)
         for monitor in self.monitors:
             monitor.go_on()
-            monitor.batch_start(batch)
-        for monitor in self.monitors:
-            monitor.before_backward()
+        with self._watch_time():
+            for monitor in self.monitors:
+                monitor.batch_start(batch)
+            for monitor in self.monitors:
+                monitor.before_backward()
+
+    def _serve_steering(self, batch: Any) -> None:
+        """Measure for rules that follow the loss of the next batch, on optimizers that are steered."""
+        found = [rates for one in self._loop.optimizers if (rates := steering_of(one)) is not None]
+        steered = [rates for rates in found if rates.rule.needs_probe]
+        if not steered:
+            return
+        if self._steering is None:
+            self._steering = SteeringProbe(self._loop)
+            self._steering.start(type(steered[0].rule).__name__, steered, self._pending)
+        for rates in steered:
+            self._steering.follow(rates)
+        self._steering.batch_start(steered, batch)
 
     def _end_batch(self, loss: Any) -> None:
         self._is_inside = False
         if self._is_off:
             return
-        self._loop.before_step()
-        for monitor in self.monitors:
-            monitor.batch_end(loss)
-        self._loop.row.send(self._loop)
+        with self._watch_time():
+            self._loop.before_step()
+            for monitor in self.monitors:
+                monitor.batch_end(loss)
+            self._loop.row.send(self._loop)
+        self._tell_scaler()
         if self._loop.end_batch() and not self._loop.was_announced and not self._is_told:
             self._is_told = True
             rank_zero_info(_AFTER_CLIPPING)
         for monitor in self.monitors:
             monitor.pause()  # what is between two batches is not counted as training
+
+    def _watch_time(self) -> AbstractContextManager[None]:
+        """Book what passes inside and belongs to no monitor alone."""
+        return self.monitors[0]._budget.watch() if self.monitors else nullcontext()
 
     def _abort(self) -> None:
         self._is_inside = False
@@ -292,11 +331,9 @@ class Watch:
         self._let_go()
 
     def _let_go(self) -> None:
+        self._release()
         for monitor in self.monitors:
-            monitor.close()
-        self._loop.remove()
-        if self._writer is not None:
-            self._writer.close()
+            _watched.pop(monitor, None)
 
 
 class WatchedBatch:
@@ -307,7 +344,7 @@ class WatchedBatch:
     """
 
     def __init__(self, watch: Watch, batch: Any) -> None:
-        """Nothing begun."""
+        """Start with nothing begun."""
         self._watch, self._batch = watch, batch
         self.loss: Tensor | float | None = None
 
@@ -326,6 +363,15 @@ class WatchedBatch:
             self._watch._abort()
 
 
+def _let_go(monitors: Sequence[Monitor], loop: PlainLoop, writer: FolderWriter | None) -> None:
+    """Leave no hook behind, and close the files."""
+    for monitor in monitors:
+        monitor.close()
+    loop.remove()
+    if writer is not None:
+        writer.close()
+
+
 def _check_types(model: object, optimizers: Sequence[object], loss_fn: object, monitors: Sequence[object]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -339,8 +385,15 @@ def _check_types(model: object, optimizers: Sequence[object], loss_fn: object, m
             raise TypeError(f"monitors must be monitors of dynamon.monitoring, got {type(monitor).__name__}.")
 
 
+_watched: "WeakKeyDictionary[Monitor, ref[Watch]]" = WeakKeyDictionary()  # by watches that are not closed
+
+
 def _check_kinds(monitors: Sequence[Monitor]) -> None:
     for monitor in monitors:
+        if monitor in _watched and _watched[monitor]() is not None:
+            raise ValueError(
+                f"monitors has a {type(monitor).__name__} that another Watch uses: make one for each, or close it."
+            )
         same = [type(other).__name__ for other in monitors if isinstance(other, monitor.one_of_a_kind())]
         if len(same) > 1:
             raise ValueError(f"monitors has {' and '.join(same)}, which measure the same; keep one of them.")

@@ -43,6 +43,7 @@ from dynamon.spectra.convolution import layer_convolution_bounds
 _TAGS = (*FIELDS, *(one.tag for one in ENTRYWISE))  # in the order of the rows of a reading
 _COMPARED = ("cosine", "last", "previous")  # of the last two steps
 _FULL = "full spectra"  # under which their time is booked
+_FOR_GUESS = 0.1  # of what is left to spend, for finding out what a first reading takes
 
 
 class WeightMeter(PairMeter):
@@ -61,13 +62,13 @@ class WeightMeter(PairMeter):
     quantities = meanings(quantities_of("weight", scope=Scope.PER_LAYER))
 
     def __init__(self, cadence: Cadence, with_histograms: bool = False, with_convolutions: bool = False) -> None:
-        """Nothing copied."""
+        """Start with nothing copied."""
         super().__init__(cadence)
         self._with_histograms, self._with_convolutions = with_histograms, with_convolutions
         self._full = Cadence(None, FULL_EVERY * cadence.unit)  # what is taken along with a reading now and then
         self._full_seconds: float | None = None  # what it took last
         self._full_failures = 0  # in a row
-        self._guessed: tuple[float, float] | None = None  # seconds of a plain reading and of a full one
+        self._guessed: dict[str, float] = {}  # seconds of a plain reading and of a full one
         self._before: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}  # before the step that preceded
         self._rates: dict[str, tuple[float, float]] = {}
@@ -123,14 +124,14 @@ class WeightMeter(PairMeter):
         before, earlier, self._before, self._earlier = self._before, self._earlier, {}, {}
         rates, self._rates = self._rates, {}
         reads, self._reading = self._reading, False
-        ratios, decay_ratios = self._ratios(run) if rates else ({}, {})
-        self._decay.check()
-        if before and not run.steps.any_taken():
+        if (reads or self.keeps(run)) and not run.steps.any_taken():  # asked by all processes, or by none
             self._earlier = earlier  # as if there had been no step
             return
         before = self._of_those_taken(run, before)
         if reads and (before or run.ranks.is_distributed):
             with run.together(self.name):
+                self._decay.check()
+                ratios, decay_ratios = self._ratios(run) if rates else ({}, {})
                 steered = {
                     name: (rate * ratios.get(name, 1.0), rate * decay * decay_ratios.get(name, 1.0))
                     for name, (rate, decay) in rates.items()
@@ -139,6 +140,8 @@ class WeightMeter(PairMeter):
             if self._full_is_due(run):
                 self._try_full(run)
             self.done(run)
+        else:
+            self._decay.check()
         self._earlier = before if self.keeps(run) else {}
 
     @staticmethod
@@ -155,24 +158,26 @@ class WeightMeter(PairMeter):
 
     def plans(self, run: RunContext) -> list[Plan]:
         """Return what the planner has to know, of full spectra too."""
-        if not self.cadence.is_planned:
-            return super().plans(run)
         price, is_off = partial(self._expected_full, run), lambda: self._full_failures >= PAUSE_AFTER
-        return [*super().plans(run), Plan(_FULL, self._full, price, is_off, rides=True)]
+        cadence = self._full if self.cadence.is_planned else self.cadence
+        return [*super().plans(run), Plan(_FULL, cadence, price, is_off, rides=True)]
 
     def expected(self, run: RunContext) -> float | None:
         """Return the mean so far without full spectra; before the first what a part of one matrix takes tells it."""
-        return super().expected(run) if self._took else self._guess(run)[0]
+        return super().expected(run) if self._took else self._guess(run, self.name)
 
-    def _expected_full(self, run: RunContext) -> float:
-        return self._guess(run)[1] if self._full_seconds is None else self._full_seconds
+    def _expected_full(self, run: RunContext) -> float | None:
+        return self._guess(run, _FULL) if self._full_seconds is None else self._full_seconds
 
-    def _guess(self, run: RunContext) -> tuple[float, float]:
-        """Time the spectra of a part of one matrix; once, and on this process only."""
-        if self._guessed is None:
-            with run.charge(self.name, waits=True), torch.no_grad():
-                self._guessed = guess_seconds(run.layers)
-        return self._guessed
+    def _guess(self, run: RunContext, name: str) -> float | None:
+        """Time the spectra of a part of one matrix: once, on this process only, and only where something is left."""
+        if name not in self._guessed:
+            if run.budget.left <= 0:
+                return None
+            most = run.budget.left * _FOR_GUESS
+            with run.charge(name, waits=True), torch.no_grad():
+                self._guessed[name] = guess_seconds(run.layers, most, is_full=name == _FULL)
+        return self._guessed[name]
 
     def _full_is_due(self, run: RunContext) -> bool:
         """Return whether this reading brings what is expensive."""
@@ -243,7 +248,7 @@ class WeightMeter(PairMeter):
             run.recorder.layers(quantity, row, names)
 
     def _measure_full(self, run: RunContext) -> None:
-        """What needs all singular values, histograms, and what convolutions do to whole inputs."""
+        """Measure what needs all singular values, histograms, and what convolutions do to whole inputs."""
         names, spectra = layer_spectra(run.layers, ranks=run.ranks)
         if spectra is not None:
             table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
@@ -263,7 +268,7 @@ class WeightMeter(PairMeter):
         return reduce_tables(histogram_table(weights), [la.parameter for la in run.layers], run.ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decay has left, and where the next step is read, the weights before the last one."""
+        """Return what decay has left, and where the next step is read, the weights before the last one."""
         earlier = whole_copies(self._earlier, self._layers) if self.saves_copies else {}
         return {**super().state_dict(), "memory": self._decay.retention.state_dict(), "earlier": earlier}
 

@@ -27,8 +27,12 @@ class RatioAssignment:
         """Leave the parameters to :meth:`assign`."""
         self.merging = merging
 
-    def assign(self, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
-        """Find the layer and the group of each parameter, and forget merged ratios, which belonged to others."""
+    def assign(self, optimizer: Optimizer, layers: Sequence[Layer]) -> list[int]:
+        """Find the layer and the group of each parameter, and forget merged ratios, which belonged to others.
+
+        Returns:
+            The number of each layer's group in the optimizer, ``[L]``.
+        """
         if self.merging is not None:
             self.merging.forget()
         self._layers = [layer.name for layer in layers]
@@ -36,6 +40,8 @@ class RatioAssignment:
         self._parameters, self._sizes = parameters_of(optimizer), group_sizes(optimizer)
         self._layer_at = np.array([at.get(id(p), len(at)) for p in self._parameters], np.int64)
         self._group_at = np.repeat(np.arange(len(self._sizes)), self._sizes)
+        group_of = dict(zip(map(id, self._parameters), self._group_at.tolist(), strict=True))
+        return [group_of[id(layer.parameter)] for layer in layers]
 
     def fits(self, optimizer: Optimizer) -> bool:
         """Return whether the optimizer has the parameters and groups of the last :meth:`assign`."""

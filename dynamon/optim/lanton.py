@@ -20,7 +20,7 @@ from dynamon.quantities.scales import Scale
 from dynamon.quantities.windows import Window
 from dynamon.rates import NoiseAdaptiveRates, Rule
 
-RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
+RADII = {"hidden": 1.0, "conv": 4.0, "embedding": 0.5, "head": 16.0, "vector": 0.125}
 _OWN = "lanton"  # key of what a copy holds beside an optimizer's state and groups
 _OF_CONV = ("conv", "vector")  # what the weight of a convolution can be
 
@@ -38,11 +38,11 @@ class Lanton(Optimizer):
     role       ``lmo(B)``                                                          radius
     =========  ==================================================================  ======
     hidden     minus the polar factor :math:`U V^\top` times ``sqrt(out / in)``    1
-    conv       the same for one patch of the input, divided by ``prod(kernel)``    1
+    conv       the same for one patch of the input, divided by ``prod(kernel)``    4
                where ``out`` and ``in`` are channels
-    embedding  ``-sign(B)``                                                        1
-    head       ``-sign(B) / in``                                                   32
-    vector     ``-B / rms(B)``                                                     1
+    embedding  ``-sign(B)``                                                        0.5
+    head       ``-sign(B) / in``                                                   16
+    vector     ``-B / rms(B)``                                                     0.125
     =========  ==================================================================  ======
 
     Tensors that hold several matrices (:meth:`dynamon.layers.Layer.matrices`: packed queries, keys and values, gates,
@@ -76,9 +76,9 @@ class Lanton(Optimizer):
         momentum: :math:`\beta_1`, in [0, 1).
         nesterov: Take the direction from :math:`\beta_1 B + (1 - \beta_1) G` after the average is updated.
         weight_decay: :math:`\lambda`, decoupled.
-        radii: Step size by role relative to ``lr``; missing roles keep the default. Tune these first: norms of
-            different roles are not comparable. Scion's settings for GPTs hold the head at 60 times the radius of hidden
-            layers; 32 is cautious.
+        radii: Step size by role relative to ``lr``; missing roles keep the default. Norms of different roles are not
+            comparable. The defaults come from a coordinate search over small GPTs, an LSTM and CNNs of several widths
+            and lengths, by factors of two (``benchmarks/radii.py``); at other sizes tune these first.
         polar: Polar factors of ``[n, out, in]``; zero matrices must not fail. By default
             :func:`dynamon.kernels.step_polar_factor`: five steps, in bfloat16 on GPUs with units for it, in float32
             elsewhere. ``polar_factor`` is float32 everywhere, ``functools.partial(polar_factor, steps=8)`` more
@@ -126,8 +126,8 @@ class Lanton(Optimizer):
         >>> before = model[2].bias.detach().clone()
         >>> model(torch.ones(3, 4)).square().sum().backward()
         >>> optimizer.step()
-        >>> round((model[2].bias - before).square().mean().sqrt().item(), 6)  # a step of size lr in the norm "rms"
-        0.02
+        >>> round((model[2].bias - before).square().mean().sqrt().item(), 6)  # lr times the radius, in the norm "rms"
+        0.0025
 
     References: Hao et al. (LANTON), arXiv 2510.14009; Pethick et al. (Scion), arXiv 2502.07529; Bernstein and
     Newhouse, arXiv 2409.20325; Amsel et al. (polar factors), arXiv 2505.16932.

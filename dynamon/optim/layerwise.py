@@ -173,7 +173,7 @@ class LayerwiseRates:
 
     def _start_rule(self) -> None:
         self._names = [layer.name for layer in self.layers]
-        self._assignment.assign(self.optimizer, self.layers)
+        self.rule.places = self._assignment.assign(self.optimizer, self.layers)
         self.rule.start(self.layers, self.reader.norms)
         if self.rule.noise is not None and self.rule.noise.source == "successive":
             self.reader.follow_trends()

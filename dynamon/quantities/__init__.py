@@ -4,10 +4,12 @@ What a monitor declares, the tables of tags in docstrings and docs, the charts a
 words and scales of the tab, the rows of ``dynamon report --text`` and what tests expect of a run are derived from it.
 """
 
+from dynamon.quantities.entries.advice import ADVICE
 from dynamon.quantities.entries.gradient import GRADIENT
 from dynamon.quantities.entries.lr import LR
 from dynamon.quantities.entries.noise import NOISE
 from dynamon.quantities.entries.own import DYNAMON
+from dynamon.quantities.entries.progress import PROGRESS
 from dynamon.quantities.entries.sharpness import SHARPNESS
 from dynamon.quantities.entries.spectrum import SPECTRUM
 from dynamon.quantities.entries.update import UPDATE
@@ -28,7 +30,9 @@ __all__ = [
     "with_tag_table",
 ]
 
-REGISTRY: dict[str, Quantity] = by_tag(SHARPNESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, DYNAMON)
+REGISTRY: dict[str, Quantity] = by_tag(
+    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, ADVICE, DYNAMON
+)
 
 
 def quantities_of(*cadences: str, scope: Scope | None = None, choice: str | None = None) -> list[Quantity]:

@@ -18,7 +18,7 @@ Reference: Lan et al., "LCA: Loss Change Allocation", arXiv 1909.01440, for the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 _FEWEST = 4  # readings from which an error is told
 _MOST_ALIKE = 0.95  # correlation of successive readings that is assumed at most
+_WINDOW = 12  # readings over which the level of a run is a line
+_FEWEST_FOR_LINE = 8  # of them to which one is fitted
 
 
 def decrease(before: NDArray[Any], after: NDArray[Any]) -> NDArray[Any]:
@@ -67,7 +69,48 @@ def standard_error(values: NDArray[Any]) -> NDArray[Any]:
         >>> round(float(standard_error(draws).mean()), 3)  # that of the mean is 0.05
         0.051
     """
+    return _error(np.asarray(values, np.float64), fitted=1)
+
+
+def standard_error_over_trend(values: NDArray[Any]) -> NDArray[Any]:
+    """Estimate the standard error of the mean of successive readings whose level changes over the run.
+
+    A trend is no error of the mean: readings are cut into windows of 12 to 23, the line of least squares is taken off
+    each window of 8 or more, and the errors of the windows' means (:func:`standard_error`, with the bias of a fitted
+    line) are combined. Correlation over more than a window is taken for a trend.
+
+    Args:
+        values: ``[T, ...]``, T readings in order.
+
+    Returns:
+        ``[...]``; NaN for fewer than 4 readings.
+
+    Example:
+        >>> import numpy as np
+        >>> from dynamon.quantities.progress import standard_error, standard_error_over_trend
+        >>> falling = 0.9 ** np.arange(60) + 0.01 * np.random.default_rng(0).standard_normal(60)
+        >>> round(float(standard_error(falling)), 4), round(float(standard_error_over_trend(falling)), 4)
+        (0.2087, 0.0092)
+    """
     values = np.asarray(values, np.float64)
+    count = len(values)
+    parts = np.array_split(values, max(1, count // _WINDOW))
+    variance: NDArray[Any] = sum(np.square(len(part) * _window_error(part)) for part in parts) / max(count, 1) ** 2
+    return np.sqrt(variance)
+
+
+def _window_error(values: NDArray[Any]) -> NDArray[Any]:
+    """The error of one window's mean, the trend left out where there are enough readings to see one."""
+    count = len(values)
+    if count < _FEWEST_FOR_LINE:
+        return _error(values, fitted=1)
+    time = np.arange(count) - (count - 1) / 2
+    slope = np.tensordot(time, values, 1) / np.square(time).sum()
+    return _error(values - np.multiply.outer(time, slope), fitted=2)
+
+
+def _error(values: NDArray[Any], fitted: int) -> NDArray[Any]:
+    """The standard error of the mean, where so many coefficients were fitted to the readings, the mean included."""
     count = len(values)
     if count < _FEWEST:
         return np.full(values.shape[1:], np.nan)
@@ -75,8 +118,9 @@ def standard_error(values: NDArray[Any]) -> NDArray[Any]:
     squares = np.square(deviations).sum(0)
     with np.errstate(invalid="ignore"):
         neighbours = (deviations[1:] * deviations[:-1]).sum(0) / np.where(squares > 0, squares, 1.0)
-        alike = np.clip(neighbours + (1 + 3 * neighbours) / count, 0.0, _MOST_ALIKE)
-    variance = squares / (count - 1) * (1 + alike) / (1 - alike) / count
+        bias = (fitted + (2 + fitted) * neighbours) / count
+        alike = np.clip(neighbours + bias, 0.0, _MOST_ALIKE)
+    variance = squares / (count - fitted) * (1 + alike) / (1 - alike) / count
     return np.sqrt(variance) * (1 + 3 / count)
 
 
@@ -176,9 +220,9 @@ class StepReading:
         """
         names = tuple(dict.fromkeys(keys))
         places = [np.array([key == name for key in keys]) for name in names]
-        rows = [self.before, self.after, self.decay_before, self.decay_after]
-        sums = [np.array([_sum(row[place]) for place in places]) for row in rows]
-        return StepReading(names, *sums, self.loss_before, self.loss_after, self.samples)
+        rows = ("before", "after", "decay_before", "decay_after")
+        sums: dict[str, Any] = {row: np.array([_sum(getattr(self, row)[place]) for place in places]) for row in rows}
+        return replace(self, names=names, **sums)
 
 
 def _sum(values: NDArray[Any]) -> float:

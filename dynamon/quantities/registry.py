@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = ("linear", "log")
-CADENCES = ("gradient", "weight", "sharpness", "steps", "steering", "monitor")
+CADENCES = ("gradient", "weight", "sharpness", "steps", "progress", "advice", "steering", "monitor")
 
 
 class Scope(Enum):

@@ -1,5 +1,6 @@
 """Sizes of weights and of the steps they take, in the norm of each layer's role."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -129,39 +130,42 @@ def warm_up_spectra(layers: Sequence[Layer]) -> None:
         warm_up(matrices[0].parameter.device, [min(layer.matrix_shape[1:]) for layer in matrices])
 
 
-def guess_seconds(layers: Sequence[Layer]) -> tuple[float, float]:
-    """Guess what a reading of some layers and their full spectra take, from those of a part of the largest matrix.
+def guess_seconds(layers: Sequence[Layer], most: float, is_full: bool = False) -> float:
+    """Guess what a reading of some layers takes, from that of growing parts of the largest matrix.
 
     Args:
         layers: The layers, as this process holds them.
+        most: Seconds after which no larger part is tried.
+        is_full: Whether full spectra are meant (:func:`layer_spectra`), not a plain reading with its steps
+            (:func:`weight_readings`).
 
     Returns:
-        Seconds of :func:`weight_readings` with steps, and of :func:`layer_spectra`; 0 where no layer is a matrix.
+        Seconds; 0 where no layer is a matrix.
 
-    Cost: about a tenth of both.
+    Cost: at most about a tenth of the reading; of small matrices, a millisecond.
     """
     matrices = [
         layer.matrices(as_real(to_local(layer.parameter.detach()))) for layer in layers if layer.role != "vector"
     ]
     stacks = [stack for stack in matrices if stack.numel()]
     if not stacks:
-        return 0.0, 0.0
-    costs = [len(stack) * _products(*stack.shape[1:]) for stack in stacks]
+        return 0.0
+    measure, times = (weight_spectra, 1) if is_full else (extremes_of, 2)
+    cost = sum(len(stack) * _products(*stack.shape[1:]) for stack in stacks)
     largest = max(stacks, key=lambda stack: _products(*stack.shape[1:]))[:1]
-    rows, columns = largest.shape[1:]
-    part = min(1.0, (sum(costs) / _products(rows, columns) / _PARTS) ** (1 / 3))
-    tiny = _single(largest[:, :_SIDE, :_SIDE])
-    sample = _single(largest[:, : max(int(rows * part), _SIDE), : max(int(columns * part), _SIDE)])
-    times = sum(costs) / _products(*sample.shape[1:])
+    begin, fixed, slope, side = time.perf_counter(), math.inf, 0.0, _SIDE
+    while True:
+        part = _single(largest[:, :side, :side])
+        products = _products(*part.shape[1:])
+        seconds = _seconds(partial(measure, [part]))
+        fixed, slope = min(fixed, seconds), max(seconds - fixed, 0.0) / products if fixed < math.inf else 0.0
+        is_whole, is_next_too_large = side >= max(largest.shape[1:]), 8 * products > cost / _PARTS
+        if is_whole or is_next_too_large or time.perf_counter() - begin > most:
+            return times * (fixed + cost * slope)
+        side *= 2
 
-    def seconds(measure: Callable[[list[Tensor]], Any]) -> float:
-        fixed, whole = (_seconds(partial(measure, [stack])) for stack in (tiny, sample))
-        return fixed + times * max(whole - fixed, 0.0)
 
-    return 2 * seconds(extremes_of), seconds(weight_spectra)
-
-
-_PARTS, _SIDE = 32, 16  # a part of the largest matrix costs one of so many of a reading; its sides are not below
+_PARTS, _SIDE = 32, 16  # a part costs at most one of so many of a reading; sides of the smallest part
 
 
 def _products(rows: int, columns: int) -> float:
@@ -171,7 +175,7 @@ def _products(rows: int, columns: int) -> float:
 
 
 def _seconds(measure: Callable[[], Any]) -> float:
-    """The shortest time that something takes: other processes of the machine only add to it."""
+    """The shortest time that something takes: first calls and other processes of the machine only add to it."""
     times = []
     for _ in range(3):
         begin = time.perf_counter()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dynamon.layers import Layer
 from dynamon.norms import Norm
 from dynamon.quantities.noise import NoiseEstimator
+from dynamon.quantities.progress import Couplings, StepReading
 from dynamon.quantities.readings import GradientReadings
 
 GROUPINGS = ("role", "role_and_shape", "all")
@@ -29,6 +30,9 @@ class Rule(ABC):
         exact: Whether each layer gets exactly its ratio, however many parameter groups a step then has. Otherwise
             :class:`dynamon.optim.LayerwiseRates` merges similar ratios.
         bounds: Ratios that are never merged, besides 1.
+        needs_probe: Whether the rule follows what steps do to the loss of the next batch; see :meth:`asks_for`.
+        steps: Steps so far, counted by a rule with ``needs_probe``.
+        places: The number of each layer's group in the optimizer, ``[L]``; set before :meth:`start`.
         layers: The layers, with the current weights in ``layers[i].parameter``.
 
     Example:
@@ -43,6 +47,9 @@ class Rule(ABC):
     noise: NoiseEstimator | None = None
     exact = False
     bounds: tuple[float, ...] = ()
+    needs_probe = False
+    steps = 0
+    places: Sequence[int] | None = None
 
     def check(self, layers: Sequence[Layer]) -> None:
         """Raise ValueError if the rule does not fit a model's layers, those of other optimizers included."""
@@ -56,6 +63,21 @@ class Rule(ABC):
 
     def update(self, readings: GradientReadings) -> None:
         """Process the readings of one step."""
+
+    @property
+    def probe_groups(self) -> Mapping[str, Sequence[str]]:
+        """The groups whose couplings the rule wants: layer names by label."""
+        return {}
+
+    def asks_for(self) -> str | None:
+        """Return what is to be measured of the coming step on the next batch: ``"step"``, ``"couplings"`` or None."""
+        return None
+
+    def learn(self, reading: StepReading) -> None:
+        """Process what a step did to the loss of the next batch."""
+
+    def learn_couplings(self, couplings: Couplings) -> None:
+        """Process how the groups' parts of a step interact."""
 
     @abstractmethod
     def ratios(self) -> NDArray[Any]:
@@ -120,14 +142,14 @@ class FixedRates(Rule):
     def check(self, layers: Sequence[Layer]) -> None:
         """Raise ValueError if a key matches no layer of the model."""
         for key in self._by_key:
-            if not any(_matches(layer, key) for layer in layers):
+            if not any(matches_key(layer, key) for layer in layers):
                 raise ValueError(f"FixedRates: {key!r} matches no layer; print(describe_layers(model)) lists them.")
 
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
         """Match the keys."""
         super().start(layers, norms)
         self._ratios = np.array(
-            [next((r for key, r in self._by_key.items() if _matches(layer, key)), 1.0) for layer in layers]
+            [next((r for key, r in self._by_key.items() if matches_key(layer, key)), 1.0) for layer in layers]
         )
 
     def ratios(self) -> NDArray[Any]:
@@ -160,7 +182,8 @@ def _group_key(layer: Layer, norm: Norm, group_by: str) -> tuple[object, ...]:
     return (layer.role, norm.name, *shape)
 
 
-def _matches(layer: Layer, key: str) -> bool:
+def matches_key(layer: Layer, key: str) -> bool:
+    """Return whether a key of :class:`FixedRates` (a name, a glob or ``"role:..."``) matches a layer."""
     if key.startswith("role:"):
         return layer.role == key.removeprefix("role:")
     return any(fnmatchcase(name, key) for name in (layer.name, *layer.aliases))

@@ -46,8 +46,11 @@ class SpectralTailRates(Rule):
 
     References: Zhou et al. (TempBalance), NeurIPS 2023, arXiv 2312.00359; LLR, arXiv 2605.22297, the source of
     these intervals. Both use a Hill estimate over a fixed part of the spectrum, which gives a number for every matrix;
-    the fit here chooses where the tail begins, and reports where there is none.
+    the fit here chooses where the tail begins, and reports where there is none. :class:`HeavyTailRates` is LLR as its
+    authors publish it.
     """
+
+    reads_at_once = False  # before the first step
 
     def __init__(
         self, low: float = 0.5, high: float = 1.5, group_by: str = "all", refresh: int = 100, ramp: int = 50
@@ -76,7 +79,7 @@ class SpectralTailRates(Rule):
     def begin_step(self) -> None:
         """Read the spectra when they are due, else move on towards the ratios of the last reading."""
         self._ramp.advance()
-        if self.steps and self.steps % self.refresh == 0:
+        if (self.steps or self.reads_at_once) and self.steps % self.refresh == 0:
             self.exponents = self._read()
             self._ramp.aim(self._goals())
         self.steps += 1

@@ -12,7 +12,7 @@ from dynamon.runs.event_log import EventLog
 from dynamon.runs.folders import TABLE, find_runs, printable
 from dynamon.runs.history import RunData, Series
 from dynamon.runs.history import last_step as last_step  # it stays part of this module
-from dynamon.runs.renamed import current_tag
+from dynamon.runs.renamed import TagDict, current_tag
 
 
 def read_run(folder: Path | str) -> dict[str, Series]:
@@ -56,7 +56,7 @@ def read_run(folder: Path | str) -> dict[str, Series]:
         >>> run["train/loss"].values
         array([1.        , 0.5       , 0.33333334])
     """
-    return _read(Path(folder)).scalars
+    return TagDict(_read(Path(folder)).scalars)
 
 
 def read_run_data(folder: Path | str) -> RunData:
@@ -85,7 +85,7 @@ def assemble_run(scalars: dict[str, Series], tables: dict[str, Series]) -> RunDa
         scalars: Every scalar series by its tag.
         tables: The contents of tensor summaries, by quantity.
     """
-    scalars = dict(scalars)
+    scalars = TagDict(scalars)
     owners = {_layer_prefix(quantity): quantity for quantity in tables}
     for tag in scalars:  # the quantiles that come with each table
         if tag.endswith("_median") and "/" in tag:
@@ -96,7 +96,7 @@ def assemble_run(scalars: dict[str, Series], tables: dict[str, Series]) -> RunDa
         if prefix in owners:
             single.setdefault(owners[prefix], {})[layer] = scalars.pop(tag)
     joined = {quantity: _joined(columns) for quantity, columns in single.items() if quantity not in tables}
-    return RunData(scalars, {**tables, **joined})
+    return RunData(scalars, TagDict({**tables, **joined}))
 
 
 def _read(path: Path) -> RunData:

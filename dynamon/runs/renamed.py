@@ -2,6 +2,7 @@
 
 import re
 from functools import lru_cache
+from typing import TypeVar
 
 RENAMED = {
     "sharpness/greedy_multiple": "sharpness/best_multiple",
@@ -13,6 +14,19 @@ RENAMED = {
 # Scalars of single layers have a dot in the place of the slash; quantiles and tables append to the tag.
 _NEW_NAMES = RENAMED | {old.replace("/", "."): new.replace("/", ".") for old, new in RENAMED.items()}
 _OLD = re.compile(rf"({'|'.join(map(re.escape, _NEW_NAMES))})(?=$|_[a-z0-9]+$|/)")
+
+ValueT = TypeVar("ValueT")
+
+
+class TagDict(dict[str, ValueT]):
+    """A dict by tag that takes the earlier name of a tag as well."""
+
+    def __missing__(self, tag: str) -> ValueT:
+        """Return what the tag's present name has."""
+        current = current_tag(tag)
+        if current == tag or current not in self:
+            raise KeyError(tag)
+        return self[current]
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Event files of a big model, as the recorder writes them: 200 layers, 2,000 steps."""
+"""Event files of a long run of a big model, as the recorder writes them: 300 layers, 2,000 readings, 100,000 losses."""
 
 import json
 import struct
@@ -26,7 +26,8 @@ TABLES = (
     "spectrum/stable_rank",
     "lr/ratio",
 )
-SCALARS = ("train/loss", "gradient/norm", "lr/base", "lr/bounded", "noise/scale", "sharpness/directional")
+LOSS = "train/loss"  # at every step
+SCALARS = ("gradient/norm", "lr/base", "lr/bounded", "noise/scale", "sharpness/stability_ratio")
 
 
 def names(layers: int) -> list[str]:
@@ -34,8 +35,8 @@ def names(layers: int) -> list[str]:
     return [f"model.blocks.{i // len(PARTS)}.{PARTS[i % len(PARTS)]}" for i in range(layers)]
 
 
-def write(folder: Path, layers: int = 200, steps: int = 2000) -> dict[str, np.ndarray]:
-    """Write the run; give what it holds: ``[steps, layers]`` for each table, ``[steps]`` for each scalar."""
+def write(folder: Path, layers: int = 300, steps: int = 2000, every: int = 50) -> dict[str, np.ndarray]:
+    """Write the run; give what it holds: ``[steps, layers]`` of each table, ``[steps]`` of each scalar, all losses."""
     generator = np.random.default_rng(0)
     content = json.dumps({"layers": names(layers)}).encode()
     plugin = SummaryMetadata.PluginData(plugin_name="dynamon", content=content)
@@ -47,17 +48,21 @@ def write(folder: Path, layers: int = 200, steps: int = 2000) -> dict[str, np.nd
     for quantity, table in tables.items():
         quantiles = np.quantile(table, [0.1, 0.5, 0.9], axis=1).astype(np.float32)
         scalars |= {f"{quantity}_{q}": row for q, row in zip(("p10", "median", "p90"), quantiles, strict=True)}
+    losses = np.exp(0.05 * generator.normal(size=steps * every)).astype(np.float32)
     folder.mkdir(parents=True)
     with (folder / "events.out.tfevents.1.big.1.0").open("wb") as file:
-        for step in range(steps):
-            for tag, values in scalars.items():
-                value = Summary.Value(tag=tag, simple_value=float(values[step]))
+        for step, loss in enumerate(losses):
+            values = [Summary.Value(tag=LOSS, simple_value=float(loss))]
+            if step % every == 0:
+                row = step // every
+                values += [Summary.Value(tag=tag, simple_value=float(own[row])) for tag, own in scalars.items()]
+                for quantity, table in tables.items():
+                    tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=table[row].tobytes())
+                    first = metadata if row == 0 else None
+                    values.append(Summary.Value(tag=f"{quantity}/layers", tensor=tensor, metadata=first))
+            for value in values:
                 file.write(record(Event(step=step, summary=Summary(value=[value]))))
-            for quantity, table in tables.items():
-                tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=table[step].tobytes())
-                value = Summary.Value(tag=f"{quantity}/layers", tensor=tensor, metadata=metadata if step == 0 else None)
-                file.write(record(Event(step=step, summary=Summary(value=[value]))))
-    return {**tables, **scalars}
+    return {**tables, **scalars, LOSS: losses}
 
 
 def record(event: Event) -> bytes:

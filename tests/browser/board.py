@@ -11,6 +11,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
 
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # git ignores it
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -19,7 +22,7 @@ IDLE = (
     "document.querySelector('#panel')?.getAttribute('aria-busy') === 'false' && "
     "!document.querySelector('.runs [role=status]')?.textContent.startsWith('reading')"
 )
-VIEWS = ("stability", "layers", "rates", "health")
+VIEWS = ("stability", "layers", "progress", "rates", "health")
 
 
 class Board:
@@ -34,7 +37,7 @@ class Board:
         self.page, self.frame = page, frame
 
     def wait(self, selector: str):
-        return self.frame.wait_for_selector(selector, timeout=20_000)
+        return self.frame.wait_for_selector(selector)
 
     def choose_runs(self, run: str, other: str | None = None) -> None:
         """Choose in the header of the tab."""
@@ -79,6 +82,29 @@ class Board:
         place = chart.locator(".plot").bounding_box()
         self.page.mouse.move(place["x"] + 64 + share * (place["width"] - 80), place["y"] + 60)
         return self.readings(title)
+
+    def drag(self, title: str, begin: float, end: float) -> None:
+        """Drag across a chart, from one share of its width to another."""
+        self.point(title, begin)
+        place = self.chart(title).locator(".plot").bounding_box()
+        self.page.mouse.down()
+        for share in (begin + (end - begin) / 2, end):
+            self.page.mouse.move(place["x"] + 64 + share * (place["width"] - 80), place["y"] + 60)
+        self.page.mouse.up()
+
+    def steps(self) -> tuple[int, int] | None:
+        """The steps that the header says are shown; None for the whole run."""
+        found = re.match(r"steps (\d+) to (\d+)", self.frame.locator(".zoomed").text_content() or "")
+        return (int(found[1]), int(found[2])) if self.frame.locator(".zoomed").is_visible() else None
+
+    def view(self) -> str:
+        return self.frame.locator("#board").get_attribute("data-view")
+
+    def place(self) -> dict[str, str]:
+        """What the address says, once what is under way is written to it."""
+        self.page.wait_for_timeout(500)
+        parts = [part for part in self.page.url.partition("#")[2].split("&") if "=" in part]
+        return {key.removeprefix("p.dynamon."): unquote(value) for key, _, value in (p.partition("=") for p in parts)}
 
     def readings(self, title: str) -> tuple[int, dict[str, str]]:
         keys = [key for key in self.chart(title).locator(".key").all() if key.locator("output").count()]
@@ -152,7 +178,14 @@ def in_tensorboard(page) -> Board:
 
 
 def number(text: str) -> float:
+    """A number as it is shown, without the step of its reading."""
+    text = text.split(" (step")[0]
     return {"no value": math.nan, "infinite": math.inf, "-infinite": -math.inf}.get(text) or float(text)
+
+
+def exact(value: float) -> float:
+    """The shortest number that is the same in single precision, which a reader gets to see."""
+    return float(str(np.float32(value)))
 
 
 def rounded(value: float) -> float:

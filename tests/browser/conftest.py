@@ -1,14 +1,16 @@
 """A browser, a real run with readings in every view, TensorBoard on it, and the board in the tab and in the report."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
+from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor
 from dynamon.cli import main
 from tests.browser.board import Board, chromium, in_tensorboard, serving
 from tests.helpers import Classifier, fit, mlp
@@ -46,6 +48,7 @@ def open_page(browser):
         context = browser.new_context(viewport={"width": 1280, "height": 900}, **settings)
         contexts.append(context)
         context.route(lambda url: not url.startswith((allowed, "data:", "blob:")), refuse)
+        context.set_default_timeout(120_000)  # on a busy machine
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -74,6 +77,22 @@ def logdir(browser, tmp_path_factory) -> Path:
     return root
 
 
+SWEEP = {"0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "100": 100.0, "1e+30": 1e30}  # rates by the end of their name
+
+
+@pytest.fixture(scope="session")
+def sweep_dir(browser, tmp_path_factory) -> Path:
+    """Six runs at rates of gradient descent from too small to absurd; none of them steered."""
+    root = tmp_path_factory.mktemp("sweep")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what looks wrong, which it is
+        for name, rate in SWEEP.items():
+            callbacks = [GradientMonitor(every_n_steps=1), SharpnessMonitor(every_n_steps=4), LearningRateMonitor()]
+            module = Classifier(mlp(), lambda parameters, rate=rate: torch.optim.SGD(parameters, lr=rate))
+            fit(module, callbacks, logger=TensorBoardLogger(root, name="sweep", version=name), steps=60, max_epochs=-1)
+    return root
+
+
 @pytest.fixture(scope="session")
 def tensorboard(logdir, tmp_path_factory) -> Iterator[str]:
     with serving(logdir, tmp_path_factory.mktemp("server") / "log") as address:
@@ -86,10 +105,9 @@ def open_tab(open_page, tensorboard):
     there seconds earlier.
     """
 
-    def opened(run="run/one", other=None, address=tensorboard, whole=False, **settings):
-        page = open_page(
-            f"{address}{'#dynamon' if whole else 'data/plugin_entry.html?name=dynamon'}", address, **settings
-        )
+    def opened(run="run/one", other=None, address=tensorboard, whole=False, place="", **settings):
+        entry = "#dynamon" if whole else "data/plugin_entry.html?name=dynamon#"
+        page = open_page(f"{address}{entry}{place}", address, **settings)
         board = in_tensorboard(page) if whole else Board(page, page.main_frame)
         board.wait_until_drawn()
         if run:
@@ -103,10 +121,11 @@ def open_tab(open_page, tensorboard):
 def open_report(open_page, logdir, tmp_path):
     """The report of some runs, as a file."""
 
-    def opened(run="run/one", other=None, whole=True, **settings):
+    def opened(run="run/one", other=None, whole=True, place="", folders=(), **settings):
         file = tmp_path / "report.html"
-        assert main(["report", *(str(logdir / name) for name in (run, other) if name), "-o", str(file)]) == 0
-        page = open_page(file.as_uri(), file.as_uri(), offline=True, **settings)
+        folders = [str(folder) for folder in folders] or [str(logdir / name) for name in (run, other) if name]
+        assert main(["report", *folders, "-o", str(file)]) == 0
+        page = open_page(f"{file.as_uri()}#{place}", file.as_uri(), offline=True, **settings)
         board = Board(page, page.main_frame)
         board.wait_until_drawn()
         return board

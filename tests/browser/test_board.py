@@ -8,12 +8,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from dynamon.quantities import REGISTRY
-from tests.browser.board import VIEWS, number, rounded
+from tests.browser.board import VIEWS, exact, number, rounded
 
 pytestmark = pytest.mark.slow
 CHARTS = {
     "stability": {"Stability ratio", "Training loss", "Top eigenvalue of the Hessian", "Sharpness along the step"},
     "layers": {"gradient/dual"},
+    "progress": {"Decrease of the loss in a step", "Overshoot of the step"},
     "rates": {"Base learning rate", "Rate ratio across layers", "Gradient noise across layers, dual norm"},
     "health": set(),
 }
@@ -48,7 +49,7 @@ def test_every_view(open_board, request, scheme):
     for view in VIEWS:
         board.show(view)
         assert CHARTS[view] <= set(board.titles())
-        assert view != "health" or board.frame.locator(".finding, .empty").count()
+        assert view != "health" or board.frame.locator(".finding, .empty, .result").count()
         assert "NaN" not in board.frame.locator("#panel").inner_html()
         assert board.frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
         board.shot(f"{name}-{view}-{scheme}")
@@ -72,10 +73,10 @@ def test_values_under_the_pointer(open_board, events):
             assert abs(step - 59 * share) <= 0.5
             steps = list(scalars[tag])
             near = [s for s in steps if abs(s - step) == min(abs(other - step) for other in steps)]
-            assert number(readings[label].split(" (step")[0]) in [rounded(scalars[tag][s]) for s in near]
+            assert number(readings[label].split(" (step")[0]) in [exact(scalars[tag][s]) for s in near]
     _, readings = board.point("Stability ratio", 0.4)
     value, step = readings["99 % upper bound"].split(" ", 1)
-    assert number(value) == rounded(scalars["sharpness/stability_ratio_upper"][int(step.strip("(step )"))])
+    assert number(value) == exact(scalars["sharpness/stability_ratio_upper"][int(step.strip("(step )"))])
 
 
 def test_values_of_the_map(open_board, tables):
@@ -93,7 +94,7 @@ def test_values_of_the_map(open_board, tables):
                 value, step, layer = board.point_at_map(label["y"] + label["height"] / 2 - place["y"], share)
                 assert layer == name
                 assert abs(step - 59 * share) <= min(abs(other - 59 * share) for other in rows) + 0.1
-                np.testing.assert_equal(value, rounded(float(rows[step][names.index(name)])))
+                np.testing.assert_equal(value, exact(float(rows[step][names.index(name)])))
 
 
 def test_words_and_colours_are_those_of_the_registry(open_board, tables):
@@ -116,8 +117,8 @@ def test_layers_are_chosen_by_pointer_and_keyboard(open_board, tables):
     assert [label for label in readings] == ["network.0.weight", "network.3.bias", "median of all layers"]
     near = min(rows, key=lambda s: abs(s - step))
     for name in ("network.0.weight", "network.3.bias"):
-        assert number(readings[name]) == rounded(float(rows[near][names.index(name)]))
-    assert number(readings["median of all layers"]) == rounded(float(np.median(rows[near])))
+        assert number(readings[name]) == exact(float(rows[near][names.index(name)]))
+    assert number(readings["median of all layers"]) == exact(float(np.median(rows[near])))
     pressed = board.frame.locator('button.layer[aria-pressed="true"]').all()
     assert [node.get_attribute("title") for node in pressed] == ["network.0.weight", "network.3.bias"]
 
@@ -127,14 +128,14 @@ def test_layers_are_chosen_by_pointer_and_keyboard(open_board, tables):
         board.page.keyboard.press(key)
     value, step, layer = board.tip()
     assert layer == "network.0.bias" and step == before - 8
-    assert value == rounded(float(rows[step][1]))
+    assert value == exact(float(rows[step][1]))
     board.page.keyboard.press("Enter")
     assert "network.0.bias" in board.readings("gradient/dual")[1]
 
     board.frame.get_by_role("button", name="▾ network.0").click()
     board.wait_for_layers(2)
     value, step, layer = board.point_at_map(8, 0.6)
-    assert layer == "network.0, median of 2" and value == rounded(float(np.median(rows[step][:2])))
+    assert layer == "network.0, median of 2" and value == exact(float(np.median(rows[step][:2])))
     board.frame.click("text=unfold all")
     board.wait_for_layers(4)
 
@@ -142,7 +143,8 @@ def test_layers_are_chosen_by_pointer_and_keyboard(open_board, tables):
 def test_views_and_charts_by_keyboard(open_board, events):
     board = open_board()
     board.frame.locator("#tab-stability").focus()
-    for view in (*VIEWS[1:], VIEWS[0]):
+    runs = ["runs"] if board.frame.locator("#tab-runs").is_visible() else []  # where there are several
+    for view in (*VIEWS[1:], *runs, VIEWS[0]):
         board.page.keyboard.press("ArrowRight")
         board.wait(f"#board[data-view={view}]")
         assert board.frame.evaluate("document.activeElement.id") == f"tab-{view}"
@@ -178,7 +180,7 @@ def test_two_runs(open_board, logdir):
         events = EventAccumulator(str(logdir / "run" / run), size_guidance={"scalars": 0}).Reload()
         loss = {point.step: point.value for point in events.Scalars(LOSS)}
         value = number(readings[f"{LOSS} (run/{run})"].split(" (step")[0])
-        assert value in [rounded(v) for at, v in loss.items() if abs(at - step) == min(abs(s - step) for s in loss)]
+        assert value in [exact(v) for at, v in loss.items() if abs(at - step) == min(abs(s - step) for s in loss)]
     board.show("layers")
     board.choose("run", "1")
     assert "23 readings" in board.frame.locator(".hint").all_text_contents()[-1]
@@ -190,15 +192,14 @@ def test_two_runs(open_board, logdir):
 def test_smoothing_leaves_the_values(open_board, events):
     board = open_board()
     loss = np.array([point.value for point in {p.step: p for p in events.Scalars(LOSS)}.values()])
-    board.frame.locator(".smoothing input").fill("0.9")
-    board.wait(".faint")
+    board.after_drawing(lambda: board.frame.locator(".smoothing input").fill("0.9"))
     step, readings = board.point("Training loss", 1.0)
     weights = 0.9 ** np.arange(len(loss))[::-1]
     smooth = (weights * loss).sum() / weights.sum()
     value, inside = readings[LOSS].split(" ")[:2]
     assert (
         step >= max(p.step for p in events.Scalars(LOSS))
-        and number(value) == rounded(float(loss[-1]))
+        and number(value) == exact(float(loss[-1]))
         and number(inside.strip("()")) == rounded(smooth)
     )
     board.chart("Training loss").get_by_role("button", name="log scale").click()

@@ -1,6 +1,7 @@
 """What only the tab has, as runs that grow and TensorBoard's theme; names that try to be more than names; speed."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.browser import big
-from tests.browser.board import rounded, serving
+from tests.browser.board import exact, number, serving
 
 pytestmark = pytest.mark.slow
 NASTY = "<img src=x onerror=window.attacked=1>"
@@ -69,7 +70,7 @@ def test_the_board_follows_a_run(open_tab, add_run, logdir):
         board.page.wait_for_timeout(200)
         loss = {step: board.point("Training loss", step / 29)[1]["train/loss"] for step in (10, 19, 20, 29)}
         expected = {10: 2 + np.sin(10), 19: 2 + np.sin(19), 20: 120.0, 29: 129.0}
-        assert {step: float(value) for step, value in loss.items()} == {s: rounded(v) for s, v in expected.items()}
+        assert {step: number(value) for step, value in loss.items()} == {s: exact(v) for s, v in expected.items()}
     with add_run("newer") as writer:  # runs appear and vanish
         choice = "() => [...document.querySelector('.runs select').options].map((option) => option.value)"
         shutil.rmtree(logdir / "live")
@@ -170,7 +171,7 @@ def test_what_the_tab_says_without_runs(open_tab, tmp_path, kind):
     }[kind] in said
 
 
-def test_200_layers_and_2000_steps(open_tab, open_report, logdir, add_run, capsys):
+def test_300_layers_and_100_000_steps(open_tab, open_report, logdir, add_run, capsys):
     shutil.rmtree(logdir / "big", ignore_errors=True)
     expected = big.write(logdir / "big")
     try:
@@ -180,18 +181,24 @@ def test_200_layers_and_2000_steps(open_tab, open_report, logdir, add_run, capsy
             board.wait("figure")
             times[name] = marks(board)["dynamon stability"]
             if name == "tab":
-                board.frame.wait_for_function(
-                    "() => document.querySelector('.runs [role=status]').textContent === 'step 1999'"
-                )
+                status = "() => document.querySelector('.runs [role=status]').textContent === 'step 99999'"
+                board.frame.wait_for_function(status)
+            board.wait_until_drawn()
+            times[f"{name}, zoom"] = timed(board, lambda board=board: board.drag("Training loss", 0.25, 0.75))
+            first, last = board.steps()
+            assert abs(first - 25_000) < 200 and abs(last - 75_000) < 200
+            step, readings = board.point("Training loss", 0.5)
+            near = expected[big.LOSS][step - 5 : step + 6]  # two of ten are drawn
+            assert number(readings[big.LOSS]) in [exact(value) for value in near]
+            times[f"{name}, cursor"] = timed(board, lambda board=board: board.point("Training loss", 0.6))
+            board.frame.get_by_role("button", name="whole run").click()
             begin = board.frame.evaluate("performance.now()")
             board.show("layers")
             board.frame.wait_for_function("() => performance.getEntriesByName('dynamon layers').length")
             times[f"{name}, map"] = marks(board)["dynamon layers"] - begin
-            value, step, layer = board.point_at_map(
-                board.frame.locator(".maparea canvas").bounding_box()["height"] / 2, 0.5
-            )
-            column = big.names(200).index(layer)
-            assert value == rounded(float(expected["gradient/dual"][step, column])) and 990 < step < 1010
+            value, step, layer = board.point_at_map(100, 0.5)
+            column = big.names(300).index(layer)
+            assert value == exact(float(expected["gradient/dual"][step // 50, column])) and 49_500 < step < 50_500
             begin = board.frame.evaluate("performance.now()")
             board.frame.get_by_role("button", name="fold all", exact=True).click()
             board.frame.wait_for_function("() => performance.getEntriesByName('dynamon layers').length > 1")
@@ -202,9 +209,24 @@ def test_200_layers_and_2000_steps(open_tab, open_report, logdir, add_run, capsy
     finally:
         shutil.rmtree(logdir / "big")
     with capsys.disabled():
-        print("\n200 layers x 2,000 steps, ms: " + ", ".join(f"{key} {value:.0f}" for key, value in times.items()))
-    # The aim is 2,000 on a quiet machine; others are half as fast and have other work.
-    assert times["tab"] < 10_000 and times["report"] < 10_000
+        print(
+            "\n300 layers x 2,000 readings, 100,000 losses, ms: ", {key: round(value) for key, value in times.items()}
+        )
+    # The aim is 2,000 on a quiet machine; others are half as fast and have other work, some of them more than they can do.
+    queue = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) if hasattr(os, "getloadavg") else 1.0
+    assert max(times["tab"], times["report"]) < 10_000 * queue
+    assert all(times[f"{name}, {what}"] < 500 * queue for name in ("tab", "report") for what in ("zoom", "cursor"))
+
+
+def timed(board, act) -> float:
+    """Milliseconds of the longest task of the page while something is done, by the browser's own clock."""
+    board.frame.evaluate(
+        "() => { window.tasks = [0]; new PerformanceObserver((list) => list.getEntries().forEach((one) => "
+        "window.tasks.push(one.duration))).observe({ entryTypes: ['longtask'] }); }"
+    )
+    act()
+    board.page.wait_for_timeout(500)
+    return board.frame.evaluate("Math.max(...window.tasks)")
 
 
 def marks(board) -> dict[str, float]:

@@ -156,7 +156,7 @@ def test_a_module_without_parameters() -> None:
     ("loss_fn", "sentence"),
     [
         (lambda module, batch: 3.0, "loss_fn must return a scalar tensor as loss, got float"),
-        (lambda module, batch: module.network(batch[0]), r"loss_fn must return a scalar loss, got shape \(2, 3\)"),
+        (lambda module, batch: module.network(batch[0]), r"loss_fn must return a scalar loss, got shape \([28], 3\)"),
         (lambda module, batch: torch.zeros(()), "does not depend on any parameter"),
     ],
 )

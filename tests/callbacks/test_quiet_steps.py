@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks.lightning.loop import TrainerLoop
 from dynamon.rates import FixedRates
 from tests.callbacks.test_steering_cost import Calls
 from tests.helpers import Classifier, fit
@@ -58,3 +59,25 @@ def test_calls_beside_steering() -> None:
     alone = calls([LayerwiseLR(FixedRates({"network.0.*": 0.5}))])
     both = calls([LayerwiseLR(FixedRates({"network.0.*": 0.5})), DynamicsMonitor(every_n_steps=NEVER)])
     assert both.a_step - alone.a_step <= 80, (both.calls - alone.calls).most_common(20)
+
+
+@pytest.mark.parametrize("every", [NEVER, 1])
+def test_what_a_trainer_takes_to_call_a_monitor_is_booked(every: int, monkeypatch) -> None:
+    """At quiet steps as well: there it is most of what a monitor costs."""
+    monitors = [GradientMonitor(every_n_steps=every), WeightMonitor(every_n_steps=NEVER)]
+    monkeypatch.setattr(TrainerLoop, "call_seconds", lambda *_: 10.0)
+    fit(Classifier(deep(2)), monitors, steps=12, max_epochs=-1)
+    for monitor in monitors:
+        assert 120.0 <= monitor._budget.spent_on["hooks"] < 130.0
+
+
+def test_calling_a_monitor_is_timed_without_calling_others() -> None:
+    called: list[str] = []
+
+    class Others(pl.Callback):
+        def on_sanity_check_start(self, *_: object) -> None:
+            called.append("it")
+
+    monitor = GradientMonitor(every_n_steps=NEVER)
+    fit(Classifier(deep(2)), [monitor, Others()], steps=4)
+    assert not called and 0 < monitor._call_seconds < 0.01

@@ -7,7 +7,14 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dynamon.callbacks import GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks import (
+    GradientMonitor,
+    LayerwiseLR,
+    NoiseAdaptiveLR,
+    RateAdvisor,
+    SharpnessMonitor,
+    WeightMonitor,
+)
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.quantities import REGISTRY, Condition
 from dynamon.rates import FixedRates
@@ -41,7 +48,8 @@ def sgd() -> tuple:
     """Convolutions under SGD with a rate for each half, and a solver that has too little time."""
     halves = lambda p: (lambda p: [{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}])(list(p))  # noqa: E731
     module = Classifier(cnn(), optimizer=lambda p: torch.optim.SGD(halves(p), lr=0.01))
-    monitors = [WeightMonitor(**EVERY, convolutions=True), LayerwiseLR(FixedRates({"*": 1.0}))]
+    advisor = RateAdvisor(pilot=4, readings=4, group_by="role", strict=True)
+    monitors = [WeightMonitor(**EVERY, convolutions=True), LayerwiseLR(FixedRates({"*": 1.0})), advisor]
     return module, monitors, batches(count=64, features=(2, 8, 8)), {"steps": 4}
 
 

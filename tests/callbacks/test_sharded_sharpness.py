@@ -23,7 +23,7 @@ from tests.processes import Sharded, by_parts, fit_here, in_processes, rank, reg
 pytestmark = pytest.mark.processes
 
 NUMBERS = sum(p.numel() for p in small().parameters())
-IN_SHARDS = ("hessian", "stability_ratio", "preconditioned", "directional", "critical", "batch", "subspace")
+IN_SHARDS = ("hessian", "stability_ratio", "preconditioned", "directional", "critical", "batch", "subspace", "progress")
 BOUNDS = ("hessian", "stability_ratio", "bracket")  # in the sixth measurement
 NOT_A_VALUE = re.compile(".*_residual|sharpness/matvecs|sharpness/outliers|dynamon/overhead")  # how a solve went
 BY_CHANCE = re.compile(".*_(upper|min)")  # these depend on the start vector, and shards draw their own

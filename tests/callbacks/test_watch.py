@@ -18,6 +18,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -674,3 +676,45 @@ def test_processes_under_ddp_measure_together(tmp_path: Path) -> None:
     assert seen["sharpness/probe_samples"].unique().tolist() == [16.0]  # a batch of each process
     assert seen["noise/independent"].isfinite().all() and len(seen["gradient/norm"]) == 2
     assert len(list((tmp_path / "log").iterdir())) == 1  # the first process writes
+
+
+def _sharded(rank: int, world: int, watched: bool) -> dict[str, Any]:
+    """Train in float64 under FSDP2, or alone on the batches of all processes."""
+    model = Net().double()
+    model.network[3].p = 0.0  # masks would be of half the batch
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        fully_shard(model.network[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = adamw(model.parameters())
+    own = DynamicsMonitor("standard", every_n_steps=2, probe_fraction=1.0, strict=True)
+    watch = dynamon.Watch(model, optimizer, loss_fn, monitors=own) if watched else None
+    data = [[inputs.double(), labels] for inputs, labels in batches(size=8)]
+    model.network[1].eval()  # statistics too
+    for first in range(0, len(data), 2):
+        pair = data[first : first + 2]
+        batch = pair[rank] if world > 1 else [torch.cat(parts) for parts in zip(*pair, strict=True)]
+        with nullcontext() if watch is None else watch.batch(batch):
+            loss_fn(model, batch).backward()
+            if watch is not None:
+                watch.before_clipping()
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = {name: p.full_tensor() if world > 1 else p.detach() for name, p in model.named_parameters()}
+    if watch is None:
+        return {"weights": weights}
+    watch.close()
+    shown = {tag: watch.history[tag].values for tag in watch.history if tag not in CLOCKS}
+    return {"weights": weights, "shown": {tag: torch.as_tensor(values) for tag, values in shown.items()}}
+
+
+@pytest.mark.processes
+def test_processes_under_fsdp2_show_what_one_process_does() -> None:
+    plain, seen = (
+        in_processes(partial(_sharded, world=2, watched=watched), group=True)[0] for watched in (False, True)
+    )
+    alone = _sharded(0, 1, True)
+    assert all(torch.equal(plain["weights"][name], tensor) for name, tensor in seen["weights"].items())
+    for tag in ("gradient/norm", "gradient/dual", "weight/operator", "update/ratio", "sharpness/hessian_max"):
+        np.testing.assert_allclose(seen["shown"][tag], alone["shown"][tag], rtol=1e-5, err_msg=tag)
+    assert seen["shown"]["sharpness/probe_samples"].unique().tolist() == [16.0]

@@ -87,6 +87,7 @@ def _one(name: str, neutral: bool = True, **arguments: Any) -> Callbacks:
 
 _EVERY = {"every_n_steps": 1, "strict": True}
 _ONES = {"class_path": "dynamon.rates.FixedRates", "init_args": {"ratios": {"*": 1.0}}}
+_BALANCED = {"class_path": "dynamon.rates.BalancedRates", "init_args": {"every": 1}}
 _QUICK = ["stability_ratio", "hessian", "bracket", "directional", "critical", "batch"]
 _DEAR = ["subspace", "blocks", "next", "preconditioned", "ggn", "trace", "density"]
 CALLBACKS = {
@@ -94,6 +95,7 @@ CALLBACKS = {
     "WeightMonitor": _one("WeightMonitor", **_EVERY, histograms=True, convolutions=True),
     "SharpnessMonitor": _one("SharpnessMonitor", **_EVERY, probe_fraction=0.5, quantities=_QUICK),
     "SharpnessMonitor, dear": _one("SharpnessMonitor", **_EVERY, probe_fraction=0.5, quantities=_DEAR),
+    "SharpnessMonitor, progress": _one("SharpnessMonitor", **_EVERY, quantities=["progress"]),
     "DynamicsMonitor economy": _one("DynamicsMonitor", preset="economy", **_EVERY),
     "DynamicsMonitor standard": _one("DynamicsMonitor", preset="standard", **_EVERY),
     "DynamicsMonitor full": _one("DynamicsMonitor", preset="full", **_EVERY),
@@ -101,6 +103,8 @@ CALLBACKS = {
     "NoiseAdaptiveLR, floor 1": _one("NoiseAdaptiveLR", warmup=2, floor=1.0),
     "NoiseAdaptiveLR": _one("NoiseAdaptiveLR", neutral=False, warmup=1),
     "NoiseAdaptiveLR, dry": _one("NoiseAdaptiveLR", warmup=1, apply=False),
+    "BalancedRates, dry": _one("LayerwiseLR", rule=_BALANCED, apply=False),
+    "RateAdvisor": _one("RateAdvisor", pilot=4, readings=4, group_by="role", strict=True),
     "monitor and steering": Callbacks(
         (("DynamicsMonitor", {"preset": "standard", **_EVERY}), ("NoiseAdaptiveLR", {"warmup": 2, "floor": 1.0}))
     ),

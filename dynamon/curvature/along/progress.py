@@ -70,14 +70,14 @@ class LastStep:
         self._names = tuple(self._params.names or map(str, range(len(self._before))))
         with torch.no_grad():
             flat = self._params.flatten(self._params.tensors) - self._params.flatten(self._before)
-            for piece, weight, left_of_it in zip(self._parts(flat), self._weights(), self._left, strict=True):
-                if left_of_it != 1:
-                    piece.add_(weight, alpha=1 - left_of_it)
+            if any(one != 1 for one in self._left):
+                lost = torch._foreach_mul([w.to(flat.dtype) for w in self._weights()], [1 - one for one in self._left])
+                torch._foreach_add_(self._parts(flat), lost)
         self._step = flat  # without decay
 
-    def _parts(self, flat: Tensor) -> Sequence[Tensor]:
+    def _parts(self, flat: Tensor) -> list[Tensor]:
         """Split a flat vector by parameter: views, where a complex entry is two numbers."""
-        return flat.split([real_numel(p) for p in self._before])
+        return list(flat.split([real_numel(p) for p in self._before]))
 
     def _weights(self) -> Iterator[Tensor]:
         """The weights before the step in that form."""
@@ -89,14 +89,14 @@ class LastStep:
         Args:
             samples: Samples in the probe of this process.
 
-        Cost: two gradients of the loss, two device calls a layer and two more for a layer that decays, one reduction of
-        4 L + 3 numbers, and one copy to the host.
+        Cost: two gradients of the loss, some 30 device calls whatever the number of layers, one reduction of 4 L + 3
+        numbers, and one copy to the host.
         """
         after = self._slopes()
         before = self._slopes_at(self._before)
         rows, count = self._reduced([before, after], samples)
-        (b, decay_b, loss_b), (a, decay_a, loss_a) = ((*np.split(row[:-1], 2), float(row[-1])) for row in rows)
-        return StepReading(self._names, b, a, decay_b, decay_a, loss_b, loss_a, count)
+        (b, decay_b), (a, decay_a) = (np.split(row[:-1], 2) for row in rows)
+        return StepReading(self._names, b, a, decay_b, decay_a, float(rows[0, -1]), float(rows[1, -1]), count)
 
     def couplings(self, groups: Mapping[str, Sequence[str]]) -> Couplings:
         """Take one gradient before the step, and one after the step of each group alone.
@@ -107,7 +107,7 @@ class LastStep:
         Raises:
             ValueError: If a layer has no such step, or is in two groups.
 
-        Cost: G + 1 gradients of the loss, ``2 (G + 1)`` device calls a layer, one reduction and one copy to the host.
+        Cost: G + 1 gradients of the loss, one reduction and one copy to the host.
         """
         member = self._members(groups)
         keys = np.array([member.get(name, -1) for name in self._names])
@@ -143,17 +143,14 @@ class LastStep:
     def _slopes(self) -> Tensor:
         """Return the slopes along step and decay, ``[2 L + 1]`` with the loss at last: this process's share."""
         loss, gradient = self._gradients.evaluate()
-        wide = widest_dtype(gradient.device)
         with torch.no_grad():
-            along = torch.stack([product.sum(dtype=wide) for product in self._parts(gradient * self._step)])
-            decay = torch.stack(
-                [
-                    (piece * weight).sum(dtype=wide) * (left - 1) if left != 1 else along.new_zeros(())
-                    for piece, weight, left in zip(self._parts(gradient), self._weights(), self._left, strict=True)
-                ]
-            )
+            along = _sums(self._parts(gradient * self._step))
+            decay = torch.zeros_like(along)
+            if any(left != 1 for left in self._left):
+                lost = along.new_tensor(self._left) - 1
+                decay = _sums(list(torch._foreach_mul(self._parts(gradient), list(self._weights())))) * lost
             of_products, of_loss = self._shares
-            own = loss.to(wide).reshape(1) * of_loss
+            own = loss.to(along.dtype).reshape(1) * of_loss
             return torch.cat([along * of_products, decay * of_products, own])
 
     def _reduced(self, rows: Sequence[Tensor], count: float) -> tuple[NDArray[Any], float]:
@@ -163,3 +160,10 @@ class LastStep:
             packed = self._ranks.sum(packed)
         host = packed.cpu().double().numpy()
         return host[:-1].reshape(len(rows), -1), float(host[-1])
+
+
+def _sums(pieces: list[Tensor]) -> Tensor:
+    """Sum the entries of each of L tensors in the widest dtype, ``[L]``: in few device calls, by their two signs."""
+    wide = widest_dtype(pieces[0].device)
+    up = torch.stack(torch._foreach_norm(torch._foreach_clamp_min(pieces, 0), 1, dtype=wide))
+    return up - torch.stack(torch._foreach_norm(torch._foreach_clamp_max(pieces, 0), 1, dtype=wide))

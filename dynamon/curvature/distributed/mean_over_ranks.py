@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynamon.curvature.operators.base import LinearOperator
 from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.curvature.operators.vector_space import CommonSpace
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import widened, widest_dtype
 
@@ -15,8 +16,8 @@ from dynamon.kernels import widened, widest_dtype
 class MeanOverRanks(LinearOperator):
     """Weighted mean of one operator per process: the Hessian on the samples of all processes.
 
-    Every process must take the same products in the same order. :func:`top_eigenvalues` does, since all see the same
-    numbers and the same seed. It can replace a :class:`HessianOperator` or :class:`GGNOperator` everywhere.
+    Every process must take the same products in the same order. :func:`top_eigenvalues` does: the numbers of the first
+    process decide. It can replace a :class:`HessianOperator` or :class:`GGNOperator` everywhere.
 
     Args:
         operator: This process's operator, on its own samples.
@@ -30,7 +31,8 @@ class MeanOverRanks(LinearOperator):
         loss: The weighted mean of the losses, where the operator has one.
         gradient: The weighted mean of the gradients, likewise.
 
-    Cost: one all-reduce of n numbers per product, and one for the gradient at construction.
+    Cost: one all-reduce of n numbers per product, one for the gradient at construction, and one of a few numbers
+    wherever a solver decides how to go on.
     """
 
     parameters: FlatParameters
@@ -39,9 +41,10 @@ class MeanOverRanks(LinearOperator):
 
     def __init__(self, operator: LinearOperator, weight: float = 1.0, ranks: Ranks | None = None) -> None:
         """Sum the weights over the processes and average loss and gradient."""
-        super().__init__(operator.shape[0], operator.dtype, operator.device, operator.space)
         own: Any = operator
         self._operator, self._ranks = own, ranks or Ranks(operator.device)
+        space = CommonSpace(operator.space, self._ranks)
+        super().__init__(operator.shape[0], operator.dtype, operator.device, space)
         total = self._ranks.sum(torch.tensor(weight, dtype=widest_dtype(operator.device), device=operator.device))
         self._share = weight / float(total)
         self.backend, self.reason = operator.backend, getattr(operator, "reason", None)

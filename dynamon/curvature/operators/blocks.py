@@ -36,7 +36,7 @@ class BlockOperator(LinearOperator):
     def __init__(self, operator: _HasBlocks, places: Sequence[int]) -> None:
         """Store the operator and the positions of the block's parameters."""
         own = operator.parameters.subset(places)
-        super().__init__(own.size, own.dtype, own.tensors[0].device, own.space)
+        super().__init__(own.size, own.dtype, own.tensors[0].device, operator.space.like(own.space))
         self._operator, self._places = operator, list(places)
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.curvature.operators.vector_space import VectorSpace
+from dynamon.isolation.equality import clone_tensors
 from dynamon.isolation.evaluations import fresh_autocast_cache, full_precision
 from dynamon.kernels.devices import reads_are_free
 from dynamon.layers.complex_pairs import COMPLEX, as_real, from_real, real_dtype, real_numel
@@ -198,8 +199,8 @@ class FlatParameters:
             values: One tensor per parameter, in its shape and dtype.
         """
         with self._restored():
-            for p, value in zip(self.tensors, values, strict=True):
-                p.data = value.detach().clone()
+            for p, value in zip(self.tensors, clone_tensors([value.detach() for value in values]), strict=True):
+                p.data = value
             with fresh_autocast_cache():
                 yield
 

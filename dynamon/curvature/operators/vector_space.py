@@ -54,6 +54,14 @@ class VectorSpace:
         """Return a random generator for the local part of a vector."""
         return torch.Generator(device).manual_seed(seed)
 
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Return the numbers by which a solver decides what to do next, the same on every process."""
+        return numbers
+
+    def like(self, space: "VectorSpace") -> "VectorSpace":
+        """Return the space of a part of the parameters in which solvers decide as in this one."""
+        return space
+
 
 def wide_inner(one: Tensor, other: Tensor) -> Tensor:
     """Compute the inner product of the local entries of two vectors in the device's widest dtype, a chunk at a time.
@@ -112,6 +120,37 @@ class GatheredSpace(VectorSpace):
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """Gather from all processes and join; one message per parameter."""
         return torch.cat([tensor.reshape(-1) for tensor in self._shards.gather(pieces)])
+
+
+class CommonSpace(VectorSpace):
+    """Vectors that every process holds in full, with one decision for all of them: that of the first process.
+
+    On unlike machines inner products of the same vectors differ by rounding. A solver that has converged on one process
+    and not on another would leave that one alone in its next collective.
+
+    Args:
+        space: The space of the vectors.
+        ranks: The processes.
+
+    Cost: one reduction and one check per agreement.
+    """
+
+    def __init__(self, space: VectorSpace, ranks: Ranks) -> None:
+        """Store space and processes."""
+        super().__init__(space.size, space.length)
+        self._space, self._ranks = space, ranks
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Join as the space of the vectors does."""
+        return self._space.join(pieces)
+
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Return the first process's numbers."""
+        return self._ranks.sum(numbers.clone() if self._ranks.rank == 0 else torch.zeros_like(numbers))
+
+    def like(self, space: VectorSpace) -> VectorSpace:
+        """Return one with the same processes."""
+        return CommonSpace(space, self._ranks)
 
 
 class ShardedSpace(VectorSpace):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dynamon.curvature.operators.parameters import checked_once
 from dynamon.curvature.solvers.lanczos import Lanczos, random_start
 from dynamon.isolation.evaluations import full_precision
-from dynamon.kernels.arguments import check_count
+from dynamon.kernels.arguments import check_count, renamed_arguments
 
 Array = NDArray[np.float64]
 _RESOLVED = 0.1  # residual over the distance to the next Ritz value, below which an eigenvalue stands alone
@@ -147,6 +147,7 @@ def _apart(nodes: Array, residuals: Array, middle: float) -> Array:
     return nodes[: widest + 1 if relative[widest] >= _APART else 0]
 
 
+@renamed_arguments(probes="num_vectors")
 @checked_once()
 @full_precision()
 def spectral_density(operator: Any, *, steps: int = 80, num_vectors: int = 4, seed: int = 0) -> SpectralDensity:

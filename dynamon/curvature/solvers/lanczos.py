@@ -230,7 +230,7 @@ class Lanczos:
 
     def ritz(self, k: int) -> Ritz:
         """Read the projected matrix and decompose it: the only host synchronisation of a burst."""
-        read = self.projected[: self.size + 1, : self.size].cpu().double().numpy()
+        read = self.space.agreed(self.projected[: self.size + 1, : self.size]).cpu().double().numpy()
         if not np.isfinite(read).all():
             raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
         size, exhausted = self._invariant(read)
@@ -292,13 +292,14 @@ class Lanczos:
 
     def residuals(self, ritz: Ritz, k: int) -> tuple[np.ndarray, Tensor]:
         """Compute residuals of the k leading pairs, one product each, and the residual vector of the worst."""
-        found, vectors = [], []
+        lengths, vectors = [], []
         for x, value in zip(self.vectors(ritz, k).mT, ritz.values, strict=False):
             product = (self.operator @ x.to(self.dtype)).to(x)
             self.matvecs += 1
             vectors.append(product - value * x)
-            found.append(float(self.space.norm(vectors[-1])))
-        return np.array(found), vectors[int(np.argmax(found))]
+            lengths.append(self.space.norm(vectors[-1]))
+        found = self.space.agreed(torch.stack(lengths)).cpu().double().numpy()
+        return found, vectors[int(np.argmax(found))]
 
     def vectors(self, ritz: Ritz, count: int) -> Tensor:
         """Return the leading Ritz vectors as columns ``[n, m]``."""

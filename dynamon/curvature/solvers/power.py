@@ -72,12 +72,12 @@ class _Solve:
         """Multiply until residual and change are small, or the matvecs are spent."""
         for _ in range(max_matvecs):
             product = self._product()
-            value, moved = float(self._space.inner(self.vector, product)), product - self.shift * self.vector
-            length = float(self._space.norm(moved))
+            quotient, moved = self._space.inner(self.vector, product), product - self.shift * self.vector
+            rest = product - quotient * self.vector
+            lengths = map(self._space.norm, (moved, rest, self._outside(rest)))
+            value, length, self.residual, error = self._space.agreed(torch.stack([quotient, *lengths])).tolist()
             scale = tol * max(abs(value), abs(self.shift), self._scale)
-            error = self._outside(product - value * self.vector)
-            self.residual = float(self._space.norm(product - value * self.vector))
-            steady = float(self._space.norm(error)) <= scale and abs(value - self.value) <= scale
+            steady = error <= scale and abs(value - self.value) <= scale
             self.value, self.smallest = value, min(self.smallest, value)
             share = (value - self.shift) / length if length else 1.0
             if steady and self.matvecs >= _MINIMUM and share >= _POSITIVE:

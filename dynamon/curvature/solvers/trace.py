@@ -9,7 +9,7 @@ import torch
 from dynamon.curvature.operators.parameters import checked_once
 from dynamon.curvature.operators.vector_space import space_of, wide_inner
 from dynamon.isolation.evaluations import full_precision
-from dynamon.kernels.arguments import check_count
+from dynamon.kernels.arguments import check_count, renamed_arguments
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class TraceEstimate:
     matvecs: int
 
 
+@renamed_arguments(samples="num_vectors")
 @checked_once()
 @full_precision()
 def trace(operator: Any, *, num_vectors: int = 16, seed: int = 0) -> TraceEstimate:

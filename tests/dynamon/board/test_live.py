@@ -17,6 +17,7 @@ from dynamon.board import live
 from dynamon.board.live import LiveFolder, LoggedRun
 from dynamon.board.payload import display_hints
 from dynamon.board.plugin import DynamonPlugin
+from dynamon.health import findings
 from dynamon.runs import read_run_data
 from tests.dynamon.runs.test_reading import add_row
 from tests.test_report import array
@@ -216,6 +217,34 @@ def test_few_runs_are_kept(tmp_path, monkeypatch):
     assert folder.run("a") is first and folder.run("b") is not second
 
 
+def test_rows_of_all_runs_come_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "_SEARCH_EVERY", 0)
+    monkeypatch.setattr(live, "_AGAIN", 0)
+    for age, name in enumerate("abc"):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            fill(writer, range(10 * (age + 1)))
+        (file,) = (tmp_path / name).iterdir()
+        os.utime(file, (1e9 - age, 1e9 - age))  # the newest first
+    folder = LiveFolder(tmp_path)
+    kept = folder.run("b")
+    shares = [[row["share"] for row in folder.rows(read_for=0)]]
+    while sum(shares[-1]) < 3:
+        shares.append([row["share"] for row in folder.rows(read_for=0)])
+    assert shares[0] == [0, 0, 0] and [1, 0, 0] in shares and [1, 1, 0] in shares  # a record an answer
+    rows = folder.rows()
+    for row in rows:
+        data = read_run_data(tmp_path / row["name"])
+        loss = data.scalars["train/loss"].values
+        assert row["steps"] == len(loss) and row["loss"] == "train/loss" and row["ratio"] is None
+        assert row["final"] == np.median(loss[-5:])
+        assert sum(row["counts"].values()) == len(findings(data))
+    assert [row["name"] for row in rows] == ["a", "b", "c"] and folder.run("b") is kept
+    with SummaryWriter(str(tmp_path / "b"), filename_suffix=".2") as writer:
+        fill(writer, range(20, 60))
+    rows = {row["name"]: row["steps"] for row in folder.rows()}
+    assert rows == {"a": 10, "b": 60, "c": 30}
+
+
 def client(folder):
     """A route by its name, as TensorBoard serves it."""
     routes = DynamonPlugin(base_plugin.TBContext(logdir=str(folder))).get_plugin_apps()
@@ -241,7 +270,12 @@ def test_answers_of_the_plugin(tmp_path):
         "values"
         not in get("/table", run="run", quantity="gradient/dual", epoch=news["epoch"], since=news["count"]).json
     )
-    assert get("/health", run="run").json["findings"] == []
+    health = get("/health", run="run").json
+    assert health["findings"] == [] and [c["value"] for c in health["checks"] if c["words"] == "loss is finite"] == [
+        "0 of 20 readings not finite"
+    ]
+    (row,) = get("/rows").json["rows"]
+    assert row == {"name": "run", **health["summary"]} and row["steps"] == 20
     packed = Client(DynamonPlugin(base_plugin.TBContext(logdir=str(tmp_path))).get_plugin_apps()["/run"]).get(
         "/run?run=run", headers={"Accept-Encoding": "gzip"}
     )

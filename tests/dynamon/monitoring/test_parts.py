@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import dynamon
+from dynamon.layers import measurable_layers
 from dynamon.monitoring import DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor
+from dynamon.quantities import weights
 
 ROLES = {"0.weight": "head"}
 
@@ -32,8 +34,9 @@ def trained(*monitors: Any, steps: int = 7, make: Any = torch.optim.SGD, state: 
     for index in range(watch.step, watch.step + steps):
         generator = torch.Generator().manual_seed(index)
         batch = [torch.randn(16, 6, generator=generator).double(), torch.randint(3, (16,), generator=generator)]
-        with watch.batch(batch):
-            loss_fn(model, batch).backward()
+        with watch.batch(batch) as block:
+            block.loss = loss_fn(model, batch)
+            block.loss.backward()
             watch.gradients = [p.grad.clone() for p in model.parameters()]
             optimizer.step()
             optimizer.zero_grad()
@@ -167,3 +170,54 @@ def test_checkpoints_hold_solver_vectors_where_wanted(saves):
     assert again.history["sharpness/hessian_max"].steps.tolist() == [9, 12]
     products = again.history["sharpness/matvecs"].values
     assert products[0] > 0
+
+
+def test_monitors_of_one_watch_have_one_budget_and_one_grace():
+    first, second = GradientMonitor(grace=1.0), WeightMonitor(budget=0.1, grace=2.0)
+    fixed = SharpnessMonitor(3, budget=0.5, grace=60.0, quantities=["directional"])
+    trained(first, second, fixed, steps=12)
+    ledger = first._budget.ledger
+    assert ledger is second._budget.ledger is fixed._budget.ledger
+    assert (ledger.fraction, ledger.grace) == (0.1, 2.0)  # fixed steps are outside of it
+    assert first._budget.left == second._budget.left
+    assert ledger.spent == first._budget.spent + second._budget.spent
+    assert fixed.history["sharpness/directional"].steps.tolist() == [0, 3, 6, 9]
+    for monitor, tag in ((first, "gradient/norm"), (second, "weight/operator")):
+        assert 0 < len(monitor.history[tag].steps)
+        assert monitor.history[tag].steps[0] < 10
+
+
+def test_without_a_limit_each_monitor_reads_as_often_as_it_may():
+    monitors = [GradientMonitor(budget=None), WeightMonitor(budget=None), SharpnessMonitor(budget=None)]
+    watch = trained(*monitors, steps=45)
+    assert watch.history["gradient/norm"].steps.tolist() == list(range(2, 45, 4))
+    assert watch.history["weight/operator"].steps.tolist() == [2, 22, 42]
+
+
+def test_guessing_a_price_is_cheap_and_keeps_to_its_share(monkeypatch):
+    """Parts grow until one tells enough, or the time is over; where nothing is left, nothing is timed."""
+    clock, sides = [0.0], []
+
+    def measure(stacks: Any) -> Any:
+        side = stacks[0].shape[-1]
+        sides.append(side)
+        clock[0] += 1e-3 + 1e-9 * side**3
+        return real(stacks)
+
+    real = weights.extremes_of
+    monkeypatch.setattr(weights, "extremes_of", measure)
+    monkeypatch.setattr(weights.time, "perf_counter", lambda: clock[0])
+    layers = measurable_layers(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)))
+    guess = weights.guess_seconds(layers, most=1.0)
+    assert guess == pytest.approx(2 * (1e-3 + 2 * 1e-9 * 512**3), rel=0.02)
+    assert clock[0] <= 0.1 * guess and max(sides) == 128
+    clock[0], sides[:] = 0.0, []
+    weights.guess_seconds(layers, most=0.004)
+    assert clock[0] < 0.008 and max(sides) == 32
+
+
+def test_a_resumed_run_has_a_loss_where_something_was_measured_only():
+    first = trained(GradientMonitor(2), steps=3)
+    assert first.history["dynamon/loss"].steps.tolist() == [0, 2]
+    again = trained(GradientMonitor(2), steps=4, state=copy.deepcopy(first.state_dict()))
+    assert again.history["gradient/norm"].steps.tolist() == again.history["dynamon/loss"].steps.tolist() == [4, 6]

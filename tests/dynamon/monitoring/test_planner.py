@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,21 @@ class Result:
     told: dict[int, list[str]] = field(default_factory=dict)
 
 
+class Mine:
+    """A monitor, as far as the planner knows it."""
+
+    asleep = False
+
+
+OWNER = Mine()
+
+
+def planner_of(budget: Budget, *plans: Plan, owner: Any = OWNER) -> Planner:
+    planner = Planner()
+    planner.join(owner, budget, plans)
+    return planner
+
+
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=0.0)
@@ -65,12 +81,13 @@ def train(
 ) -> Result:
     """A run in which every reading takes what its group says; the planner learns a price when it is paid."""
     budget = Budget(fraction, grace)
-    planner, prices = Planner(budget), {name: group.guess for name, group in groups.items()}
+    plans, prices = [], {name: group.guess for name, group in groups.items()}
     for name, group in groups.items():
         cadence = Cadence(None, group.interval)
         cadence.lead = group.lead
         first = group.seconds(0) if group.guess is None else group.guess
-        planner.add(Plan(name, cadence, lambda name=name, first=first: prices[name] or first, rides=name in rides))
+        plans.append(Plan(name, cadence, lambda name=name, first=first: prices[name] or first, rides=name in rides))
+    planner = planner_of(budget, *plans)
     with budget.watch():
         clock.now += start_up
     planner.begin(begin, steps if known else None)
@@ -78,7 +95,7 @@ def train(
     for step in range(begin, steps):
         budget.start()
         clock.now += step_seconds
-        if step < planner.wakes_at:
+        if step < planner.wakes_at(OWNER):
             continue
         result.awake += 1
         with budget.watch():
@@ -161,8 +178,7 @@ def test_without_knowing_the_length_the_grace_is_not_used_up_at_once(clock) -> N
 @pytest.mark.parametrize(("total", "is_known"), [(None, False), (-1, False), (math.inf, False), (300, True)])
 def test_lengths_that_say_nothing(clock, total, is_known) -> None:
     budget = Budget(0.02, 3.0)
-    planner = Planner(budget)
-    planner.add(Plan("it", Cadence(None, 1), lambda: 0.1))
+    planner = planner_of(budget, Plan("it", Cadence(None, 1), lambda: 0.1))
     planner.begin(0, total)
     budget.start()
     clock.now += 1.0
@@ -184,23 +200,24 @@ def test_a_reading_that_the_run_does_not_pay_for_holds_nobody_up(clock) -> None:
     """9 s, and 7 in all: it is not read, and its price is told; the others use what there is."""
     found = train(clock, economy(0.01, 0.04, 0.2, 9.0), 2000, 0.1)
     assert not found.read["sharpness"]
-    ((plan, price, step),) = found.planner.late()
+    ((plan, price, step),) = found.planner.late(OWNER)
     assert plan.name == "sharpness" and price == 9.0 and step == math.inf
     assert found.budget.spent >= 0.9 * found.allowed
 
 
 def test_an_unknown_price_is_said_as_unknown(caplog) -> None:
-    planner = Planner(Budget(0.02, 0.0))
-    for name, price in (("probe", 0.0), ("steps", None), ("sharpness", None), ("weight", 2.0)):
-        planner.add(Plan(name, Cadence(None, 10), lambda price=price: price))
+    named = (("probe", 0.0), ("steps", None), ("sharpness", None), ("weight", 2.0))
+    budget, monitor = Budget(0.02, 0.0), Mine()
+    plans = [Plan(name, Cadence(None, 10), lambda price=price: price) for name, price in named]
+    planner = planner_of(budget, *plans, owner=monitor)
     planner.begin(0, 100)
     planner.take([math.inf] * 4 + [50])
-    assert [price for _, price, _ in planner.late()] == [0.0, None, None, 2.0]
-    say_late("Monitor", SimpleNamespace(planner=planner, budget=planner.budget), 0.0)
+    assert [price for _, price, _ in planner.late(monitor)] == [0.0, None, None, 2.0]
+    say_late(monitor, SimpleNamespace(planner=planner, budget=budget))
     assert [record.message for record in caplog.records] == [
-        "Monitor: one weight reading takes about 2 s, more than grace=0 has left: none is planned so far. Raise grace "
+        "Mine: one weight reading takes about 2 s, more than grace=0 has left: none is planned so far. Raise grace "
         "or budget to have it sooner.",
-        "Monitor: no sharpness reading so far, and what one takes is not known yet: none is planned so far. Raise "
+        "Mine: no sharpness reading so far, and what one takes is not known yet: none is planned so far. Raise "
         "grace or budget to have it sooner.",
     ]
 
@@ -292,19 +309,19 @@ def test_most_steps_are_asleep(clock) -> None:
 
 def test_several_processes_follow_the_first(clock) -> None:
     """Another clock and other costs; the numbers of the first process give the same timetable."""
-    first, other = Planner(Budget(0.02, 3.0)), Planner(Budget(0.02, 3.0))
-    for planner, cost in ((first, 0.1), (other, 7.0)):
-        for name, lead in (("one", 0), ("two", 1)):
-            cadence = Cadence(None, 4)
-            cadence.lead = lead
-            planner.add(Plan(name, cadence, lambda cost=cost: cost))
-        planner.begin(0, 1000)
+    planners, budgets = [], [Budget(0.02, 3.0), Budget(0.02, 3.0)]
+    for budget, cost in zip(budgets, (0.1, 7.0), strict=True):
+        plans = [Plan(name, Cadence(None, 4), lambda cost=cost: cost) for name in ("one", "two")]
+        plans[1].cadence.lead = 1
+        planners.append(planner_of(budget, *plans))
+        planners[-1].begin(0, 1000)
+    first, other = planners
     taken: list[list[tuple[str, int]]] = [[], []]
     for step in range(1000):
-        first.budget.start()
+        budgets[0].start()
         clock.now += 0.01
-        assert first.wakes_at == other.wakes_at
-        if step < first.wakes_at:
+        assert first.wakes_at(OWNER) == other.wakes_at(OWNER)
+        if step < first.wakes_at(OWNER):
             continue
         for planner, read in zip((first, other), taken, strict=True):
             for plan in planner.plans:
@@ -312,7 +329,7 @@ def test_several_processes_follow_the_first(clock) -> None:
                     plan.cadence.read(step)
                     read.append((plan.name, step))
                 plan.cadence.passed(step)
-        first.budget.book("one", 0.1 * (taken[0][-1:] == [("one", step)]))
+        budgets[0].book("one", 0.1 * (taken[0][-1:] == [("one", step)]))
         planned = first.review(step, step + 1)
         first.take(planned)
         other.take([float(value) for value in planned])
@@ -379,10 +396,9 @@ def test_going_back_reads_again_what_is_undone() -> None:
 
 
 def test_a_paused_group_is_left_alone(clock) -> None:
-    planner = Planner(Budget(None))
     planned, fixed = Cadence(None, 4), Cadence(4, 4)
-    for name, cadence in (("planned", planned), ("fixed", fixed)):
-        planner.add(Plan(name, cadence, lambda: 0.0))
+    plans = [Plan(name, cadence, lambda: 0.0) for name, cadence in (("planned", planned), ("fixed", fixed))]
+    planner = planner_of(Budget(None), *plans)
     planner.begin(0, 1000)
     for cadence in (planned, fixed):
         cadence.rest(50)
@@ -401,13 +417,13 @@ def test_a_step_that_was_not_taken_is_tried_anew(clock) -> None:
 
 def test_a_price_that_is_not_known_yet_is_asked_for_again(clock) -> None:
     prices: list[float | None] = [None]
-    planner = Planner(Budget(0.02, 3.0))
-    planner.add(Plan("it", Cadence(None, 4), lambda: prices[0]))
+    budget = Budget(0.02, 3.0)
+    planner = planner_of(budget, Plan("it", Cadence(None, 4), lambda: prices[0]))
     planner.begin(0, 100)
-    planner.budget.start()
+    budget.start()
     clock.now += 0.1
     planner.take(planner.review(0, 1))
-    assert planner.plans[0].cadence.next == math.inf and planner.wakes_at == 1
+    assert planner.plans[0].cadence.next == math.inf and planner.wakes_at(OWNER) == 1
     prices[0] = 0.5
     planner.take(planner.review(1, 2))
     assert planner.plans[0].cadence.next == 2
@@ -428,7 +444,91 @@ def test_the_grace_that_was_used_is_not_given_again(clock) -> None:
 @pytest.mark.parametrize(("every", "is_off"), [(10, False), (None, True)])
 def test_where_nothing_is_planned_there_are_no_reviews(clock, every, is_off) -> None:
     """Several processes would exchange numbers at them."""
-    planner = Planner(Budget(0.02, 3.0))
-    planner.add(Plan("it", Cadence(every, 4), lambda: 0.1, is_off=lambda: is_off))
+    planner = planner_of(Budget(0.02, 3.0), Plan("it", Cadence(every, 4), lambda: 0.1, is_off=lambda: is_off))
     planner.begin(0, 1000)
-    assert not planner.is_due(0) and planner.wakes_at == (0 if every else math.inf)
+    assert not planner.is_due(0) and planner.wakes_at(OWNER) == (0 if every else math.inf)
+
+
+def several(*shares: tuple[float | None, float], every: int | None = None) -> tuple[Planner, list[Budget]]:
+    """Monitors of one run, each with one group that takes 0.1 s."""
+    planner, budgets = Planner(), [Budget(*share) for share in shares]
+    for index, budget in enumerate(budgets):
+        cadence = Cadence(every if index == 0 else None, 4)
+        planner.join(Mine(), budget, [Plan(f"group {index}", cadence, lambda: 0.1)])
+    planner.begin(0, 1000)
+    return planner, budgets
+
+
+def test_monitors_of_one_run_have_one_budget_and_one_grace(clock) -> None:
+    """The largest of what they were given; what one has spent the others have not."""
+    planner, budgets = several((0.02, 1.0), (0.05, 3.0), (0.02, 0.0))
+    for budget in budgets:
+        budget.start()
+    clock.now += 11.0
+    budgets[0].book("group 0", 1.0)
+    assert planner.ledger.training == pytest.approx(10.0)
+    for budget in budgets:
+        assert budget.training == pytest.approx(10.0)
+        assert budget.left == pytest.approx(3.0 + 0.05 * 10.0 - 1.0)
+
+
+@pytest.mark.parametrize("first", [(None, 3.0), (0.02, 3.0)])
+def test_what_nothing_limits_leaves_the_others_their_budget(clock, first) -> None:
+    """A monitor without a budget, or at fixed steps: its time is no training time, and nobody else's money."""
+    planner, (free, other) = several(first, (0.02, 1.0), every=10)
+    free.start(), other.start()
+    clock.now += 60.0
+    free.book("group 0", 50.0)
+    assert other.left == pytest.approx(1.0 + 0.02 * 10.0)
+    assert planner.ledger.fraction == 0.02 and planner.ledger.grace == 1.0
+
+
+def test_three_monitors_keep_to_what_one_may_spend(clock) -> None:
+    """2 % of 100 s and 3 s of grace for all of them, in a run of which each reads what it can."""
+    planner, budgets = several((0.02, 3.0), (0.02, 3.0), (0.02, 3.0))
+    for step in range(1000):
+        for budget in budgets:
+            budget.start()
+        clock.now += 0.1
+        for plan, budget in zip(planner.plans, budgets, strict=True):
+            if plan.cadence.is_due(step):
+                with budget.charge(plan.name):
+                    clock.now += 0.1
+                plan.cadence.read(step)
+            plan.cadence.passed(step)
+        if planner.is_due(step):
+            planner.take(planner.review(step, step + 1))
+    spent = sum(budget.spent for budget in budgets)
+    allowed = 3.0 + 0.02 * (clock.now - spent)
+    assert 0.9 * allowed <= spent <= allowed + 1e-9
+    assert min(budget.spent for budget in budgets) > 0.2 * spent  # and none starves
+
+
+def test_the_last_of_those_awake_plans_for_all() -> None:
+    planner, _ = several((0.02, 1.0), (0.02, 1.0), (0.02, 1.0))
+    owners = planner.owners
+    assert [planner.is_last(owner) for owner in owners] == [False, False, True]
+    owners[2].asleep = True
+    assert [planner.is_last(owner) for owner in owners[:2]] == [False, True]
+
+
+def test_another_fit_begins_with_its_own_monitors() -> None:
+    planner, _ = several((0.02, 1.0), (0.02, 1.0))
+    planner.join(OWNER, Budget(0.02, 5.0), [Plan("it", Cadence(None, 4), lambda: 0.1)])
+    assert planner.owners == [OWNER] and planner.ledger.grace == 5.0 and not planner.has_begun
+    planner.leave(OWNER)
+    assert not planner.plans and not planner.owners
+
+
+@pytest.mark.parametrize("grace", [0.05, 0.1, 0.3])
+def test_first_readings_on_wrong_estimates_overdraw_a_small_grace_by_one_of_them(clock, grace) -> None:
+    """Each takes three times what was thought: after the first of them the others are not bought on credit."""
+    groups = {f"group {i}": Group(20, 0, 0.12 + 0.01 * i, guess=0.04 + 0.01 * i / 3) for i in range(5)}
+    found = train(clock, groups, 200, 0.01, grace=grace)
+    assert found.most_over <= 2 / 3 * 0.16 + 1e-9
+
+
+def test_first_readings_that_a_grace_pays_for_several_times_come_together(clock) -> None:
+    groups = {f"group {i}": Group(20, 0, 0.1, guess=0.1) for i in range(5)}
+    found = train(clock, groups, 50, 0.01, grace=3.0)
+    assert {read[0] for read in found.read.values()} == {1}

@@ -176,7 +176,7 @@ def test_radius_and_rates_of_groups():
     assert [layer.role for layer in optimizer.layers] == ["hidden", "head", "vector", "vector"]
     given = gradients(model, 1, dtype=torch.float32)
     play(model, optimizer, given)
-    play(twice, Lanton(twice.parameters(), 1.0, noise_adaptive=False), given)
+    play(twice, Lanton(twice.parameters(), 1.0, radii=dict.fromkeys(RADII, 1.0), noise_adaptive=False), given)
     change = {n: twice.get_parameter(n) - p for n, p in plain.named_parameters()}
     expected = {
         "0.weight": plain[0].weight * (1 - 0.2 * 0.5) + 0.2 * 3.0 * change["0.weight"],

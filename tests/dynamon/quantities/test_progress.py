@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from dynamon.quantities.progress import Couplings, StepReading, is_significant, overshoot, standard_error
+from dynamon.quantities.progress import (
+    Couplings,
+    StepReading,
+    is_significant,
+    overshoot,
+    standard_error,
+    standard_error_over_trend,
+)
 
 
 def _reading(before: list[float], after: list[float], decay: float = 0.0) -> StepReading:
@@ -68,6 +75,25 @@ def test_noise_that_lasts_is_not_taken_for_progress() -> None:
     assert is_significant(series).mean() < 0.13
     naive = np.abs(series.mean(0)) > 2 * series.std(0, ddof=1) / 8
     assert naive.mean() > 0.4  # what independent readings would claim
+
+
+@pytest.mark.parametrize("count", [4, 8, 16, 64])
+@pytest.mark.parametrize(("correlation", "most"), [(0.0, 0.05), (0.3, 0.08)])
+def test_noise_around_a_trend_is_seldom_significant(count: int, correlation: float, most: float) -> None:
+    """The trend adds nothing to the mean; errors of stationary readings would hide everything behind it."""
+    series, trend = _series(correlation, count, 1000), 20 * np.linspace(-1, 1, count)[:, None]
+    trend = trend if count >= 8 else 0 * trend
+    rate = (np.abs((series + trend).mean(0)) > 2 * standard_error_over_trend(series + trend)).mean()
+    assert rate <= most + 2 * np.sqrt(most * (1 - most) / 1000)
+    if count >= 8:
+        assert (standard_error(series + trend) > 5 * standard_error_over_trend(series + trend)).mean() > 0.9
+
+
+def test_a_level_that_falls_does_not_hide_that_it_is_there() -> None:
+    level = np.exp(-np.arange(96) / 8)[:, None]
+    series = level * (1 + 0.3 * _series(0.0, 96, 1000)) + 0.02 * _series(0.0, 96, 1000)[::-1]
+    assert (series.mean(0) > 2 * standard_error_over_trend(series)).mean() > 0.9
+    assert (series.mean(0) > 2 * standard_error(series)).mean() < 0.5
 
 
 def test_what_stands_out_is_significant() -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dynamon.curvature.along.progress import LastStep
+from dynamon.curvature.operators import parameters
+from dynamon.isolation import equality
+from tests.launches import Launches
 
 SIZES = {"a": 3, "b": 4, "c": 1}
 
@@ -182,3 +185,23 @@ def test_an_unused_layer_does_nothing() -> None:
     reading = LastStep(task.loss, params, before).read()
     assert reading.before[-1] == reading.after[-1] == 0
     np.testing.assert_array_equal(reading.before[:-1], task.last().read().before)
+
+
+def test_device_calls_do_not_grow_with_the_layers(monkeypatch) -> None:
+    """Beside the two gradients and what isolates them: counted as the difference to two plain gradients."""
+    found = []
+    for depth in (4, 40):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(depth)])
+        params, x = dict(net.named_parameters()), torch.randn(2, 4)
+        old = [p.detach().clone() for p in params.values()]
+        loss = lambda net=net, x=x: net(x).square().mean()  # noqa: E731
+        with Launches() as plain:
+            for _ in range(2):
+                torch.autograd.grad(loss(), list(params.values()))
+        with monkeypatch.context() as patch, Launches() as read:
+            for module in (equality, parameters):  # as on a device whose calls cost the host time
+                patch.setattr(module, "reads_are_free", lambda device: False)
+            LastStep(loss, params, old, [0.9] * len(old)).read()
+        found.append(read.total - plain.total)
+    assert found[1] <= 75 and found[1] - found[0] <= 10, found

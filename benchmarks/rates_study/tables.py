@@ -1,0 +1,163 @@
+"""What the runs of the study say: losses by arm, paired differences with intervals, verdicts, ranges of good rates."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy.stats import t
+
+from benchmarks.rates_study.book import key_of
+from benchmarks.rates_study.tasks import REPORTED, TUNING
+
+GOOD = 1.02  # times the best loss
+
+
+class Interval(NamedTuple):
+    """A mean and half of its 95 % interval (Student)."""
+
+    mean: float
+    half: float
+
+    @property
+    def upper(self) -> float:
+        """The upper end."""
+        return self.mean + self.half
+
+    def __str__(self) -> str:
+        """As tables show it."""
+        return f"{self.mean:.4f} ± {self.half:.4f}" if math.isfinite(self.mean) else "lost"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of the mean of some values; infinite for one, and where a run was lost."""
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return Interval(mean, math.inf)
+    return Interval(mean, float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+class Results:
+    """The runs of a file of results.
+
+    Args:
+        runs: By key.
+        chosen: By task and arm: the base rate and the ratios that are reported.
+        reported: Seeds.
+        tuning: Seeds.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str, Any],
+        chosen: Mapping[str, Any],
+        reported: Sequence[int] = REPORTED,
+        tuning: Sequence[int] = TUNING,
+    ) -> None:
+        """Remember them."""
+        self.runs, self.chosen, self.reported, self.tuning = runs, chosen, reported, tuning
+
+    def finals(self, task: str, name: str) -> list[float]:
+        """Final losses of an arm on the reported seeds."""
+        arm = self.chosen[task][name]
+        return [self._final(task, arm["arm"], arm["rate"], seed, arm["ratios"]) for seed in self.reported]
+
+    def _final(self, task: str, arm: str, rate: float, seed: int, ratios: Sequence[float]) -> float:
+        final = self.runs[key_of(task, arm, rate, seed, ratios)]["final"]
+        return math.inf if final is None else final
+
+    def difference(self, task: str, name: str, other: str) -> Interval:
+        """Final loss of one arm less that of another, paired by seed."""
+        pairs = zip(self.finals(task, name), self.finals(task, other), strict=True)
+        return interval([a - b for a, b in pairs])
+
+    def sweep(self, task: str, name: str) -> dict[float, float]:
+        """The mean loss by base rate, of the tuning seeds that every rate was tried with where the arm was tuned."""
+        arm = self.chosen[task][name]
+        start, end = f"{task}|{arm['arm']}|", "|" + key_of("", "", 1, 0, arm["ratios"]).rsplit("|", 1)[1]
+        rates = sorted({float(k.split("|")[2]) for k in self.runs if k.startswith(start) and k.endswith(end)})
+
+        def seen(rate: float, seeds: Sequence[int]) -> bool:
+            return {key_of(task, arm["arm"], rate, seed, arm["ratios"]) for seed in seeds} <= set(self.runs)
+
+        seeds = self.tuning if seen(arm["rate"], self.tuning) else self.tuning[:1]
+        return {
+            rate: statistics.fmean(self._final(task, arm["arm"], rate, seed, arm["ratios"]) for seed in seeds)
+            for rate in rates
+            if seen(rate, seeds)
+        }
+
+    def good_rates(self, task: str, name: str) -> tuple[float, float, bool]:
+        """The lowest and highest rate whose loss is within 2 % of the arm's best, and whether both ends were seen."""
+        found = self.sweep(task, name)
+        good = [rate for rate, loss in found.items() if loss <= GOOD * min(found.values())]
+        return min(good), max(good), min(found) < min(good) and max(good) < max(found)
+
+    def gap(self, task: str) -> Interval:
+        """What the oracle gains over one rate for all layers."""
+        return self.difference(task, "uniform", "oracle")
+
+    def counts(self, task: str) -> bool:
+        """Whether the oracle gains anything beyond the interval, so that there is something to find."""
+        gap = self.gap(task)
+        return gap.mean > gap.half
+
+    def passes(self, task: str, name: str = "committed") -> bool:
+        """Whether the upper limit of what an arm loses to the oracle is at most a quarter of the oracle's gain."""
+        return self.difference(task, name, "oracle").upper <= self.gap(task).mean / 4
+
+    def judged(self) -> list[str]:
+        """The tasks whose three main arms were run."""
+        return [task for task, arms in self.chosen.items() if {"uniform", "oracle", "committed"} <= set(arms)]
+
+    def verdict(self, task: str) -> str:
+        """What the bar says of a task, in a sentence."""
+        gap, rest = self.gap(task), self.difference(task, "committed", "oracle")
+        if not self.counts(task):
+            return f"the oracle gains {gap}, which is within the interval: the task does not count."
+        words = "passed" if self.passes(task) else "missed"
+        arms = [name for name in self.chosen[task] if name not in ("uniform", "oracle") and self.passes(task, name)]
+        others = f" Arms that pass: {', '.join(arms)}." if arms else ""
+        return f"the oracle gains {gap}, committed - oracle is {rest}: the bar is {words}.{others}"
+
+    def summary(self) -> str:
+        """What the bar says of all tasks, and which arms are worse than one rate for all layers."""
+        counted = [task for task in self.judged() if self.counts(task)]
+        passed = [task for task in counted if self.passes(task)]
+        worse = [
+            f"{name} on {task} ({apart})"
+            for task, arms in self.chosen.items()
+            for name in arms
+            if name != "uniform" and "uniform" in arms
+            if (apart := self.difference(task, name, "uniform")).mean > apart.half
+        ]
+        named = f"Worse than uniform beyond the interval: {'; '.join(worse) or 'none'}."
+        return f"The bar is passed on {len(passed)} of {len(counted)} tasks on which the oracle gains. {named}"
+
+    def rows(self, task: str) -> list[tuple[str, ...]]:
+        """Arm, base rate, final loss, difference to uniform, and the range of good rates where it was looked for."""
+        rows = []
+        for name, arm in self.chosen[task].items():
+            low, high, seen = self.good_rates(task, name)
+            width = f"{low:.3g} to {high:.3g}, {high / low:.1f} times" if seen else ""
+            apart = "" if name == "uniform" else str(self.difference(task, name, "uniform"))
+            rows.append((name, f"{arm['rate']:.3g}", str(interval(self.finals(task, name))), apart, width))
+        return rows
+
+    def text(self) -> str:
+        """Everything, for a terminal."""
+        lines = []
+        for task in self.chosen:
+            lines.append(f"\n{task}")
+            lines += [f"{a:14s} {r:>8s} {loss:>18s} {apart:>20s}  {w}" for a, r, loss, apart, w in self.rows(task)]
+            if task in self.judged():
+                lines.append(self.verdict(task))
+        return "\n".join([*lines, "", self.summary()])
+
+
+def read(path: Path) -> Results:
+    """Read a file of results."""
+    found = json.loads(path.read_text())
+    return Results(found["runs"], found["chosen"])

@@ -1,0 +1,312 @@
+"""Describe what the rules look at: the words and the limit of each, and the value that it sees in a run."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynamon.health import gradients, limits, loss, monitoring, weights
+from dynamon.health.finding import Finding
+from dynamon.health.loss import Loss
+from dynamon.health.series import (
+    all_zero,
+    layer_columns,
+    merge_scalars,
+    row_median,
+    running_median,
+)
+from dynamon.runs.history import RunData
+
+_LASTING = f"at {limits.LONG} readings to the end"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Hold what a rule checked in a run.
+
+    Attributes:
+        words: What is checked.
+        value: What was seen, in words with its numbers; None if the readings it needs are missing.
+        limit: From what on the rule reports it.
+        needs: The readings that it needs.
+        severity: The worst severity of what the rule found, None if it found nothing.
+    """
+
+    words: str
+    value: str | None
+    limit: str
+    needs: str
+    severity: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, and how a reader is told what it checks.
+
+    Attributes:
+        find: Yields its findings.
+        seen: Says what it sees; None if the readings it needs are missing.
+        words: What it checks.
+        limit: From what on it reports something.
+        needs: The readings that it needs.
+    """
+
+    find: Callable[[RunData, Loss], Iterator[Finding]]
+    seen: Callable[[RunData, Loss], str | None]
+    words: str
+    limit: str
+    needs: str
+
+
+def _finite_loss(data: RunData, known: Loss) -> str | None:
+    values = known.every_value
+    return f"{_share(~np.isfinite(values))} not finite" if len(values) else None
+
+
+def _level(data: RunData, known: Loss) -> str | None:
+    if len(known) < 2 * limits.CONSECUTIVE:
+        return None
+    return f"from {known.level[0]:.4g} to {known.level[-1]:.4g}, lowest {known.level.min():.4g} (running median)"
+
+
+def _different(data: RunData, known: Loss) -> str | None:
+    values = known.every_value
+    return f"{len(np.unique(values))} different values in {len(values)} readings" if len(values) else None
+
+
+def _ratio(data: RunData, known: Loss) -> str | None:
+    _, values = merge_scalars(data.scalars, "sharpness/stability_ratio", "sharpness/stability_ratio_unconverged")
+    values = values[np.isfinite(values)]
+    return (
+        f"median {np.median(values):.3g}, highest {values.max():.3g}, {len(values)} readings" if len(values) else None
+    )
+
+
+def _nonfinite(data: RunData, known: Loss) -> str | None:
+    series = data.scalars.get("gradient/nonfinite")
+    return None if series is None else f"{_share(~(series.values == 0))} with values that are not finite"
+
+
+def _any_gradient(data: RunData, known: Loss) -> str | None:
+    norms, table = data.scalars.get("gradient/norm"), data.tables.get("gradient/l2")
+    if norms is not None:
+        return f"{_share(norms.values == 0)} zero; median norm {_middle(norms.values)}"
+    return None if table is None else f"{_share(all_zero(table)[1])} zero"
+
+
+def _left_by_clipping(data: RunData, known: Loss) -> str | None:
+    before, after = data.scalars.get("gradient/norm"), data.scalars.get("gradient/norm_clipped")
+    if before is None or after is None:
+        return None
+    _, own, other = np.intersect1d(before.steps, after.steps, return_indices=True)
+    gone = (before.values[own] > 0) & (after.values[other] == 0)
+    return f"{_share(gone)} with nothing left" if len(gone) else None
+
+
+def _growth(data: RunData, known: Loss) -> str | None:
+    found = []
+    for name, _, values in layer_columns(data, "gradient/l2"):
+        logs = np.log(values[values > 0])
+        if len(logs) >= limits.PAST + limits.CONSECUTIVE:
+            found.append((float(np.exp(gradients.rises(logs)[0].max())), name))
+    return f"at most {max(found)[0]:.3g} times, {max(found)[1]}" if found else None
+
+
+def _clipping(data: RunData, known: Loss) -> str | None:
+    series = data.scalars.get("gradient/clip_coefficient")
+    return None if series is None or not len(series) else f"clipping leaves {_middle(series.values)} in the median"
+
+
+def _any_update(data: RunData, known: Loss) -> str | None:
+    table = data.tables.get("update/operator")
+    return None if table is None else f"{_share(all_zero(table)[1])} zero"
+
+
+def _slowest(data: RunData, known: Loss) -> str | None:
+    columns = layer_columns(data, "update/ratio")
+    found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
+    return f"least {min(found)[0]:.3g} of its weight at the end, {min(found)[1]}" if found else None
+
+
+def _update_size(data: RunData, known: Loss) -> str | None:
+    table = data.tables.get("update/ratio")
+    middle = row_median(table.values) if table is not None and len(table) else np.zeros(0)
+    middle = middle[np.isfinite(middle)]
+    return f"median layer {np.median(middle):.3g}, at most {middle.max():.3g} of its weight" if len(middle) else None
+
+
+def _dead(data: RunData, known: Loss) -> str | None:
+    table = data.tables.get("gradient/l2")
+    return None if table is None else f"{len(dict(gradients.dead_columns(data)))} of {_layers(table.layers)} are zero"
+
+
+def _without_gradient(data: RunData, known: Loss) -> str | None:
+    table = data.tables.get("gradient/l2")
+    if table is None or "update/operator" not in data.tables or not np.isfinite(table.values).any():
+        return None
+    last = table.values[np.isfinite(table.values).any(1)][-1]
+    return f"{int(np.isnan(last).sum())} of {_layers(table.layers)} without one at the last reading"
+
+
+def _norm_growth(data: RunData, known: Loss) -> str | None:
+    found = [(float(level.max() / base), name) for name, _, level, base in weights.norm_levels(data)]
+    return f"at most {max(found)[0]:.3g} times its usual size, {max(found)[1]}" if found else None
+
+
+def _rank(data: RunData, known: Loss) -> str | None:
+    columns = layer_columns(data, "spectrum/stable_rank")
+    found = [(float(running_median(values, limits.FEW)[-1]), name) for name, _, values in columns]
+    return f"lowest stable rank {min(found)[0]:.3g}, {min(found)[1]}" if found else None
+
+
+def _bounded(data: RunData, known: Loss) -> str | None:
+    series, table = data.scalars.get("lr/bounded"), data.tables.get("lr/ratio")
+    if series is None or table is None or not len(series):
+        return None
+    return f"at most {series.values.max():.0f} of {_layers(table.layers)} at a bound"
+
+
+def _failures(data: RunData, known: Loss) -> str | None:
+    series = data.scalars.get("dynamon/failures")
+    return None if series is None or not len(series) else f"{series.values.max():.0f} failed"
+
+
+def _solved(data: RunData, known: Loss) -> str | None:
+    overhead, (converged, unsolved) = data.scalars.get("dynamon/overhead"), monitoring.solves(data)
+    if overhead is None or not len(overhead):
+        return None
+    share = f"monitoring took {overhead.values[-1]:.2%} of training time"
+    return f"{converged} of {converged + unsolved} eigenvalue solves converged; {share}"
+
+
+def _share(mask: NDArray[Any]) -> str:
+    return f"{int(mask.sum())} of {len(mask)} readings"
+
+
+def _middle(values: NDArray[Any]) -> str:
+    finite = values[np.isfinite(values)]
+    return f"{np.median(finite):.3g}" if len(finite) else "not finite"
+
+
+def _layers(names: tuple[str, ...] | None) -> str:
+    count = len(names or ())
+    return f"{count} layer{'s' * (count != 1)}"
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(loss.broken_loss, _finite_loss, "loss is finite", "not finite at the last reading", "a training loss"),
+    Rule(
+        loss.diverging,
+        _level,
+        "loss does not rise again",
+        "half of what was gained is lost, beyond noise",
+        f"a training loss with {2 * limits.CONSECUTIVE} readings",
+    ),
+    Rule(loss.constant_loss, _different, "loss changes", f"the same number {_LASTING}", "a training loss"),
+    Rule(
+        loss.unstable,
+        _ratio,
+        "steps fit the curvature: stability ratio",
+        f"above {limits.FAR_ABOVE:g} at 3 consecutive readings while the loss rises",
+        "sharpness/stability_ratio",
+    ),
+    Rule(
+        gradients.nonfinite_gradients,
+        _nonfinite,
+        "gradients are finite",
+        "any; a fault if it lasts",
+        "gradient/nonfinite",
+    ),
+    Rule(
+        gradients.no_gradients,
+        _any_gradient,
+        "gradients reach the weights",
+        f"all zero {_LASTING}",
+        "gradient/norm or gradient/l2",
+    ),
+    Rule(
+        gradients.vanished_by_clipping,
+        _left_by_clipping,
+        "clipping leaves a gradient",
+        "any; a fault at 3 consecutive readings",
+        "gradient/norm and gradient/norm_clipped",
+    ),
+    Rule(
+        gradients.growing_gradients,
+        _growth,
+        "gradients of single layers do not jump",
+        f"{limits.JUMP:g} times the past within {limits.CONSECUTIVE} readings, beyond noise",
+        f"gradient/l2 with {limits.PAST + limits.CONSECUTIVE} readings",
+    ),
+    Rule(
+        gradients.hard_clipping,
+        _clipping,
+        "clipping leaves part of the gradient",
+        f"below {limits.HARD_CLIPPING:g} {_LASTING}",
+        "gradient/clip_coefficient",
+    ),
+    Rule(weights.no_updates, _any_update, "weights move", f"all updates zero {_LASTING}", "update/operator"),
+    Rule(
+        weights.stopped_layers,
+        _slowest,
+        "every layer moves: update over weight",
+        f"below {limits.STILL_UPDATE:g} at {limits.CONSECUTIVE} readings to the end, while others move",
+        "update/ratio",
+    ),
+    Rule(
+        weights.large_updates,
+        _update_size,
+        "steps are small against weights",
+        f"above {limits.LARGE_UPDATE:g} {_LASTING}",
+        "update/ratio",
+    ),
+    Rule(
+        gradients.dead_gradients,
+        _dead,
+        "every layer has a gradient that is not zero",
+        f"zero {_LASTING}, while others are not",
+        "gradient/l2",
+    ),
+    Rule(
+        gradients.unused_layers,
+        _without_gradient,
+        "every layer in an optimizer gets a gradient",
+        f"none at {limits.CONSECUTIVE} or more readings to the end",
+        "gradient/l2 and update/operator",
+    ),
+    Rule(
+        weights.exploding_weights,
+        _norm_growth,
+        "operator norms do not explode",
+        f"{limits.JUMP:g} times within ten readings, or {limits.JUMP**2:g} times",
+        f"weight/operator with {2 * limits.CONSECUTIVE} readings",
+    ),
+    Rule(
+        weights.collapsed_ranks,
+        _rank,
+        "weights keep their rank",
+        f"near 1 at {limits.FEW} readings to the end, by both ranks",
+        "spectrum/stable_rank",
+    ),
+    Rule(
+        monitoring.steering_at_bounds,
+        _bounded,
+        "steering stays within its bounds",
+        f"half of the layers {_LASTING}",
+        "lr/bounded and lr/ratio",
+    ),
+    Rule(monitoring.failed_measurements, _failures, "measurements succeed", "any", "dynamon/failures"),
+    Rule(
+        monitoring.missing_readings,
+        _solved,
+        "readings are there and converged",
+        "no eigenvalue although one was to be measured, or most did not converge",
+        "dynamon/overhead",
+    ),
+)
