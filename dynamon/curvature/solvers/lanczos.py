@@ -18,6 +18,7 @@ from dynamon.kernels.devices import reads_are_free
 _TRACKED = 2  # Ritz vectors returned beyond the wanted ones: with them a warm start sees what is about to overtake
 _MINIMUM = {0: 8, 1: 16, 2: 12}  # products before a run may stop, by the number of warm start vectors
 _MINIMUM_TRACKED = 5  # ... with three and more
+_USUAL_TOLERANCE = 1e-2  # for which these numbers are; twice as many digits take twice as many
 _LOOK = 6  # products from a fresh vector at least, after which copies of repeated eigenvalues would show
 _BURST = 2  # products between two looks at the projected matrix after that, where a look waits for the device
 _CERTIFY_MATVECS = 20  # an unrestarted run this long gives an upper bound worth showing
@@ -49,7 +50,7 @@ def lanczos_eigenpairs(
     if warm_start is None and not certify:  # the upper bound is a statement about a random start
         start = _turned(start, operator)
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
-    minimum = _CERTIFY_MATVECS if certify else _MINIMUM.get(tracked, _MINIMUM_TRACKED)
+    minimum = _CERTIFY_MATVECS if certify else _minimum(tracked, k, tol)
     state = Lanczos(operator, start, basis_size)
     solve = _Solve(state, k, tol, budget, minimum, certify, seed)
     ritz, residuals, converged = solve.settle()
@@ -66,6 +67,16 @@ def lanczos_eigenpairs(
         matvecs=state.matvecs,
         converged=converged and len(values) == k,
     )
+
+
+def _minimum(tracked: int, k: int, tol: float) -> int:
+    """Return the products before a run may stop: for one value in proportion to its digits.
+
+    The error of a value that is not the largest one falls as fast as that of the largest, so that a small error alone
+    would let a run of any tolerance stop at the same few products.
+    """
+    least = _MINIMUM.get(tracked, _MINIMUM_TRACKED)
+    return math.ceil(least * max(1.0, math.log(tol) / math.log(_USUAL_TOLERANCE))) if k == 1 else least
 
 
 _Outcome = tuple["Ritz", np.ndarray, bool]
