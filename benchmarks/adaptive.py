@@ -90,11 +90,11 @@ def remedies(book: Book, task: str) -> None:
     """Other ways to ratios, where those of the rule miss the bar."""
     if task != "GPT, LMO":  # whose steps have these sizes already
         held(book, task, "by norm", observed(book, task, "step sizes", "ratios"))
-    held(book, task, "balanced", balanced(book, task))
     short = f"{task}, a quarter of the length"
     book.tasks[short] = quarter(task)
     rate = book.tune(short, "fixed", (), book.tasks[short].guess)
     held(book, task, "short search", search(book, short, rate))
+    held(book, task, "balanced", balanced(book, task))
 
 
 def balanced(book: Book, task: str, rounds: int = 3) -> tuple[float, ...]:

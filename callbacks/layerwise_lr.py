@@ -152,7 +152,7 @@ class LayerwiseLR(DynamonCallback):
         return LayerwiseLR
 
     def rates_for(self, optimizer: Optimizer) -> LayerwiseRates | None:
-        """What steers an optimizer, or None."""
+        """Return what steers an optimizer, or None."""
         return self._steered.get(optimizer)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -209,7 +209,7 @@ class LayerwiseLR(DynamonCallback):
         self.write_layout(loop)
 
     def _go_back_to(self, step: int) -> None:
-        """What was recorded at a step that is yet to come, before a checkpoint was loaded, is undone."""
+        """Undo what was recorded at a step that is yet to come, before a checkpoint was loaded."""
         if step < self._next_step:
             self.history.forget_from(step)
         self._next_step = step
@@ -278,7 +278,7 @@ class LayerwiseLR(DynamonCallback):
                 self._in_force[optimizer] = rates.base_rates()
 
     def _has_gradients(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-        """Whether there is something to take a step with; steering ends where there never is."""
+        """Return whether there is something to take a step with; steering ends where there never is."""
         passes, self._passes = self._passes, 0
         if has_gradients(optimizer):
             self._gone = None
@@ -298,11 +298,11 @@ class LayerwiseLR(DynamonCallback):
 
     @staticmethod
     def _is_shown(trainer: pl.Trainer) -> bool:
-        """Whether this batch's rates are logged."""
+        """Return whether this batch's rates are logged."""
         return trainer._logger_connector.should_update_logs and not trainer.barebones
 
     def _is_new(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-        """Whether an optimizer of the Trainer's is neither steered nor left alone so far."""
+        """Return whether an optimizer of the Trainer's is neither steered nor left alone so far."""
         if optimizer in self._steered or self._is_off:
             return False
         return optimizer in trainer.optimizers and not any(known is optimizer for known in self._left_alone)

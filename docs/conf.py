@@ -6,7 +6,8 @@ Tables that the code or a benchmark knows are made by ``docs/generated.py`` each
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for generated.py, and what it reads
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks, which generated.py reads
+sys.path.insert(0, str(Path(__file__).parent))
 
 import generated
 import mathml

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rates_study.tables import read
+from benchmarks.rates_study.tables import GROUPS, read
 from dynamon import cli
 from dynamon.monitoring.dynamics_monitor import PRESETS
 from dynamon.quantities import REGISTRY, Quantity
@@ -238,6 +238,9 @@ def adaptive_tables() -> str:
     for task in found.chosen:
         said = found.verdict(task) if task in found.judged() else ""
         parts.append(f"**{task}**: {said}\n\n{table(head, found.rows(task))}")
+        if task in GROUPS:
+            arms, rows = found.ratios(task)
+            parts.append(f"Its ratios, their geometric mean 1:\n\n{table(('group', *arms), rows)}")
     return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
 
 

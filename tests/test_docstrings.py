@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import dynamon
+import dynamon.callbacks
 import dynamon.kernels
 
 PUBLIC = (
@@ -27,15 +28,17 @@ PUBLIC = (
     *("dynamon.curvature.HessianOperator", "dynamon.curvature.GGNOperator", "dynamon.curvature.EigenTracker"),
 )
 NUMERICAL = ("dynamon.kernels", "dynamon.curvature", "dynamon.spectra", "dynamon.stability")
+ENGINE = ("dynamon.monitoring", "dynamon.health", "dynamon.callbacks")
 # An example of these would need several processes, or a device queue.
 WITHOUT_EXAMPLE = {"unsharded", "waiter", "warm_up"}
 QUESTIONS = ("What", "Where", "Whether", "How", "Why", "When", "Nothing", "That ", "Those ")
 
 
 def modules() -> list[str]:
-    """Return all modules but the programs; the folder of the kernels lies beside that of the package."""
+    """Return all modules but the programs; two folders lie beside that of the package."""
     found = [*pkgutil.walk_packages(dynamon.__path__, "dynamon.")]
-    found += pkgutil.walk_packages(dynamon.kernels.__path__, "dynamon.kernels.")
+    for beside in (dynamon.kernels, dynamon.callbacks):
+        found += pkgutil.walk_packages(beside.__path__, f"{beside.__name__}.")
     return [module.name for module in found if not module.name.endswith("__main__")]
 
 
@@ -75,7 +78,7 @@ def test_examples_run(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-@pytest.mark.parametrize("package", NUMERICAL)
+@pytest.mark.parametrize("package", (*NUMERICAL, *ENGINE))
 def test_no_summary_begins_with_a_question(package: str) -> None:
     found = []
     for name in (module for module in (*modules(), package) if f"{module}.".startswith(f"{package}.")):

@@ -138,6 +138,20 @@ def test_range_of_good_rates():
     assert found.sweep("T", "uniform") == pytest.approx({0.05: 2.5, 0.1: 2.0, 0.2: 2.001, 0.4: 2.9})
 
 
+def test_ratios_are_shown_relative_to_their_mean_and_balance_to_the_whole_step():
+    chosen = {
+        arm: {"arm": "fixed", "rate": 0.1, "ratios": r} for arm, r in (("uniform", []), ("oracle", [4.0] + [1.0] * 7))
+    }
+    runs = {
+        key_of("GPT, LMO", "observed", 0.1, seed, [1.0] * 8): {"progress": [2.0] + [1.0] * 7, "cost": [1.0] * 8}
+        for seed in (100, 101)
+    }  # fmt: skip
+    columns, rows = Results(runs, {"GPT, LMO": chosen}).ratios("GPT, LMO")
+    assert columns == ["oracle", "progress by curvature"]
+    assert rows[0] == ("embedding", "3.4", "1.8")  # 4 / 4 ** (1 / 8), and 2 * 8 / 9
+    assert rows[1] == ("position", "0.84", "0.89")
+
+
 def test_an_arm_that_was_tuned_on_one_seed_has_a_sweep():
     found = results([2.0] * 5, [1.9] * 5, [1.9] * 5)
     for rate in (0.05, 0.1, 0.2, 0.4):

@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import t
 
 from benchmarks.rates_study.book import key_of
-from benchmarks.rates_study.tasks import REPORTED, TUNING
+from benchmarks.rates_study.tasks import REPORTED, TUNING, tasks
 
 GOOD = 1.02  # times the best loss
+ARMS = """uniform, oracle, committed, advised, inside, following, by norm, short search, balanced, permuted, inverted,
+mean only, noise, LLR, blockwise, former radii""".replace("\n", " ").split(", ")  # in the order of tables
+GROUPS = {name: list(task.groups) for name, task in tasks().items()}
 
 
 class Interval(NamedTuple):
@@ -56,8 +61,10 @@ class Results:
         reported: Sequence[int] = REPORTED,
         tuning: Sequence[int] = TUNING,
     ) -> None:
-        """Remember them."""
-        self.runs, self.chosen, self.reported, self.tuning = runs, chosen, reported, tuning
+        """Remember them, in the order of tables."""
+        self.runs, self.reported, self.tuning = runs, reported, tuning
+        names = [name for name in GROUPS if name in chosen] + [name for name in chosen if name not in GROUPS]
+        self.chosen = {task: dict(sorted(chosen[task].items(), key=lambda item: ARMS.index(item[0]))) for task in names}
 
     def finals(self, task: str, name: str) -> list[float]:
         """Final losses of an arm on the reported seeds."""
@@ -145,6 +152,29 @@ class Results:
             apart = "" if name == "uniform" else str(self.difference(task, name, "uniform"))
             rows.append((name, f"{arm['rate']:.3g}", str(interval(self.finals(task, name))), apart, width))
         return rows
+
+    def ratios(self, task: str) -> tuple[list[str], list[tuple[str, ...]]]:
+        """The arms that hold ratios, and a row for each group of layers: its name, and its ratio in each arm.
+
+        Only the ratios between groups mean something, since every arm has its own base rate: their geometric mean is 1.
+        The last column is :meth:`balance`, where it was measured.
+        """
+        held = {name: arm["ratios"] for name, arm in self.chosen[task].items() if any(r != 1 for r in arm["ratios"])}
+        columns = {name: np.array(own) / math.exp(statistics.fmean(map(math.log, own))) for name, own in held.items()}
+        found = self.balance(task)
+        if found is not None:
+            columns["progress by curvature"] = found
+        rows = [(group, *(f"{c[place]:.2g}" for c in columns.values())) for place, group in enumerate(GROUPS[task])]
+        return list(columns), rows
+
+    def balance(self, task: str) -> NDArray[Any] | None:
+        """Progress by curvature of each group at one rate, over that of the whole step: what would be 1 if balanced."""
+        ones, rate = [1.0] * len(GROUPS[task]), self.chosen[task]["uniform"]["rate"]
+        keys = [key_of(task, "observed", rate, seed, ones) for seed in self.tuning]
+        if not set(keys) <= set(self.runs):
+            return None
+        progress, cost = (np.sum([self.runs[key][what] for key in keys], 0) for what in ("progress", "cost"))
+        return np.asarray(progress / cost * cost.sum() / progress.sum())
 
     def text(self) -> str:
         """Everything, for a terminal."""

@@ -1,1 +1,1 @@
-"""What the engine sees of a Lightning Trainer: its loop, strategies, loggers, and the callbacks in it."""
+"""Show the engine a Lightning Trainer: its loop, strategies, loggers, and the callbacks in it."""

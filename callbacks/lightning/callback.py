@@ -1,4 +1,4 @@
-"""What monitors and steering have in common as callbacks of a Lightning Trainer."""
+"""Give monitors and steering what they have in common as callbacks of a Lightning Trainer."""
 
 from contextlib import suppress
 from functools import cached_property
@@ -34,7 +34,7 @@ class DynamonCallback(pl.Callback):
 
     @property
     def failures(self) -> int:
-        """What failed so far."""
+        """Return what failed so far."""
         return 0
 
     @cached_property  # a Trainer asks for it at every hook

@@ -1,4 +1,4 @@
-"""How rows of readings are written to Lightning's loggers, where trackers have ways of their own."""
+"""Write rows of readings to Lightning's loggers, where trackers have ways of their own."""
 
 import hashlib
 import re
@@ -63,7 +63,7 @@ class WandbWriter(LoggerWriter):
     """
 
     def __init__(self, target: Any) -> None:
-        """Nothing open."""
+        """Start with nothing open."""
         super().__init__(target)
         self._open_at: int | None = None
 
@@ -116,7 +116,7 @@ def mlflow_name(tag: str, in_files: bool = False, longest: int = _LONGEST) -> st
 
 
 def _prefix(logger: Any) -> str:
-    """What Lightning puts before each name."""
+    """Return what Lightning puts before each name."""
     prefix = getattr(logger, "_prefix", "")
     return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""
 
@@ -127,7 +127,7 @@ def _is_file_store(logger: Any) -> bool:
 
 
 def _row_count(run: Any) -> int | None:
-    """How many rows there are; None where W&B does not say: shared, disabled, or synchronised from TensorBoard."""
+    """Return how many rows there are; None where W&B does not say: shared, disabled, or synced from TensorBoard."""
     try:
         import wandb
 

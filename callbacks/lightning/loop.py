@@ -41,7 +41,7 @@ _TIMED_CALLS = 16
 
 @dataclass
 class _Shared:
-    """What all dynamon callbacks of a Trainer have in common."""
+    """Hold what all dynamon callbacks of a Trainer have in common."""
 
     windows: Windows = field(default_factory=Windows)
     row: Row = field(default_factory=Row)
@@ -110,7 +110,7 @@ class TrainerLoop(Loop):
 
     @property
     def position(self) -> tuple[int, int, int]:
-        """What tells this batch from every other one."""
+        """Return what tells this batch from every other one."""
         return self.trainer.current_epoch, self.batch_index, self.trainer.global_step
 
     @property
@@ -126,12 +126,12 @@ class TrainerLoop(Loop):
 
     @property
     def is_trial(self) -> bool:
-        """Whether this is a ``fast_dev_run``."""
+        """Return whether this is a ``fast_dev_run``."""
         return is_trial(self.trainer)
 
     @property
     def is_barebones(self) -> bool:
-        """Whether the Trainer leaves everything out that costs time."""
+        """Return whether the Trainer leaves everything out that costs time."""
         return self.trainer.barebones
 
     @property
@@ -146,22 +146,22 @@ class TrainerLoop(Loop):
 
     @property
     def device(self) -> torch.device:
-        """Where the module is."""
+        """Return where the module is."""
         return self.module.device
 
     @property
     def drives_steps(self) -> bool:
-        """Whether optimisation is automatic."""
+        """Return whether optimisation is automatic."""
         return self.module.automatic_optimization
 
     @property
     def knows_windows(self) -> bool:
-        """Whether optimisation is automatic: else a step may come at any batch."""
+        """Return whether optimisation is automatic: else a step may come at any batch."""
         return self.module.automatic_optimization
 
     @property
     def reads_before_clipping(self) -> bool:
-        """Whether optimisation is automatic: else ``training_step`` clips before the step is announced."""
+        """Return whether optimisation is automatic: else ``training_step`` clips before the step is announced."""
         return self.module.automatic_optimization
 
     def clipped(self, gradient: Tensor) -> Tensor:
@@ -199,12 +199,12 @@ class TrainerLoop(Loop):
 
     @property
     def loader_key(self) -> tuple[Any, int]:
-        """What changes when the loaders do."""
+        """Return what changes when the loaders do."""
         return self.trainer.train_dataloader, self.trainer.current_epoch
 
     @property
     def repeats_batches(self) -> bool:
-        """Whether the Trainer overfits a few batches."""
+        """Return whether the Trainer overfits a few batches."""
         return getattr(self.trainer, "overfit_batches", 0) > 0
 
     def ranks(self) -> Ranks:
@@ -223,12 +223,12 @@ class TrainerLoop(Loop):
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether each process has gradients of its own before they are averaged (DDP)."""
+        """Return whether each process has gradients of its own before they are averaged (DDP)."""
         return averages_gradients(self.trainer)
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether gradients are summed in every backward pass (FSDP2)."""
+        """Return whether gradients are summed in every backward pass (FSDP2)."""
         return sums_gradients(self.trainer)
 
     @property
@@ -317,7 +317,7 @@ class TrainerLoop(Loop):
 
     @property
     def is_writing(self) -> bool:
-        """Whether this is the first process."""
+        """Return whether this is the first process."""
         return self.trainer.is_global_zero
 
     def publish(self, headlines: Mapping[str, float]) -> None:

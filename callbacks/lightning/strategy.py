@@ -1,4 +1,4 @@
-"""What strategies do with parameters and gradients, and where dynamon cannot follow them."""
+"""Tell what strategies do with parameters and gradients, and where dynamon cannot follow them."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -33,5 +33,5 @@ def averages_gradients(trainer: pl.Trainer) -> bool:
 
 
 def sums_gradients(trainer: pl.Trainer) -> bool:
-    """Return whether gradients are summed over the processes in every backward pass, each keeping a part (FSDP2)."""
+    """Return whether gradients are summed over the processes in each backward pass, and kept in parts (FSDP2)."""
     return trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy)

@@ -9,7 +9,7 @@ from dynamon.monitoring.meter import Meter
 
 
 def warnings_of(trainer: Any, monitor: str, meters: Iterable[Meter]) -> list[str]:
-    """What to say where Lightning ends a run with an error because a watched tag is not there when it is asked for.
+    """Return what to say where Lightning ends a run with an error because a watched tag is not there in time.
 
     Args:
         trainer: The Trainer, with its callbacks and schedulers.

@@ -1,7 +1,7 @@
 """Curvature of a loss: its Hessian and Gauss-Newton matrix as operators, their eigenvalues, trace and density.
 
 What solvers read on the host is returned as ``float``, arrays of it as ``numpy.ndarray``. Tensors are what stays on the
-device (vectors, products) and ``Eigenpairs.values`` and ``.residuals``, which are float64 on the host.
+device (vectors, products) and ``Eigenpairs.values``, ``.residuals`` and ``.errors``, which are float64 on the host.
 """
 
 from dynamon.curvature.along.critical import CriticalSharpness, critical_sharpness

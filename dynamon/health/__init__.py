@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Examination(NamedTuple):
-    """What :func:`examine` returns.
+    """Hold what :func:`examine` returns.
 
     Attributes:
         findings: What looks wrong, the most severe first, and of equal ones the earliest.

@@ -1,4 +1,4 @@
-"""What the rules look at: the words and the limit of each, and the value that it sees in a run."""
+"""Describe what the rules look at: the words and the limit of each, and the value that it sees in a run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ _LASTING = f"at {limits.LONG} readings to the end"
 
 @dataclass(frozen=True)
 class Check:
-    """What a rule checked in a run.
+    """Hold what a rule checked in a run.
 
     Attributes:
         words: What is checked.

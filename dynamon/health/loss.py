@@ -161,7 +161,7 @@ class Loss:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the last reading is not finite."""
+        """Return whether the last reading is not finite."""
         return self.broken_for > 0
 
     @property
@@ -211,7 +211,7 @@ class Loss:
 
     @property
     def is_lost(self) -> bool:
-        """Whether 90 % of the last quarter of a positive loss are far above the beginning, however it jumps.
+        """Return whether 90 % of the last quarter of a positive loss are far above the beginning, however it jumps.
 
         Twice as high as the first three readings, or eight times the very first, if hardly any other is below it: a run
         may be lost with its first step. Both must exceed the noise of the logarithm.

@@ -1,4 +1,4 @@
-"""What gradients are accumulated over, and where independent ones come from."""
+"""Follow what gradients are accumulated over, and where independent ones come from."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -81,7 +81,7 @@ class _Passes:
             self.changed.append(self.count)
 
     def is_untouched(self, writes: int) -> bool:
-        """Whether nobody has written to the gradients since, but so many times in each."""
+        """Return whether nobody has written to the gradients since, but so many times in each."""
         expected = [None if mark is None else (mark[0], mark[1] + writes) for mark in self._marks]
         return _marks(self._parameters) == expected
 
@@ -95,7 +95,7 @@ class Windows:
     """
 
     def __init__(self) -> None:
-        """Nothing seen."""
+        """Start with nothing seen."""
         self._passes: dict[Optimizer, _Passes] = {}
         self._batch: Any = None
         self._samples: int | None = None
@@ -184,7 +184,7 @@ class Windows:
 
 
 def _form(batch: Any) -> Any:
-    """What tells how many samples a batch of plain tensors has; None for batches of other things."""
+    """Return what tells how many samples a batch of plain tensors has; None for batches of other things."""
     if type(batch) is dict:
         return (*batch, *inner) if (inner := _form(list(batch.values()))) is not None else None
     is_one = type(batch) is Tensor
@@ -207,7 +207,7 @@ def _marks(parameters: Sequence[Tensor]) -> _Marks:
 
 
 def _are_zero(parameters: Sequence[Tensor]) -> bool:
-    """Whether somebody has zeroed all gradients in place. Cost: a host read, where gradients were changed only."""
+    """Return whether all gradients were zeroed in place. Cost: a host read, where gradients were changed only."""
     return not any(bool(to_local(p.grad).any()) for p in parameters if p.grad is not None and not p.grad.is_sparse)
 
 

@@ -1,4 +1,4 @@
-"""What monitoring costs, and what it may cost."""
+"""Add up what monitoring costs, and what it may cost."""
 
 import math
 import time
@@ -36,7 +36,7 @@ class Ledger:
 
     @property
     def limited(self) -> "list[Budget]":
-        """Those that limit anything."""
+        """Return those that limit anything."""
         return [budget for budget in self.budgets if budget.fraction is not None and budget.is_planned]
 
     @property
@@ -123,7 +123,7 @@ class Budget:
         self._since = now
 
     def rewind(self) -> None:
-        """What passed since training last began or went on was something else: a search, say."""
+        """Forget what passed since training last began or went on: it was something else, a search, say."""
         self._since = None
 
     def stop(self) -> None:
@@ -164,7 +164,7 @@ class Budget:
             yield
 
     def _clock(self, name: str, device: torch.device, waits: bool) -> AbstractContextManager[None]:
-        """What tells how long a measurement takes on a device."""
+        """Return what tells how long a measurement takes on a device."""
         if device.type == "cuda":
             return self._by_events(name, device, waits)
         wait = waiter(device)
@@ -222,7 +222,7 @@ class Budget:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What passes inside is a wait for what training has queued: nobody's cost."""
+        """Book to nobody what passes inside: a wait for what training has queued."""
         begin = time.perf_counter()
         try:
             yield

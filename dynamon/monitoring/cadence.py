@@ -6,7 +6,7 @@ NEVER = math.inf
 
 
 class Cadence:
-    """When one group of quantities is read, at fixed steps or as :class:`dynamon.monitoring.planner.Planner` plans it.
+    """Keep the timetable of one group of quantities: fixed steps, or those that the planner chooses.
 
     Args:
         every_n_steps: Read at every step that is a multiple of this, whatever it costs. A step that was not taken is
@@ -31,7 +31,7 @@ class Cadence:
 
     @property
     def is_planned(self) -> bool:
-        """Whether the planner decides."""
+        """Return whether the planner decides."""
         return self.every_n_steps is None and not self.is_tryout
 
     @property
@@ -51,11 +51,11 @@ class Cadence:
         self._follow(step - 1)
 
     def is_due(self, step: int) -> bool:
-        """Whether a step is read."""
+        """Return whether a step is read."""
         return step >= self.next
 
     def is_due_after(self, step: int) -> bool:
-        """Whether the next step may be read as well, so that something of this one is kept for it."""
+        """Return whether the next step may be read as well, so that something of this one is kept for it."""
         if self.is_tryout:
             return True
         if self.every_n_steps is not None:

@@ -98,7 +98,7 @@ class CurvatureSolves(Meter):
         outputs: OutputsFn | None = None,
         save_vectors: bool = True,
     ) -> None:
-        """Nothing tracked yet."""
+        """Start with nothing tracked."""
         super().__init__(cadence)
         self._probe, self._steps = probe, steps
         self._gauss_newton = GaussNewton(probe, outputs)

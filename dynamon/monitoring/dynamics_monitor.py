@@ -19,7 +19,7 @@ from dynamon.monitoring.weight_monitor import WeightMonitor
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset measures at most how often, before the budget stretches it.
+    """Hold what a preset measures, and how often at most, before the budget stretches it.
 
     Attributes:
         gradients: Steps between gradient readings.

@@ -27,7 +27,7 @@ class EffectCheck:
     """
 
     def __init__(self, loss_fn: LossFn | None = None) -> None:
-        """Nothing evaluated yet."""
+        """Start with nothing evaluated."""
         self.is_done, self._loss_fn, self._name = False, loss_fn, "loss_fn"
         self._is_told = False
         self.reason: str | None = None
@@ -89,7 +89,7 @@ class EffectCheck:
 
 
 def _difference(first: float, second: float, device: torch.device) -> str | None:
-    """What to say of two evaluations of one loss on a device; None where they agree."""
+    """Return what to say of two evaluations of one loss on a device; None where they agree."""
     tolerance = _SAME_ON_HOST if reads_are_free(device) else _SAME
     if math.isclose(first, second, rel_tol=tolerance) or not math.isfinite(first + second):
         return None

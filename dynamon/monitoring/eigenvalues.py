@@ -69,7 +69,7 @@ class EigenvalueMeter(CurvatureSolves):
         memory_limit: float | None = None,
         save_vectors: bool = True,
     ) -> None:
-        """Nothing tracked yet."""
+        """Start with nothing tracked."""
         super().__init__(cadence, probe, steps, quantities, tol, max_matvecs, outputs, save_vectors)
         self._memory_limit = memory_limit
         declared = [one for one in quantities_of("sharpness") if self._wanted and one.choice in self._wanted | {""}]
@@ -106,7 +106,7 @@ class EigenvalueMeter(CurvatureSolves):
         self._is_guess = run.device.type != "cpu" and not self._memory_limit and whole
 
     def _fits(self, run: RunContext) -> bool:
-        """Whether the vectors of a solve fit beside what training holds, asked once more before the first one."""
+        """Return whether the vectors of a solve fit beside what training holds; asked again before the first one."""
         if self._is_guess:
             self._is_guess = False
             self._check_memory(run)
@@ -141,7 +141,7 @@ class EigenvalueMeter(CurvatureSolves):
             )
 
     def is_off(self) -> bool:
-        """Where nothing was asked for or its vectors do not fit, or sharpness is off."""
+        """Return whether nothing was asked for, its vectors do not fit, or sharpness is off."""
         return not self._wanted or self._too_large or self._never or self._probe.off
 
     def is_missed(self) -> bool:
@@ -195,12 +195,12 @@ class EigenvalueMeter(CurvatureSolves):
         return self._allowance.price(LEAST, self._probe.graph_seconds)
 
     def _first_solves(self) -> list[int]:
-        """How many eigenvalues each of the first solves follows."""
+        """Return how many eigenvalues each of the first solves follows."""
         solves = len(self._wanted & {"stability_ratio", "hessian"})
         return [1] * (solves - 1) + [self._max_eigenvalues()]
 
     def _products_of(self, run: RunContext, quantity: str) -> int:
-        """How many products an extra quantity takes."""
+        """Return how many products an extra quantity takes."""
         blocks = _products_of_solve(EigenTracker()) * len(run.layers)
         known = {"trace": TRACE_VECTORS, "density": curvature_solves.DENSITY_STEPS * DENSITY_VECTORS, "blocks": blocks}
         return known.get(quantity, _products_of_solve(self._trackers.get(f"{quantity}_max") or self._tracker()))
@@ -380,7 +380,7 @@ class EigenvalueMeter(CurvatureSolves):
 
 
 def _products_of_solve(tracker: EigenTracker) -> int:
-    """How many products a solve is expected to take; several eigenvalues take about three times as many."""
+    """Return how many products a solve is expected to take; several eigenvalues take about three times as many."""
     products = 20 if tracker.next_is_certified else 10 if tracker.next_is_cold else 6
     return products * (1 if tracker.k == 1 else 3)
 
@@ -390,5 +390,5 @@ def _only(optimizers: Sequence[Optimizer]) -> Optimizer | None:
 
 
 def _is_spread(optimizers: Sequence[Optimizer]) -> bool:
-    """Whether an optimizer's state is dealt out over the processes."""
+    """Return whether an optimizer's state is dealt out over the processes."""
     return any(cls.__name__ == "ZeroRedundancyOptimizer" for o in optimizers for cls in type(o).__mro__)

@@ -24,7 +24,7 @@ _SEED = 20_240_801
 
 
 class Evaluated(Protocol):
-    """What is known of a run whose loss is evaluated."""
+    """Hold what is known of a run whose loss is evaluated."""
 
     @property
     def loop(self) -> Loop:
@@ -70,7 +70,7 @@ def why_not_evaluated(run: Evaluated, trained: Sequence[Tensor], loss_fn: LossFn
 def evaluation(
     run: Evaluated, owned: Mapping[str, Tensor], gathers: bool, moves: bool = False, draw: int = 0
 ) -> Iterator[FlatParameters]:
-    """Where the training loss may be evaluated again: nothing inside leaves a trace on the run.
+    """Evaluate the training loss again inside: nothing there leaves a trace on the run.
 
     All processes must enter it together, inside of a measurement.
 

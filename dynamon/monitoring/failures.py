@@ -24,7 +24,7 @@ def forget_frames(error: BaseException | None) -> None:
 
 
 class Failures:
-    """What failed how often in a row, and rests for a while: what stopped it may pass by itself.
+    """Count what failed in a row, and let it rest for a while: what stopped it may pass by itself.
 
     After three failures in a row a name rests for 10 readings, after each further one for twice as long as before.
 
@@ -33,7 +33,7 @@ class Failures:
     """
 
     def __init__(self) -> None:
-        """Nothing failed."""
+        """Start without a failure."""
         self._in_a_row: dict[str, int] = {}
         self.until: dict[str, float] = {}
 
@@ -50,5 +50,5 @@ class Failures:
         self.until.pop(name, None)
 
     def rests(self, name: str, now: float) -> bool:
-        """Whether it is left out at ``now``."""
+        """Return whether it is left out at ``now``."""
         return now < self.until.get(name, -math.inf)

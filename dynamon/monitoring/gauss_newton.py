@@ -25,7 +25,7 @@ class GaussNewton:
     """
 
     def __init__(self, probe: ProbeMeter, outputs: OutputsFn | None) -> None:
-        """Nothing said yet."""
+        """Start with nothing said."""
         self._probe, self._outputs = probe, outputs
         self._told = False
 

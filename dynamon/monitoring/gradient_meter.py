@@ -52,7 +52,7 @@ class GradientMeter(PairMeter):
     histograms = meanings(quantities_of("gradient", scope=Scope.HISTOGRAMS))
 
     def __init__(self, cadence: Cadence, with_histograms: bool = False) -> None:
-        """Nothing read yet."""
+        """Start with nothing read."""
         super().__init__(cadence)
         self._with_histograms = with_histograms
         self._sources: dict[Optimizer, GradientSource] = {}
@@ -186,7 +186,7 @@ class GradientMeter(PairMeter):
                     awaited.wait()
 
     def _is_of_step(self, run: RunContext, optimizer: Optimizer, read: AwaitedReading) -> bool:
-        """Whether a step has used the gradients that were read, and no others."""
+        """Return whether a step has used the gradients that were read, and no others."""
         times = run.steps.of(optimizer).evaluations
         is_one_of_many = times > 2 or times > 1 and isinstance(optimizer, LBFGS)
         if times == 2 and optimizer in self._moved and not run.ranks.is_distributed:
@@ -397,7 +397,7 @@ def _total(readings: Sequence[GradientReadings], field: str, power: int = 1) -> 
 
 
 def _here(layer: Layer, gradient: Tensor | None) -> Tensor:
-    """What this process holds of a layer's gradient; zeros where there is none."""
+    """Return what this process holds of a layer's gradient; zeros where there is none."""
     if gradient is None:
         return torch.zeros_like(as_real(to_local(layer.parameter.detach())))
     return to_local_as(_dense(gradient), layer.parameter)

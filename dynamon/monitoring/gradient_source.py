@@ -1,4 +1,4 @@
-"""Where the gradient readings of an optimizer come from."""
+"""Find where the gradient readings of an optimizer come from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from dynamon.quantities.windows import Window
 
 @dataclass(frozen=True)
 class SourceReading:
-    """What was read before an optimizer's step.
+    """Hold what was read before an optimizer's step.
 
     Attributes:
         layers: The L layers.
@@ -65,7 +65,7 @@ class AwaitedReading:
     """
 
     def __init__(self, source: "GradientSource", pending: PendingReadings, steps: StepNorms) -> None:
-        """Nothing has arrived."""
+        """Start before anything has arrived."""
         self._source, self._pending, self._steps = source, pending, steps
         self._found: SourceReading | None = None
         self.layers = source.shown_layers
@@ -109,11 +109,11 @@ class GradientSource:
 
     @property
     def has_layers(self) -> bool:
-        """Whether the optimizer holds anything that can be measured."""
+        """Return whether the optimizer holds anything that can be measured."""
         return bool(self._reader.layers)
 
     def is_complete(self, run: RunContext, optimizer: Optimizer, looks: bool) -> bool:
-        """Whether the optimizer still holds the parameters it held, by their number, or if asked by a look at them."""
+        """Return whether the optimizer holds the parameters it held, by their number, or if asked by a look at them."""
         if len(self._own) != sum(len(group["params"]) for group in optimizer.param_groups):
             return False
         if not looks:
@@ -158,7 +158,7 @@ class GradientSource:
         self.reader.watch_ranks()
 
     def give_up(self) -> None:
-        """What is to be read cannot be: leave no other process waiting."""
+        """Leave no other process waiting: what is to be read cannot be."""
         if not self._steered:  # the steering reads by itself
             self._reader.give_up_ranks()
 
@@ -184,7 +184,7 @@ class GradientSource:
 
     @property
     def shown_layers(self) -> list[Layer]:
-        """Those that are read. The steering knows layers by the names that they had when it met them."""
+        """Return those that are read. The steering knows layers by the names that they had when it met them."""
         named = {id(layer.parameter): layer for layer in self._reader.layers}
         return [named.get(id(layer.parameter), layer) for layer in self.reader.layers]
 

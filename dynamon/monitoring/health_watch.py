@@ -30,7 +30,7 @@ class HealthWatch:
     """
 
     def __init__(self, name: str) -> None:
-        """Nothing seen."""
+        """Start with nothing seen."""
         self._name = name
         self._said: dict[str, str] = {}  # the severity of each rule that was quoted
         self._found: set[str] = set()
@@ -38,7 +38,7 @@ class HealthWatch:
         self._took, self._is_off = 0.0, False
 
     def findings(self, *histories: History) -> list[Finding]:
-        """What the rules find in what some callbacks have measured, the worst first."""
+        """Return what the rules find in what some callbacks have measured, the worst first."""
         return findings(RunData.of(*histories))
 
     def see(self, run: RunContext, *histories: History) -> None:

@@ -136,7 +136,7 @@ class HeldSamples(Meter):
             self._newest = None
 
     def _leave_skipped(self, run: RunContext) -> None:
-        """What was kept of a batch that training has skipped gives way to the next one."""
+        """Let what was kept of a batch that training has skipped give way to the next one."""
         skipped, self._newest = self._newest, None
         if skipped is None or self.loss_fn is not None or run.ranks.is_distributed:  # Lightning refuses it under DDP
             return
@@ -159,11 +159,11 @@ class HeldSamples(Meter):
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to measure on, on this process."""
+        """Return whether there is something to measure on, on this process."""
         return not self.off and bool(self._sets[0])
 
     def is_expected(self, run: RunContext) -> bool:
-        """Whether there should be something to measure on: the same on all processes."""
+        """Return whether there should be something to measure on: the same on all processes."""
         return not self.off and not self._let_go and (run.ranks.is_distributed or self.ready)
 
     def agree(self, run: RunContext) -> None:
@@ -208,11 +208,11 @@ class HeldSamples(Meter):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of it is here, on this process."""
+        """Return whether all of it is here, on this process."""
         return self._is_full(self._sets[0])
 
     def is_everything(self, run: RunContext) -> bool:
-        """Whether the probe is the whole training set."""
+        """Return whether the probe is the whole training set."""
         return is_whole_training_set(run.loop, self._sets[0])
 
     def _weight_of(self, part: Any, samples: int | None) -> float:
@@ -252,7 +252,7 @@ class HeldSamples(Meter):
         return halves
 
     def _want_less(self, times: int) -> None:
-        """What is still to be kept is as small as what is there."""
+        """Keep as little of what is still to come as of what is there."""
         self._fraction, self.share = self._fraction / 2**times, self.share / 2**times
         if self._size is not None:
             self._size = max(2, min(self._size // 2**times, count_of(self._sets[0]) or self._size))
@@ -280,7 +280,7 @@ class HeldSamples(Meter):
 
 
 def reduced_on(run: RunContext) -> torch.device:
-    """Where a few numbers are reduced: on the host where there is nobody to reduce with."""
+    """Return where a few numbers are reduced: on the host where there is nobody to reduce with."""
     return run.device if run.ranks.is_distributed else torch.device("cpu")
 
 
@@ -290,6 +290,6 @@ def count_of(kept: Sequence[Kept]) -> int:
 
 
 def _numbers(kept: Sequence[Kept]) -> int | None:
-    """How many numbers these are in a checkpoint, None where it cannot hold them."""
+    """Return how many numbers these are in a checkpoint, None where it cannot hold them."""
     counts = [one.numbers for one in kept]
     return None if None in counts else sum(n for n in counts if n is not None)

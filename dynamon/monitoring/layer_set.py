@@ -59,13 +59,13 @@ class LayerSet:
 
     @property
     def chosen(self) -> list[Layer]:
-        """Those that the globs choose."""
+        """Return those that the globs choose."""
         self._look()
         return self._chosen
 
     @property
     def version(self) -> int:
-        """How often they have changed."""
+        """Return how often they have changed."""
         self._look()
         return self._version
 

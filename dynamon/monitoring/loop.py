@@ -76,7 +76,7 @@ class Loop(ABC):
     @property
     @abstractmethod
     def position(self) -> Hashable:
-        """What tells this batch from every other one."""
+        """Return what tells this batch from every other one."""
 
     @property
     def total_steps(self) -> int | None:
@@ -85,12 +85,12 @@ class Loop(ABC):
 
     @property
     def is_trial(self) -> bool:
-        """Whether a few batches are tried out only, so that everything is measured at once."""
+        """Return whether a few batches are tried out only, so that everything is measured at once."""
         return False
 
     @property
     def is_barebones(self) -> bool:
-        """Whether nothing may be measured or written, because the loop is being timed."""
+        """Return whether nothing may be measured or written, because the loop is being timed."""
         return False
 
     # What is trained
@@ -107,7 +107,7 @@ class Loop(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the module is."""
+        """Return where the module is."""
         found = next(self.module.parameters(), None)
         return torch.device("cpu") if found is None else found.device
 
@@ -121,17 +121,17 @@ class Loop(ABC):
     @property
     @abstractmethod
     def drives_steps(self) -> bool:
-        """Whether the loop runs backward passes and steps itself, and announces each step before it clips."""
+        """Return whether the loop runs backward passes and steps itself, and announces each step before it clips."""
 
     @property
     def knows_windows(self) -> bool:
-        """Whether it is known before a batch which batches' gradients are accumulated with its own."""
+        """Return whether it is known before a batch which batches' gradients are accumulated with its own."""
         return True
 
     @property
     @abstractmethod
     def reads_before_clipping(self) -> bool:
-        """Whether the step under way was announced before its gradients were clipped."""
+        """Return whether the step under way was announced before its gradients were clipped."""
 
     def clipped(self, gradient: Tensor) -> Tensor:
         """Return a flat gradient as the loop clips it before a step; as it is where that is not known."""
@@ -153,7 +153,7 @@ class Loop(ABC):
         return math.inf
 
     def window_position(self) -> tuple[int, int]:
-        """How many batches of its window are done with this one, and how many it has."""
+        """Return how many batches of its window are done with this one, and how many it has."""
         begin = self.batch_index // self.accumulates * self.accumulates
         return self.batch_index - begin + 1, int(min(self.accumulates, self.batches_per_epoch - begin))
 
@@ -164,17 +164,17 @@ class Loop(ABC):
 
     @property
     def loader_key(self) -> tuple[Any, ...]:
-        """What changes when the loaders do."""
+        """Return what changes when the loaders do."""
         return ()
 
     @property
     def is_cleared_late(self) -> bool:
-        """Whether gradients of the last step may be cleared only after a backward pass was said to begin."""
+        """Return whether gradients of the last step may be cleared only after a backward pass was said to begin."""
         return False
 
     @property
     def repeats_batches(self) -> bool:
-        """Whether training is limited to a few batches of a loader on purpose, the same in every epoch."""
+        """Return whether training is limited to a few batches of a loader on purpose, the same in every epoch."""
         return False
 
     # Processes
@@ -195,17 +195,17 @@ class Loop(ABC):
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether each of several processes has gradients of its own before they are averaged (DDP)."""
+        """Return whether each of several processes has gradients of its own before they are averaged (DDP)."""
         return False
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether gradients are summed over the processes in every backward pass, each keeping a part (FSDP2)."""
+        """Return whether gradients are summed over the processes in each backward pass, and kept in parts (FSDP2)."""
         return False
 
     @property
     def strategy(self) -> str:
-        """How messages call the way in which processes share the work."""
+        """Return how messages call the way in which processes share the work."""
         return type(self).__name__
 
     def off_reason(self) -> str | None:
@@ -297,12 +297,12 @@ class Loop(ABC):
 
     @property
     def writers(self) -> Sequence["Writer"]:
-        """What rows are written to."""
+        """Return what rows are written to."""
         return ()
 
     @property
     def is_writing(self) -> bool:
-        """Whether this process writes."""
+        """Return whether this process writes."""
         return True
 
     def publish(self, headlines: Mapping[str, float]) -> None:
@@ -313,7 +313,7 @@ class Loop(ABC):
     @property
     @abstractmethod
     def members(self) -> Sequence[Any]:
-        """What measures or steers in this loop, with a ``history``, ``failures`` and ``panels`` each."""
+        """Return what measures or steers in this loop, with a ``history``, ``failures`` and ``panels`` each."""
 
     def reads_for_steering(self, rates: LayerwiseRates) -> bool:
         """Return whether the loop reads gradients for an optimizer's layerwise rates, so that monitors need not."""

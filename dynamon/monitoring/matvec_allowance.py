@@ -1,4 +1,4 @@
-"""How many Hessian products a measurement may take, and what they cost."""
+"""Count how many Hessian products a measurement may take, and what they cost."""
 
 import math
 import time

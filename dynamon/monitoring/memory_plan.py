@@ -20,7 +20,7 @@ _PRECISE = ("32-true", "64-true")  # precisions in which neighbouring weights ar
 
 @dataclass(frozen=True)
 class CurvatureMemoryPlan:
-    """What fits, the same on all processes.
+    """Hold what fits, the same on all processes.
 
     Attributes:
         limit: Bytes that are allowed.
@@ -81,7 +81,7 @@ def plan_memory(
 
 
 def _are_gathered(run: RunContext, trained: Sequence[Tensor], k: int, limit: float) -> bool:
-    """Whether whole parameters and vectors fit on every process; says so, or what happens instead."""
+    """Return whether whole parameters and vectors fit on every process; says so, or what happens instead."""
     needed = basis_memory(trained, k) + _WHOLE * sum(p.numel() * p.element_size() for p in trained)
     device = run.device
     too_much = torch.tensor(float(needed > limit), dtype=widest_dtype(device), device=device)
@@ -101,7 +101,7 @@ def _are_gathered(run: RunContext, trained: Sequence[Tensor], k: int, limit: flo
 
 
 def _why_no_differences(run: RunContext, trained: Sequence[Tensor]) -> str | None:
-    """Why sharded parameters cannot be moved a little for a difference of gradients; None where they can."""
+    """Return why sharded parameters cannot be moved a little for a difference of gradients; None where they can."""
     if run.loop.precision not in _PRECISE or is_rounded(run.module):
         return f"at precision {run.loop.precision} gradients are too coarse"
     whole = sum(not is_sharded(p) for p in trained)

@@ -75,11 +75,11 @@ class Meter(ABC):
         return [Plan(self.name, self.cadence, partial(self.expected, run), self.is_off)]
 
     def is_off(self) -> bool:
-        """Whether it does not measure in this run."""
+        """Return whether it does not measure in this run."""
         return False
 
     def is_missed(self) -> bool:
-        """Whether the budget alone kept it from ever measuring."""
+        """Return whether the budget alone kept it from ever measuring."""
         return not self.points and self.cadence.every_n_steps is None
 
     def missed_reason(self) -> str | None:
@@ -126,7 +126,7 @@ class Meter(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

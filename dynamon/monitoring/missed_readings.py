@@ -38,7 +38,7 @@ def say_late(monitor: object, run: RunContext) -> None:
 
 
 def _known_as(name: str) -> str:
-    """What users call a group of quantities."""
+    """Return what users call a group of quantities."""
     return {"probe": "sharpness", "steps": "step sharpness"}.get(name, name)
 
 

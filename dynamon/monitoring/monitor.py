@@ -1,4 +1,4 @@
-"""What all monitors share: calling their meters, what happens when one fails, what is saved."""
+"""Hold what all monitors share: calling their meters, what happens when one fails, what is saved."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +101,7 @@ class Monitor(MeterScheduler):
 
     @property
     def findings(self) -> list[Finding]:
-        """What looks wrong in what this monitor has measured so far, see :mod:`dynamon.health`; the worst first."""
+        """Return what looks wrong in what this monitor has measured, see :mod:`dynamon.health`; the worst first."""
         return self._health.findings(self.history)
 
     @property
@@ -410,7 +410,7 @@ class Monitor(MeterScheduler):
         return {**super().__getstate__(), **ended}  # type: ignore[dict-item]
 
     def __repr__(self) -> str:
-        """What it measures, and how often it has."""
+        """Return what it measures, and how often it has."""
         points = ", ".join(f"{meter.points} {meter.name}" for meter in self._meters if meter.points)
         return f"{type(self).__name__}({points or 'no'} readings, {len(self.history)} quantities in .history)"
 

@@ -22,7 +22,7 @@ class PairMeter(Meter):
 
     @property
     def saves_copies(self) -> bool:
-        """Whether checkpoints hold what was kept; a reading that a budget chose may go without a comparison."""
+        """Return whether checkpoints hold what was kept; a reading that a budget chose may go without a comparison."""
         return self.cadence.every_n_steps is not None
 
     def state_dict(self) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class PlainLoop(Loop):
 
     @property
     def total_steps(self) -> int | None:
-        """What the user said."""
+        """Return what the user said."""
         return self._total_steps
 
     @property
@@ -187,7 +187,7 @@ class PlainLoop(Loop):
 
     @property
     def reads_before_clipping(self) -> bool:
-        """Whether the user said when the clipping begins."""
+        """Return whether the user said when the clipping begins."""
         return self.was_announced
 
     @property
@@ -196,7 +196,7 @@ class PlainLoop(Loop):
         return self._accumulate
 
     def window_position(self) -> tuple[int, int]:
-        """How many batches of its window are done with this one, and how many it has."""
+        """Return how many batches of its window are done with this one, and how many it has."""
         return self._in_window + 1, max(self._accumulate, self._in_window + 1)
 
     @property
@@ -228,12 +228,12 @@ class PlainLoop(Loop):
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether the model is wrapped in ``DistributedDataParallel``."""
+        """Return whether the model is wrapped in ``DistributedDataParallel``."""
         return self.world_size > 1 and averages_gradients(self._outer)
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether parameters are sharded (FSDP2)."""
+        """Return whether parameters are sharded (FSDP2)."""
         return self.world_size > 1 and any_sharded(list(self.module.parameters()))
 
     @property
@@ -306,7 +306,7 @@ class PlainLoop(Loop):
 
     @property
     def is_writing(self) -> bool:
-        """Whether this is the first process."""
+        """Return whether this is the first process."""
         return is_first_process()
 
     def publish(self, headlines: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""When each group of quantities is read, so that all of them together keep to a budget."""
+"""Plan when each group of quantities is read, so that all of them together keep to a budget."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ _ROUNDING = 1e-6  # of a step
 
 @dataclass(eq=False)
 class Plan:
-    """What the planner knows of one group of quantities.
+    """Hold what the planner knows of one group of quantities.
 
     Attributes:
         name: Its name, under which its time is booked.
@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing limits it."""
+        """Return whether nothing limits it."""
         return self.budget is None or self.budget.fraction is None
 
     @property

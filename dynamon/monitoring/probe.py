@@ -128,7 +128,7 @@ class ProbeMeter(HeldSamples):
             self.graph_seconds = time.perf_counter() - begin
 
     def _halvings_that_fit(self, run: RunContext) -> int:
-        """How often to halve the samples so that the grace pays for a first measurement; 0 where no number does."""
+        """Return how often to halve the samples so that the grace pays for a measurement; 0 where no number does."""
         least = sum(getattr(user, "least", user.expected)(run) or 0.0 for user in self.users if not user.is_off())
         left = run.budget.left
         halvings = math.ceil(math.log2(least / left)) if 0 < left < least else 0
@@ -140,7 +140,7 @@ class ProbeMeter(HeldSamples):
     def evaluation(
         self, run: RunContext, names: Collection[str] | None = None, moves: bool = False
     ) -> AbstractContextManager[FlatParameters]:
-        """Where the loss may be evaluated again: :func:`dynamon.monitoring.evaluation.evaluation`.
+        """Enter :func:`dynamon.monitoring.evaluation.evaluation`, where the loss may be evaluated again.
 
         Args:
             run: The run.
@@ -192,7 +192,7 @@ class ProbeMeter(HeldSamples):
         return MeanOverRanks(own, weight, run.ranks) if run.ranks.is_distributed else own
 
     def _share(self, run: RunContext, weight: float) -> float:
-        """What this process's loss counts in the mean over the processes that FSDP2 takes."""
+        """Return what this process's loss counts in the mean over the processes that FSDP2 takes."""
         total = run.ranks.sum(torch.tensor(weight, dtype=widest_dtype(run.device), device=run.device))
         return weight * run.ranks.size / float(total)
 
@@ -204,7 +204,7 @@ class ProbeMeter(HeldSamples):
         return (values * weights).sum() / weights.sum()
 
     def check(self, run: RunContext) -> bool:
-        """Whether there is something to measure on, the same on all processes; asked before each measurement.
+        """Return whether there is something to measure on, the same on all processes; asked before each measurement.
 
         Where something was kept since the last time the loss is evaluated once. If it has none the next batch is taken
         instead, and if it cannot be evaluated on a part of a batch, whole ones. Before the first measurement it is
@@ -258,7 +258,7 @@ class ProbeMeter(HeldSamples):
         return not self._let_go
 
     def _verdict(self, run: RunContext, place: int) -> float:
-        """What the loss on a set says of it.
+        """Return what the loss on a set says of it.
 
         Raises:
             Exception: What it raised on whole batches.

@@ -85,7 +85,7 @@ class ProgressMeter(PairMeter):
         return [layer for layer in run.all_layers if layer.name in trained]
 
     def _lacks_memory(self, run: RunContext) -> str | None:
-        """Why there is too little memory on this process or another, in one sentence."""
+        """Return why there is too little memory on this process or another, in one sentence."""
         parameters = [to_local(layer.parameter) for layer in self._trained(run)]
         needed = COPIES * sum(real_numel(p) * max(real_dtype(p).itemsize, 4) for p in parameters)
         limit = allowed_memory(run, self._memory_limit)
@@ -97,7 +97,7 @@ class ProgressMeter(PairMeter):
         return f"its {COPIES} copies of the weights take {said}. Raise memory_limit to have it measured."
 
     def is_off(self) -> bool:
-        """Whether it cannot measure in this run."""
+        """Return whether it cannot measure in this run."""
         return self._probe is None
 
     def is_missed(self) -> bool:
@@ -183,7 +183,7 @@ class ProgressMeter(PairMeter):
         return "It is off from now on: its copies of the weights do not fit."
 
     def state_dict(self) -> dict[str, Any]:
-        """How many readings there were, and where the next step is read, the weights kept for it."""
+        """Return how many readings there were, and where the next step is read, the weights kept for it."""
         is_kept = self._probe is not None and self._probe.is_kept and self._saves
         kept = self._probe.state_dict() if is_kept and self._probe is not None else self._loaded
         return {**super().state_dict(), "kept": kept}

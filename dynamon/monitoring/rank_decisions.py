@@ -26,7 +26,7 @@ def review(run: "RunContext") -> None:
 
 
 def _proposal(run: "RunContext") -> list[float]:
-    """What this process has to say. The others wait for the first one, so it must say something."""
+    """Return what this process has to say. The others wait for the first one, so it must say something."""
     nothing = [*(NEVER for _ in run.planner.plans), run.step + float(_AFTER_FAILURE)]
     if run.ranks.rank:
         return nothing

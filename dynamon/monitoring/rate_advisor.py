@@ -75,7 +75,7 @@ class CouplingsMeter(ProgressMeter):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all readings were taken."""
+        """Return whether all readings were taken."""
         return len(self._progress) >= self._readings
 
     @property

@@ -74,7 +74,7 @@ class Recorder:
         self._collected.histograms |= {f"{quantity}/{name}": histogram for name, histogram in own if histogram.count}
 
     def keep(self) -> None:
-        """What was collected is complete."""
+        """Keep what was collected: it is complete."""
         self._kept.add(self._collected)
         self._collected = Readings()
 
@@ -135,7 +135,7 @@ class Recorder:
 
 @dataclass
 class Readings:
-    """What was read at one step."""
+    """Hold what was read at one step."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     headlines: dict[str, float] = field(default_factory=dict)

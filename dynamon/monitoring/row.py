@@ -16,7 +16,7 @@ from dynamon.monitoring.writers import Writer
 
 @dataclass
 class _Part:
-    """What one monitor adds to a row."""
+    """Hold what one monitor adds to a row."""
 
     recorder: Recorder
     scalars: dict[str, float]  # those of single layers included
@@ -25,20 +25,20 @@ class _Part:
 
 
 class Row:
-    """What all members of a loop have measured at a step, on its way to the loggers.
+    """Collect what all members of a loop have measured at a step, on its way to the loggers.
 
     Trackers that count rows (W&B) and tables with one row per call (CSV) get one per step, whoever measured.
     """
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start empty."""
         self._step = 0
         self._parts: list[_Part] = []
         self._open: list[Writer] = []
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing waits to be sent."""
+        """Return whether nothing waits to be sent."""
         return not self._parts
 
     def add(self, recorder: Recorder, step: int, scalars: dict[str, float], readings: Readings, budget: Budget) -> None:

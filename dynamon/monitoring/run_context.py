@@ -1,4 +1,4 @@
-"""What a meter may know of the run that it measures."""
+"""Tell a meter what it may know of the run that it measures."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from dynamon.monitoring.weight_copies import copied
 
 
 class RunContext:
-    """What a meter may know of the run it measures.
+    """Tells a meter what it may know of the run it measures.
 
     Attributes:
         loop: The training loop.
@@ -61,7 +61,7 @@ class RunContext:
 
     @property
     def layers(self) -> list[Layer]:
-        """Those that per-layer readings are wanted for."""
+        """Return those that per-layer readings are wanted for."""
         return self._set.chosen
 
     @property
@@ -90,17 +90,17 @@ class RunContext:
 
     @property
     def device(self) -> torch.device:
-        """Where the module is."""
+        """Return where the module is."""
         return self.loop.device
 
     @property
     def is_sharded(self) -> bool:
-        """Whether processes hold parameters in parts (FSDP2), so that every measurement takes all of them."""
+        """Return whether processes hold parameters in parts (FSDP2), so that every measurement takes all of them."""
         return any_sharded([layer.parameter for layer in self.all_layers])
 
     @property
     def trying_out(self) -> bool:
-        """Whether a few batches are tried out only, so that everything is measured at once."""
+        """Return whether a few batches are tried out only, so that everything is measured at once."""
         return self.loop.is_trial
 
     def go_back(self) -> None:

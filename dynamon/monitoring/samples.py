@@ -33,7 +33,7 @@ class Kept:
     numbers: int | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint holds."""
         names = ("index", "samples", "weight", "is_cut", "is_tried", "numbers")
         return {"batch": pack_batch(self.batch), **{name: getattr(self, name) for name in names}}
 
@@ -44,7 +44,7 @@ class Kept:
 
 
 def numbers_of(batch: Any) -> int | None:
-    """How many numbers a checkpoint would hold of a batch, None where it cannot hold it."""
+    """Return how many numbers a checkpoint would hold of a batch, None where it cannot hold it."""
     state = pack_batch(batch)
     return None if state is None else int(state["numbers"])
 

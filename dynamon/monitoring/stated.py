@@ -18,7 +18,7 @@ _told: "WeakSet[Optimizer | nn.Module]" = WeakSet()  # of which was said what is
 
 @dataclass(frozen=True)
 class Stated:
-    """What the user states of a model and its optimizers.
+    """Hold what the user states of a model and its optimizers.
 
     Attributes:
         roles: Roles of layers by glob.

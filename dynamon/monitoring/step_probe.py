@@ -74,7 +74,7 @@ class StepProbe:
 
     @property
     def is_kept(self) -> bool:
-        """Whether weights are kept for a reading."""
+        """Return whether weights are kept for a reading."""
         return bool(self._before)
 
     def off_reason(self, layers: Sequence[Layer]) -> str | None:
@@ -270,7 +270,7 @@ class StepObserver:
 
     @property
     def is_kept(self) -> bool:
-        """Whether weights are kept for a reading."""
+        """Return whether weights are kept for a reading."""
         return self._probe.is_kept
 
     def keep(self) -> None:

@@ -23,7 +23,7 @@ _NOT_FINITE = "gradients are not finite at any scale. Look at the loss, or train
 
 
 class Steps:
-    """What happens between two batches: backward passes, and steps that are announced, begun and taken.
+    """Follow what happens between two batches: backward passes, and steps that are announced, begun and taken.
 
     A step that leaves the weights alone on purpose is none: where a batch was skipped, a gradient scaler skipped the
     step, or nothing was passed back to an optimizer.
@@ -46,7 +46,7 @@ class Steps:
         ranks: Ranks,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Nothing seen."""
+        """Start with nothing seen."""
         self._loop, self._ranks, self._waiting = loop, ranks, waiting
         self._watches: dict[Optimizer, StepWatch] = {}
         self.followers: list[Follower] = []
@@ -74,7 +74,7 @@ class Steps:
 
     @property
     def can_sleep(self) -> bool:
-        """Whether nobody has to look at steps that are not measured, but followers."""
+        """Return whether nobody has to look at steps that are not measured, but followers."""
         return bool(self._watches) and not any(watch.is_blind for watch in self._watches.values())
 
     def sleep(self, is_quiet: bool = True) -> None:
@@ -85,7 +85,7 @@ class Steps:
             self.passes = 0
 
     def forget(self) -> None:
-        """What was begun in this batch is undone."""
+        """Forget what was begun in this batch: it is undone."""
         self._begun, self._taken = set(), None
 
     def of(self, optimizer: Optimizer) -> StepWatch:
@@ -128,17 +128,17 @@ class Steps:
 
     @property
     def is_begun(self) -> bool:
-        """Whether a step of this batch has begun."""
+        """Return whether a step of this batch has begun."""
         return bool(self._begun) or self._only_in_backward
 
     def has_gradients(self, optimizer: Optimizer) -> bool:
-        """Whether there are gradients, of backward passes since the last step: others are left over, or zeros."""
+        """Return whether there are gradients of backward passes since the last step: others are left over, or zeros."""
         # Where the loop does not run them itself, there may be passes that it knows nothing of.
         return (not self._loop.drives_steps or self.passes > 0) and has_gradients(optimizer)
 
     @property
     def may_have_stepped(self) -> bool:
-        """Whether a step was taken in this batch, as far as that is known without waiting for a device."""
+        """Return whether a step was taken in this batch, as far as that is known without waiting for a device."""
         if self._taken is not None:
             return bool(self._taken)
         return any(self._may_have(optimizer) for optimizer in self._begun) or self._only_in_backward
@@ -148,7 +148,7 @@ class Steps:
 
     @property
     def _only_in_backward(self) -> bool:
-        """Whether weights have changed in backward and nobody has called a step."""
+        """Return whether weights have changed in backward and nobody has called a step."""
         return self.frees_gradients and self.passes > 0 and not self._loop.drives_steps
 
     def taken(self) -> frozenset[Optimizer]:
@@ -162,14 +162,14 @@ class Steps:
         return self._taken
 
     def outcomes(self) -> dict[Optimizer, Sequence[Tensor | None]] | None:
-        """What is known of the steps of this batch without waiting; None where they cannot be watched."""
+        """Return what is known of the steps of this batch without waiting; None where they cannot be watched."""
         watches = {optimizer: self.of(optimizer) for optimizer in self._begun}
         if any(watch.is_blind for watch in watches.values()):
             return None
         return {optimizer: watch.outcomes for optimizer, watch in watches.items()}
 
     def any_taken(self) -> bool:
-        """Whether a step has been taken in this batch."""
+        """Return whether a step has been taken in this batch."""
         return bool(self.taken()) or self._only_in_backward
 
     def _ask(self, begun: Sequence[Optimizer]) -> list[bool]:

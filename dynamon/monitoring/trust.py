@@ -1,4 +1,4 @@
-"""Whether products with a Hessian can be trusted."""
+"""Decide whether products with a Hessian can be trusted."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ NOISY = 0.1  # relative error of a product from which on nothing is shown
 
 
 def why_not(operator: LinearOperator, error: float) -> str | None:
-    """Why nothing is shown of products with an error that the operator gave; None where they can be trusted."""
+    """Return why nothing is shown of products with an error that the operator gave; None where they can be trusted."""
     if error <= NOISY:
         return None
     doubt, reason = getattr(operator, "doubt", None), getattr(operator, "reason", None)
@@ -17,7 +17,7 @@ def why_not(operator: LinearOperator, error: float) -> str | None:
 
 
 def why_never(operator: LinearOperator, vector: Tensor) -> str | None:
-    """Why nothing can be shown of products, now and later; None where they can be trusted, or may be another time.
+    """Return why products can never be shown; None where they can be trusted, or may be another time.
 
     That is so where a function of unknown curvature takes part in half precision, or differences of gradients have to
     be taken there.

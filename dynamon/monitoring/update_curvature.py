@@ -69,7 +69,7 @@ class UpdateCurvatureMeter(Meter):
         self.tags, self.panels = meanings(declared), chart_layout(declared)
 
     def is_off(self) -> bool:
-        """Where nothing was asked for, or sharpness is off."""
+        """Return whether nothing was asked for, or sharpness is off."""
         return not self._wanted or self._probe.off
 
     def is_missed(self) -> bool:
@@ -156,7 +156,7 @@ class UpdateCurvatureMeter(Meter):
                 self._before = run.copies(layer for layer in run.all_layers if layer.name in trained)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing is saved; what was kept of a step that is undone is dropped."""
+        """Drop what was kept of a step that is undone; nothing is saved."""
         self._before, self._update, self._planned, self._batch = {}, {}, False, None
 
     def _is_due(self, run: RunContext) -> bool:
@@ -198,7 +198,7 @@ class UpdateCurvatureMeter(Meter):
         return readings
 
     def _has_moved(self, run: RunContext) -> bool:
-        """Whether the last step changed anything, on any process."""
+        """Return whether the last step changed anything, on any process."""
         device = run.device
         steps = [step for step in self._update.values() if step.numel()]
         if len({(step.device, step.dtype) for step in steps}) == 1:
@@ -223,7 +223,7 @@ class UpdateCurvatureMeter(Meter):
         return readings
 
     def _is_trusted(self, hessian: HessianOperator | MeanOverRanks, vector: Tensor, quantity: str) -> bool:
-        """Whether a product means something; the first time that it does not, say why."""
+        """Return whether a product means something; the first time that it does not, say why."""
         never = why_never(hessian, vector)
         reason = never or why_not(hessian, hessian.product_error(vector))
         if reason is not None and quantity not in self._told:

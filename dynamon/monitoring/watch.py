@@ -143,7 +143,7 @@ class Watch:
 
     @property
     def findings(self) -> list[Finding]:
-        """What looks wrong in what was measured so far, see :mod:`dynamon.health`."""
+        """Return what looks wrong in what was measured so far, see :mod:`dynamon.health`."""
         return [finding for monitor in self.monitors for finding in monitor.findings]
 
     @property
@@ -219,7 +219,7 @@ class Watch:
         self.close()
 
     def __repr__(self) -> str:
-        """Where it is, and what watches."""
+        """Return where it is, and what watches."""
         return f"Watch(step {self.step}, {', '.join(map(repr, self.monitors))})"
 
     def state_dict(self) -> dict[str, Any]:
@@ -344,7 +344,7 @@ class WatchedBatch:
     """
 
     def __init__(self, watch: Watch, batch: Any) -> None:
-        """Nothing begun."""
+        """Start with nothing begun."""
         self._watch, self._batch = watch, batch
         self.loss: Tensor | float | None = None
 

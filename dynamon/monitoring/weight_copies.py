@@ -35,7 +35,7 @@ def whole_copies(copies: Mapping[str, Tensor], layers: Iterable[Layer], everywhe
 
 
 def matching(layers: Sequence[Layer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of some saved weights that belong to a layer still: what this process holds of them, on its device."""
+    """Return those saved weights that still belong to a layer: what this process holds of them, on its device."""
     own = {layer.name: layer.parameter for layer in layers}
     known = {name: weight for name, weight in weights.items() if name in own and weight.shape == own[name].shape}
     return {name: shard_like(weight.to(own[name].device), own[name]) for name, weight in known.items()}

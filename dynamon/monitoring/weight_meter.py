@@ -62,7 +62,7 @@ class WeightMeter(PairMeter):
     quantities = meanings(quantities_of("weight", scope=Scope.PER_LAYER))
 
     def __init__(self, cadence: Cadence, with_histograms: bool = False, with_convolutions: bool = False) -> None:
-        """Nothing copied."""
+        """Start with nothing copied."""
         super().__init__(cadence)
         self._with_histograms, self._with_convolutions = with_histograms, with_convolutions
         self._full = Cadence(None, FULL_EVERY * cadence.unit)  # what is taken along with a reading now and then
@@ -248,7 +248,7 @@ class WeightMeter(PairMeter):
             run.recorder.layers(quantity, row, names)
 
     def _measure_full(self, run: RunContext) -> None:
-        """What needs all singular values, histograms, and what convolutions do to whole inputs."""
+        """Measure what needs all singular values, histograms, and what convolutions do to whole inputs."""
         names, spectra = layer_spectra(run.layers, ranks=run.ranks)
         if spectra is not None:
             table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
@@ -268,7 +268,7 @@ class WeightMeter(PairMeter):
         return reduce_tables(histogram_table(weights), [la.parameter for la in run.layers], run.ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decay has left, and where the next step is read, the weights before the last one."""
+        """Return what decay has left, and where the next step is read, the weights before the last one."""
         earlier = whole_copies(self._earlier, self._layers) if self.saves_copies else {}
         return {**super().state_dict(), "memory": self._decay.retention.state_dict(), "earlier": earlier}
 

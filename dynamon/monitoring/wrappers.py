@@ -1,4 +1,4 @@
-"""What other libraries put around a model and an optimizer: DDP, torch.compile, Lightning Fabric."""
+"""Take off what other libraries put around a model and an optimizer: DDP, torch.compile, Lightning Fabric."""
 
 from collections.abc import Iterator
 from functools import partial

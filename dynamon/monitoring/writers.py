@@ -1,4 +1,4 @@
-"""Where rows of readings are written: the protocol, and event files for TensorBoard."""
+"""Write rows of readings: the protocol, and event files for TensorBoard."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -104,7 +104,7 @@ class FolderWriter(EventWriter):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Nothing written yet."""
+        """Start with nothing written."""
         super().__init__(self)
         self.folder = Path(folder)
         self._events: Any = None

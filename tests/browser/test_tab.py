@@ -1,6 +1,7 @@
 """What only the tab has, as runs that grow and TensorBoard's theme; names that try to be more than names; speed."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -211,9 +212,10 @@ def test_300_layers_and_100_000_steps(open_tab, open_report, logdir, add_run, ca
         print(
             "\n300 layers x 2,000 readings, 100,000 losses, ms: ", {key: round(value) for key, value in times.items()}
         )
-    # The aim is 2,000 on a quiet machine; others are half as fast and have other work.
-    assert times["tab"] < 10_000 and times["report"] < 10_000
-    assert all(times[f"{name}, {what}"] < 1_500 for name in ("tab", "report") for what in ("zoom", "cursor"))
+    # The aim is 2,000 on a quiet machine; others are half as fast and have other work, sometimes a queue of it.
+    queue = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) if hasattr(os, "getloadavg") else 1.0
+    assert max(times["tab"], times["report"]) < 10_000 * queue
+    assert all(times[f"{name}, {what}"] < 500 * queue for name in ("tab", "report") for what in ("zoom", "cursor"))
 
 
 def timed(board, act) -> float:

@@ -20,9 +20,10 @@ class Eigenpairs:
         vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors, and further Ritz
             vectors for the next warm start.
         residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
-        errors: ``[k]`` float64, what the solver stops by: bounds on the distance of each value to an eigenvalue. For
-            k = 1 by Lanczos that is the smaller of the residual and its square over the gap (:func:`value_error`),
-            else the residual; never less than the error of the products.
+        errors: ``[k]`` float64, bounds on the distance of each value to an eigenvalue. For k = 1 by Lanczos that is the
+            smaller of the residual and its square over the gap (:func:`value_error`), by which cold runs stop; else the
+            residual. Never less than the error of the products. The gap is an estimate: errors can come out somewhat
+            larger.
         lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
         upper: A 99 % upper bound on the largest eigenvalue, or None where the run was not certified.
         smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue (the mean eigenvalue for
@@ -131,9 +132,9 @@ def with_product_check(found: Eigenpairs, operator: Any, tol: float) -> Eigenpai
     error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
     backend = getattr(operator, "backend", "exact")
     rounding = max(getattr(operator, "rounding", 0.0), torch.finfo(found.vectors.dtype).eps)
-    scale = max(abs(float(found.values[0])), abs(found.smallest))
-    found = replace(found, errors=found.errors.clamp_min(max(error, rounding) * scale))
-    if _is_lost(found, tol):
+    largest = max(abs(float(found.values[0])), abs(found.smallest))
+    found = replace(found, errors=found.errors.clamp_min(max(error, rounding) * largest))
+    if _is_lost(found, largest, tol):
         return replace(found, backend=backend, product_error=error, converged=False, lower=-math.inf, upper=None)
     found = replace(found, backend=backend, product_error=error, converged=found.converged and error <= tol)
     # Bounds are statements about the operator that was multiplied with; where that is not the one meant, none hold.
@@ -144,8 +145,7 @@ def with_product_check(found: Eigenpairs, operator: Any, tol: float) -> Eigenpai
     return replace(found, lower=found.lower - allowance, upper=upper) if allowance else found
 
 
-def _is_lost(found: Eigenpairs, tol: float) -> bool:
+def _is_lost(found: Eigenpairs, largest: float, tol: float) -> bool:
     """Return whether values are so far below the smallest normal number that rounding exceeds the tolerance."""
     dtype = torch.finfo(found.vectors.dtype)
-    largest = max(abs(float(found.values[0])), abs(found.smallest))
     return 0 < largest < dtype.tiny and 16 * dtype.eps * dtype.tiny > tol * largest

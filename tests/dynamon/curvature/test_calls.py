@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from dynamon.curvature import HessianOperator, critical_sharpness, directional_sharpness, top_eigenvalues
 from dynamon.curvature.operators import parameters as curvature_parameters
+from dynamon.curvature.solvers import lanczos
 from dynamon.isolation import equality
 from dynamon.isolation.preserve import preserve_state
 from dynamon.kernels import lengths
@@ -17,7 +18,7 @@ GRAPH, PRODUCT, BESIDE, PUTTING_BACK = 800, 1960, 40, 30  # BESIDE: of a solver,
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """What is asked of a CPU only is not asked."""
-    for module in (equality, curvature_parameters, lengths):
+    for module in (equality, curvature_parameters, lengths, lanczos):
         monkeypatch.setattr(module, "reads_are_free", lambda _: False)
 
 

@@ -24,7 +24,7 @@ from dynamon.curvature.operators.preconditioner import preconditioner
 from dynamon.spectra import spectral_extremes, weight_spectrum
 from dynamon.stability import stability_ratio, stability_scaling, stability_threshold
 
-TENSORS = {"Eigenpairs": {"values", "residuals", "vectors"}, "DirectionalSharpness": {"product"}}
+TENSORS = {"Eigenpairs": {"values", "residuals", "errors", "vectors"}, "DirectionalSharpness": {"product"}}
 
 
 @pytest.fixture

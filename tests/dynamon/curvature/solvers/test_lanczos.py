@@ -325,12 +325,12 @@ def test_sharpness_of_a_small_network(certify, seed):
     raw = lambda model: cross_entropy(model(inputs), labels)  # noqa: E731
     factor = 3 / float(torch.linalg.eigvalsh(dense_hessian(model, raw))[-1])
     operator = HessianOperator(lambda: factor * raw(model), list(model.parameters()))
-    found = top_eigenvalues(operator, certify=certify)
+    found = top_eigenvalues(operator, tol=1e-3, certify=certify)
     assert found.converged and float(found.values[0]) == pytest.approx(3, abs=3e-3)
     assert found.lower <= 3
     single = model.float()
     narrow = HessianOperator(lambda: factor * cross_entropy(single(inputs.float()), labels), list(single.parameters()))
-    assert float(top_eigenvalues(narrow, certify=certify).values[0]) == pytest.approx(3, abs=3e-3)
+    assert float(top_eigenvalues(narrow, tol=1e-3, certify=certify).values[0]) == pytest.approx(3, abs=3e-3)
 
 
 @pytest.mark.parametrize("copies", [2, 3, 5])
@@ -418,11 +418,14 @@ def test_the_error_seldom_lies_above_its_bound():
 
 
 def test_a_run_stops_by_the_error_while_the_residual_is_above_the_tolerance():
-    values = torch.cat([torch.tensor([10.0, 7.5]), torch.linspace(7, -3, 198)]).double()
-    for tol in (1e-3, 1e-4):
+    values = torch.cat([torch.tensor([10.0, 8.5]), torch.linspace(8.4, -3, 398)]).double()
+    stopped_by_the_gap = 0
+    for tol in (1e-2, 3e-3, 1e-3, 1e-4):
         found = top_eigenvalues(with_spectrum(values, seed=3), tol=tol, max_matvecs=100)
-        assert found.converged and found.matvecs <= 10
-        assert 10 - float(found.values) <= float(found.errors) <= 10 * tol < float(found.residuals) / 2
+        assert found.converged
+        assert 10 - float(found.values) <= float(found.errors) <= 10 * tol
+        stopped_by_the_gap += float(found.residuals) > 10 * tol
+    assert stopped_by_the_gap == 4
 
 
 def test_the_error_is_never_below_that_of_the_products():
