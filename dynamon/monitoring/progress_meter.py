@@ -72,7 +72,6 @@ class ProgressMeter(PairMeter):
         if self._effects.reason is not None:  # found in an earlier fit
             return
         self._probe = probe
-        run.steps.followers.append(probe)
         self._take_up(run)
 
     def _take_up(self, run: RunContext) -> None:
@@ -120,6 +119,14 @@ class ProgressMeter(PairMeter):
                 layers = self._layers = self._trained(run)
                 self._probe.keep(layers, run.copies(layers))
                 self._kept_at = run.step
+                self._follow(run, self._probe)
+
+    @staticmethod
+    def _follow(run: RunContext, probe: StepProbe | None) -> None:
+        """Have the steps of this batch followed, which nobody has to be at other steps; None for no longer."""
+        run.steps.followers[:] = [one for one in run.steps.followers if not isinstance(one, StepProbe)]
+        if probe is not None:
+            run.steps.followers.append(probe)
 
     def _read(self, run: RunContext, batch: Any) -> None:
         assert self._probe is not None
@@ -140,6 +147,7 @@ class ProgressMeter(PairMeter):
     def batch_end(self, run: RunContext) -> None:
         """Hand on what was measured; forget weights that no optimizer has changed."""
         if self._probe is not None and self._probe.is_kept and self._kept_at == run.step:
+            self._follow(run, None)
             with run.charge(self.name, waits=True):
                 taken = run.steps.taken()
                 self._probe.only({id(p) for o in taken for group in o.param_groups for p in group["params"]})
