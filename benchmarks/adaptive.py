@@ -147,6 +147,7 @@ STAGES = {
     "advised": advised,
     "controls": controls,
     "remedies": remedies,
+    "misset": misset,
     "ranges": ranges,
     "beyond": beyond,
 }
