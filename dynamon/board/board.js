@@ -78,7 +78,7 @@ export function mount(root, runs, { controls = null, hasTheme = true, notice = n
     el("button", { role: "tab", id: `tab-${key}`, "aria-controls": "panel", onclick: () => show(key) }, title),
   );
   const zoomed = el("span", { class: "zoomed", hidden: true });
-  const hint = el("p", { class: "hint gestures" }, GESTURES);
+  const tools = el("div", { class: "tools" }, el("span", { class: "hint" }, GESTURES), zoomed, smoothing((values) => change(values)));
   let turn = 0;
   let touchedAt = -PATIENCE;
   let written = null; // what of the place makes another entry in the browser's history
@@ -128,7 +128,7 @@ export function mount(root, runs, { controls = null, hasTheme = true, notice = n
     if (mine !== turn) return;
     swap(panel, node);
     axis.prune();
-    hint.hidden = !panel.querySelector(".plot");
+    tools.hidden = !panel.querySelector(".plot");
     root.dataset.view = view;
     write();
     afterPaint(() => {
@@ -171,8 +171,8 @@ export function mount(root, runs, { controls = null, hasTheme = true, notice = n
   const names = runs.map((run) => run.label).join(", ");
   const name = controls ?? el("span", { class: "run", title: names }, names);
   root.replaceChildren(
-    el("header", {}, el("h1", {}, "dynamon "), name, list, zoomed, smoothing(change), hasTheme ? themeSwitch() : null),
-    hint,
+    el("header", {}, el("h1", {}, "dynamon "), name, list, hasTheme ? themeSwitch() : null),
+    tools,
     panel,
   );
   draw();

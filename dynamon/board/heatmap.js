@@ -228,7 +228,7 @@ function paint(canvas, layout, table, steps, width, color) {
     for (let x = 0; x < width; ) {
       const column = columns[x];
       const shade = column < 0 ? null : color(row.read(column));
-      const isSure = column < 0 || !table.errors || Math.abs(row.read(column)) > 2 * row.error(column);
+      const isSure = column < 0 || !(Math.abs(row.read(column)) <= 2 * row.error(column)); // or not known
       for (; x < width && columns[x] === column; x += 1) {
         if (shade) image.data.set(isSure ? [...shade, 255].slice(0, 4) : UNSURE, 4 * (r * width + x));
       }

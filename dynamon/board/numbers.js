@@ -23,7 +23,8 @@ export function exact(value) {
   const single = Math.fround(value);
   if (!Number.isFinite(single) || (single === 0 && value !== 0)) return short(value);
   const digits = [1, 2, 3, 4, 5, 6, 7, 8, 9].find((count) => Math.fround(single.toPrecision(count)) === single);
-  return String(Number(single.toPrecision(digits)));
+  const size = Math.abs(single);
+  return size !== 0 && (size < 1e-4 || size >= 1e9) ? single.toExponential(digits - 1) : String(Number(single.toPrecision(digits)));
 }
 
 /** Round numbers between two, about `count` of them. */

@@ -68,8 +68,8 @@ class LayerProgress:
 def layer_progress(run: RunData) -> LayerProgress | None:
     """Summarise the progress readings of a run; None where there are none.
 
-    Readings are averaged in windows of at least 8 successive ones, 24 windows at most; means over correlated readings
-    have the error of :func:`dynamon.quantities.progress.standard_error_over_trend`.
+    Readings are averaged in windows of at least 8 successive ones, 24 windows at most; fewer than 16 are shown one by
+    one. Means have the error of :func:`dynamon.quantities.progress.standard_error_over_trend`.
     """
     found = [run.tables.get(f"progress/{name}") for name in _QUANTITIES]
     decrease, first, cost = found
@@ -78,7 +78,8 @@ def layer_progress(run: RunData) -> LayerProgress | None:
     count = min(len(series) for series in (decrease, first, cost))
     values, slopes, costs = (series.values[-count:].astype(np.float64) for series in (decrease, first, cost))
     total = _total(run, decrease)[-count:, None]
-    parts = np.array_split(np.arange(count), max(1, min(_WINDOWS, count // _IN_WINDOW)))
+    # Of few readings each is shown by itself, without an error.
+    parts = np.array_split(np.arange(count), min(_WINDOWS, count // _IN_WINDOW) if count >= 2 * _IN_WINDOW else count)
     (mean, error), (late, late_error) = _mean(values), _mean(values[-max(count // _LATE, 1) :])
     of_windows = [_mean(values[part]) for part in parts]
     of_totals = [_mean(total[part]) for part in parts]

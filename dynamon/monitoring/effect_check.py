@@ -9,6 +9,7 @@ from dynamon.isolation.preserve import LossFn
 from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.kernels.devices import reads_are_free
 from dynamon.monitoring.loop import Loop
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 
 _SAME, _SAME_ON_HOST = 1e-3, 1e-6  # two evaluations of a loss differ by less where a GPU adds up in another order
 
@@ -81,6 +82,10 @@ class EffectCheck:
             f"{what} is off: {self._name} has effects outside the module that cannot be undone ({self.reason}); {mend} "
             "the loss and nothing else."
         )
+
+    def tell(self, what: str) -> None:
+        """Warn of it, once; whatever else is off because of it only says so."""
+        (rank_zero_info if self._is_told else rank_zero_warn)(self.sentence(what))
 
 
 def _difference(first: float, second: float, device: torch.device) -> str | None:

@@ -225,10 +225,10 @@ class ProbeMeter(HeldSamples):
                 self.effects.settle(next((text for text in found if text is not None), None))
             if self.effects.reason is None:
                 return True
-            self.off, sentence = True, self.effects.sentence("sharpness")
+            self.off = True
             if run.strict:
-                raise ValueError(sentence)
-        rank_zero_warn(sentence)
+                raise ValueError(self.effects.sentence("sharpness"))
+        self.effects.tell("sharpness")
         return False
 
     def _try_out(self, run: RunContext) -> bool:

@@ -13,9 +13,9 @@ from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import real_dtype, real_numel
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.effect_check import EffectCheck
-from dynamon.monitoring.evaluation import trained_parameters
+from dynamon.monitoring.evaluation import trained_parameters, why_not_evaluated
 from dynamon.monitoring.memory_plan import allowed_memory
-from dynamon.monitoring.messages import rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.step_probe import COPIES, StepProbe
@@ -36,6 +36,7 @@ class ProgressMeter(PairMeter):
     """
 
     name = "progress"
+    stands_beside_sharpness = True  # which then warns of what keeps the loss from being evaluated
     panels = chart_layout(quantities_of("progress"))
     tags = meanings(quantities_of("progress", scope=Scope.SCALAR))
     quantities = meanings(quantities_of("progress", scope=Scope.PER_LAYER))
@@ -60,10 +61,13 @@ class ProgressMeter(PairMeter):
     def start(self, run: RunContext) -> None:
         """Say why it is off, or go on with what a checkpoint held."""
         probe = StepProbe(run.loop, run.ranks, self._loss_fn, self._effects)
-        reason = probe.off_reason(self._trained(run)) or self._lacks_memory(run)
+        layers = self._trained(run)
+        trained = [layer.parameter for layer in layers]
+        reason = probe.off_reason(layers) or self._lacks_memory(run)
         self._probe, self._reading = None, None
         if reason is not None:
-            rank_zero_warn(f"progress is off: {reason}")
+            is_said = self.stands_beside_sharpness and reason == why_not_evaluated(probe, trained, self._loss_fn)
+            (rank_zero_info if is_said else rank_zero_warn)(f"{self.name} is off: {reason}")
             return
         if self._effects.reason is not None:  # found in an earlier fit
             return
@@ -126,10 +130,9 @@ class ProgressMeter(PairMeter):
             self._reading = self._take(self._probe, batch)
         if self._effects.reason is not None:
             self._probe = None
-            sentence = self._effects.sentence(self.name)
             if run.strict:
-                raise ValueError(sentence)
-            rank_zero_warn(sentence)
+                raise ValueError(self._effects.sentence(self.name))
+            self._effects.tell(self.name)
 
     def _take(self, probe: StepProbe, batch: Any) -> Any:
         return probe.read(batch)

@@ -43,6 +43,7 @@ class CouplingsMeter(ProgressMeter):
     """
 
     name = "advice"
+    stands_beside_sharpness = False
     panels = {}
     tags = {}
     quantities = meanings(quantities_of("advice"))

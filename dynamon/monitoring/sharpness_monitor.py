@@ -106,7 +106,7 @@ class SharpnessMonitor(Monitor):
         save_vectors: Whether checkpoints hold the vectors that the next solve starts from: one to three copies of the
             parameters per quantity, up to 2^26 numbers each. Without them the first solve after a resume is a cold one.
         layers: Globs for the layers of ``blocks``, ``!`` excludes.
-        tol: Relative tolerance of eigenvalues: a solve stops by the error and the change of the value.
+        tol: Relative tolerance of a solve on the change of the value and on its error (the residual, where tracked).
         max_matvecs: Most Hessian products a solve may take.
         memory_limit: GiB that the solver's vectors may take, and so the copies of weights that ``progress`` makes;
             None for half of what is free when training starts.

@@ -41,19 +41,18 @@ class SteeringProbe:
         self._told: set[int] = set()
 
     def start(self, name: str, steered: Sequence[LayerwiseRates], pending: Mapping[str, Any]) -> None:
-        """Begin a run.
+        """Begin a run; where nothing can be measured in it, say why: ratios then stay as they are.
 
         Args:
             name: Of the caller, for messages.
             steered: What steers each optimizer.
             pending: What :meth:`state_dict` returned, or an empty mapping.
-
-        Raises:
-            ValueError: If nothing can be measured in this run, with the reason.
         """
         layers = _layers(steered)
         if layers and (reason := self._probe.off_reason(layers)) is not None:
-            raise ValueError(f"{name} cannot steer this run: {reason}")
+            self._is_off = True
+            rank_zero_warn(f"{name} cannot follow this run, and all ratios stay as they are: {reason}")
+            return
         for rates in steered:
             self.follow(rates)
         self.load_state_dict(pending, steered)

@@ -165,8 +165,11 @@ def test_manual_optimisation_needs_a_loss_function():
             self.manual_backward(cross_entropy(self.network(batch[0]), batch[1]))
             optimizer.step()
 
-    with pytest.raises(ValueError, match="loss_fn"):
-        fit(Manual(mlp(), **SGD), [LayerwiseLR(BalancedRates(every=2))])
+    plain, module = Manual(mlp(), **SGD), Manual(mlp(), **SGD)
+    fit(plain, [])
+    with pytest.warns(UserWarning, match="all ratios stay as they are: .*loss_fn"):
+        fit(module, [LayerwiseLR(Certain(every=2))])
+    assert same_weights(plain, module)
     steering = LayerwiseLR(Certain(every=2), loss_fn=lambda m, batch: cross_entropy(m.network(batch[0]), batch[1]))
     fit(Manual(mlp(), **SGD), [steering], steps=7, max_epochs=-1)
     assert len(rule_of(steering).seen) == 3

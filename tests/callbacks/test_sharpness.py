@@ -37,7 +37,7 @@ def whole_probe(**arguments) -> SharpnessMonitor:
 
 
 def test_unknown_quantities_are_named() -> None:
-    with pytest.raises(ValueError, match="quantities must be chosen from stability_ratio, hessian"):
+    with pytest.raises(ValueError, match="quantities must be chosen from stability_ratio, next, hessian"):
         SharpnessMonitor(quantities=["sharpnes"])
     with pytest.raises(ValueError, match="quantities must be a list of names"):
         SharpnessMonitor(quantities="hessian")

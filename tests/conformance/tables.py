@@ -104,7 +104,7 @@ CALLBACKS = {
     "NoiseAdaptiveLR": _one("NoiseAdaptiveLR", neutral=False, warmup=1),
     "NoiseAdaptiveLR, dry": _one("NoiseAdaptiveLR", warmup=1, apply=False),
     "BalancedRates, dry": _one("LayerwiseLR", rule=_BALANCED, apply=False),
-    "RateAdvisor": _one("RateAdvisor", pilot=4, readings=4, group_by="role", strict=True),
+    "RateAdvisor": _one("RateAdvisor", pilot=6, readings=6, group_by="role", strict=True),
     "monitor and steering": Callbacks(
         (("DynamicsMonitor", {"preset": "standard", **_EVERY}), ("NoiseAdaptiveLR", {"warmup": 2, "floor": 1.0}))
     ),

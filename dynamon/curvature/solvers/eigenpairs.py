@@ -20,9 +20,10 @@ class Eigenpairs:
         vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors, and further Ritz
             vectors for the next warm start.
         residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
-        errors: ``[k]`` float64, what the solver stops by: bounds on the distance of each value to an eigenvalue. For
-            k = 1 by Lanczos that is the smaller of the residual and its square over the gap (:func:`value_error`),
-            else the residual; never less than the error of the products.
+        errors: ``[k]`` float64, bounds on the distance of each value to an eigenvalue. For k = 1 by Lanczos that is the
+            smaller of the residual and its square over the gap (:func:`value_error`), by which cold runs stop; else the
+            residual. Never less than the error of the products. The gap is an estimate: errors can come out somewhat
+            larger.
         lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
         upper: A 99 % upper bound on the largest eigenvalue, or None where the run was not certified.
         smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue (the mean eigenvalue for

@@ -24,7 +24,6 @@ _BURST = 2  # products between two looks at the projected matrix after that, whe
 _CERTIFY_MATVECS = 20  # an unrestarted run this long gives an upper bound worth showing
 _GROWTH = 8  # vectors that a certified run, which may not restart, adds at a time
 _CONFIDENCE = 0.99
-_SAFETY = 2  # on bounds that rest on an estimated gap: errors of warm runs came out up to 1.4 times as large
 _NOISE = 0.3  # share of fresh noise in a warm start; without any, a run cannot find a new direction
 
 
@@ -52,7 +51,8 @@ def lanczos_eigenpairs(
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
     minimum = _CERTIFY_MATVECS if certify else _minimum(tracked, k, tol)
     state = Lanczos(operator, start, basis_size)
-    solve = _Solve(state, k, tol, budget, minimum, certify, seed)
+    # A warm start contains hardly anything of a direction that has just overtaken: its gap would look perfect.
+    solve = _Solve(state, k, tol, budget, minimum, certify, seed, by_gap=not tracked)
     ritz, residuals, converged = solve.settle()
     values = ritz.values[:k]
     allowance = 16 * state.rounding(float(np.abs(ritz.values).max()))
@@ -70,13 +70,14 @@ def lanczos_eigenpairs(
 
 
 def _minimum(tracked: int, k: int, tol: float) -> int:
-    """Return the products before a run may stop: for one value in proportion to its digits.
+    """Return the products before a run may stop: for one value from a cold start in proportion to its digits.
 
     The error of a value that is not the largest one falls as fast as that of the largest, so that a small error alone
     would let a run of any tolerance stop at the same few products.
     """
     least = _MINIMUM.get(tracked, _MINIMUM_TRACKED)
-    return math.ceil(least * max(1.0, math.log(tol) / math.log(_USUAL_TOLERANCE))) if k == 1 else least
+    digits = math.log(tol) / math.log(_USUAL_TOLERANCE)
+    return math.ceil(least * max(1.0, digits)) if k == 1 and not tracked else least
 
 
 _Outcome = tuple["Ritz", np.ndarray, bool]
@@ -91,10 +92,10 @@ class _Solve:
     """
 
     def __init__(
-        self, state: "Lanczos", k: int, tol: float, budget: int, minimum: int, certify: bool, seed: int
+        self, state: "Lanczos", k: int, tol: float, budget: int, minimum: int, certify: bool, seed: int, by_gap: bool
     ) -> None:
         self._state, self._k, self._tol, self._budget, self._seed = state, k, tol, budget, seed
-        self._minimum, self._may_restart = min(minimum, budget), not certify
+        self._minimum, self._may_restart, self._by_gap = min(minimum, budget), not certify, by_gap
         self._look = 0  # products that a fresh vector gets: as many as the first one took
         self._before: Ritz | None = None  # what had settled before the last look outside
 
@@ -122,7 +123,7 @@ class _Solve:
         return ritz
 
     def _has_settled(self, ritz: "Ritz") -> bool:
-        return ritz.exhausted or self._state.matvecs >= self._minimum and _agrees(ritz, self._tol)
+        return ritz.exhausted or self._state.matvecs >= self._minimum and _agrees(ritz, self._tol, self._by_gap)
 
     def _judge(self, ritz: "Ritz") -> _Outcome | None:
         """Return the outcome if what has settled is final, else prepare the space for a further search."""
@@ -324,16 +325,16 @@ def _decompose_tridiagonal(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
 
-def _agrees(ritz: Ritz, tol: float) -> bool:
-    """Return whether errors and successive values of all wanted pairs are within tolerance."""
+def _agrees(ritz: Ritz, tol: float, by_gap: bool) -> bool:
+    """Return whether errors, bounded with or without gaps, and successive values of all wanted pairs are small."""
     k = len(ritz.previous)
     if len(ritz.values) < k + 1:
         return False
     scale = tol * float(np.abs(ritz.values).max())
     steady = np.abs(ritz.values[:k] - ritz.previous) <= scale
     residuals = ritz.residuals[:k]
-    within = (residuals <= scale) | (_SAFETY * _errors(ritz, residuals) <= scale)
-    return bool(within.all() and steady.all())
+    errors = _errors(ritz, residuals) if by_gap else residuals
+    return bool((errors <= scale).all() and steady.all())
 
 
 def _errors(ritz: Ritz, residuals: np.ndarray) -> np.ndarray:

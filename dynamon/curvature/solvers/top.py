@@ -36,17 +36,15 @@ def top_eigenvalues(
 
     ``"lanczos"`` is thick-restart Lanczos with full reorthogonalisation (classical Gram-Schmidt, twice). A warm start
     adds fresh noise to the given vectors, so that a direction that has overtaken the old one is found. A cold start is
-    half noise and half the gradient, where the operator has one. The run stops when the error of every wanted value
-    (:attr:`Eigenpairs.errors`) is at most ``tol`` times the largest Ritz value in magnitude **and** the last two Ritz
-    values agree to ``tol``, but not before 8 matvecs from a cold start, 16 with one tracked vector, 12 with two, 5 with
-    three or more; for k = 1 and ``tol`` below 1e-2 the least number grows with the digits, to twice as many at 1e-4. A
-    run from the old top vector alone converges to an eigenvalue that is no longer the largest, and its residual and gap
-    both look perfect.
-
-    For k = 1 the error is bounded by the residual, and by its square over the gap, which must reach half of ``tol``,
-    since the gap is an estimate; for several values by the residual. A Krylov space contains a repeated eigenvalue only
-    once, so for k > 1 the run restarts from a fresh vector until that yields nothing new, which at least doubles the
-    matvecs; a certified run, which may not restart, does not.
+    half noise and half the gradient, where the operator has one. The run stops when the error of every wanted value is
+    at most ``tol`` times the largest Ritz value in magnitude **and** the last two Ritz values agree to ``tol``, but not
+    before 8 matvecs from a cold start, 16 with one tracked vector, 12 with two, 5 with three or more. The error is
+    bounded by the residual; for k = 1 from a cold start also by the residual's square over the gap
+    (:attr:`Eigenpairs.errors`), and the 8 matvecs become more below ``tol`` = 1e-2, 16 at 1e-4. A run from the old top
+    vector alone converges to an eigenvalue that is no longer the largest, and its residual and gap both look perfect:
+    therefore the minimum, and no gap after a warm start. A Krylov space contains a repeated eigenvalue only once, so
+    for k > 1 the run restarts from a fresh vector until that yields nothing new, which at least doubles the matvecs; a
+    certified run, which may not restart, does not.
 
     ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the largest
     in magnitude. It needs several times as many matvecs and serves for comparison.

@@ -61,8 +61,10 @@ def test_windows_over_time() -> None:
 
 
 def test_few_readings_have_no_errors() -> None:
-    found = layer_progress(run(3))
-    assert found.over_time.shape == (1, 4) and np.isnan(found.error).all() and np.isnan(found.share).all()
+    data = run(3)
+    found = layer_progress(data)
+    np.testing.assert_array_equal(found.over_time, data.tables["progress/decrease"].values)
+    assert np.isnan(found.error).all() and np.isnan(found.share).all() and np.isnan(found.over_time_error).all()
     assert "So few do not tell it from noise" in sentence(found)
 
 
