@@ -22,7 +22,7 @@ from benchmarks.rates_study.arms import inverted, permuted
 from benchmarks.rates_study.book import HALF_OCTAVE, Book
 from benchmarks.rates_study.oracle import search
 from benchmarks.rates_study.tables import GOOD, Results
-from benchmarks.rates_study.tasks import GPTBytes, quarter, tasks, variants
+from benchmarks.rates_study.tasks import FormerRadii, GPTBytes, quarter, tasks, variants
 
 # What the default radii of Lanton were until this study, over those of now, by group of the GPT.
 FORMER = (2.0, 2.0, 8.0, 1.0, 1.0, 1.0, 1.0, 2.0)
@@ -108,6 +108,17 @@ def balanced(book: Book, task: str, rounds: int = 3) -> tuple[float, ...]:
     return ratios
 
 
+def misset(book: Book, task: str) -> None:
+    """Whether ratios find back from radii that are known to be wrong: there the present ones are the oracle."""
+    if task == "GPT, LMO":
+        name = f"{task} at former radii"
+        book.tasks[name] = FormerRadii("LMO", guess=0.02)
+        uniform(book, name)
+        held(book, name, "oracle", inverted(FORMER))
+        held(book, name, "committed", committed_ratios(book, name))
+        held(book, name, "advised", observed(book, name, "pilot", "committed"), book.tuning[:1])
+
+
 def ranges(book: Book, task: str) -> None:
     """Base rates half an octave apart until the loss is 2 % above the best, on both sides."""
     for name in ("uniform", "oracle", "committed"):
@@ -136,6 +147,7 @@ STAGES = {
     "advised": advised,
     "controls": controls,
     "remedies": remedies,
+    "misset": misset,
     "ranges": ranges,
     "beyond": beyond,
 }

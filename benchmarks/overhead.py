@@ -9,12 +9,10 @@ slow minute of the machine meets all. The first block holds the start-up. Two st
 """
 
 import random
-import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.environment import environment, parser, write
+from benchmarks.turns import Baton
 from dynamon.callbacks import DynamicsMonitor
 from dynamon.cli.demo_data import standard_library_text, training_batches
 from dynamon.cli.language_model import GPT, LanguageModel
@@ -83,29 +82,6 @@ class Model(LanguageModel):
             nn.init.normal_(self.network.embedding.weight, std=0.02)
             self.network.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
             self.network.head.weight = self.network.embedding.weight
-
-
-@dataclass
-class Baton:
-    """Lets the arms take their blocks in turn."""
-
-    arms: int
-    turn: int = 0
-    failed: list[BaseException] = field(default_factory=list)
-    condition: threading.Condition = field(default_factory=threading.Condition)
-
-    def take(self, arm: int) -> None:
-        """Wait for this arm's turn."""
-        with self.condition:
-            self.condition.wait_for(lambda: self.turn == arm or self.failed)
-            if self.failed:
-                raise RuntimeError("another arm failed")
-
-    def pass_on(self) -> None:
-        """Let the next arm go."""
-        with self.condition:
-            self.turn = (self.turn + 1) % self.arms
-            self.condition.notify_all()
 
 
 class Clock:
@@ -168,35 +144,23 @@ def run_in_turn(shape: Shape, steps: int, block: int, device: str, text: Tensor)
 
     def train(name: str, folder: str) -> None:
         clock, monitor = clocks[name], monitors[name]
-        try:
-            torch.manual_seed(0)
-            trainer = pl.Trainer(
-                accelerator="gpu" if device == "cuda" else "cpu",
-                devices=1,
-                precision="bf16-mixed" if device == "cuda" else "32-true",
-                max_steps=steps,
-                max_epochs=-1,
-                logger=TensorBoardLogger(folder, name=None, version=name.replace(" ", "_")),
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                limit_val_batches=0,
-                callbacks=[clock.first, *([] if monitor is None else [monitor]), clock.last],
-            )
-            trainer.fit(Model(shape, steps), batches(shape, steps, text))
-        except BaseException as error:
-            with baton.condition:
-                baton.failed.append(error)
-                baton.condition.notify_all()
+        torch.manual_seed(0)
+        trainer = pl.Trainer(
+            accelerator="gpu" if device == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed" if device == "cuda" else "32-true",
+            max_steps=steps,
+            max_epochs=-1,
+            logger=TensorBoardLogger(folder, name=None, version=name.replace(" ", "_")),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[clock.first, *([] if monitor is None else [monitor]), clock.last],
+        )
+        trainer.fit(Model(shape, steps), batches(shape, steps, text))
 
-    with tempfile.TemporaryDirectory() as folder:
-        threads = [threading.Thread(target=train, args=(name, folder)) for name in monitors]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if baton.failed:
-        raise baton.failed[0]
+    baton.run(list(monitors), train)
     return {name: (clocks[name].seconds, monitors[name]) for name in monitors}
 
 

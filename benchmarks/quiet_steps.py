@@ -8,8 +8,6 @@ drawing rounds anew. Beside it, the hooks of each arm are called many times in a
 
 import math
 import random
-import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.environment import environment, parser, write
+from benchmarks.turns import Baton
 from dynamon.callbacks import DynamicsMonitor, GradientMonitor, LayerwiseLR, SharpnessMonitor, WeightMonitor
 from dynamon.rates import FixedRates
 
@@ -60,80 +59,45 @@ class Network(pl.LightningModule):
 class Turns(pl.Callback):
     """Lets arms take their blocks in turn, and notes the CPU time of each block."""
 
-    def __init__(self, shared: "Shared", place: int) -> None:
+    def __init__(self, baton: Baton, place: int, block: int) -> None:
         """Note nothing yet."""
-        self.shared, self.place = shared, place
+        self.baton, self.place, self.block = baton, place, block
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Begin a block, or end the one before."""
-        if trainer.fit_loop.epoch_loop.batch_idx % self.shared.block:
+        if trainer.fit_loop.epoch_loop.batch_idx % self.block:
             return
         if trainer.fit_loop.epoch_loop.batch_idx:
             self.seconds.append(time.thread_time() - self.begin)
-            self.shared.pass_on()
-        self.shared.wait(self.place)
+            self.baton.pass_on()
+        self.baton.take(self.place)
         self.begin = time.thread_time()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the others end."""
-        self.shared.pass_on()
-
-
-class Shared:
-    """Whose turn it is."""
-
-    def __init__(self, arms: int, block: int) -> None:
-        """Begin with the first."""
-        self.arms, self.block, self.turn = arms, block, 0
-        self.failed: list[BaseException] = []
-        self.condition = threading.Condition()
-
-    def wait(self, place: int) -> None:
-        """Wait for an arm's turn."""
-        with self.condition:
-            self.condition.wait_for(lambda: self.turn == place or self.failed)
-            if self.failed:
-                raise RuntimeError("another arm failed")
-
-    def pass_on(self) -> None:
-        """Let the next one go."""
-        with self.condition:
-            self.turn = (self.turn + 1) % self.arms
-            self.condition.notify_all()
+        self.baton.pass_on()
 
 
 def run_in_turn(rounds: int, block: int) -> dict[str, list[float]]:
     """CPU seconds of each block by arm; the first, with start-up and readings, is left out."""
-    shared = Shared(len(ARMS), block)
-    turns = {name: Turns(shared, place) for place, name in enumerate(ARMS)}
+    baton = Baton(len(ARMS))
+    turns = {name: Turns(baton, place, block) for place, name in enumerate(ARMS)}
     batches = DataLoader(torch.randn(4 * block * (rounds + 1) + 4, 8), 4)
 
     def train(name: str, folder: str) -> None:
-        try:
-            trainer = pl.Trainer(
-                accelerator="cpu",
-                max_epochs=1,
-                logger=TensorBoardLogger(folder, name=None, version=name.replace(" ", "_")),
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                callbacks=[turns[name], *ARMS[name]()],
-            )
-            trainer.fit(Network(), batches)
-        except BaseException as error:
-            with shared.condition:
-                shared.failed.append(error)
-                shared.condition.notify_all()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=TensorBoardLogger(folder, name=None, version=name.replace(" ", "_")),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[turns[name], *ARMS[name]()],
+        )
+        trainer.fit(Network(), batches)
 
-    with tempfile.TemporaryDirectory() as folder:
-        threads = [threading.Thread(target=train, args=(name, folder)) for name in ARMS]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if shared.failed:
-        raise shared.failed[0]
+    baton.run(list(ARMS), train)
     return {name: one.seconds[1:] for name, one in turns.items()}
 
 

@@ -15,11 +15,10 @@ import torch
 
 from benchmarks.environment import RESULTS, environment, parser
 from benchmarks.rates_study.corpus import RADII as TEXT
-from benchmarks.rates_study.tasks import TUNING, Digits, GPTBytes, LSTMBytes, Task
+from benchmarks.rates_study.tasks import FORMER_RADII, TUNING, Digits, GPTBytes, LSTMBytes, Task
 from benchmarks.rates_study.train import steps
 from dynamon.optim import Lanton
 
-FORMER = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
 START = {"hidden": 1.0, "conv": 1.0, "embedding": 0.5, "head": 16.0, "vector": 0.125}  # as a first trial had suggested
 PASSES = 5
 ABSENT = {"GPT": ("conv",), "LSTM": ("conv",), "CNN": ("hidden", "embedding")}  # roles that a model does not have
@@ -116,7 +115,7 @@ def main() -> None:
     radii = search.run(names, passes)
     search.found["radii"] = radii
     for task in search._tasks:
-        before, after = search.tune(task, FORMER), search.tune(task, radii)
+        before, after = search.tune(task, FORMER_RADII), search.tune(task, radii)
         search.found[task] = {"former radii": before[1], "these": after[1]}
         print(f"{task:30s} {before[1]:.4f} -> {after[1]:.4f}")
     print(radii)

@@ -26,6 +26,7 @@ WRITERS = {
     "weight": "`WeightMonitor`",
     "sharpness": "`SharpnessMonitor`",
     "steps": "`SharpnessMonitor`",
+    "progress": "`SharpnessMonitor`",
     "steering": "`LayerwiseLR`",
     "monitor": "every monitor",
 }  # by the meter that takes a quantity

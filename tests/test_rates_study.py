@@ -99,16 +99,16 @@ def test_interval_against_scipy():
 def results(uniform, oracle, committed):
     """Results with given final losses by arm on five seeds."""
     losses = {"uniform": ((), uniform), "oracle": ((2.0,), oracle), "committed": ((3.0,), committed)}
-    chosen = {"T": {name: {"arm": "fixed", "rate": 0.1, "ratios": list(r)} for name, (r, _) in losses.items()}}
+    chosen = {"GPT, LMO": {name: {"arm": "fixed", "rate": 0.1, "ratios": list(r)} for name, (r, _) in losses.items()}}
     runs = {
-        key_of("T", "fixed", 0.1, seed, r): {"final": finals[seed]}
+        key_of("GPT, LMO", "fixed", 0.1, seed, r): {"final": finals[seed]}
         for r, finals in losses.values()
         for seed in range(5)
     }
     for ratios, finals in losses.values():
         for rate, more in ((0.05, 0.5), (0.1, 0.0), (0.2, 0.001), (0.4, 0.9)):
             for seed in (100, 101):
-                runs[key_of("T", "fixed", rate, seed, ratios)] = {"final": finals[0] + more}
+                runs[key_of("GPT, LMO", "fixed", rate, seed, ratios)] = {"final": finals[0] + more}
     return Results(runs, chosen)
 
 
@@ -116,26 +116,28 @@ def test_verdicts():
     uniform = [2.0, 2.1, 2.05, 2.0, 2.1]
     lower = [x - 0.1 for x in uniform]
     near = [x - 0.1 + d for x, d in zip(uniform, (0.01, 0.012, 0.008, 0.009, 0.011), strict=True)]
-    assert results(uniform, lower, near).verdict("T").endswith("the bar is passed. Arms that pass: committed.")
+    assert results(uniform, lower, near).verdict("GPT, LMO").endswith("the bar is passed. Arms that pass: committed.")
     far = [x - 0.1 + d for x, d in zip(uniform, (0.03, 0.022, 0.028, 0.029, 0.021), strict=True)]
-    assert results(uniform, lower, far).verdict("T").endswith("the bar is missed.")
+    assert results(uniform, lower, far).verdict("GPT, LMO").endswith("the bar is missed.")
     noisy = [x + d for x, d in zip(uniform, (0.1, -0.1, 0.05, -0.1, 0.04), strict=True)]
-    assert results(uniform, noisy, near).verdict("T").endswith("the task does not count.")
-    assert results(uniform, lower, near).summary().startswith("The bar is passed on 1 of 1 tasks")
-    assert results(uniform, lower, far).summary().startswith("The bar is passed on 0 of 1 tasks")
-    assert results(uniform, noisy, near).summary().startswith("The bar is passed on 0 of 0 tasks")
-    assert results(lower, uniform, uniform).summary().count(" on T (0.1000 ± 0.0000)") == 2  # both are worse
+    assert results(uniform, noisy, near).verdict("GPT, LMO").endswith("the task does not count.")
+    assert results(uniform, lower, near).summary().startswith("The bar is passed on 1 of 1 core tasks")
+    assert results(uniform, lower, far).summary().startswith("The bar is passed on 0 of 1 core tasks")
+    assert results(uniform, noisy, near).summary().startswith("The bar is passed on 0 of 0 core tasks")
+    assert results(lower, uniform, uniform).summary().count(" on GPT, LMO (0.1000 ± 0.0000)") == 2  # both are worse
 
 
 def test_differences_are_paired_by_seed():
     found = results([1.0, 2.0, 3.0, 4.0, 5.0], [0.5, 1.5, 2.5, 3.5, 4.5], [1.0] * 5)
-    assert found.gap("T").mean == pytest.approx(0.5) and found.gap("T").half == pytest.approx(0, abs=1e-12)
+    assert found.gap("GPT, LMO").mean == pytest.approx(0.5) and found.gap("GPT, LMO").half == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_range_of_good_rates():
     found = results([2.0] * 5, [1.9] * 5, [1.9] * 5)
-    assert found.good_rates("T", "uniform") == (0.1, 0.2, True)
-    assert found.sweep("T", "uniform") == pytest.approx({0.05: 2.5, 0.1: 2.0, 0.2: 2.001, 0.4: 2.9})
+    assert found.good_rates("GPT, LMO", "uniform") == (0.1, 0.2, True)
+    assert found.sweep("GPT, LMO", "uniform") == pytest.approx({0.05: 2.5, 0.1: 2.0, 0.2: 2.001, 0.4: 2.9})
 
 
 def test_ratios_are_shown_relative_to_their_mean_and_balance_to_the_whole_step():
@@ -155,8 +157,8 @@ def test_ratios_are_shown_relative_to_their_mean_and_balance_to_the_whole_step()
 def test_an_arm_that_was_tuned_on_one_seed_has_a_sweep():
     found = results([2.0] * 5, [1.9] * 5, [1.9] * 5)
     for rate in (0.05, 0.1, 0.2, 0.4):
-        del found.runs[key_of("T", "fixed", rate, 101, ())]
-    assert found.sweep("T", "uniform") == pytest.approx({0.05: 2.5, 0.1: 2.0, 0.2: 2.001, 0.4: 2.9})
+        del found.runs[key_of("GPT, LMO", "fixed", rate, 101, ())]
+    assert found.sweep("GPT, LMO", "uniform") == pytest.approx({0.05: 2.5, 0.1: 2.0, 0.2: 2.001, 0.4: 2.9})
 
 
 def test_steps_of_lanton_have_the_sizes_of_lanton():

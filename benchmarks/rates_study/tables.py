@@ -131,17 +131,17 @@ class Results:
 
     def summary(self) -> str:
         """What the bar says of all tasks, and which arms are worse than one rate for all layers."""
-        counted = [task for task in self.judged() if self.counts(task)]
+        counted = [task for task in self.judged() if task in GROUPS and self.counts(task)]
         passed = [task for task in counted if self.passes(task)]
         worse = [
             f"{name} on {task} ({apart})"
             for task, arms in self.chosen.items()
             for name in arms
-            if name != "uniform" and "uniform" in arms
+            if task in GROUPS and name != "uniform" and "uniform" in arms
             if (apart := self.difference(task, name, "uniform")).mean > apart.half
         ]
         named = f"Worse than uniform beyond the interval: {'; '.join(worse) or 'none'}."
-        return f"The bar is passed on {len(passed)} of {len(counted)} tasks on which the oracle gains. {named}"
+        return f"The bar is passed on {len(passed)} of {len(counted)} core tasks on which the oracle gains. {named}"
 
     def rows(self, task: str) -> list[tuple[str, ...]]:
         """Arm, base rate, final loss, difference to uniform, and the range of good rates where it was looked for."""

@@ -17,6 +17,7 @@ from dynamon.optim import Lanton
 
 Batch = tuple[Tensor, Tensor]
 TUNING, REPORTED = (100, 101), (0, 1, 2, 3, 4)
+FORMER_RADII = {"hidden": 1.0, "conv": 1.0, "embedding": 1.0, "head": 32.0, "vector": 1.0}
 _CHUNK = 250  # samples of one evaluation
 
 
@@ -146,6 +147,14 @@ class GPTBytes(Bytes):
     def network(self) -> nn.Module:
         """Width 64: 130,000 parameters."""
         return GPT(self.width, depth=2, heads=4, context=self.context)
+
+
+class FormerRadii(GPTBytes):
+    """The GPT with the radii that were Lanton's defaults until this study."""
+
+    def optimizer(self, model: nn.Module, rate: float) -> Optimizer:
+        """Lanton at those radii."""
+        return Lanton(model, rate, noise_adaptive=False, radii=FORMER_RADII)
 
 
 class LSTM(nn.Module):

@@ -45,7 +45,7 @@ def most_progress(
     curvature: Array,
     low: float = BOUNDS[0],
     high: float = BOUNDS[1],
-    held: Array | None = None,
+    held: NDArray[np.bool_] | None = None,
     reserve: Array | None = None,
 ) -> Array:
     r"""Return the ratios that make the most progress at the curvature that ratios of 1 spend.

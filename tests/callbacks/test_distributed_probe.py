@@ -124,7 +124,7 @@ def fits() -> dict[str, Any]:
     found["effects"] = fit_here(Notes(small()), [monitor()])
     found["strict"] = strict_effects()
     kept = effect_check.external_state
-    effect_check.external_state = (lambda *_: 1 / 0) if rank() == 1 else kept
+    effect_check.external_state = (lambda *_, **__: 1 / 0) if rank() == 1 else kept
     found["check fails"] = fit_here(Classifier(small()), [monitor()])
     effect_check.external_state = kept
     uneven = {"data": loader(bounds=(3,))}
@@ -186,7 +186,7 @@ def test_memory_that_one_process_lacks_halves_the_probe_of_both(both, name: str)
         steps = run["tables"]["sharpness/hessian_max"]["steps"]
         assert steps == list(range(failures, 9))
         assert values(run, "sharpness/probe_samples").tolist() == [float(first + second)] * len(steps)
-        assert values(run, "sharpness/hessian_max")[-1] == pytest.approx(expected, rel=1e-8)
+        assert values(run, "sharpness/hessian_max")[-1] == pytest.approx(expected, rel=1e-7)
     lines = [line for line in both[0][f"halved {name}"]["said"] if "The probe is halved" in line]
     assert len(lines) == 1 and "The probe is halved on each process." in lines[0]
     assert "sharpness/hessian_max_bracket" in both[0]["halved on 1"]["tables"]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.processes
 
 OWN_CLOCK = {"dynamon/overhead", "dynamon/steering_overhead"}
 OTHER_SOURCE = re.compile("noise/(independent|scale|snr)")  # by processes where there are several
-ITERATIVE = re.compile("sharpness/.*(_max|_min|ratio|block|share|overlap|critical|edge)")
+ITERATIVE = re.compile("sharpness/.*(_max|_min|ratio|ratio_next|block|share|overlap|critical|edge)")
 NOT_A_VALUE = re.compile(".*_residual|sharpness/matvecs|sharpness/outliers")  # how a solve went
 
 
