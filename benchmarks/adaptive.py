@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import RESULTS, parser
-from benchmarks.rates_study.arms import inverted, permuted
+from benchmarks.rates_study.arms import inverted, permuted, progress_by_cost
 from benchmarks.rates_study.book import HALF_OCTAVE, Book
 from benchmarks.rates_study.oracle import search
 from benchmarks.rates_study.tables import GOOD, Results
@@ -102,8 +102,7 @@ def balanced(book: Book, task: str, rounds: int = 3) -> tuple[float, ...]:
     ratios = (1.0,) * len(book.tasks[task].groups)
     for _ in range(rounds):
         runs = [book.run(task, "observed", uniform(book, task), seed, ratios) for seed in book.tuning]
-        progress, cost = (np.sum([run[key] for run in runs], 0) for key in ("progress", "cost"))
-        moves = np.where(progress > 0, progress / np.maximum(cost, 1e-9) * cost.sum() / progress.sum(), 0.5)
+        moves = progress_by_cost(runs)
         ratios = tuple(float(f"{r * m:.3g}") for r, m in zip(ratios, np.clip(moves, 0.5, 2.0), strict=True))
     return ratios
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from benchmarks.environment import RESULTS
 from benchmarks.rates_study import book as books
-from benchmarks.rates_study.arms import Observed, inverted, permuted
+from benchmarks.rates_study.arms import Observed, inverted, permuted, progress_by_cost
 from benchmarks.rates_study.book import Book, key_of
 from benchmarks.rates_study.corpus import RADII, STUDY, Corpus, split
 from benchmarks.rates_study.oracle import search
@@ -144,10 +144,8 @@ def test_ratios_are_shown_relative_to_their_mean_and_balance_to_the_whole_step()
     chosen = {
         arm: {"arm": "fixed", "rate": 0.1, "ratios": r} for arm, r in (("uniform", []), ("oracle", [4.0] + [1.0] * 7))
     }
-    runs = {
-        key_of("GPT, LMO", "observed", 0.1, seed, [1.0] * 8): {"progress": [2.0] + [1.0] * 7, "cost": [1.0] * 8}
-        for seed in (100, 101)
-    }  # fmt: skip
+    seen = {"progress": [[2.0] + [1.0] * 7] * 4, "cost": [[1.0] * 8] * 4}
+    runs = {key_of("GPT, LMO", "observed", 0.1, seed, [1.0] * 8): seen for seed in (100, 101)}
     columns, rows = Results(runs, {"GPT, LMO": chosen}).ratios("GPT, LMO")
     assert columns == ["oracle", "progress by curvature"]
     assert rows[0] == ("embedding", "3.4", "1.8")  # 4 / 4 ** (1 / 8), and 2 * 8 / 9
@@ -175,10 +173,21 @@ def test_a_reading_is_added_up_by_group():
     names = tuple(layer.name for layer in layers)
     reading = StepReading(names, -before, 2 * before, nothing, nothing, 1.0, 1.0, 1.0)
     rule.learn(reading)
+    rule.begin_step()  # the second of two steps: half of the run
     rule.learn(reading)
-    for glob, progress, cost in zip(task.groups.values(), rule.progress, rule.cost, strict=True):
+    for place, glob in enumerate(task.groups.values()):
         own = sum(b for b, layer in zip(before, layers, strict=True) if matches_key(layer, glob))
-        assert (progress, cost) == pytest.approx((2 * own, 6 * own))
+        assert rule.progress[:, place].tolist() == pytest.approx([own, 0, own, 0])
+        assert rule.cost[:, place].tolist() == pytest.approx([3 * own, 0, 3 * own, 0])
+
+
+def test_progress_by_cost_is_a_mean_over_quarters_that_count_alike():
+    progress = [[800.0, 100.0], [4.0, 1.0], [1.0, 1.0], [-1.0, 2.0]]
+    cost = [[100.0, 800.0], [1.0, 1.0], [1.0, 1.0], [0.5, 0.5]]
+    first = (4.0 * (4 / 2.5) * 1.0 * 0.25) ** 0.25  # 8 and a negative quotient are at the bounds
+    second = (0.25 * (1 / 2.5) * 1.0 * 4.0) ** 0.25
+    runs = [{"progress": np.array(progress) / 2, "cost": np.array(cost) / 2}] * 2
+    assert progress_by_cost(runs) == pytest.approx([first, second])
 
 
 def test_controls_of_ratios():

@@ -48,7 +48,7 @@ class MeanOnly(Rule):
 
 
 class Observed(FixedRates):
-    """Holds ratios, and adds up what the groups' steps do to the loss, over the whole run.
+    """Holds ratios, and adds up what the groups' steps do to the loss, in each quarter of the run.
 
     Args:
         task: Whose groups.
@@ -61,8 +61,8 @@ class Observed(FixedRates):
         """Hold the ratios."""
         globs = list(task.groups.values())
         super().__init__(dict(zip(globs, ratios or [1.0] * len(globs), strict=True)))
-        self._globs, self.steps = globs, 0
-        self.progress, self.cost = np.zeros(len(globs)), np.zeros(len(globs))
+        self._globs, self.steps, self._length = globs, 0, task.steps
+        self.progress, self.cost = np.zeros((4, len(globs))), np.zeros((4, len(globs)))
 
     def start(self, layers: Sequence[Layer], norms: Sequence[Norm]) -> None:
         """Form the groups."""
@@ -80,9 +80,23 @@ class Observed(FixedRates):
 
     def learn(self, reading: StepReading) -> None:
         """Add it up."""
+        quarter = min(4 * self.steps // self._length, 3)
         for name, progress, cost in zip(reading.names, reading.first_order, reading.curvature_cost, strict=True):
-            self.progress[self._place[name]] += progress
-            self.cost[self._place[name]] += cost
+            self.progress[quarter, self._place[name]] += progress
+            self.cost[quarter, self._place[name]] += cost
+
+
+def progress_by_cost(runs: Sequence[Mapping[str, Any]]) -> NDArray[Any]:
+    """Progress by curvature of each group over that of the whole step, from observed runs: what balance makes 1.
+
+    Returns:
+        ``[G]``: the geometric mean over the quarters, of which early ones would else outweigh the others. Within 1/4
+        and 4, also where a group makes no progress or spends no curvature.
+    """
+    progress, cost = (np.sum([run[key] for run in runs], 0) for key in ("progress", "cost"))
+    whole = progress.sum(1) / np.maximum(cost.sum(1), 1e-12)
+    quotient = progress / np.maximum(cost, 1e-12) / whole[:, None]
+    return np.asarray(np.exp(np.log(np.clip(quotient, 0.25, 4.0)).mean(0)))
 
 
 class StepSizes(Rule):

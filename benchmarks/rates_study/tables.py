@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
+from benchmarks.rates_study.arms import progress_by_cost
 from benchmarks.rates_study.book import key_of
 from benchmarks.rates_study.tasks import REPORTED, TUNING, tasks
 
@@ -168,13 +169,10 @@ class Results:
         return list(columns), rows
 
     def balance(self, task: str) -> NDArray[Any] | None:
-        """Progress by curvature of each group at one rate, over that of the whole step: what would be 1 if balanced."""
+        """Progress by curvature of each group at one rate, where it was measured."""
         ones, rate = [1.0] * len(GROUPS[task]), self.chosen[task]["uniform"]["rate"]
         keys = [key_of(task, "observed", rate, seed, ones) for seed in self.tuning]
-        if not set(keys) <= set(self.runs):
-            return None
-        progress, cost = (np.sum([self.runs[key][what] for key in keys], 0) for what in ("progress", "cost"))
-        return np.asarray(progress / cost * cost.sum() / progress.sum())
+        return progress_by_cost([self.runs[key] for key in keys]) if set(keys) <= set(self.runs) else None
 
     def text(self) -> str:
         """Everything, for a terminal."""

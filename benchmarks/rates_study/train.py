@@ -72,7 +72,7 @@ def _learned(rule: Rule | None, task: Task) -> dict[str, Any]:
     if isinstance(rule, StepSizes):
         return {"ratios": _rounded(rule.found())}
     if isinstance(rule, Observed):
-        return {"progress": _rounded(rule.progress), "cost": _rounded(rule.cost)}
+        return {"progress": [*map(_rounded, rule.progress)], "cost": [*map(_rounded, rule.cost)]}
     if not isinstance(rule, BalancedRates):
         return {}
     place = {group.label: number for number, group in enumerate(rule.groups)}
