@@ -1,5 +1,6 @@
 """Decrease by layer: what a step did to the loss of the batch that follows it."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,8 @@ class ProgressMeter(PairMeter):
         if self._probe is not None and not self._probe.is_kept and self.keeps(run):
             with run.charge(self.name):
                 layers = self._layers = self._trained(run)
-                self._probe.keep(layers, run.copies(layers))
                 self._kept_at = run.step
+                self._probe.keep(layers, partial(run.copies, layers))
                 self._follow(run, self._probe)
 
     @staticmethod

@@ -19,6 +19,7 @@ from dynamon.layers.complex_pairs import real_dtype
 from dynamon.monitoring.decay_follower import DecayFollower
 from dynamon.monitoring.effect_check import EffectCheck
 from dynamon.monitoring.evaluation import evaluation, why_not_evaluated
+from dynamon.monitoring.failures import forget_frames
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.plain_loop import PlainLoop
 from dynamon.monitoring.samples import batch_sizes
@@ -64,6 +65,7 @@ class StepProbe:
         self.effects.is_done |= loss_fn is None and loop.loss_source is None
         self._before: dict[str, Tensor] = {}
         self._layers: dict[str, Layer] = {}
+        self._failure: Exception | None = None  # of the copies, told where all processes measure together
         self._left: dict[str, float] = {}  # by decay before a resume
         self._decay = DecayFollower()
 
@@ -75,7 +77,7 @@ class StepProbe:
     @property
     def is_kept(self) -> bool:
         """Return whether weights are kept for a reading."""
-        return bool(self._before)
+        return bool(self._layers)
 
     def off_reason(self, layers: Sequence[Layer]) -> str | None:
         """Return why nothing can be measured in this run, in one sentence; None where it can.
@@ -95,26 +97,33 @@ class StepProbe:
             return f"{whole} of {len(trained)} trained parameters are not sharded, and gradients are taken of shards."
         return why_not_evaluated(self, trained, self._loss_fn)
 
-    def keep(self, layers: Sequence[Layer], before: Mapping[str, Tensor] | None = None) -> None:
+    def keep(self, layers: Sequence[Layer], copies: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
         """Keep weights, before a step changes them; what was kept before is dropped.
+
+        What goes wrong is raised by the reading: it may go wrong on one process only, and the others would wait there.
 
         Args:
             layers: Layers that are trained.
-            before: Copies of their weights by name; None to make them.
+            copies: Returns copies of their weights by name; None to make them.
         """
-        self._layers = {layer.name: layer for layer in layers}
+        self._layers, self._failure = {layer.name: layer for layer in layers}, None
         own = {name: layer.parameter.detach() for name, layer in self._layers.items()}
-        self._before = dict(copied(own) if before is None else before)
+        try:
+            self._before = dict(copied(own) if copies is None else copies())
+        except Exception as error:  # see above
+            forget_frames(error)
+            self._before, self._failure = {}, error
         names = {id(layer.parameter): layer.name for layer in layers}
         self._decay, self._left = DecayFollower(lambda: names), {}
 
     def only(self, parameters: Collection[int]) -> None:
         """Drop what was kept of layers whose parameter is not among some, by ``id``: no optimizer stepped them."""
-        self._before = {n: w for n, w in self._before.items() if id(self._layers[n].parameter) in parameters}
+        self._layers = {name: layer for name, layer in self._layers.items() if id(layer.parameter) in parameters}
+        self._before = {name: weight for name, weight in self._before.items() if name in self._layers}
 
     def forget(self) -> None:
         """Drop what was kept."""
-        self._before, self._layers = {}, {}
+        self._before, self._layers, self._failure = {}, {}, None
 
     def step_begins(self, optimizer: Optimizer) -> None:
         """Note the rates of a step."""
@@ -152,8 +161,10 @@ class StepProbe:
 
     def _measure(self, batch: Any, take: Callable[[LastStep], ReadingT]) -> ReadingT | None:
         """Take something of the step where the loss of a batch may be evaluated."""
-        before, layers = self._before, self._layers
+        before, layers, failure = self._before, self._layers, self._failure
         self.forget()
+        if failure is not None:
+            raise failure
         self._decay.check()
         left = self._decay.retention.state_dict()
         there = {id(p) for p in self.module.parameters()}
@@ -208,7 +219,8 @@ class StepProbe:
             state: From :meth:`state_dict`.
             layers: The layers that are trained.
         """
-        self.keep(layers, matching(layers, state.get("before", {})))
+        before = matching(layers, state.get("before", {}))
+        self.keep([layer for layer in layers if layer.name in before], lambda: before)
         self._left = dict(state.get("left", {}))
 
 

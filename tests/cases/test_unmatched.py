@@ -12,15 +12,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import dynamon
-from dynamon.callbacks import GradientMonitor, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks import GradientMonitor, LayerwiseLR, SharpnessMonitor, WeightMonitor
 from dynamon.callbacks.lightning.loop import TrainerLoop
 from dynamon.curvature import HessianOperator, MeanOverRanks, top_eigenvalues
 from dynamon.curvature.operators.blocks import blockwise_sharpness
 from dynamon.curvature.operators.vector_space import VectorSpace
+from dynamon.monitoring import step_probe
 from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.weight_monitor import WeightMonitor as PlainWeightMonitor
 from dynamon.quantities.weight_decay import DecayRetention
+from dynamon.rates import BalancedRates
 from tests.helpers import Classifier, mlp
 from tests.processes import Breaks, fit_in_processes, in_processes, loader, rank, regression, small
 
@@ -101,6 +103,22 @@ def test_weights_that_one_process_cannot_copy_before_the_batch() -> None:
     found = fits([SharpnessMonitor(1, quantities=["batch", "directional"])], Looks(), broken)
     assert found[0]["failures"] == [2]  # of the batch, and along the update
     assert found[0]["tables"]["sharpness/batch"]["steps"] == [0, 1, 2, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_weights_that_one_process_cannot_keep_for_the_next_batch(on: int) -> None:
+    broken = Breaks(RunContext, "copies", begin=3, end=4, on=on)
+    found = fits([SharpnessMonitor(1, quantities=["progress"])], broken)
+    assert found[0]["failures"] == [1]
+    assert found[0]["tables"]["progress/total_decrease"]["steps"] == [1, 2, 3, 4, 7]  # the one that fails keeps none
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_weights_that_one_process_cannot_keep_for_steering(on: int) -> None:
+    broken = Breaks(step_probe, "copied", begin=2, end=4, on=on)
+    rates = LayerwiseLR(BalancedRates(every=1))
+    ranks = fit_in_processes(classifier, [], others=[rates, broken], steps=8)
+    assert all(torch.equal(weight, ranks[1]["weights"][name]) for name, weight in ranks[0]["weights"].items())
 
 
 class Odd:
