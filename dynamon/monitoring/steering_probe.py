@@ -87,9 +87,9 @@ class SteeringProbe:
         try:
             with self._probe.ranks.collective_section():
                 if self._asked[stepped[0][0]][0] == "step":
-                    reading = self._probe.read(batch)
-                    for _, rates in stepped if reading is not None else ():
-                        rates.rule.learn(reading)
+                    if (reading := self._probe.read(batch)) is not None:
+                        for _, rates in stepped:
+                            rates.rule.learn(reading)
                 else:
                     self._read_couplings([rates for _, rates in stepped], batch)
             self._failed = 0
@@ -122,8 +122,7 @@ class SteeringProbe:
     def _tell(self, steered: Sequence[LayerwiseRates]) -> None:
         """Say once what each pilot has found."""
         for place, rates in enumerate(steered):
-            advice = getattr(rates.rule, "advice", None)
-            if advice is not None and place not in self._told:
+            if place not in self._told and rates.rule.verdict:
                 self._told.add(place)
                 rank_zero_info(f"{type(rates.rule).__name__}: {rates.rule.verdict}")
 

@@ -175,7 +175,7 @@ class StepProbe:
             return None
 
     def _evaluation(self, owned: Mapping[str, Tensor]) -> AbstractContextManager[FlatParameters]:
-        return evaluation(self, owned, gathers=False, draw=1 + self.loop.optimizer_steps)
+        return evaluation(self, owned, gathers=False, draw=1 + self.loop.step)
 
     def _loss(self, batch: Any, index: int) -> Tensor:
         if self._loss_fn is None:
@@ -284,6 +284,7 @@ class StepObserver:
 
     def read(self, batch: Any) -> StepReading | None:
         """Measure on a batch what was done since :meth:`keep`; None where nothing is kept. Cost: two gradients."""
+        self._loop.end_batch()  # other random numbers in each reading
         with self._probe.ranks.collective_section():
             return self._probe.read(batch)
 
@@ -297,6 +298,7 @@ class StepObserver:
         Raises:
             ValueError: If a layer is not in :attr:`layers`, or is in two groups.
         """
+        self._loop.end_batch()
         with self._probe.ranks.collective_section():
             return self._probe.couplings(batch, groups)
 

@@ -65,6 +65,11 @@ class Rule(ABC):
         """Process the readings of one step."""
 
     @property
+    def verdict(self) -> str:
+        """What the rule has found out and does from now on, in one sentence to be told once; empty before."""
+        return ""
+
+    @property
     def probe_groups(self) -> Mapping[str, Sequence[str]]:
         """The groups whose couplings the rule wants: layer names by label."""
         return {}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dynamon.curvature.operators.base import LinearOperator
 from dynamon.curvature.operators.parameters import FlatParameters, checked_once
+from dynamon.curvature.operators.vector_space import VectorSpace
 from dynamon.curvature.solvers.eigenpairs import Eigenpairs, with_product_check
 from dynamon.curvature.solvers.lanczos import lanczos_eigenpairs
 from dynamon.isolation.evaluations import full_precision
@@ -14,6 +15,7 @@ from dynamon.isolation.evaluations import full_precision
 
 class _HasBlocks(Protocol):
     parameters: FlatParameters
+    space: VectorSpace
     backend: str
 
     def block_product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor: ...
