@@ -149,7 +149,7 @@ RULES: Mapping[str, Callable[[Task, nn.Module], Rule]] = {
     "mean only": lambda task, model: MeanOnly(_following(task, model)),
     "inside": lambda task, model: BalancedRates(list(task.groups.values()), pilot=max(12, task.steps // 4)),
     "pilot": lambda task, model: BalancedRates(
-        list(task.groups.values()), pilot=3 * task.steps // 4, every=task.steps // 24
+        list(task.groups.values()), pilot=3 * task.steps // 4, every=max(1, task.steps // 100)
     ),
     "noise": lambda task, model: NoiseAdaptiveRates(),
     "LLR": lambda task, model: HeavyTailRates(),
