@@ -11,6 +11,7 @@ import tempfile
 import warnings
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from dynamon.isolation.preserve import preserve_state
 from dynamon.isolation.side_effects import changed_names, external_state
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.run_context import RunContext
 from tests.apple import Strategy, apple
 from tests.helpers import Classifier, batches, fit, mlp, same_weights
 
@@ -157,6 +159,7 @@ def test_an_error_that_other_processes_have_not_heard_of_keeps_nothing_alive() -
     monitor = Monitor(lambda: [meter])
     unknown = SimpleNamespace(is_collective_failure=lambda error: False)
     monitor._run = SimpleNamespace(ranks=unknown, unsettled={}, steps=SimpleNamespace(remove=lambda: None))
+    monitor._run.keep_untold = partial(RunContext.keep_untold, monitor._run)
     monitor._call(meter, "batch_end")
     assert str(monitor._run.unsettled["failing"]) == "on this process" and alive[0]() is None
 

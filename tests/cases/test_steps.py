@@ -264,6 +264,7 @@ class InBackward(Classifier):
             self.zero_grad()
 
 
+@pytest.mark.filterwarnings("ignore:progress is off. hooks work in the backward pass")
 @pytest.mark.parametrize("kind", ["hook", "torch", "in place"])
 def test_gradients_that_are_gone_before_the_step(kind: str, caplog) -> None:
     monitor = DynamicsMonitor(every_n_steps=2)

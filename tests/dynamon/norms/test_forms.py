@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import l2_along
-from dynamon.layers import Layer, describe_layers
+from dynamon.layers import ROLES, Layer, describe_layers
 from dynamon.norms import Norm, dual_norms, get_norm, iid_dual_norm, norm_for_layer, update_norm
 from dynamon.norms import table as norms_module
 from dynamon.norms.forms import each_dual, each_primal, normalized
@@ -170,7 +170,7 @@ def test_lanton_steps_in_it(columns) -> None:
     layers, before = describe_layers(model), {n: p.detach().clone() for n, p in model.named_parameters()}
     given = drawn(layers, 1)
     set_gradients(layers, given)
-    Lanton(model, lr=0.5, radii={"head": 1.0}).step()
+    Lanton(model, lr=0.5, radii=dict.fromkeys(ROLES, 1.0)).step()
     for layer, gradient in zip(layers, given, strict=True):
         step = layer.parameter.detach() - before[layer.name]
         expected_step = 0.5 * update_norm(layer, "spectral").lmo(gradient)
