@@ -40,9 +40,10 @@ def _row(cell: Cell) -> list[tuple[str, dict[str, Any]]]:
     """Names and arguments, with a ``loss_fn`` where monitors cannot call ``training_step``."""
     by_hand = optimizers_of(cell) > 1 or SETUPS[cell.setup].subject.get("manual", False)
     extra = {"loss_fn": "tests.conformance.subjects.loss_fn"} if by_hand else {}
-    takes = ("SharpnessMonitor", "DynamicsMonitor")
+    takes = ("SharpnessMonitor", "DynamicsMonitor", "RateAdvisor")
     return [
-        (n, {**arguments, **extra} if n in takes else arguments) for n, arguments in CALLBACKS[cell.callback].classes
+        (n, {**arguments, **extra} if n in takes or "BalancedRates" in str(arguments) else arguments)
+        for n, arguments in CALLBACKS[cell.callback].classes
     ]
 
 
