@@ -25,6 +25,7 @@ from dynamon.runs.history import Series
 
 COMMAND = [sys.executable, "-m", "dynamon.cli", "demo"]
 SMALL = ("--size", "small", "--threads", 1)
+PROMISED = ("sharpness/stability_ratio", "noise/dual", "progress/decrease", "spectrum/sigma_max")
 
 
 def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -175,8 +176,7 @@ def test_a_run_that_falls_short_says_why(tmp_path: Path, capsys) -> None:
 
 
 def outcome(overhead: float = 0.3, losses: Any = None, missing: str = "", fit_seconds: float = 90.0) -> Outcome:
-    tags = ("sharpness/stability_ratio", "noise/dual", "spectrum/sigma_max")
-    history = {tag: Series(np.arange(2), np.ones(2)) for tag in tags if tag != missing}
+    history = {tag: Series(np.arange(2), np.ones(2)) for tag in PROMISED if tag != missing}
     monitor: Any = SimpleNamespace(history=history, overhead=overhead)
     values = np.linspace(5, 2, 150) if losses is None else np.asarray(losses)
     training = np.arange(len(values)), values
@@ -185,7 +185,7 @@ def outcome(overhead: float = 0.3, losses: Any = None, missing: str = "", fit_se
 
 def test_results_can_fall_short_and_speed_can_not() -> None:
     assert list(shortfalls(outcome())) == list(shortfalls(outcome(fit_seconds=10_000.0))) == []
-    for tag in ("sharpness/stability_ratio", "noise/dual", "spectrum/sigma_max"):
+    for tag in PROMISED:
         (sentence,) = shortfalls(outcome(missing=tag))
         assert sentence.startswith("no reading of") and tag in sentence
 
