@@ -18,13 +18,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dynamon.cli import demo, main
+from dynamon.cli import demo, main, plots
 from dynamon.cli.demo_plan import FEWEST_STEPS, MOST_STEPS, SIZES, Plan, make_plan, thread_counts
-from dynamon.cli.demo_summary import Outcome, shortfalls
+from dynamon.cli.demo_summary import Outcome, shortfalls, summary
 from dynamon.runs.history import Series
 
 COMMAND = [sys.executable, "-m", "dynamon.cli", "demo"]
 SMALL = ("--size", "small", "--threads", 1)
+PROMISED = ("sharpness/stability_ratio", "noise/dual", "progress/decrease", "spectrum/sigma_max")
 
 
 def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -175,8 +176,7 @@ def test_a_run_that_falls_short_says_why(tmp_path: Path, capsys) -> None:
 
 
 def outcome(overhead: float = 0.3, losses: Any = None, missing: str = "", fit_seconds: float = 90.0) -> Outcome:
-    tags = ("sharpness/stability_ratio", "noise/dual", "spectrum/sigma_max")
-    history = {tag: Series(np.arange(2), np.ones(2)) for tag in tags if tag != missing}
+    history = {tag: Series(np.arange(2), np.ones(2)) for tag in PROMISED if tag != missing}
     monitor: Any = SimpleNamespace(history=history, overhead=overhead)
     values = np.linspace(5, 2, 150) if losses is None else np.asarray(losses)
     training = np.arange(len(values)), values
@@ -185,9 +185,37 @@ def outcome(overhead: float = 0.3, losses: Any = None, missing: str = "", fit_se
 
 def test_results_can_fall_short_and_speed_can_not() -> None:
     assert list(shortfalls(outcome())) == list(shortfalls(outcome(fit_seconds=10_000.0))) == []
-    for tag in ("sharpness/stability_ratio", "noise/dual", "spectrum/sigma_max"):
+    for tag in PROMISED:
         (sentence,) = shortfalls(outcome(missing=tag))
         assert sentence.startswith("no reading of") and tag in sentence
+
+
+@pytest.mark.parametrize("noise", [0.1, 20.0])
+def test_the_summary_tells_decrease_from_noise(noise: float) -> None:
+    layers, means = ("network.blocks.0.down.weight", "network.head.weight"), np.array([3.0, 1.0])
+    drawn = means + noise * np.random.default_rng(0).normal(size=(40, 2))
+    tables = {
+        f"progress/{name}": Series(np.arange(40), drawn, layers)
+        for name in ("decrease", "first_order", "curvature_cost")
+    }
+    run = outcome()
+    run.monitor.history, run.monitor.failures = tables, 0  # type: ignore[misc]
+    said = "\n".join(summary(run))
+    assert "progress      40 readings: a step took" in said
+    assert ("Most of it: blocks.0.down 7" in said) == (noise < 1)
+    assert ("cannot be told from noise" in said) == (noise > 1)
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_a_map_covers_the_run_from_end_to_end() -> None:
+    """Cells meet half way between readings."""
+    figure = plots._figure(4, 3)
+    axes = figure.add_subplot()
+    series = Series(np.array([4, 10, 30]), np.ones((3, 2)), ("a", "b"))
+    plots._draw_map(figure, axes, series, "label", None, "viridis", "", 40)
+    assert axes.get_xlim() == (0, 40)
+    (mesh,) = axes.collections
+    np.testing.assert_array_equal(mesh.get_coordinates()[0, :, 0], [0, 7, 20, 40])
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def _total(run: RunData, decrease: Series) -> NDArray[Any]:
 
 def sentence(found: LayerProgress) -> str:
     """Say what a step did to the loss, which layers did most of it, and which surely raised the loss."""
-    size = f"{found.total:.3g}" + (f" ± {2 * found.total_error:.1g}" if np.isfinite(found.total_error) else "")
+    size = f"{found.total:.2g}" + (f" ± {2 * found.total_error:.1g}" if np.isfinite(found.total_error) else "")
     said = f"{found.readings} readings: a step took {size} off the loss of the next batch."
     if np.isnan(found.total_error):
         return f"{said} So few do not tell it from noise."

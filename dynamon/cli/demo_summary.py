@@ -1,14 +1,15 @@
 """Describe what a run of the demo showed, and check that it showed what the demo promises."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from textwrap import wrap
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.board.progress import LayerProgress, layer_progress
+from dynamon.board.progress import LayerProgress, layer_progress, sentence
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
 from dynamon.layers import describe_layers
 from dynamon.monitoring.dynamics_monitor import PRESETS
@@ -176,20 +177,8 @@ def _spectrum_line(run: Outcome) -> str:
 
 
 def _progress_lines(learned: LayerProgress) -> list[str]:
-    names = _short(learned.layers)
-    order = np.argsort(-np.nan_to_num(learned.decrease))
-
-    def named(indices: NDArray[Any]) -> str:
-        shares = {i: "" if np.isnan(learned.share[i]) else f" ({learned.share[i]:.0%})" for i in indices}
-        return ", ".join(f"{names[i]} {learned.decrease[i]:.1g}{shares[i]}" for i in indices)
-
-    error = "" if np.isnan(learned.total_error) else f" ± {2 * learned.total_error:.1g}"
-    count = learned.readings
-    return [
-        f"progress      a step took {learned.total:.2g}{error} off the loss of the next batch, by {count} readings",
-        f"              most: {named(order[:3])}",
-        f"              least: {named(order[::-1][:3])}",
-    ]
+    said = sentence(replace(learned, layers=tuple(_short(learned.layers))))
+    return wrap(said, 115, initial_indent="progress      ", subsequent_indent=" " * 14)
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -57,7 +57,7 @@ def draw_run(
     for place, (label, series, norm, palette) in enumerate(drawn):
         is_alone = place == len(drawn) - 1 and place % 2 == 0
         where = grid[1 + place // 2, :] if is_alone else grid[1 + place // 2, place % 2]
-        _draw_map(figure, figure.add_subplot(where), series, label, norm, palette, strip)
+        _draw_map(figure, figure.add_subplot(where), series, label, norm, palette, strip, len(loss[0]))
     figure.savefig(path, dpi=_DPI)
 
 
@@ -136,11 +136,13 @@ def _draw_stability(axes: Any, history: Mapping[str, Series], steps: int) -> Non
     axes.legend(frameon=False)
 
 
-def _draw_map(figure: Any, axes: Any, series: Series, label: str, norm: Any, palette: str, strip: str) -> None:
+def _draw_map(
+    figure: Any, axes: Any, series: Series, label: str, norm: Any, palette: str, strip: str, steps: int
+) -> None:
     names = [name.removeprefix(strip).removesuffix(".weight") for name in series.layers or ()]
-    edges = np.append(
-        series.steps, 2 * series.steps[-1] - series.steps[-2] if len(series) > 1 else series.steps[-1] + 1
-    )
+    # A cell reaches half way to the readings beside it, the first and the last to the ends of the run.
+    between = (series.steps[1:] + series.steps[:-1]) / 2
+    edges = np.concatenate([[0], between, [max(steps, series.steps[-1] + 1)]])
     mesh = axes.pcolormesh(edges, np.arange(len(names) + 1), series.values.T, norm=norm, cmap=palette, rasterized=True)
     axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
     axes.invert_yaxis()
