@@ -137,7 +137,7 @@ def sentence(found: LayerProgress) -> str:
     if np.isnan(found.total_error):
         return f"{said} So few do not tell it from noise."
     if np.isnan(found.share).all():
-        return f"{said} It cannot be told from noise, so there are no shares."
+        return f"{said} It cannot be told from noise, so no shares of layers are given."
     verdicts = [found.verdict(i) for i in range(len(found.layers))]
     first = [i for i in np.argsort(-np.nan_to_num(found.share))[:_NAMED] if verdicts[i] == LOWERS]
     most = ", ".join(f"{found.layers[i]} {found.share[i]:.0%}" for i in first)
