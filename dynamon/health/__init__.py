@@ -10,7 +10,7 @@ is used, and why.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from dynamon.health.checks import RULES, Check
 from dynamon.health.finding import SEVERITIES, Finding
@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 
-class Examination(NamedTuple):
+@dataclass(frozen=True)
+class Examination:
     """Hold what :func:`examine` returns.
 
     Attributes:

@@ -46,7 +46,7 @@ class Monitor(MeterScheduler):
         strict: Raise where a measurement fails, instead of warning.
         grace: Seconds that it may take beyond its share, once.
         roles: Roles of layers by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`.
-        geometry: Geometry of the optimizers, or of some by class name; see :class:`GradientMonitor`.
+        geometry: Geometry of the optimizers, or of some by class name; see :class:`dynamon.callbacks.GradientMonitor`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Monitor(MeterScheduler):
         return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
 
     def shared_settings(self) -> dict[str, Any]:
-        """Return the arguments that monitors of one :class:`DynamicsMonitor` have in common, by name."""
+        """Return by name the arguments that the parts of a :class:`dynamon.callbacks.DynamicsMonitor` share."""
         stated = {"roles": self._stated.roles, "geometry": self._stated.geometry}
         own = {"budget": self._fraction, "grace": self._grace, "layers": self._patterns, "loggers": self._loggers}
         return {**own, "strict": self._strict, **stated}

@@ -152,9 +152,6 @@ class RateAdvisor(Monitor):
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
 
-    Attributes:
-        advice: The advice by the readings so far.
-
     Raises:
         ValueError: On an argument out of range, at construction.
 

@@ -54,7 +54,7 @@ class SharpnessMonitor(Monitor):
     ``progress``          what the last step of every layer did to the next batch's loss  2 gradients on a full batch
     ``subspace``          share of gradient and update in the top eigenspace              20 to 40 products
     ``blocks``            top eigenvalue of every layer's own block                       5 to 10 products a layer
-    ``next``              the stability ratio of a step on the probe, with Adam or RMSprop        5 to 10 products
+    ``next``              the ratio of the step that Adam or RMSprop would take next      5 to 10 products
     ``preconditioned``    top eigenvalue between P^-1/2, P of an Adam-type optimizer      5 to 10 products
     ``ggn``               top eigenvalue of the Gauss-Newton matrix                       5 to 10 products, 1 graph
     ``trace``             trace of the Hessian with its standard error                    16 products

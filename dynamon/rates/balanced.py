@@ -104,7 +104,7 @@ class BalancedRates(Rule):
     deciding how much curvature is spent; the rule decides who spends it.
 
     **Following** (``pilot=None``): after each reading the logarithm of a group's ratio moves by ``gain`` times the
-    direction of :func:`balance`, if that is more than two standard errors from zero. The last 12 readings count, scaled
+    direction of ``balance``, if that is more than two standard errors from zero. The last 12 readings count, scaled
     alike. The mean of the logarithms, weighted by the curvature that the groups spend, is kept. A group that climbs
     goes down, never up.
 

@@ -21,7 +21,7 @@ class Eigenpairs:
             vectors for the next warm start.
         residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
         errors: ``[k]`` float64, bounds on the distance of each value to an eigenvalue. For k = 1 by Lanczos that is the
-            smaller of the residual and its square over the gap (:func:`value_error`), by which cold runs stop; else the
+            smaller of the residual and its square over the gap (``value_error``), by which cold runs stop; else the
             residual. Never less than the error of the products. The gap is an estimate: errors can come out somewhat
             larger.
         lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
