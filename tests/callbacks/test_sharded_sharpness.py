@@ -28,6 +28,9 @@ BOUNDS = ("hessian", "stability_ratio", "bracket")  # in the sixth measurement
 NOT_A_VALUE = re.compile(".*_residual|sharpness/matvecs|sharpness/outliers|dynamon/overhead")  # how a solve went
 BY_CHANCE = re.compile(".*_(upper|min)")  # these depend on the start vector, and shards draw their own
 EIGENVECTORS = re.compile(".*(share|overlap|block.*)")
+# Along a vector on other samples: of first order in the vector's error, which is the root of the value's.
+FIRST_ORDER = re.compile(".*_bracket")
+NOT_OF_SHARDS = re.compile("sharpness/stability_ratio_next.*")
 
 
 def copies(count: float) -> dict[str, float]:
@@ -166,7 +169,7 @@ TAGS = {
 @pytest.mark.parametrize("name", ["gathered", "shards", "gathered bounds", "shards bounds"])
 def test_every_tag_is_that_of_one_process(both, one, name: str) -> None:
     expected, found = one[name.replace("shards b", "gathered b")]["tables"], both[0][name]["tables"]
-    assert set(expected) == set(found)
+    assert {tag for tag in expected if not NOT_OF_SHARDS.fullmatch(tag)} == set(found)
     assert TAGS[name.split()[-1]] <= set(found)
     for tag in set(found) - {"dynamon/overhead"}:
         assert expected[tag]["steps"] == found[tag]["steps"], tag
@@ -175,6 +178,8 @@ def test_every_tag_is_that_of_one_process(both, one, name: str) -> None:
             continue
         exact = 1e-10 if name.startswith("gathered") else 1e-6  # differences of gradients
         within = 1e-5 if EIGENVECTORS.fullmatch(tag) else exact
+        if name.startswith("shards") and FIRST_ORDER.fullmatch(tag):
+            within = exact**0.5
         torch.testing.assert_close(
             found[tag]["values"], expected[tag]["values"], rtol=within, atol=1e-12, msg=lambda m, t=tag: t + m
         )
@@ -226,14 +231,14 @@ def test_what_is_done_about_memory_is_said_once(both) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param("gathered", marks=pytest.mark.slow), "shards"])
 def test_a_resumed_run_measures_what_the_whole_one_did(tmp_path: Path, name: str) -> None:
-    """Bitwise, but for eigenvalues of shards, whose vectors are not saved: they agree within the tolerance."""
+    """Bitwise, but for eigenvalues of shards, whose vectors are not saved: both are within the tolerance of 1e-2."""
     limit = {"gathered": GATHERED, "shards": DEALT_OUT}[name]
     for whole, rest in in_processes(lambda _: resumed(tmp_path, limit)):
         assert same(whole, rest) and rest["failures"] == [0]
         for tag in ("hessian_max", "stability_ratio", "directional", "batch", "probe_loss"):
             before, after = values(whole, f"sharpness/{tag}")[-2:], values(rest, f"sharpness/{tag}")
             solved = name == "shards" and tag in ("hessian_max", "stability_ratio")
-            torch.testing.assert_close(after, before, rtol=1e-3 if solved else 0.0, atol=0.0)
+            torch.testing.assert_close(after, before, rtol=1e-2 if solved else 0.0, atol=0.0)
 
 
 def test_mixed_precision_rounds_products_but_not_steps(both, one) -> None:
