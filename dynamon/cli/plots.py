@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.board.progress import layer_progress
-from dynamon.runs.history import RunData, Series
+from dynamon.runs.history import Series
 from dynamon.schedule import linear_decay, smoothed_norms
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"  # distinct for colour-blind readers
@@ -43,11 +42,10 @@ def draw_run(
     if steering is not None:
         maps.append(("lr/ratio", "learning-rate ratio", steering, colors.Normalize(0, 1), "cividis"))
     drawn = [(label, history[tag], norm, palette) for tag, label, history, norm, palette in maps if tag in history]
-    learned = layer_progress(RunData.of(monitor))
-    if learned is not None:
+    decrease = monitor.get("progress/decrease")
+    if decrease is not None and np.isfinite(decrease.values).any():
         label = "decrease of the loss in a step: blue lowers it, red raises it"
-        means = Series(learned.steps, learned.over_time, learned.layers)
-        drawn.append((label, means, _signed_roots(np.nanmax(np.abs(means.values))), "RdBu"))
+        drawn.append((label, decrease, _signed_roots(float(np.nanmax(np.abs(decrease.values)))), "RdBu"))
     rows = -(-len(drawn) // 2)
     figure = _figure(13, 4.2 + 4.4 * rows)
     figure.suptitle(title, fontsize=12)
@@ -131,7 +129,7 @@ def _draw_stability(axes: Any, history: Mapping[str, Series], steps: int) -> Non
             series = history[tag]
             axes.plot(series.steps, series.values, label=label, **style)
     axes.set(title="stability ratio", xlabel="step")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
     axes.set_xlim(0, max(steps, 1))
     axes.legend(frameon=False)
 
