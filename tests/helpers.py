@@ -44,6 +44,20 @@ class Classifier(pl.LightningModule):
         return [optimizer], [{"scheduler": self.make_scheduler(optimizer), "interval": "step"}]
 
 
+class ByHand(Classifier):
+    """The same, optimised by hand."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(cross_entropy(self.network(batch[0]), batch[1]))
+        optimizer.step()
+
+
 def mlp(dropout: float = 0.0) -> nn.Module:
     """Two tanh layers."""
     torch.manual_seed(1)

@@ -34,11 +34,12 @@ class LayerGroup:
 
 
 def check_groups(group_by: str | Sequence[str]) -> None:
-    """Raise ValueError for an unknown grouping; keys are checked by :func:`group_layers`."""
-    if isinstance(group_by, str) and group_by not in _KINDS:
-        raise ValueError(f"group_by must be one of {_KINDS} or a list of globs, got {group_by!r}.")
-    if not isinstance(group_by, str) and not (group_by and all(isinstance(key, str) for key in group_by)):
-        raise ValueError(f"group_by must be one of {_KINDS} or a list of globs, got {group_by!r}.")
+    """Raise TypeError or ValueError for an unknown grouping; keys are checked by :func:`group_layers`."""
+    message = f"group_by must be one of {', '.join(_KINDS)}, or a list of globs, got {group_by!r}."
+    if not isinstance(group_by, str | Sequence) or not all(isinstance(key, str) for key in group_by):
+        raise TypeError(message)
+    if not group_by or (isinstance(group_by, str) and group_by not in _KINDS):
+        raise ValueError(message)
 
 
 def group_layers(

@@ -19,7 +19,7 @@ from dynamon.callbacks import (
     WeightMonitor,
 )
 from dynamon.rates import FixedRates
-from tests.helpers import Classifier, batches, fit, mlp, same_weights
+from tests.helpers import ByHand, Classifier, batches, fit, mlp, same_weights
 
 
 @pytest.mark.parametrize(
@@ -183,25 +183,14 @@ def test_an_optimizer_without_stability_condition_is_said(caplog) -> None:
 
 
 def test_manual_optimisation_without_loss_fn_is_said() -> None:
-    class Manual(Classifier):
-        def __init__(self) -> None:
-            super().__init__(mlp())
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(cross_entropy(self.network(batch[0]), batch[1]))
-            optimizer.step()
-
     monitor, steering = DynamicsMonitor(every_n_steps=2, strict=True), NoiseAdaptiveLR(warmup=2, group_by="all")
     with pytest.warns(UserWarning, match="with manual optimisation training_step would train; pass loss_fn"):
-        fit(Manual(), [monitor, steering], max_epochs=-1)
+        fit(ByHand(mlp()), [monitor, steering], max_epochs=-1)
     assert "sharpness/stability_ratio" not in monitor.history
     assert len(monitor.history["gradient/norm"]) == 10 and min(steering.ratios.values()) < 1
 
     monitor = DynamicsMonitor(every_n_steps=2, strict=True, loss_fn=lambda m, b: cross_entropy(m.network(b[0]), b[1]))
-    fit(Manual(), [monitor], max_epochs=-1)
+    fit(ByHand(mlp()), [monitor], max_epochs=-1)
     assert len(monitor.history["sharpness/stability_ratio"]) >= 5
 
 

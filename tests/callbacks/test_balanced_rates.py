@@ -14,7 +14,7 @@ from dynamon.monitoring.step_probe import StepObserver
 from dynamon.monitoring.watch import Watch
 from dynamon.optim import LayerwiseRates
 from dynamon.rates import BalancedRates
-from tests.helpers import Classifier, batches, fit, mlp, same_weights
+from tests.helpers import ByHand, Classifier, batches, fit, mlp, same_weights
 from tests.models import dense_hessian
 from tests.processes import fit_here, in_processes, small
 
@@ -154,24 +154,13 @@ def test_optimizers_that_cannot_take_ratios_are_named():
 
 
 def test_manual_optimisation_needs_a_loss_function():
-    class Manual(Classifier):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(cross_entropy(self.network(batch[0]), batch[1]))
-            optimizer.step()
-
-    plain, module = Manual(mlp(), **SGD), Manual(mlp(), **SGD)
+    plain, module = ByHand(mlp(), **SGD), ByHand(mlp(), **SGD)
     fit(plain, [])
     with pytest.warns(UserWarning, match="all ratios stay as they are: .*loss_fn"):
         fit(module, [LayerwiseLR(Certain(every=2))])
     assert same_weights(plain, module)
     steering = LayerwiseLR(Certain(every=2), loss_fn=lambda m, batch: cross_entropy(m.network(batch[0]), batch[1]))
-    fit(Manual(mlp(), **SGD), [steering], steps=7, max_epochs=-1)
+    fit(ByHand(mlp(), **SGD), [steering], steps=7, max_epochs=-1)
     assert len(rule_of(steering).seen) == 3
 
 

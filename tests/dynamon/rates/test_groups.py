@@ -89,3 +89,9 @@ def test_what_is_wrong_is_named():
         BalancedRates("layer")
     with pytest.raises(ValueError, match=r"'layer9\.\*' matches no layer"):
         group_layers(layers, ["layer9.*"])
+
+
+@pytest.mark.parametrize("wrong", [3, None, [1], {"role:head": 2.0}.values()])
+def test_a_grouping_of_another_type_is_named(wrong):
+    with pytest.raises(TypeError, match="group_by must be one of kind, role, parameter_groups, or a list of globs"):
+        BalancedRates(group_by=wrong)
