@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.faults import score, tables
 from benchmarks.rates_study.tables import GROUPS, read
 from dynamon import cli
 from dynamon.monitoring.dynamics_monitor import PRESETS
@@ -246,6 +247,29 @@ def adaptive_tables() -> str:
     return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
 
 
+def fault_tables() -> str:
+    """Injected faults: their strengths, who named them, false alarms."""
+    found = score.read(RESULTS / "faults.json")
+    head = ("detector", "right step", "right step and layer", "the same with harmless faults")
+    head += ("known after, median steps", "known before the loss moves", "false alarms: by 10,000 steps")
+    parts = ["### Detectors\n", table(head, tables.summary_rows(found))]
+    parts += ["### Strengths\n\nRise of the final loss; brackets: harmless.\n"]
+    parts += [table(("fault", "strength counts", *tables.REPORTED), tables.strength_rows(found))]
+    head = (
+        "fault, model",
+        "named",
+        "by",
+        "stated step less true step",
+        "known after",
+        "loss moves after",
+        "right layer",
+    )
+    for detector in tables.ROWS:
+        parts += [f"### Fault by fault: {tables.WORDS[detector]}\n", table(head, tables.fault_rows(found, detector))]
+    parts += ["### False alarms by rule\n", table(("rule", *tables.WORDS.values())[:3], tables.alarm_rows(found))]
+    return "\n".join([*parts, provenance(_result("faults")["environment"])])
+
+
 def radii_table() -> str:
     """Losses at the former and at the present default radii of Lanton."""
     found = dict(_result("radii")["found"])
@@ -391,6 +415,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "spectra": spectra_table,
     "tracking": tracking_table,
     "adaptive": adaptive_tables,
+    "faults": fault_tables,
     "radii": radii_table,
     "distributed": distributed_table,
     "gpu": gpu_tables,

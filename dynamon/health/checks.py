@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import gradients, limits, loss, monitoring, weights
+from dynamon.health import batches, gradients, limits, loss, monitoring, weights
 from dynamon.health.finding import Finding
 from dynamon.health.loss import Loss
 from dynamon.health.series import (
@@ -107,6 +107,11 @@ def _left_by_clipping(data: RunData, known: Loss) -> str | None:
     _, own, other = np.intersect1d(before.steps, after.steps, return_indices=True)
     gone = (before.values[own] > 0) & (after.values[other] == 0)
     return f"{_share(gone)} with nothing left" if len(gone) else None
+
+
+def _alike(data: RunData, known: Loss) -> str | None:
+    series = data.scalars.get("gradient/cosine")
+    return None if series is None or not len(series) else f"median {_middle(series.values)}"
 
 
 def _growth(data: RunData, known: Loss) -> str | None:
@@ -236,6 +241,13 @@ RULES: tuple[Rule, ...] = (
         "clipping leaves a gradient",
         "any; a fault at 3 consecutive readings",
         "gradient/norm and gradient/norm_clipped",
+    ),
+    Rule(
+        batches.repeated_batches,
+        _alike,
+        "batches differ: cosine of successive gradients",
+        f"{limits.ALIKE_GRADIENTS:g} at {limits.CONSECUTIVE} readings, after at most {limits.UNLIKE_GRADIENTS:g}",
+        f"gradient/cosine with {limits.LONG + limits.CONSECUTIVE} readings",
     ),
     Rule(
         gradients.growing_gradients,

@@ -180,6 +180,24 @@ def test_single_large_gradients_are_no_growth():
     assert rules(run) == []
 
 
+def test_one_batch_again_and_again():
+    run = healthy()
+    cosines = 0.3 * np.random.default_rng(0).normal(size=T)
+    run.scalars["gradient/cosine"] = Series(STEPS, cosines)
+    cosines[:12] = 0.95  # the first steps all go one way
+    assert rules(run) == []
+    cosines[60:64] = 0.97
+    assert rules(run) == []  # four that happen to be alike
+    cosines[80:90] = 0.97
+    found = one(run, "gradient/repeated")
+    assert found.step == 400 and found.severity == "warning" and found.numbers["readings"] == 10
+    assert found.numbers["now"] == 0.97 and found.numbers["before"] < 0.3
+    cosines[:] = 0.97  # all samples at each step
+    assert rules(run) == []
+    cosines[:] = np.linspace(0.3, 0.97, T)  # batches that grow
+    assert rules(run) == []
+
+
 def test_sharpness_is_a_fault_only_with_a_rising_loss():
     run = healthy(size=0.1)
     run.scalars["sharpness/stability_ratio"].values[50:80] = 5.0
