@@ -121,7 +121,7 @@ class Rate(Fault):
     """The rate is multiplied from a step on."""
 
     name, words, measure = "rate", "learning rate multiplied from a step on", "factor"
-    strengths = (2, 4, 8, 16)
+    strengths = (4, 16, 64, 256)
 
     def rate(self, step: int) -> float:
         """Multiply."""

@@ -65,7 +65,7 @@ def step_of_the_loss(losses: Sequence[float], onset: int) -> int | None:
     """The first step from a fault on at which the smoothed loss is away from its level; None if it never is.
 
     A running median of five, against the hundred steps before the fault: away by three standard deviations of such
-    medians, up or down.
+    medians, up or down. One that is not finite is away at once.
 
     Args:
         losses: Of each step.

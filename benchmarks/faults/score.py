@@ -95,7 +95,7 @@ def _is_in(one: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def count_alarms(findings: Sequence[Mapping[str, Any]]) -> Counter[str]:
-    """Alarms by rule; findings of one rule within fifty steps of each other are one alarm."""
+    """Alarms by rule; a finding less than fifty steps after one of its rule that counts does not."""
     found: Counter[str] = Counter()
     for rule in {one["rule"] for one in findings}:
         found[rule] = _apart([one["step"] for one in findings if one["rule"] == rule])
@@ -103,11 +103,11 @@ def count_alarms(findings: Sequence[Mapping[str, Any]]) -> Counter[str]:
 
 
 def _apart(steps: Sequence[int]) -> int:
-    count, last = 0, None
+    counted: list[int] = []
     for step in sorted(steps):
-        count += last is None or step - last >= APART
-        last = step
-    return count
+        if not counted or step - counted[-1] >= APART:
+            counted.append(step)
+    return len(counted)
 
 
 class Results:
@@ -119,7 +119,8 @@ class Results:
 
     def __init__(self, found: Mapping[str, Any]) -> None:
         """Remember it."""
-        self.faults, self.healthy, self.strengths = found["faults"], found["healthy"], found["strengths"]
+        self.faults, self.healthy = found.get("faults", {}), found.get("healthy", {})
+        self.strengths = found["strengths"]
 
     def fault(self, subject: str, kind: str, onset: int) -> Fault:
         """A fault as it was injected."""

@@ -260,7 +260,7 @@ RULES: tuple[Rule, ...] = (
         gradients.hard_clipping,
         _clipping,
         "clipping leaves part of the gradient",
-        f"below {limits.HARD_CLIPPING:g} {_LASTING}",
+        f"below {limits.HARD_CLIPPING:g} {_LASTING}, or a {limits.JUMP:g}th of what it was",
         "gradient/clip_coefficient",
     ),
     Rule(weights.no_updates, _any_update, "weights move", f"all updates zero {_LASTING}", "update/operator"),
