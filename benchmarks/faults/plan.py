@@ -9,6 +9,7 @@ from benchmarks.faults.book import Book
 from benchmarks.faults.fit import fit
 from benchmarks.faults.injected import Fault, kinds_of, onset_of
 from benchmarks.faults.subjects import (
+    LIKE,
     OPTIMIZERS,
     REPORTED_SEEDS,
     SCHEDULES,
@@ -76,7 +77,7 @@ def rate_of(book: Book, subject: Subject, plan: Plan, optimizer: str = "") -> fl
 
 def set_strengths(book: Book, subject: Subject, plan: Plan, rows: Sequence[str]) -> None:
     """Find the weakest strength of every fault that costs 2 % on the tuning seeds, by halving."""
-    for kind in _kinds(subject, plan):
+    for kind in _kinds(subject, plan) if subject.name not in LIKE else ():
         book.get("strengths", f"{subject.name}|{kind.name}", lambda k=kind: _weakest(book, subject, k, plan))
 
 
@@ -130,7 +131,8 @@ def run_faults(book: Book, subject: Subject, plan: Plan, rows: Sequence[str]) ->
                 lambda s=seed, r=row: fit(subject, rate, s, plan.steps, row=r, reported=reported),
             )
             for kind in _kinds(subject, plan):
-                strength = book.sections["strengths"][f"{subject.name}|{kind.name}"]["strength"]
+                of = LIKE.get(subject.name, subject.name)
+                strength = book.sections["strengths"][f"{of}|{kind.name}"]["strength"]
                 fault = kind(subject, onset_of(kind, seed, plan.steps), strength)
                 key = f"{row}|{subject.name}|{kind.name}|{seed}"
                 book.get(

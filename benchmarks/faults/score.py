@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.faults.fit import ROWS
 from benchmarks.faults.injected import KINDS, Fault
-from benchmarks.faults.subjects import SUBJECTS
+from benchmarks.faults.subjects import LIKE, SUBJECTS
 
 EARLY = 2  # steps before the fault that a stated step may lie: numbering
 APART = 50  # steps between two alarms of a rule from which on they are two
@@ -124,7 +124,7 @@ class Results:
 
     def fault(self, subject: str, kind: str, onset: int) -> Fault:
         """A fault as it was injected."""
-        return KINDS[kind](SUBJECTS[subject], onset, self.strengths[f"{subject}|{kind}"]["strength"])
+        return KINDS[kind](SUBJECTS[subject], onset, self.strengths[f"{LIKE.get(subject, subject)}|{kind}"]["strength"])
 
     def verdicts(self, detector: str, subjects: Sequence[str]) -> dict[tuple[str, str], list[Verdict]]:
         """Verdicts by subject and kind of fault, one for each seed.

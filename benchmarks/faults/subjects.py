@@ -127,6 +127,7 @@ TUNING = {
     )
 }
 SUBJECTS = TUNING | REPORTED
+LIKE = {"GPT of width 24": "GPT", "MLP": "CNN"}  # whose strengths the models for tuning take
 TUNING_SEEDS, REPORTED_SEEDS = (100, 101), (0, 1)
 
 
