@@ -1,6 +1,7 @@
 """The benchmark of faults: what is injected, what counts as named, what the other detectors are."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ from benchmarks.faults.subjects import (
     TUNING_SEEDS,
     is_reported,
 )
+
+sys.path.insert(0, str(RESULTS.parents[1] / "docs"))
+import generated  # noqa: E402
 
 LSTM, GPT = SUBJECTS["LSTM"], SUBJECTS["GPT"]
 
@@ -248,6 +252,10 @@ def test_summary_of_known_runs():
 def test_the_results_that_are_kept_can_be_read():
     found = read(RESULTS / "faults.json")
     verdicts = found.verdicts("default", list(REPORTED))
-    assert {subject for subject, _ in verdicts} == set(REPORTED)
-    assert {kind for _, kind in verdicts} == set(KINDS)
-    assert list(tables.summary_rows(found)) and list(tables.strength_rows(found))
+    for (subject, kind), each in verdicts.items():
+        assert subject in REPORTED and kind in KINDS and 1 <= len(each) <= len(REPORTED_SEEDS)
+    assert list(tables.summary_rows(found))
+    assert len(list(tables.fault_rows(found, "default"))) == len(verdicts)
+    assert len(list(tables.strength_rows(found))) == len(KINDS)
+    page = generated.fault_tables()
+    assert all(f"| {cell} |" in page for row in tables.summary_rows(found) for cell in row if cell)
