@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from dynamon.health import SEVERITIES, Finding, findings
-from dynamon.monitoring.alerts import Alerts, settings_of
+from dynamon.monitoring.alerts import PATIENCE, Alerts, settings_of
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.run_context import RunContext
 from dynamon.runs.history import History, RunData
@@ -59,9 +59,9 @@ class HealthWatch:
         if is_speaking:
             self._alerts.go_back(run, run.step)
 
-    def close(self, *patience: float) -> None:
+    def close(self, patience: float | None = None) -> None:
         """Tell what is still waiting to be told, see :meth:`dynamon.monitoring.alerts.Alerts.close`."""
-        self._alerts.close(*patience)
+        self._alerts.close(PATIENCE if patience is None else patience)
 
     def findings(self, *histories: History) -> list[Finding]:
         """Return what the rules find in what some callbacks have measured, the worst first."""

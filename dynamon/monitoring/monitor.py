@@ -160,7 +160,7 @@ class Monitor(MeterScheduler):
         self._state = self.state_dict()
         self._failures += self._run.failures
         self._in_a_row, self._resting = Failures(), set[str]()
-        self._run.failures = 0
+        self._run.failures, self._health.asks_to_stop = 0, False
         self._forget_step()
 
     def _forget_step(self) -> None:
