@@ -255,6 +255,14 @@ def test_what_rides_along_waits_for_what_it_rides_with(clock, weight, is_read) -
     assert found.budget.spent >= 0.9 * found.allowed
 
 
+def test_what_rides_along_brings_its_host_where_the_grace_pays_for_both(clock) -> None:
+    """Estimates are doubted, so the weights come alone at first; full spectra then need a second reading of them."""
+    groups = {"weight": Group(20, 1, 0.6, guess=0.85), "full": Group(200, 0, 0.45), "gradient": Group(4, 1, 0.02)}
+    found = train(clock, groups, 320, 0.03, rides=("full",))
+    assert found.read["weight"][0] < found.read["full"][0] < FIRST_STEPS
+    assert set(found.read["full"]) <= set(found.read["weight"]) and found.most_over <= 1e-9
+
+
 def test_intervals_follow_the_price(clock) -> None:
     """0.2 s at 2 % of steps of 0.1 s: every 100 steps; then five times as much; then hardly anything."""
     cost = lambda step: 0.2 if step < 2000 else 1.0 if step < 6000 else 0.02  # noqa: E731
