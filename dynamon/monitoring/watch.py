@@ -108,7 +108,7 @@ class Watch:
             monitors = DynamicsMonitor(on_finding=on_finding, stop_on=stop_on)
         elif on_finding is not None or stop_on is not None:
             raise ValueError("on_finding and stop_on are given beside monitors=: give them to one of the monitors.")
-        self.monitors = as_list(monitors)
+        self.monitors: list[Monitor] = as_list(monitors)
         _check_types(model, given, loss_fn, self.monitors)
         check_loop_arguments(model, optimizers, scaler, logdir, loader, schedulers)
         for name, value in (("accumulate", accumulate), ("total_steps", total_steps)):
