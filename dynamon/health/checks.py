@@ -269,6 +269,7 @@ RULES: tuple[Rule, ...] = (
         "batches differ: cosine of successive gradients",
         f"{limits.ALIKE_GRADIENTS:g} at {limits.CONSECUTIVE} readings, after at most {limits.UNLIKE_GRADIENTS:g}",
         f"gradient/cosine with {limits.LONG + limits.CONSECUTIVE} readings",
+        names=("gradient/repeated",),
     ),
     Rule(
         gradients.growing_gradients,
