@@ -28,6 +28,7 @@ WRITERS = {
     "steps": "`SharpnessMonitor`",
     "progress": "`SharpnessMonitor`",
     "steering": "`LayerwiseLR`",
+    "guard": "`SpikeGuard`",
     "advice": "`RateAdvisor`",
     "monitor": "every monitor",
 }  # by the meter that takes a quantity
