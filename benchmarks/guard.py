@@ -38,7 +38,7 @@ _LOST = 2.0  # times the first loss
 
 
 class Pictures(Task):
-    """Noisy pictures of ten classes, and convolutions alone: normalisation would take the scale out of scaled inputs."""
+    """Noisy pictures, and convolutions alone: normalisation would take the scale out of scaled inputs."""
 
     groups: ClassVar[Mapping[str, str]] = {}
 
@@ -165,15 +165,14 @@ class Study:
 
     def run(self, name: str, kind: str, arm: str, value: float, rate: float, seed: int) -> float:
         """The final loss of a run."""
-        key = f"{name}|{kind}|{arm}|{value:.4g}|{rate:.4g}|{seed}"
+        key = key_of(name, kind, arm, value, rate, seed)
         if key not in self.runs:
             begin = time.perf_counter()
             found = train(self.tasks[name], kind, arm, value, rate, seed)
             self.runs[key] = round(found, 5) if math.isfinite(found) else None
             print(f"{time.strftime('%H:%M:%S')} {key:60s} {found:.4f} {time.perf_counter() - begin:.1f} s", flush=True)
             self._save()
-        kept = self.runs[key]
-        return math.inf if kept is None else kept
+        return _loss(self.runs[key])
 
     def best(self, tried: Iterable[float], loss: Any) -> float:
         """The value of those tried with the smallest mean loss on the tuning seeds."""
@@ -196,7 +195,7 @@ class Study:
         self.chosen[name][f"clip {kind} {times:g}"] = value
         for arm in ARMS:
             for seed in self._reported:
-                self.run(name, kind, arm, value if arm == "global" else 0.0, rate, seed)
+                self.run(name, kind, arm, value, rate, seed)
 
     def _save(self) -> None:
         if self._path is not None:
@@ -220,24 +219,25 @@ def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     for name, chosen in found["chosen"].items():
         for kind, times in setups(name):
             value = chosen.get(f"clip {kind} {times:g}")
-            if value is None:
-                continue
-            losses = {
-                arm: [
-                    _kept(found["runs"], f"{name}|{kind}|{arm}|{value if arm == 'global' else 0:.4g}|{rate:.4g}|{seed}")
-                    for rate in [chosen["rate"] * times]
-                    for seed in REPORTED
-                ]
+            keys = {
+                arm: [key_of(name, kind, arm, value or 0.0, chosen["rate"] * times, seed) for seed in REPORTED]
                 for arm in ARMS
             }
+            if not all(key in found["runs"] for own in keys.values() for key in own):
+                continue
+            losses = {arm: [_loss(found["runs"][key]) for key in own] for arm, own in keys.items()}
             what = f"bad batches: {kind}" if kind else f"rate times {times:g}"
             differences = (compared(losses[arm], losses["SpikeClipper"]) for arm in ("none", "global", "ZClip"))
             lines.append((name, what, *(mean_of(losses[arm]) for arm in ARMS), *differences))
     return lines
 
 
-def _kept(runs: dict[str, float | None], key: str) -> float:
-    kept = runs[key]
+def key_of(name: str, kind: str, arm: str, value: float, rate: float, seed: int) -> str:
+    """The key under which the result of a run is kept; ``value`` is that of global clipping."""
+    return f"{name}|{kind}|{arm}|{value if arm == 'global' else 0:.4g}|{rate:.4g}|{seed}"
+
+
+def _loss(kept: float | None) -> float:
     return math.inf if kept is None else kept
 
 

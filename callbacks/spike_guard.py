@@ -15,7 +15,6 @@ from dynamon.callbacks.lightning.checkpoints import SavedCheckpoints
 from dynamon.callbacks.lightning.loop import TrainerLoop, step_of
 from dynamon.callbacks.lightning.steering import holds_some_of
 from dynamon.callbacks.lightning.strategy import strategy_reason
-from dynamon.distributed.dtensor import any_sharded
 from dynamon.distributed.ranks import Ranks
 from dynamon.layers import select
 from dynamon.monitoring.arguments import check_arguments
@@ -150,10 +149,12 @@ class SpikeGuard(DynamonCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot be guarded, before anything runs."""
         for optimizer in trainer.optimizers:
-            if holds_some_of(pl_module, optimizer):
-                reason = unguarded_reason(optimizer, self.skip is not None)
-                if reason is not None:
-                    raise ValueError(f"{type(self).__name__}: {reason}")
+            reason = unguarded_reason(optimizer) if holds_some_of(pl_module, optimizer) else None
+            if reason is not None:
+                raise ValueError(f"{type(self).__name__}: {reason}")
+            unskipped = None if self.skip is None else unguarded_reason(optimizer, skips=True)
+            if unskipped is not None:
+                rank_zero_warn(f"{type(self).__name__} clips, and skips no step: {unskipped}")
         trained = (p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p))
         reason = strategy_reason(trainer) or several_devices_reason(trained)
         if reason is not None:
@@ -333,7 +334,7 @@ class SpikeGuard(DynamonCallback):
                 memory=self.memory,
                 warmup=self.warmup,
                 floor=self.floor,
-                skip=self.skip,
+                skip=None if unguarded_reason(optimizer, skips=True) else self.skip,
                 apply=self.apply,
             )
             if len(self._guards) < len(states):

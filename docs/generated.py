@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import guard
 from benchmarks.rates_study.tables import GROUPS, read
 from dynamon import cli
 from dynamon.monitoring.dynamics_monitor import PRESETS
@@ -247,6 +248,16 @@ def adaptive_tables() -> str:
     return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
 
 
+def guard_table() -> str:
+    """Final losses with a guard against spikes and without."""
+    if not (RESULTS / "guard.json").exists():
+        return "`python -m benchmarks.guard` has not been run with this version.\n"
+    found = _result("guard")
+    arms = ("none", "best global clipping", "ZClip", "guard")
+    head = ("task", "set-up", *arms, *(f"guard against {arm}" for arm in arms[:-1]))
+    return f"{table(head, guard.rows(found))}\n{provenance(found['environment'])}"
+
+
 def radii_table() -> str:
     """Losses at the former and at the present default radii of Lanton."""
     found = dict(_result("radii")["found"])
@@ -393,6 +404,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tracking": tracking_table,
     "adaptive": adaptive_tables,
     "radii": radii_table,
+    "guard": guard_table,
     "distributed": distributed_table,
     "gpu": gpu_tables,
     "gpu_draft": gpu_draft_tables,

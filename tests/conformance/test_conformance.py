@@ -53,6 +53,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning"),  # skipped batches
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning"),  # pytest has arguments of its own
+    pytest.mark.filterwarnings("ignore:SpikeGuard clips, and skips no step. steps of SAM:UserWarning"),
     pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
     ),  # torch.compile
