@@ -17,11 +17,10 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.distributed.reduction import PartialStats, ShardReduction
 from dynamon.kernels import l2_norms, widest_dtype
 from dynamon.kernels.devices import reads_are_free
-from dynamon.optim.assignment import parameters_of
 from dynamon.optim.skipping import Skipping
 from dynamon.optim.spike_arguments import check_arguments, check_devices, check_running
 from dynamon.optim.spike_levels import SpikeLevels
-from dynamon.optim.steering import steerable_layers
+from dynamon.optim.steering import steerable_layers, steering_of
 from dynamon.optim.stepping import Closure, Nesting, closure_of, runs_hooks, with_closure, wrapped_optimizers
 from dynamon.optim.views import are_same
 from dynamon.quantities.host_copy import HostCopy
@@ -147,6 +146,9 @@ class SpikeClipper:
     ) -> None:
         """Attach to the optimizer's step."""
         check_arguments(optimizer, model, deviations, memory, warmup, floor, skip)
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+        if any(isinstance(getattr(hook, "__self__", None), SpikeClipper) for hook in hooks):
+            raise ValueError(f"this {type(optimizer).__name__} is guarded already; remove the other guard first.")
         self.optimizer, self.model, self.apply = optimizer, model, apply
         self.deviations, self.memory, self.warmup, self.floor, self.skip = deviations, memory, warmup, floor, skip
         self._skipping = Skipping(optimizer)
@@ -159,12 +161,16 @@ class SpikeClipper:
         self._nesting = Nesting()
         self._evaluation, self._evaluations, self._acted_at = 0, 1, -1
         hooked = list(filter(runs_hooks, (optimizer, *wrapped_optimizers(optimizer))))
-        self._before = [(each, each.register_step_pre_hook(self._before_step)) for each in hooked]
-        self._after = [each.register_step_post_hook(self._after_step) for each in hooked]
+        self._hooks: list[tuple[Any, Any]] = []
+        for each in hooked:
+            self._hooks += [
+                (each._optimizer_step_pre_hooks, each.register_step_pre_hook(self._before_step)),
+                (each._optimizer_step_post_hooks, each.register_step_post_hook(self._after_step)),
+            ]
 
     def _attach(self) -> None:
         """Find the layers of the optimizer's parameters."""
-        self._held = parameters_of(self.optimizer)
+        self._held = self._parameters()
         self._lazy = [p for p in self._held if is_lazy(p)]  # they get their shape in a first batch
         self.layers = steerable_layers(self.model, self.optimizer)
         self._names = [layer.name for layer in self.layers]
@@ -175,9 +181,15 @@ class SpikeClipper:
         self._reduction: tuple[list[int], ShardReduction] | None = None
         check_devices(layer.parameter for layer in self.layers)
 
+    def _parameters(self) -> list[Tensor]:
+        """Return the optimizer's parameters in the order of its own groups, also where steering shows it others."""
+        steering = steering_of(self.optimizer)
+        groups = self.optimizer.param_groups if steering is None else steering.groups
+        return [parameter for group in groups for parameter in group["params"]]
+
     def _follow_optimizer(self) -> None:
         """Attach again if parameters joined, left, were replaced or got a shape; other layers keep their state."""
-        if are_same(parameters_of(self.optimizer), self._held) and all(map(is_lazy, self._lazy)):
+        if are_same(self._parameters(), self._held) and all(map(is_lazy, self._lazy)):
             return
         self.settle()
         state = self.state_dict()
@@ -229,9 +241,8 @@ class SpikeClipper:
             self._loss = value if self._loss is None else self._loss + value
 
     def act_last(self) -> None:
-        """Let hooks that joined the optimizer since see the gradients before they are clipped."""
-        for each, handle in self._before:
-            hooks = each._optimizer_step_pre_hooks
+        """Let hooks that joined the optimizer since see gradients before clipping, and which step is skipped."""
+        for hooks, handle in self._hooks:
             if next(reversed(hooks)) != handle.id:
                 hooks.move_to_end(handle.id)
 
@@ -243,21 +254,24 @@ class SpikeClipper:
     def remove(self) -> None:
         """Detach from the optimizer."""
         self.restore()
-        for handle in [*(handle for _, handle in self._before), *self._after]:
+        for _, handle in self._hooks:
             handle.remove()
-        self._before, self._after = [], []
+        self._hooks = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return levels, counts and factors since the last report, as numbers by name."""
         self.settle()
         smallest = dict(zip(self._names, self._smallest.tolist(), strict=True))
-        return {"levels": self.levels.state_dict(), "counts": asdict(self.counts), "smallest": smallest}
+        counts = {**asdict(self.counts), "evaluations": self._evaluations}
+        return {"levels": self.levels.state_dict(), "counts": counts, "smallest": smallest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`; layers that it does not have begin anew."""
         self._pending, self._loss = None, None
         self.levels.load_state_dict(state["levels"])
-        self.counts = GuardCounts(**state["counts"])
+        counts = dict(state["counts"])
+        self._evaluations = counts.pop("evaluations")
+        self.counts = GuardCounts(**counts)
         self._smallest = np.array([state["smallest"].get(name, 1.0) for name in self._names])
 
     def settle(self) -> None:

@@ -239,9 +239,8 @@ def test_device_calls_a_step_do_not_grow_with_the_layers(monkeypatch, skip):
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
         optimizer._step_supports_amp_scaling = skip is not None
         launches = Launches()
-        monkeypatch.setattr(
-            optimizer, "step", torch.optim.Optimizer.profile_hook_step(lambda self: None).__get__(optimizer)
-        )
+        nothing = torch.optim.Optimizer.profile_hook_step(lambda self: None)
+        monkeypatch.setattr(optimizer, "step", nothing.__get__(optimizer))
         clipper = SpikeClipper(optimizer, model, warmup=1, skip=skip)
         for _ in range(4):
             fill_gradients(model)
@@ -357,7 +356,7 @@ def test_rules_of_rates_read_before_the_guard_clips():
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), 1e-4)
         clipper = SpikeClipper(optimizer, model, warmup=5) if guarded else None
-        rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(warmup=2), model)
+        rates = LayerwiseRates(optimizer, NoiseAdaptiveRates(warmup=0), model)
         read, settle = [], rates.rule.update
         rates.rule.update = lambda readings, settle=settle, read=read: (
             read.append(readings.l2.copy()),
@@ -365,11 +364,13 @@ def test_rules_of_rates_read_before_the_guard_clips():
         )
         if clipper is not None:
             clipper.act_last()  # what a callback does before each step
+            levels = clipper.levels
         train(model, optimizer, range(22), factor=lambda step: 1e3 if step == 20 else 1.0)
         rates.settle()
         found.append(read)
         if clipper is not None:
-            assert clipper.counts.clipped == 1
+            assert clipper.counts.clipped == 1 and len(set(rates.applied.values())) > 1
+            assert clipper.levels is levels  # groups that steering shows to a step are not taken for new ones
     np.testing.assert_allclose(found[1][20], found[0][20], rtol=1e-4)
 
 
@@ -390,10 +391,13 @@ def test_a_step_that_raises_gives_hidden_gradients_back():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_what_is_removed_acts_no_more():
+def test_one_guard_an_optimizer_and_what_is_removed_acts_no_more():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    SpikeClipper(optimizer, model).remove()
+    clipper = SpikeClipper(optimizer, model)
+    with pytest.raises(ValueError, match="this SGD is guarded already; remove the other guard first"):
+        SpikeClipper(optimizer, model)
+    clipper.remove()
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
