@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import guard
 from benchmarks.faults import score, tables
 from benchmarks.rates_study.tables import GROUPS, read
 from dynamon import cli
@@ -29,6 +30,7 @@ WRITERS = {
     "steps": "`SharpnessMonitor`",
     "progress": "`SharpnessMonitor`",
     "steering": "`LayerwiseLR`",
+    "guard": "`SpikeGuard`",
     "advice": "`RateAdvisor`",
     "monitor": "every monitor",
 }  # by the meter that takes a quantity
@@ -270,6 +272,16 @@ def fault_tables() -> str:
     return "\n".join([*parts, provenance(_result("faults")["environment"])])
 
 
+def guard_table() -> str:
+    """Final losses with a guard against spikes and without."""
+    if not (RESULTS / "guard.json").exists():
+        return "`python -m benchmarks.guard` has not been run with this version.\n"
+    found = _result("guard")
+    arms = ("none", "best global clipping", "ZClip", "guard")
+    head = ("task", "set-up", *arms, *(f"guard against {arm}" for arm in arms[:-1]))
+    return f"{table(head, guard.rows(found))}\n{provenance(found['environment'])}"
+
+
 def radii_table() -> str:
     """Losses at the former and at the present default radii of Lanton."""
     found = dict(_result("radii")["found"])
@@ -417,6 +429,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adaptive": adaptive_tables,
     "faults": fault_tables,
     "radii": radii_table,
+    "guard": guard_table,
     "distributed": distributed_table,
     "gpu": gpu_tables,
     "gpu_draft": gpu_draft_tables,
