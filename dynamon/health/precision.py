@@ -43,15 +43,14 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
             continue
         if _is_noise(data, name, steps[start:]):
             continue
-        share = float(np.median(lost[start:]))
-        size = column_at(data, "precision/update_size", name, steps[start:])
-        hits.append((int(steps[start]), name, share, _median(size), int(bits[-1])))
+        size = _median(column_at(data, "precision/update_size", name, steps[start:]))
+        hits.append((int(steps[start]), name, float(np.median(lost[start:])), size, float(bits[-1])))
     if not hits:
         return
     hits.sort(key=lambda hit: (-hit[2], hit[0]))
     layers, step = tuple(hit[1] for hit in hits), min(hit[0] for hit in hits)
     share, size = float(np.median([hit[2] for hit in hits])), _median(np.array([hit[3] for hit in hits]))
-    dtype = _DTYPES.get(hits[0][4], "their dtype")
+    dtype = _DTYPES.get(hits[0][4], "its dtype")
     cause = (
         f"a step is {size:.2g} times half the distance to the next {dtype} number, and rounding loses steps below 1"
         if np.isfinite(size)

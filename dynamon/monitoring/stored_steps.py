@@ -13,7 +13,6 @@ from dynamon.layers.complex_pairs import real_numel
 from dynamon.monitoring.run_context import RunContext
 from dynamon.optim.computed_steps import computed_step
 from dynamon.quantities.precision import RANGES, ComputedStep, bits_of, lost_shares, range_shares, stored_shares
-from dynamon.quantities.scales import Scale
 
 ROWS = 5  # of a reading, still on the device
 _HALF = 16  # significant bits below which a dtype is too coarse for many steps
@@ -30,17 +29,16 @@ class StoredSteps:
     def __init__(self) -> None:
         """Start with nothing held."""
         self.lost_decay: dict[str, float] = {}
-        self._gradients: dict[str, tuple[Tensor, Scale]] = {}
+        self._gradients: dict[str, Tensor] = {}
         self._steps: dict[str, ComputedStep] = {}
         self._owners: dict[str, Optimizer] = {}
 
-    def before_step(self, run: RunContext, optimizer: Optimizer, names: Mapping[int, str]) -> None:
-        """Hold the gradients that this optimizer is about to use."""
-        scale = run.loop.gradient_scale(optimizer)
+    def before_step(self, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+        """Hold the gradients that this optimizer is about to use; torch's fused steps leave scaled ones unscaled."""
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.grad is not None and id(p) in names:
-                    self._gradients[names[id(p)]] = p.grad, scale
+                    self._gradients[names[id(p)]] = p.grad
 
     def rows(
         self, run: RunContext, before: Mapping[str, Tensor], rates: Mapping[str, tuple[float, float]]
@@ -59,7 +57,7 @@ class StoredSteps:
             if known is None or name not in self._gradients and not run.steps.in_backward:
                 continue  # an optimizer leaves a parameter without a gradient alone
             rate, shrink = rates.get(name, (np.nan, 0.0))
-            gradient, _ = self._gradients.get(name, (None, 1.0))
+            gradient = self._gradients.get(name)
             shrink = shrink if np.isfinite(shrink) else 0.0
             step = computed_step(*known, layers[name].parameter, start, gradient, rate, shrink)
             if step is not None:
@@ -94,10 +92,9 @@ class StoredSteps:
         places = [i for i, layer in enumerate(layers) if layer.name in self._gradients]
         tables = {"weight": weights.cpu().numpy()}
         if places:
-            held = [self._gradients[layers[i].name] for i in places]
-            likes = [own[i] for i in places]
-            here = [to_local_as(g.to_dense() if g.is_sparse else g, p) for (g, _), p in zip(held, likes, strict=True)]
-            shares = range_shares(here, likes, run.ranks, [scale for _, scale in held]).cpu().numpy()
+            held, likes = [self._gradients[layers[i].name] for i in places], [own[i] for i in places]
+            here = [to_local_as(g.to_dense() if g.is_sparse else g, p) for g, p in zip(held, likes, strict=True)]
+            shares = range_shares(here, likes, run.ranks).cpu().numpy()
             tables["gradient"] = np.full((len(RANGES), len(layers)), np.nan)
             tables["gradient"][:, places] = shares
         for kind, table in tables.items():

@@ -120,7 +120,7 @@ class WeightMeter(PairMeter):
             self._before |= {name: to_local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
                 self._rates |= _rates(optimizer, run.names)
-                self._stored.before_step(run, optimizer, run.names)
+                self._stored.before_step(optimizer, run.names)
 
     def batch_end(self, run: RunContext) -> None:
         """Measure, if weights were copied for that."""

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynamon.distributed.dtensor import to_local, to_local_as
+from dynamon.distributed.dtensor import is_sharded, to_local, to_local_as
 from dynamon.layers.complex_pairs import as_real
 from dynamon.optim.stepping import wrapped_optimizers
 from dynamon.quantities.precision import ComputedStep
 from dynamon.quantities.weight_decay import decays_first
 
-_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "momentum")  # averages of gradients, by their usual names
+_AVERAGES = ("exp_avg", "momentum_buffer", "grad_avg", "momentum")  # averages of gradients, by their usual names
 _KEPT = re.compile("kahan|compens|shift|residual|remainder|master|fp32|float32")
 _ROUNDS = re.compile("kahan|compens|stochastic_round|master_weight")
 
@@ -47,34 +47,30 @@ def computed_step(
         The step; None where nothing tells whether it is zero. Nothing is copied.
     """
     holders = (optimizer, *wrapped_optimizers(optimizer))
-    state = next((found for each in holders if (found := each.state.get(parameter))), {})
-    own = None if gradient is None else _here(gradient, parameter)
-    first = next((_here(state[name], parameter) for name in _MOMENTS if _is_moment(state.get(name), parameter)), None)
-    now = as_real(to_local(parameter))
-    factors, second = _adam(optimizer, group, state, rate), None
-    if factors is not None and first is not None:
-        name = "max_exp_avg_sq" if "max_exp_avg_sq" in state else "exp_avg_sq"
-        second, own = _here(state[name], parameter), None
-    else:
-        factors = _sgd(optimizer, group, rate, first is not None)
-        if factors is not None and factors[1] and own is None:
-            factors = None
+    state: Mapping[str, Any] = next((found for each in holders if (found := each.state.get(parameter))), {})
+    moments = {name: value for name, value in state.items() if _is_moment(value, parameter)}
+    first = next((moments[name] for name in _AVERAGES if name in moments), None)
+    second = moments.get("max_exp_avg_sq", moments.get("exp_avg_sq"))
+    factors = _adam(optimizer, group, rate) if first is not None and second is not None and "step" in state else None
+    uses_gradient = factors is None and (first is None or isinstance(optimizer, torch.optim.SGD) and group["nesterov"])
+    if factors is None:
+        second, factors = None, _sgd(optimizer, group, rate, first is not None)
+    if uses_gradient and gradient is None:
+        if first is None:
+            return None
+        uses_gradient, factors = False, None
     is_known = factors is not None
     if factors is None:  # zero where the average is, or without one where the gradient is
-        own = None if first is not None else own
         factors = (float(rate != 0), float(rate != 0), 0.0, 0.0, 1.0, 0.0, 0.0)
-    elif first is not None and not factors[1]:
-        own = None
-    if first is None and own is None:
-        return None
+    now = as_real(to_local(parameter))
     return ComputedStep(
         before=as_real(before),
         now=now,
-        first=first,
-        second=second,
-        gradient=own,
+        first=None if first is None else _here(first, parameter),
+        second=None if second is None else _here(second, parameter),
+        gradient=_here(gradient, parameter) if uses_gradient and gradient is not None else None,
         factors=(*factors, shrink, _kept_by_decay(group, now, shrink)),
-        count=state.get("step", 1.0),
+        count=1.0 if second is None else state["step"],
         is_known=is_known,
         decays_first=decays_first(optimizer, group),
         keeps=keeps_remainders(optimizer, group, state),
@@ -89,10 +85,8 @@ def keeps_remainders(optimizer: Optimizer, group: Mapping[str, Any], state: Mapp
     )
 
 
-def _adam(
-    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], rate: float
-) -> tuple[float, ...] | None:
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) or not {"exp_avg_sq", "step"} <= set(state):
+def _adam(optimizer: Optimizer, group: Mapping[str, Any], rate: float) -> tuple[float, ...] | None:
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         return None
     beta1, beta2 = map(float, group["betas"])
     return rate, 0.0, 0.0, 1.0, float(group["eps"]), beta1, beta2
@@ -115,7 +109,15 @@ def _kept_by_decay(group: Mapping[str, Any], weight: Tensor, shrink: float) -> f
 
 
 def _is_moment(found: Any, parameter: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.shape == parameter.shape
+    """Return whether a state can be compared with a parameter entry by entry: a tensor that is plain, or sharded."""
+    return (
+        isinstance(found, Tensor)
+        and (type(found) is Tensor or is_sharded(found))
+        and found.shape == parameter.shape
+        and found.device == parameter.device
+        and (found.is_floating_point() or found.is_complex())
+        and found.is_complex() == parameter.is_complex()
+    )
 
 
 def _here(tensor: Tensor, parameter: Tensor) -> Tensor:

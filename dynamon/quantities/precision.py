@@ -17,7 +17,6 @@ from dynamon.kernels.constants import on_device
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real, real_dtype, real_numel
 from dynamon.quantities.flat_pieces import Chunk, sum_over_entries, table_of
-from dynamon.quantities.scales import Scale
 
 _SUMS = 6
 _OFFSET = 256.0  # added to logarithms, so that what is summed is not negative
@@ -210,9 +209,7 @@ FORMATS = {
 RANGES = ("underflow_bf16", "underflow_fp16", "underflow_e4m3", "underflow_e5m2", "overflow_bf16", "overflow_fp16")
 
 
-def range_shares(
-    tensors: Sequence[Tensor], likes: Sequence[Tensor], ranks: Ranks, scales: Sequence[Scale] | None = None
-) -> Tensor:
+def range_shares(tensors: Sequence[Tensor], likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """Count the entries that copies in fewer bits would turn into zero or infinity.
 
     bfloat16 and float16 hold the entries as they are. The eight-bit formats (e4m3fn and e5m2) hold them times the
@@ -223,7 +220,6 @@ def range_shares(
         tensors: T tensors on one device, of sharded ones the parts here.
         likes: What each is laid out as.
         ranks: The processes of the run, inside their :meth:`dynamon.distributed.ranks.Ranks.collective_section`.
-        scales: Factors on the tensors, as for gradients that a scaler has not unscaled yet; None for 1.
 
     Returns:
         ``[6, T]`` in float32 in the order of ``RANGES``: shares of all entries, zeros and what is not finite included.
@@ -237,38 +233,31 @@ def range_shares(
     device = parts[0].device
     wide = widest_dtype(device)
     filled = [part if part.numel() else part.new_zeros(1) for part in parts]
-    tops = torch.stack(torch._foreach_norm(filled, torch.inf, dtype=wide))
-    factors = (
-        torch.ones_like(tops)
-        if scales is None
-        else torch.stack([torch.as_tensor(s, dtype=wide, device=device).reshape(()) for s in scales])
-    )
-    tops = holding.maximum(tops.clone() * factors)
+    tops = holding.maximum(torch.stack(torch._foreach_norm(filled, torch.inf, dtype=wide)))
     tops = torch.where(torch.isfinite(tops) & (tops > 0), tops, torch.nan)
-    limits = torch.stack(
-        [
-            *(torch.full_like(tops, _half_least(FORMATS[name])) for name in ("bf16", "fp16")),
-            *(tops / torch.finfo(FORMATS[name]).max * _half_least(FORMATS[name]) for name in ("e4m3", "e5m2")),
-        ]
-    )
-    limits = torch.cat(
-        [limits, torch.stack([torch.full_like(tops, _overflow(FORMATS[name])) for name in ("bf16", "fp16")])]
-    )
-    limits = limits / factors
     compared = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    limits = torch.stack([_limit(name, tops) for name in RANGES]).to(compared)
 
     def measure(chunk: Chunk) -> list[Tensor]:
-        sizes, bounds = chunk.flat(parts, compared).abs(), chunk.spread(limits.to(compared))
+        sizes = chunk.flat(parts, compared).abs()
         there = (sizes > 0) & torch.isfinite(sizes)
-        return [
-            (there & ((sizes <= bound) if row < 4 else (sizes >= bound))).to(sizes) for row, bound in enumerate(bounds)
-        ]
+        bounds = zip(RANGES, chunk.spread(limits), strict=True)
+        beyond = [sizes <= bound if name.startswith("under") else sizes >= bound for name, bound in bounds]
+        return [(there & lost).to(sizes) for lost in beyond]
 
     counts = sum_over_entries(parts, len(RANGES), measure)
-    stats = ShardReduction(likes, holding, sums=len(RANGES)).reduce(PartialStats(sums=counts))
-    shares = stats.sums / on_device([real_numel(like) for like in likes], device, wide)
-    shares[2:4] = torch.where(tops.isnan(), torch.nan, shares[2:4])
-    return shares.float()
+    sums = ShardReduction(likes, holding, sums=len(RANGES)).reduce(PartialStats(sums=counts)).sums
+    shares = sums / on_device([real_numel(like) for like in likes], device, wide)
+    return torch.where(limits.isnan(), torch.nan, shares).float()
+
+
+def _limit(name: str, tops: Tensor) -> Tensor:
+    """Return from where on copies of T tensors lose entries, given the tensors' largest magnitudes ``[T]``."""
+    fate, kind = name.split("_")
+    if fate == "overflow":
+        return torch.full_like(tops, _overflow(FORMATS[kind]))
+    scaled = FORMATS[kind].itemsize == 1
+    return (tops / torch.finfo(FORMATS[kind]).max if scaled else torch.ones_like(tops)) * _half_least(FORMATS[kind])
 
 
 def _half_least(dtype: torch.dtype) -> float:
