@@ -10,8 +10,8 @@ from dynamon.kernels import widest_dtype
 from dynamon.kernels.constants import on_device, to_device
 from dynamon.kernels.devices import reads_are_free
 
-_MOST, _LEAST = 2**25, 2**16  # entries of a chunk on a device
-_ON_CPU = 2**17  # there, what fits into its cache
+_LEAST, _MOST = 2**16, 2**25  # entries of a chunk on a device
+_LEAST_ON_CPU, _MOST_ON_CPU = 2**12, 2**17  # there, what fits into its cache
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def sum_over_entries(tensors: Sequence[Tensor], rows: int, measure: Callable[[Ch
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[Chunk]:
     device, sizes = tensors[0].device, [tensor.numel() for tensor in tensors]
-    room = most = _ON_CPU if reads_are_free(device) else min(max(sum(sizes) // 4, _LEAST), _MOST)
+    least, most = (_LEAST_ON_CPU, _MOST_ON_CPU) if reads_are_free(device) else (_LEAST, _MOST)
+    room = most = min(max(sum(sizes) // 4, least), most)
     pieces: list[tuple[int, int, int]] = []
     for i, size in enumerate(sizes):
         start = 0

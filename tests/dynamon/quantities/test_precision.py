@@ -236,7 +236,7 @@ def test_what_is_not_finite_is_in_no_share_and_leaves_no_scale():
 
 
 def test_pieces_are_summed_whatever_they_are_cut_into(monkeypatch):
-    monkeypatch.setattr(flat_pieces, "_ON_CPU", 7)
+    monkeypatch.setattr(flat_pieces, "_MOST_ON_CPU", 7)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.rand(size, generator=generator) for size in (1, 20, 7, 0, 3, 50)]
     numbers = torch.arange(6.0)[None]
