@@ -27,9 +27,10 @@ _DTYPES = {8: "bfloat16", 11: "float16", 24: "float32", 53: "float64"}
 def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find layers that lose nearly all of their updates in rounding, to the end.
 
-    In half precision at any time; in float32 only from the first reading on, since a run that has converged, or a token
-    that was not seen for long, has steps of any size. Readings at a small part of the largest rate so far do not count,
-    and nothing is said while the rate rises: a warm-up begins with steps that are lost.
+    In half precision at any time; in float32 only from the first reading on and in half of all layers, since a run that
+    has converged, a token that was not seen for long, or the bias before a BatchNorm has steps of any size. Readings at
+    a small part of the largest rate so far do not count, and nothing is said while the rate rises: a warm-up begins
+    with steps that are lost.
     """
     hits = []
     for index, name in enumerate(_layers(data)):
@@ -45,6 +46,9 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
             continue
         size = _median(column_at(data, "precision/update_size", name, steps[start:]))
         hits.append((int(steps[start]), name, float(np.median(lost[start:])), size, float(bits[-1])))
+    are_most = len(hits) >= len(_layers(data)) / 2
+    if not are_most:
+        hits = [hit for hit in hits if hit[4] <= HALF_PRECISION_BITS]
     if not hits:
         return
     hits.sort(key=lambda hit: (-hit[2], hit[0]))
@@ -58,7 +62,7 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     )
     yield Finding(
         "precision/swallowed",
-        "fault" if len(hits) >= len(_layers(data)) / 2 else "warning",
+        "fault" if are_most else "warning",
         step,
         f"{name_layers(layers)} in {dtype} cannot hold most of the updates: {1 - share:.1%} of the entries move in a "
         f"step, since {cause}.",

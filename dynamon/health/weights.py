@@ -63,7 +63,8 @@ def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     nothing_came = scalar_at(data, "gradient/norm", since) == 0
     clipped_away = scalar_at(data, "gradient/norm_clipped", since) == 0
     skipped = scalar_at(data, "gradient/nonfinite", since) > 0
-    if (nothing_came | clipped_away | skipped).all() or losing_layers(data):
+    still = {name for name, column in zip(table.layers or (), table.values.T, strict=True) if np.isfinite(column).any()}
+    if (nothing_came | clipped_away | skipped).all() or still <= losing_layers(data):
         return  # reported by the rules on gradients and on precision
     yield Finding(
         "update/none",

@@ -68,7 +68,8 @@ def stored_shares(layers: Sequence[Layer], steps: Mapping[str, ComputedStep], ra
         ``[5, L]`` in float32, for :func:`lost_shares`, the same on every process where weights are sharded; NaN for
         layers whose step is not known. Shares of the entries:
 
-        - computed step not zero, and the entry did not move beyond its own decay;
+        - computed step not zero, the entry did not move beyond its own decay, and rounding explains it: half of the
+          step rounds to no change, as far as the step itself is known;
         - decay not zero, and lost: decay alone rounds to no change, or where it is rounded together with the step, the
           entry did not move;
         - the entry moved although rounding to nearest would leave it where it is at twice the step;
@@ -158,6 +159,7 @@ def _rows(
     if not form.is_known:
         return [flag.to(before) for flag in flags] + [torch.zeros_like(before)] * (_SUMS - len(flags))
     total = step if form.decays_first else step - decayed
+    flags[0] &= held(base + total / 2) == base  # else something other than rounding holds the entry
     rounds_away = (held(base + 2 * total) == base) & (total != 0)
     # Below the smallest normal number all neighbours are equally far apart.
     log_half = base.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor() + math.log2(torch.finfo(dtype).eps) - 1

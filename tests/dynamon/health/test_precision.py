@@ -93,6 +93,13 @@ def test_a_warm_up_is_waited_for_and_the_end_of_a_schedule_is_left_out():
     assert rules(run(1.0, rate=0.0)) == ["lr/zero"] or rules(run(1.0, rate=0.0)) == []
 
 
+def test_a_single_layer_in_float32_is_left_out():
+    """The bias before a BatchNorm has a gradient of rounding alone, and nothing else need tell so."""
+    data = run([0.0, 1.0, 0.0], bits=24)
+    del data.tables["gradient/l2"]
+    assert rules(data) == []
+
+
 def test_layers_whose_gradient_is_rounding_are_left_out():
     assert rules(run([0.1, 1.0, 0.2], gradient=[1.0, 1e-9, 1.0])) == []
 

@@ -197,6 +197,14 @@ def test_few_moves_against_the_rounding_do_not_excuse_the_rest(name):
     assert measured(module, optimizer, before, 1e-5)[0] > 0.7
 
 
+def test_what_others_hold_still_is_not_lost_in_rounding():
+    """A projection, a mask, or an optimizer that steps copies."""
+    module, optimizer, before = stepped(OPTIMIZERS["AdamW"], torch.bfloat16, 1e-2)
+    with torch.no_grad():
+        module.weight.copy_(before)
+    assert measured(module, optimizer, before, 1e-2)[0] < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_ranges_are_those_of_real_casts(dtype):
     generator = torch.Generator().manual_seed(0)
