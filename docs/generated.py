@@ -197,6 +197,38 @@ def spectra_table() -> str:
     return f"{table(head, rows)}\n{provenance(found['environment'])}"
 
 
+def precision_table() -> str:
+    """What weights in bfloat16 lose, and what that costs."""
+    if not (RESULTS / "precision.json").exists():
+        return "`python -m benchmarks.precision` has not been run with this version.\n"
+    found = _result("precision")
+    rows = [
+        (
+            f"{run['rate']:g}",
+            f"`{run['precision']}`",
+            f"{run['loss']:.3f}",
+            *(
+                f"{run['kinds'][kind][what]:{form}}"
+                for what, form in (("size", ".2g"), ("lost", ".0%"), ("moved at all", ".0%"))
+                for kind in ("matrices", "gains")
+            ),
+            f"{run['decay lost']:.0%}",
+            ", ".join(f"`{rule}` ({count} of {run['layers']})" for rule, count in run["findings"].items()) or "none",
+        )
+        for run in found["results"]
+    ]
+    sizes = (
+        "size, matrices",
+        "size, gains",
+        "lost, matrices",
+        "lost, gains",
+        "ever moved, matrices",
+        "ever moved, gains",
+    )
+    head = ("rate", "precision", "loss", *sizes, "decay lost", "findings, with layers")
+    return f"{table(head, rows)}\n{provenance(found['environment'])}"
+
+
 def distributed_table() -> str:
     """Readings of several processes against those of one on all samples."""
     found = _result("distributed")
@@ -425,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readings": readings_table,
     "sharpness": sharpness_table,
     "spectra": spectra_table,
+    "precision": precision_table,
     "tracking": tracking_table,
     "adaptive": adaptive_tables,
     "faults": fault_tables,

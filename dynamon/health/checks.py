@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import batches, gradients, limits, loss, monitoring, weights
+from dynamon.health import batches, gradients, limits, loss, monitoring, precision, weights
 from dynamon.health.finding import Finding
 from dynamon.health.loss import Loss
 from dynamon.health.series import (
@@ -139,6 +139,20 @@ def _slowest(data: RunData, known: Loss) -> str | None:
     columns = layer_columns(data, "update/ratio")
     found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
     return f"least {min(found)[0]:.3g} of its weight at the end, {min(found)[1]}" if found else None
+
+
+def _most_lost(data: RunData, known: Loss) -> str | None:
+    return _most(data, "precision/update_lost")
+
+
+def _lost_decay(data: RunData, known: Loss) -> str | None:
+    return _most(data, "precision/decay_lost")
+
+
+def _most(data: RunData, quantity: str) -> str | None:
+    columns = layer_columns(data, quantity)
+    found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
+    return f"at most {max(found)[0]:.0%} lost at the end, {max(found)[1]}" if found else None
 
 
 def _update_size(data: RunData, known: Loss) -> str | None:
@@ -302,6 +316,20 @@ RULES: tuple[Rule, ...] = (
         f"below {limits.STILL_UPDATE:g} at {limits.CONSECUTIVE} readings to the end, while others move",
         "update/ratio",
         names=("update/stopped", "update/never"),
+    ),
+    Rule(
+        precision.swallowed_updates,
+        _most_lost,
+        "weights hold their updates",
+        f"{limits.MOST_LOST:.0%} lost at {limits.FEW} readings from the first on, in half precision {_LASTING}",
+        "precision/update_lost",
+    ),
+    Rule(
+        precision.lost_decay,
+        _lost_decay,
+        "half precision leaves weight decay",
+        f"{limits.MOST_LOST:.0%} lost in half of the layers at {limits.CONSECUTIVE} readings",
+        "precision/decay_lost",
     ),
     Rule(
         weights.large_updates,

@@ -10,6 +10,7 @@ from dynamon.quantities.entries.guard import GUARD
 from dynamon.quantities.entries.lr import LR
 from dynamon.quantities.entries.noise import NOISE
 from dynamon.quantities.entries.own import DYNAMON
+from dynamon.quantities.entries.precision import PRECISION
 from dynamon.quantities.entries.progress import PROGRESS
 from dynamon.quantities.entries.sharpness import SHARPNESS
 from dynamon.quantities.entries.spectrum import SPECTRUM
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 REGISTRY: dict[str, Quantity] = by_tag(
-    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, GUARD, ADVICE, DYNAMON
+    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, PRECISION, SPECTRUM, LR, GUARD, ADVICE, DYNAMON
 )
 
 

@@ -46,6 +46,8 @@ def good() -> RunData:
         "weight/operator": table(1.0, 2.0, 3.0),
         "spectrum/stable_rank": table(5.0, 7.0, 3.5),
         "lr/ratio": table(0.5, 0.7, 0.9),
+        "precision/update_lost": table(0.1, 0.2, 0.3),
+        "precision/decay_lost": table(0.1, 0.2, 0.3),
     }
     return RunData({tag: Series(STEPS, values) for tag, values in scalars.items()}, tables)
 
