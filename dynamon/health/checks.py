@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import gradients, limits, loss, monitoring, weights
+from dynamon.health import batches, gradients, limits, loss, monitoring, weights
 from dynamon.health.finding import Finding
 from dynamon.health.loss import Loss
 from dynamon.health.series import (
@@ -109,6 +109,11 @@ def _left_by_clipping(data: RunData, known: Loss) -> str | None:
     _, own, other = np.intersect1d(before.steps, after.steps, return_indices=True)
     gone = (before.values[own] > 0) & (after.values[other] == 0)
     return f"{_share(gone)} with nothing left" if len(gone) else None
+
+
+def _alike(data: RunData, known: Loss) -> str | None:
+    series = data.scalars.get("gradient/cosine")
+    return None if series is None or not len(series) else f"median {_middle(series.values)}"
 
 
 def _growth(data: RunData, known: Loss) -> str | None:
@@ -259,6 +264,14 @@ RULES: tuple[Rule, ...] = (
         names=("gradient/vanished",),
     ),
     Rule(
+        batches.repeated_batches,
+        _alike,
+        "batches differ: cosine of successive gradients",
+        f"{limits.ALIKE_GRADIENTS:g} at {limits.CONSECUTIVE} readings, after at most {limits.UNLIKE_GRADIENTS:g}",
+        f"gradient/cosine with {limits.LONG + limits.CONSECUTIVE} readings",
+        names=("gradient/repeated",),
+    ),
+    Rule(
         gradients.growing_gradients,
         _growth,
         "gradients of single layers do not jump",
@@ -270,7 +283,7 @@ RULES: tuple[Rule, ...] = (
         gradients.hard_clipping,
         _clipping,
         "clipping leaves part of the gradient",
-        f"below {limits.HARD_CLIPPING:g} {_LASTING}",
+        f"below {limits.HARD_CLIPPING:g} {_LASTING}, or a {limits.JUMP:g}th of what it was",
         "gradient/clip_coefficient",
         names=("gradient/clipping",),
     ),

@@ -22,6 +22,10 @@ LARGE_UPDATE = 0.5  # of the weight in one step; usual is 1e-3, and 0.1 under hi
 HARD_CLIPPING = 1e-3  # what clipping leaves; sums over tokens come to a hundredth
 FAR_ABOVE = 2.0  # stability ratio: a probe's may well read some tenths above 1
 
+# Cosines of successive gradients.
+ALIKE_GRADIENTS = 0.9  # of one batch again and again, until it is learned by heart
+UNLIKE_GRADIENTS = 0.5  # median before: batches of healthy runs are below it once the first steps are over
+
 # Standard deviations of a single reading.
 NOISE_SIGMAS = 6.0
 LOSS_NOISE_SIGMAS = 8.0  # for the loss, whose batches come in an order and may resemble their neighbours

@@ -6,6 +6,7 @@ words and scales of the tab, the rows of ``dynamon report --text`` and what test
 
 from dynamon.quantities.entries.advice import ADVICE
 from dynamon.quantities.entries.gradient import GRADIENT
+from dynamon.quantities.entries.guard import GUARD
 from dynamon.quantities.entries.lr import LR
 from dynamon.quantities.entries.noise import NOISE
 from dynamon.quantities.entries.own import DYNAMON
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 REGISTRY: dict[str, Quantity] = by_tag(
-    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, ADVICE, DYNAMON
+    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, GUARD, ADVICE, DYNAMON
 )
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = ("linear", "log")
-CADENCES = ("gradient", "weight", "sharpness", "steps", "progress", "advice", "steering", "monitor")
+CADENCES = ("gradient", "weight", "sharpness", "steps", "progress", "advice", "steering", "guard", "monitor")
 
 
 class Scope(Enum):
