@@ -13,7 +13,8 @@ _CATEGORIES = {
     "progress": "3 Rates",
     "steering": "3 Rates",
     "weight": "4 Weights",
-    "monitor": "5 dynamon",
+    "activation": "5 Activations",
+    "monitor": "6 dynamon",
 }  # by the meter that measures a quantity
 
 
