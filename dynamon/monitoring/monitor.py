@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
 from dynamon.health import LOSS_TAG, Finding
+from dynamon.monitoring.alerts import AlertSettings
 from dynamon.monitoring.arguments import BadArgumentError
 from dynamon.monitoring.budget import Budget, overhead_of
 from dynamon.monitoring.failures import Failures, first_line
@@ -47,6 +48,8 @@ class Monitor(MeterScheduler):
         grace: Seconds that it may take beyond its share, once.
         roles: Roles of layers by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`.
         geometry: Geometry of the optimizers, or of some by class name; see :class:`dynamon.callbacks.GradientMonitor`.
+        on_finding: Called with each new finding; see :class:`dynamon.callbacks.DynamicsMonitor`.
+        stop_on: Health rules and severities at which training stops, likewise.
     """
 
     def __init__(
@@ -59,9 +62,12 @@ class Monitor(MeterScheduler):
         grace: float = GRACE,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
     ) -> None:
         """Remember what to measure."""
         super().__init__()
+        self.alert_settings = AlertSettings.checked(on_finding, stop_on)
         self._make_meters, self._grace = make_meters, grace
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
         self._stated = Stated(roles, geometry)
@@ -111,14 +117,21 @@ class Monitor(MeterScheduler):
 
     @property
     def failures(self) -> int:
-        """Measurements that failed so far, and calls of loggers that did."""
-        return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
+        """Measurements that failed so far, calls of loggers that did, and alerts."""
+        of_run = 0 if self._run is None else self._run.failures
+        return self._failures + self._recorder.failures + self._health.failures + of_run
+
+    @property
+    def asks_to_stop(self) -> bool:
+        """Return whether a finding of ``stop_on`` was met, on the first process."""
+        return self._health.asks_to_stop
 
     def shared_settings(self) -> dict[str, Any]:
         """Return by name the arguments that the parts of a :class:`dynamon.callbacks.DynamicsMonitor` share."""
         stated = {"roles": self._stated.roles, "geometry": self._stated.geometry}
         own = {"budget": self._fraction, "grace": self._grace, "layers": self._patterns, "loggers": self._loggers}
-        return {**own, "strict": self._strict, **stated}
+        alerts = {"on_finding": self.alert_settings.on_finding, "stop_on": self.alert_settings.stop_on or None}
+        return {**own, "strict": self._strict, **stated, **alerts}
 
     def measures(self, quantity: str) -> bool:
         """Return whether a per-layer quantity is measured."""
@@ -147,7 +160,7 @@ class Monitor(MeterScheduler):
         self._state = self.state_dict()
         self._failures += self._run.failures
         self._in_a_row, self._resting = Failures(), set[str]()
-        self._run.failures = 0
+        self._run.failures, self._health.asks_to_stop = 0, False
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -227,6 +240,7 @@ class Monitor(MeterScheduler):
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
             self._run.go_back()
+            self._health.begin(self._run, self._watches_health())
             if self._run.planner.has_begun:
                 self._run.planner.begin(step, None, self._run.trying_out)
         self._next_step = step
@@ -238,6 +252,8 @@ class Monitor(MeterScheduler):
             self._run.hook()
             self._run.steps.batch_start()
             self._go_back_to(self._run.step)
+            if not self._health.has_begun:
+                self._health.begin(self._run, self._watches_health())
             if not self._run.planner.has_begun:  # a resumed run knows its step from its first batch on
                 total = self._run.loop.total_steps if self._run.step == 0 else None
                 self._run.planner.begin(self._run.step, total, self._run.trying_out)
@@ -312,6 +328,8 @@ class Monitor(MeterScheduler):
         mean = loss.mean()
         if mean is not None:
             self._recorder.scalars({LOSS_TAG: mean})
+        if loss.asks_to_stop and self._run is not None:
+            self._run.loop.request_stop()
 
     def pause(self) -> None:
         """Stop the clock: what follows is not training."""
@@ -347,6 +365,7 @@ class Monitor(MeterScheduler):
     def close(self) -> None:
         """Leave nothing behind, however training has ended."""
         self._end_meters()
+        self._health.close(0.0)
 
     def _end_meters(self) -> None:
         for meter in self._meters:
@@ -361,9 +380,10 @@ class Monitor(MeterScheduler):
             run.steps.remove()
 
     def last_look(self) -> None:
-        """Apply the health rules for the last time."""
+        """Apply the health rules for the last time, and wait for alerts for some seconds."""
         if self._run is not None and self._watches_health():
             self._health.look(self._run, *self._histories(), is_last=True)
+            self._health.close()
 
     def _watches_health(self) -> bool:
         """Return whether this monitor speaks for all of them: the first one does, on the first process."""
