@@ -7,10 +7,12 @@ from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import ShardedParameters
 from dynamon.curvature.distributed.sharded import ShardedGradients
 from dynamon.curvature.operators.backends import Gradients
+from dynamon.distributed.dtensor import is_sharded
 from dynamon.isolation.evaluations import Evaluations
 from dynamon.monitoring.activation_reading import Table, read_activations
 from dynamon.monitoring.activation_watch import ActivationWatch
 from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.evaluation import trained_parameters
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.run_context import RunContext
@@ -35,6 +37,11 @@ class ActivationMeter(Meter):
         """Remember them."""
         super().__init__(cadence)
         self.probe, self._patterns = probe, patterns
+
+    def start(self, run: RunContext) -> None:
+        """Leave sharded parameters where they are: a pass gathers them layer by layer; sharpness gathers for itself."""
+        if self.probe.subject == self.name:
+            self.probe.gathers = not all(is_sharded(p) for p in trained_parameters(run).values())
 
     def is_off(self) -> bool:
         """Return whether the loss cannot be evaluated on a probe."""

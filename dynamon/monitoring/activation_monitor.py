@@ -1,4 +1,4 @@
-"""What modules return: sizes, outliers, dead units, gradients of outputs, and the logits of attention."""
+"""Measure what modules return: sizes, outliers, dead units, gradients of outputs, and the logits of attention."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +17,7 @@ from dynamon.quantities import quantities_of, with_tag_table
 
 @with_tag_table(quantities_of("activation", "monitor"))
 class ActivationMonitor(Monitor):
-    r"""What modules return during training: sizes, outliers, dead units, gradients that come back, attention logits.
+    r"""Sizes of what modules return during training, outliers, dead units, gradients that come back, attention logits.
 
     The training loss and one gradient are evaluated on a held probe, as in :class:`SharpnessMonitor`: a share of the
     first batches, in train mode, with the same dropout masks each time, uncompiled. Hooks are there during that
@@ -51,7 +51,8 @@ class ActivationMonitor(Monitor):
     {tags}
 
     Under DDP and FSDP2 each process has its part of the probe, and sums and maxima are those of all processes.
-    Parameters that FSDP2 has dealt out are gathered layer by layer, as in training. It is off where sharpness is off.
+    Parameters that FSDP2 has dealt out are gathered layer by layer, as in training (in :class:`DynamicsMonitor` all at
+    once, where sharpness gathers them). It is off where sharpness is off.
 
     Args:
         every_n_steps: Measure at every step that is a multiple of this; where a step was not taken, at the next one
@@ -72,8 +73,8 @@ class ActivationMonitor(Monitor):
     Raises:
         ValueError: On an argument out of range, at construction; on globs that match no module, when fit starts.
 
-    Cost: the loss and its gradient on the probe, and some six passes over each output. On the device eleven calls an
-    output, one an activation function more, some forty an attention call.
+    Cost: the loss and its gradient on the probe, and some six passes over each output. On the device twelve calls an
+    output, two more an activation function, 34 a call of attention.
 
     Memory, beyond the activations of a gradient on the probe: three copies of the parameters, and one copy of the
     largest output in float32.
@@ -112,8 +113,9 @@ class ActivationMonitor(Monitor):
 
     def shared_settings(self) -> dict[str, Any]:
         """Return by name the arguments that the parts of a :class:`dynamon.callbacks.DynamicsMonitor` share."""
-        own = {name: value for name, value in super().shared_settings().items() if name not in ("roles", "geometry")}
-        return {**own, "layers": self._modules, **self._of_probe}
+        not_here = ("roles", "geometry", "layers")  # its globs are for modules
+        own = {name: value for name, value in super().shared_settings().items() if name not in not_here}
+        return {**own, **self._of_probe}
 
     def _join(self, loop: Loop, steps_seen: int) -> None:
         """Check the globs for modules, and take part in the loop."""
