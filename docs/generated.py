@@ -29,6 +29,7 @@ WRITERS = {
     "sharpness": "`SharpnessMonitor`",
     "steps": "`SharpnessMonitor`",
     "progress": "`SharpnessMonitor`",
+    "activation": "`ActivationMonitor`",
     "steering": "`LayerwiseLR`",
     "guard": "`SpikeGuard`",
     "advice": "`RateAdvisor`",
@@ -89,13 +90,15 @@ def preset_table() -> str:
             _steps(preset.gradients),
             _steps(preset.weights),
             _steps(preset.sharpness),
+            "never" if preset.activations is None else _steps(preset.activations),
             ", ".join(f"`{q}`" for q in preset.quantities),
             f"{preset.probe_fraction:g} of a batch",
             "yes" if preset.histograms else "no",
         )
         for name, preset in PRESETS.items()
     ]
-    head = ("preset", "gradients every", "weights every", "sharpness every", "of sharpness", "probe", "histograms")
+    head = ("preset", "gradients every", "weights every", "sharpness every")
+    head += ("activations every", "of sharpness", "probe", "histograms")
     return table(head, rows)
 
 

@@ -89,7 +89,7 @@ class Monitor(HealthCaller):
         """Begin like new: a monitor may see several fits."""
         self._meters = self._make_meters()
         self._budget = Budget(self._fraction, self._grace)
-        self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
+        self._recorder = Recorder(self._loggers, [tag for m in self._meters for tag in m.quantities], self._strict)
         self._detach()
         self._run: RunContext | None = None
         self._forget_failures()

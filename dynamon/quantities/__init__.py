@@ -4,7 +4,9 @@ What a monitor declares, the tables of tags in docstrings and docs, the charts a
 words and scales of the tab, the rows of ``dynamon report --text`` and what tests expect of a run are derived from it.
 """
 
+from dynamon.quantities.entries.activation import ACTIVATION
 from dynamon.quantities.entries.advice import ADVICE
+from dynamon.quantities.entries.attention import ATTENTION
 from dynamon.quantities.entries.gradient import GRADIENT
 from dynamon.quantities.entries.guard import GUARD
 from dynamon.quantities.entries.lr import LR
@@ -33,7 +35,20 @@ __all__ = [
 ]
 
 REGISTRY: dict[str, Quantity] = by_tag(
-    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, PRECISION, SPECTRUM, LR, GUARD, ADVICE, DYNAMON
+    SHARPNESS,
+    PROGRESS,
+    GRADIENT,
+    NOISE,
+    WEIGHT,
+    UPDATE,
+    PRECISION,
+    SPECTRUM,
+    ACTIVATION,
+    ATTENTION,
+    LR,
+    GUARD,
+    ADVICE,
+    DYNAMON,
 )
 
 
