@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import gradients, limits, loss, monitoring, weights
+from dynamon.health import gradients, limits, loss, monitoring, spikes, weights
 from dynamon.health.finding import Finding
 from dynamon.health.loss import Loss
 from dynamon.health.series import (
@@ -123,6 +123,13 @@ def _clipping(data: RunData, known: Loss) -> str | None:
     return None if series is None or not len(series) else f"clipping leaves {_middle(series.values)} in the median"
 
 
+def _spikes(data: RunData, known: Loss) -> str | None:
+    largest = data.scalars.get("spike/deviation")
+    if largest is None or not len(largest):
+        return None
+    return f"{len(list(spikes.find_spikes(data)))} spikes; at most {largest.values.max():.3g} deviations"
+
+
 def _any_update(data: RunData, known: Loss) -> str | None:
     table = data.tables.get("update/operator")
     return None if table is None else f"{_share(all_zero(table)[1])} zero"
@@ -236,6 +243,13 @@ RULES: tuple[Rule, ...] = (
         "clipping leaves a gradient",
         "any; a fault at 3 consecutive readings",
         "gradient/norm and gradient/norm_clipped",
+    ),
+    Rule(
+        spikes.spikes,
+        _spikes,
+        "no step is far above its usual level",
+        f"{limits.SPIKE:g} robust deviations at a single step",
+        "spike/deviation, which the sentinel of DynamicsMonitor writes",
     ),
     Rule(
         gradients.growing_gradients,

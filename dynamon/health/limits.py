@@ -23,6 +23,7 @@ HARD_CLIPPING = 1e-3  # what clipping leaves; sums over tokens come to a hundred
 FAR_ABOVE = 2.0  # stability ratio: a probe's may well read some tenths above 1
 
 # Standard deviations of a single reading.
+SPIKE = 10.0  # of a step above its usual level: 6.4 is the most of a million Gaussian numbers, 11 of Laplacian ones
 NOISE_SIGMAS = 6.0
 LOSS_NOISE_SIGMAS = 8.0  # for the loss, whose batches come in an order and may resemble their neighbours
 CLEAR_SIGMAS = 3.0  # where nine tenths of many readings agree already

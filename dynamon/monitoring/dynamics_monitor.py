@@ -13,8 +13,10 @@ from dynamon.monitoring.gradient_monitor import GradientMonitor
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
+from dynamon.monitoring.sentinel import Sentinel
 from dynamon.monitoring.sharpness_monitor import QUANTITIES, SharpnessMonitor
 from dynamon.monitoring.weight_monitor import WeightMonitor
+from dynamon.quantities import quantities_of, with_tag_table
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ PRESETS = {
 }
 
 
+@with_tag_table(quantities_of("sentinel"))
 class DynamicsMonitor(Monitor):
     """Gradients, weights and sharpness in one callback, with one budget and one pass over the gradients.
 
@@ -92,6 +95,13 @@ class DynamicsMonitor(Monitor):
     given here, not to a part. A part without ``every_n_steps`` has that of this monitor. The arguments from
     ``quantities`` to ``convolutions`` change the preset's own parts.
 
+    Beside the parts a sentinel looks at every step for spikes: the gradient before clipping and the update of each
+    layer, and the loss, each against its usual level. It takes at most a quarter of the budget, where that is not
+    enough it looks at every k-th step only, and says so; with ``every_n_steps``, or without a budget, it looks at all
+    of them. Its tags:
+
+    {tags}
+
     Under DDP every reading is that of all processes, and the budget is kept by the first one's clock.
 
     Args:
@@ -122,6 +132,7 @@ class DynamicsMonitor(Monitor):
         weights: The weight part, likewise.
         roles: As in :class:`GradientMonitor`.
         geometry: As there.
+        sentinel: Whether to look at every step for spikes, within a quarter of the budget.
 
     Attributes:
         history: Everything measured, as arrays: ``monitor.history["noise/dual"].values`` is ``[T, L]``.
@@ -162,6 +173,7 @@ class DynamicsMonitor(Monitor):
         weights: WeightMonitor | None = None,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
+        sentinel: bool = True,
     ) -> None:
         """Check the arguments, and take the parts together."""
         if preset not in PRESETS:
@@ -189,6 +201,8 @@ class DynamicsMonitor(Monitor):
             check_part(name, part, {**of_sharpness, "histograms": histograms, "convolutions": convolutions})
         own = [self._given.get(name, part) for name, part in parts.items()]
         makes = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
+        if sentinel:
+            makes.append(partial(_sentinel, every_n_steps is not None or budget is None, type(self).__name__))
         super().__init__(partial(_meters, makes), budget, layers, loggers, strict, grace, roles, geometry)
         self.preset = preset
 
@@ -206,6 +220,11 @@ class DynamicsMonitor(Monitor):
 def _meters(makes: Sequence[Callable[[], list[Meter]]]) -> list[Meter]:
     """Make the meters of all parts."""
     return [meter for make in makes for meter in make()]
+
+
+def _sentinel(looks_always: bool, name: str) -> list[Meter]:
+    """Make what looks at every step."""
+    return [Sentinel(looks_always, name)]
 
 
 def _preset_parts(

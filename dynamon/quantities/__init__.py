@@ -12,6 +12,7 @@ from dynamon.quantities.entries.own import DYNAMON
 from dynamon.quantities.entries.progress import PROGRESS
 from dynamon.quantities.entries.sharpness import SHARPNESS
 from dynamon.quantities.entries.spectrum import SPECTRUM
+from dynamon.quantities.entries.spike import SPIKE
 from dynamon.quantities.entries.update import UPDATE
 from dynamon.quantities.entries.weight import WEIGHT
 from dynamon.quantities.registry import ALWAYS, Condition, Quantity, Scope, by_tag, meanings
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 REGISTRY: dict[str, Quantity] = by_tag(
-    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, ADVICE, DYNAMON
+    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, ADVICE, SPIKE, DYNAMON
 )
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = ("linear", "log")
-CADENCES = ("gradient", "weight", "sharpness", "steps", "progress", "advice", "steering", "monitor")
+CADENCES = ("gradient", "weight", "sharpness", "steps", "progress", "advice", "steering", "sentinel", "monitor")
 
 
 class Scope(Enum):
@@ -45,6 +45,8 @@ class Condition(Flag):
     ONE_RATE = auto()
     POSITIVE_CURVATURE = auto()
     DESCENDS = auto()
+    SPIKED = auto()
+    KEEPS_STATE = auto()
 
     @property
     def words(self) -> str:
@@ -76,6 +78,8 @@ _WORDS = {
     Condition.ONE_RATE: "where there is one learning rate only",
     Condition.POSITIVE_CURVATURE: "where the loss curves upwards along the update",
     Condition.DESCENDS: "where the update begins by lowering the loss on the probe",
+    Condition.SPIKED: "after a spike",
+    Condition.KEEPS_STATE: "where an optimizer keeps averages",
 }
 
 

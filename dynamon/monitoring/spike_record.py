@@ -1,0 +1,115 @@
+"""Tell spikes from one another, and record them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dynamon.monitoring.levels import PATIENCE
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.sentinel_tracker import KINDS, Judged
+
+
+@dataclass
+class _Spike:
+    """Hold a spike that is not over: its begin, its optimizer, what is watched for its end, and the steps seen."""
+
+    step: int
+    tracker: int
+    kinds: frozenset[str]
+    looks: int = 0
+
+
+class SpikeRecord:
+    """Counts spikes, finds out when each is over, and hands on readings.
+
+    A spike begins where something goes beyond its limit while no other spike lasts. It is over when the gradients and
+    the loss that began it are well within their limits again; if it was the update alone, when that is. Running
+    averages of an optimizer come back slowly: what is left in them of a spike that is over begins no other one.
+    """
+
+    def __init__(self) -> None:
+        """No spike so far."""
+        self._count = 0
+        self._open: _Spike | None = None
+        self._step = -1  # of the last step that was judged
+        self._largest: dict[str, float] = {}
+        self._layers: dict[str, float] = {}
+        self._row: dict[str, float] = {}
+        self._has_row = False
+
+    def add(self, step: int, tracker: int, out: set[str], found: Judged) -> bool:
+        """Take in a judged step of an optimizer.
+
+        Args:
+            step: The step.
+            tracker: The place of the optimizer.
+            out: What of it was beyond its limit before, which is brought up to date.
+            found: What was found.
+
+        Returns:
+            Whether a spike has begun.
+        """
+        self._step = step
+        for kind, deviation in found.kinds.items():
+            self._largest[kind] = max(self._largest.get(kind, -math.inf), deviation)
+        for name, deviation in zip(found.names, found.layers.tolist(), strict=True):
+            self._layers[name] = max(self._layers.get(name, -math.inf), deviation)
+        risen = found.out - out
+        out -= found.back
+        out |= found.out
+        begins = bool(risen) and self._open is None
+        if begins:
+            self._open = _Spike(step, tracker, risen - {"update"} or risen)
+            self._count += 1
+        elif self._open is not None and self._open.tracker == tracker:
+            self._follow(self._open, step, out)
+        return begins
+
+    def _follow(self, spike: _Spike, step: int, out: set[str]) -> None:
+        spike.looks += 1
+        if spike.looks >= PATIENCE:
+            self._open = None
+        elif not out & spike.kinds:
+            self._row["spike/lasted"] = float(step - spike.step)
+            self._open, self._has_row = None, True
+
+    def spiked(self, batch: Mapping[str, float]) -> None:
+        """Record the spike that has begun."""
+        self._row |= batch
+        self._has_row = True
+
+    def log(self, run: RunContext) -> None:
+        """Record the largest deviations since the last time."""
+        self._has_row = self._has_row or bool(self._largest)
+        self.send(run)
+
+    def send(self, run: RunContext) -> None:
+        """Hand on what is to be recorded, at the step that was judged last."""
+        if not self._has_row:
+            return
+        scalars = {f"spike/{kind}": self._largest[kind] for kind in KINDS if kind in self._largest}
+        if scalars:
+            scalars["spike/deviation"] = max(scalars.values())
+        scalars["spike/count"] = float(self._count)
+        shown = [layer.name for layer in run.layers if layer.name in self._layers]
+        tables = {"spike/layer_deviation": (np.array([self._layers[name] for name in shown]), tuple(shown))}
+        row, self._row, self._has_row = {**scalars, **self._row}, {}, False
+        self._largest, self._layers = {}, {}
+        run.recorder.hand_on(run.loop, self._step, run.budget, row, tables if shown else {}, ("spike/deviation",))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        spike = self._open
+        begun = None if spike is None else [spike.step, spike.tracker, sorted(spike.kinds), spike.looks]
+        return {"count": self._count, "open": begun, "largest": dict(self._largest), "layers": dict(self._layers)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it up."""
+        begun = state["open"]
+        self._count = int(state["count"])
+        self._open = None if begun is None else _Spike(begun[0], begun[1], frozenset(begun[2]), begun[3])
+        self._largest, self._layers = dict(state["largest"]), dict(state["layers"])
+        self._row, self._has_row = {}, False
