@@ -127,7 +127,7 @@ class Sentinel(Meter):
             for look in self._queue:
                 look.row.wait()
             self._judge_arrived(run)
-            self._record.log(run)
+            self._record.log(run, is_end=True)
         self._forget_batch()
         self._queue.clear()
         self._run = None

@@ -38,7 +38,8 @@ class OptimizerNorms:
         layers: The L layers that the optimizer holds.
 
     Cost: one foreach norm for gradients, and one each for m and for v: three device calls where all have one dtype,
-    which read gradients and state once. Nothing waits for the device. Of sharded tensors (FSDP2) the part of this process counts.
+    which read gradients and state once. Nothing waits for the device. Of sharded tensors (FSDP2) the part of this
+    process counts.
     """
 
     def __init__(self, optimizer: Optimizer, layers: Sequence[Layer]) -> None:

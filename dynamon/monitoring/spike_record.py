@@ -81,10 +81,13 @@ class SpikeRecord:
         self._row |= batch
         self._has_row = True
 
-    def log(self, run: RunContext) -> None:
-        """Record the largest deviations since the last time."""
+    def log(self, run: RunContext, is_end: bool = False) -> None:
+        """Record the largest deviations since the last time; at the end of a fit for a run that may go on from there."""
         self._has_row = self._has_row or bool(self._largest)
+        since = dict(self._largest), dict(self._layers)
         self.send(run)
+        if is_end:
+            self._largest, self._layers = since
 
     def send(self, run: RunContext) -> None:
         """Hand on what is to be recorded, at the step that was judged last."""
