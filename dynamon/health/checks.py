@@ -55,6 +55,7 @@ class Rule:
         words: What it checks.
         limit: From what on it reports something.
         needs: The readings that it needs.
+        names: The names that its findings can have.
     """
 
     find: Callable[[RunData, Loss], Iterator[Finding]]
@@ -62,6 +63,7 @@ class Rule:
     words: str
     limit: str
     needs: str
+    names: tuple[str, ...] = ()
 
 
 def _finite_loss(data: RunData, known: Loss) -> str | None:
@@ -207,21 +209,37 @@ def _layers(names: tuple[str, ...] | None) -> str:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(loss.broken_loss, _finite_loss, "loss is finite", "not finite at the last reading", "a training loss"),
+    Rule(
+        loss.broken_loss,
+        _finite_loss,
+        "loss is finite",
+        "not finite at the last reading",
+        "a training loss",
+        names=("loss/nonfinite",),
+    ),
     Rule(
         loss.diverging,
         _level,
         "loss does not rise again",
         "half of what was gained is lost, beyond noise",
         f"a training loss with {2 * limits.CONSECUTIVE} readings",
+        names=("loss/rising",),
     ),
-    Rule(loss.constant_loss, _different, "loss changes", f"the same number {_LASTING}", "a training loss"),
+    Rule(
+        loss.constant_loss,
+        _different,
+        "loss changes",
+        f"the same number {_LASTING}",
+        "a training loss",
+        names=("loss/constant",),
+    ),
     Rule(
         loss.unstable,
         _ratio,
         "steps fit the curvature: stability ratio",
         f"above {limits.FAR_ABOVE:g} at 3 consecutive readings while the loss rises",
         "sharpness/stability_ratio",
+        names=("sharpness/unstable",),
     ),
     Rule(
         gradients.nonfinite_gradients,
@@ -229,6 +247,7 @@ RULES: tuple[Rule, ...] = (
         "gradients are finite",
         "any; a fault if it lasts",
         "gradient/nonfinite",
+        names=("gradient/nonfinite",),
     ),
     Rule(
         gradients.no_gradients,
@@ -236,6 +255,7 @@ RULES: tuple[Rule, ...] = (
         "gradients reach the weights",
         f"all zero {_LASTING}",
         "gradient/norm or gradient/l2",
+        names=("gradient/none",),
     ),
     Rule(
         gradients.vanished_by_clipping,
@@ -243,6 +263,7 @@ RULES: tuple[Rule, ...] = (
         "clipping leaves a gradient",
         "any; a fault at 3 consecutive readings",
         "gradient/norm and gradient/norm_clipped",
+        names=("gradient/vanished",),
     ),
     Rule(
         spikes.spikes,
@@ -250,6 +271,7 @@ RULES: tuple[Rule, ...] = (
         "no step is far above its usual level",
         f"{limits.SPIKE:g} robust deviations at a single step",
         "spike/deviation, which the sentinel of DynamicsMonitor writes",
+        names=("spike/deviation", "spike/many"),
     ),
     Rule(
         gradients.growing_gradients,
@@ -257,6 +279,7 @@ RULES: tuple[Rule, ...] = (
         "gradients of single layers do not jump",
         f"{limits.JUMP:g} times the past within {limits.CONSECUTIVE} readings, beyond noise",
         f"gradient/l2 with {limits.PAST + limits.CONSECUTIVE} readings",
+        names=("gradient/growth",),
     ),
     Rule(
         gradients.hard_clipping,
@@ -264,14 +287,23 @@ RULES: tuple[Rule, ...] = (
         "clipping leaves part of the gradient",
         f"below {limits.HARD_CLIPPING:g} {_LASTING}",
         "gradient/clip_coefficient",
+        names=("gradient/clipping",),
     ),
-    Rule(weights.no_updates, _any_update, "weights move", f"all updates zero {_LASTING}", "update/operator"),
+    Rule(
+        weights.no_updates,
+        _any_update,
+        "weights move",
+        f"all updates zero {_LASTING}",
+        "update/operator",
+        names=("update/none", "lr/zero"),
+    ),
     Rule(
         weights.stopped_layers,
         _slowest,
         "every layer moves: update over weight",
         f"below {limits.STILL_UPDATE:g} at {limits.CONSECUTIVE} readings to the end, while others move",
         "update/ratio",
+        names=("update/stopped", "update/never"),
     ),
     Rule(
         weights.large_updates,
@@ -279,6 +311,7 @@ RULES: tuple[Rule, ...] = (
         "steps are small against weights",
         f"above {limits.LARGE_UPDATE:g} {_LASTING}",
         "update/ratio",
+        names=("update/large",),
     ),
     Rule(
         gradients.dead_gradients,
@@ -286,6 +319,7 @@ RULES: tuple[Rule, ...] = (
         "every layer has a gradient that is not zero",
         f"zero {_LASTING}, while others are not",
         "gradient/l2",
+        names=("gradient/dead",),
     ),
     Rule(
         gradients.unused_layers,
@@ -293,6 +327,7 @@ RULES: tuple[Rule, ...] = (
         "every layer in an optimizer gets a gradient",
         f"none at {limits.CONSECUTIVE} or more readings to the end",
         "gradient/l2 and update/operator",
+        names=("gradient/unused",),
     ),
     Rule(
         weights.exploding_weights,
@@ -300,6 +335,7 @@ RULES: tuple[Rule, ...] = (
         "operator norms do not explode",
         f"{limits.JUMP:g} times within ten readings, or {limits.JUMP**2:g} times",
         f"weight/operator with {2 * limits.CONSECUTIVE} readings",
+        names=("weight/exploding",),
     ),
     Rule(
         weights.collapsed_ranks,
@@ -307,6 +343,7 @@ RULES: tuple[Rule, ...] = (
         "weights keep their rank",
         f"near 1 at {limits.FEW} readings to the end, by both ranks",
         "spectrum/stable_rank",
+        names=("spectrum/collapse",),
     ),
     Rule(
         monitoring.steering_at_bounds,
@@ -314,13 +351,23 @@ RULES: tuple[Rule, ...] = (
         "steering stays within its bounds",
         f"half of the layers {_LASTING}",
         "lr/bounded and lr/ratio",
+        names=("lr/bounded",),
     ),
-    Rule(monitoring.failed_measurements, _failures, "measurements succeed", "any", "dynamon/failures"),
+    Rule(
+        monitoring.failed_measurements,
+        _failures,
+        "measurements succeed",
+        "any",
+        "dynamon/failures",
+        names=("dynamon/failures",),
+    ),
     Rule(
         monitoring.missing_readings,
         _solved,
         "readings are there and converged",
         "no eigenvalue although one was to be measured, or most did not converge",
         "dynamon/overhead",
+        names=("dynamon/nothing", "dynamon/no_sharpness", "sharpness/unconverged"),
     ),
 )
+NAMES = tuple(name for rule in RULES for name in rule.names)

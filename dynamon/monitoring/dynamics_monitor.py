@@ -6,6 +6,7 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
 from dynamon.monitoring.arguments import check_arguments
 from dynamon.monitoring.gauss_newton import OutputsFn
@@ -91,9 +92,9 @@ class DynamicsMonitor(Monitor):
 
     The parts are settings: this monitor measures them, under one budget and one grace, with one pass over the
     gradients, and everything is in its ``history`` and its state; ``history`` of a part is the same object. What
-    concerns all of them (``budget``, ``grace``, ``layers``, ``loggers``, ``strict``, ``roles``, ``geometry``) is
-    given here, not to a part. A part without ``every_n_steps`` has that of this monitor. The arguments from
-    ``quantities`` to ``convolutions`` change the preset's own parts.
+    concerns all of them (``budget``, ``grace``, ``layers``, ``loggers``, ``strict``, ``roles``, ``geometry``,
+    ``on_finding``, ``stop_on``) is given here, not to a part. A part without ``every_n_steps`` has that of this
+    monitor. The arguments from ``quantities`` to ``convolutions`` change the preset's own parts.
 
     Beside the parts a sentinel looks at every step for spikes: the gradient before clipping and the update of each
     layer, and the loss, each against its usual level. It takes at most a quarter of the budget, where that is not
@@ -132,6 +133,12 @@ class DynamicsMonitor(Monitor):
         weights: The weight part, likewise.
         roles: As in :class:`GradientMonitor`.
         geometry: As there.
+        on_finding: Function that is called with each new :class:`dynamon.health.Finding`, on a thread of its own, so
+            that training does not wait for it. It must not touch the model or the optimizer. What it raises is counted
+            in :attr:`failures`. On the first process only.
+        stop_on: Health rules (``"loss/nonfinite"``) and severities (``"fault"``; a severity stands for those that are
+            worse, too) at which training stops after the step, on all processes; None never stops. Where there are
+            several processes, they agree with the next reading.
         sentinel: Whether to look at every step for spikes, within a quarter of the budget.
 
     Attributes:
@@ -173,6 +180,8 @@ class DynamicsMonitor(Monitor):
         weights: WeightMonitor | None = None,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
         sentinel: bool = True,
     ) -> None:
         """Check the arguments, and take the parts together."""
@@ -203,7 +212,8 @@ class DynamicsMonitor(Monitor):
         makes = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
         if sentinel:
             makes.append(partial(_sentinel, every_n_steps is not None or budget is None, type(self).__name__))
-        super().__init__(partial(_meters, makes), budget, layers, loggers, strict, grace, roles, geometry)
+        shared = (budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
+        super().__init__(partial(_meters, makes), *shared)
         self.preset = preset
 
     def _forget(self) -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
 from dynamon.health import LOSS_TAG, Finding
+from dynamon.monitoring.alerts import AlertSettings
 from dynamon.monitoring.arguments import BadArgumentError
 from dynamon.monitoring.budget import Budget, overhead_of
 from dynamon.monitoring.failures import Failures, first_line
@@ -47,6 +48,8 @@ class Monitor(SentinelCaller):
         grace: Seconds that it may take beyond its share, once.
         roles: Roles of layers by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`.
         geometry: Geometry of the optimizers, or of some by class name; see :class:`dynamon.callbacks.GradientMonitor`.
+        on_finding: Called with each new finding; see :class:`dynamon.callbacks.DynamicsMonitor`.
+        stop_on: Health rules and severities at which training stops, likewise.
     """
 
     def __init__(
@@ -59,9 +62,12 @@ class Monitor(SentinelCaller):
         grace: float = GRACE,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
     ) -> None:
         """Remember what to measure."""
         super().__init__()
+        self.alert_settings = AlertSettings.checked(on_finding, stop_on)
         self._make_meters, self._grace = make_meters, grace
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
         self._stated = Stated(roles, geometry)
@@ -112,14 +118,21 @@ class Monitor(SentinelCaller):
 
     @property
     def failures(self) -> int:
-        """Measurements that failed so far, and calls of loggers that did."""
-        return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
+        """Measurements that failed so far, calls of loggers that did, and alerts."""
+        of_run = 0 if self._run is None else self._run.failures
+        return self._failures + self._recorder.failures + self._health.failures + of_run
+
+    @property
+    def asks_to_stop(self) -> bool:
+        """Return whether a finding of ``stop_on`` was met, on the first process."""
+        return self._health.asks_to_stop
 
     def shared_settings(self) -> dict[str, Any]:
         """Return by name the arguments that the parts of a :class:`dynamon.callbacks.DynamicsMonitor` share."""
         stated = {"roles": self._stated.roles, "geometry": self._stated.geometry}
         own = {"budget": self._fraction, "grace": self._grace, "layers": self._patterns, "loggers": self._loggers}
-        return {**own, "strict": self._strict, **stated}
+        alerts = {"on_finding": self.alert_settings.on_finding, "stop_on": self.alert_settings.stop_on or None}
+        return {**own, "strict": self._strict, **stated, **alerts}
 
     def measures(self, quantity: str) -> bool:
         """Return whether a per-layer quantity is measured."""
@@ -148,7 +161,7 @@ class Monitor(SentinelCaller):
         self._state = self.state_dict()
         self._failures += self._run.failures
         self._in_a_row, self._resting = Failures(), set[str]()
-        self._run.failures = 0
+        self._run.failures, self._health.asks_to_stop = 0, False
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -229,6 +242,7 @@ class Monitor(SentinelCaller):
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
             self._run.go_back()
+            self._health.begin(self._run, self._watches_health())
             if self._run.planner.has_begun:
                 self._run.planner.begin(step, None, self._run.trying_out)
         self._next_step = step
@@ -241,6 +255,8 @@ class Monitor(SentinelCaller):
             self._run.hook()
             self._run.steps.batch_start()
             self._go_back_to(self._run.step)
+            if not self._health.has_begun:
+                self._health.begin(self._run, self._watches_health())
             if not self._run.planner.has_begun:  # a resumed run knows its step from its first batch on
                 total = self._run.loop.total_steps if self._run.step == 0 else None
                 self._run.planner.begin(self._run.step, total, self._run.trying_out)
@@ -322,6 +338,8 @@ class Monitor(SentinelCaller):
         mean = loss.mean()
         if mean is not None:
             self._recorder.scalars({LOSS_TAG: mean})
+        if loss.asks_to_stop and self._run is not None:
+            self._run.loop.request_stop()
 
     def pause(self) -> None:
         """Stop the clock: what follows is not training."""
@@ -357,6 +375,7 @@ class Monitor(SentinelCaller):
     def close(self) -> None:
         """Leave nothing behind, however training has ended."""
         self._end_meters()
+        self._health.close(0.0)
 
     def _end_meters(self) -> None:
         for meter in self._meters:
@@ -369,27 +388,6 @@ class Monitor(SentinelCaller):
         run: RunContext | None = getattr(self, "_run", None)
         if run is not None:
             run.steps.remove()
-
-    def last_look(self) -> None:
-        """Apply the health rules for the last time."""
-        if self._run is not None and self._watches_health():
-            self._health.look(self._run, *self._histories(), is_last=True)
-
-    def _tell_spikes(self) -> None:
-        """Have the rules look at what the sentinel has just found."""
-        if self._run is not None and self._watches_health():
-            self._health.see(self._run, *self._histories(), is_urgent=True)
-
-    def _watches_health(self) -> bool:
-        """Return whether this monitor speaks for all of them: the first one does, on the first process."""
-        assert self._run is not None
-        loop = self._run.loop
-        first = next(member for member in loop.members if isinstance(member, Monitor))
-        return first is self and loop.is_writing and not loop.is_trial
-
-    def _histories(self) -> list[History]:
-        assert self._run is not None
-        return [member.history for member in self._run.loop.members]
 
     def state_dict(self) -> dict[str, Any]:
         """The meters' states: numbers and tensors by name; those loaded and not yet taken up stay as they are."""
@@ -421,15 +419,8 @@ class Monitor(SentinelCaller):
             for meter in meters:
                 meter.load_state_dict(copy.copy(known[meter.name]))
         failures = self._failures + (0 if self._run is None else self._run.failures)
-        ended = {
-            "_meters": meters,
-            "_run": None,
-            "_started": False,
-            "_failures": failures,
-            "asleep": False,
-            "_sentinel": None,
-        }
-        return {**super().__getstate__(), **ended}  # type: ignore[dict-item]
+        ended = {"_meters": meters, "_run": None, "_started": False, "_failures": failures, "asleep": False}
+        return {**super().__getstate__(), **ended, "_sentinel": None}  # type: ignore[dict-item]
 
     def __repr__(self) -> str:
         """Return what it measures, and how often it has."""

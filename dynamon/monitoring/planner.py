@@ -253,8 +253,13 @@ class Planner:
         """Return whether a group that rides along has something to ride with."""
         if not plan.rides:
             return True
+        host = self._host(plan)
+        return host is None or host.cadence.last > -math.inf or host.cadence.next < NEVER
+
+    def _host(self, plan: Plan) -> Plan | None:
+        """Return the group that one rides with, None where it needs none."""
         hosts = [other for other in self.plans[: self.plans.index(plan)] if not other.rides]
-        return not hosts or hosts[-1].cadence.last > -math.inf or hosts[-1].cadence.next < NEVER
+        return hosts[-1] if plan.rides and hosts else None
 
     def take(self, planned: Sequence[float]) -> None:
         """Take over what a review has found, here or on another process."""
@@ -276,9 +281,15 @@ class Planner:
         firsts = [plan for plan in sorted(prices, key=prices.__getitem__) if plan.cadence.last == -math.inf]
         is_scarce = sum(prices[plan] for plan in firsts) * _DOUBT > left
         for plan in firsts:
-            if plan in planned or prices[plan] > left:
+            host = self._host(plan)
+            # What rides along brings its host's reading, unless that one is planned already.
+            needed = [one for one in (host, plan) if one in prices and one not in planned]
+            cost = sum(prices[one] for one in needed)
+            if plan in planned or cost > left:
                 continue
-            planned[plan], left = possible[plan], left - prices[plan]
+            at = max(possible[one] for one in needed)
+            planned |= dict.fromkeys(needed, planned[host] if host in planned else at)
+            left -= cost
             if is_scarce and prices[plan] > 0:
                 break  # prices are estimates so far: what this one really takes decides on the next
         others = [plan for plan in prices if plan not in planned]

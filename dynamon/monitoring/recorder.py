@@ -143,6 +143,11 @@ class Recorder:
                 found |= {layer_tag(quantity, name): v for name, v in pairs if np.isfinite(v)}
         return found
 
+    @property
+    def writes_to_all(self) -> bool:
+        """Return whether nobody asked for certain loggers."""
+        return self._wanted is None
+
     def writes_to(self, writer: Writer) -> bool:
         """Return whether a writer is one of those that were asked for."""
         return self._wanted is None or any(writer.is_called(wanted) for wanted in self._wanted)

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from dynamon.monitoring.meter_scheduler import MeterScheduler
+from dynamon.monitoring.health_caller import HealthCaller
 from dynamon.monitoring.sentinel import Sentinel
 
 
-class SentinelCaller(MeterScheduler):
+class SentinelCaller(HealthCaller):
     """Passes the events of every step to the sentinel, where there is one, and catches what it raises.
 
     The sentinel takes no part in measurements that processes make together, so that its failures are those of this
@@ -42,10 +42,6 @@ class SentinelCaller(MeterScheduler):
             if self._sentinel.has_news:
                 self._sentinel.has_news = False
                 self._tell_spikes()
-
-    def _tell_spikes(self) -> None:
-        """Have the rules look at what was just found."""
-        raise NotImplementedError
 
     def _watch(self, method: str, *arguments: Any) -> None:
         sentinel, run = self._sentinel, self._run

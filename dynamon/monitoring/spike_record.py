@@ -82,7 +82,7 @@ class SpikeRecord:
         self._has_row = True
 
     def log(self, run: RunContext, is_end: bool = False) -> None:
-        """Record the largest deviations since the last time; at the end of a fit for a run that may go on from there."""
+        """Record the largest deviations since the last time; at the end of a fit they are kept for one that goes on."""
         self._has_row = self._has_row or bool(self._largest)
         since = dict(self._largest), dict(self._layers)
         self.send(run)

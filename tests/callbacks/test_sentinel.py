@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -250,10 +251,10 @@ def test_a_run_that_goes_on_from_a_checkpoint_finds_the_same(every: int, tmp_pat
     whole = DynamicsMonitor(every_n_steps=every, quantities=["critical"])
     fit(make(), [whole], steps=72, max_epochs=-1)
     first = DynamicsMonitor(every_n_steps=every, quantities=["critical"])
-    begun = fit(make(), [first], steps=32, max_epochs=-1)
-    begun.save_checkpoint(tmp_path / "a.ckpt")
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=32, save_top_k=-1)
+    fit(make(), [first, save], steps=32, max_epochs=-1, enable_checkpointing=True)
     second = DynamicsMonitor(every_n_steps=every, quantities=["critical"])
-    fit(make(), [second], steps=72, max_epochs=-1, ckpt_path=tmp_path / "a.ckpt")
+    fit(make(), [second, save], steps=72, max_epochs=-1, ckpt_path=tmp_path / "step=32.ckpt", enable_checkpointing=True)
     assert found(second) == [33, 61]
     for tag in (tag for tag in whole.history if tag.startswith("spike/")):
         one, other = whole.history[tag], second.history[tag]

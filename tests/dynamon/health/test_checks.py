@@ -1,9 +1,13 @@
 """What is said of each rule: what it checked, which value it saw, which readings it lacks."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from dynamon.health import examine, findings
+import dynamon.health
+from dynamon.health import NAMES, examine, findings
 from dynamon.health.checks import RULES
 from dynamon.runs.history import RunData, Series
 
@@ -115,3 +119,11 @@ def test_no_reading_whatever_stops_the_list(good, values):
     scalars = {tag: Series(STEPS, values) for tag in good.scalars}
     tables = {tag: Series(STEPS, rows, LAYERS) for tag in good.tables}
     assert len(examine(RunData(scalars, tables)).checks) == len(RULES)
+
+
+def test_rules_name_all_that_their_findings_are_called():
+    """By the source: a name that ``stop_on`` refuses would never stop anything."""
+    sources = [ast.parse(path.read_text()) for path in Path(dynamon.health.__file__).parent.glob("*.py")]
+    calls = [node for source in sources for node in ast.walk(source) if isinstance(node, ast.Call)]
+    made = [ast.literal_eval(call.args[0]) for call in calls if getattr(call.func, "id", "") == "Finding"]
+    assert set(NAMES) == set(made) and len(set(NAMES)) == len(NAMES)

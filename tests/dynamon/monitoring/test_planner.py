@@ -255,6 +255,20 @@ def test_what_rides_along_waits_for_what_it_rides_with(clock, weight, is_read) -
     assert found.budget.spent >= 0.9 * found.allowed
 
 
+def test_what_rides_along_brings_its_host_where_the_grace_pays_for_both(clock) -> None:
+    """Estimates are doubted, so the weights may be read without full spectra; those need a second reading then."""
+    groups = {
+        "gradient": Group(4, 1, 0.016),
+        "weight": Group(20, 1, 0.6, guess=0.85),
+        "full": Group(200, 0, 0.44, guess=0.45),
+        "steps": Group(20, 1, 0.16, guess=0.06),
+        "sharpness": Group(20, 0, 0.3, guess=0.14),
+    }
+    found = train(clock, groups, 320, 0.03, rides=("full",))
+    assert all(read and read[0] < FIRST_STEPS for read in found.read.values())
+    assert set(found.read["full"]) <= set(found.read["weight"]) and found.most_over <= 1e-9
+
+
 def test_intervals_follow_the_price(clock) -> None:
     """0.2 s at 2 % of steps of 0.1 s: every 100 steps; then five times as much; then hardly anything."""
     cost = lambda step: 0.2 if step < 2000 else 1.0 if step < 6000 else 0.02  # noqa: E731
