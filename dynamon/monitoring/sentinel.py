@@ -22,7 +22,7 @@ from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.sentinel_norms import MOST_LOSSES, StepRow
 from dynamon.monitoring.sentinel_pace import SHARE, Pace
-from dynamon.monitoring.sentinel_tracker import StepTracker
+from dynamon.monitoring.sentinel_tracker import Judged, StepTracker
 from dynamon.monitoring.spike_record import SpikeRecord
 from dynamon.quantities import Scope, meanings, quantities_of
 
@@ -41,11 +41,10 @@ class _Batch:
 
 @dataclass
 class _Look:
-    """Hold a step that is on its way to the host."""
+    """Hold a step that is on its way to the host: the rows of the optimizers that took it, and its batches."""
 
     step: int
-    tracker: int
-    row: StepRow
+    rows: Sequence[tuple[int, StepRow]]
     batches: Sequence[_Batch]
 
 
@@ -125,7 +124,8 @@ class Sentinel(Meter):
             run.steps.followers.remove(self)
         with suppress(Exception):  # after an exception of training a device may answer no more
             for look in self._queue:
-                look.row.wait()
+                for _, row in look.rows:
+                    row.wait()
             self._judge_arrived(run)
             self._record.log(run, is_end=True)
         self._forget_batch()
@@ -221,22 +221,23 @@ class Sentinel(Meter):
 
     def _send(self, run: RunContext, rows: Sequence[tuple[Optimizer, StepRow]]) -> None:
         losses = [batch.loss for batch in self._window if batch.loss is not None]
-        for optimizer, row in rows:
+        for _, row in rows:
             mark = self._pace.mark(self._device)
             row.send(losses, self._device)
             self._pace.finish(mark, self._device)
-            self._queue.append(_Look(run.step, self._of[optimizer], row, self._window))
+        self._queue.append(_Look(run.step, [(self._of[optimizer], row) for optimizer, row in rows], self._window))
 
     def _judge_arrived(self, run: RunContext) -> None:
-        while self._queue and self._queue[0].row.has_arrived:
+        while self._queue and all(row.has_arrived for _, row in self._queue[0].rows):
             look = self._queue.popleft()
-            tracker = self._trackers[look.tracker]
-            numbers = look.row.read(len(tracker.names))
-            if numbers is None:
-                continue
-            gradients, updates, losses = numbers
-            found = tracker.judge(gradients, updates, losses, sum(batch.samples for batch in look.batches))
-            if self._record.add(look.step, look.tracker, tracker.out, found):
+            samples, losses = sum(batch.samples for batch in look.batches), list[float]()
+            judged: list[Judged] = []
+            for at, row in look.rows:
+                numbers = row.read(len(self._trackers[at].names))
+                if numbers is not None:
+                    gradients, updates, losses = numbers
+                    judged.append(self._trackers[at].judge(gradients, updates, losses, samples))
+            if self._record.add(look.step, judged):
                 self._record.spiked(self._of_batch(look, losses))
                 self.has_news = True
             self._record.send(run)
@@ -256,9 +257,9 @@ class Sentinel(Meter):
         at = self._of.get(optimizer)
         if at is None or not self._trackers[at].norms.is_complete(optimizer):
             run.hook(optimizer)
-            tracker = StepTracker(optimizer, run.all_layers)
+            tracker = StepTracker(optimizer, run.all_layers, len(self._trackers) if at is None else at)
             if at is None:
-                at = self._of[optimizer] = len(self._trackers)
+                at = self._of[optimizer] = tracker.place
                 self._trackers.append(tracker)
             else:
                 tracker.load_state_dict(self._trackers[at].state_dict())

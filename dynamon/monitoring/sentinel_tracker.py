@@ -25,18 +25,20 @@ class Judged:
     """Hold how far one step was above its usual level.
 
     Attributes:
+        place: Place of the optimizer.
         names: Names of the L layers.
         layers: ``[L]``, the larger deviation of gradient and update.
         kinds: The largest deviation of gradients, of updates and of the loss, as far as there is one.
-        out: What is beyond its limit: a set of kinds.
-        back: What is well within it.
+        risen: The kinds that went beyond their limit at this step, with the optimizer's place.
+        out: Those that were beyond it and are not well within it again, likewise.
     """
 
+    place: int
     names: tuple[str, ...]
     layers: NDArray[Any]
     kinds: dict[str, float]
-    out: frozenset[str]
-    back: frozenset[str]
+    risen: frozenset[tuple[int, str]]
+    out: frozenset[tuple[int, str]]
 
 
 class StepTracker:
@@ -50,17 +52,19 @@ class StepTracker:
     Args:
         optimizer: The optimizer.
         layers: All layers of the model.
+        place: Its place among the optimizers.
 
     Attributes:
         norms: Measures them.
-        out: The kinds that were beyond their limit and have not come back.
+        place: The same.
     """
 
-    def __init__(self, optimizer: Optimizer, layers: Sequence[Layer]) -> None:
+    def __init__(self, optimizer: Optimizer, layers: Sequence[Layer], place: int = 0) -> None:
         """Start with no level."""
+        self.place = place
         self.norms = OptimizerNorms(optimizer, layers)
         self.names = tuple(layer.name for layer in self.norms.layers)
-        self.out: set[str] = set()
+        self._out: set[str] = set()
         count = len(self.names)
         kinds = ["gradient"] * count + ["update"] * count + ["gradient", "loss"]
         self._places = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in KINDS}
@@ -83,18 +87,22 @@ class StepTracker:
             numbers = np.where(np.isfinite(sizes), np.log(np.where(sizes > 0, sizes, np.nan)), np.inf)
         loss = self._loss(losses)
         deviations = self._levels.see(np.append(numbers, loss), self._slack(samples))
-        is_out, is_back = deviations >= limits, deviations < limits / 2
-        kinds = {kind: float(deviations[at].max()) for kind, at in self._places.items() if len(at)}
+        kinds = {kind: float(deviations[at].max()) for kind, at in self._places.items()}
         if math.isnan(loss):
             del kinds["loss"]
-        if not (updates != 0).any():
-            kinds.pop("update", None)
+        if not updates.any():
+            del kinds["update"]
+        is_out, is_back = deviations >= limits, deviations < limits / 2
+        out = {kind for kind in kinds if is_out[self._places[kind]].any()}
+        risen = out - self._out
+        self._out = {kind for kind in self._out if not is_back[self._places[kind]].all()} | out
         return Judged(
+            self.place,
             self.names,
             np.maximum(deviations[:count], deviations[count : 2 * count]),
             kinds,
-            frozenset(kind for kind in kinds if is_out[self._places[kind]].any()),
-            frozenset(kind for kind in kinds if is_back[self._places[kind]].all()),
+            frozenset((self.place, kind) for kind in risen),
+            frozenset((self.place, kind) for kind in self._out),
         )
 
     def _loss(self, losses: Sequence[float]) -> float:
@@ -117,7 +125,7 @@ class StepTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Return levels by layer name."""
-        own = {"samples": self._usual_samples, "signed": self._is_signed, "out": sorted(self.out)}
+        own = {"samples": self._usual_samples, "signed": self._is_signed, "out": sorted(self._out)}
         return {"names": list(self.names), **own, "levels": self._levels.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,4 +136,4 @@ class StepTracker:
         updates = np.where(own >= 0, own + count, -1)
         self._levels.load_state_dict(state["levels"], np.concatenate([own, updates, [2 * count, 2 * count + 1]]))
         self._usual_samples, self._is_signed = float(state["samples"]), bool(state["signed"])
-        self.out = set(state["out"])
+        self._out = set(state["out"])

@@ -1,7 +1,7 @@
 """Tell spikes from one another, and record them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,15 @@ from dynamon.monitoring.levels import PATIENCE
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.sentinel_tracker import KINDS, Judged
 
+Place = tuple[int, str]  # an optimizer, and what of it: gradient, update or loss
+
 
 @dataclass
 class _Spike:
-    """Hold a spike that is not over: its begin, its optimizer, what is watched for its end, and the steps seen."""
+    """Hold a spike that is not over: its begin, what is watched for its end, and the steps seen since."""
 
     step: int
-    tracker: int
-    kinds: frozenset[str]
+    moved: frozenset[Place]
     looks: int = 0
 
 
@@ -34,45 +35,46 @@ class SpikeRecord:
         """No spike so far."""
         self._count = 0
         self._open: _Spike | None = None
+        self._out: dict[int, frozenset[Place]] = {}
         self._step = -1  # of the last step that was judged
         self._largest: dict[str, float] = {}
         self._layers: dict[str, float] = {}
         self._row: dict[str, float] = {}
         self._has_row = False
 
-    def add(self, step: int, tracker: int, out: set[str], found: Judged) -> bool:
-        """Take in a judged step of an optimizer.
+    def add(self, step: int, judged: Sequence[Judged]) -> bool:
+        """Take in a step.
 
         Args:
             step: The step.
-            tracker: The place of the optimizer.
-            out: What of it was beyond its limit before, which is brought up to date.
-            found: What was found.
+            judged: What was found, for each optimizer that took it; none where a gradient scaler skipped it.
 
         Returns:
             Whether a spike has begun.
         """
+        if not judged:
+            return False
         self._step = step
-        for kind, deviation in found.kinds.items():
-            self._largest[kind] = max(self._largest.get(kind, -math.inf), deviation)
-        for name, deviation in zip(found.names, found.layers.tolist(), strict=True):
-            self._layers[name] = max(self._layers.get(name, -math.inf), deviation)
-        risen = found.out - out
-        out -= found.back
-        out |= found.out
-        begins = bool(risen) and self._open is None
-        if begins:
-            self._open = _Spike(step, tracker, risen - {"update"} or risen)
+        for found in judged:
+            for kind, deviation in found.kinds.items():
+                self._largest[kind] = max(self._largest.get(kind, -math.inf), deviation)
+            for name, deviation in zip(found.names, found.layers.tolist(), strict=True):
+                self._layers[name] = max(self._layers.get(name, -math.inf), deviation)
+            self._out[found.place] = found.out
+        risen = frozenset[Place]().union(*(found.risen for found in judged))
+        if risen and self._open is None:
+            self._open = _Spike(step, frozenset(one for one in risen if one[1] != "update") or risen)
             self._count += 1
-        elif self._open is not None and self._open.tracker == tracker:
-            self._follow(self._open, step, out)
-        return begins
+            return True
+        if self._open is not None:
+            self._follow(self._open, step)
+        return False
 
-    def _follow(self, spike: _Spike, step: int, out: set[str]) -> None:
+    def _follow(self, spike: _Spike, step: int) -> None:
         spike.looks += 1
         if spike.looks >= PATIENCE:
             self._open = None
-        elif not out & spike.kinds:
+        elif not any(self._out.get(place, frozenset()) & spike.moved for place, _ in spike.moved):
             self._row["spike/lasted"] = float(step - spike.step)
             self._open, self._has_row = None, True
 
@@ -106,13 +108,15 @@ class SpikeRecord:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
         spike = self._open
-        begun = None if spike is None else [spike.step, spike.tracker, sorted(spike.kinds), spike.looks]
+        begun = None if spike is None else [spike.step, sorted(map(list, spike.moved)), spike.looks]
         return {"count": self._count, "open": begun, "largest": dict(self._largest), "layers": dict(self._layers)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it up."""
         begun = state["open"]
         self._count = int(state["count"])
-        self._open = None if begun is None else _Spike(begun[0], begun[1], frozenset(begun[2]), begun[3])
+        self._open = (
+            None if begun is None else _Spike(begun[0], frozenset((at, kind) for at, kind in begun[1]), begun[2])
+        )
         self._largest, self._layers = dict(state["largest"]), dict(state["layers"])
         self._row, self._has_row = {}, False

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynamon.callbacks import (
+    DynamicsMonitor,
     GradientMonitor,
     LayerwiseLR,
     NoiseAdaptiveLR,
@@ -61,10 +62,24 @@ def short_solves() -> tuple:
     return module, monitors, batches(), {"steps": 4}
 
 
+class Slip(Classifier):
+    """Inputs that are a thousand times too large, once."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0] * (1000 if self.trainer.global_step == 40 else 1), batch[1]), batch_idx)
+
+
+def spike() -> tuple:
+    """One step that is out of line, and over."""
+    module = Slip(torch.nn.Sequential(*mlp()[:1], torch.nn.ReLU(), mlp()[3]), lambda p: torch.optim.AdamW(p, lr=1e-3))
+    return module, [DynamicsMonitor(every_n_steps=20, quantities=["critical"])], batches(), {"steps": 60}
+
+
 @pytest.fixture(scope="module")
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. Step 40 is a spike")
 def written(tmp_path_factory) -> set[str]:
     found = set()
-    for make in (adam, sgd, short_solves):
+    for make in (adam, sgd, short_solves, spike):
         module, callbacks, data, settings = make()
         folder = tmp_path_factory.mktemp(make.__name__)
         logger = TensorBoardLogger(folder, name=None, version="tb")

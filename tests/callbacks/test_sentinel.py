@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +22,12 @@ from dynamon.monitoring.fingerprint import fingerprint
 from dynamon.monitoring.sentinel_norms import OptimizerNorms, StepRow
 from dynamon.monitoring.sentinel_pace import Pace
 from dynamon.optim import Lanton
-from tests.callbacks.test_steering_cost import Calls
 from tests.helpers import ByHand, Classifier, batches, fit, same_weights, trainer
 from tests.launches import Launches, fill_gradients, gpt2
 
-pytestmark = pytest.mark.filterwarnings("ignore:DynamicsMonitor. .*spike", "ignore:sharpness is off")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:DynamicsMonitor. .*spike", "ignore:sharpness is off", "ignore:The dirpath has changed"
+)
 NEVER = 10**6
 QUIET = {
     "every_n_steps": NEVER,
@@ -212,7 +212,7 @@ def test_manual_optimisation_and_two_optimizers() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_a_scaler_skips_are_no_spikes(fused: bool) -> None:
     """One scale overflows every few steps; the other grows all the time, and gradients are read without it."""
-    for scale, every, at in ((2.0**60, 3, ()), (4.0, 5, (50,))):
+    for scale, every, at in ((2.0**60, 3, ()), (4.0, 10, (50,))):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=every)
         module = Spiky(relu(), OPTIMIZERS["fused" if fused else "adamw"], at=at, times=100.0)
         monitor = DynamicsMonitor(**QUIET)
@@ -251,10 +251,17 @@ def test_a_run_that_goes_on_from_a_checkpoint_finds_the_same(every: int, tmp_pat
     whole = DynamicsMonitor(every_n_steps=every, quantities=["critical"])
     fit(make(), [whole], steps=72, max_epochs=-1)
     first = DynamicsMonitor(every_n_steps=every, quantities=["critical"])
-    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=32, save_top_k=-1)
-    fit(make(), [first, save], steps=32, max_epochs=-1, enable_checkpointing=True)
+    keep = lambda name: ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=32, save_top_k=-1)  # noqa: E731
+    fit(make(), [first, keep("one")], steps=32, max_epochs=-1, enable_checkpointing=True)
     second = DynamicsMonitor(every_n_steps=every, quantities=["critical"])
-    fit(make(), [second, save], steps=72, max_epochs=-1, ckpt_path=tmp_path / "step=32.ckpt", enable_checkpointing=True)
+    fit(
+        make(),
+        [second, keep("two")],
+        steps=72,
+        max_epochs=-1,
+        ckpt_path=tmp_path / "one" / "step=32.ckpt",
+        enable_checkpointing=True,
+    )
     assert found(second) == [33, 61]
     for tag in (tag for tag in whole.history if tag.startswith("spike/")):
         one, other = whole.history[tag], second.history[tag]
@@ -340,26 +347,6 @@ def test_device_calls_of_a_look() -> None:
         assert math.isclose(gradients[i], float(p.grad.double().norm()), rel_tol=1e-5)
         assert math.isclose(updates[i], float((m.square().mean() / v.mean()).sqrt()), rel_tol=1e-5)
     assert losses == [1.0]
-
-
-def test_python_calls_of_a_quiet_step_do_not_grow_with_the_model() -> None:
-    counts = []
-    for layers in (2, 25):
-        torch.manual_seed(0)
-        inner = [layer for _ in range(layers - 1) for layer in (nn.Linear(8, 8), nn.Tanh())]
-        module = Classifier(nn.Sequential(*inner, nn.Linear(8, 3)), lambda p: torch.optim.AdamW(p, lr=1e-4))
-        counter = Calls()
-        try:
-            fit(
-                module,
-                [counter, DynamicsMonitor(every_n_steps=NEVER, quantities=["critical"])],
-                steps=62,
-                max_epochs=-1,
-            )
-        finally:
-            sys.setprofile(None)
-        counts.append(counter.a_step)
-    assert counts[0] == counts[1] <= 150, counter.calls.most_common(20)
 
 
 class Money:
