@@ -42,7 +42,8 @@ class Monitor(monitor.Monitor, DynamonCallback):
     ) -> None:
         """Let the meters see the batch."""
         if self.asleep and self.sleeps_on(step_of(trainer)):
-            self.see_batch(batch)
+            if self._sentinel is not None:
+                self.see_batch(batch)
             return
         with self._budget.watch():
             TrainerLoop(trainer, pl_module).row.close()
@@ -61,7 +62,8 @@ class Monitor(monitor.Monitor, DynamonCallback):
     ) -> None:
         """Let the meters see the gradients."""
         if self.asleep:
-            self.see_step(optimizer)
+            if self._sentinel is not None:
+                self.see_step(optimizer)
             return
         with self._budget.watch():
             self.before_step(optimizer)
@@ -71,7 +73,8 @@ class Monitor(monitor.Monitor, DynamonCallback):
     ) -> None:
         """Let the meters measure, if the optimizer has stepped, and hand on what they read."""
         if self.asleep:
-            self.see_end(outputs)
+            if self._sentinel is not None:
+                self.see_end(outputs)
             if self._row is None or self._row.is_empty:
                 return
         with self._budget.watch():

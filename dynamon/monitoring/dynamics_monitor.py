@@ -210,8 +210,7 @@ class DynamicsMonitor(Monitor):
             check_part(name, part, {**of_sharpness, "histograms": histograms, "convolutions": convolutions})
         own = [self._given.get(name, part) for name, part in parts.items()]
         makes = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
-        if sentinel:
-            makes.append(partial(_sentinel, every_n_steps is not None or budget is None, type(self).__name__))
+        makes += _sentinels(sentinel, every_n_steps is not None or budget is None, type(self).__name__)
         shared = (budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
         super().__init__(partial(_meters, makes), *shared)
         self.preset = preset
@@ -232,8 +231,12 @@ def _meters(makes: Sequence[Callable[[], list[Meter]]]) -> list[Meter]:
     return [meter for make in makes for meter in make()]
 
 
+def _sentinels(is_wanted: bool, looks_always: bool, name: str) -> list[Callable[[], list[Meter]]]:
+    """Return what makes the meter that looks at every step; nothing where none is wanted."""
+    return [partial(_sentinel, looks_always, name)] if is_wanted else []
+
+
 def _sentinel(looks_always: bool, name: str) -> list[Meter]:
-    """Make what looks at every step."""
     return [Sentinel(looks_always, name)]
 
 

@@ -1,6 +1,7 @@
 """Every tag that a callback writes has an entry in the registry, and every entry is written by some run."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -76,8 +77,14 @@ def spike() -> tuple:
 
 
 @pytest.fixture(scope="module")
-@pytest.mark.filterwarnings("ignore:DynamicsMonitor. Step 40 is a spike")
 def written(tmp_path_factory) -> set[str]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "DynamicsMonitor: Step 40 is a spike")
+        return write(tmp_path_factory)
+
+
+def write(tmp_path_factory) -> set[str]:
+    """Every tag that the runs write or have in a history."""
     found = set()
     for make in (adam, sgd, short_solves, spike):
         module, callbacks, data, settings = make()
