@@ -8,6 +8,7 @@ from dynamon.callbacks.monitor import Monitor
 from dynamon.callbacks.noise_adaptive_lr import NoiseAdaptiveLR
 from dynamon.callbacks.rate_advisor import RateAdvisor
 from dynamon.callbacks.sharpness import SharpnessMonitor
+from dynamon.callbacks.spike_guard import SpikeGuard
 from dynamon.callbacks.weights import WeightMonitor
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.meter import Meter
@@ -27,5 +28,6 @@ __all__ = [
     "Run",
     "RunContext",
     "SharpnessMonitor",
+    "SpikeGuard",
     "WeightMonitor",
 ]

@@ -12,6 +12,7 @@ _CATEGORIES = {
     "gradient": "2 Gradients",
     "progress": "3 Rates",
     "steering": "3 Rates",
+    "guard": "2 Gradients",
     "weight": "4 Weights",
     "activation": "5 Activations",
     "monitor": "6 dynamon",

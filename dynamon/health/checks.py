@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import gradients, limits, loss, monitoring, weights
+from dynamon.health import batches, gradients, limits, loss, monitoring, precision, weights
 from dynamon.health.finding import Finding
 from dynamon.health.loss import Loss
 from dynamon.health.series import (
@@ -111,6 +111,11 @@ def _left_by_clipping(data: RunData, known: Loss) -> str | None:
     return f"{_share(gone)} with nothing left" if len(gone) else None
 
 
+def _alike(data: RunData, known: Loss) -> str | None:
+    series = data.scalars.get("gradient/cosine")
+    return None if series is None or not len(series) else f"median {_middle(series.values)}"
+
+
 def _growth(data: RunData, known: Loss) -> str | None:
     found = []
     for name, _, values in layer_columns(data, "gradient/l2"):
@@ -134,6 +139,20 @@ def _slowest(data: RunData, known: Loss) -> str | None:
     columns = layer_columns(data, "update/ratio")
     found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
     return f"least {min(found)[0]:.3g} of its weight at the end, {min(found)[1]}" if found else None
+
+
+def _most_lost(data: RunData, known: Loss) -> str | None:
+    return _most(data, "precision/update_lost")
+
+
+def _lost_decay(data: RunData, known: Loss) -> str | None:
+    return _most(data, "precision/decay_lost")
+
+
+def _most(data: RunData, quantity: str) -> str | None:
+    columns = layer_columns(data, quantity)
+    found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
+    return f"at most {max(found)[0]:.0%} lost at the end, {max(found)[1]}" if found else None
 
 
 def _update_size(data: RunData, known: Loss) -> str | None:
@@ -259,6 +278,14 @@ RULES: tuple[Rule, ...] = (
         names=("gradient/vanished",),
     ),
     Rule(
+        batches.repeated_batches,
+        _alike,
+        "batches differ: cosine of successive gradients",
+        f"{limits.ALIKE_GRADIENTS:g} at {limits.CONSECUTIVE} readings, after at most {limits.UNLIKE_GRADIENTS:g}",
+        f"gradient/cosine with {limits.LONG + limits.CONSECUTIVE} readings",
+        names=("gradient/repeated",),
+    ),
+    Rule(
         gradients.growing_gradients,
         _growth,
         "gradients of single layers do not jump",
@@ -270,7 +297,7 @@ RULES: tuple[Rule, ...] = (
         gradients.hard_clipping,
         _clipping,
         "clipping leaves part of the gradient",
-        f"below {limits.HARD_CLIPPING:g} {_LASTING}",
+        f"below {limits.HARD_CLIPPING:g} {_LASTING}, or a {limits.JUMP:g}th of what it was",
         "gradient/clip_coefficient",
         names=("gradient/clipping",),
     ),
@@ -289,6 +316,20 @@ RULES: tuple[Rule, ...] = (
         f"below {limits.STILL_UPDATE:g} at {limits.CONSECUTIVE} readings to the end, while others move",
         "update/ratio",
         names=("update/stopped", "update/never"),
+    ),
+    Rule(
+        precision.swallowed_updates,
+        _most_lost,
+        "weights hold their updates",
+        f"{limits.MOST_LOST:.0%} lost at {limits.FEW} readings from the first on, in half precision {_LASTING}",
+        "precision/update_lost",
+    ),
+    Rule(
+        precision.lost_decay,
+        _lost_decay,
+        "half precision leaves weight decay",
+        f"{limits.MOST_LOST:.0%} lost in half of the layers at {limits.CONSECUTIVE} readings",
+        "precision/decay_lost",
     ),
     Rule(
         weights.large_updates,

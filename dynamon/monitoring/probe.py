@@ -168,12 +168,23 @@ class ProbeMeter(HeldSamples):
         """The same over the batches of all processes, without a graph where there are several."""
         return run.ranks.mean(self.loss(run), self._total())
 
-    def hessian(self, run: RunContext, params: FlatParameters, second: bool = False) -> HessianOperator | MeanOverRanks:
-        """The Hessian of the mean loss over the probe of all processes."""
+    def hessian(
+        self, run: RunContext, params: FlatParameters, second: bool = False, error: float | None = None
+    ) -> HessianOperator | MeanOverRanks:
+        """The Hessian of the mean loss over the probe of all processes.
+
+        Args:
+            run: The run, of one process where an error is given.
+            params: The parameters.
+            second: Whether the second set is meant.
+            error: That of one-sided differences, which then make the products; None for exact products.
+        """
         if isinstance(params, ShardedParameters):
             share = self._share(run, self._total(second))
             return ShardedHessian(lambda: share * self.loss(run, second), params)
-        return self.over_ranks(run, HessianOperator(lambda: self.loss(run, second), params), second)
+        backend = "auto" if error is None else "forward_difference"
+        own = HessianOperator(lambda: self.loss(run, second), params, backend=backend, error=error)
+        return self.over_ranks(run, own, second)
 
     def over_ranks(self, run: RunContext, operator: OperatorT, second: bool = False) -> OperatorT | MeanOverRanks:
         """From an operator of this process's part of the probe to that of the whole."""

@@ -8,9 +8,11 @@ from dynamon.quantities.entries.activation import ACTIVATION
 from dynamon.quantities.entries.advice import ADVICE
 from dynamon.quantities.entries.attention import ATTENTION
 from dynamon.quantities.entries.gradient import GRADIENT
+from dynamon.quantities.entries.guard import GUARD
 from dynamon.quantities.entries.lr import LR
 from dynamon.quantities.entries.noise import NOISE
 from dynamon.quantities.entries.own import DYNAMON
+from dynamon.quantities.entries.precision import PRECISION
 from dynamon.quantities.entries.progress import PROGRESS
 from dynamon.quantities.entries.sharpness import SHARPNESS
 from dynamon.quantities.entries.spectrum import SPECTRUM
@@ -33,7 +35,20 @@ __all__ = [
 ]
 
 REGISTRY: dict[str, Quantity] = by_tag(
-    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, ACTIVATION, ATTENTION, LR, ADVICE, DYNAMON
+    SHARPNESS,
+    PROGRESS,
+    GRADIENT,
+    NOISE,
+    WEIGHT,
+    UPDATE,
+    PRECISION,
+    SPECTRUM,
+    ACTIVATION,
+    ATTENTION,
+    LR,
+    GUARD,
+    ADVICE,
+    DYNAMON,
 )
 
 

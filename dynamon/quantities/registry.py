@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 SCALES = ("linear", "log")
 ROWS = ("layer", "module", "head")
-CADENCES = ("gradient", "weight", "sharpness", "steps", "progress", "activation", "advice", "steering", "monitor")
+CADENCES = (
+    *("gradient", "weight", "sharpness", "steps", "progress", "activation"),
+    *("advice", "steering", "guard", "monitor"),
+)
 
 
 class Scope(Enum):
@@ -30,6 +33,7 @@ class Condition(Flag):
     SIGNAL = auto()
     COMPARABLE = auto()
     DECOUPLED_DECAY = auto()
+    COMPUTED_STEP = auto()
     SEVERAL_RATES = auto()
     HISTOGRAMS = auto()
     CONVOLUTIONS = auto()
@@ -64,6 +68,7 @@ _WORDS = {
     Condition.SIGNAL: "where a signal stands out of the noise",
     Condition.COMPARABLE: "where two gradients can be compared",
     Condition.DECOUPLED_DECAY: "with decoupled weight decay",
+    Condition.COMPUTED_STEP: "for SGD, Adam and AdamW",
     Condition.SEVERAL_RATES: "where groups or optimizers have different rates",
     Condition.HISTOGRAMS: "with ``histograms=True``",
     Condition.CONVOLUTIONS: "with ``convolutions=True``, for convolutions",

@@ -37,6 +37,7 @@ HOLDS = (
     | Condition.DECOUPLED_DECAY
     | Condition.STABILITY_FORMULA
     | Condition.SECOND_MOMENT
+    | Condition.COMPUTED_STEP
     | Condition.CONVERGED
     | Condition.OTHER_SAMPLES
     | Condition.KNOWN_SAMPLES

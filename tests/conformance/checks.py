@@ -293,6 +293,7 @@ def _conditions(cell: Cell) -> Condition:
         Condition.KNOWN_SAMPLES: True,
         Condition.INDEPENDENT_GRADIENTS: cell.setup == "accumulation",
         Condition.DECOUPLED_DECAY: name == "AdamW" and (one or not model.sparse),
+        Condition.COMPUTED_STEP: not wrapped and name in ("SGD", "Adam", "AdamW"),
         Condition.CONVOLUTIONS: cell.model.startswith("CNN") and cell.callback == "WeightMonitor",
         Condition.STABILITY_FORMULA: alone,
         Condition.SECOND_MOMENT: one and name in ("Adam", "AdamW", "RMSprop"),

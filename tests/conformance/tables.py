@@ -106,6 +106,16 @@ CALLBACKS = {
     "NoiseAdaptiveLR, dry": _one("NoiseAdaptiveLR", warmup=1, apply=False),
     "BalancedRates, dry": _one("LayerwiseLR", rule=_BALANCED, apply=False),
     "RateAdvisor": _one("RateAdvisor", pilot=6, readings=6, group_by="role", strict=True),
+    "SpikeGuard at rest": _one("SpikeGuard", warmup=3, deviations=1e5, skip=1e3, stop_after=3),
+    "SpikeGuard, dry": _one("SpikeGuard", warmup=1, deviations=0.1, skip=1.01, stop_after=1, apply=False),
+    "SpikeGuard": _one("SpikeGuard", neutral=False, warmup=2, deviations=0.1),
+    "monitor, steering and guard": Callbacks(
+        (
+            ("SpikeGuard", {"warmup": 3, "deviations": 1e5}),
+            ("DynamicsMonitor", _EVERY),
+            ("NoiseAdaptiveLR", {"warmup": 2, "floor": 1.0}),
+        )
+    ),
     "monitor and steering": Callbacks(
         (("DynamicsMonitor", {"preset": "standard", **_EVERY}), ("NoiseAdaptiveLR", {"warmup": 2, "floor": 1.0}))
     ),
