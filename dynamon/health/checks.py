@@ -323,6 +323,7 @@ RULES: tuple[Rule, ...] = (
         "weights hold their updates",
         f"{limits.MOST_LOST:.0%} lost at {limits.FEW} readings from the first on, in half precision {_LASTING}",
         "precision/update_lost",
+        names=("precision/swallowed",),
     ),
     Rule(
         precision.lost_decay,
@@ -330,6 +331,7 @@ RULES: tuple[Rule, ...] = (
         "half precision leaves weight decay",
         f"{limits.MOST_LOST:.0%} lost in half of the layers at {limits.CONSECUTIVE} readings",
         "precision/decay_lost",
+        names=("precision/decay",),
     ),
     Rule(
         weights.large_updates,

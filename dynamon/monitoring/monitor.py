@@ -14,12 +14,12 @@ from dynamon.monitoring.alerts import AlertSettings
 from dynamon.monitoring.arguments import BadArgumentError
 from dynamon.monitoring.budget import Budget, overhead_of
 from dynamon.monitoring.failures import Failures, first_line
+from dynamon.monitoring.health_caller import HealthCaller
 from dynamon.monitoring.health_watch import HealthWatch, StepLoss
 from dynamon.monitoring.layer_messages import say_layers
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
-from dynamon.monitoring.meter_scheduler import MeterScheduler
 from dynamon.monitoring.missed_readings import say_missed
 from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.recorder import Recorder
@@ -27,12 +27,11 @@ from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import SkippedSteps
 from dynamon.quantities import quantities_of
-from dynamon.runs.history import History
 
 _GRACE = "grace"  # key of what is left of it in a state
 
 
-class Monitor(MeterScheduler):
+class Monitor(HealthCaller):
     """Calls meters as training goes on, catches what goes wrong, and saves their state.
 
     The methods from :meth:`begin` to :meth:`close` are the events of a training loop, in their order. Somebody who
@@ -101,16 +100,6 @@ class Monitor(MeterScheduler):
         self._health = HealthWatch(type(self).__name__)
 
     @property
-    def history(self) -> History:
-        """Everything measured so far, as arrays by quantity."""
-        return self._recorder.history
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Return what looks wrong in what this monitor has measured, see :mod:`dynamon.health`; the worst first."""
-        return self._health.findings(self.history)
-
-    @property
     def overhead(self) -> float:
         """Time of monitoring over the training time without it, so far."""
         return self._budget.overhead
@@ -120,11 +109,6 @@ class Monitor(MeterScheduler):
         """Measurements that failed so far, calls of loggers that did, and alerts."""
         of_run = 0 if self._run is None else self._run.failures
         return self._failures + self._recorder.failures + self._health.failures + of_run
-
-    @property
-    def asks_to_stop(self) -> bool:
-        """Return whether a finding of ``stop_on`` was met, on the first process."""
-        return self._health.asks_to_stop
 
     def shared_settings(self) -> dict[str, Any]:
         """Return by name the arguments that the parts of a :class:`dynamon.callbacks.DynamicsMonitor` share."""
@@ -378,23 +362,6 @@ class Monitor(MeterScheduler):
         run: RunContext | None = getattr(self, "_run", None)
         if run is not None:
             run.steps.remove()
-
-    def last_look(self) -> None:
-        """Apply the health rules for the last time, and wait for alerts for some seconds."""
-        if self._run is not None and self._watches_health():
-            self._health.look(self._run, *self._histories(), is_last=True)
-            self._health.close()
-
-    def _watches_health(self) -> bool:
-        """Return whether this monitor speaks for all of them: the first one does, on the first process."""
-        assert self._run is not None
-        loop = self._run.loop
-        first = next(member for member in loop.members if isinstance(member, Monitor))
-        return first is self and loop.is_writing and not loop.is_trial
-
-    def _histories(self) -> list[History]:
-        assert self._run is not None
-        return [member.history for member in self._run.loop.members]
 
     def state_dict(self) -> dict[str, Any]:
         """The meters' states: numbers and tensors by name; those loaded and not yet taken up stay as they are."""

@@ -11,8 +11,16 @@ if TYPE_CHECKING:
 SCALES = ("linear", "log")
 ROWS = ("layer", "module", "head")
 CADENCES = (
-    *("gradient", "weight", "sharpness", "steps", "progress", "activation"),
-    *("advice", "steering", "guard", "monitor"),
+    "gradient",
+    "weight",
+    "sharpness",
+    "steps",
+    "progress",
+    "activation",
+    "advice",
+    "steering",
+    "guard",
+    "monitor",
 )
 
 
