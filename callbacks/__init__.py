@@ -1,5 +1,6 @@
 """Lightning callbacks: monitors and steering that a Trainer calls."""
 
+from dynamon.callbacks.activations import ActivationMonitor
 from dynamon.callbacks.dynamics import DynamicsMonitor
 from dynamon.callbacks.gradients import GradientMonitor
 from dynamon.callbacks.layerwise_lr import LayerwiseLR
@@ -15,6 +16,7 @@ from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.run_context import RunContext as Run
 
 __all__ = [
+    "ActivationMonitor",
     "Cadence",
     "DynamicsMonitor",
     "GradientMonitor",

@@ -3,10 +3,13 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from dynamon.monitoring.alerts_thread import Recipient
+from dynamon.monitoring.alerts_trackers import recipient_of
 from dynamon.monitoring.writers import EventWriter, Writer
 
 _X_AXIS = "trainer/global_step"  # what Lightning writes beside the metrics of a row
@@ -21,8 +24,26 @@ class LoggerWriter(Writer):
         """Write numbers by tag."""
         self.target.log_metrics(row, step=step)
 
+    def recipient(self) -> Recipient | None:
+        """Return who sends alerts, where the experiment is a run of W&B or Trackio."""
+        return recipient_of(getattr(self.target, "experiment", None))
 
-class TensorBoardWriter(LoggerWriter, EventWriter):
+
+class _InFolder(LoggerWriter):
+    """Writes files into a folder of the run."""
+
+    @property
+    def folder(self) -> Path | None:  # type: ignore[override]
+        """The folder, where it is on a local disk."""
+        folder = str(self.target.log_dir)
+        return None if "://" in folder else Path(folder)
+
+    def recipient(self) -> Recipient | None:
+        """Return None: files tell nobody."""
+        return None
+
+
+class TensorBoardWriter(_InFolder, EventWriter):
     """Writes to TensorBoard, on the first process: on others its ``experiment`` takes nothing."""
 
     @property
@@ -31,7 +52,7 @@ class TensorBoardWriter(LoggerWriter, EventWriter):
         return self.target.experiment
 
 
-class CSVWriter(LoggerWriter):
+class CSVWriter(_InFolder):
     """Saves at once: a new column makes the table be written anew, which belongs to what monitoring costs."""
 
     def write(self, row: Mapping[str, float], step: int) -> None:

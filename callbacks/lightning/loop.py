@@ -324,6 +324,10 @@ class TrainerLoop(Loop):
         """Enter them into ``trainer.callback_metrics``."""
         self.trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in headlines.items()})
 
+    def request_stop(self) -> None:
+        """Set ``trainer.should_stop``."""
+        self.trainer.should_stop = True
+
     @property
     def members(self) -> Sequence[Any]:
         """The dynamon callbacks of the Trainer."""

@@ -14,7 +14,8 @@ _CATEGORIES = {
     "steering": "3 Rates",
     "guard": "2 Gradients",
     "weight": "4 Weights",
-    "monitor": "5 dynamon",
+    "activation": "5 Activations",
+    "monitor": "6 dynamon",
 }  # by the meter that measures a quantity
 
 

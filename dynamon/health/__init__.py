@@ -12,13 +12,14 @@ is used, and why.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from dynamon.health.checks import RULES, Check
+from dynamon.health.checks import NAMES, RULES, Check
 from dynamon.health.finding import SEVERITIES, Finding
 from dynamon.health.loss import LOSS_TAG, JudgedLoss, Loss, judged_loss, loss_tag
 from dynamon.runs.history import RunData, Series
 
 __all__ = [
     "LOSS_TAG",
+    "NAMES",
     "SEVERITIES",
     "Check",
     "Examination",

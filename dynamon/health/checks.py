@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import gradients, limits, loss, monitoring, weights
+from dynamon.health import batches, gradients, limits, loss, monitoring, precision, weights
 from dynamon.health.finding import Finding
 from dynamon.health.loss import Loss
 from dynamon.health.series import (
@@ -55,6 +55,7 @@ class Rule:
         words: What it checks.
         limit: From what on it reports something.
         needs: The readings that it needs.
+        names: The names that its findings can have.
     """
 
     find: Callable[[RunData, Loss], Iterator[Finding]]
@@ -62,6 +63,7 @@ class Rule:
     words: str
     limit: str
     needs: str
+    names: tuple[str, ...] = ()
 
 
 def _finite_loss(data: RunData, known: Loss) -> str | None:
@@ -109,6 +111,11 @@ def _left_by_clipping(data: RunData, known: Loss) -> str | None:
     return f"{_share(gone)} with nothing left" if len(gone) else None
 
 
+def _alike(data: RunData, known: Loss) -> str | None:
+    series = data.scalars.get("gradient/cosine")
+    return None if series is None or not len(series) else f"median {_middle(series.values)}"
+
+
 def _growth(data: RunData, known: Loss) -> str | None:
     found = []
     for name, _, values in layer_columns(data, "gradient/l2"):
@@ -132,6 +139,20 @@ def _slowest(data: RunData, known: Loss) -> str | None:
     columns = layer_columns(data, "update/ratio")
     found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
     return f"least {min(found)[0]:.3g} of its weight at the end, {min(found)[1]}" if found else None
+
+
+def _most_lost(data: RunData, known: Loss) -> str | None:
+    return _most(data, "precision/update_lost")
+
+
+def _lost_decay(data: RunData, known: Loss) -> str | None:
+    return _most(data, "precision/decay_lost")
+
+
+def _most(data: RunData, quantity: str) -> str | None:
+    columns = layer_columns(data, quantity)
+    found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
+    return f"at most {max(found)[0]:.0%} lost at the end, {max(found)[1]}" if found else None
 
 
 def _update_size(data: RunData, known: Loss) -> str | None:
@@ -200,21 +221,37 @@ def _layers(names: tuple[str, ...] | None) -> str:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(loss.broken_loss, _finite_loss, "loss is finite", "not finite at the last reading", "a training loss"),
+    Rule(
+        loss.broken_loss,
+        _finite_loss,
+        "loss is finite",
+        "not finite at the last reading",
+        "a training loss",
+        names=("loss/nonfinite",),
+    ),
     Rule(
         loss.diverging,
         _level,
         "loss does not rise again",
         "half of what was gained is lost, beyond noise",
         f"a training loss with {2 * limits.CONSECUTIVE} readings",
+        names=("loss/rising",),
     ),
-    Rule(loss.constant_loss, _different, "loss changes", f"the same number {_LASTING}", "a training loss"),
+    Rule(
+        loss.constant_loss,
+        _different,
+        "loss changes",
+        f"the same number {_LASTING}",
+        "a training loss",
+        names=("loss/constant",),
+    ),
     Rule(
         loss.unstable,
         _ratio,
         "steps fit the curvature: stability ratio",
         f"above {limits.FAR_ABOVE:g} at 3 consecutive readings while the loss rises",
         "sharpness/stability_ratio",
+        names=("sharpness/unstable",),
     ),
     Rule(
         gradients.nonfinite_gradients,
@@ -222,6 +259,7 @@ RULES: tuple[Rule, ...] = (
         "gradients are finite",
         "any; a fault if it lasts",
         "gradient/nonfinite",
+        names=("gradient/nonfinite",),
     ),
     Rule(
         gradients.no_gradients,
@@ -229,6 +267,7 @@ RULES: tuple[Rule, ...] = (
         "gradients reach the weights",
         f"all zero {_LASTING}",
         "gradient/norm or gradient/l2",
+        names=("gradient/none",),
     ),
     Rule(
         gradients.vanished_by_clipping,
@@ -236,6 +275,15 @@ RULES: tuple[Rule, ...] = (
         "clipping leaves a gradient",
         "any; a fault at 3 consecutive readings",
         "gradient/norm and gradient/norm_clipped",
+        names=("gradient/vanished",),
+    ),
+    Rule(
+        batches.repeated_batches,
+        _alike,
+        "batches differ: cosine of successive gradients",
+        f"{limits.ALIKE_GRADIENTS:g} at {limits.CONSECUTIVE} readings, after at most {limits.UNLIKE_GRADIENTS:g}",
+        f"gradient/cosine with {limits.LONG + limits.CONSECUTIVE} readings",
+        names=("gradient/repeated",),
     ),
     Rule(
         gradients.growing_gradients,
@@ -243,21 +291,47 @@ RULES: tuple[Rule, ...] = (
         "gradients of single layers do not jump",
         f"{limits.JUMP:g} times the past within {limits.CONSECUTIVE} readings, beyond noise",
         f"gradient/l2 with {limits.PAST + limits.CONSECUTIVE} readings",
+        names=("gradient/growth",),
     ),
     Rule(
         gradients.hard_clipping,
         _clipping,
         "clipping leaves part of the gradient",
-        f"below {limits.HARD_CLIPPING:g} {_LASTING}",
+        f"below {limits.HARD_CLIPPING:g} {_LASTING}, or a {limits.JUMP:g}th of what it was",
         "gradient/clip_coefficient",
+        names=("gradient/clipping",),
     ),
-    Rule(weights.no_updates, _any_update, "weights move", f"all updates zero {_LASTING}", "update/operator"),
+    Rule(
+        weights.no_updates,
+        _any_update,
+        "weights move",
+        f"all updates zero {_LASTING}",
+        "update/operator",
+        names=("update/none", "lr/zero"),
+    ),
     Rule(
         weights.stopped_layers,
         _slowest,
         "every layer moves: update over weight",
         f"below {limits.STILL_UPDATE:g} at {limits.CONSECUTIVE} readings to the end, while others move",
         "update/ratio",
+        names=("update/stopped", "update/never"),
+    ),
+    Rule(
+        precision.swallowed_updates,
+        _most_lost,
+        "weights hold their updates",
+        f"{limits.MOST_LOST:.0%} lost at {limits.FEW} readings from the first on, in half precision {_LASTING}",
+        "precision/update_lost",
+        names=("precision/swallowed",),
+    ),
+    Rule(
+        precision.lost_decay,
+        _lost_decay,
+        "half precision leaves weight decay",
+        f"{limits.MOST_LOST:.0%} lost in half of the layers at {limits.CONSECUTIVE} readings",
+        "precision/decay_lost",
+        names=("precision/decay",),
     ),
     Rule(
         weights.large_updates,
@@ -265,6 +339,7 @@ RULES: tuple[Rule, ...] = (
         "steps are small against weights",
         f"above {limits.LARGE_UPDATE:g} {_LASTING}",
         "update/ratio",
+        names=("update/large",),
     ),
     Rule(
         gradients.dead_gradients,
@@ -272,6 +347,7 @@ RULES: tuple[Rule, ...] = (
         "every layer has a gradient that is not zero",
         f"zero {_LASTING}, while others are not",
         "gradient/l2",
+        names=("gradient/dead",),
     ),
     Rule(
         gradients.unused_layers,
@@ -279,6 +355,7 @@ RULES: tuple[Rule, ...] = (
         "every layer in an optimizer gets a gradient",
         f"none at {limits.CONSECUTIVE} or more readings to the end",
         "gradient/l2 and update/operator",
+        names=("gradient/unused",),
     ),
     Rule(
         weights.exploding_weights,
@@ -286,6 +363,7 @@ RULES: tuple[Rule, ...] = (
         "operator norms do not explode",
         f"{limits.JUMP:g} times within ten readings, or {limits.JUMP**2:g} times",
         f"weight/operator with {2 * limits.CONSECUTIVE} readings",
+        names=("weight/exploding",),
     ),
     Rule(
         weights.collapsed_ranks,
@@ -293,6 +371,7 @@ RULES: tuple[Rule, ...] = (
         "weights keep their rank",
         f"near 1 at {limits.FEW} readings to the end, by both ranks",
         "spectrum/stable_rank",
+        names=("spectrum/collapse",),
     ),
     Rule(
         monitoring.steering_at_bounds,
@@ -300,13 +379,23 @@ RULES: tuple[Rule, ...] = (
         "steering stays within its bounds",
         f"half of the layers {_LASTING}",
         "lr/bounded and lr/ratio",
+        names=("lr/bounded",),
     ),
-    Rule(monitoring.failed_measurements, _failures, "measurements succeed", "any", "dynamon/failures"),
+    Rule(
+        monitoring.failed_measurements,
+        _failures,
+        "measurements succeed",
+        "any",
+        "dynamon/failures",
+        names=("dynamon/failures",),
+    ),
     Rule(
         monitoring.missing_readings,
         _solved,
         "readings are there and converged",
         "no eigenvalue although one was to be measured, or most did not converge",
         "dynamon/overhead",
+        names=("dynamon/nothing", "dynamon/no_sharpness", "sharpness/unconverged"),
     ),
 )
+NAMES = tuple(name for rule in RULES for name in rule.names)

@@ -1,9 +1,10 @@
 """Gradient norms, gradient noise, clipping, and how quickly gradients turn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from dynamon.health import Finding
 from dynamon.monitoring.arguments import check_arguments
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gradient_meter import GradientMeter
@@ -60,6 +61,8 @@ class GradientMonitor(Monitor):
         geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which
             selects the norms of ``gradient/dual``, noise and steps. A mapping from class names states it of some. None:
             by their classes (:func:`dynamon.norms.optimizer_family`); what was guessed is logged once.
+        on_finding: Function that is called with each new :class:`dynamon.health.Finding`, on a thread of its own.
+        stop_on: Health rules (``"loss/nonfinite"``) and severities (``"fault"``) at which training stops; None never.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
@@ -83,13 +86,15 @@ class GradientMonitor(Monitor):
         grace: float = GRACE,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
         self._every_n_steps = every_n_steps
         self._make_part = partial(gradient_meters, interval=4, histograms=histograms)
         own_meters = partial(self._make_part, every_n_steps)
-        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry)
+        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
 
 
 def gradient_meters(every_n_steps: int | None, interval: int, histograms: bool) -> list[Meter]:

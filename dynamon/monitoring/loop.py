@@ -308,6 +308,9 @@ class Loop(ABC):
     def publish(self, headlines: Mapping[str, float]) -> None:
         """Hand the numbers of the whole model to others in the loop, who may watch them."""
 
+    def request_stop(self) -> None:
+        """Ask for the end of training after the present batch; every process calls it at the same batch."""
+
     # Who else is there
 
     @property

@@ -10,15 +10,16 @@ from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
 from dynamon.health import LOSS_TAG, Finding
+from dynamon.monitoring.alerts import AlertSettings
 from dynamon.monitoring.arguments import BadArgumentError
 from dynamon.monitoring.budget import Budget, overhead_of
 from dynamon.monitoring.failures import Failures, first_line
+from dynamon.monitoring.health_caller import HealthCaller
 from dynamon.monitoring.health_watch import HealthWatch, StepLoss
 from dynamon.monitoring.layer_messages import say_layers
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
-from dynamon.monitoring.meter_scheduler import MeterScheduler
 from dynamon.monitoring.missed_readings import say_missed
 from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.recorder import Recorder
@@ -26,12 +27,11 @@ from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import SkippedSteps
 from dynamon.quantities import quantities_of
-from dynamon.runs.history import History
 
 _GRACE = "grace"  # key of what is left of it in a state
 
 
-class Monitor(MeterScheduler):
+class Monitor(HealthCaller):
     """Calls meters as training goes on, catches what goes wrong, and saves their state.
 
     The methods from :meth:`begin` to :meth:`close` are the events of a training loop, in their order. Somebody who
@@ -47,6 +47,8 @@ class Monitor(MeterScheduler):
         grace: Seconds that it may take beyond its share, once.
         roles: Roles of layers by glob, as ``overrides`` of :func:`dynamon.layers.describe_layers`.
         geometry: Geometry of the optimizers, or of some by class name; see :class:`dynamon.callbacks.GradientMonitor`.
+        on_finding: Called with each new finding; see :class:`dynamon.callbacks.DynamicsMonitor`.
+        stop_on: Health rules and severities at which training stops, likewise.
     """
 
     def __init__(
@@ -59,9 +61,12 @@ class Monitor(MeterScheduler):
         grace: float = GRACE,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
     ) -> None:
         """Remember what to measure."""
         super().__init__()
+        self.alert_settings = AlertSettings.checked(on_finding, stop_on)
         self._make_meters, self._grace = make_meters, grace
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict
         self._stated = Stated(roles, geometry)
@@ -84,7 +89,7 @@ class Monitor(MeterScheduler):
         """Begin like new: a monitor may see several fits."""
         self._meters = self._make_meters()
         self._budget = Budget(self._fraction, self._grace)
-        self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
+        self._recorder = Recorder(self._loggers, [tag for m in self._meters for tag in m.quantities], self._strict)
         self._detach()
         self._run: RunContext | None = None
         self._forget_failures()
@@ -95,30 +100,22 @@ class Monitor(MeterScheduler):
         self._health = HealthWatch(type(self).__name__)
 
     @property
-    def history(self) -> History:
-        """Everything measured so far, as arrays by quantity."""
-        return self._recorder.history
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Return what looks wrong in what this monitor has measured, see :mod:`dynamon.health`; the worst first."""
-        return self._health.findings(self.history)
-
-    @property
     def overhead(self) -> float:
         """Time of monitoring over the training time without it, so far."""
         return self._budget.overhead
 
     @property
     def failures(self) -> int:
-        """Measurements that failed so far, and calls of loggers that did."""
-        return self._failures + self._recorder.failures + (0 if self._run is None else self._run.failures)
+        """Measurements that failed so far, calls of loggers that did, and alerts."""
+        of_run = 0 if self._run is None else self._run.failures
+        return self._failures + self._recorder.failures + self._health.failures + of_run
 
     def shared_settings(self) -> dict[str, Any]:
         """Return by name the arguments that the parts of a :class:`dynamon.callbacks.DynamicsMonitor` share."""
         stated = {"roles": self._stated.roles, "geometry": self._stated.geometry}
         own = {"budget": self._fraction, "grace": self._grace, "layers": self._patterns, "loggers": self._loggers}
-        return {**own, "strict": self._strict, **stated}
+        alerts = {"on_finding": self.alert_settings.on_finding, "stop_on": self.alert_settings.stop_on or None}
+        return {**own, "strict": self._strict, **stated, **alerts}
 
     def measures(self, quantity: str) -> bool:
         """Return whether a per-layer quantity is measured."""
@@ -147,7 +144,7 @@ class Monitor(MeterScheduler):
         self._state = self.state_dict()
         self._failures += self._run.failures
         self._in_a_row, self._resting = Failures(), set[str]()
-        self._run.failures = 0
+        self._run.failures, self._health.asks_to_stop = 0, False
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -227,6 +224,7 @@ class Monitor(MeterScheduler):
         if step < self._next_step and self._run is not None:
             self.history.forget_from(step)
             self._run.go_back()
+            self._health.begin(self._run, self._watches_health())
             if self._run.planner.has_begun:
                 self._run.planner.begin(step, None, self._run.trying_out)
         self._next_step = step
@@ -238,6 +236,8 @@ class Monitor(MeterScheduler):
             self._run.hook()
             self._run.steps.batch_start()
             self._go_back_to(self._run.step)
+            if not self._health.has_begun:
+                self._health.begin(self._run, self._watches_health())
             if not self._run.planner.has_begun:  # a resumed run knows its step from its first batch on
                 total = self._run.loop.total_steps if self._run.step == 0 else None
                 self._run.planner.begin(self._run.step, total, self._run.trying_out)
@@ -312,6 +312,8 @@ class Monitor(MeterScheduler):
         mean = loss.mean()
         if mean is not None:
             self._recorder.scalars({LOSS_TAG: mean})
+        if loss.asks_to_stop and self._run is not None:
+            self._run.loop.request_stop()
 
     def pause(self) -> None:
         """Stop the clock: what follows is not training."""
@@ -347,6 +349,7 @@ class Monitor(MeterScheduler):
     def close(self) -> None:
         """Leave nothing behind, however training has ended."""
         self._end_meters()
+        self._health.close(0.0)
 
     def _end_meters(self) -> None:
         for meter in self._meters:
@@ -359,22 +362,6 @@ class Monitor(MeterScheduler):
         run: RunContext | None = getattr(self, "_run", None)
         if run is not None:
             run.steps.remove()
-
-    def last_look(self) -> None:
-        """Apply the health rules for the last time."""
-        if self._run is not None and self._watches_health():
-            self._health.look(self._run, *self._histories(), is_last=True)
-
-    def _watches_health(self) -> bool:
-        """Return whether this monitor speaks for all of them: the first one does, on the first process."""
-        assert self._run is not None
-        loop = self._run.loop
-        first = next(member for member in loop.members if isinstance(member, Monitor))
-        return first is self and loop.is_writing and not loop.is_trial
-
-    def _histories(self) -> list[History]:
-        assert self._run is not None
-        return [member.history for member in self._run.loop.members]
 
     def state_dict(self) -> dict[str, Any]:
         """The meters' states: numbers and tensors by name; those loaded and not yet taken up stay as they are."""

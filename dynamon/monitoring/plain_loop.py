@@ -51,6 +51,7 @@ class PlainLoop(Loop):
         metrics: The latest numbers of the whole model, by tag.
         was_announced: Whether the step under way was announced before clipping.
         has_unknown_scaler: Whether a gradient scaler took the first step that the user did not name.
+        should_stop: Whether the user's loop is asked to end.
     """
 
     name = "Watch"
@@ -87,7 +88,7 @@ class PlainLoop(Loop):
         self.metrics: dict[str, float] = {}
         self._step = self._steps_taken = self._batches = self._in_window = 0
         self.was_announced = self._is_told = False
-        self._has_stepped = self.has_unknown_scaler = False
+        self._has_stepped = self.has_unknown_scaler = self.should_stop = False
         self._handles = [o.register_step_post_hook(self._count_step) for o in self._optimizers]
 
     def _count_step(self, *_: Any) -> None:
@@ -312,6 +313,10 @@ class PlainLoop(Loop):
     def publish(self, headlines: Mapping[str, float]) -> None:
         """Keep them in :attr:`metrics`."""
         self.metrics.update(headlines)
+
+    def request_stop(self) -> None:
+        """Set :attr:`should_stop`."""
+        self.should_stop = True
 
     @property
     def members(self) -> Sequence[Any]:

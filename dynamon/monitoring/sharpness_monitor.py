@@ -1,9 +1,10 @@
 """The sharpness monitor: which curvature quantities there are, and what is measured by default."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
 from dynamon.monitoring.arguments import check_arguments, check_number, check_probe
 from dynamon.monitoring.cadence import Cadence
@@ -120,6 +121,8 @@ class SharpnessMonitor(Monitor):
         geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which
             selects the norms of ``gradient/dual``, noise and steps. A mapping from class names states it of some. None:
             by their classes (:func:`dynamon.norms.optimizer_family`); what was guessed is logged once.
+        on_finding: Function that is called with each new :class:`dynamon.health.Finding`, on a thread of its own.
+        stop_on: Health rules (``"loss/nonfinite"``) and severities (``"fault"``) at which training stops; None never.
 
     Raises:
         ValueError: On an argument out of range, at construction.
@@ -176,6 +179,8 @@ class SharpnessMonitor(Monitor):
         grace: float = GRACE,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, quantities=quantities, layers=layers, loggers=loggers)
@@ -188,7 +193,7 @@ class SharpnessMonitor(Monitor):
             sharpness_meters, interval=20, quantities=tuple(quantities), probe=probe, solver=solver
         )
         own_meters = partial(self._make_part, every_n_steps)
-        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry)
+        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
 
 
 def sharpness_meters(

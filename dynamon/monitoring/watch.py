@@ -1,7 +1,7 @@
 """The monitors in a training loop of your own."""
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +72,8 @@ class Watch:
         monitors: Monitors of :mod:`dynamon.monitoring`, or one; None for one ``DynamicsMonitor()``.
         loader: The training loader, which tells how many samples a batch has: the probe cuts batches more safely.
         schedulers: Schedulers that ``loss_fn`` may touch, if it does, or one.
+        on_finding: As in :class:`dynamon.callbacks.DynamicsMonitor`; with ``monitors``, give it to one of them.
+        stop_on: As there, and likewise; it sets :attr:`should_stop`, at which your loop may end.
 
     Attributes:
         monitors: The monitors.
@@ -96,11 +98,17 @@ class Watch:
         monitors: Monitor | Sequence[Monitor] | None = None,
         loader: Any = None,
         schedulers: Any = (),
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
     ) -> None:
         """Check the arguments."""
         given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         optimizers = [unwrapped_optimizer(one) for one in given if isinstance(one, Optimizer)]
-        self.monitors = [DynamicsMonitor()] if monitors is None else as_list(monitors)
+        if monitors is None:
+            monitors = DynamicsMonitor(on_finding=on_finding, stop_on=stop_on)
+        elif on_finding is not None or stop_on is not None:
+            raise ValueError("on_finding and stop_on are given beside monitors=: give them to one of the monitors.")
+        self.monitors: list[Monitor] = as_list(monitors)
         _check_types(model, given, loss_fn, self.monitors)
         check_loop_arguments(model, optimizers, scaler, logdir, loader, schedulers)
         for name, value in (("accumulate", accumulate), ("total_steps", total_steps)):
@@ -145,6 +153,11 @@ class Watch:
     def findings(self) -> list[Finding]:
         """Return what looks wrong in what was measured so far, see :mod:`dynamon.health`."""
         return [finding for monitor in self.monitors for finding in monitor.findings]
+
+    @property
+    def should_stop(self) -> bool:
+        """Return whether a finding of ``stop_on`` was met, the same on every process."""
+        return self._loop.should_stop
 
     @property
     def failures(self) -> int:

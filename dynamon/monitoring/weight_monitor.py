@@ -1,9 +1,10 @@
 """Sizes of weights and updates, how updates turn, the spectrum's extremes, and what decay leaves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from dynamon.health import Finding
 from dynamon.monitoring.arguments import check_arguments
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.meter import Meter
@@ -45,6 +46,8 @@ class WeightMonitor(Monitor):
         geometry: ``"sign"``, ``"euclidean"`` or ``"spectral"``: the geometry in which the optimizers descend, which
             selects the norms of ``gradient/dual``, noise and steps. A mapping from class names states it of some. None:
             by their classes (:func:`dynamon.norms.optimizer_family`); what was guessed is logged once.
+        on_finding: Function that is called with each new :class:`dynamon.health.Finding`, on a thread of its own.
+        stop_on: Health rules (``"loss/nonfinite"``) and severities (``"fault"``) at which training stops; None never.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs or loggers that match nothing, when
@@ -52,7 +55,8 @@ class WeightMonitor(Monitor):
 
     Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix, that of the step
     in bfloat16 where this pays (:mod:`dynamon.kernels.thresholds`). Memory: 7 copies of the parameters at a peak, 2 in
-    between, where matrices are square and have up to 2^27 entries together; larger and other ones take less. With
+    between, where matrices are square and have up to 2^27 entries together; larger and other ones take less. A measured
+    step holds its gradients until the batch ends, also where ``zero_grad`` comes before. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes
     microseconds. Under FSDP2 the copies are of this process's part; a reading sends one small all-reduce, and gathers
     each matrix, with its step where it is a hidden weight or a convolution, on the process that takes it.
@@ -70,13 +74,15 @@ class WeightMonitor(Monitor):
         grace: float = GRACE,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
         self._every_n_steps = every_n_steps
         self._make_part = partial(weight_meters, interval=20, histograms=histograms, convolutions=convolutions)
         own_meters = partial(self._make_part, every_n_steps)
-        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry)
+        super().__init__(own_meters, budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
 
 
 def weight_meters(every_n_steps: int | None, interval: int, histograms: bool, convolutions: bool) -> list[Meter]:

@@ -11,6 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, Sum
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from dynamon.board.custom_scalars import Layout
+from dynamon.monitoring.alerts_thread import Recipient
 from dynamon.quantities.histograms import Histogram
 
 
@@ -19,7 +20,12 @@ class Writer:
 
     Args:
         target: What is written to. Users choose it by (part of) its class name, its class, or itself.
+
+    Attributes:
+        folder: The folder of the run, where files may be put beside those of the target; None without one.
     """
+
+    folder: Path | None = None
 
     def __init__(self, target: Any) -> None:
         """Remember it."""
@@ -50,6 +56,10 @@ class Writer:
 
     def close_row(self) -> None:
         """End what is still open of the row."""
+
+    def recipient(self) -> Recipient | None:
+        """Return who sends alerts; None for writers that cannot."""
+        return None
 
 
 class EventWriter(Writer):

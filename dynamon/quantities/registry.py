@@ -9,7 +9,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = ("linear", "log")
-CADENCES = ("gradient", "weight", "sharpness", "steps", "progress", "advice", "steering", "guard", "monitor")
+ROWS = ("layer", "module", "head")
+CADENCES = (
+    "gradient",
+    "weight",
+    "sharpness",
+    "steps",
+    "progress",
+    "activation",
+    "advice",
+    "steering",
+    "guard",
+    "monitor",
+)
 
 
 class Scope(Enum):
@@ -29,6 +41,7 @@ class Condition(Flag):
     SIGNAL = auto()
     COMPARABLE = auto()
     DECOUPLED_DECAY = auto()
+    COMPUTED_STEP = auto()
     SEVERAL_RATES = auto()
     HISTOGRAMS = auto()
     CONVOLUTIONS = auto()
@@ -45,6 +58,9 @@ class Condition(Flag):
     ONE_RATE = auto()
     POSITIVE_CURVATURE = auto()
     DESCENDS = auto()
+    ACTIVATION_FUNCTIONS = auto()
+    BLOCKS = auto()
+    ATTENTION = auto()
 
     @property
     def words(self) -> str:
@@ -60,6 +76,7 @@ _WORDS = {
     Condition.SIGNAL: "where a signal stands out of the noise",
     Condition.COMPARABLE: "where two gradients can be compared",
     Condition.DECOUPLED_DECAY: "with decoupled weight decay",
+    Condition.COMPUTED_STEP: "for SGD, Adam and AdamW",
     Condition.SEVERAL_RATES: "where groups or optimizers have different rates",
     Condition.HISTOGRAMS: "with ``histograms=True``",
     Condition.CONVOLUTIONS: "with ``convolutions=True``, for convolutions",
@@ -76,6 +93,9 @@ _WORDS = {
     Condition.ONE_RATE: "where there is one learning rate only",
     Condition.POSITIVE_CURVATURE: "where the loss curves upwards along the update",
     Condition.DESCENDS: "where the update begins by lowering the loss on the probe",
+    Condition.ACTIVATION_FUNCTIONS: "for activation functions",
+    Condition.BLOCKS: "where blocks of one class follow each other",
+    Condition.ATTENTION: "where there is attention",
 }
 
 
@@ -105,6 +125,7 @@ class Quantity:
         meaning: What it is, in a phrase that follows its tag in tables.
         unit: Its unit.
         scope: What a reading covers.
+        rows: What its rows are where it has several: ``"layer"`` (weights), ``"module"`` or ``"head"`` (of attention).
         scale: The scale of its axis or colours, ``"linear"`` or ``"log"``.
         cadence: The meter that measures it, one of ``CADENCES``; ``"monitor"``: at each reading of any meter.
         every: It is measured at every k-th reading of that meter.
@@ -136,6 +157,7 @@ class Quantity:
     choice: str = ""
     field: str = ""
     entrywise: Entrywise | None = None
+    rows: str = "layer"
 
     def __post_init__(self) -> None:
         """Check the record."""
@@ -143,6 +165,8 @@ class Quantity:
             raise ValueError(f"{self.tag}: scale must be one of {', '.join(SCALES)}, got {self.scale!r}.")
         if self.cadence not in CADENCES:
             raise ValueError(f"{self.tag}: cadence must be one of {', '.join(CADENCES)}, got {self.cadence!r}.")
+        if self.rows not in ROWS:
+            raise ValueError(f"{self.tag}: rows must be one of {', '.join(ROWS)}, got {self.rows!r}.")
         if self.scope is Scope.PER_LAYER and not self.words:
             raise ValueError(f"{self.tag}: a per-layer quantity needs words for the list of quantities.")
 
@@ -154,7 +178,7 @@ class Quantity:
     @property
     def sentence(self) -> str:
         """Meaning, scope, cadence and condition, as docstrings show them beside the tag."""
-        begin = "" if self.scope is Scope.SCALAR else "per layer: "
+        begin = "" if self.scope is Scope.SCALAR else f"per {self.rows}: "
         tenth = "" if self.every == 1 else f"; every {_ORDINALS[self.every]} reading"
         return f"{begin}{self.meaning}{tenth}{f' ({self.condition.words})' if self.condition else ''}"
 

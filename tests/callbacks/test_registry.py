@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynamon.callbacks import (
+    ActivationMonitor,
     GradientMonitor,
     LayerwiseLR,
     NoiseAdaptiveLR,
@@ -20,6 +21,7 @@ from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.quantities import REGISTRY, Condition
 from dynamon.rates import FixedRates
 from tests.helpers import Classifier, batches, cnn, fit, mlp
+from tests.models import gpt
 
 EVERY = {"every_n_steps": 1, "strict": True}
 # No run is sure to fulfil these: they are a matter of the data.
@@ -62,10 +64,23 @@ def short_solves() -> tuple:
     return module, monitors, batches(), {"steps": 4}
 
 
+class Texts(Classifier):
+    """Next tokens."""
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.network(batch[0]).flatten(0, 1), batch[0].flatten())
+
+
+def attention() -> tuple:
+    """Blocks with attention and activation functions."""
+    tokens = torch.utils.data.TensorDataset(torch.randint(11, (16, 6), generator=torch.Generator().manual_seed(0)))
+    return Texts(gpt()), [ActivationMonitor(**EVERY)], torch.utils.data.DataLoader(tokens, 8), {"steps": 2}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> set[str]:
     found = set()
-    for make in (adam, sgd, short_solves):
+    for make in (adam, sgd, short_solves, attention):
         module, callbacks, data, settings = make()
         folder = tmp_path_factory.mktemp(make.__name__)
         logger = TensorBoardLogger(folder, name=None, version="tb")

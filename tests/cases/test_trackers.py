@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SharpnessMonitor
 from dynamon.callbacks.lightning.loggers import mlflow_name
+from dynamon.health import Finding
 from dynamon.isolation.trackers import mute_trackers
 from dynamon.rates import FixedRates
 from dynamon.runs import read_run
@@ -118,15 +119,20 @@ def _records(path: Path) -> Iterator[bytes]:
 
 
 def _history(folder: Path) -> list[dict[str, str]]:
-    """The rows that W&B kept, once another process has written them all."""
+    """The rows that W&B kept."""
+    rows = (record.history.item for record in _written(folder))
+    return [{item.key or "/".join(item.nested_key): item.value_json for item in row} for row in rows if row]
+
+
+def _written(folder: Path) -> list[Any]:
+    """What W&B keeps, once another process has written it all."""
     from wandb.proto import wandb_internal_pb2
 
     for _ in range(600):
         files = list(folder.glob("wandb/offline*/*.wandb"))
         records = [wandb_internal_pb2.Record.FromString(raw) for file in files for raw in _records(file)]
         if any(record.WhichOneof("record_type") == "exit" for record in records):
-            rows = (record.history.item for record in records)
-            return [{item.key or "/".join(item.nested_key): item.value_json for item in row} for row in rows if row]
+            return records
         time.sleep(0.05)
     raise TimeoutError(f"no end of the run in {files}")
 
@@ -147,6 +153,34 @@ def test_wandb_keeps_every_point_of_the_users(tmp_path: Path, monkeypatch, is_st
     read = [row for row in rows if "gradient/norm" in row]
     assert [int(row["trainer/global_step"]) for row in read] == list(range(0, STEPS, 2))
     assert sum("lr/base" in row for row in rows) == STEPS
+
+
+@theirs
+@pytest.mark.parametrize("chosen", [None, ["tensorboard"]])
+def test_wandb_keeps_an_alert_for_each_fault(tmp_path: Path, monkeypatch, chosen: list[str] | None) -> None:
+    """With its advice, and without HTML; none where another logger was asked for. The rows stay what they are."""
+    wandb = _tracker_or_skip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    found = [
+        Finding("update/stopped", "warning", 3, "<b>net</b>\x1b[31m stopped.", "Look at it.", ("<b>net</b>",)),
+        Finding("gradient/unused", "note", 3, "Not for people.", ""),
+    ]
+    monkeypatch.setattr("dynamon.monitoring.health_watch.findings", lambda run: found)
+    loggers = [WandbLogger(offline=True, save_dir=tmp_path), TensorBoardLogger(tmp_path / "events")]
+    monitor = DynamicsMonitor(every_n_steps=2, loggers=chosen)
+    with pytest.warns(UserWarning, match="stopped"):
+        fit(Classifier(mlp()), [monitor], logger=loggers, steps=STEPS, log_every_n_steps=1)
+    wandb.finish()
+    records = _written(tmp_path)
+    alerts = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
+    assert monitor.failures == 0
+    if chosen:
+        assert alerts == []
+        return
+    (alert,) = alerts
+    assert (alert.title, alert.level) == ("dynamon: update/stopped, warning", "WARN")
+    assert alert.text == "From step 3: &lt;b&gt;net&lt;/b&gt; [31m stopped. Look at it."
+    assert len([record for record in records if record.history.item]) >= STEPS
 
 
 # MLflow

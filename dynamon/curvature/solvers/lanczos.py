@@ -384,10 +384,16 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
 
 def _turned(start: Tensor, operator: Any) -> Tensor:
     """Mix noise in equal parts with the operator's initial direction."""
+    likely = initial_direction(operator, start)
+    return start if likely is None or operator.shape[0] == 1 else start + likely  # in one dimension the two can cancel
+
+
+def initial_direction(operator: Any, like: Tensor) -> Tensor | None:
+    """Return the operator's initial direction with unit length, zeros where that has none; None where none is known."""
     likely = operator.initial_direction() if hasattr(operator, "initial_direction") else None
-    if likely is None or operator.shape[0] == 1:  # in one dimension the two can cancel
-        return start
-    likely = likely.to(start)
+    if likely is None:
+        return None
+    likely = likely.to(like)
     length = space_of(operator).norm(likely)
     usable = torch.isfinite(length) & (length > 0)
-    return start + torch.where(usable, likely / length, torch.zeros_like(likely))
+    return torch.where(usable, likely / length, torch.zeros_like(likely))

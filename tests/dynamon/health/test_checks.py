@@ -1,9 +1,13 @@
 """What is said of each rule: what it checked, which value it saw, which readings it lacks."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from dynamon.health import examine, findings
+import dynamon.health
+from dynamon.health import NAMES, examine, findings
 from dynamon.health.checks import RULES
 from dynamon.runs.history import RunData, Series
 
@@ -30,6 +34,7 @@ def good() -> RunData:
         "gradient/norm": noisy(2.0),
         "gradient/norm_clipped": noisy(0.9),
         "gradient/clip_coefficient": noisy(0.45),
+        "gradient/cosine": noisy(0.2),
         "lr/bounded": np.ones(len(STEPS)),
         "dynamon/failures": np.zeros(len(STEPS)),
         "dynamon/overhead": np.full(len(STEPS), 0.013),
@@ -41,6 +46,8 @@ def good() -> RunData:
         "weight/operator": table(1.0, 2.0, 3.0),
         "spectrum/stable_rank": table(5.0, 7.0, 3.5),
         "lr/ratio": table(0.5, 0.7, 0.9),
+        "precision/update_lost": table(0.1, 0.2, 0.3),
+        "precision/decay_lost": table(0.1, 0.2, 0.3),
     }
     return RunData({tag: Series(STEPS, values) for tag, values in scalars.items()}, tables)
 
@@ -76,6 +83,8 @@ def test_values_are_those_of_the_readings(good):
     times = smooth.max(0) / usual
     name = LAYERS[int(times.argmax())]
     assert values["operator norms do not explode"] == f"at most {times.max():.3g} times its usual size, {name}"
+    cosine = np.median(good.scalars["gradient/cosine"].values)
+    assert values["batches differ: cosine of successive gradients"] == f"median {cosine:.3g}"
     assert values["steering stays within its bounds"] == "at most 1 of 3 layers at a bound"
     assert values["readings are there and converged"] == (
         "40 of 40 eigenvalue solves converged; monitoring took 1.30% of training time"
@@ -112,3 +121,11 @@ def test_no_reading_whatever_stops_the_list(good, values):
     scalars = {tag: Series(STEPS, values) for tag in good.scalars}
     tables = {tag: Series(STEPS, rows, LAYERS) for tag in good.tables}
     assert len(examine(RunData(scalars, tables)).checks) == len(RULES)
+
+
+def test_rules_name_all_that_their_findings_are_called():
+    """By the source: a name that ``stop_on`` refuses would never stop anything."""
+    sources = [ast.parse(path.read_text()) for path in Path(dynamon.health.__file__).parent.glob("*.py")]
+    calls = [node for source in sources for node in ast.walk(source) if isinstance(node, ast.Call)]
+    made = [ast.literal_eval(call.args[0]) for call in calls if getattr(call.func, "id", "") == "Finding"]
+    assert set(NAMES) == set(made) and len(set(NAMES)) == len(NAMES)
