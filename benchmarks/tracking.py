@@ -269,8 +269,11 @@ def demo_cost(steps: int, every: int) -> dict[str, Any]:
         trained.append(time.process_time() - begin)
         if step % every == 0:
             cold, begin = tracker.next_is_cold, time.process_time()
-            hessian = HessianOperator(lambda probe=probe: loss(probe), named)
-            found = tracker.update(stability_operator(hessian, stability_scaling(optimizer, named)))
+            backend, error = tracker.backend, tracker.difference_error
+            hessian = HessianOperator(lambda probe=probe: loss(probe), named, backend=backend, error=error)
+            operator = stability_operator(hessian, stability_scaling(optimizer, named))
+            found = tracker.update(operator)
+            tracker.compare(operator)
             readings.append((cold, found.matvecs, time.process_time() - begin))
     one = statistics.median(trained)
     tracked = [(products, seconds / one) for cold, products, seconds in readings if not cold]

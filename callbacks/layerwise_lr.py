@@ -109,7 +109,7 @@ class LayerwiseLR(DynamonCallback):
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.max_groups, self.loss_fn = max_groups, loss_fn
         self._patterns, self._loggers = layers, loggers
-        self._recorder = Recorder(loggers, len(self.quantities))
+        self._recorder = Recorder(loggers, self.quantities)
         self._steered: dict[Optimizer, LayerwiseRates] = {}
         self._in_force: dict[Optimizer, dict[str, float]] = {}  # base rates
         self._state: list[Any] = []
@@ -176,7 +176,7 @@ class LayerwiseLR(DynamonCallback):
         self._past = ([], {})
 
     def _new_recorder(self) -> Recorder:
-        return Recorder(self._loggers, len(self.quantities) - (not self._shows_noise))
+        return Recorder(self._loggers, [tag for tag in self.quantities if self._shows_noise or tag != _NOISE.tag])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse optimizers that cannot be steered, before anything runs."""

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import guard
+from benchmarks.faults import score, tables
 from benchmarks.rates_study.tables import GROUPS, read
 from dynamon import cli
 from dynamon.monitoring.dynamics_monitor import PRESETS
@@ -27,7 +29,9 @@ WRITERS = {
     "sharpness": "`SharpnessMonitor`",
     "steps": "`SharpnessMonitor`",
     "progress": "`SharpnessMonitor`",
+    "activation": "`ActivationMonitor`",
     "steering": "`LayerwiseLR`",
+    "guard": "`SpikeGuard`",
     "advice": "`RateAdvisor`",
     "monitor": "every monitor",
 }  # by the meter that takes a quantity
@@ -86,13 +90,15 @@ def preset_table() -> str:
             _steps(preset.gradients),
             _steps(preset.weights),
             _steps(preset.sharpness),
+            "never" if preset.activations is None else _steps(preset.activations),
             ", ".join(f"`{q}`" for q in preset.quantities),
             f"{preset.probe_fraction:g} of a batch",
             "yes" if preset.histograms else "no",
         )
         for name, preset in PRESETS.items()
     ]
-    head = ("preset", "gradients every", "weights every", "sharpness every", "of sharpness", "probe", "histograms")
+    head = ("preset", "gradients every", "weights every", "sharpness every")
+    head += ("activations every", "of sharpness", "probe", "histograms")
     return table(head, rows)
 
 
@@ -194,6 +200,38 @@ def spectra_table() -> str:
     return f"{table(head, rows)}\n{provenance(found['environment'])}"
 
 
+def precision_table() -> str:
+    """What weights in bfloat16 lose, and what that costs."""
+    if not (RESULTS / "precision.json").exists():
+        return "`python -m benchmarks.precision` has not been run with this version.\n"
+    found = _result("precision")
+    rows = [
+        (
+            f"{run['rate']:g}",
+            f"`{run['precision']}`",
+            f"{run['loss']:.3f}",
+            *(
+                f"{run['kinds'][kind][what]:{form}}"
+                for what, form in (("size", ".2g"), ("lost", ".0%"), ("moved at all", ".0%"))
+                for kind in ("matrices", "gains")
+            ),
+            f"{run['decay lost']:.0%}",
+            ", ".join(f"`{rule}` ({count} of {run['layers']})" for rule, count in run["findings"].items()) or "none",
+        )
+        for run in found["results"]
+    ]
+    sizes = (
+        "size, matrices",
+        "size, gains",
+        "lost, matrices",
+        "lost, gains",
+        "ever moved, matrices",
+        "ever moved, gains",
+    )
+    head = ("rate", "precision", "loss", *sizes, "decay lost", "findings, with layers")
+    return f"{table(head, rows)}\n{provenance(found['environment'])}"
+
+
 def distributed_table() -> str:
     """Readings of several processes against those of one on all samples."""
     found = _result("distributed")
@@ -244,6 +282,39 @@ def adaptive_tables() -> str:
             arms, rows = found.ratios(task)
             parts.append(f"Its ratios, their geometric mean 1:\n\n{table(('group', *arms), rows)}")
     return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
+
+
+def fault_tables() -> str:
+    """Injected faults: their strengths, who named them, false alarms."""
+    found = score.read(RESULTS / "faults.json")
+    head = ("detector", "right step", "right step and layer", "the same with harmless faults")
+    head += ("known after, median steps", "known before the loss moves", "false alarms: by 10,000 steps")
+    parts = ["### Detectors\n", table(head, tables.summary_rows(found))]
+    parts += ["### Strengths\n\nRise of the final loss; brackets: harmless.\n"]
+    parts += [table(("fault", "strength counts", *tables.REPORTED), tables.strength_rows(found))]
+    head = (
+        "fault, model",
+        "named",
+        "by",
+        "stated step less true step",
+        "known after",
+        "loss moves after",
+        "right layer",
+    )
+    for detector in tables.ROWS:
+        parts += [f"### Fault by fault: {tables.WORDS[detector]}\n", table(head, tables.fault_rows(found, detector))]
+    parts += ["### False alarms by rule\n", table(("rule", *tables.WORDS.values())[:3], tables.alarm_rows(found))]
+    return "\n".join([*parts, provenance(_result("faults")["environment"])])
+
+
+def guard_table() -> str:
+    """Final losses with a guard against spikes and without."""
+    if not (RESULTS / "guard.json").exists():
+        return "`python -m benchmarks.guard` has not been run with this version.\n"
+    found = _result("guard")
+    arms = ("none", "best global clipping", "ZClip", "guard")
+    head = ("task", "set-up", *arms, *(f"guard against {arm}" for arm in arms[:-1]))
+    return f"{table(head, guard.rows(found))}\n{provenance(found['environment'])}"
 
 
 def radii_table() -> str:
@@ -389,9 +460,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "readings": readings_table,
     "sharpness": sharpness_table,
     "spectra": spectra_table,
+    "precision": precision_table,
     "tracking": tracking_table,
     "adaptive": adaptive_tables,
+    "faults": fault_tables,
     "radii": radii_table,
+    "guard": guard_table,
     "distributed": distributed_table,
     "gpu": gpu_tables,
     "gpu_draft": gpu_draft_tables,

@@ -23,6 +23,7 @@ from tests.processes import in_forks
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+SCRIPTS += sorted(path.parent.name for path in FOLDER.glob("*/__main__.py"))
 PICTURES = {"adaptive_plot"}  # all others write JSON
 LONG = {"distributed"}  # a dozen fits in several processes
 MISSING_PACKAGE = re.compile(r"^skipped: .+, since (\S+) is missing: pip install .+$")
@@ -61,7 +62,7 @@ def kept() -> dict[Path, float]:
 
 
 def test_scripts_are_found():
-    assert {"adaptive", "sharpness", "kernels"} <= set(SCRIPTS)
+    assert {"adaptive", "sharpness", "kernels", "faults"} <= set(SCRIPTS)
     assert "models" not in SCRIPTS
 
 

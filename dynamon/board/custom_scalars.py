@@ -13,8 +13,10 @@ _CATEGORIES = {
     "sentinel": "2 Gradients",
     "progress": "3 Rates",
     "steering": "3 Rates",
+    "guard": "2 Gradients",
     "weight": "4 Weights",
-    "monitor": "5 dynamon",
+    "activation": "5 Activations",
+    "monitor": "6 dynamon",
 }  # by the meter that measures a quantity
 
 

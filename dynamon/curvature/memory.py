@@ -10,6 +10,7 @@ import torch
 
 from dynamon.curvature.operators.parameters import FlatParameters, Parameters, names_and_tensors
 from dynamon.curvature.solvers.lanczos import basis_vectors
+from dynamon.curvature.solvers.rayleigh_ritz import MOST_VECTORS
 from dynamon.layers.complex_pairs import real_dtype, real_numel
 
 
@@ -25,12 +26,13 @@ def basis_memory(params: Parameters | FlatParameters, k: int = 1, certify: bool 
         >>> import torch
         >>> from dynamon.curvature.memory import basis_memory
         >>> basis_memory([torch.zeros(1000)]) // 4000  # vectors in float32
-        13
+        16
     """
     _, tensors = names_and_tensors(params)
     size = sum(real_numel(p) for p in tensors)
     width = max(real_dtype(p).itemsize for p in tensors)
     vectors = basis_vectors(k, certify) + k + 3  # at a restart, and at the end, some are held twice
+    vectors = max(vectors, MOST_VECTORS) if k == 1 else vectors
     return vectors * size * max(width, torch.float32.itemsize)
 
 

@@ -1,15 +1,13 @@
 """Describe what the rules look at: the words and the limit of each, and the value that it sees in a run."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import gradients, limits, loss, monitoring, spikes, weights
-from dynamon.health.finding import Finding
+from dynamon.health import activations, batches, gradients, limits, loss, monitoring, precision, spikes, weights
 from dynamon.health.loss import Loss
+from dynamon.health.rule import Rule
 from dynamon.health.series import (
     all_zero,
     layer_columns,
@@ -20,50 +18,6 @@ from dynamon.health.series import (
 from dynamon.runs.history import RunData
 
 _LASTING = f"at {limits.LONG} readings to the end"
-
-
-@dataclass(frozen=True)
-class Check:
-    """Hold what a rule checked in a run.
-
-    Attributes:
-        words: What is checked.
-        value: What was seen, in words with its numbers; None if the readings it needs are missing.
-        limit: From what on the rule reports it.
-        needs: The readings that it needs.
-        severity: The worst severity of what the rule found, None if it found nothing.
-    """
-
-    words: str
-    value: str | None
-    limit: str
-    needs: str
-    severity: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule, and how a reader is told what it checks.
-
-    Attributes:
-        find: Yields its findings.
-        seen: Says what it sees; None if the readings it needs are missing.
-        words: What it checks.
-        limit: From what on it reports something.
-        needs: The readings that it needs.
-        names: The names that its findings can have.
-    """
-
-    find: Callable[[RunData, Loss], Iterator[Finding]]
-    seen: Callable[[RunData, Loss], str | None]
-    words: str
-    limit: str
-    needs: str
-    names: tuple[str, ...] = ()
 
 
 def _finite_loss(data: RunData, known: Loss) -> str | None:
@@ -111,6 +65,11 @@ def _left_by_clipping(data: RunData, known: Loss) -> str | None:
     return f"{_share(gone)} with nothing left" if len(gone) else None
 
 
+def _alike(data: RunData, known: Loss) -> str | None:
+    series = data.scalars.get("gradient/cosine")
+    return None if series is None or not len(series) else f"median {_middle(series.values)}"
+
+
 def _growth(data: RunData, known: Loss) -> str | None:
     found = []
     for name, _, values in layer_columns(data, "gradient/l2"):
@@ -141,6 +100,20 @@ def _slowest(data: RunData, known: Loss) -> str | None:
     columns = layer_columns(data, "update/ratio")
     found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
     return f"least {min(found)[0]:.3g} of its weight at the end, {min(found)[1]}" if found else None
+
+
+def _most_lost(data: RunData, known: Loss) -> str | None:
+    return _most(data, "precision/update_lost")
+
+
+def _lost_decay(data: RunData, known: Loss) -> str | None:
+    return _most(data, "precision/decay_lost")
+
+
+def _most(data: RunData, quantity: str) -> str | None:
+    columns = layer_columns(data, quantity)
+    found = [(float(np.median(values[-limits.CONSECUTIVE :])), name) for name, _, values in columns]
+    return f"at most {max(found)[0]:.0%} lost at the end, {max(found)[1]}" if found else None
 
 
 def _update_size(data: RunData, known: Loss) -> str | None:
@@ -274,6 +247,14 @@ RULES: tuple[Rule, ...] = (
         names=("spike/deviation", "spike/many"),
     ),
     Rule(
+        batches.repeated_batches,
+        _alike,
+        "batches differ: cosine of successive gradients",
+        f"{limits.ALIKE_GRADIENTS:g} at {limits.CONSECUTIVE} readings, after at most {limits.UNLIKE_GRADIENTS:g}",
+        f"gradient/cosine with {limits.LONG + limits.CONSECUTIVE} readings",
+        names=("gradient/repeated",),
+    ),
+    Rule(
         gradients.growing_gradients,
         _growth,
         "gradients of single layers do not jump",
@@ -285,7 +266,7 @@ RULES: tuple[Rule, ...] = (
         gradients.hard_clipping,
         _clipping,
         "clipping leaves part of the gradient",
-        f"below {limits.HARD_CLIPPING:g} {_LASTING}",
+        f"below {limits.HARD_CLIPPING:g} {_LASTING}, or a {limits.JUMP:g}th of what it was",
         "gradient/clip_coefficient",
         names=("gradient/clipping",),
     ),
@@ -304,6 +285,22 @@ RULES: tuple[Rule, ...] = (
         f"below {limits.STILL_UPDATE:g} at {limits.CONSECUTIVE} readings to the end, while others move",
         "update/ratio",
         names=("update/stopped", "update/never"),
+    ),
+    Rule(
+        precision.swallowed_updates,
+        _most_lost,
+        "weights hold their updates",
+        f"{limits.MOST_LOST:.0%} lost at {limits.FEW} readings from the first on, in half precision {_LASTING}",
+        "precision/update_lost",
+        names=("precision/swallowed",),
+    ),
+    Rule(
+        precision.lost_decay,
+        _lost_decay,
+        "half precision leaves weight decay",
+        f"{limits.MOST_LOST:.0%} lost in half of the layers at {limits.CONSECUTIVE} readings",
+        "precision/decay_lost",
+        names=("precision/decay",),
     ),
     Rule(
         weights.large_updates,
@@ -345,6 +342,7 @@ RULES: tuple[Rule, ...] = (
         "spectrum/stable_rank",
         names=("spectrum/collapse",),
     ),
+    *activations.RULES,
     Rule(
         monitoring.steering_at_bounds,
         _bounded,

@@ -12,6 +12,7 @@ from dynamon.health.limits import (
     CONSECUTIVE,
     DEAD_GRADIENT,
     FEW,
+    GRADIENT_GROWTH,
     HARD_CLIPPING,
     JUMP,
     LONG,
@@ -31,7 +32,7 @@ from dynamon.health.series import (
     noise_level,
     scalar_at,
 )
-from dynamon.runs.history import RunData
+from dynamon.runs.history import RunData, Series
 
 
 def nonfinite_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
@@ -135,24 +136,43 @@ def unused_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def hard_clipping(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Find clipping that leaves almost nothing of every step."""
+    """Find clipping that leaves almost nothing of every step, or from some step on much less than before."""
     share = data.scalars.get("gradient/clip_coefficient")
     if share is None or not len(share):
         return
     start = final_stretch((share.values < HARD_CLIPPING) & (share.values > 0))
-    if len(share) - start >= LONG:
-        left, step = float(np.median(share.values[start:])), int(share.steps[start])
-        yield Finding(
-            "gradient/clipping",
-            "note",
-            step,
-            f"Clipping leaves {left:.2g} of the gradient, in the median of the {len(share) - start} readings from step "
-            f"{step} on.",
-            "Then clipping sets the size of every step, and the gradient only its direction. If that is not intended, "
-            "average the loss instead of summing it, raise the limit, or look for what makes gradients so large.",
-            numbers={"coefficient": left},
-            tags=("gradient/clip_coefficient", "gradient/norm"),
-        )
+    lasts = len(share) - start >= LONG
+    begin = start if lasts else _tightened(data, share)
+    if begin is None:
+        return
+    left, step = float(np.median(share.values[begin:])), int(share.steps[begin])
+    before = float(np.median(share.values[:begin])) if begin else math.nan
+    yield Finding(
+        "gradient/clipping",
+        "note" if lasts else "warning",
+        step,
+        f"Clipping leaves {left:.2g} of the gradient, in the median of the {len(share) - begin} readings from step "
+        f"{step} on" + (f"; before it left {before:.2g}." if begin else "."),
+        "Then clipping sets the size of every step, and the gradient only its direction. If that is not intended, "
+        "average the loss instead of summing it, raise the limit, or look for what makes gradients so large."
+        if lasts
+        else "Gradients did not grow as much: look at what has changed the limit.",
+        numbers={"coefficient": left, "before": before},
+        tags=("gradient/clip_coefficient", "gradient/norm"),
+    )
+
+
+def _tightened(data: RunData, share: Series) -> int | None:
+    """Return from which reading on clipping leaves a tenth of what it left before, although gradients did not grow."""
+    if len(share) < LONG + CONSECUTIVE:
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(share.values, LONG + CONSECUTIVE)
+    past, now = windows[:, :LONG], windows[:, LONG:]
+    for index in np.flatnonzero((now.max(1) > 0) & (past.min(1) > JUMP * now.max(1))):
+        norms = scalar_at(data, "gradient/norm", share.steps[index : index + LONG + CONSECUTIVE])
+        if np.median(norms[LONG:]) < GRADIENT_GROWTH * np.median(norms[:LONG]):
+            return int(index) + LONG
+    return None
 
 
 def _layers_without_norm(data: RunData, step: int) -> tuple[str, ...]:

@@ -22,6 +22,20 @@ LARGE_UPDATE = 0.5  # of the weight in one step; usual is 1e-3, and 0.1 under hi
 HARD_CLIPPING = 1e-3  # what clipping leaves; sums over tokens come to a hundredth
 FAR_ABOVE = 2.0  # stability ratio: a probe's may well read some tenths above 1
 
+# Cosines of successive gradients.
+ALIKE_GRADIENTS = 0.9  # of one batch again and again, until it is learned by heart
+UNLIKE_GRADIENTS = 0.5  # median before: batches of healthy runs are below it once the first steps are over
+
+# Activations, on the probe.
+DEAD_UNITS = 0.5  # of an activation function's units; feed-forward layers of trained ReLU networks have tenths
+OUTLIER_KURTOSIS = 50.0  # normal entries have 3, those after a ReLU 6 to 20; ten times this is too much from the start
+OUTLIER_PEAK = 30.0  # largest entry over the root mean square; that of a million normal entries is 5
+LARGE_LOGIT = 100.0  # of attention: neighbouring bfloat16 numbers are 0.5 apart, and exp(100) leaves one key
+SHARP_ENTROPY, FLAT_ENTROPY = 0.05, 0.25  # of attention, in parts of that of equal weights: collapsed, and not so
+RESIDUAL_FACTOR, BLOCK_FACTOR = 100.0, 2.0  # of the residual stream over all blocks, and in each
+LEAST_BLOCKS = 4  # fewer tell no trend with depth
+VANISHED_GRADIENT = 1e-6  # of an output, in parts of the largest; sizes of outputs alone make 1e-3
+
 # Standard deviations of a single reading.
 SPIKE = 10.0  # of a step above its usual level: 6.4 is the most of a million Gaussian numbers, 11 of Laplacian ones
 NOISE_SIGMAS = 6.0
@@ -35,5 +49,9 @@ ROUNDING_GRADIENT = 1e-6  # share of the median layer's gradient that such round
 STILL_UPDATE = 1e-8  # update over weight that float32 does not resolve
 ZERO_RATIO = 1e-6  # that steering gives a layer: float32 weights then hardly move
 LOSS_ROUNDING = 1e-6  # of the loss's size: float32 and a mean over a batch
+MOST_LOST = 0.9  # of a layer's updates or decay, in entries; steps of half precision under a good rate lose up to half
+HALF_PRECISION_BITS = 11  # significant bits of float16
+ENDING_RATE = 0.1  # of the largest rate so far: what a schedule ends in loses more and more
+RISING_RATE = 1.01  # growth within the last readings, in a warm-up
 SINGLE_DIRECTION = 1.01  # stable rank of a matrix of rank one, with room for the rounding of sigma_max
 WIDE_SIDE = 8  # the smaller side of a matrix from which rank one means something

@@ -21,6 +21,7 @@ from dynamon.health.limits import (
     WIDE_SIDE,
 )
 from dynamon.health.loss import Loss
+from dynamon.health.precision import losing_layers
 from dynamon.health.rates import is_turned_off, rate_is_zero
 from dynamon.health.series import (
     all_zero,
@@ -62,8 +63,9 @@ def no_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     nothing_came = scalar_at(data, "gradient/norm", since) == 0
     clipped_away = scalar_at(data, "gradient/norm_clipped", since) == 0
     skipped = scalar_at(data, "gradient/nonfinite", since) > 0
-    if (nothing_came | clipped_away | skipped).all():
-        return  # reported by the rules on gradients
+    still = {name for name, column in zip(table.layers or (), table.values.T, strict=True) if np.isfinite(column).any()}
+    if (nothing_came | clipped_away | skipped).all() or still <= losing_layers(data):
+        return  # reported by the rules on gradients and on precision
     yield Finding(
         "update/none",
         "fault",
@@ -85,7 +87,7 @@ def stopped_layers(data: RunData, loss: Loss) -> Iterator[Finding]:
     if table is None:
         return
     others = row_median(table.values)
-    dead = {name for name, _ in dead_columns(data)}
+    dead = {name for name, _ in dead_columns(data)} | losing_layers(data)  # reported by rules of their own
     hits, never = [], []
     for index, name in enumerate(table.layers or ()):
         column = table.values[:, index]

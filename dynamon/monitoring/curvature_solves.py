@@ -50,6 +50,9 @@ from dynamon.stability import (
     stability_threshold,
 )
 
+EXTRAS = ("next", "preconditioned", "trace", "density", "blocks", "ggn")  # which a measurement can do without
+_ON_THE_GRAPH = {"trace", "density", "blocks"}  # those whose products are all to be exact
+_TAGS = {"next": "stability_ratio_next", "preconditioned": "preconditioned_max"}  # those with a solve on the same loss
 DENSITY_STEPS, DENSITY_VECTORS = 60, 2
 TRACE_VECTORS = 16
 
@@ -68,6 +71,17 @@ class Point:
     succeeded: int = 0
     failed: dict[str, Exception] = field(default_factory=dict)
     brackets: list[tuple[str, Tensor, StabilityScaling | None]] = field(default_factory=list)
+
+    @property
+    def is_one_sided(self) -> bool:
+        """True where products are one-sided differences of gradients."""
+        return self.hessian.backend == "forward_difference"
+
+    def exact(self) -> HessianOperator | MeanOverRanks:
+        """Return the Hessian with exact products, where it has them."""
+        if self.is_one_sided and isinstance(self.hessian, HessianOperator):
+            self.hessian.make_exact()
+        return self.hessian
 
 
 class CurvatureSolves(Meter):
@@ -107,6 +121,7 @@ class CurvatureSolves(Meter):
         self._trackers: dict[str, EigenTracker] = {}
         self._blocks: dict[str, Tensor] = {}
         self._space: Tensor | None = None
+        self._extras: dict[str, Cadence] = {}  # what is taken along with a measurement now and then
         self.last_density: SpectralDensity | None = None
         self._allowance = MatvecAllowance()
         self._certify = True
@@ -155,7 +170,7 @@ class CurvatureSolves(Meter):
             )
 
     def _trace(self, point: Point) -> None:
-        require_trust(point.hessian, random_start(point.hessian, None, self.points))
+        require_trust(point.exact(), random_start(point.hessian, None, self.points))
         found = trace(point.hessian, num_vectors=TRACE_VECTORS, seed=self.points)
         point.readings |= {"sharpness/trace": found.value, "sharpness/trace_error": found.standard_error}
         point.products += found.matvecs
@@ -173,13 +188,33 @@ class CurvatureSolves(Meter):
 
     def _solve(self, point: Point, tag: str, operator: LinearOperator, k: int = 1) -> Eigenpairs:
         tracker = self._trackers.setdefault(tag, self._tracker(k))
-        rest = self._allowance.rest(point.products)
-        found = tracker.update(operator, most=None if math.isinf(rest) else max(int(rest), LEAST))
-        point.products += found.matvecs
+        if tracker.backend == "auto":
+            point.exact()
+        found = self._tracked(point, tracker, operator)
+        if point.is_one_sided and found.product_error > self._tol:
+            point.exact()
+            found = self._tracked(point, tracker, operator)
+        if found.converged:
+            point.products += tracker.compare(operator)
         if (reason := why_not(operator, found.product_error)) is not None:
             raise ArithmeticError(reason)
         point.readings |= found.readings(f"sharpness/{tag}")
         return found
+
+    def _tracked(self, point: Point, tracker: EigenTracker, operator: LinearOperator) -> Eigenpairs:
+        rest = self._allowance.rest(point.products)
+        found = tracker.update(operator, most=None if math.isinf(rest) else max(int(rest), LEAST))
+        point.products += found.matvecs
+        return found
+
+    def _difference_error(self, run: RunContext) -> float | None:
+        """Return the error of one-sided differences where all of the coming measurement can rest on them, else None."""
+        due = {one for one in EXTRAS if one in self._wanted and self._extra_is_due(one, run)}
+        tags = {"stability_ratio", "hessian_max"} | {_TAGS[one] for one in due if one in _TAGS}
+        trackers = [tracker for tag, tracker in self._trackers.items() if tag in tags]
+        if due & _ON_THE_GRAPH or not trackers or any(one.backend == "auto" for one in trackers):
+            return None
+        return max(one.difference_error for one in trackers)
 
     def _tracker(self, k: int = 1) -> EigenTracker:
         # Several values take a second look for copies of repeated ones.
@@ -217,7 +252,7 @@ class CurvatureSolves(Meter):
         self._space = space
 
     def _density(self, point: Point) -> None:
-        require_trust(point.hessian, random_start(point.hessian, None, self.points))
+        require_trust(point.exact(), random_start(point.hessian, None, self.points))
         found = spectral_density(point.hessian, steps=DENSITY_STEPS, num_vectors=DENSITY_VECTORS, seed=self.points)
         point.products += found.matvecs
         self.last_density = found
@@ -227,7 +262,7 @@ class CurvatureSolves(Meter):
     def _blockwise(self, point: Point) -> None:
         tensors = dict(zip(point.params.names or [], point.params.tensors, strict=True))
         blocks = {la.name: [tensors[la.name]] for la in point.run.layers if la.name in tensors}
-        found = blockwise_sharpness(point.hessian, blocks, warm_starts=self._blocks, seed=self.points)
+        found = blockwise_sharpness(point.exact(), blocks, warm_starts=self._blocks, seed=self.points)
         self._blocks = {name: pairs.vectors for name, pairs in found.items()}
         point.products += sum(pairs.matvecs for pairs in found.values())
         reasons = [why_not(point.hessian, pairs.product_error) for pairs in found.values()]
@@ -239,6 +274,10 @@ class CurvatureSolves(Meter):
 
     def _ggn(self, point: Point) -> None:
         self._solve(point, "ggn_max", self._gauss_newton.operator(point.run, point.params))
+
+    def _extra_is_due(self, quantity: str, run: RunContext) -> bool:
+        """Return whether an extra quantity is taken along now."""
+        return quantity not in self._extras or self._extras[quantity].is_due(run.step)
 
     def _start_anew(self, run: RunContext) -> None:
         """After a failure some of several processes may have come further than others: all track from nothing."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
+from dynamon.monitoring.activation_meter import share_probe
+from dynamon.monitoring.activation_monitor import ActivationMonitor
 from dynamon.monitoring.arguments import check_arguments
 from dynamon.monitoring.gauss_newton import OutputsFn
 from dynamon.monitoring.gradient_monitor import GradientMonitor
@@ -28,6 +30,7 @@ class Preset:
         gradients: Steps between gradient readings.
         weights: Steps between weight readings.
         sharpness: Steps between sharpness readings.
+        activations: Steps between readings of activations; None for none.
         probe_fraction: Share of a batch in the probe.
         quantities: Sharpness quantities, as in :class:`SharpnessMonitor`.
         histograms: Whether every tenth reading of gradients and weights brings their histograms.
@@ -36,6 +39,7 @@ class Preset:
     gradients: int
     weights: int
     sharpness: int
+    activations: int | None
     probe_fraction: float
     quantities: Sequence[str]
     histograms: bool = False
@@ -44,14 +48,22 @@ class Preset:
 _ECONOMY = ("stability_ratio", "directional", "critical", "progress")
 _EXPENSIVE = ("next", "preconditioned", "ggn", "trace", "density")  # asked for by name, in SharpnessMonitor
 PRESETS = {
-    "economy": Preset(gradients=4, weights=20, sharpness=20, probe_fraction=0.25, quantities=_ECONOMY),
+    "economy": Preset(
+        gradients=4, weights=20, sharpness=20, activations=None, probe_fraction=0.25, quantities=_ECONOMY
+    ),
     "standard": Preset(
-        gradients=2, weights=10, sharpness=20, probe_fraction=0.25, quantities=(*_ECONOMY, "hessian", "bracket")
+        gradients=2,
+        weights=10,
+        sharpness=20,
+        activations=20,
+        probe_fraction=0.25,
+        quantities=(*_ECONOMY, "hessian", "bracket"),
     ),
     "full": Preset(
         gradients=1,
         weights=5,
         sharpness=10,
+        activations=10,
         probe_fraction=1.0,
         quantities=tuple(q for q in QUANTITIES if q not in _EXPENSIVE),
         histograms=True,
@@ -61,10 +73,10 @@ PRESETS = {
 
 @with_tag_table(quantities_of("sentinel"))
 class DynamicsMonitor(Monitor):
-    """Gradients, weights and sharpness in one callback, with one budget and one pass over the gradients.
+    """Gradients, weights, sharpness and activations in one callback, with one budget and one pass over the gradients.
 
-    It writes the tags of :class:`GradientMonitor`, :class:`WeightMonitor` and :class:`SharpnessMonitor`; see
-    their tables.
+    It writes the tags of :class:`GradientMonitor`, :class:`WeightMonitor`, :class:`SharpnessMonitor` and, with
+    ``standard`` and ``full``, :class:`ActivationMonitor`; see their tables.
 
     ============  ===============  ==============  ================  =============================================
     preset        gradients every  weights every   sharpness every   sharpness
@@ -72,9 +84,11 @@ class DynamicsMonitor(Monitor):
     ``economy``   4 steps          20 steps        20 steps          stability ratio, directional and critical
                                                                      sharpness, on a quarter of a batch; progress
                                                                      by layer, on the next batch
-    ``standard``  2 steps          10 steps        20 steps          with the Hessian and the bracket
+    ``standard``  2 steps          10 steps        20 steps          with the Hessian and the bracket; activations
+                                                                     every 20 steps
     ``full``      1 step           5 steps         10 steps          with batch sharpness, the top eigenspace and
-                                                                     every layer's block, on a whole batch; histograms
+                                                                     every layer's block, on a whole batch; histograms;
+                                                                     activations every 10 steps
     ============  ===============  ==============  ================  =============================================
 
     These are the shortest intervals; the budget stretches them. Below 4 % (``full``: 17 %) it also cuts the probe,
@@ -131,6 +145,7 @@ class DynamicsMonitor(Monitor):
         sharpness: The sharpness part, instead of that of the preset.
         gradients: The gradient part, likewise.
         weights: The weight part, likewise.
+        activations: The activation part, likewise; it is measured on the probe of the sharpness part.
         roles: As in :class:`GradientMonitor`.
         geometry: As there.
         on_finding: Function that is called with each new :class:`dynamon.health.Finding`, on a thread of its own, so
@@ -178,6 +193,7 @@ class DynamicsMonitor(Monitor):
         sharpness: SharpnessMonitor | None = None,
         gradients: GradientMonitor | None = None,
         weights: WeightMonitor | None = None,
+        activations: ActivationMonitor | None = None,
         roles: Mapping[str, str] | None = None,
         geometry: str | Mapping[str, str] | None = None,
         on_finding: Callable[[Finding], object] | None = None,
@@ -204,11 +220,9 @@ class DynamicsMonitor(Monitor):
         }
         cuts_probe = budget is not None and every_n_steps is None
         parts = _preset_parts(PRESETS[preset], of_sharpness, histograms, convolutions, budget if cuts_probe else None)
-        given: dict[str, Any] = {"gradients": gradients, "weights": weights, "sharpness": sharpness}
-        self._given = {name: part for name, part in given.items() if part is not None}
-        for name, part in self._given.items():
-            check_part(name, part, {**of_sharpness, "histograms": histograms, "convolutions": convolutions})
-        own = [self._given.get(name, part) for name, part in parts.items()]
+        given = dict(gradients=gradients, weights=weights, sharpness=sharpness, activations=activations)
+        self._given = _checked(given, {**of_sharpness, "histograms": histograms, "convolutions": convolutions})
+        own = [*(parts | self._given).values()]
         makes = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
         makes += _sentinels(sentinel, every_n_steps is not None or budget is None, type(self).__name__)
         shared = (budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
@@ -223,12 +237,20 @@ class DynamicsMonitor(Monitor):
 
     def one_of_a_kind(self) -> tuple[type, ...]:
         """One monitor of everything beside one of its parts would measure twice; a monitor of your own may stand by."""
-        return (DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor)
+        return (DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor, ActivationMonitor)
+
+
+def _checked(given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts that are given, after :func:`check_part`; no option is one of the activation part."""
+    parts = {name: part for name, part in given.items() if part is not None}
+    for name, part in parts.items():
+        check_part(name, part, {} if name == "activations" else options)
+    return parts
 
 
 def _meters(makes: Sequence[Callable[[], list[Meter]]]) -> list[Meter]:
     """Make the meters of all parts."""
-    return [meter for make in makes for meter in make()]
+    return share_probe([meter for make in makes for meter in make()])
 
 
 def _sentinels(is_wanted: bool, looks_always: bool, name: str) -> list[Callable[[], list[Meter]]]:
@@ -258,7 +280,11 @@ def _preset_parts(
     gradients._make_part = partial(gradients._make_part, interval=chosen.gradients)
     weights._make_part = partial(weights._make_part, interval=chosen.weights)
     sharpness._make_part = partial(sharpness._make_part, interval=chosen.sharpness, may_shrink=may_shrink)
-    return {"gradients": gradients, "weights": weights, "sharpness": sharpness}
+    parts: dict[str, Any] = {"gradients": gradients, "weights": weights, "sharpness": sharpness}
+    if chosen.activations is not None:
+        activations = parts["activations"] = ActivationMonitor()
+        activations._make_part = partial(activations._make_part, interval=chosen.activations)
+    return parts
 
 
 def check_part(name: str, part: Any, options: dict[str, Any]) -> None:
@@ -269,9 +295,16 @@ def check_part(name: str, part: Any, options: dict[str, Any]) -> None:
         part: The part.
         options: What the monitor of all parts was given for one of them.
     """
-    kind: type[Monitor] = {"gradients": GradientMonitor, "weights": WeightMonitor, "sharpness": SharpnessMonitor}[name]
+    kinds: dict[str, type[Monitor]] = {
+        "gradients": GradientMonitor,
+        "weights": WeightMonitor,
+        "sharpness": SharpnessMonitor,
+        "activations": ActivationMonitor,
+    }
+    kind = kinds[name]
     if not isinstance(part, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, or None, got {type(part).__name__}.")
+        article = "an" if kind is ActivationMonitor else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, or None, got {type(part).__name__}.")
     of_all, of_part = signature(DynamicsMonitor).parameters, signature(kind).parameters
     for option, value in options.items():
         if option in of_part and value != of_all[option].default:

@@ -19,7 +19,7 @@ from dynamon.distributed.dtensor import is_sharded
 from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.monitoring import curvature_solves
 from dynamon.monitoring.cadence import Cadence
-from dynamon.monitoring.curvature_solves import DENSITY_VECTORS, TRACE_VECTORS, CurvatureSolves, Point
+from dynamon.monitoring.curvature_solves import DENSITY_VECTORS, EXTRAS, TRACE_VECTORS, CurvatureSolves, Point
 from dynamon.monitoring.evaluation import trained_parameters
 from dynamon.monitoring.failures import PAUSE_AFTER, Failures, forget_frames
 from dynamon.monitoring.gauss_newton import OutputsFn
@@ -36,7 +36,6 @@ from dynamon.stability import (
     has_stability_condition,
 )
 
-_EXTRAS = ("next", "preconditioned", "trace", "density", "blocks", "ggn")  # which a measurement can do without
 _SMALL_PROBE = "; so small a probe is sharper than the whole training set. probe_size sets their number."
 
 
@@ -76,7 +75,6 @@ class EigenvalueMeter(CurvatureSolves):
         self.tags = meanings(one for one in declared if one.scope is Scope.SCALAR)
         self.quantities = meanings(one for one in declared if one.scope is Scope.PER_LAYER)
         self.panels = chart_layout(declared)
-        self._extras: dict[str, Cadence] = {}  # what is taken along with a measurement now and then
         self._too_large = self._never = False
         self._needed = 0.0  # bytes of the vectors of a solve
         self._is_guess = self._is_solving = False
@@ -154,7 +152,7 @@ class EigenvalueMeter(CurvatureSolves):
         if not self.cadence.is_planned or run.budget.fraction is None:
             return own
         self._extras = {
-            quantity: Cadence(None, self.cadence.interval) for quantity in _EXTRAS if quantity in self._wanted
+            quantity: Cadence(None, self.cadence.interval) for quantity in EXTRAS if quantity in self._wanted
         }
         return own + [
             Plan(quantity, cadence, partial(self._expected_extra, run, quantity), partial(self._lacks, quantity), True)
@@ -178,7 +176,8 @@ class EigenvalueMeter(CurvatureSolves):
         """
         tracked = list(self._trackers.values()) or [self._tracker(k) for k in self._first_solves()]
         products = sum(map(_products_of_solve, tracked))
-        price = self._allowance.price(products, self._probe.graph_seconds)
+        one_sided = self._difference_error(run) is not None
+        price = self._allowance.price(products, self._probe.graph_seconds, one_sided)
         least = self.least(run)
         if price is None or least is None or self._took:
             return price
@@ -192,7 +191,8 @@ class EigenvalueMeter(CurvatureSolves):
 
     def least(self, run: RunContext) -> float | None:
         """Return the seconds of the smallest measurement."""
-        return self._allowance.price(LEAST, self._probe.graph_seconds)
+        one_sided = self._difference_error(run) is not None
+        return self._allowance.price(LEAST, self._probe.graph_seconds, one_sided)
 
     def _first_solves(self) -> list[int]:
         """Return how many eigenvalues each of the first solves follows."""
@@ -235,27 +235,29 @@ class EigenvalueMeter(CurvatureSolves):
         spent = run.budget.spent_on.get(self.name, 0.0)
         try:
             with run.together(self.name):
-                products = self._measure(run)
+                products, one_sided = self._measure(run)
         except Exception:  # whatever it was, what is tracked belongs to a measurement that did not end
             self._start_anew(run)
             raise
         if self.is_off():
             return
-        self._allowance.note(run.budget.spent_on[self.name] - spent, products)
+        self._allowance.note(run.budget.spent_on[self.name] - spent, products, one_sided)
         self.done(run)
 
-    def _measure(self, run: RunContext) -> int:
+    def _measure(self, run: RunContext) -> tuple[int, bool]:
+        """Return the number of products, and whether they were one-sided differences to the end."""
         self._is_solving = False
         if not self._fits(run):
-            return 0
+            return 0, False
         self._probe.agree(run)
-        self._allowance.open(run, self.cadence.is_planned, self._probe.graph_seconds)
+        error = self._difference_error(run)
+        self._allowance.open(run, self.cadence.is_planned, self._probe.graph_seconds, error is not None)
         with self._probe.evaluation(run) as params:
-            hessian = self._probe.hessian(run, params)
+            hessian = self._probe.hessian(run, params, error=error)
             self._is_solving = True  # from here on the loss and its gradient fit
             if (never := why_never(hessian, hessian.gradient)) is not None:
                 self._leave_out(run, never)
-                return 0
+                return 0, False
             owned = list(trained_parameters(run).values())
             point = Point(run, params, owned, hessian, _only(run.loop.optimizers))
             point.readings["sharpness/probe_loss"] = float(hessian.loss)
@@ -265,6 +267,7 @@ class EigenvalueMeter(CurvatureSolves):
                 point.readings["sharpness/probe_samples"] = float(self._probe.samples_in_all)
             self._measure_hessian(point)
             self._say_backend(point)
+            one_sided = point.is_one_sided
             del hessian, point.hessian  # its graph makes room for those that follow
             self._attempt(point, "bracket", self._measure_brackets)
             if "ggn" in self._wanted:
@@ -273,7 +276,7 @@ class EigenvalueMeter(CurvatureSolves):
             point.readings["sharpness/matvecs"] = float(point.products)
             run.recorder.scalars(point.readings, headline=True)
         self._warn(run, point.readings)
-        return point.products
+        return point.products, one_sided
 
     def _leave_out(self, run: RunContext, reason: str) -> None:
         """Measure nothing any more: what is in the way stays there.
@@ -313,7 +316,7 @@ class EigenvalueMeter(CurvatureSolves):
         least = LEAST if extra is None else self._products_of(point.run, quantity)
         if quantity != "bracket" and point.products and self._allowance.rest(point.products) < least:
             return
-        if self._failures.rests(quantity, self.points) or extra is not None and not extra.is_due(point.run.step):
+        if self._failures.rests(quantity, self.points) or not self._extra_is_due(quantity, point.run):
             return
         try:
             before = point.products

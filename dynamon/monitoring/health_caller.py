@@ -1,14 +1,30 @@
-"""Apply the health rules to what all monitors of a loop have measured, by one of them."""
+"""Have the health rules look at what all monitors of a loop have measured."""
 
+from dynamon.health import Finding
 from dynamon.monitoring.health_watch import HealthWatch
 from dynamon.monitoring.meter_scheduler import MeterScheduler
 from dynamon.runs.history import History
 
 
 class HealthCaller(MeterScheduler):
-    """Calls the health watch, where this monitor speaks for all of them."""
+    """Calls the health rules, where it speaks for all monitors of its loop."""
 
     _health: HealthWatch
+
+    @property
+    def history(self) -> History:
+        """Everything measured so far, as arrays by quantity."""
+        return self._recorder.history
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Return what looks wrong in what this monitor has measured, see :mod:`dynamon.health`; the worst first."""
+        return self._health.findings(self.history)
+
+    @property
+    def asks_to_stop(self) -> bool:
+        """Return whether a finding of ``stop_on`` was met, on the first process."""
+        return self._health.asks_to_stop
 
     def last_look(self) -> None:
         """Apply the health rules for the last time, and wait for alerts for some seconds."""

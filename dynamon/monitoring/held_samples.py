@@ -18,7 +18,6 @@ from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.samples import Kept, batch_sizes, dealt, is_whole_training_set, numbers_of
 
 SAVED_NUMBERS = 2**26  # a probe, or vectors to start from, enter a checkpoint up to this size
-NO_LOSS_SENTENCE = "there is no loss on the batch that sharpness was to be measured on: the next is taken."
 
 
 class HeldSamples(Meter):
@@ -45,6 +44,7 @@ class HeldSamples(Meter):
     """
 
     name = "probe"
+    subject = "sharpness"  # what is measured on it, in messages
 
     def __init__(
         self,
@@ -115,7 +115,8 @@ class HeldSamples(Meter):
         if self._resumed_without:
             self._resumed_without = False
             rank_zero_info(
-                "the checkpoint did not hold the probe, so it is taken anew: sharpness before and after differ by that."
+                f"the checkpoint did not hold the probe, so it is taken anew: {self.subject} before and after differ "
+                "by that."
             )
         with run.charge(self.name):
             kept = waiting[0]
@@ -141,11 +142,15 @@ class HeldSamples(Meter):
         if skipped is None or self.loss_fn is not None or run.ranks.is_distributed:  # Lightning refuses it under DDP
             return
         self._sets = [[one for one in kept if one is not skipped] for kept in self._sets]
-        self._say("no loss", NO_LOSS_SENTENCE)
+        self._say("no loss", self._no_loss)
 
     def _kept(self, batch: Any, samples: int | None, is_cut: bool, index: int, is_tried: bool = False) -> Kept:
         weight = self._weight_of(batch, samples)
         return Kept(batch, index, samples, weight, is_cut, is_tried, numbers_of(batch) if self.saves else None)
+
+    @property
+    def _no_loss(self) -> str:
+        return f"there is no loss on the batch that {self.subject} was to be measured on: the next is taken."
 
     def _say(self, what: str, sentence: str) -> None:
         if what not in self._told:

@@ -13,6 +13,7 @@ from dynamon.monitoring.run_context import RunContext
 LEAST = 10  # products from which on a solve is worth beginning
 # What was seen on GPTs and MLPs: a product takes 1.3 to 1.6 times as long as the gradient with its graph.
 _GRAPHS_A_PRODUCT, _GRAPHS_BESIDE = 1.5, 2.0
+_GRADIENT_A_PRODUCT = 0.5  # a gradient, which a one-sided difference takes, against an exact product
 _RECENT = 5
 
 
@@ -24,40 +25,46 @@ class MatvecAllowance:
 
     def __init__(self) -> None:
         """Start without a limit, and without a price."""
-        self._took: deque[float] = deque(maxlen=_RECENT)  # seconds a product
+        # Seconds a product: exact ones, and one-sided differences.
+        self._took: dict[bool, deque[float]] = {kind: deque(maxlen=_RECENT) for kind in (False, True)}
         self._seconds, self._begun, self._products = math.inf, 0.0, math.inf
         self._is_shared = False
 
-    def price(self, products: float, graph_seconds: float | None) -> float | None:
+    def price(self, products: float, graph_seconds: float | None, one_sided: bool = False) -> float | None:
         """Return the seconds that a measurement of so many products takes; None where nothing is known.
 
         Args:
             products: How many.
             graph_seconds: What a gradient on the probe with its graph takes; it tells before a product was timed.
+            one_sided: Whether they are one-sided differences; without experience, half as much as exact ones.
         """
-        if self._took:
-            return products * median(self._took)
+        if self._took[one_sided]:
+            return products * median(self._took[one_sided])
+        if one_sided:
+            exact = self.price(products, graph_seconds)
+            return None if exact is None else _GRADIENT_A_PRODUCT * exact
         if graph_seconds is None:
             return None
         return (_GRAPHS_A_PRODUCT * products + _GRAPHS_BESIDE) * graph_seconds
 
-    def note(self, seconds: float, products: int) -> None:
+    def note(self, seconds: float, products: int, one_sided: bool = False) -> None:
         """Learn from a measurement."""
-        self._took.append(seconds / max(products, 1))
+        self._took[one_sided].append(seconds / max(products, 1))
 
-    def open(self, run: RunContext, is_limited: bool, graph_seconds: float | None) -> None:
+    def open(self, run: RunContext, is_limited: bool, graph_seconds: float | None, one_sided: bool = False) -> None:
         """Begin a measurement. Every process calls this; the first one's clock counts.
 
         Args:
             run: The run.
             is_limited: Whether the budget decides, and not a fixed step.
             graph_seconds: As for :meth:`price`.
+            one_sided: As for :meth:`price`.
         """
         self._seconds = self._products = math.inf
         self._begun, self._is_shared = time.perf_counter(), run.ranks.is_distributed
         if not is_limited or run.budget.fraction is None:
             return
-        one = self.price(1, graph_seconds)
+        one = self.price(1, graph_seconds, one_sided)
         if one is not None:
             self._seconds = max(run.budget.left, 0.0)
             self._products = max(self._seconds / max(one, 1e-9), LEAST)

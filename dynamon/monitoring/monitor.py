@@ -27,7 +27,6 @@ from dynamon.monitoring.sentinel_caller import SentinelCaller
 from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import SkippedSteps
 from dynamon.quantities import quantities_of
-from dynamon.runs.history import History
 
 _GRACE = "grace"  # key of what is left of it in a state
 
@@ -90,7 +89,7 @@ class Monitor(SentinelCaller):
         """Begin like new: a monitor may see several fits."""
         self._meters = self._make_meters()
         self._budget = Budget(self._fraction, self._grace)
-        self._recorder = Recorder(self._loggers, sum(len(m.quantities) for m in self._meters), self._strict)
+        self._recorder = Recorder(self._loggers, [tag for m in self._meters for tag in m.quantities], self._strict)
         self._detach()
         self._run: RunContext | None = None
         self._forget_failures()
@@ -102,16 +101,6 @@ class Monitor(SentinelCaller):
         self._health = HealthWatch(type(self).__name__)
 
     @property
-    def history(self) -> History:
-        """Everything measured so far, as arrays by quantity."""
-        return self._recorder.history
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Return what looks wrong in what this monitor has measured, see :mod:`dynamon.health`; the worst first."""
-        return self._health.findings(self.history)
-
-    @property
     def overhead(self) -> float:
         """Time of monitoring over the training time without it, so far."""
         return self._budget.overhead
@@ -121,11 +110,6 @@ class Monitor(SentinelCaller):
         """Measurements that failed so far, calls of loggers that did, and alerts."""
         of_run = 0 if self._run is None else self._run.failures
         return self._failures + self._recorder.failures + self._health.failures + of_run
-
-    @property
-    def asks_to_stop(self) -> bool:
-        """Return whether a finding of ``stop_on`` was met, on the first process."""
-        return self._health.asks_to_stop
 
     def shared_settings(self) -> dict[str, Any]:
         """Return by name the arguments that the parts of a :class:`dynamon.callbacks.DynamicsMonitor` share."""

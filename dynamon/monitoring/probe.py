@@ -19,7 +19,7 @@ from dynamon.kernels import widest_dtype
 from dynamon.monitoring.effect_check import EffectCheck
 from dynamon.monitoring.evaluation import evaluation, trained_parameters, why_not_evaluated
 from dynamon.monitoring.failures import forget_frames
-from dynamon.monitoring.held_samples import NO_LOSS_SENTENCE, HeldSamples, reduced_on
+from dynamon.monitoring.held_samples import HeldSamples, reduced_on
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.run_context import RunContext
@@ -85,7 +85,7 @@ class ProbeMeter(HeldSamples):
         reason = why_not_evaluated(run, list(trained_parameters(run).values()), self.loss_fn)
         self.off = reason is not None or self.effects.reason is not None
         if reason is not None:
-            rank_zero_warn(f"sharpness is off: {reason}")
+            rank_zero_warn(f"{self.subject} is off: {reason}")
         else:
             self.effects.is_done |= self.loss_fn is None and run.loop.loss_source is None
             self._take_up(run)
@@ -168,12 +168,23 @@ class ProbeMeter(HeldSamples):
         """The same over the batches of all processes, without a graph where there are several."""
         return run.ranks.mean(self.loss(run), self._total())
 
-    def hessian(self, run: RunContext, params: FlatParameters, second: bool = False) -> HessianOperator | MeanOverRanks:
-        """The Hessian of the mean loss over the probe of all processes."""
+    def hessian(
+        self, run: RunContext, params: FlatParameters, second: bool = False, error: float | None = None
+    ) -> HessianOperator | MeanOverRanks:
+        """The Hessian of the mean loss over the probe of all processes.
+
+        Args:
+            run: The run, of one process where an error is given.
+            params: The parameters.
+            second: Whether the second set is meant.
+            error: That of one-sided differences, which then make the products; None for exact products.
+        """
         if isinstance(params, ShardedParameters):
             share = self._share(run, self._total(second))
             return ShardedHessian(lambda: share * self.loss(run, second), params)
-        return self.over_ranks(run, HessianOperator(lambda: self.loss(run, second), params), second)
+        backend = "auto" if error is None else "forward_difference"
+        own = HessianOperator(lambda: self.loss(run, second), params, backend=backend, error=error)
+        return self.over_ranks(run, own, second)
 
     def over_ranks(self, run: RunContext, operator: OperatorT, second: bool = False) -> OperatorT | MeanOverRanks:
         """From an operator of this process's part of the probe to that of the whole."""
@@ -227,8 +238,8 @@ class ProbeMeter(HeldSamples):
                 return True
             self.off = True
             if run.strict:
-                raise ValueError(self.effects.sentence("sharpness"))
-        self.effects.tell("sharpness")
+                raise ValueError(self.effects.sentence(self.subject))
+        self.effects.tell(self.subject)
         return False
 
     def _try_out(self, run: RunContext) -> bool:
@@ -273,7 +284,7 @@ class ProbeMeter(HeldSamples):
             if is_cut and self._refused >= _PATIENCE:
                 self._part_error = "there was none."
                 return _PART_FAILS
-            self._say("no loss", NO_LOSS_SENTENCE)
+            self._say("no loss", self._no_loss)
             return _NO_LOSS
         except Exception as error:  # a user's training_step may raise anything on a part of a batch
             if not is_cut or isinstance(error, LossError) or ran_out_of_memory(error):
@@ -285,7 +296,7 @@ class ProbeMeter(HeldSamples):
             self.refusal = "the loss on the probe is not finite."
             self._say(
                 "not finite",
-                "the loss on the batch that sharpness was to be measured on is not finite: the next is taken.",
+                f"the loss on the batch that {self.subject} was to be measured on is not finite: the next is taken.",
             )
             return _NO_LOSS
         return _GOOD

@@ -1,6 +1,7 @@
 """Collect the readings of a step for the history, the loop's own metrics, and the row that is written."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,11 @@ from dynamon.monitoring.failures import first_line
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.writers import Writer
+from dynamon.quantities import REGISTRY
 from dynamon.quantities.histograms import Histogram
 from dynamon.runs.history import History
 
-MAX_LAYER_TAGS = 400  # per-layer scalars a callback writes; TensorBoard slows down beyond a few hundred
+MAX_LAYER_TAGS = 400  # scalars of single rows that a callback writes; TensorBoard slows down beyond a few hundred
 _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
@@ -29,8 +31,8 @@ class Recorder:
     Args:
         loggers: Names of loggers to write to (``"tensorboard"``, ``"csv"``, a class name or a part of it), classes or
             the loggers themselves; None for all.
-        quantities: Number of per-layer quantities that will come, which decides whether each layer gets
-            scalars of its own or only the quantiles and the tensor summary.
+        quantities: Tags of the per-layer quantities that will come. How many have the same rows (layers, modules,
+            heads) decides whether each row gets scalars of its own or only the quantiles and the tensor summary.
         strict: Raise what a logger raises, instead of warning once and going on.
 
     Attributes:
@@ -38,13 +40,13 @@ class Recorder:
         failures: Calls of loggers that failed so far.
     """
 
-    def __init__(self, loggers: Sequence[Any] | None, quantities: int, strict: bool = False) -> None:
+    def __init__(self, loggers: Sequence[Any] | None, quantities: Iterable[str], strict: bool = False) -> None:
         """Start with nothing collected."""
         self.history = History()
         self.failures = 0
         self.strict, self._told = strict, set[str]()
         self._wanted = loggers
-        self._quantities = max(quantities, 1)
+        self._quantities = Counter(map(_rows_of, quantities))
         self._collected, self._kept = Readings(), Readings()
 
     def check(self, loop: Loop) -> None:
@@ -138,7 +140,7 @@ class Recorder:
         """The scalars, and those of single layers where they are not too many."""
         found = dict(kept.scalars)
         for quantity, (values, names) in kept.tables.items():
-            if len(names) * self._quantities <= MAX_LAYER_TAGS:
+            if len(names) * max(self._quantities[_rows_of(quantity)], 1) <= MAX_LAYER_TAGS:
                 pairs = zip(names, values.tolist(), strict=True)
                 found |= {layer_tag(quantity, name): v for name, v in pairs if np.isfinite(v)}
         return found
@@ -185,6 +187,11 @@ class Readings:
             writer.write_table(quantity, values, names, step)
         for tag, histogram in self.histograms.items():
             writer.write_histogram(tag, histogram, step)
+
+
+def _rows_of(quantity: str) -> str:
+    """Return what the rows of a quantity are."""
+    return REGISTRY[quantity].rows if quantity in REGISTRY else "layer"
 
 
 def layer_tag(quantity: str, layer: str) -> str:

@@ -27,6 +27,7 @@ class RunContext:
         module: The module that it trains.
         budget: Times measurements.
         recorder: Takes readings.
+        patterns: Globs for what has readings of its own; None for all.
         ranks: The processes that measure together, this one alone where there is no other.
         planner: When all monitors of the loop measure.
         steps: Which optimizers really step.
@@ -46,6 +47,7 @@ class RunContext:
         """Remember them, and read the layers."""
         self.loop, self.module, self.budget, self.recorder = loop, loop.module, budget, recorder
         self.stated = Stated() if stated is None else stated
+        self.patterns = patterns
         self._set = LayerSet(loop.module, patterns, self.stated.roles)
         self.ranks, self.planner = loop.ranks(), loop.planner
         self.steps = Steps(loop, self.ranks, budget.waiting)

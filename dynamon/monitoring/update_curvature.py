@@ -26,7 +26,7 @@ from dynamon.kernels import widened
 from dynamon.layers.complex_pairs import as_real
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.evaluation import trained_parameters
-from dynamon.monitoring.messages import rank_zero_warn
+from dynamon.monitoring.messages import rank_zero_info, rank_zero_warn
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.run_context import RunContext
@@ -184,7 +184,10 @@ class UpdateCurvatureMeter(Meter):
             pairs = list(weights.values()), [to_local(before[name]) for name in weights]
             self._update = dict(zip(weights, torch._foreach_sub(*pairs), strict=True)) if weights else {}
         readings: dict[str, float] = {}
-        if not self._wanted or not self._probe.is_expected(run) or not self._has_moved(run):
+        if not self._wanted or not self._probe.is_expected(run):
+            return readings
+        if not self._has_moved(run):
+            self._has_no_multiple(run)
             return readings
         if not self._probe.check(run):
             return readings
@@ -249,7 +252,20 @@ class UpdateCurvatureMeter(Meter):
         with params.perturbed(-update):  # where the step came from
             found = critical_sharpness(lambda: self._probe.mean_loss(run), params, update, rate=rate)
         readings = {"sharpness/critical_multiple": found.multiple} if math.isfinite(found.multiple) else {}
+        if math.isnan(found.multiple):
+            self._has_no_multiple(run)
+            if "lost" not in self._told:
+                self._told.add("lost")
+                rank_zero_info(
+                    "sharpness/critical_multiple is left out at steps whose change of the loss is lost in rounding "
+                    "(small steps, or weights and losses in half precision)."
+                )
         return readings | ({"sharpness/critical": found.sharpness} if math.isfinite(found.sharpness) else {})
+
+    def _has_no_multiple(self, run: RunContext) -> None:
+        """Leave a gap in the history where no multiple of the update is known."""
+        if "critical" in self._wanted:
+            run.recorder.history.add("sharpness/critical_multiple", run.step, math.nan)
 
 
 def _one_rate(run: RunContext) -> float | None:

@@ -22,6 +22,7 @@ from dynamon.monitoring.meter import FULL_EVERY
 from dynamon.monitoring.pair_meter import PairMeter
 from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.stored_steps import ROWS, StoredSteps
 from dynamon.monitoring.weight_copies import matching, whole_copies
 from dynamon.optim import steering_of
 from dynamon.quantities import Scope, meanings, quantities_of
@@ -74,6 +75,7 @@ class WeightMeter(PairMeter):
         self._rates: dict[str, tuple[float, float]] = {}
         self._reading = False  # this step is measured
         self._decay = DecayFollower()
+        self._stored = StoredSteps()
         self._layers: list[Layer] = []
 
     def start(self, run: RunContext) -> None:
@@ -118,12 +120,26 @@ class WeightMeter(PairMeter):
             self._before |= {name: to_local(weight) for name, weight in run.copies(wanted).items()}
             if reads:
                 self._rates |= _rates(optimizer, run.names)
+                self._stored.before_step(optimizer, run.names)
 
     def batch_end(self, run: RunContext) -> None:
         """Measure, if weights were copied for that."""
         before, earlier, self._before, self._earlier = self._before, self._earlier, {}, {}
         rates, self._rates = self._rates, {}
         reads, self._reading = self._reading, False
+        try:
+            self._end(run, before, earlier, rates, reads)
+        finally:
+            self._stored.forget()
+
+    def _end(
+        self,
+        run: RunContext,
+        before: dict[str, Tensor],
+        earlier: dict[str, Tensor],
+        rates: Mapping[str, tuple[float, float]],
+        reads: bool,
+    ) -> None:
         if (reads or self.keeps(run)) and not run.steps.any_taken():  # asked by all processes, or by none
             self._earlier = earlier  # as if there had been no step
             return
@@ -232,23 +248,28 @@ class WeightMeter(PairMeter):
         memory = self._decay.retention.row(names)
         columns = [getattr(readings, field) for field in FIELDS.values()]
         columns += entrywise_readings(run.layers, ENTRYWISE, run.ranks)
+        columns += self._stored.rows(run, before, rates)
         columns += [getattr(readings, field) for field in _COMPARED]
         if memory.device == columns[0].device:
             host = torch.stack([*columns, memory]).cpu().numpy()  # the one copy
         else:  # on the host already
             host = np.concatenate([torch.stack(columns).cpu().numpy(), memory[None].numpy()])
         table = dict(zip(_TAGS, host, strict=False))
-        updates, left = host[len(_TAGS) : -1], host[-1]
+        stored, updates, left = np.split(host[len(_TAGS) :], [ROWS, -1])
+        precision = self._stored.readings(run, stored, rates)
+        self._decay.retention.lost = self._stored.lost_decay
         cosine = joint_cosine(updates)
         if np.isfinite(cosine):
             run.recorder.scalars({"update/cosine": cosine}, headline=True)
-        table |= _rate_readings(names, rates, table)
-        optional = {"update/layer_cosine": updates[0], "weight/initial_fraction": left}
+        table |= precision | _rate_readings(names, rates, table | precision)
+        optional = {"update/layer_cosine": updates[0], "weight/initial_fraction": left[0]}
         for quantity, row in (table | {q: row for q, row in optional.items() if np.isfinite(row).any()}).items():
             run.recorder.layers(quantity, row, names)
 
     def _measure_full(self, run: RunContext) -> None:
-        """Measure what needs all singular values, histograms, and what convolutions do to whole inputs."""
+        """Measure what needs all singular values, ranges, histograms, and what convolutions do to whole inputs."""
+        for quantity, row in self._stored.ranges(run).items():
+            run.recorder.layers(quantity, row, [layer.name for layer in run.layers])
         names, spectra = layer_spectra(run.layers, ranks=run.ranks)
         if spectra is not None:
             table = torch.stack([getattr(spectra, field).float() for field in FULL_SPECTRUM]).cpu().numpy()
@@ -270,13 +291,15 @@ class WeightMeter(PairMeter):
     def state_dict(self) -> dict[str, Any]:
         """Return what decay has left, and where the next step is read, the weights before the last one."""
         earlier = whole_copies(self._earlier, self._layers) if self.saves_copies else {}
-        return {**super().state_dict(), "memory": self._decay.retention.state_dict(), "earlier": earlier}
+        decay = {"memory": self._decay.retention.state_dict(), "lost_decay": dict(self._decay.retention.lost)}
+        return {**super().state_dict(), **decay, "earlier": earlier}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state)
         self._before, self._rates, self._reading = {}, {}, False
         self._decay.retention.load_state_dict(state.get("memory", {}))
+        self._decay.retention.lost = dict(state.get("lost_decay", {}))
         self._earlier = dict(state.get("earlier", {}))
         if self._layers:  # in the middle of a run
             self._earlier = matching(self._layers, self._earlier)
@@ -295,8 +318,10 @@ def _rates(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, tuple[fl
 def _rate_readings(
     names: Sequence[str], rates: Mapping[str, tuple[float, float]], table: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
-    """Learning rate and rate x decay of each layer, as in force, against its norms."""
+    """Learning rate, and rate x decay as far as the weights hold it, of each layer against its norms."""
     rate, shrink = np.array([rates.get(name, (np.nan, np.nan)) for name in names]).T
+    lost = table.get("precision/decay_lost", np.zeros(len(names)))
+    shrink = shrink * (1 - np.nan_to_num(lost))  # what rounding takes of the decay balances no step
     size, step = table["weight/frobenius"].astype(np.float64), table["update/operator"].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         usage = shrink * table["weight/operator"] / step

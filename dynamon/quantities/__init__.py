@@ -4,11 +4,15 @@ What a monitor declares, the tables of tags in docstrings and docs, the charts a
 words and scales of the tab, the rows of ``dynamon report --text`` and what tests expect of a run are derived from it.
 """
 
+from dynamon.quantities.entries.activation import ACTIVATION
 from dynamon.quantities.entries.advice import ADVICE
+from dynamon.quantities.entries.attention import ATTENTION
 from dynamon.quantities.entries.gradient import GRADIENT
+from dynamon.quantities.entries.guard import GUARD
 from dynamon.quantities.entries.lr import LR
 from dynamon.quantities.entries.noise import NOISE
 from dynamon.quantities.entries.own import DYNAMON
+from dynamon.quantities.entries.precision import PRECISION
 from dynamon.quantities.entries.progress import PROGRESS
 from dynamon.quantities.entries.sharpness import SHARPNESS
 from dynamon.quantities.entries.spectrum import SPECTRUM
@@ -32,7 +36,21 @@ __all__ = [
 ]
 
 REGISTRY: dict[str, Quantity] = by_tag(
-    SHARPNESS, PROGRESS, GRADIENT, NOISE, WEIGHT, UPDATE, SPECTRUM, LR, ADVICE, SPIKE, DYNAMON
+    SHARPNESS,
+    PROGRESS,
+    GRADIENT,
+    NOISE,
+    WEIGHT,
+    UPDATE,
+    PRECISION,
+    SPECTRUM,
+    ACTIVATION,
+    ATTENTION,
+    LR,
+    GUARD,
+    ADVICE,
+    SPIKE,
+    DYNAMON,
 )
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dynamon.quantities.host_copy import HostCopy
 from dynamon.quantities.windows import Window
 
 L1, L2, DUAL = 0, 1, 4  # rows of a reading of the gradients themselves
@@ -100,21 +100,14 @@ class PendingReadings:
         finite; inner product; trend; whether there is a change, and whether there are two parts.
         """
         self.rows, self.context, self.has_dual = rows, context, has_dual
-        self._event: torch.cuda.Event | None = None
-        self._host = rows
-        if rows.is_cuda:
-            self._host = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True)
-            self._host.copy_(rows, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(rows.device))  # not that of the current device
+        self._copy = HostCopy(rows)
 
     def wait(self) -> GradientReadings:
         """Return the readings, once they have arrived."""
-        if self._event is not None:
-            self._event.synchronize()
         context = self.context
-        table = np.full((len(self._host), len(context.present)), np.nan)
-        table[:, context.read] = self._host.cpu().double().numpy()
+        arrived = self._copy.wait()
+        table = np.full((len(arrived), len(context.present)), np.nan)
+        table[:, context.read] = arrived.double().numpy()
         # Where gradients are not set to None, zeros are left over for layers that are not trained.
         present = context.present & ~(context.frozen & (table[L1] == 0))
         table[:, ~present] = np.nan

@@ -9,7 +9,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = ("linear", "log")
-CADENCES = ("gradient", "weight", "sharpness", "steps", "progress", "advice", "steering", "sentinel", "monitor")
+ROWS = ("layer", "module", "head")
+CADENCES = (
+    "gradient",
+    "weight",
+    "sharpness",
+    "steps",
+    "progress",
+    "activation",
+    "advice",
+    "steering",
+    "guard",
+    "sentinel",
+    "monitor",
+)
 
 
 class Scope(Enum):
@@ -29,6 +42,7 @@ class Condition(Flag):
     SIGNAL = auto()
     COMPARABLE = auto()
     DECOUPLED_DECAY = auto()
+    COMPUTED_STEP = auto()
     SEVERAL_RATES = auto()
     HISTOGRAMS = auto()
     CONVOLUTIONS = auto()
@@ -47,6 +61,9 @@ class Condition(Flag):
     DESCENDS = auto()
     SPIKED = auto()
     KEEPS_STATE = auto()
+    ACTIVATION_FUNCTIONS = auto()
+    BLOCKS = auto()
+    ATTENTION = auto()
 
     @property
     def words(self) -> str:
@@ -62,6 +79,7 @@ _WORDS = {
     Condition.SIGNAL: "where a signal stands out of the noise",
     Condition.COMPARABLE: "where two gradients can be compared",
     Condition.DECOUPLED_DECAY: "with decoupled weight decay",
+    Condition.COMPUTED_STEP: "for SGD, Adam and AdamW",
     Condition.SEVERAL_RATES: "where groups or optimizers have different rates",
     Condition.HISTOGRAMS: "with ``histograms=True``",
     Condition.CONVOLUTIONS: "with ``convolutions=True``, for convolutions",
@@ -80,6 +98,9 @@ _WORDS = {
     Condition.DESCENDS: "where the update begins by lowering the loss on the probe",
     Condition.SPIKED: "after a spike",
     Condition.KEEPS_STATE: "where an optimizer keeps averages",
+    Condition.ACTIVATION_FUNCTIONS: "for activation functions",
+    Condition.BLOCKS: "where blocks of one class follow each other",
+    Condition.ATTENTION: "where there is attention",
 }
 
 
@@ -109,6 +130,7 @@ class Quantity:
         meaning: What it is, in a phrase that follows its tag in tables.
         unit: Its unit.
         scope: What a reading covers.
+        rows: What its rows are where it has several: ``"layer"`` (weights), ``"module"`` or ``"head"`` (of attention).
         scale: The scale of its axis or colours, ``"linear"`` or ``"log"``.
         cadence: The meter that measures it, one of ``CADENCES``; ``"monitor"``: at each reading of any meter.
         every: It is measured at every k-th reading of that meter.
@@ -140,6 +162,7 @@ class Quantity:
     choice: str = ""
     field: str = ""
     entrywise: Entrywise | None = None
+    rows: str = "layer"
 
     def __post_init__(self) -> None:
         """Check the record."""
@@ -147,6 +170,8 @@ class Quantity:
             raise ValueError(f"{self.tag}: scale must be one of {', '.join(SCALES)}, got {self.scale!r}.")
         if self.cadence not in CADENCES:
             raise ValueError(f"{self.tag}: cadence must be one of {', '.join(CADENCES)}, got {self.cadence!r}.")
+        if self.rows not in ROWS:
+            raise ValueError(f"{self.tag}: rows must be one of {', '.join(ROWS)}, got {self.rows!r}.")
         if self.scope is Scope.PER_LAYER and not self.words:
             raise ValueError(f"{self.tag}: a per-layer quantity needs words for the list of quantities.")
 
@@ -158,7 +183,7 @@ class Quantity:
     @property
     def sentence(self) -> str:
         """Meaning, scope, cadence and condition, as docstrings show them beside the tag."""
-        begin = "" if self.scope is Scope.SCALAR else "per layer: "
+        begin = "" if self.scope is Scope.SCALAR else f"per {self.rows}: "
         tenth = "" if self.every == 1 else f"; every {_ORDINALS[self.every]} reading"
         return f"{begin}{self.meaning}{tenth}{f' ({self.condition.words})' if self.condition else ''}"
 

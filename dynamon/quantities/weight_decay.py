@@ -56,13 +56,22 @@ def decay_assumption(optimizer: Optimizer) -> str | None:
     )
 
 
+def decays_first(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Return whether decoupled decay is sure to be multiplied to the weights, and rounded, before the step is added.
+
+    Torch's optimizers and Lanton do; fused steps add decay and update before rounding; other optimizers are unknown.
+    """
+    in_place = any(cls in _CLASSES or cls.__name__ == "Lanton" for cls in type(optimizer).__mro__)
+    return in_place and not group.get("fused") and is_decoupled(optimizer, group)
+
+
 def _least_decays(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[torch.dtype, float]:
     """Return, for half-precision dtypes, the rate x decay below which no weight changes.
 
     The largest weights of a binade have neighbours at a distance of half the dtype's eps, and round back from half of
-    that. Fused steps add decay and update before rounding; other optimizers are unknown.
+    that.
     """
-    if group.get("fused") or not any(cls in _CLASSES for cls in type(optimizer).__mro__):
+    if not decays_first(optimizer, group):
         return {}
     return {dtype: torch.finfo(dtype).eps / 4 for dtype in (torch.float16, torch.bfloat16)}
 
@@ -107,11 +116,16 @@ class DecayRetention:
     is then kept there, nothing waits, and tensors are collected for up to 64 steps, so that a step costs at most one
     call per group. Layers that never decayed are not included. A parameter without a gradient does not decay, as in
     torch's optimizers. Where the product of a half-precision weight and ``1 - rate x decay`` always rounds to the
-    weight, nothing decays: torch's optimizers multiply in place.
+    weight, nothing decays: torch's optimizers multiply in place. Where decay and step are rounded together (fused
+    steps), the share that a reading found lost is taken off until the next reading.
+
+    Attributes:
+        lost: That share by layer; layers that lose nothing are left out.
     """
 
     def __init__(self) -> None:
         """Start before any decay."""
+        self.lost: dict[str, float] = {}
         self._left: dict[str, float | Tensor] = {}
         self._noted: dict[int, list[tuple[int, list[Tensor], Any]]] = {}
         self._groups: dict[tuple[int, int], _Decaying] = {}
@@ -163,7 +177,8 @@ class DecayRetention:
                 if parameter.grad is None:
                     is_whole = False
                     break
-            if is_whole and not ratios and skipped is None and not group.least and not isinstance(shrink, Tensor):
+            is_exact = not group.least and not self.lost
+            if is_whole and not ratios and skipped is None and is_exact and not isinstance(shrink, Tensor):
                 group.left = (1.0 if group.left is None else group.left) * (1.0 - shrink)
                 continue
             known = {} if is_whole else names()
@@ -201,7 +216,7 @@ class DecayRetention:
         ratios: Mapping[str, float],
         skipped: Tensor | None,
     ) -> None:
-        scales = [ratios.get(name, 1.0) for name in names]
+        scales = [ratios.get(name, 1.0) * (1.0 - self.lost.get(name, 0.0)) for name in names]
         if skipped is not None or isinstance(shrink, Tensor):
             self._least |= least
             group = names, tuple(scales), (skipped is not None, isinstance(shrink, Tensor))

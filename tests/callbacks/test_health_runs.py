@@ -67,6 +67,22 @@ class Breaking(Classifier):
         return loss * math.nan if self.trainer.global_step >= 100 else loss
 
 
+class Stuck(Classifier):
+    """From step 80 on every step sees the same batch."""
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step <= 80:
+            self.kept = batch
+        return super().training_step(self.kept, batch_idx)
+
+
+class Choked(Classifier):
+    """From step 80 on clipping leaves next to nothing."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.trainer.gradient_clip_val = 0.01 if self.trainer.global_step >= 80 else 10.0
+
+
 def relu() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -156,3 +172,14 @@ def test_a_run_with_a_dead_layer(optimizer, tmp_path):
     assert dead.step == 60 and set(found) <= {"loss/rising", "update/stopped"}
     assert set(dead.layers) >= {f"network.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
     assert "network.4.bias" not in dead.layers
+
+
+@pytest.mark.parametrize(
+    ("module", "rule"), [(Stuck, "gradient/repeated"), (Choked, "gradient/clipping")], ids=["repeated", "clipping"]
+)
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. ")
+def test_a_run_that_goes_nowhere(module, rule, tmp_path):
+    run, monitor = run_of(tmp_path, module(mlp(), sgd(0.05)), samples(8, size=16), steps=160)
+    (found,) = [one for one in findings(run) if one.rule == rule]
+    assert 80 <= found.step <= 85 and found.severity == "warning"
+    assert [one.step for one in monitor.findings if one.rule == rule] == [found.step]

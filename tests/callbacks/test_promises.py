@@ -32,6 +32,7 @@ EVERYWHERE = (
     | Condition.RETURNED_LOSS
     | Condition.COMPARABLE
     | Condition.STABILITY_FORMULA
+    | Condition.COMPUTED_STEP
     | Condition.CONVERGED
     | Condition.OTHER_SAMPLES
     | Condition.KNOWN_SAMPLES

@@ -9,18 +9,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynamon.callbacks import (
+    ActivationMonitor,
     DynamicsMonitor,
     GradientMonitor,
     LayerwiseLR,
     NoiseAdaptiveLR,
     RateAdvisor,
     SharpnessMonitor,
+    SpikeGuard,
     WeightMonitor,
 )
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
 from dynamon.quantities import REGISTRY, Condition
 from dynamon.rates import FixedRates
 from tests.helpers import Classifier, batches, cnn, fit, mlp
+from tests.models import gpt
 
 EVERY = {"every_n_steps": 1, "strict": True}
 # No run is sure to fulfil these: they are a matter of the data.
@@ -51,7 +54,7 @@ def sgd() -> tuple:
     halves = lambda p: (lambda p: [{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}])(list(p))  # noqa: E731
     module = Classifier(cnn(), optimizer=lambda p: torch.optim.SGD(halves(p), lr=0.01))
     advisor = RateAdvisor(pilot=4, readings=4, group_by="role", strict=True)
-    monitors = [WeightMonitor(**EVERY, convolutions=True), LayerwiseLR(FixedRates({"*": 1.0})), advisor]
+    monitors = [WeightMonitor(**EVERY, convolutions=True), LayerwiseLR(FixedRates({"*": 1.0})), advisor, SpikeGuard()]
     return module, monitors, batches(count=64, features=(2, 8, 8)), {"steps": 4}
 
 
@@ -76,6 +79,19 @@ def spike() -> tuple:
     return module, [DynamicsMonitor(every_n_steps=20, quantities=["critical"])], batches(), {"steps": 60}
 
 
+class Texts(Classifier):
+    """Next tokens."""
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.network(batch[0]).flatten(0, 1), batch[0].flatten())
+
+
+def attention() -> tuple:
+    """Blocks with attention and activation functions."""
+    tokens = torch.utils.data.TensorDataset(torch.randint(11, (16, 6), generator=torch.Generator().manual_seed(0)))
+    return Texts(gpt()), [ActivationMonitor(**EVERY)], torch.utils.data.DataLoader(tokens, 8), {"steps": 2}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> set[str]:
     with warnings.catch_warnings():
@@ -86,7 +102,7 @@ def written(tmp_path_factory) -> set[str]:
 def write(tmp_path_factory) -> set[str]:
     """Every tag that the runs write or have in a history."""
     found = set()
-    for make in (adam, sgd, short_solves, spike):
+    for make in (adam, sgd, short_solves, attention, spike):
         module, callbacks, data, settings = make()
         folder = tmp_path_factory.mktemp(make.__name__)
         logger = TensorBoardLogger(folder, name=None, version="tb")

@@ -12,6 +12,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 from dynamon.callbacks import (
+    ActivationMonitor,
     DynamicsMonitor,
     GradientMonitor,
     LayerwiseLR,
@@ -37,10 +38,12 @@ HOLDS = (
     | Condition.DECOUPLED_DECAY
     | Condition.STABILITY_FORMULA
     | Condition.SECOND_MOMENT
+    | Condition.COMPUTED_STEP
     | Condition.CONVERGED
     | Condition.OTHER_SAMPLES
     | Condition.KNOWN_SAMPLES
     | Condition.TRUSTED_LOSS
+    | Condition.ACTIVATION_FUNCTIONS
 )
 CHANCE = (
     Condition.SIGNAL
@@ -57,7 +60,7 @@ def declared(meters) -> tuple[set[str], set[str]]:
     return {t for m in meters for t in m.tags}, {q for m in meters for q in m.quantities}
 
 
-@pytest.mark.parametrize("monitor", [GradientMonitor, WeightMonitor, SharpnessMonitor])
+@pytest.mark.parametrize("monitor", [GradientMonitor, WeightMonitor, SharpnessMonitor, ActivationMonitor])
 def test_docstring_table_is_the_declared_one(monitor) -> None:
     every = {"quantities": QUANTITIES} if monitor is SharpnessMonitor else {}
     tags, quantities = declared(monitor(**every)._meters)
@@ -93,12 +96,17 @@ def test_event_file_holds_the_documented_tags(written) -> None:
     names = {layer.name for layer in describe_layers(module)}
     matrices = {layer.name for layer in describe_layers(module) if layer.role != "vector"}
 
+    def rows(quantity: str) -> set[str]:
+        if quantity == "activation/saturated":
+            return {"network.1"}
+        if REGISTRY[quantity].rows == "module":
+            return {"network.0", "network.1", "network.3"}
+        return matrices if quantity.startswith("spectrum") else names
+
     def written_for(conditions: Condition) -> set[str]:
         mine = {tag for tag in tags | quantities if REGISTRY[tag].condition in conditions}
         found = mine & tags | {f"{q}_{quantile}" for q in mine & quantities for quantile in QUANTILES}
-        return found | {
-            layer_tag(q, n) for q in mine & quantities for n in (matrices if q.startswith("spectrum") else names)
-        }
+        return found | {layer_tag(q, n) for q in mine & quantities for n in rows(q)}
 
     found = {t for t in read(folder).Tags()["scalars"] if re.split(r"[/.]", t)[0] in OURS}
     assert written_for(HOLDS) - found == set()
@@ -144,7 +152,14 @@ def test_custom_scalars_layout_names_tags_that_exist(written) -> None:
     proto = events.Tensors("custom_scalars__config__")[-1].tensor_proto
     layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(proto).item())
     scalars = events.Tags()["scalars"]
-    assert [c.title for c in layout.category] == ["1 Stability", "2 Gradients", "3 Rates", "4 Weights", "5 dynamon"]
+    assert [c.title for c in layout.category] == [
+        "1 Stability",
+        "2 Gradients",
+        "3 Rates",
+        "4 Weights",
+        "5 Activations",
+        "6 dynamon",
+    ]
     for category in layout.category:
         for chart in category.chart:
             patterns = list(chart.multiline.tag)
@@ -153,6 +168,7 @@ def test_custom_scalars_layout_names_tags_that_exist(written) -> None:
             assert patterns
             matched = [p for p in patterns if any(re.fullmatch(p, tag) for tag in scalars)]
             missing = {p.replace("\\", "") for p in patterns if p not in matched}
+            missing = {re.sub(r"_(p10|median|p90)$", "", p) for p in missing}
             missing = {p for p in missing if p not in REGISTRY or REGISTRY[p].condition in HOLDS}
             assert missing == set(), chart.title
 

@@ -40,7 +40,7 @@ def _row(cell: Cell) -> list[tuple[str, dict[str, Any]]]:
     """Names and arguments, with a ``loss_fn`` where monitors cannot call ``training_step``."""
     by_hand = optimizers_of(cell) > 1 or SETUPS[cell.setup].subject.get("manual", False)
     extra = {"loss_fn": "tests.conformance.subjects.loss_fn"} if by_hand else {}
-    takes = ("SharpnessMonitor", "DynamicsMonitor", "RateAdvisor")
+    takes = ("ActivationMonitor", "SharpnessMonitor", "DynamicsMonitor", "RateAdvisor")
     return [
         (n, {**arguments, **extra} if n in takes or "BalancedRates" in str(arguments) else arguments)
         for n, arguments in CALLBACKS[cell.callback].classes
@@ -217,12 +217,12 @@ def histories(callback: DynamonCallback) -> dict[str, Any]:
 
 
 def documented_by(callback: DynamonCallback) -> set[str]:
-    """The tags in the tables of its docstring; DynamicsMonitor refers to those of the three others as well."""
+    """The tags in the tables of its docstring; DynamicsMonitor refers to those of the four others as well."""
     cls: type = type(callback)
     if cls is dynamon.callbacks.NoiseAdaptiveLR:
         cls = dynamon.callbacks.LayerwiseLR
     if cls is dynamon.callbacks.DynamicsMonitor:
-        names = ("DynamicsMonitor", "GradientMonitor", "WeightMonitor", "SharpnessMonitor")
+        names = ("DynamicsMonitor", "GradientMonitor", "WeightMonitor", "SharpnessMonitor", "ActivationMonitor")
         return set().union(*(documented(getattr(dynamon.callbacks, name)) for name in names))
     return documented(cls)
 
@@ -293,10 +293,13 @@ def _conditions(cell: Cell) -> Condition:
         Condition.KNOWN_SAMPLES: True,
         Condition.INDEPENDENT_GRADIENTS: cell.setup == "accumulation",
         Condition.DECOUPLED_DECAY: name == "AdamW" and (one or not model.sparse),
+        Condition.COMPUTED_STEP: not wrapped and name in ("SGD", "Adam", "AdamW"),
         Condition.CONVOLUTIONS: cell.model.startswith("CNN") and cell.callback == "WeightMonitor",
         Condition.STABILITY_FORMULA: alone,
         Condition.KEEPS_STATE: name != "SGD" or bool(model.optimizer[1].get("momentum")),
         Condition.SECOND_MOMENT: one and name in ("Adam", "AdamW", "RMSprop"),
+        Condition.ACTIVATION_FUNCTIONS: cell.model != "LSTM",
+        Condition.ATTENTION: cell.model.startswith("transformer"),
         Condition.ONE_THRESHOLD: alone and name == "SGD",
     }
     return reduce(or_, (condition for condition, is_true in holds.items() if is_true), ALWAYS)

@@ -96,6 +96,7 @@ CALLBACKS = {
     "SharpnessMonitor": _one("SharpnessMonitor", **_EVERY, probe_fraction=0.5, quantities=_QUICK),
     "SharpnessMonitor, dear": _one("SharpnessMonitor", **_EVERY, probe_fraction=0.5, quantities=_DEAR),
     "SharpnessMonitor, progress": _one("SharpnessMonitor", **_EVERY, quantities=["progress"]),
+    "ActivationMonitor": _one("ActivationMonitor", **_EVERY, probe_fraction=0.5),
     "DynamicsMonitor economy": _one("DynamicsMonitor", preset="economy", **_EVERY),
     "DynamicsMonitor standard": _one("DynamicsMonitor", preset="standard", **_EVERY),
     "DynamicsMonitor full": _one("DynamicsMonitor", preset="full", **_EVERY),
@@ -105,6 +106,16 @@ CALLBACKS = {
     "NoiseAdaptiveLR, dry": _one("NoiseAdaptiveLR", warmup=1, apply=False),
     "BalancedRates, dry": _one("LayerwiseLR", rule=_BALANCED, apply=False),
     "RateAdvisor": _one("RateAdvisor", pilot=6, readings=6, group_by="role", strict=True),
+    "SpikeGuard at rest": _one("SpikeGuard", warmup=3, deviations=1e5, skip=1e3, stop_after=3),
+    "SpikeGuard, dry": _one("SpikeGuard", warmup=1, deviations=0.1, skip=1.01, stop_after=1, apply=False),
+    "SpikeGuard": _one("SpikeGuard", neutral=False, warmup=2, deviations=0.1),
+    "monitor, steering and guard": Callbacks(
+        (
+            ("SpikeGuard", {"warmup": 3, "deviations": 1e5}),
+            ("DynamicsMonitor", _EVERY),
+            ("NoiseAdaptiveLR", {"warmup": 2, "floor": 1.0}),
+        )
+    ),
     "monitor and steering": Callbacks(
         (("DynamicsMonitor", {"preset": "standard", **_EVERY}), ("NoiseAdaptiveLR", {"warmup": 2, "floor": 1.0}))
     ),
@@ -221,6 +232,7 @@ def seconds_of(cell: Cell) -> float:
     slow = {"transformer with SDPA": 4, "LSTM": 4, "CNN with BatchNorm and dropout": 3}
     model = {**slow, "partly frozen": 0.9, "MLP": 1}.get(cell.model, 1.3)
     cheap = 0.4 if "Monitor" in cell.callback else 0.1
-    dear = {"SharpnessMonitor, dear": 16, "DynamicsMonitor full": 8, "GradientMonitor": cheap, "WeightMonitor": cheap}
+    dear = {"SharpnessMonitor, dear": 16, "DynamicsMonitor full": 8, "ActivationMonitor": 0.6}
+    dear |= {"GradientMonitor": cheap, "WeightMonitor": cheap}
     callback = dear.get(cell.callback, 4 if cheap == 0.4 or "monitor" in cell.callback else cheap)
     return model * callback if SETUPS[cell.setup].measures else 0.01

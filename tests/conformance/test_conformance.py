@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR
+from dynamon.callbacks import DynamicsMonitor, LayerwiseLR, NoiseAdaptiveLR, SpikeGuard
 from dynamon.rates import FixedRates
 from dynamon.runs.history import History
 from tests.conformance.checks import (
@@ -53,6 +53,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning"),  # skipped batches
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning"),  # pytest has arguments of its own
+    pytest.mark.filterwarnings("ignore:SpikeGuard clips, and skips no step. steps of SAM:UserWarning"),
     pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
     ),  # torch.compile
@@ -134,6 +135,7 @@ ROWS = {
     "monitor": lambda loss: [DynamicsMonitor("full", every_n_steps=10, loss_fn=loss, strict=True)],
     "steering": lambda loss: [NoiseAdaptiveLR(warmup=2)],
     "both": lambda loss: [DynamicsMonitor(every_n_steps=10, loss_fn=loss, strict=True), NoiseAdaptiveLR(warmup=2)],
+    "guard": lambda loss: [SpikeGuard(warmup=2)],
     "ratios by hand": lambda loss: [LayerwiseLR(FixedRates({"*.weight": 0.5}))],
 }
 

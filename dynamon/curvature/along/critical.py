@@ -205,8 +205,11 @@ class _Search:
 
     @property
     def _begins_uphill(self) -> bool:
-        """True where the rise per multiple, positive at every evaluation, extrapolates to a positive slope at zero."""
-        if len(self._seen) < 2:
+        """True where the rise per multiple, positive at every evaluation, extrapolates to a positive slope at zero.
+
+        Only where it was seen at the whole update or less: what far multiples of it do says nothing about its start.
+        """
+        if len(self._seen) < 2 or self.upper > 1:
             return False
         root = self._extrapolated()
         return not 0 < root < self.upper

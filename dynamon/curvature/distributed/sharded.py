@@ -14,7 +14,7 @@ from dynamon.curvature.operators.scaling import LARGEST, LOWER, is_whole
 from dynamon.curvature.operators.vector_space import ShardedSpace, Shards
 from dynamon.distributed.dtensor import to_local
 from dynamon.distributed.ranks import Ranks
-from dynamon.isolation.evaluations import Evaluations, full_precision
+from dynamon.isolation.evaluations import full_precision
 from dynamon.kernels import widest_dtype
 
 
@@ -124,8 +124,7 @@ class ShardedHessian(HessianOperator):
         self.loss = params.ranks.mean(self.loss, 1.0)
         self.reason = "the parameters stay sharded."
 
-    def _choose(self, backend: str) -> FiniteDifference:
-        self._evaluations = Evaluations()
+    def _choose(self, backend: str, again: bool = False) -> FiniteDifference:
         return _ShardedDifference(self._loss_fn, self.parameters, self._evaluations)
 
 

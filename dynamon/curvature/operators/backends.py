@@ -1,4 +1,4 @@
-"""Two ways to differentiate gradients of a loss: on a retained graph, or by finite differences."""
+"""Ways to differentiate gradients of a loss: on a retained graph, or by central or one-sided differences."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from dynamon.isolation.evaluations import Evaluations, force_eager, full_precisi
 from dynamon.layers.complex_pairs import real_dtype
 
 DIFFERENCE_STEP = {torch.float32: 1e-3, torch.float64: 1e-6}  # of a unit vector: truncation and rounding about equal
+FORWARD_STEP = {torch.float32: 1e-4, torch.float64: 1e-8}  # ... one-sided, whose truncation falls with the step alone
 _SUSPICION = 0.05  # relative disagreement with differences above which a graph with custom functions is not believed
 
 
@@ -180,7 +181,7 @@ class Gradients:
             self.has_gradient = [g is not None for g in gradients]
             flat = self._params.flatten(gradients)
             if scale == 1:
-                return loss.detach(), flat.clone()
+                return loss.detach(), flat
             if is_whole(flat) or not is_whole(loss):
                 return loss.detach(), flat / scale
             scale /= LOWER
@@ -277,6 +278,72 @@ class FiniteDifference(Gradients):
     def _gradient_at(self, step: Tensor) -> Tensor:
         with self._params.perturbed(step):
             return self.evaluate()[1]
+
+
+class ForwardDifference(Gradients):
+    r"""Products :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta)) / \epsilon`, v of unit length.
+
+    A product takes one gradient, with the same random numbers each time; all share the gradient at :math:`\theta`. The
+    error is of first order in the step, and another at other weights and along other directions: products are to be
+    used where they were compared with exact ones, as :meth:`dynamon.curvature.EigenTracker.compare` does.
+
+    Attributes:
+        name: ``"forward_difference"``.
+        loss: The value of the loss, without graph.
+        gradient: The flat gradient ``[n]``.
+        has_gradient: As in :class:`DoubleBackward`.
+
+    Raises:
+        ValueError: For parameters in half precision, and under autocast.
+    """
+
+    name = "forward_difference"
+    rounding = 0.0  # it is part of the error
+
+    def __init__(
+        self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations, error: float | None
+    ) -> None:
+        """Compute the gradient that all products share; None for an error that is not known."""
+        if not fit_differences(params, evaluations):
+            raise ValueError("one-sided differences need float32 or float64 parameters, and no autocast.")
+        super().__init__(loss_fn, params, evaluations)
+        self._step, self._error, self._is_first = FORWARD_STEP[real_dtype(params.tensors[0])], error, True
+        self.loss, self.gradient = self.evaluate()
+
+    def _loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Compute both, without another search of the graph after the first."""
+        if self._is_first:
+            self._is_first = False
+            return super()._loss_and_gradient()
+        loss = self._loss_fn()
+        return loss.detach(), self._params.flatten(self._params.differentiate(loss, keep_graph=False))
+
+    def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
+        """Compute ``H v``; for a block, ``vector`` and the result belong to the block alone."""
+        if block is not None:
+            return self._params.extract(self.product(self._params.embed(vector, block)), block)
+        return self._difference(vector, self._step)
+
+    def _difference(self, vector: Tensor, step: float) -> Tensor:
+        norm = self._params.space.norm(vector)
+        if not norm > 0:
+            return torch.zeros_like(vector)
+        with self._params.perturbed(vector * (step / norm)):
+            ahead = self.evaluate()[1]
+        return ahead.sub_(self.gradient).mul_(norm / step)
+
+    def error(self, vector: Tensor) -> float:
+        """Return the relative error that was given, else twice the difference between the step and its half."""
+        if self._error is not None:
+            return self._error
+        one, other = (self._difference(vector, step) for step in (self._step, self._step / 2))
+        norm = self._params.space.norm
+        return relative(2 * norm(one - other), norm(other))
+
+
+def fit_differences(params: FlatParameters, evaluations: Evaluations) -> bool:
+    """Return whether gradients are precise enough for one-sided differences: single precision, and no autocast."""
+    return real_dtype(params.tensors[0]) in FORWARD_STEP and not evaluations.autocast
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Symmetric linear operators with ``@``, the abstraction that all solvers take."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,11 @@ class LinearOperator:
     def initial_direction(self) -> Tensor | None:
         """Return a vector ``[n]`` rich in the top eigenvectors for cold starts, or None where none is known."""
         return None
+
+    @contextmanager
+    def one_sided(self) -> Iterator[bool]:
+        """Take products by one-sided differences of gradients inside, where the operator can; yield whether it does."""
+        yield False
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Multiply a vector ``[n]`` or the columns of ``[n, k]``.
@@ -171,3 +177,9 @@ class _Combined(LinearOperator):
         """Return the direction of the first part that knows one, scaled as vectors are."""
         known = next((d for d in (part.initial_direction() for part in self._parts) if d is not None), None)
         return None if known is None else self._argument(known)
+
+    @contextmanager
+    def one_sided(self) -> Iterator[bool]:
+        """Have the parts do so; yield whether any does."""
+        with ExitStack() as stack:
+            yield any([stack.enter_context(part.one_sided()) for part in self._parts])

@@ -1,7 +1,8 @@
 """The Hessian of a loss as an operator, with a backend chosen by trying."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -9,8 +10,10 @@ from dynamon.curvature.operators.backends import (
     DIFFERENCE_STEP,
     DoubleBackward,
     FiniteDifference,
+    ForwardDifference,
     NoSecondDerivativeError,
     compare,
+    fit_differences,
 )
 from dynamon.curvature.operators.base import LinearOperator
 from dynamon.curvature.operators.blocks import BlockOperator
@@ -19,7 +22,8 @@ from dynamon.distributed.ranks import ran_out_of_memory
 from dynamon.isolation.evaluations import Evaluations
 from dynamon.layers.complex_pairs import real_dtype
 
-_BACKENDS = ("auto", "double_backward", "finite_difference")
+_BACKENDS = ("auto", "double_backward", "finite_difference", "forward_difference")
+_Engine = DoubleBackward | FiniteDifference | ForwardDifference
 
 
 class HessianOperator(LinearOperator):
@@ -34,6 +38,10 @@ class HessianOperator(LinearOperator):
     random numbers each time. It works where second derivatives do not exist, as with reentrant checkpointing and custom
     autograd functions. Recurrent layers run without cuDNN, which has none either. :meth:`product_error` compares two
     step sizes.
+
+    ``"forward_difference"`` evaluates one gradient per product, at weights perturbed in one direction, and one at
+    construction that all share. Its error is of first order in the step: it is meant for solves whose products were
+    compared with exact ones shortly before (:meth:`dynamon.curvature.EigenTracker.compare`).
 
     ``"auto"`` uses double backward, and finite differences where double backward fails: in the graph, in the first
     product, or because the two disagree on a graph with a custom autograd function. Differences are then computed in
@@ -50,7 +58,9 @@ class HessianOperator(LinearOperator):
         loss_fn: Called without arguments; returns the scalar loss, differentiable in ``params``.
         params: The parameters to differentiate in, in the order of the flat vectors, or a mapping from their names.
             Those that do not take part in the loss get zero rows.
-        backend: ``"auto"``, ``"double_backward"`` or ``"finite_difference"``.
+        backend: ``"auto"``, ``"double_backward"``, ``"finite_difference"`` or ``"forward_difference"``.
+        error: Relative error of one-sided differences, where it is known; None has :meth:`product_error` compare two
+            step sizes.
 
     Attributes:
         loss: The value of the loss, a 0-d tensor without graph.
@@ -62,12 +72,13 @@ class HessianOperator(LinearOperator):
     Raises:
         TypeError: On parameters or a loss that are not tensors.
         ValueError: On an unknown backend, no parameters, a loss that is not a scalar or does not depend on any of the
-            parameters, parameters on several devices or in several dtypes, or finite differences in half precision.
+            parameters, parameters on several devices or in several dtypes, differences in half precision, or
+            one-sided ones under autocast.
         NoSecondDerivativeError: (a RuntimeError) with ``"double_backward"``, where an operation has none.
         RuntimeError: In a product where a parameter changed after construction.
 
     Memory: the graph of one forward and backward pass at the size of the batch in ``loss_fn``; with differences two
-    vectors of length n and the memory of a gradient.
+    vectors of length n and the memory of a gradient, with one-sided ones a third for the gradient that is shared.
 
     Examples:
         >>> import torch
@@ -81,7 +92,12 @@ class HessianOperator(LinearOperator):
     """
 
     def __init__(
-        self, loss_fn: Callable[[], Tensor], params: Parameters | FlatParameters, *, backend: str = "auto"
+        self,
+        loss_fn: Callable[[], Tensor],
+        params: Parameters | FlatParameters,
+        *,
+        backend: str = "auto",
+        error: float | None = None,
     ) -> None:
         """Evaluate the loss and choose a backend."""
         if backend not in _BACKENDS:
@@ -89,25 +105,31 @@ class HessianOperator(LinearOperator):
         self.parameters = FlatParameters.of(params)
         device = self.parameters.tensors[0].device
         super().__init__(self.parameters.size, self.parameters.dtype, device, self.parameters.space)
-        self._loss_fn, self._may_change = loss_fn, backend == "auto"
+        self._loss_fn, self._may_change, self._error = loss_fn, backend == "auto", error
         self.reason: str | None = None
         self.doubt: str | None = None
-        self._engine = self._choose(backend)
-        self.parameters.mark_unchanged()  # a loss may write to parameters of its own, an averaged teacher's say
-        self.backend, self.rounding = self._engine.name, self._engine.rounding
+        self._evaluations = Evaluations()
+        self._use(self._choose(backend))
         self.loss, self.gradient = self._engine.loss, self._engine.gradient
+
+    def _use(self, engine: _Engine) -> None:
+        """Take products with an engine from now on."""
+        self._engine = engine
+        self.parameters.mark_unchanged()  # a loss may write to parameters of its own, an averaged teacher's say
+        self.backend, self.rounding = engine.name, engine.rounding
 
     @property
     def has_gradient(self) -> list[bool]:
         """For each parameter, whether it takes part in the loss; others have zeros in the flat gradient."""
         return self._engine.has_gradient
 
-    def _choose(self, backend: str) -> DoubleBackward | FiniteDifference:
-        self._evaluations = Evaluations()
+    def _choose(self, backend: str, again: bool = False) -> _Engine:
         if backend == "finite_difference":
             return FiniteDifference(self._loss_fn, self.parameters, self._evaluations)
+        if backend == "forward_difference":
+            return ForwardDifference(self._loss_fn, self.parameters, self._evaluations, self._error)
         try:
-            exact = DoubleBackward(self._loss_fn, self.parameters, self._evaluations)
+            exact = DoubleBackward(self._loss_fn, self.parameters, self._evaluations, again)
             return self._checked(exact) if self._may_change and exact.suspects else exact
         except NoSecondDerivativeError as error:
             reason = self._reason_of(error)
@@ -172,6 +194,26 @@ class HessianOperator(LinearOperator):
                 return found
         return FiniteDifference(self._loss_fn, self.parameters, self._evaluations)
 
+    def make_exact(self) -> None:
+        """Replace one-sided differences by what ``"auto"`` chooses, at the cost of its gradient."""
+        if self.backend == ForwardDifference.name:
+            self._may_change = True
+            self._use(self._choose("auto", again=True))
+
+    @contextmanager
+    def one_sided(self) -> Iterator[bool]:
+        """Take products by one-sided differences inside, where those on the graph are exact; yield whether it does."""
+        kept = self._engine
+        is_exact = isinstance(kept, DoubleBackward) and not kept.suspects and self.rounding == 0
+        if not is_exact or not fit_differences(self.parameters, self._evaluations):
+            yield False
+            return
+        self._engine = ForwardDifference(self._loss_fn, self.parameters, self._evaluations, self._error)
+        try:
+            yield True
+        finally:
+            self._engine = kept
+
     @property
     def is_coarse(self) -> bool:
         """True where products are differences of gradients computed in half precision."""
@@ -192,11 +234,9 @@ class HessianOperator(LinearOperator):
         del self._engine  # its graph makes room for the next
         if overflows:
             self.reason, self._evaluations = reason, self._evaluations.in_full_precision()
-            self._engine = DoubleBackward(self._loss_fn, self.parameters, self._evaluations, again=True)
+            self._use(DoubleBackward(self._loss_fn, self.parameters, self._evaluations, again=True))
         else:
-            self._engine = self._fall_back(reason)
-        self.parameters.mark_unchanged()
-        self.backend, self.rounding = self._engine.name, self._engine.rounding
+            self._use(self._fall_back(reason))
         return self._engine.product(vector, block)
 
     def block(self, chosen: str | Sequence[str] | Sequence[Tensor]) -> "BlockOperator":
@@ -208,7 +248,10 @@ class HessianOperator(LinearOperator):
         return BlockOperator(self, self.parameters.block(chosen))
 
     def product_error(self, vector: Tensor) -> float:
-        """Return the relative difference between two step sizes; 0 with double backward, infinity in doubt."""
+        """Return the relative difference between two step sizes; 0 with double backward, infinity in doubt.
+
+        With one-sided differences it is the ``error`` that was given, where there is one.
+        """
         return self._engine.error(vector) if self.doubt is None else math.inf
 
     def initial_direction(self) -> Tensor:

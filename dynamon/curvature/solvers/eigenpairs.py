@@ -17,13 +17,13 @@ class Eigenpairs:
 
     Attributes:
         values: ``[k]`` float64 on the host, largest first.
-        vectors: ``[n, m]`` with m >= k, orthonormal, on the operator's device: the k eigenvectors, and further Ritz
-            vectors for the next warm start.
+        vectors: ``[n, m]`` with m >= k, orthonormal as far as products are symmetric, on the operator's device: the k
+            eigenvectors, and further vectors for the next warm start.
         residuals: ``[k]`` float64, ``||A x - value x||``. Some eigenvalue lies within this distance.
         errors: ``[k]`` float64, bounds on the distance of each value to an eigenvalue. For k = 1 by Lanczos that is the
-            smaller of the residual and its square over the gap (``value_error``), by which cold runs stop; else the
-            residual. Never less than the error of the products. The gap is an estimate: errors can come out somewhat
-            larger.
+            smaller of the residual and its square over the gap (``value_error``), by which runs stop that start
+            cold or have a clear top; else the residual. Never less than the error of the products. The gap is an
+            estimate: errors can come out somewhat larger.
         lower: A lower bound on the largest eigenvalue (Rayleigh-Ritz, less a rounding allowance).
         upper: A 99 % upper bound on the largest eigenvalue, or None where the run was not certified.
         smallest: The smallest Ritz value: an upper bound on the smallest eigenvalue (the mean eigenvalue for
@@ -31,8 +31,9 @@ class Eigenpairs:
         matvecs: Number of matvecs taken.
         converged: True where errors, successive values and the error of products, rounding included, met the tolerance.
         backend: Backend of the operator.
-        product_error: Estimated relative error of the product with the top vector: 0 for exact products, for finite
-            differences the relative difference between two step sizes. Where it exceeds the tolerance, ``converged`` is
+        product_error: Estimated relative error of the product with the top vector: for exact products 0, or what the
+            projected matrix lacks in symmetry; for finite differences the relative difference between two step sizes;
+            for one-sided ones what they differed from exact products. Where it exceeds the tolerance, ``converged`` is
             False and there are no bounds.
     """
 
@@ -129,7 +130,8 @@ def on_host(numbers: Any) -> Tensor:
 
 def with_product_check(found: Eigenpairs, operator: Any, tol: float) -> Eigenpairs:
     """Add backend and product error; where products are not trusted nothing has converged."""
-    error = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
+    own = operator.product_error(found.vectors[:, 0]) if hasattr(operator, "product_error") else 0.0
+    error = max(own, found.product_error)
     backend = getattr(operator, "backend", "exact")
     rounding = max(getattr(operator, "rounding", 0.0), torch.finfo(found.vectors.dtype).eps)
     largest = max(abs(float(found.values[0])), abs(found.smallest))
@@ -142,7 +144,7 @@ def with_product_check(found: Eigenpairs, operator: Any, tol: float) -> Eigenpai
     # Bounds are statements about the operator that was multiplied with; where that is not the one meant, none hold.
     if error > tol:
         return replace(found, lower=-math.inf, upper=None)
-    allowance = getattr(operator, "rounding", 0.0) * abs(float(found.values[0]))
+    allowance = (getattr(operator, "rounding", 0.0) + error) * abs(float(found.values[0]))
     upper = None if found.upper is None else found.upper + allowance
     return replace(found, lower=found.lower - allowance, upper=upper) if allowance else found
 

@@ -37,9 +37,16 @@ def _basis_size(k: int) -> int:
 
 
 def lanczos_eigenpairs(
-    operator: Any, k: int, tol: float, max_matvecs: int, warm_start: Tensor | None, certify: bool, seed: int
+    operator: Any,
+    k: int,
+    tol: float,
+    max_matvecs: int,
+    warm_start: Tensor | None,
+    certify: bool,
+    seed: int,
+    least: int = 0,
 ) -> Eigenpairs:
-    """Compute the k largest eigenvalues; see :func:`dynamon.curvature.top_eigenvalues`."""
+    """Compute the k largest eigenvalues by ``least`` products or more; see :func:`top_eigenvalues`."""
     size = operator.shape[0]
     budget = max(max_matvecs, _CERTIFY_MATVECS) if certify else max_matvecs
     warm_start = None if certify else warm_start
@@ -49,7 +56,7 @@ def lanczos_eigenpairs(
     if warm_start is None and not certify:  # the upper bound is a statement about a random start
         start = _turned(start, operator)
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
-    minimum = _CERTIFY_MATVECS if certify else _minimum(tracked, k, tol)
+    minimum = max(least, _CERTIFY_MATVECS if certify else _minimum(tracked, k, tol))
     state = Lanczos(operator, start, basis_size)
     # A warm start contains hardly anything of a direction that has just overtaken: its gap would look perfect.
     solve = _Solve(state, k, tol, budget, minimum, certify, seed, by_gap=not tracked)
@@ -305,7 +312,7 @@ class Lanczos:
         """Return the leading Ritz vectors as columns ``[n, m]``."""
         size = len(ritz.values)
         rotation = on_host(ritz.rotation[:, : min(count, size)]).to(self.basis)
-        return (rotation.mT @ self.basis[:size]).mT.contiguous()
+        return (rotation.mT @ self.basis[:size]).mT
 
 
 def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -384,10 +391,16 @@ def random_start(operator: Any, warm_start: Tensor | None, seed: int) -> Tensor:
 
 def _turned(start: Tensor, operator: Any) -> Tensor:
     """Mix noise in equal parts with the operator's initial direction."""
+    likely = initial_direction(operator, start)
+    return start if likely is None or operator.shape[0] == 1 else start + likely  # in one dimension the two can cancel
+
+
+def initial_direction(operator: Any, like: Tensor) -> Tensor | None:
+    """Return the operator's initial direction with unit length, zeros where that has none; None where none is known."""
     likely = operator.initial_direction() if hasattr(operator, "initial_direction") else None
-    if likely is None or operator.shape[0] == 1:  # in one dimension the two can cancel
-        return start
-    likely = likely.to(start)
+    if likely is None:
+        return None
+    likely = likely.to(like)
     length = space_of(operator).norm(likely)
     usable = torch.isfinite(length) & (length > 0)
-    return start + torch.where(usable, likely / length, torch.zeros_like(likely))
+    return torch.where(usable, likely / length, torch.zeros_like(likely))

@@ -1,9 +1,12 @@
 """Track the top eigenpairs of an operator that changes slowly."""
 
+import math
 from typing import Any
 
 from torch import Tensor
 
+from dynamon.curvature.operators.base import LinearOperator
+from dynamon.curvature.operators.scaling import relative
 from dynamon.curvature.operators.vector_space import space_of
 from dynamon.curvature.solvers.eigenpairs import Eigenpairs
 from dynamon.curvature.solvers.top import top_eigenvalues
@@ -11,6 +14,7 @@ from dynamon.kernels.arguments import check_count
 
 _COLD_EVERY = 10  # a cold run now and then finds what tracking could have lost
 _COLD_AT = 5  # ... away from the first one, which is cold anyway
+_SHARE = 0.25  # of the tolerance that the error of one-sided differences may take
 
 
 class EigenTracker:
@@ -18,6 +22,10 @@ class EigenTracker:
 
     It holds the vectors of the last measurement. Measurements start cold the first time, after the operator's size has
     changed, and every tenth time, when the run can also give the 99 % upper bound.
+
+    Warm measurements can take one-sided differences of gradients, at one gradient a product, where these were compared
+    with exact products at the last cold measurement (:meth:`compare`). ``backend`` says which operator the next
+    measurement is to be given.
 
     Args:
         k: Number of eigenvalues to track.
@@ -30,6 +38,9 @@ class EigenTracker:
         k: Number of eigenvalues that are tracked.
         taken: Number of measurements so far.
         vectors: Start vectors of the next warm start, or None.
+        value: The last value of the largest eigenvalue, or None.
+        difference_error: Relative error of one-sided differences along the top direction of the last cold measurement;
+            infinity where it is not known.
 
     Examples:
         >>> import torch
@@ -60,6 +71,8 @@ class EigenTracker:
         self._tol, self._max_matvecs, self._seed = tol, max_matvecs, seed
         self.taken = 0
         self.vectors: Tensor | None = None
+        self.value: float | None = None
+        self.difference_error = math.inf
 
     def __repr__(self) -> str:
         """Return k, the number of measurements, and whether the next one is cold."""
@@ -75,6 +88,12 @@ class EigenTracker:
     def next_is_certified(self) -> bool:
         """True where the next measurement brings an upper bound."""
         return self._certify and self.taken % _COLD_EVERY == _COLD_AT
+
+    @property
+    def backend(self) -> str:
+        """Backend of the Hessian for the next measurement: one-sided differences where they are good enough."""
+        is_good = self.difference_error <= _SHARE * self._tol
+        return "forward_difference" if is_good and self.k == 1 and not self.next_is_cold else "auto"
 
     def update(self, operator: Any, most: int | None = None) -> Eigenpairs:
         """Measure the operator at its present weights.
@@ -94,12 +113,41 @@ class EigenTracker:
             tol=self._tol,
             max_matvecs=limit,
             warm_start=known,
+            last=None if known is None else self.value,
             certify=self.next_is_certified and limit == self._max_matvecs,
             seed=self._seed + self.taken,
         )
         self.taken += 1
-        self.vectors = found.vectors
+        self.vectors, self.value = found.vectors, float(found.values[0])
+        if known is None or found.product_error > _SHARE * self._tol:
+            self.difference_error = math.inf
         return found
+
+    def compare(self, operator: Any) -> int:
+        """Compare one-sided differences with exact products along the top direction, after a cold measurement.
+
+        Elsewhere, and where the operator has no such differences, it does nothing.
+
+        Args:
+            operator: That of the measurement.
+
+        Returns:
+            The number of products taken, gradients included.
+
+        Cost: one product and two gradients.
+        """
+        is_known = self.vectors is None or self.k > 1 or not math.isinf(self.difference_error)
+        if is_known or not isinstance(operator, LinearOperator):
+            return 0
+        assert self.vectors is not None
+        top = self.vectors[:, 0].to(operator.dtype)
+        with operator.one_sided() as is_possible:
+            if not is_possible:
+                return 0
+            product = operator @ top
+        exact = operator @ top
+        self.difference_error = relative(operator.space.norm(product - exact), operator.space.norm(exact))
+        return 3
 
     def state_dict(self, most: int | None = None) -> dict[str, Any]:
         """Return the state that a resumed run needs to continue identically.
@@ -108,8 +156,11 @@ class EigenTracker:
             most: Leave out vectors with more entries than this; the next measurement is then cold.
         """
         small = self.vectors is not None and (most is None or self.vectors.numel() <= most)
-        return {"k": self.k, "taken": self.taken, "vectors": self.vectors if small else None}
+        numbers = {"k": self.k, "taken": self.taken, "value": self.value, "difference_error": self.difference_error}
+        return numbers | {"vectors": self.vectors if small else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.k, self.taken, self.vectors = int(state["k"]), int(state["taken"]), state["vectors"]
+        self.value = state.get("value")  # earlier versions had none of these
+        self.difference_error = float(state.get("difference_error", math.inf))

@@ -180,6 +180,42 @@ def test_single_large_gradients_are_no_growth():
     assert rules(run) == []
 
 
+def test_one_batch_again_and_again():
+    run = healthy()
+    cosines = 0.3 * np.random.default_rng(0).normal(size=T)
+    run.scalars["gradient/cosine"] = Series(STEPS, cosines)
+    cosines[:12] = 0.95  # the first steps all go one way
+    assert rules(run) == []
+    cosines[60:64] = 0.97
+    assert rules(run) == []  # four that happen to be alike
+    cosines[80:90] = 0.97
+    found = one(run, "gradient/repeated")
+    assert found.step == 400 and found.severity == "warning" and found.numbers["readings"] == 10
+    assert found.numbers["now"] == 0.97 and found.numbers["before"] < 0.3
+    cosines[:] = 0.97  # all samples at each step
+    assert rules(run) == []
+    cosines[:] = np.linspace(0.3, 0.97, T)  # batches that grow
+    assert rules(run) == []
+
+
+def test_clipping_that_tightens():
+    run = healthy()
+    left = np.clip(0.7 * noise(size=0.4), 0, 1)
+    run.scalars["gradient/clip_coefficient"] = Series(STEPS, left)
+    assert rules(run) == []
+    left[70:74] *= 0.02
+    assert rules(run) == []  # four steps
+    left[74:] *= 0.02
+    found = one(run, "gradient/clipping")
+    assert found.step == 350 and found.severity == "warning" and 0.005 < found.numbers["coefficient"] < 0.05
+    assert 0.4 < found.numbers["before"] < 1 and "changed the limit" in found.advice
+    run.scalars["gradient/norm"].values[70:] *= 50  # it is the gradient that has changed
+    assert rules(run) == []
+    left[40:] = 1e-4
+    found = one(run, "gradient/clipping")
+    assert found.step == 200 and found.severity == "note"
+
+
 def test_sharpness_is_a_fault_only_with_a_rising_loss():
     run = healthy(size=0.1)
     run.scalars["sharpness/stability_ratio"].values[50:80] = 5.0

@@ -33,6 +33,20 @@ def test_the_price_of_products_is_what_they_took(clock) -> None:
     assert allowance.price(10, 0.1) == pytest.approx(1.0)
 
 
+def test_two_kinds_of_products_have_prices_of_their_own(clock) -> None:
+    allowance = MatvecAllowance()
+    assert allowance.price(10, None, one_sided=True) is None
+    assert allowance.price(10, 0.1, one_sided=True) == pytest.approx(allowance.price(10, 0.1) / 2)
+    allowance.note(8.0, 10)
+    assert allowance.price(4, 0.1, one_sided=True) == pytest.approx(1.6)  # half of the exact ones, until they are timed
+    allowance.note(1.0, 4, one_sided=True)
+    assert allowance.price(4, 0.1, one_sided=True) == pytest.approx(1.0)
+    assert allowance.price(10, 0.1) == pytest.approx(8.0)
+    for one_sided, products in ((False, 25), (True, 80)):
+        allowance.open(run_with(0.02, grace=20.0), True, None, one_sided)
+        assert allowance.rest(0) == pytest.approx(products)
+
+
 def test_products_end_where_the_budget_does(clock) -> None:
     allowance, run = MatvecAllowance(), run_with(0.02, grace=2.0)
     allowance.note(1.0, 20)

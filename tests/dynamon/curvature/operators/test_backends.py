@@ -789,3 +789,81 @@ def test_a_solve_asks_once_whether_weights_have_changed():
     operator @ operator.gradient
     operator @ operator.gradient
     assert len(asked) == 3
+
+
+# ---- one-sided differences
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_sided_differences_take_one_gradient_a_product(dtype):
+    """Against the dense Hessian; the gradient at the weights is shared, and the weights are put back bit for bit."""
+    model, (x, y), calls = mlp(4, 6, 3).to(dtype), samples(7, 4, dtype=dtype), []
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def loss():
+        calls.append(1)
+        return F.cross_entropy(model(x), y)
+
+    operator = HessianOperator(loss, parameters(model), backend="forward_difference")
+    assert len(calls) == 1 and operator.backend == "forward_difference"
+    found = matrix_of(operator)
+    assert len(calls) == 1 + operator.shape[0]
+    truth = dense_hessian(model, lambda call: F.cross_entropy(call(x), y))
+    close = 2e-3 if dtype == torch.float32 else 1e-6
+    assert float((found - truth).norm() / truth.norm()) <= close
+    part = operator.block([parameters(model)[0]]) @ torch.ones(24, dtype=dtype)
+    torch.testing.assert_close(part, (truth[:24, :24] @ torch.ones(24, dtype=dtype)), rtol=0, atol=close)
+    assert all(torch.equal(p, old) for p, old in zip(parameters(model), before, strict=True))
+    known = HessianOperator(loss, parameters(model), backend="forward_difference", error=0.25)
+    assert known.product_error(torch.ones(operator.shape[0], dtype=dtype)) == 0.25
+    direction = torch.linalg.eigh(truth).eigenvectors[:, -1]
+    actual = float((operator @ direction - truth @ direction).norm() / (truth @ direction).norm())
+    assert actual / 3 <= operator.product_error(direction) <= max(100 * actual, close)
+
+
+def test_one_sided_differences_can_become_exact():
+    """With the same random numbers: a dropout mask of one evaluation is that of all."""
+    model, (x, y) = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Dropout(0.5), nn.Linear(9, 3)).double(), (X, Y)
+    loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    torch.manual_seed(3)
+    exact = matrix_of(HessianOperator(loss, parameters(model)))
+    torch.manual_seed(3)
+    operator = HessianOperator(loss, parameters(model), backend="forward_difference")
+    torch.testing.assert_close(matrix_of(operator), exact, rtol=1e-5, atol=1e-6)
+    operator.make_exact()
+    assert operator.backend == "double_backward"
+    torch.testing.assert_close(matrix_of(operator), exact, **EXACT)
+    operator.make_exact()
+    assert operator.backend == "double_backward"
+
+
+def test_where_one_sided_differences_are_not_taken():
+    """Half precision, autocast, functions without a graph, and operators that are no Hessian."""
+    model = mlp(4, 6, 3)
+    loss = lambda: F.cross_entropy(model(X.float()), Y)  # noqa: E731
+    with pytest.raises(ValueError, match="one-sided differences need float32 or float64"):
+        HessianOperator(
+            lambda: model.bfloat16()(X.bfloat16()).sum(), parameters(model.bfloat16()), backend="forward_difference"
+        )
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="and no autocast"):
+            HessianOperator(loss, parameters(model), backend="forward_difference")
+        half = HessianOperator(loss, parameters(model))
+    hidden = HessianOperator(lambda: Square.apply(model(X.float())).sum(), parameters(model))
+    differences = HessianOperator(loss, parameters(model), backend="finite_difference")
+    for operator in (half, hidden, differences, Diagonal(torch.ones(3))):
+        with operator.one_sided() as is_possible:
+            assert not is_possible
+
+
+def test_a_combination_takes_one_sided_differences_in_all_of_its_parts():
+    model = mlp(4, 6, 3).double()
+    hessian = HessianOperator(lambda: F.cross_entropy(model(X), Y), parameters(model))
+    scale = torch.linspace(0.5, 2, hessian.shape[0], dtype=torch.float64)
+    operator = (hessian + Diagonal(0.1 * torch.ones_like(scale))).scaled(scale)
+    exact = matrix_of(operator)
+    with operator.one_sided() as is_possible:
+        near = matrix_of(operator)
+    assert is_possible and not torch.equal(near, exact) and torch.equal(matrix_of(operator), exact)
+    torch.testing.assert_close(near, exact, rtol=1e-5, atol=1e-6)

@@ -1,13 +1,16 @@
 """Following eigenvalues of an operator that changes."""
 
+import copy
 import io
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from dynamon.curvature import Diagonal, EigenTracker, top_eigenvalues
+from dynamon.curvature import Diagonal, EigenTracker, HessianOperator, LinearOperator, top_eigenvalues
+from tests.models import dense_hessian, gpt
 
 N = 300
 
@@ -171,4 +174,151 @@ def test_each_measurement_has_a_seed_of_its_own():
     first = tracker.update(operator)
     assert torch.equal(first.vectors, top_eigenvalues(operator, seed=7).vectors)
     second = tracker.update(operator)
-    assert torch.equal(second.vectors, top_eigenvalues(operator, warm_start=first.vectors, seed=8).vectors)
+    again = top_eigenvalues(operator, warm_start=first.vectors, last=float(first.values[0]), seed=8)
+    assert torch.equal(second.vectors, again.vectors)
+
+
+# ---- a top that stands clear
+
+
+class WithGradient(LinearOperator):
+    """A matrix that knows a direction, as a Hessian knows its gradient, and whose products may be wrong."""
+
+    def __init__(self, matrix, direction=None, wrong=None):
+        super().__init__(len(matrix), matrix.dtype, matrix.device)
+        self.matrix, self.direction, self.wrong = matrix, direction, wrong
+
+    def _product(self, vector):
+        return self.matrix @ vector if self.wrong is None else (self.matrix + self.wrong) @ vector
+
+    def initial_direction(self):
+        return self.direction
+
+
+def test_a_clear_top_takes_three_or_four_products():
+    tracker, products = EigenTracker(), []
+    for step in range(16):
+        operator = matrix(3 + 0.1 * step, 1.0) + drifting(0.01, seed=step)
+        was_cold = tracker.next_is_cold
+        found = tracker.update(operator)
+        values = torch.linalg.eigvalsh(operator)
+        assert found.converged and found.lower <= float(values[-1])
+        assert float(values[-1]) * (1 - 1e-2) <= float(found.values[0])
+        residual = operator @ found.vectors[:, 0] - found.values[0] * found.vectors[:, 0]
+        assert float(residual.norm()) == pytest.approx(float(found.residuals[0]), rel=1e-6)
+        assert float(values[-1] - found.values[0]) <= float(found.errors[0]) + 1e-9
+        torch.testing.assert_close(found.vectors.mT @ found.vectors, torch.eye(3).double(), rtol=0, atol=1e-9)
+        if not was_cold:
+            products.append(found.matvecs)
+    assert set(products) <= {3, 4}
+
+
+@pytest.mark.parametrize("has_gradient", [False, True])
+@pytest.mark.parametrize("speed", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_eigenvalue_that_rises_past_a_clear_top(speed, seed, has_gradient):
+    """Four products say that nothing comes near: what rises has to be seen before it is at the top."""
+    tracker, wrong, steps = EigenTracker(seed=100 * seed), 0, int(4 / speed) + 2
+    for step in range(steps):
+        rising = 0.4 + speed * step
+        drawn = torch.randn(N, generator=torch.Generator().manual_seed(1000 * seed + step), dtype=torch.float64)
+        share = torch.full((N,), 0.3, dtype=torch.float64)
+        share[:3] = torch.tensor([3.0, 1.0, rising])  # in a gradient a direction counts by its curvature
+        direction = Q @ (share * drawn) if has_gradient else None
+        found = tracker.update(WithGradient(matrix(3.0, 1.0, rising), direction))
+        truth = max(3.0, rising)
+        wrong += found.converged and abs(float(found.values[0]) / truth - 1) > 0.01
+    assert wrong <= 1 and float(found.values[0]) == pytest.approx(truth, rel=0.01)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_exact_eigenvectors_leave_no_residual(sign):
+    """Where nothing can be added to the basis it is extended by noise, not by a vector of zeros with a value of 0."""
+    values = sign * torch.cat([torch.tensor([3.0]), torch.linspace(0.5, 1, 99)]).double()
+    top = values.argsort(descending=True)[:3]
+    found = top_eigenvalues(Diagonal(values), warm_start=torch.eye(100).double()[:, top], last=float(values.max()))
+    assert found.converged and float(found.values[0]) == pytest.approx(float(values.max()), abs=1e-2 * 3)
+    assert found.lower <= float(values.max())
+
+
+def test_a_second_that_comes_near_takes_more():
+    tracker = EigenTracker()
+    for _ in range(2):
+        tracker.update(matrix(3.0, 1.0))
+    few, many = copy.copy(tracker).update(matrix(3.0, 1.5)), copy.copy(tracker).update(matrix(3.0, 2.9))
+    assert few.matvecs <= 4 < many.matvecs and few.converged and many.converged
+
+
+def test_products_that_are_not_symmetric_are_not_believed():
+    """What one-sided differences get wrong shows there, at no further product."""
+    tracker = EigenTracker()
+    tracker.update(matrix(3.0, 1.0))
+    drawn = torch.randn(N, N, generator=torch.Generator().manual_seed(4), dtype=torch.float64) / N**0.5
+    top, values = Q[:, :1], {}
+    for size in (0.0, 1e-3, 0.3):
+        wrong = size * (drawn @ top) @ top.mT
+        found = copy.copy(tracker).update(WithGradient(matrix(3.0, 1.0) + drifting(0.01), wrong=wrong))
+        values[size] = found
+    assert values[0.0].product_error < 1e-12 < values[1e-3].product_error < 1e-3 and values[1e-3].converged
+    assert values[1e-3].lower < values[0.0].lower
+    assert values[0.3].product_error > 0.01 and not values[0.3].converged and values[0.3].lower == -math.inf
+
+
+# ---- one-sided differences
+
+
+TOKENS = torch.randint(11, (12, 6), generator=torch.Generator().manual_seed(0))
+
+
+def loss_of(call):
+    return torch.nn.functional.cross_entropy(call(TOKENS).flatten(0, 1), TOKENS.flatten())
+
+
+def hessian_of(model, tracker, shift=0.0):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(shift * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
+    arguments = {"backend": tracker.backend, "error": tracker.difference_error}
+    return HessianOperator(lambda: loss_of(model), dict(model.named_parameters()), **arguments)
+
+
+def test_differences_are_taken_once_they_were_compared():
+    """float32 weights, against the dense Hessian in float64."""
+    model, tracker, backends = gpt(), EigenTracker(), []
+    for _ in range(8):
+        operator = hessian_of(model, tracker, 0.01)
+        found = tracker.update(operator)
+        taken = tracker.compare(operator)
+        backends.append(found.backend)
+        assert taken == (3 if found.backend == "double_backward" else 0)
+        truth = float(torch.linalg.eigvalsh(dense_hessian(copy.deepcopy(model).double(), loss_of))[-1])
+        assert found.converged and float(found.values[0]) == pytest.approx(truth, rel=1e-2) and found.lower <= truth
+        assert found.product_error == 0 or tracker.difference_error <= found.product_error <= 2.5e-3
+    one_sided = ["double_backward", *["forward_difference"] * 4]
+    assert backends == [*one_sided, *one_sided[:3]]
+    state = tracker.state_dict()
+    other = EigenTracker()
+    other.load_state_dict(state)
+    assert other.backend == tracker.backend == "forward_difference"
+    assert other.difference_error == tracker.difference_error
+    other.load_state_dict({key: value for key, value in state.items() if key != "difference_error"})
+    assert other.backend == "auto"  # a checkpoint of an earlier version
+
+
+@pytest.mark.parametrize("arguments", [{"tol": 1e-5}, {"k": 2}], ids=["a tight tolerance", "several values"])
+def test_where_differences_are_not_good_enough(arguments):
+    model, tracker = gpt(), EigenTracker(**({"max_matvecs": 200} | arguments))
+    for _ in range(3):
+        operator = hessian_of(model, tracker)
+        assert tracker.update(operator).backend == "double_backward"
+        tracker.compare(operator)
+
+
+def test_differences_that_turn_out_wrong_are_given_up():
+    tracker = EigenTracker()
+    tracker.update(matrix(3.0, 1.0))
+    tracker.difference_error = 1e-4
+    assert tracker.backend == "forward_difference"
+    drawn = torch.randn(N, N, generator=torch.Generator().manual_seed(4), dtype=torch.float64) / N**0.5
+    tracker.update(WithGradient(matrix(3.0, 1.0), wrong=0.3 * drawn))
+    assert tracker.backend == "auto"
