@@ -111,7 +111,7 @@ class SpikeGuard(DynamonCallback):
 
     @property
     def history(self) -> History:
-        """What was done so far, as arrays by quantity."""
+        """Factors and counts so far, as arrays by quantity."""
         return self._recorder.history
 
     @property
