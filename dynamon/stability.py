@@ -186,9 +186,9 @@ def stability_scaling(
     squared = space.join(pieces)
     missing = squared.isnan()
     excluded = int(space.total(missing.sum()))
-    if not isinstance(optimizer, SGD) and not int(space.total((~missing).sum())):
+    if not isinstance(optimizer, SGD) and excluded == space.size:
         raise NoSecondMomentError("the optimizer has taken no step yet, so its stability ratio is not defined.")
-    squared = squared.masked_fill(missing, 0.0)
+    squared = squared.masked_fill_(missing, 0.0)
     signs = {-1.0 if group_of[id(p)].get("maximize", False) else 1.0 for p in params}
     if len(signs) > 1:
         raise ValueError("some groups maximize and some minimize: there is no single stability ratio.")

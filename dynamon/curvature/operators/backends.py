@@ -181,7 +181,7 @@ class Gradients:
             self.has_gradient = [g is not None for g in gradients]
             flat = self._params.flatten(gradients)
             if scale == 1:
-                return loss.detach(), flat.clone()
+                return loss.detach(), flat
             if is_whole(flat) or not is_whole(loss):
                 return loss.detach(), flat / scale
             scale /= LOWER
@@ -307,8 +307,16 @@ class ForwardDifference(Gradients):
         if not fit_differences(params, evaluations):
             raise ValueError("one-sided differences need float32 or float64 parameters, and no autocast.")
         super().__init__(loss_fn, params, evaluations)
-        self._step, self._error = FORWARD_STEP[real_dtype(params.tensors[0])], error
+        self._step, self._error, self._is_first = FORWARD_STEP[real_dtype(params.tensors[0])], error, True
         self.loss, self.gradient = self.evaluate()
+
+    def _loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Compute both, without another search of the graph after the first."""
+        if self._is_first:
+            self._is_first = False
+            return super()._loss_and_gradient()
+        loss = self._loss_fn()
+        return loss.detach(), self._params.flatten(self._params.differentiate(loss, keep_graph=False))
 
     def product(self, vector: Tensor, block: Sequence[int] | None = None) -> Tensor:
         """Compute ``H v``; for a block, ``vector`` and the result belong to the block alone."""
@@ -320,9 +328,9 @@ class ForwardDifference(Gradients):
         norm = self._params.space.norm(vector)
         if not norm > 0:
             return torch.zeros_like(vector)
-        with self._params.perturbed(step / norm * vector):
+        with self._params.perturbed(vector * (step / norm)):
             ahead = self.evaluate()[1]
-        return (ahead - self.gradient) * (norm / step)
+        return ahead.sub_(self.gradient).mul_(norm / step)
 
     def error(self, vector: Tensor) -> float:
         """Return the relative error that was given, else twice the difference between the step and its half."""

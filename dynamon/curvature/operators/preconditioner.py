@@ -152,4 +152,4 @@ def _wide(p: Tensor) -> torch.dtype:
 
 
 def _divisor(squared: Tensor, eps: float, warming: float) -> Tensor:
-    return torch.where(squared > 0, (squared.clamp_min(0).sqrt() + eps) * warming, torch.nan)
+    return squared.clamp_min(0).sqrt_().add_(eps).mul_(warming).masked_fill_(squared <= 0, torch.nan)

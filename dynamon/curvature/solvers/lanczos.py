@@ -37,9 +37,16 @@ def _basis_size(k: int) -> int:
 
 
 def lanczos_eigenpairs(
-    operator: Any, k: int, tol: float, max_matvecs: int, warm_start: Tensor | None, certify: bool, seed: int
+    operator: Any,
+    k: int,
+    tol: float,
+    max_matvecs: int,
+    warm_start: Tensor | None,
+    certify: bool,
+    seed: int,
+    least: int = 0,
 ) -> Eigenpairs:
-    """Compute the k largest eigenvalues; see :func:`dynamon.curvature.top_eigenvalues`."""
+    """Compute the k largest eigenvalues by ``least`` products or more; see :func:`top_eigenvalues`."""
     size = operator.shape[0]
     budget = max(max_matvecs, _CERTIFY_MATVECS) if certify else max_matvecs
     warm_start = None if certify else warm_start
@@ -49,7 +56,7 @@ def lanczos_eigenpairs(
     if warm_start is None and not certify:  # the upper bound is a statement about a random start
         start = _turned(start, operator)
     tracked = 0 if warm_start is None else 1 if warm_start.ndim == 1 else warm_start.shape[1]
-    minimum = _CERTIFY_MATVECS if certify else _minimum(tracked, k, tol)
+    minimum = max(least, _CERTIFY_MATVECS if certify else _minimum(tracked, k, tol))
     state = Lanczos(operator, start, basis_size)
     # A warm start contains hardly anything of a direction that has just overtaken: its gap would look perfect.
     solve = _Solve(state, k, tol, budget, minimum, certify, seed, by_gap=not tracked)
@@ -305,7 +312,7 @@ class Lanczos:
         """Return the leading Ritz vectors as columns ``[n, m]``."""
         size = len(ritz.values)
         rotation = on_host(ritz.rotation[:, : min(count, size)]).to(self.basis)
-        return (rotation.mT @ self.basis[:size]).mT.contiguous()
+        return (rotation.mT @ self.basis[:size]).mT
 
 
 def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,58 +15,78 @@ from dynamon.kernels import widest_dtype
 TRACKED = 3  # vectors that a measurement leaves to the next
 ROOM = 5  # products after which Lanczos takes over
 MOST_VECTORS = 2 * ROOM + 2 * TRACKED
-_SEARCH_AT = 3  # products before the one that looks for a new top; the minimum is one more
+_EARLY, _LATE = 2, 3  # products before the one that looks for a new top, with the error within tolerance and without
 _CLEAR = 0.75  # of the top that no other Ritz value may reach, its residual added, for so few products
-_NOISE = 0.3  # share of noise in the vector that looks for a new top
-_LEAST = 5  # products that Lanczos needs at least
+_CHANGE = 0.3  # of the top since the last measurement, likewise
+_NOISE = 0.3  # share of noise in the vector that looks for a new top, without a gradient
+_LEAST = 8  # products that Lanczos takes at least
 
 
-def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor, seed: int) -> Eigenpairs:
+def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor, last: float, seed: int) -> Eigenpairs:
     r"""Compute the largest eigenvalue from what the last measurement left; see :func:`top_eigenvalues`.
 
-    Rayleigh-Ritz on the old top vector, two residuals of the best Ritz vector, and one vector that looks for a new top:
-    the other tracked ones, the gradient where the operator has one, and noise. That is the result where the error is
-    within tolerance, the search changed nothing, and every other Ritz value stays below three quarters of the top, its
-    residual added. Near a crossing it is not: there thick-restart Lanczos starts from the Ritz vectors.
+    Rayleigh-Ritz on the old top vector, one or two residuals of the best Ritz vector (the old second vector where there
+    is nothing to improve), and one vector that looks for a new top: the other tracked ones and the gradient, or noise
+    where the operator has none. That is the result where the error is within tolerance, the search changed nothing,
+    every other Ritz value stays below three quarters of the top, its residual added, and the top has changed by less
+    than 30 %. Elsewhere, near a crossing and after large changes, thick-restart Lanczos starts from what was found and
+    the other tracked vectors, for 8 products at least.
 
     The matrix of inner products with the basis is not symmetric where products are not exact; what it lacks counts as
     their error.
 
     Args:
-        operator: A symmetric operator of a larger dimension than ``ROOM``.
+        operator: A symmetric operator of a larger dimension than ``max_matvecs``.
         tol: Relative tolerance of the value.
         max_matvecs: Upper limit on matvecs.
         known: ``[n, 3]``, ``vectors`` of the last measurement.
+        last: The value that it found.
         seed: Seed of the noise.
 
-    Memory: 16 vectors: a basis of 5, their products, 3 residuals, and 3 while they or the result are computed; where
-    Lanczos takes over, 3 beside its own.
+    Memory: 16 vectors: a basis of 5, their products, 3 to return, and 3 while they are computed; where Lanczos takes
+    over, 3 beside its own.
     """
     space = _Subspace(operator, known, seed)
+    known = known.to(space.basis)  # a checkpoint brings vectors to the host
     space.add(known[:, 0])
-    ritz, before = space.ritz(), np.inf
-    while space.matvecs < min(ROOM, max_matvecs):
+    ritz, searched, settled = space.ritz(), False, False
+    others = known[:, 1:]
+    while space.matvecs < min(ROOM, max_matvecs) and not settled:
+        if not searched and (space.matvecs == _LATE or space.matvecs >= _EARLY and ritz.is_within(tol)):
+            vector, searched = _search(operator, others, seed), True
+        elif space.matvecs == 1 and ritz.is_within(tol):
+            vector, others = others[:, 0], others[:, 1:]
+        else:
+            vector = space.remainder(ritz)
         before = float(ritz.values[0])
-        space.add(_search(operator, known, seed) if space.matvecs == _SEARCH_AT else ritz.remainders[0])
+        space.add(vector)
         ritz = space.ritz()
-        if space.matvecs > _SEARCH_AT and (ritz.has_settled(before, tol) or not ritz.is_clear()):
+        if searched and not (ritz.is_clear() and abs(ritz.values[0] - last) <= _CHANGE * last):
             break
-    found = space.eigenpairs(ritz, ritz.is_clear() and space.matvecs > _SEARCH_AT and ritz.has_settled(before, tol))
+        settled = searched and ritz.is_within(tol) and bool(ritz.values[0] - before <= tol * ritz.scale)
+    found = space.eigenpairs(ritz, settled)
     left = max_matvecs - space.matvecs
-    if found.converged or left < _LEAST:
+    if settled or left < 2:
         return found
-    del space, ritz  # their memory is Lanczos's
-    further = lanczos_eigenpairs(operator, 1, tol, left, found.vectors, False, seed)
-    smallest, matvecs = min(found.smallest, further.smallest), found.matvecs + further.matvecs
-    return replace(further, smallest=smallest, matvecs=matvecs, product_error=found.product_error)
+    del space, vector  # their memory is Lanczos's
+    # What was found, the gradient's share in it included, and the others as they were: the search has mixed them.
+    start = torch.stack([found.vectors[:, 0], found.vectors[:, -1], known[:, 1], known[:, 2]], dim=1)
+    smallest, matvecs, error = found.smallest, found.matvecs, found.product_error
+    del found
+    further = lanczos_eigenpairs(operator, 1, tol, left, start, False, seed, least=_LEAST)
+    return replace(
+        further,
+        smallest=min(smallest, further.smallest),
+        matvecs=matvecs + further.matvecs,
+        product_error=error,
+    )
 
 
-def _search(operator: Any, known: Tensor, seed: int) -> Tensor:
-    """Mix what could hold a new top: the tracked vectors, in equal parts the gradient, and noise."""
-    noise = random_start(operator, None, seed)
-    vector = known[:, 1:].sum(1).to(noise) + _NOISE * noise
-    likely = initial_direction(operator, noise)
-    return vector if likely is None else vector + likely
+def _search(operator: Any, others: Tensor, seed: int) -> Tensor:
+    """Mix what could hold a new top: other tracked vectors, and the gradient, or noise where there is none."""
+    vector = others.sum(1)
+    likely = initial_direction(operator, vector)
+    return vector.add_(likely) if likely is not None else vector.add_(random_start(operator, None, seed), alpha=_NOISE)
 
 
 @dataclass
@@ -75,91 +95,98 @@ class _Ritz:
 
     values: np.ndarray  # [m]
     rotation: np.ndarray  # [m, m], columns
-    remainders: Tensor  # [at most 3, n], A x - value x
-    residuals: np.ndarray  # their lengths
+    residuals: np.ndarray  # [m]
     asymmetry: float  # of the projected matrix, relative to its largest value
 
     @property
-    def error(self) -> float:
-        """Return the bound on the error of the largest value."""
-        return value_error(self.values[: len(self.residuals)], self.residuals)
+    def scale(self) -> float:
+        """Return the largest value in magnitude."""
+        return float(np.abs(self.values).max())
+
+    def is_within(self, tol: float) -> bool:
+        """Return whether the error of the largest value is within tolerance."""
+        return value_error(self.values, self.residuals) <= tol * self.scale
 
     def is_clear(self) -> bool:
-        """Return whether the largest value is positive and no other tracked one comes near it."""
-        others = self.values[1 : len(self.residuals)] + self.residuals[1:]
+        """Return whether the largest value is positive and none of the tracked others comes near it."""
+        others = self.values[1:TRACKED] + self.residuals[1:TRACKED]
         return bool(self.values[0] > 0 and (others <= _CLEAR * self.values[0]).all())
-
-    def has_settled(self, before: float, tol: float) -> bool:
-        """Return whether error and change of the largest value are within tolerance."""
-        scale = tol * float(np.abs(self.values).max())
-        return self.error <= scale and abs(float(self.values[0]) - before) <= scale
 
 
 class _Subspace:
-    """An orthonormal basis, the products with it, and the matrix of the operator in it."""
+    """An orthonormal basis, the products with it, and their inner products."""
 
     def __init__(self, operator: Any, like: Tensor, seed: int) -> None:
         self.operator, self.space, self.seed = operator, space_of(operator), seed
-        dtype, device = getattr(operator, "dtype", like.dtype), getattr(operator, "device", like.device)
-        self.dtype = dtype
-        self.basis = torch.zeros(
-            ROOM, self.space.length, dtype=torch.promote_types(dtype, torch.float32), device=device
-        )
-        self.products = torch.zeros_like(self.basis)
-        self.projected = self.basis.new_zeros(ROOM, ROOM, dtype=widest_dtype(device))
+        self.dtype, device = getattr(operator, "dtype", like.dtype), getattr(operator, "device", like.device)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.basis = torch.empty(ROOM, self.space.length, dtype=wide, device=device)
+        self.products = torch.empty_like(self.basis)
+        # The operator in the basis, and the inner products of the products.
+        self.inner = torch.zeros(2, ROOM, ROOM, dtype=widest_dtype(device), device=device)
         self.matvecs = 0
 
     def add(self, vector: Tensor) -> None:
         """Extend the basis by a vector, and take its product."""
-        j, vector = self.matvecs, self._outside(vector.to(self.basis))
-        if not float(self.space.agreed(self.space.norm(vector))) > 0:  # an exact eigenvector has no residual
-            vector = self._outside(random_start(self.operator, None, self.seed + j).to(self.basis))
-        self.basis[j] = vector
-        self.products[j] = (self.operator @ vector.to(self.dtype)).to(self.basis)
-        self.projected[: j + 1, j] = self.space.inner(self.basis[: j + 1], self.products[j]).to(self.projected)
+        j, basis, products = self.matvecs, self.basis, self.products
+        if not self._extend(vector):  # an exact eigenvector has no remainder
+            self._extend(random_start(self.operator, None, self.seed + j).to(basis))
+        products[j] = self.operator @ basis[j].to(self.dtype)
+        self.inner[0, : j + 1, j] = self.space.inner(basis[: j + 1], products[j]).to(self.inner)
+        self.inner[1, : j + 1, j] = self.space.inner(products[: j + 1], products[j]).to(self.inner)
         if j:
-            self.projected[j, :j] = self.space.inner(self.products[:j], vector).to(self.projected)
+            self.inner[0, j, :j] = self.space.inner(products[:j], basis[j]).to(self.inner)
         self.matvecs += 1
 
-    def _outside(self, vector: Tensor) -> Tensor:
-        """Return the part of a vector that is orthogonal to the basis, with unit length."""
-        known, vector = self.basis[: self.matvecs], self._unit(vector)
-        for _ in range(2 if len(known) else 0):
-            vector = self._unit(vector - known.mT @ self.space.inner(known, vector))
-        return vector
+    def _extend(self, vector: Tensor) -> bool:
+        """Write the part of a vector that is orthogonal to the basis into its next row; return whether there is any."""
+        known, left = self.basis[: self.matvecs], 1.0
+        length = self._length(vector)
+        while len(known) and length > 0:
+            vector = torch.addmv(vector, known.mT, self.space.inner(known, vector), alpha=-1)
+            before, length = length, self._length(vector)
+            left *= length / before
+            if length > 0.1 * before or left < torch.finfo(vector.dtype).eps:
+                break  # else what is left is rounded too much to be orthogonal
+        torch.mul(vector, 1 / length if length > 0 else 0.0, out=self.basis[self.matvecs])
+        return length > 0 and left > torch.finfo(vector.dtype).eps
 
-    def _unit(self, vector: Tensor) -> Tensor:
-        return vector / self.space.norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+    def _length(self, vector: Tensor) -> float:
+        return float(self.space.agreed(self.space.norm(vector)))
 
     def ritz(self) -> _Ritz:
-        """Decompose the projected matrix on the host, and compute the remainders of the leading pairs."""
+        """Decompose the projected matrix on the host."""
         m = self.matvecs
-        read = self.space.agreed(self.projected[:m, :m]).cpu().double().numpy()
-        if not np.isfinite(read).all():
+        matrix, squares = self.space.agreed(self.inner[:, :m, :m]).cpu().double().numpy()
+        if not np.isfinite(matrix).all():
             raise FloatingPointError("the operator returned NaN or infinity; the loss or the weights diverged.")
-        values, rotation = np.linalg.eigh((read + read.T) / 2)
+        values, rotation = np.linalg.eigh((matrix + matrix.T) / 2)
         values, rotation = values[::-1].copy(), rotation[:, ::-1].copy()
-        leading = on_host(rotation[:, :TRACKED].T).to(self.basis)
-        sizes = on_host(values[:TRACKED, None]).to(self.basis)
-        remainders = (leading @ self.products[:m]).addmm_(sizes * leading, self.basis[:m], alpha=-1)
-        lengths = self.space.agreed(torch.stack([self.space.norm(row) for row in remainders]))
+        squares = np.triu(squares) + np.triu(squares, 1).T
+        lengths = np.einsum("ij,ik,kj->j", rotation, squares, rotation) - values**2
         largest = float(np.abs(values).max())
-        lack = float(np.abs(read - read.T).max()) / largest if largest > 0 else 0.0
-        return _Ritz(values, rotation, remainders, lengths.cpu().double().numpy(), lack)
+        lack = float(np.abs(matrix - matrix.T).max()) / largest if largest > 0 else 0.0
+        return _Ritz(values, rotation, np.sqrt(np.maximum(lengths, 0)), lack)
+
+    def remainder(self, ritz: _Ritz, place: int = 0, shift: float | None = None) -> Tensor:
+        """Return ``A x - shift x`` of a Ritz vector; its value is the shift if None is given."""
+        m, x = self.matvecs, on_host(ritz.rotation[:, place]).to(self.basis)
+        shift = float(ritz.values[place]) if shift is None else shift
+        return torch.addmv(self.products[:m].mT @ x, self.basis[:m].mT, x, alpha=-shift)
 
     def eigenpairs(self, ritz: _Ritz, converged: bool) -> Eigenpairs:
         """Return the result; its last vector is one step of the power method ahead, at no product."""
         value, smallest = float(ritz.values[0]), float(ritz.values[-1])
         vectors = on_host(ritz.rotation[:, :TRACKED].T).to(self.basis) @ self.basis[: self.matvecs]
         if len(vectors) == TRACKED:
-            ahead = ritz.remainders[-1] + (float(ritz.values[TRACKED - 1]) - smallest) * vectors[-1]
-            vectors[-1] = self._unit(ahead)
+            ahead = self.remainder(ritz, TRACKED - 1, smallest)
+            vectors[-1] = ahead / self.space.norm(ahead).clamp_min(torch.finfo(ahead.dtype).tiny)
         allowance = 16 * torch.finfo(self.basis.dtype).eps * max(abs(value), abs(smallest))
         return Eigenpairs(
             values=on_host([value]),
-            vectors=vectors.mT.contiguous(),
+            vectors=vectors.mT,
             residuals=on_host(ritz.residuals[:1]),
-            errors=on_host([ritz.error]),
+            errors=on_host([value_error(ritz.values, ritz.residuals)]),
             lower=value - allowance,
             upper=None,
             smallest=smallest,

@@ -30,6 +30,7 @@ def top_eigenvalues(
     tol: float = 1e-2,
     max_matvecs: int = 40,
     warm_start: Tensor | None = None,
+    last: float | None = None,
     certify: bool = False,
     seed: int = 0,
 ) -> Eigenpairs:
@@ -47,11 +48,11 @@ def top_eigenvalues(
     for k > 1 the run restarts from a fresh vector until that yields nothing new, which at least doubles the matvecs; a
     certified run, which may not restart, does not.
 
-    A warm start from three vectors, as k = 1 leaves them, is Rayleigh-Ritz first: on the old top vector, two residuals
-    of the best Ritz vector, and one vector that looks for a new top, of the other two, the gradient and noise. Where
-    the error by residual and gap is within tolerance, the last product changed nothing, and every other Ritz value,
-    its residual added, stays below three quarters of the top, these 4 matvecs (5 at most) are enough. Near a crossing
-    they are not: there Lanczos goes on from the Ritz vectors, for 5 matvecs at least.
+    With ``last``, a warm start from three vectors is Rayleigh-Ritz first: on the old top vector, one or two residuals
+    of the best Ritz vector, and one vector that looks for a new top, of the other two and the gradient. Where the error
+    by residual and gap is within tolerance, the last product changed nothing, every other Ritz value, its residual
+    added, stays below three quarters of the top, and the top has changed by less than 30 %, these 3 or 4 matvecs (5 at
+    most) are enough. Elsewhere Lanczos goes on from what was found and the two others, for 8 matvecs at least.
 
     ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the largest
     in magnitude. It needs several times as many matvecs and serves for comparison.
@@ -67,6 +68,7 @@ def top_eigenvalues(
         tol: Relative tolerance of the values.
         max_matvecs: Upper limit on matvecs; a run that reaches it first has ``converged=False``.
         warm_start: ``[n]`` or ``[n, m]``, such as ``.vectors`` of the last run, or None for a cold start.
+        last: The value of the last run, where ``warm_start`` holds its ``vectors`` for k = 1 and it was lately.
         certify: Take a cold, unrestarted run of at least 20 matvecs (Lanczos), which alone has a valid upper bound:
             with probability 0.99 over the random start the largest eigenvalue lies below the root of the Lanczos
             polynomial above the top Ritz value. ``warm_start`` is then not used.
@@ -81,7 +83,7 @@ def top_eigenvalues(
         FloatingPointError: If the operator returns NaN or infinity.
 
     Cost: up to ``max_matvecs`` matvecs. Memory for k = 1: 9 vectors of length n (``max_matvecs + 1`` certified, 2k + 7
-    for larger k, 16 from three vectors); one host read per 2 matvecs, on a CPU and from three vectors per matvec.
+    for larger k, 16 with ``last``); one host read per 2 matvecs, on a CPU and with ``last`` per matvec.
     Power: k + 2 vectors. Gram: some matrices of rows x rows.
 
     Reference: Wu and Simon, "Thick-restart Lanczos", 2000; van Dorsselaer, Hochstenbach and van der Vorst,
@@ -108,15 +110,15 @@ def top_eigenvalues(
         found = gram_eigenpairs(operator, tol)
     elif method == "power":
         found = power_eigenpairs(operator, k, tol, max_matvecs, warm_start, seed)
-    elif _is_tracked(warm_start) and k == 1 and not certify and operator.shape[0] > max_matvecs:
-        found = tracked_eigenpair(operator, tol, max_matvecs, warm_start, seed)
+    elif last is not None and _is_tracked(warm_start) and not certify and k == 1 and operator.shape[0] > max_matvecs:
+        found = tracked_eigenpair(operator, tol, max_matvecs, warm_start, last, seed)
     else:
         found = lanczos_eigenpairs(operator, k, tol, max_matvecs, warm_start, certify, seed)
     return with_product_check(found, operator, tol)
 
 
 def _is_tracked(warm_start: Tensor | None) -> TypeGuard[Tensor]:
-    """Return whether a warm start holds the vectors of a measurement of one value."""
+    """Return whether a warm start holds the vectors that a run for one value leaves."""
     return warm_start is not None and warm_start.ndim == 2 and warm_start.shape[1] == TRACKED
 
 

@@ -38,6 +38,7 @@ class EigenTracker:
         k: Number of eigenvalues that are tracked.
         taken: Number of measurements so far.
         vectors: Start vectors of the next warm start, or None.
+        value: The last value of the largest eigenvalue, or None.
         difference_error: Relative error of one-sided differences along the top direction of the last cold measurement;
             infinity where it is not known.
 
@@ -70,6 +71,7 @@ class EigenTracker:
         self._tol, self._max_matvecs, self._seed = tol, max_matvecs, seed
         self.taken = 0
         self.vectors: Tensor | None = None
+        self.value: float | None = None
         self.difference_error = math.inf
 
     def __repr__(self) -> str:
@@ -111,11 +113,12 @@ class EigenTracker:
             tol=self._tol,
             max_matvecs=limit,
             warm_start=known,
+            last=None if known is None else self.value,
             certify=self.next_is_certified and limit == self._max_matvecs,
             seed=self._seed + self.taken,
         )
         self.taken += 1
-        self.vectors = found.vectors
+        self.vectors, self.value = found.vectors, float(found.values[0])
         if known is None or found.product_error > _SHARE * self._tol:
             self.difference_error = math.inf
         return found
@@ -153,10 +156,11 @@ class EigenTracker:
             most: Leave out vectors with more entries than this; the next measurement is then cold.
         """
         small = self.vectors is not None and (most is None or self.vectors.numel() <= most)
-        numbers = {"k": self.k, "taken": self.taken, "difference_error": self.difference_error}
+        numbers = {"k": self.k, "taken": self.taken, "value": self.value, "difference_error": self.difference_error}
         return numbers | {"vectors": self.vectors if small else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.k, self.taken, self.vectors = int(state["k"]), int(state["taken"]), state["vectors"]
-        self.difference_error = float(state.get("difference_error", math.inf))  # earlier versions had none
+        self.value = state.get("value")  # earlier versions had none of these
+        self.difference_error = float(state.get("difference_error", math.inf))

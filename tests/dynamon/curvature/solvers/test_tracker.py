@@ -174,7 +174,8 @@ def test_each_measurement_has_a_seed_of_its_own():
     first = tracker.update(operator)
     assert torch.equal(first.vectors, top_eigenvalues(operator, seed=7).vectors)
     second = tracker.update(operator)
-    assert torch.equal(second.vectors, top_eigenvalues(operator, warm_start=first.vectors, seed=8).vectors)
+    again = top_eigenvalues(operator, warm_start=first.vectors, last=float(first.values[0]), seed=8)
+    assert torch.equal(second.vectors, again.vectors)
 
 
 # ---- a top that stands clear
@@ -194,7 +195,7 @@ class WithGradient(LinearOperator):
         return self.direction
 
 
-def test_a_clear_top_takes_four_products():
+def test_a_clear_top_takes_three_or_four_products():
     tracker, products = EigenTracker(), []
     for step in range(16):
         operator = matrix(3 + 0.1 * step, 1.0) + drifting(0.01, seed=step)
@@ -209,7 +210,7 @@ def test_a_clear_top_takes_four_products():
         torch.testing.assert_close(found.vectors.mT @ found.vectors, torch.eye(3).double(), rtol=0, atol=1e-9)
         if not was_cold:
             products.append(found.matvecs)
-    assert set(products) == {4}
+    assert set(products) <= {3, 4}
 
 
 @pytest.mark.parametrize("has_gradient", [False, True])
@@ -217,7 +218,7 @@ def test_a_clear_top_takes_four_products():
 @pytest.mark.parametrize("seed", range(3))
 def test_an_eigenvalue_that_rises_past_a_clear_top(speed, seed, has_gradient):
     """Four products say that nothing comes near: what rises has to be seen before it is at the top."""
-    tracker, wrong, steps = EigenTracker(seed=100 * seed), 0, int(4 / speed)
+    tracker, wrong, steps = EigenTracker(seed=100 * seed), 0, int(4 / speed) + 2
     for step in range(steps):
         rising = 0.4 + speed * step
         drawn = torch.randn(N, generator=torch.Generator().manual_seed(1000 * seed + step), dtype=torch.float64)
@@ -235,8 +236,8 @@ def test_exact_eigenvectors_leave_no_residual(sign):
     """Where nothing can be added to the basis it is extended by noise, not by a vector of zeros with a value of 0."""
     values = sign * torch.cat([torch.tensor([3.0]), torch.linspace(0.5, 1, 99)]).double()
     top = values.argsort(descending=True)[:3]
-    found = top_eigenvalues(Diagonal(values), warm_start=torch.eye(100).double()[:, top])
-    assert found.converged and float(found.values[0]) == pytest.approx(float(values.max()), rel=1e-2)
+    found = top_eigenvalues(Diagonal(values), warm_start=torch.eye(100).double()[:, top], last=float(values.max()))
+    assert found.converged and float(found.values[0]) == pytest.approx(float(values.max()), abs=1e-2 * 3)
     assert found.lower <= float(values.max())
 
 
@@ -245,7 +246,7 @@ def test_a_second_that_comes_near_takes_more():
     for _ in range(2):
         tracker.update(matrix(3.0, 1.0))
     few, many = copy.copy(tracker).update(matrix(3.0, 1.5)), copy.copy(tracker).update(matrix(3.0, 2.9))
-    assert few.matvecs == 4 < many.matvecs and few.converged and many.converged
+    assert few.matvecs <= 4 < many.matvecs and few.converged and many.converged
 
 
 def test_products_that_are_not_symmetric_are_not_believed():
@@ -266,27 +267,31 @@ def test_products_that_are_not_symmetric_are_not_believed():
 # ---- one-sided differences
 
 
-def hessian_of(model, tracker=None, shift=0.0):
-    tokens = torch.randint(11, (12, 6), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(11, (12, 6), generator=torch.Generator().manual_seed(0))
+
+
+def loss_of(call):
+    return torch.nn.functional.cross_entropy(call(TOKENS).flatten(0, 1), TOKENS.flatten())
+
+
+def hessian_of(model, tracker, shift=0.0):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(shift * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
-    loss = lambda: torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())  # noqa: E731
-    arguments = {} if tracker is None else {"backend": tracker.backend, "error": tracker.difference_error}
-    return HessianOperator(loss, dict(model.named_parameters()), **arguments), loss
+    arguments = {"backend": tracker.backend, "error": tracker.difference_error}
+    return HessianOperator(lambda: loss_of(model), dict(model.named_parameters()), **arguments)
 
 
 def test_differences_are_taken_once_they_were_compared():
     """float32 weights, against the dense Hessian in float64."""
     model, tracker, backends = gpt(), EigenTracker(), []
     for _ in range(8):
-        operator, _ = hessian_of(model, tracker, 0.01)
+        operator = hessian_of(model, tracker, 0.01)
         found = tracker.update(operator)
         taken = tracker.compare(operator)
         backends.append(found.backend)
         assert taken == (3 if found.backend == "double_backward" else 0)
-        exact = copy.deepcopy(model).double()
-        truth = float(torch.linalg.eigvalsh(dense_hessian(hessian_of(exact)[1], list(exact.parameters())))[-1])
+        truth = float(torch.linalg.eigvalsh(dense_hessian(copy.deepcopy(model).double(), loss_of))[-1])
         assert found.converged and float(found.values[0]) == pytest.approx(truth, rel=1e-2) and found.lower <= truth
         assert found.product_error == 0 or tracker.difference_error <= found.product_error <= 2.5e-3
     one_sided = ["double_backward", *["forward_difference"] * 4]
@@ -304,7 +309,7 @@ def test_differences_are_taken_once_they_were_compared():
 def test_where_differences_are_not_good_enough(arguments):
     model, tracker = gpt(), EigenTracker(**({"max_matvecs": 200} | arguments))
     for _ in range(3):
-        operator, _ = hessian_of(model, tracker)
+        operator = hessian_of(model, tracker)
         assert tracker.update(operator).backend == "double_backward"
         tracker.compare(operator)
 
