@@ -21,7 +21,7 @@ from dynamon.health.loss import Loss
 from dynamon.health.series import column_at, final_stretch, median_at, running_median
 from dynamon.runs.history import RunData
 
-_DTYPES = {8: "bfloat16", 11: "float16", 24: "float32", 53: "float64"}
+_DTYPES = {8.0: "bfloat16", 11.0: "float16", 24.0: "float32", 53.0: "float64"}  # by their significant bits
 
 
 def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
