@@ -54,7 +54,7 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     hits.sort(key=lambda hit: (-hit[2], hit[0]))
     layers, step = tuple(hit[1] for hit in hits), min(hit[0] for hit in hits)
     share, size = float(np.median([hit[2] for hit in hits])), _median(np.array([hit[3] for hit in hits]))
-    dtype = _DTYPES.get(hits[0][4], "its dtype")
+    dtype = _DTYPES.get(int(hits[0][4]), "its dtype")
     cause = (
         f"a step is {size:.2g} times half the distance to the next {dtype} number, and rounding loses steps below 1"
         if np.isfinite(size)
