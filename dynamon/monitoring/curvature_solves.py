@@ -29,6 +29,7 @@ from dynamon.curvature.operators.preconditioner import (
     preconditioner,
 )
 from dynamon.curvature.solvers.lanczos import random_start
+from dynamon.curvature.solvers.tracker import COMPARED
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
@@ -188,13 +189,14 @@ class CurvatureSolves(Meter):
 
     def _solve(self, point: Point, tag: str, operator: LinearOperator, k: int = 1) -> Eigenpairs:
         tracker = self._trackers.setdefault(tag, self._tracker(k))
-        if tracker.backend == "auto":
+        one_sided = "forward_difference" in operator.backend
+        if one_sided and tracker.backend == "auto":
             point.exact()
         found = self._tracked(point, tracker, operator)
-        if point.is_one_sided and found.product_error > self._tol:
+        if one_sided and found.product_error > self._tol:
             point.exact()
             found = self._tracked(point, tracker, operator)
-        if found.converged:
+        if found.converged and self._allowance.rest(point.products) >= COMPARED:
             point.products += tracker.compare(operator)
         if (reason := why_not(operator, found.product_error)) is not None:
             raise ArithmeticError(reason)
