@@ -98,7 +98,7 @@ class SpikeGuard(DynamonCallback):
         self.skip, self.stop_after, self.apply = skip, stop_after, apply
         self.stopped: str | None = None
         self._patterns, self._loggers = layers, loggers
-        self._recorder = Recorder(loggers, len(self.quantities))
+        self._recorder = Recorder(loggers, self.quantities)
         self._guards: dict[Optimizer, SpikeClipper] = {}
         self._alone: list[Optimizer] = []  # what holds nothing to guard
         self._state: list[Any] = []
@@ -111,7 +111,7 @@ class SpikeGuard(DynamonCallback):
 
     @property
     def history(self) -> History:
-        """What was done so far, as arrays by quantity."""
+        """Factors and counts so far, as arrays by quantity."""
         return self._recorder.history
 
     @property
@@ -142,7 +142,7 @@ class SpikeGuard(DynamonCallback):
         if goes_on:
             self._state = self._state or self.state_dict()["optimizers"]
         else:
-            self._recorder, self._next_step = Recorder(self._loggers, len(self.quantities)), 0
+            self._recorder, self._next_step = Recorder(self._loggers, self.quantities), 0
         self._release()
         self.stopped, self._past = None, []
 

@@ -12,9 +12,10 @@ is used, and why.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from dynamon.health.checks import NAMES, RULES, Check
+from dynamon.health.checks import NAMES, RULES
 from dynamon.health.finding import SEVERITIES, Finding
 from dynamon.health.loss import LOSS_TAG, JudgedLoss, Loss, judged_loss, loss_tag
+from dynamon.health.rule import Check
 from dynamon.runs.history import RunData, Series
 
 __all__ = [

@@ -1,15 +1,13 @@
 """Describe what the rules look at: the words and the limit of each, and the value that it sees in a run."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import batches, gradients, limits, loss, monitoring, precision, weights
-from dynamon.health.finding import Finding
+from dynamon.health import activations, batches, gradients, limits, loss, monitoring, precision, weights
 from dynamon.health.loss import Loss
+from dynamon.health.rule import Rule
 from dynamon.health.series import (
     all_zero,
     layer_columns,
@@ -20,50 +18,6 @@ from dynamon.health.series import (
 from dynamon.runs.history import RunData
 
 _LASTING = f"at {limits.LONG} readings to the end"
-
-
-@dataclass(frozen=True)
-class Check:
-    """Hold what a rule checked in a run.
-
-    Attributes:
-        words: What is checked.
-        value: What was seen, in words with its numbers; None if the readings it needs are missing.
-        limit: From what on the rule reports it.
-        needs: The readings that it needs.
-        severity: The worst severity of what the rule found, None if it found nothing.
-    """
-
-    words: str
-    value: str | None
-    limit: str
-    needs: str
-    severity: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule, and how a reader is told what it checks.
-
-    Attributes:
-        find: Yields its findings.
-        seen: Says what it sees; None if the readings it needs are missing.
-        words: What it checks.
-        limit: From what on it reports something.
-        needs: The readings that it needs.
-        names: The names that its findings can have.
-    """
-
-    find: Callable[[RunData, Loss], Iterator[Finding]]
-    seen: Callable[[RunData, Loss], str | None]
-    words: str
-    limit: str
-    needs: str
-    names: tuple[str, ...] = ()
 
 
 def _finite_loss(data: RunData, known: Loss) -> str | None:
@@ -373,6 +327,7 @@ RULES: tuple[Rule, ...] = (
         "spectrum/stable_rank",
         names=("spectrum/collapse",),
     ),
+    *activations.RULES,
     Rule(
         monitoring.steering_at_bounds,
         _bounded,

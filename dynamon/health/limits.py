@@ -26,6 +26,16 @@ FAR_ABOVE = 2.0  # stability ratio: a probe's may well read some tenths above 1
 ALIKE_GRADIENTS = 0.9  # of one batch again and again, until it is learned by heart
 UNLIKE_GRADIENTS = 0.5  # median before: batches of healthy runs are below it once the first steps are over
 
+# Activations, on the probe.
+DEAD_UNITS = 0.5  # of an activation function's units; feed-forward layers of trained ReLU networks have tenths
+OUTLIER_KURTOSIS = 50.0  # normal entries have 3, those after a ReLU 6 to 20; ten times this is too much from the start
+OUTLIER_PEAK = 30.0  # largest entry over the root mean square; that of a million normal entries is 5
+LARGE_LOGIT = 100.0  # of attention: neighbouring bfloat16 numbers are 0.5 apart, and exp(100) leaves one key
+SHARP_ENTROPY, FLAT_ENTROPY = 0.05, 0.25  # of attention, in parts of that of equal weights: collapsed, and not so
+RESIDUAL_FACTOR, BLOCK_FACTOR = 100.0, 2.0  # of the residual stream over all blocks, and in each
+LEAST_BLOCKS = 4  # fewer tell no trend with depth
+VANISHED_GRADIENT = 1e-6  # of an output, in parts of the largest; sizes of outputs alone make 1e-3
+
 # Standard deviations of a single reading.
 NOISE_SIGMAS = 6.0
 LOSS_NOISE_SIGMAS = 8.0  # for the loss, whose batches come in an order and may resemble their neighbours

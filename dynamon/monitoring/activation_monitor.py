@@ -1,9 +1,10 @@
 """Measure what modules return: sizes, outliers, dead units, gradients of outputs, and the logits of attention."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
 from dynamon.monitoring.activation_meter import activation_meters
 from dynamon.monitoring.activation_modules import watched_modules
@@ -69,6 +70,8 @@ class ActivationMonitor(Monitor):
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
+        on_finding: Function that is called with each new :class:`dynamon.health.Finding`, on a thread of its own.
+        stop_on: Health rules (``"loss/nonfinite"``) and severities (``"fault"``) at which training stops; None never.
 
     Raises:
         ValueError: On an argument out of range, at construction; on globs that match no module, when fit starts.
@@ -94,6 +97,8 @@ class ActivationMonitor(Monitor):
         loggers: Sequence[Any] | None = None,
         strict: bool = False,
         grace: float = GRACE,
+        on_finding: Callable[[Finding], object] | None = None,
+        stop_on: Sequence[str] | None = None,
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
@@ -109,7 +114,8 @@ class ActivationMonitor(Monitor):
         }
         probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction, probe_size, probe_weight, save=save_probe)
         self._make_part = partial(activation_meters, interval=20, patterns=layers, probe=probe)
-        super().__init__(partial(self._make_part, every_n_steps), budget, None, loggers, strict, grace)
+        own_meters = partial(self._make_part, every_n_steps)
+        super().__init__(own_meters, budget, None, loggers, strict, grace, on_finding=on_finding, stop_on=stop_on)
 
     def shared_settings(self) -> dict[str, Any]:
         """Return by name the arguments that the parts of a :class:`dynamon.callbacks.DynamicsMonitor` share."""

@@ -209,10 +209,7 @@ class DynamicsMonitor(Monitor):
         cuts_probe = budget is not None and every_n_steps is None
         parts = _preset_parts(PRESETS[preset], of_sharpness, histograms, convolutions, budget if cuts_probe else None)
         given = dict(gradients=gradients, weights=weights, sharpness=sharpness, activations=activations)
-        self._given: dict[str, Any] = {name: part for name, part in given.items() if part is not None}
-        options = {**of_sharpness, "histograms": histograms, "convolutions": convolutions}
-        for name, part in self._given.items():
-            check_part(name, part, {} if name == "activations" else options)
+        self._given = _checked(given, {**of_sharpness, "histograms": histograms, "convolutions": convolutions})
         own = [*(parts | self._given).values()]
         makes = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
         shared = (budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
@@ -228,6 +225,14 @@ class DynamicsMonitor(Monitor):
     def one_of_a_kind(self) -> tuple[type, ...]:
         """One monitor of everything beside one of its parts would measure twice; a monitor of your own may stand by."""
         return (DynamicsMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor, ActivationMonitor)
+
+
+def _checked(given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts that are given, after :func:`check_part`; no option is one of the activation part."""
+    parts = {name: part for name, part in given.items() if part is not None}
+    for name, part in parts.items():
+        check_part(name, part, {} if name == "activations" else options)
+    return parts
 
 
 def _meters(makes: Sequence[Callable[[], list[Meter]]]) -> list[Meter]:

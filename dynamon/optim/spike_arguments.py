@@ -65,11 +65,11 @@ def check_arguments(
 
 def check_numbers(deviations: float, memory: int, warmup: int, floor: float, skip: float | None) -> None:
     """Raise TypeError or ValueError naming the number that is wrong."""
-    for name, value in (("memory", memory), ("warmup", warmup)):
-        if type(value) is not int:
-            raise TypeError(f"{name} must be a whole number of steps, got {value!r}.")
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more steps, got {value}.")
+    for name, steps in (("memory", memory), ("warmup", warmup)):
+        if type(steps) is not int:
+            raise TypeError(f"{name} must be a whole number of steps, got {steps!r}.")
+        if steps < 1:
+            raise ValueError(f"{name} must be 1 or more steps, got {steps}.")
     for name, value in (("deviations", deviations), ("floor", floor), ("skip", skip)):
         if type(value) not in (int, float) and not (name == "skip" and value is None):
             raise TypeError(f"{name} must be a number{' or None' if name == 'skip' else ''}, got {value!r}.")

@@ -32,7 +32,7 @@ _LARGEST = np.finfo(np.float64).max
 
 @dataclass
 class GuardCounts:
-    """What was done so far, and since it was last asked.
+    """Counts of steps, of all so far and since they were last asked for.
 
     Attributes:
         steps: Steps that were looked at.
@@ -362,7 +362,7 @@ class SpikeClipper:
         parameters = [self.layers[i].parameter for i in at]
 
         def measure() -> Tensor:
-            return l2_norms([_values(p.grad.coalesce() if p.grad.is_sparse else p.grad, p) for p in parameters])
+            return l2_norms([_values(p, summed=True) for p in parameters])
 
         if any_sharded(parameters):
             if self._reduction is None or self._reduction[0] != at:
@@ -384,7 +384,7 @@ class SpikeClipper:
         """Multiply the gradients by their factors; on a CPU only those that change."""
         if np.isinf(limits).all():
             return
-        gradients = [_values(self.layers[i].parameter.grad, self.layers[i].parameter) for i in at]
+        gradients = [_values(self.layers[i].parameter) for i in at]
         if reads_are_free(norms.device):
             factors = _factors(limits, norms.double().numpy(), self.floor)
             for gradient, factor in zip(gradients, factors.tolist(), strict=True):
@@ -402,9 +402,13 @@ def _factors(limits: NDArray[np.float64], norms: NDArray[np.float64], floor: flo
     return np.where(np.isfinite(norms), np.nan_to_num(factors, nan=1.0), 1.0)
 
 
-def _values(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return the numbers of a gradient on this process, in its own memory."""
-    return gradient._values() if gradient.is_sparse else to_local_as(gradient.detach(), parameter)
+def _values(parameter: Tensor, summed: bool = False) -> Tensor:
+    """Return the numbers of a gradient on this process: in its own memory, or with the parts of a sparse one summed."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.is_sparse:
+        return (gradient.coalesce() if summed else gradient)._values()
+    return to_local_as(gradient.detach(), parameter)
 
 
 def _on_device(numbers: NDArray[np.float64], like: Tensor) -> Tensor:

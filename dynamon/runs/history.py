@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dynamon.runs.frames import plot_series, scalars_frame, series_frame
 from dynamon.runs.renamed import current_tag
 
-READINGS = ("gradient/", "weight/", "sharpness/", "noise/", "lr/ratio")  # prefixes of the tags of readings
+READINGS = ("gradient/", "weight/", "sharpness/", "noise/", "activation/", "lr/ratio")  # prefixes of tags of readings
 _MAX_POINTS = 4096  # per quantity; beyond, every second point is dropped, so that memory stays bounded
 _MAX_BYTES = 2**22  # per quantity: a table of 500 layers keeps about 1,000 points
 _MIN_POINTS = 64  # that any table keeps

@@ -14,6 +14,7 @@ from dynamon.callbacks import (
     NoiseAdaptiveLR,
     RateAdvisor,
     SharpnessMonitor,
+    SpikeGuard,
     WeightMonitor,
 )
 from dynamon.monitoring.sharpness_monitor import QUANTITIES
@@ -51,7 +52,7 @@ def sgd() -> tuple:
     halves = lambda p: (lambda p: [{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}])(list(p))  # noqa: E731
     module = Classifier(cnn(), optimizer=lambda p: torch.optim.SGD(halves(p), lr=0.01))
     advisor = RateAdvisor(pilot=4, readings=4, group_by="role", strict=True)
-    monitors = [WeightMonitor(**EVERY, convolutions=True), LayerwiseLR(FixedRates({"*": 1.0})), advisor]
+    monitors = [WeightMonitor(**EVERY, convolutions=True), LayerwiseLR(FixedRates({"*": 1.0})), advisor, SpikeGuard()]
     return module, monitors, batches(count=64, features=(2, 8, 8)), {"steps": 4}
 
 

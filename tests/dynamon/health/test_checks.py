@@ -48,6 +48,12 @@ def good() -> RunData:
         "lr/ratio": table(0.5, 0.7, 0.9),
         "precision/update_lost": table(0.1, 0.2, 0.3),
         "precision/decay_lost": table(0.1, 0.2, 0.3),
+        "activation/saturated": table(0.1, 0.2, 0.3),
+        "activation/kurtosis": table(3.0, 5.0, 9.0),
+        "activation/gradient": table(1e-3, 1e-2, 1e-1),
+        "activation/residual": Series(STEPS, np.column_stack([noisy(level) for level in range(1, 5)]), tuple("abcd")),
+        "attention/max_logit": table(3.0, 5.0, 9.0),
+        "attention/entropy": table(0.3, 0.5, 0.7),
     }
     return RunData({tag: Series(STEPS, values) for tag, values in scalars.items()}, tables)
 

@@ -1,0 +1,136 @@
+"""Rules on activations: synthetic readings with each fault, and with what resembles it."""
+
+import numpy as np
+import pytest
+
+from dynamon.health import examine, findings
+from dynamon.runs.history import RunData, Series
+
+T = 40
+STEPS = 20 * np.arange(T)
+MODULES = ("blocks.0.act", "blocks.1.act", "blocks.2.act", "blocks.3.act")
+RISING = np.linspace(0, 1, T)
+
+
+def table(values, size=0.1, seed=0):
+    """``[T]`` or ``[4]`` or a number, with noise."""
+    values = np.asarray(values, dtype=float)
+    values = values[:, None] if values.shape == (T,) else values
+    noise = np.exp(size * np.random.default_rng(seed).normal(size=(T, 4)))
+    return Series(STEPS, np.broadcast_to(values, (T, 4)) * noise, MODULES)
+
+
+def one(values, others, place=2):
+    """One module with a fault among others without."""
+    found = np.full((T, 4), float(others))
+    found[:, place] = values
+    return found
+
+
+def run(samples=64, **tables):
+    scalars = {"dynamon/loss": 2 - RISING, "activation/probe_samples": np.full(T, float(samples))}
+    scalars = {tag: Series(STEPS, values) for tag, values in scalars.items()}
+    return RunData(scalars, {tag.replace("__", "/"): values for tag, values in tables.items()})
+
+
+def rules(data):
+    return [finding.rule for finding in findings(data)]
+
+
+def healthy(seed=0, size=0.3):
+    level = lambda value: table(value, size, seed)  # noqa: E731
+    share = Series(STEPS, np.clip(level(0.15).values, 0, 1), MODULES)
+    return run(
+        activation__rms=level(1.0), activation__max=level(6.0), activation__kurtosis=level([3, 8, 15, 30]),
+        activation__saturated=share, activation__gradient=level([1e-5, 1e-4, 1e-3, 1e-2]),
+        activation__residual=level([1, 2, 4, 12]), attention__max_logit=level([2, 5, 20, 40]),
+        attention__entropy=level([0.01, 0.3, 0.6, 0.8]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_around_usual_values_raises_nothing(seed):
+    assert rules(healthy(seed)) == []
+
+
+def test_dead_units_are_named_with_their_share():
+    (found,) = findings(run(activation__saturated=Series(STEPS, one(0.7, 0.1), MODULES)))
+    assert (found.rule, found.severity, found.layers) == ("activation/dead", "warning", ("blocks.2.act",))
+    assert "70% of the units of blocks.2.act" in found.message and found.step == 0
+    dying = np.where(np.arange(T) < 25, 0.1, 1.0)
+    (found,) = findings(run(activation__saturated=Series(STEPS, one(dying, 0.1), MODULES)))
+    assert found.severity == "fault" and found.step >= STEPS[25] and "10% at the first readings" in found.message
+
+
+def test_units_that_are_dead_by_chance_or_for_a_moment_are_not_counted():
+    saturated = Series(STEPS, one(0.55, 0.1), MODULES)
+    assert rules(run(64, activation__saturated=saturated)) == ["activation/dead"]
+    assert rules(run(2, activation__saturated=saturated)) == []  # a quarter by chance
+    assert rules(run(1, activation__saturated=saturated)) == []  # of one sample nothing is known
+    moment = np.where((np.arange(T) > 10) & (np.arange(T) < 20), 0.9, 0.1)
+    assert rules(run(activation__saturated=Series(STEPS, one(moment, 0.1), MODULES))) == []
+
+
+def outliers(kurtosis, peak):
+    return run(activation__kurtosis=table(kurtosis), activation__max=table(peak), activation__rms=table(1.0, 0.02))
+
+
+def test_outlier_features_grow_or_are_extreme():
+    found = findings(outliers(one(3 * 100**RISING, 4.0), one(5 * 20**RISING, 5.0)))
+    assert [f.rule for f in found] == ["activation/outliers"] and found[0].layers == ("blocks.2.act",)
+    assert "100 times its root mean square" in found[0].message or found[0].numbers["peak"] == pytest.approx(
+        100, rel=0.3
+    )
+    assert rules(outliers(one(2000.0, 4.0), one(80.0, 5.0))) == ["activation/outliers"]
+
+
+def test_sparse_outputs_and_growth_below_the_limit_are_no_outliers():
+    assert rules(outliers(300.0, 20.0)) == []  # sparse from the start
+    assert rules(outliers(3 * 10**RISING, 5 * 2**RISING)) == []
+    assert rules(outliers(2000.0, 10.0)) == []  # no single entry stands out
+    assert rules(outliers(3 * 100**RISING, 5.0)) == []  # units that fall silent: the largest stays
+
+
+def test_logits_that_grow_are_told_with_their_head_and_entropy():
+    data = run(attention__max_logit=table(one(2 * 200**RISING, 8.0)), attention__entropy=table(one(0.01, 0.6)))
+    (found,) = findings(data)
+    assert (found.rule, found.layers) == (
+        "attention/logits",
+        ("blocks.2.act",),
+    ) and "0.01 of the entropy" in found.message
+    assert rules(run(attention__max_logit=table(60.0))) == []
+    assert rules(run(attention__max_logit=table(one(400 * 0.005**RISING, 8.0)))) == []  # they shrink
+    assert rules(run(attention__max_logit=table(300.0))) == ["attention/logits"]
+
+
+def test_attention_collapses_in_half_of_the_heads_only():
+    fallen = 0.5 * 0.01**RISING
+    assert rules(run(attention__entropy=table(fallen))) == ["attention/entropy"]
+    assert rules(run(attention__entropy=table(one(fallen, 0.5)))) == []  # a head for the token before
+    assert rules(run(attention__entropy=table(0.01))) == []  # always so: what it attends to is given
+
+
+def test_the_residual_stream_explodes_or_vanishes_with_depth():
+    (found,) = findings(run(activation__residual=table([1, 8, 64, 512])))
+    assert found.rule == "activation/residual" and "explodes with depth" in found.message
+    assert "blocks.0.act" in found.message and found.layers == ("blocks.3.act",)
+    (found,) = findings(run(activation__residual=table([1, 1e-1, 1e-2, 1e-3])))
+    assert "vanishes with depth" in found.message
+    assert rules(run(activation__residual=table([1, 4, 16, 40]))) == []
+    assert rules(run(activation__residual=table([1, 0.6, 0.36, 0.2]))) == []
+
+
+def test_vanished_gradients_name_the_modules():
+    (found,) = findings(run(activation__gradient=table([1e-12, 1e-9, 1e-3, 1.0])))
+    assert found.rule == "activation/vanished" and found.layers == ("blocks.0.act", "blocks.1.act")
+    assert rules(run(activation__gradient=table([1e-5, 1e-4, 1e-2, 1.0]))) == []
+    assert rules(run(activation__gradient=table(0.0))) == []  # no gradient anywhere: another rule's
+    late = np.where(np.arange(T) < T - 3, 1.0, 0.0)
+    assert rules(run(activation__gradient=table(one(late, 1.0)))) == []
+
+
+def test_what_was_seen_is_said():
+    seen = {check.words: check.value for check in examine(healthy()).checks}
+    assert seen["attention does not collapse"] == "1 of 4 heads on single keys"
+    assert "blocks.3.act" in seen["outputs have no outlier features"]
+    assert seen["the signal keeps its size with depth"].endswith("after the last")
