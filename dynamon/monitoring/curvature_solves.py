@@ -214,7 +214,12 @@ class CurvatureSolves(Meter):
         due = {one for one in EXTRAS if one in self._wanted and self._extra_is_due(one, run)}
         tags = {"stability_ratio", "hessian_max"} | {_TAGS[one] for one in due if one in _TAGS}
         trackers = [tracker for tag, tracker in self._trackers.items() if tag in tags]
-        if due & _ON_THE_GRAPH or not trackers or any(one.backend == "auto" for one in trackers):
+        if (
+            run.ranks.is_distributed
+            or due & _ON_THE_GRAPH
+            or not trackers
+            or any(one.backend == "auto" for one in trackers)
+        ):
             return None
         return max(one.difference_error for one in trackers)
 
