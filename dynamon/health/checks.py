@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import activations, batches, gradients, limits, loss, monitoring, precision, weights
+from dynamon.health import activations, batches, gradients, limits, loss, monitoring, precision, spikes, weights
 from dynamon.health.loss import Loss
 from dynamon.health.rule import Rule
 from dynamon.health.series import (
@@ -79,9 +79,27 @@ def _growth(data: RunData, known: Loss) -> str | None:
     return f"at most {max(found)[0]:.3g} times, {max(found)[1]}" if found else None
 
 
+def _fall(data: RunData, known: Loss) -> str | None:
+    table = data.tables.get("gradient/l2")
+    if table is None or len(table.layers or ()) < limits.FEW:
+        return None
+    found = []
+    for name, _, shares in gradients.shares_of_median(table):
+        if len(shares) >= limits.PAST + limits.CONSECUTIVE:
+            found.append((float(np.exp(gradients.rises(shares)[0].max())), name))
+    return f"at most {max(found)[0]:.3g} times smaller, {max(found)[1]}" if found else None
+
+
 def _clipping(data: RunData, known: Loss) -> str | None:
     series = data.scalars.get("gradient/clip_coefficient")
     return None if series is None or not len(series) else f"clipping leaves {_middle(series.values)} in the median"
+
+
+def _spikes(data: RunData, known: Loss) -> str | None:
+    largest = data.scalars.get("spike/deviation")
+    if largest is None or not len(largest):
+        return None
+    return f"{len(list(spikes.find_spikes(data)))} spikes; at most {largest.values.max():.3g} deviations"
 
 
 def _any_update(data: RunData, known: Loss) -> str | None:
@@ -232,6 +250,14 @@ RULES: tuple[Rule, ...] = (
         names=("gradient/vanished",),
     ),
     Rule(
+        spikes.spikes,
+        _spikes,
+        "no step is far above its usual level",
+        f"{limits.SPIKE:g} robust deviations at a single step",
+        "spike/deviation, which the sentinel of DynamicsMonitor writes",
+        names=("spike/deviation", "spike/many"),
+    ),
+    Rule(
         batches.repeated_batches,
         _alike,
         "batches differ: cosine of successive gradients",
@@ -246,6 +272,14 @@ RULES: tuple[Rule, ...] = (
         f"{limits.JUMP:g} times the past within {limits.CONSECUTIVE} readings, beyond noise",
         f"gradient/l2 with {limits.PAST + limits.CONSECUTIVE} readings",
         names=("gradient/growth",),
+    ),
+    Rule(
+        gradients.faded_gradients,
+        _fall,
+        "gradients of single layers do not fade",
+        f"{limits.JUMP:g} times smaller beside others within {limits.CONSECUTIVE} readings, beyond noise",
+        f"gradient/l2 with {limits.PAST + limits.CONSECUTIVE} readings and {limits.FEW} layers",
+        names=("gradient/faded",),
     ),
     Rule(
         gradients.hard_clipping,

@@ -27,7 +27,9 @@ ALIKE_GRADIENTS = 0.9  # of one batch again and again, until it is learned by he
 UNLIKE_GRADIENTS = 0.5  # median before: batches of healthy runs are below it once the first steps are over
 
 # Activations, on the probe.
-DEAD_UNITS = 0.5  # of an activation function's units; feed-forward layers of trained ReLU networks have tenths
+DEAD_UNITS = (
+    0.6  # of an activation function's units; narrow ReLU layers under the default initialisation begin with half
+)
 OUTLIER_KURTOSIS = 50.0  # normal entries have 3, those after a ReLU 6 to 20; ten times this is too much from the start
 OUTLIER_PEAK = 30.0  # largest entry over the root mean square; that of a million normal entries is 5
 LARGE_LOGIT = 100.0  # of attention: neighbouring bfloat16 numbers are 0.5 apart, and exp(100) leaves one key
@@ -37,6 +39,7 @@ LEAST_BLOCKS = 4  # fewer tell no trend with depth
 VANISHED_GRADIENT = 1e-6  # of an output, in parts of the largest; sizes of outputs alone make 1e-3
 
 # Standard deviations of a single reading.
+SPIKE = 10.0  # of a step above its usual level: 6.4 is the most of a million Gaussian numbers, 11 of Laplacian ones
 NOISE_SIGMAS = 6.0
 LOSS_NOISE_SIGMAS = 8.0  # for the loss, whose batches come in an order and may resemble their neighbours
 CLEAR_SIGMAS = 3.0  # where nine tenths of many readings agree already
