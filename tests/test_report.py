@@ -340,8 +340,9 @@ def test_errors(tmp_path, capsys, runs):
     assert "holds neither event files nor metrics.csv." in says(tmp_path)
     (tmp_path / "metrics.csv").write_text("step,loss\n")
     assert "holds a run without a single value" in says(tmp_path)
-    assert "holds no my/loss; tags with 'loss' in their name: dynamon/loss, sharpness/probe_loss, train/loss" in says(
-        runs / "csv", "--loss", "my/loss"
+    assert (
+        "holds no my/loss; tags with 'loss' in their name: dynamon/loss, sharpness/probe_loss, spike/loss, train/loss"
+        in says(runs / "csv", "--loss", "my/loss")
     )
     assert "--text and --json print, so leave it out" in says(runs / "csv", "--text", "-o", tmp_path / "x.html")
 

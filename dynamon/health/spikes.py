@@ -95,8 +95,10 @@ def _at(series: Series | None, step: int) -> float:
 
 def _farthest(data: RunData, step: int) -> str | None:
     table = data.tables.get("spike/layer_deviation")
-    row = np.flatnonzero(table.steps == step) if table is not None else []
-    if table is None or not len(row) or not table.layers:
+    if table is None or not table.layers:
+        return None
+    row = np.flatnonzero(table.steps == step)
+    if not len(row):
         return None
     values = np.nan_to_num(table.values[row[0]], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     return table.layers[int(np.argmax(values))]
@@ -108,18 +110,18 @@ def _is_grave(spike: _Spike) -> bool:
 
 
 def _one(spike: _Spike, last: int) -> Finding:
-    others = [f"the loss by {_size(spike.kinds['loss'])}"] if "loss" in spike.kinds and len(spike.kinds) > 1 else []
+    loss = f"; the loss {_moved(spike.kinds['loss'])}" if "loss" in spike.kinds and len(spike.kinds) > 1 else ""
     end = (
         f"It was over after {_steps(spike.lasted)}." if spike.lasted is not None else f"It was not over by step {last}."
     )
-    code = "" if spike.code is None else f" (fingerprint {spike.code})"
+    code = "" if spike.code is None else f", fingerprint {spike.code}"
     own = max((d for kind, d in spike.kinds.items() if kind != "loss"), default=spike.deviation)
     return Finding(
         "spike/deviation",
         "warning" if _is_grave(spike) else "note",
         spike.step,
-        f"Step {spike.step} is a spike: {spike.what} was {_size(own)} above its usual level"
-        f"{', ' if others else ''}{''.join(others)}, on batch {spike.batch} of its epoch{code}. {end}",
+        f"Step {spike.step} is a spike: {spike.what} {_moved(own)}{loss} (batch {spike.batch} of its epoch{code}). "
+        f"{end}",
         _OF_UPDATE if set(spike.kinds) == {"update"} else _ADVICE,
         () if spike.layer is None else (spike.layer,),
         {"deviation": spike.deviation, "batch": float(spike.batch)},
@@ -144,7 +146,7 @@ def _many(found: Sequence[_Spike]) -> Finding:
         steps[0],
         f"{len(found)} steps are spikes: {listed}{left_out}. What moved first: "
         + "; ".join(f"{what} at {count} of them" for what, count in whats)
-        + f". The largest, {_size(worst.deviation)} above the usual level, was at step {worst.step} on batch "
+        + f". The largest, {_size(worst.deviation)}, was at step {worst.step} on batch "
         f"{worst.batch} of its epoch; {over} of {len(found)} were over soon.{repeated}",
         _OF_UPDATE if all(set(spike.kinds) == {"update"} for spike in found) else _ADVICE,
         layers,
@@ -154,7 +156,11 @@ def _many(found: Sequence[_Spike]) -> Finding:
 
 
 def _size(deviation: float) -> str:
-    return "not finite, beyond any number of deviations" if math.isinf(deviation) else f"{deviation:.3g} deviations"
+    return "not finite" if math.isinf(deviation) else f"{deviation:.3g} deviations above the usual level"
+
+
+def _moved(deviation: float) -> str:
+    return "was not finite" if math.isinf(deviation) else f"was {deviation:.3g} deviations above its usual level"
 
 
 def _steps(count: int) -> str:

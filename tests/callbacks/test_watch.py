@@ -622,7 +622,10 @@ def test_every_meter_runs_where_lightning_cannot_be_imported(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     *tags, points, modules = done.stdout.splitlines()
     assert modules == "modules []"
-    assert points == "points {'gradient': 3, 'weight': 3, 'probe': 0, 'steps': 3, 'sharpness': 3, 'progress': 2}"
+    assert points == (
+        "points {'gradient': 3, 'weight': 3, 'probe': 0, 'steps': 3, 'sharpness': 3, 'progress': 2, 'activation': 3, "
+        "'sentinel': 0}"
+    )
     declared = {tag for meter in DynamicsMonitor("full", quantities=QUANTITIES)._meters for tag in meter.quantities}
     assert declared - set(tags) <= {"update/layer_cosine", "weight/initial_fraction", "gradient/local_smoothness"}
     run = read_run_data(tmp_path)
