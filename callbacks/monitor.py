@@ -42,6 +42,8 @@ class Monitor(monitor.Monitor, DynamonCallback):
     ) -> None:
         """Let the meters see the batch."""
         if self.asleep and self.sleeps_on(step_of(trainer)):
+            if self._sentinel is not None:
+                self.see_batch(batch)
             return
         with self._budget.watch():
             TrainerLoop(trainer, pl_module).row.close()
@@ -59,18 +61,25 @@ class Monitor(monitor.Monitor, DynamonCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Let the meters see the gradients."""
-        if not self.asleep:
-            with self._budget.watch():
-                self.before_step(optimizer)
+        if self.asleep:
+            if self._sentinel is not None:
+                self.see_step(optimizer)
+            return
+        with self._budget.watch():
+            self.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the meters measure, if the optimizer has stepped, and hand on what they read."""
-        if self.asleep and (self._row is None or self._row.is_empty):
-            return
+        if self.asleep:
+            if self._sentinel is not None:
+                self.see_end(outputs)
+            if self._row is None or self._row.is_empty:
+                return
         with self._budget.watch():
-            self.batch_end(outputs)
+            if not self.asleep:
+                self.batch_end(outputs)
             self.send_row(TrainerLoop(trainer, pl_module))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

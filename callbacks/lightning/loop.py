@@ -304,10 +304,13 @@ class TrainerLoop(Loop):
             outputs: What Lightning hands to ``on_train_batch_end``: with automatic optimisation, and only there it may
                 accumulate, over the number of batches accumulated.
         """
+        loss = self.loss_tensor(outputs)
+        return None if loss is None else float(loss) * self.trainer.accumulate_grad_batches
+
+    def loss_tensor(self, outputs: Any) -> Tensor | None:
+        """Return the same over the number of batches accumulated, on its device; see :meth:`loss_of`."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
-            return None
-        return float(loss.detach()) * self.trainer.accumulate_grad_batches
+        return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex() else None
 
     @property
     def writers(self) -> Sequence[Writer]:

@@ -10,6 +10,7 @@ _CATEGORIES = {
     "sharpness": "1 Stability",
     "steps": "1 Stability",
     "gradient": "2 Gradients",
+    "sentinel": "2 Gradients",
     "progress": "3 Rates",
     "steering": "3 Rates",
     "guard": "2 Gradients",

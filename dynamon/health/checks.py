@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import activations, batches, gradients, limits, loss, monitoring, precision, weights
+from dynamon.health import activations, batches, gradients, limits, loss, monitoring, precision, spikes, weights
 from dynamon.health.loss import Loss
 from dynamon.health.rule import Rule
 from dynamon.health.series import (
@@ -82,6 +82,13 @@ def _growth(data: RunData, known: Loss) -> str | None:
 def _clipping(data: RunData, known: Loss) -> str | None:
     series = data.scalars.get("gradient/clip_coefficient")
     return None if series is None or not len(series) else f"clipping leaves {_middle(series.values)} in the median"
+
+
+def _spikes(data: RunData, known: Loss) -> str | None:
+    largest = data.scalars.get("spike/deviation")
+    if largest is None or not len(largest):
+        return None
+    return f"{len(list(spikes.find_spikes(data)))} spikes; at most {largest.values.max():.3g} deviations"
 
 
 def _any_update(data: RunData, known: Loss) -> str | None:
@@ -230,6 +237,14 @@ RULES: tuple[Rule, ...] = (
         "any; a fault at 3 consecutive readings",
         "gradient/norm and gradient/norm_clipped",
         names=("gradient/vanished",),
+    ),
+    Rule(
+        spikes.spikes,
+        _spikes,
+        "no step is far above its usual level",
+        f"{limits.SPIKE:g} robust deviations at a single step",
+        "spike/deviation, which the sentinel of DynamicsMonitor writes",
+        names=("spike/deviation", "spike/many"),
     ),
     Rule(
         batches.repeated_batches,

@@ -16,8 +16,10 @@ from dynamon.monitoring.gradient_monitor import GradientMonitor
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
+from dynamon.monitoring.sentinel import Sentinel
 from dynamon.monitoring.sharpness_monitor import QUANTITIES, SharpnessMonitor
 from dynamon.monitoring.weight_monitor import WeightMonitor
+from dynamon.quantities import quantities_of, with_tag_table
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ PRESETS = {
 }
 
 
+@with_tag_table(quantities_of("sentinel"))
 class DynamicsMonitor(Monitor):
     """Gradients, weights, sharpness and activations in one callback, with one budget and one pass over the gradients.
 
@@ -107,6 +110,13 @@ class DynamicsMonitor(Monitor):
     ``on_finding``, ``stop_on``) is given here, not to a part. A part without ``every_n_steps`` has that of this
     monitor. The arguments from ``quantities`` to ``convolutions`` change the preset's own parts.
 
+    Beside the parts a sentinel looks at every step for spikes: the gradient before clipping and the update of each
+    layer, and the loss, each against its usual level. It takes at most a quarter of the budget, where that is not
+    enough it looks at every k-th step only, and says so; with ``every_n_steps``, or without a budget, it looks at all
+    of them. Its tags:
+
+    {tags}
+
     Under DDP every reading is that of all processes, and the budget is kept by the first one's clock.
 
     Args:
@@ -144,6 +154,7 @@ class DynamicsMonitor(Monitor):
         stop_on: Health rules (``"loss/nonfinite"``) and severities (``"fault"``; a severity stands for those that are
             worse, too) at which training stops after the step, on all processes; None never stops. Where there are
             several processes, they agree with the next reading.
+        sentinel: Whether to look at every step for spikes, within a quarter of the budget.
 
     Attributes:
         history: Everything measured, as arrays: ``monitor.history["noise/dual"].values`` is ``[T, L]``.
@@ -187,6 +198,7 @@ class DynamicsMonitor(Monitor):
         geometry: str | Mapping[str, str] | None = None,
         on_finding: Callable[[Finding], object] | None = None,
         stop_on: Sequence[str] | None = None,
+        sentinel: bool = True,
     ) -> None:
         """Check the arguments, and take the parts together."""
         if preset not in PRESETS:
@@ -212,6 +224,7 @@ class DynamicsMonitor(Monitor):
         self._given = _checked(given, {**of_sharpness, "histograms": histograms, "convolutions": convolutions})
         own = [*(parts | self._given).values()]
         makes = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
+        makes += _sentinels(sentinel, every_n_steps is not None or budget is None, type(self).__name__)
         shared = (budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
         super().__init__(partial(_meters, makes), *shared)
         self.preset = preset
@@ -238,6 +251,15 @@ def _checked(given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 def _meters(makes: Sequence[Callable[[], list[Meter]]]) -> list[Meter]:
     """Make the meters of all parts."""
     return share_probe([meter for make in makes for meter in make()])
+
+
+def _sentinels(is_wanted: bool, looks_always: bool, name: str) -> list[Callable[[], list[Meter]]]:
+    """Return what makes the meter that looks at every step; nothing where none is wanted."""
+    return [partial(_sentinel, looks_always, name)] if is_wanted else []
+
+
+def _sentinel(looks_always: bool, name: str) -> list[Meter]:
+    return [Sentinel(looks_always, name)]
 
 
 def _preset_parts(

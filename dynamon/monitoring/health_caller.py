@@ -32,6 +32,11 @@ class HealthCaller(MeterScheduler):
             self._health.look(self._run, *self._histories(), is_last=True)
             self._health.close()
 
+    def _tell_spikes(self) -> None:
+        """Have the rules look at what the sentinel has just found."""
+        if self._run is not None and self._watches_health():
+            self._health.see(self._run, *self._histories(), is_urgent=True)
+
     def _watches_health(self) -> bool:
         """Return whether this monitor speaks for all of them: the first one does, on the first process."""
         assert self._run is not None

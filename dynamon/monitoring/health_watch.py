@@ -12,6 +12,7 @@ from dynamon.runs.history import History, RunData
 _SHARE = 0.01  # of the run's time, where measurements have no budget
 _OF_BUDGET = 0.1  # where they have one
 _EVERY = 5  # readings: fewer tell nothing new
+_CERTAIN = "spike/"  # a second look would find no more of it
 _TOLD = ("dynamon/", "gradient/nonfinite")  # by those who measure
 
 
@@ -67,9 +68,9 @@ class HealthWatch:
         """Return what the rules find in what some callbacks have measured, the worst first."""
         return findings(RunData.of(*histories))
 
-    def see(self, run: RunContext, *histories: History) -> None:
-        """A step was measured: look at everything if that has been earned."""
-        self._readings += 1
+    def see(self, run: RunContext, *histories: History, is_urgent: bool = False) -> None:
+        """A step was measured, or has made itself felt: look at everything if that has been earned."""
+        self._readings += _EVERY if is_urgent else 1
         waited, budget = time.monotonic() - self._looked_at, run.budget.fraction
         share = _SHARE if budget is None else min(_SHARE, _OF_BUDGET * budget)
         if self._readings >= _EVERY and waited * share >= self._took:
@@ -89,7 +90,8 @@ class HealthWatch:
             return
         self._readings, self._looked_at = 0, time.monotonic()
         self._took = self._looked_at - begin
-        at_once = [one.rule for one in found if one.rule == "loss/nonfinite" and one.severity == "fault"]
+        lost = [one.rule for one in found if one.rule == "loss/nonfinite" and one.severity == "fault"]
+        at_once = [*lost, *(one.rule for one in found if one.rule.startswith(_CERTAIN))]
         certain = [one for one in found if is_last or one.rule in self._found or one.rule in at_once]
         self._found = {one.rule for one in found}
         self._say(certain)

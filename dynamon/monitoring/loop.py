@@ -293,6 +293,14 @@ class Loop(ABC):
         """
         return None
 
+    def loss_tensor(self, outputs: Any) -> Tensor | None:
+        """Return a constant multiple of that loss as it is, on its device, without waiting; None where there was none.
+
+        Args:
+            outputs: As for :meth:`loss_of`.
+        """
+        return None
+
     # Where to write
 
     @property

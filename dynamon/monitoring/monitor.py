@@ -14,7 +14,6 @@ from dynamon.monitoring.alerts import AlertSettings
 from dynamon.monitoring.arguments import BadArgumentError
 from dynamon.monitoring.budget import Budget, overhead_of
 from dynamon.monitoring.failures import Failures, first_line
-from dynamon.monitoring.health_caller import HealthCaller
 from dynamon.monitoring.health_watch import HealthWatch, StepLoss
 from dynamon.monitoring.layer_messages import say_layers
 from dynamon.monitoring.loop import Loop
@@ -24,6 +23,7 @@ from dynamon.monitoring.missed_readings import say_missed
 from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.recorder import Recorder
 from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.sentinel_caller import SentinelCaller
 from dynamon.monitoring.stated import Stated
 from dynamon.monitoring.stepping import SkippedSteps
 from dynamon.quantities import quantities_of
@@ -31,7 +31,7 @@ from dynamon.quantities import quantities_of
 _GRACE = "grace"  # key of what is left of it in a state
 
 
-class Monitor(HealthCaller):
+class Monitor(SentinelCaller):
     """Calls meters as training goes on, catches what goes wrong, and saves their state.
 
     The methods from :meth:`begin` to :meth:`close` are the events of a training loop, in their order. Somebody who
@@ -97,6 +97,7 @@ class Monitor(HealthCaller):
         self._started = False
         self._next_step = 0
         self._forget_plan()
+        self._forget_sentinel()
         self._health = HealthWatch(type(self).__name__)
 
     @property
@@ -217,6 +218,7 @@ class Monitor(HealthCaller):
                 if meter.name in self._state:
                     self._call(meter, "resume", self._state.pop(meter.name))
                 self._call(meter, "start")
+            self._find_sentinel()
         return self._started
 
     def _go_back_to(self, step: int) -> None:
@@ -231,6 +233,7 @@ class Monitor(HealthCaller):
 
     def batch_start(self, batch: Any) -> None:
         """A batch has arrived on the device."""
+        self.see_batch(batch)
         if self._run is not None and not self.sleeps_on(self._run.step):
             self._budget.start()
             self._run.hook()
@@ -256,6 +259,7 @@ class Monitor(HealthCaller):
 
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step: gradients are complete, and not yet clipped where the loop announces it."""
+        self.see_step(optimizer)
         if self.asleep or self._run is None:
             return
         self._run.loop.before_step()
@@ -269,7 +273,12 @@ class Monitor(HealthCaller):
         Args:
             outputs: What :meth:`dynamon.monitoring.loop.Loop.loss_of` understands.
         """
-        if self.asleep or self._run is None:
+        if not self.asleep:
+            self._measure_end(outputs)
+        self.see_end(outputs)
+
+    def _measure_end(self, outputs: Any) -> None:
+        if self._run is None:
             return
         if not self._run.steps.is_begun:
             self._skipped.see_none(self._run)
@@ -288,6 +297,7 @@ class Monitor(HealthCaller):
                 self._record_loss(loss)
                 self._finish()
         loss.end()
+        self._has_logged = self._measured
         if self._measured and self._watches_health():
             self._health.see(self._run, *self._histories())
         self._measured = False
@@ -394,7 +404,7 @@ class Monitor(HealthCaller):
                 meter.load_state_dict(copy.copy(known[meter.name]))
         failures = self._failures + (0 if self._run is None else self._run.failures)
         ended = {"_meters": meters, "_run": None, "_started": False, "_failures": failures, "asleep": False}
-        return {**super().__getstate__(), **ended}  # type: ignore[dict-item]
+        return {**super().__getstate__(), **ended, "_sentinel": None}  # type: ignore[dict-item]
 
     def __repr__(self) -> str:
         """Return what it measures, and how often it has."""

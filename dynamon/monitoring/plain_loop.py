@@ -297,8 +297,15 @@ class PlainLoop(Loop):
     def loss_of(self, outputs: Any) -> float | None:
         """Return the loss that the user gave for a batch; None where there was none."""
         if isinstance(outputs, Tensor):
-            return float(outputs.detach()) if outputs.numel() == 1 and not outputs.is_complex() else None
+            loss = self.loss_tensor(outputs)
+            return None if loss is None else float(loss)
         return None if outputs is None else float(outputs)
+
+    def loss_tensor(self, outputs: Any) -> Tensor | None:
+        """Return the same on its device."""
+        if not isinstance(outputs, Tensor):
+            return None if outputs is None else torch.tensor(float(outputs))
+        return outputs.detach() if outputs.numel() == 1 and not outputs.is_complex() else None
 
     @property
     def writers(self) -> Sequence[Writer]:

@@ -98,6 +98,31 @@ class Recorder:
         """
         self.keep()
         kept, self._kept = self._kept, Readings()
+        self._hand_on(loop, step, budget, kept)
+
+    def hand_on(
+        self,
+        loop: Loop,
+        step: int,
+        budget: Budget,
+        scalars: dict[str, float],
+        tables: dict[str, tuple[NDArray[Any], tuple[str, ...]]],
+        headlines: Sequence[str] = (),
+    ) -> None:
+        """Write readings that are complete, beside those that are being collected; see :meth:`flush`.
+
+        Args:
+            loop: The training loop.
+            step: The step that they are of, which may have passed.
+            budget: Books what the loggers take.
+            scalars: Numbers by tag.
+            tables: Numbers by layer and the layers' names, by quantity.
+            headlines: Tags that also enter the metrics of the loop.
+        """
+        top = {tag: scalars[tag] for tag in headlines if tag in scalars}
+        self._hand_on(loop, step, budget, Readings(scalars, top, tables))
+
+    def _hand_on(self, loop: Loop, step: int, budget: Budget, kept: "Readings") -> None:
         for quantity, (values, names) in kept.tables.items():
             self.history.add(quantity, step, values, names)
             known = values[np.isfinite(values)]

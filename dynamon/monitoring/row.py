@@ -18,6 +18,7 @@ from dynamon.monitoring.writers import Writer
 class _Part:
     """Hold what one monitor adds to a row."""
 
+    step: int
     recorder: Recorder
     scalars: dict[str, float]  # those of single layers included
     readings: Readings
@@ -32,7 +33,6 @@ class Row:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._step = 0
         self._parts: list[_Part] = []
         self._open: list[Writer] = []
 
@@ -43,8 +43,7 @@ class Row:
 
     def add(self, recorder: Recorder, step: int, scalars: dict[str, float], readings: Readings, budget: Budget) -> None:
         """Add what a monitor has measured; a later one at the same step joins it."""
-        self._step = step
-        self._parts.append(_Part(recorder, scalars, readings, budget))
+        self._parts.append(_Part(step, recorder, scalars, readings, budget))
 
     def send(self, loop: Loop) -> None:
         """Write to every logger; each monitor's budget is charged by how much of the row is its own.
@@ -58,21 +57,21 @@ class Row:
         begin = time.perf_counter()
         try:
             for writer in loop.writers:
-                self._send_to(writer, [part for part in parts if part.recorder.writes_to(writer)], loop)
+                own = [part for part in parts if part.recorder.writes_to(writer)]
+                for step in sorted({part.step for part in own}):  # a spike is of a step that has passed
+                    self._send_to(writer, step, [part for part in own if part.step == step], loop)
         finally:
             seconds, everything = time.perf_counter() - begin, sum(len(part.scalars) for part in parts)
             for part in parts:
                 part.budget.book("loggers", seconds * len(part.scalars) / max(everything, 1))
 
-    def _send_to(self, writer: Writer, parts: Sequence[_Part], loop: Loop) -> None:
-        if not parts:
-            return
+    def _send_to(self, writer: Writer, step: int, parts: Sequence[_Part], loop: Loop) -> None:
         try:
             self._open.append(writer)
-            writer.write({tag: value for part in parts for tag, value in part.scalars.items()}, self._step)
+            writer.write({tag: value for part in parts for tag, value in part.scalars.items()}, step)
             if loop.is_writing:
                 for part in parts:
-                    part.readings.write_layers(writer, self._step)
+                    part.readings.write_layers(writer, step)
         except Exception as error:  # a logger that fails must not end training
             if any(part.recorder.strict for part in parts):
                 raise

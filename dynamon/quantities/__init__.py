@@ -16,6 +16,7 @@ from dynamon.quantities.entries.precision import PRECISION
 from dynamon.quantities.entries.progress import PROGRESS
 from dynamon.quantities.entries.sharpness import SHARPNESS
 from dynamon.quantities.entries.spectrum import SPECTRUM
+from dynamon.quantities.entries.spike import SPIKE
 from dynamon.quantities.entries.update import UPDATE
 from dynamon.quantities.entries.weight import WEIGHT
 from dynamon.quantities.registry import ALWAYS, Condition, Quantity, Scope, by_tag, meanings
@@ -48,6 +49,7 @@ REGISTRY: dict[str, Quantity] = by_tag(
     LR,
     GUARD,
     ADVICE,
+    SPIKE,
     DYNAMON,
 )
 

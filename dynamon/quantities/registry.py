@@ -20,6 +20,7 @@ CADENCES = (
     "advice",
     "steering",
     "guard",
+    "sentinel",
     "monitor",
 )
 
@@ -58,6 +59,8 @@ class Condition(Flag):
     ONE_RATE = auto()
     POSITIVE_CURVATURE = auto()
     DESCENDS = auto()
+    SPIKED = auto()
+    KEEPS_STATE = auto()
     ACTIVATION_FUNCTIONS = auto()
     BLOCKS = auto()
     ATTENTION = auto()
@@ -93,6 +96,8 @@ _WORDS = {
     Condition.ONE_RATE: "where there is one learning rate only",
     Condition.POSITIVE_CURVATURE: "where the loss curves upwards along the update",
     Condition.DESCENDS: "where the update begins by lowering the loss on the probe",
+    Condition.SPIKED: "after a spike",
+    Condition.KEEPS_STATE: "where an optimizer keeps averages",
     Condition.ACTIVATION_FUNCTIONS: "for activation functions",
     Condition.BLOCKS: "where blocks of one class follow each other",
     Condition.ATTENTION: "where there is attention",

@@ -18,11 +18,13 @@ MONITORS = {
     "gradient": lambda **how: [GradientMonitor(**how)],
     "weight": lambda **how: [WeightMonitor(**how)],
     "sharpness": lambda **how: [SharpnessMonitor(**how)],
-    "dynamics": lambda **how: [DynamicsMonitor(**how)],
+    "dynamics": lambda **how: [DynamicsMonitor(**how, sentinel=False)],
+    "sentinel": lambda **how: [DynamicsMonitor(**how)],
     "three": lambda **how: [monitor(**how) for monitor in (GradientMonitor, WeightMonitor, SharpnessMonitor)],
 }
 # Five hooks of Lightning, whether the step and a row are there, two of the optimizer, and six of what follows decay.
-MOST = {"gradient": 13, "weight": 20, "sharpness": 13, "dynamics": 20, "three": 46}
+# The sentinel measures and judges each of these steps.
+MOST = {"gradient": 13, "weight": 20, "sharpness": 13, "dynamics": 20, "sentinel": 150, "three": 46}
 
 
 def deep(layers: int) -> nn.Module:
@@ -57,7 +59,8 @@ def test_calls_under_a_budget_that_is_spent() -> None:
 def test_calls_beside_steering() -> None:
     """What steering does itself, and decay with a ratio for each layer."""
     alone = calls([LayerwiseLR(FixedRates({"network.0.*": 0.5}))])
-    both = calls([LayerwiseLR(FixedRates({"network.0.*": 0.5})), DynamicsMonitor(every_n_steps=NEVER)])
+    quiet = DynamicsMonitor(every_n_steps=NEVER, sentinel=False)
+    both = calls([LayerwiseLR(FixedRates({"network.0.*": 0.5})), quiet])
     assert both.a_step - alone.a_step <= 80, (both.calls - alone.calls).most_common(20)
 
 

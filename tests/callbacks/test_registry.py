@@ -1,6 +1,7 @@
 """Every tag that a callback writes has an entry in the registry, and every entry is written by some run."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dynamon.callbacks import (
     ActivationMonitor,
+    DynamicsMonitor,
     GradientMonitor,
     LayerwiseLR,
     NoiseAdaptiveLR,
@@ -64,6 +66,19 @@ def short_solves() -> tuple:
     return module, monitors, batches(), {"steps": 4}
 
 
+class Slip(Classifier):
+    """Inputs that are a thousand times too large, once."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0] * (1000 if self.trainer.global_step == 40 else 1), batch[1]), batch_idx)
+
+
+def spike() -> tuple:
+    """One step that is out of line, and over."""
+    module = Slip(torch.nn.Sequential(*mlp()[:1], torch.nn.ReLU(), mlp()[3]), lambda p: torch.optim.AdamW(p, lr=1e-3))
+    return module, [DynamicsMonitor(every_n_steps=20, quantities=["critical"])], batches(), {"steps": 60}
+
+
 class Texts(Classifier):
     """Next tokens."""
 
@@ -79,8 +94,15 @@ def attention() -> tuple:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> set[str]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "DynamicsMonitor: Step 40 is a spike")
+        return write(tmp_path_factory)
+
+
+def write(tmp_path_factory) -> set[str]:
+    """Every tag that the runs write or have in a history."""
     found = set()
-    for make in (adam, sgd, short_solves, attention):
+    for make in (adam, sgd, short_solves, attention, spike):
         module, callbacks, data, settings = make()
         folder = tmp_path_factory.mktemp(make.__name__)
         logger = TensorBoardLogger(folder, name=None, version="tb")

@@ -31,7 +31,8 @@ OURS = {one.group for one in REGISTRY.values()}
 SHARED = {one.tag for one in quantities_of("monitor")}
 # Of the run of AdamW under automatic optimisation that `written` is; others of these may hold by chance.
 HOLDS = (
-    Condition.AUTOMATIC
+    Condition.KEEPS_STATE
+    | Condition.AUTOMATIC
     | Condition.RETURNED_LOSS
     | Condition.COMPARABLE
     | Condition.DECOUPLED_DECAY

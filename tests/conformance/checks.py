@@ -217,12 +217,12 @@ def histories(callback: DynamonCallback) -> dict[str, Any]:
 
 
 def documented_by(callback: DynamonCallback) -> set[str]:
-    """The tags in the tables of its docstring; DynamicsMonitor refers to those of the four others."""
+    """The tags in the tables of its docstring; DynamicsMonitor refers to those of the four others as well."""
     cls: type = type(callback)
     if cls is dynamon.callbacks.NoiseAdaptiveLR:
         cls = dynamon.callbacks.LayerwiseLR
     if cls is dynamon.callbacks.DynamicsMonitor:
-        names = ("GradientMonitor", "WeightMonitor", "SharpnessMonitor", "ActivationMonitor")
+        names = ("DynamicsMonitor", "GradientMonitor", "WeightMonitor", "SharpnessMonitor", "ActivationMonitor")
         return set().union(*(documented(getattr(dynamon.callbacks, name)) for name in names))
     return documented(cls)
 
@@ -296,6 +296,7 @@ def _conditions(cell: Cell) -> Condition:
         Condition.COMPUTED_STEP: not wrapped and name in ("SGD", "Adam", "AdamW"),
         Condition.CONVOLUTIONS: cell.model.startswith("CNN") and cell.callback == "WeightMonitor",
         Condition.STABILITY_FORMULA: alone,
+        Condition.KEEPS_STATE: name != "SGD" or bool(model.optimizer[1].get("momentum")),
         Condition.SECOND_MOMENT: one and name in ("Adam", "AdamW", "RMSprop"),
         Condition.ACTIVATION_FUNCTIONS: cell.model != "LSTM",
         Condition.ATTENTION: cell.model.startswith("transformer"),

@@ -38,6 +38,7 @@ def good() -> RunData:
         "lr/bounded": np.ones(len(STEPS)),
         "dynamon/failures": np.zeros(len(STEPS)),
         "dynamon/overhead": np.full(len(STEPS), 0.013),
+        "spike/deviation": noisy(3.0),
     }
     tables = {
         "gradient/l2": table(1.0, 0.5, 2.0),
@@ -89,6 +90,8 @@ def test_values_are_those_of_the_readings(good):
     times = smooth.max(0) / usual
     name = LAYERS[int(times.argmax())]
     assert values["operator norms do not explode"] == f"at most {times.max():.3g} times its usual size, {name}"
+    largest = good.scalars["spike/deviation"].values.max()
+    assert values["no step is far above its usual level"] == f"0 spikes; at most {largest:.3g} deviations"
     cosine = np.median(good.scalars["gradient/cosine"].values)
     assert values["batches differ: cosine of successive gradients"] == f"median {cosine:.3g}"
     assert values["steering stays within its bounds"] == "at most 1 of 3 layers at a bound"

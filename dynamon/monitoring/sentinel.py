@@ -1,0 +1,295 @@
+"""The sentinel: looks at every optimizer step for spikes, at a small and known cost."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynamon.board.custom_scalars import chart_layout
+from dynamon.monitoring.cadence import Cadence
+from dynamon.monitoring.fingerprint import count_bytes, count_samples, fingerprint
+from dynamon.monitoring.messages import rank_zero_info
+from dynamon.monitoring.meter import Meter
+from dynamon.monitoring.planner import Plan
+from dynamon.monitoring.run_context import RunContext
+from dynamon.monitoring.sentinel_norms import MOST_LOSSES, StepRow
+from dynamon.monitoring.sentinel_pace import SHARE, Pace
+from dynamon.monitoring.sentinel_tracker import Judged, StepTracker
+from dynamon.monitoring.spike_record import SpikeRecord
+from dynamon.quantities import Scope, meanings, quantities_of
+
+_HELD_BYTES = 2**26  # of batches that are kept until their step has been judged, beside the last one
+
+
+@dataclass
+class _Batch:
+    """Hold a batch of a step: its index, what it holds while that is kept, its samples, and its loss."""
+
+    index: int
+    held: Any
+    samples: int
+    loss: Tensor | None
+
+
+@dataclass
+class _Look:
+    """Hold a step that is on its way to the host: the rows of the optimizers that took it, and its batches."""
+
+    step: int
+    rows: Sequence[tuple[int, StepRow]]
+    batches: Sequence[_Batch]
+
+
+@dataclass
+class _Begun:
+    """Hold what is known of the steps of one batch."""
+
+    announced: dict[Optimizer, StepRow] = field(default_factory=dict)
+    inside: set[Optimizer] = field(default_factory=set)
+    rows: list[tuple[Optimizer, StepRow]] = field(default_factory=list)
+    lost: Exception | None = None
+
+
+class Sentinel(Meter):
+    """Looks at every step: gradients before clipping, updates, and the loss, each against its usual level.
+
+    A step that is far above is a spike: it is recorded with its batch, the layers, and the number of steps after which
+    all was as before. Between spikes the largest deviation is recorded whenever something else is.
+
+    It runs no collective: under DDP gradients and updates are those of all processes, and the loss and the batch those
+    of this one; under FSDP2 each process judges its part of each layer.
+
+    Args:
+        looks_always: Whether to look at every step, whatever it costs.
+        name: Name of the monitor, for messages.
+
+    Attributes:
+        has_news: Whether a spike was recorded that nobody has told yet.
+
+    Cost: about six device calls per look and a copy of ``3 L`` numbers to the host, for which nobody waits: on a GPU
+    a step is judged when its numbers have arrived, one or two steps later. It keeps the batches of steps that are not
+    judged yet, up to 64 MiB, and the last batch.
+    """
+
+    name = "sentinel"
+    tags = meanings(quantities_of("sentinel", scope=Scope.SCALAR))
+    quantities = meanings(quantities_of("sentinel", scope=Scope.PER_LAYER))
+    panels = chart_layout(quantities_of("sentinel"))
+
+    def __init__(self, looks_always: bool, name: str) -> None:
+        """Start before any step."""
+        super().__init__(Cadence(None, 1))
+        self._looks_always, self._owner = looks_always, name
+        self._pace = Pace(self.name, None)
+        self._record = SpikeRecord()
+        self._trackers: list[StepTracker] = []
+        self._of: dict[Optimizer, int] = {}
+        self._saved: dict[str, Any] = {}
+        self._begun = _Begun()
+        self._batch: Any = None
+        self._window: list[_Batch] = []
+        self._queue: deque[_Look] = deque()
+        self._run: RunContext | None = None
+        self._device = torch.device("cpu")
+        self._has_told = self.has_news = False
+
+    # What a meter is asked for
+
+    def plans(self, run: RunContext) -> list[Plan]:
+        """Return nothing: it keeps to its share by itself."""
+        return []
+
+    def is_missed(self) -> bool:
+        """Return False: there may have been nothing to find."""
+        return False
+
+    def start(self, run: RunContext) -> None:
+        """Follow the steps of all optimizers."""
+        self._run, self._device = run, run.device
+        self._pace = Pace(self.name, run.budget, self._looks_always)
+        if self not in run.steps.followers:
+            run.steps.followers.append(self)
+
+    def end(self, run: RunContext) -> None:
+        """Judge the steps that are on their way."""
+        if self in run.steps.followers:
+            run.steps.followers.remove(self)
+        with suppress(Exception):  # after an exception of training a device may answer no more
+            for look in self._queue:
+                for _, row in look.rows:
+                    row.wait()
+            self._judge_arrived(run)
+            self._record.log(run, is_end=True)
+        self._forget_batch()
+        self._queue.clear()
+        self._run = None
+
+    # What happens at every step, also where nothing else is measured
+
+    def see_batch(self, run: RunContext, batch: Any) -> None:
+        """A batch has arrived on the device."""
+        self._batch = batch
+
+    def see_step(self, run: RunContext, optimizer: Optimizer) -> None:
+        """Gradients are complete and not yet clipped."""
+        if not self._looks(run):
+            return
+        begin, mark = time.perf_counter(), self._pace.mark(self._device)
+        tracker = self._tracker(run, optimizer)
+        self._begun.announced[optimizer] = StepRow(tracker.norms.gradients(), run.loop.gradient_scale(optimizer))
+        self._pace.finish(mark, self._device)
+        self._pace.add(time.perf_counter() - begin)
+
+    def step_begins(self, optimizer: Optimizer) -> None:
+        """Note that a step has begun."""
+        self._begun.inside.add(optimizer)
+
+    def step_ends(self, optimizer: Optimizer, skipped: Tensor | None) -> None:
+        """Read what the optimizer keeps: its update is in it."""
+        run = self._run
+        if run is None or optimizer not in self._begun.inside:  # a step inside of another one is over already
+            return
+        self._begun.inside.discard(optimizer)
+        if not self._looks(run):
+            return
+        try:
+            self._end_step(run, optimizer, skipped)
+        except Exception as error:  # inside of the optimizer's step: raised when the batch is over
+            self._begun.lost = error
+
+    def _end_step(self, run: RunContext, optimizer: Optimizer, skipped: Tensor | None) -> None:
+        begin, mark = time.perf_counter(), self._pace.mark(self._device)
+        tracker = self._tracker(run, optimizer)
+        row = self._begun.announced.pop(optimizer, None)
+        if row is None:  # nobody announced it; by now a scaler's factor is out of the gradients
+            row = StepRow(tracker.norms.gradients(), 1.0)
+        row.end(tracker.norms.updates(), skipped)
+        self._begun.rows.append((optimizer, row))
+        self._pace.finish(mark, self._device)
+        self._pace.add(time.perf_counter() - begin)
+
+    def see_end(self, run: RunContext, outputs: Any, is_log_time: bool) -> None:
+        """A batch is over: send what was measured in it, and judge what has arrived.
+
+        Args:
+            run: The run.
+            outputs: As for :meth:`dynamon.monitoring.loop.Loop.loss_of`.
+            is_log_time: Whether something else was recorded at this step.
+        """
+        begin, looks = time.perf_counter(), self._looks(run)
+        begun, self._begun = self._begun, _Begun()
+        if begun.lost is not None:
+            self._forget_batch()
+            raise begun.lost
+        if looks:
+            self._note_batch(run, outputs)
+            for optimizer, row in begun.announced.items():  # whose steps cannot be watched
+                if run.steps.of(optimizer).is_blind:
+                    row.end(self._tracker(run, optimizer).norms.updates(), None)
+                    begun.rows.append((optimizer, row))
+            if begun.rows:
+                self._send(run, begun.rows)
+            if begun.rows or begun.announced:
+                self._window = []
+        self._batch = None
+        self._judge_arrived(run)
+        if is_log_time:
+            self._record.log(run)
+        self._pace.add(time.perf_counter() - begin)
+        self._pace.book(bool(begun.rows))
+        if begun.rows and self._pace.review(run.step - run.begun_at + 1):
+            self._tell_pace(run)
+
+    def _looks(self, run: RunContext) -> bool:
+        return self._pace.every == 1 or not run.step % self._pace.every
+
+    def _note_batch(self, run: RunContext, outputs: Any) -> None:
+        batch = _Batch(run.loop.batch_index, self._batch, count_samples(self._batch), run.loop.loss_tensor(outputs))
+        self._window = [*self._window, batch][-MOST_LOSSES:]
+        left = _HELD_BYTES
+        for one in reversed([*(b for look in self._queue for b in look.batches), *self._window[:-1]]):
+            left -= count_bytes(one.held)
+            one.held = one.held if left >= 0 else None
+
+    def _send(self, run: RunContext, rows: Sequence[tuple[Optimizer, StepRow]]) -> None:
+        losses = [batch.loss for batch in self._window if batch.loss is not None]
+        for _, row in rows:
+            mark = self._pace.mark(self._device)
+            row.send(losses, self._device)
+            self._pace.finish(mark, self._device)
+        self._queue.append(_Look(run.step, [(self._of[optimizer], row) for optimizer, row in rows], self._window))
+
+    def _judge_arrived(self, run: RunContext) -> None:
+        while self._queue and all(row.has_arrived for _, row in self._queue[0].rows):
+            look = self._queue.popleft()
+            samples, losses = sum(batch.samples for batch in look.batches), list[float]()
+            judged: list[Judged] = []
+            for at, row in look.rows:
+                numbers = row.read(len(self._trackers[at].names))
+                if numbers is not None:
+                    gradients, updates, losses = numbers
+                    judged.append(self._trackers[at].judge(gradients, updates, losses, samples))
+            if self._record.add(look.step, judged):
+                self._record.spiked(self._of_batch(look, losses))
+                self.has_news = True
+            self._record.send(run)
+
+    @staticmethod
+    def _of_batch(look: _Look, losses: Sequence[float]) -> dict[str, float]:
+        """Describe the batch of a spike: of an accumulation window the one with the largest loss."""
+        worst = look.batches[-1]
+        if len(losses) == len(look.batches) > 1:
+            worst = look.batches[int(np.argmax([loss if math.isfinite(loss) else math.inf for loss in losses]))]
+        described = {"spike/batch": float(worst.index)}
+        if worst.held is not None:
+            described["spike/fingerprint"] = float(fingerprint(worst.held))
+        return described
+
+    def _tracker(self, run: RunContext, optimizer: Optimizer) -> StepTracker:
+        at = self._of.get(optimizer)
+        if at is None or not self._trackers[at].norms.is_complete(optimizer):
+            run.hook(optimizer)
+            tracker = StepTracker(optimizer, run.all_layers, len(self._trackers) if at is None else at)
+            if at is None:
+                at = self._of[optimizer] = tracker.place
+                self._trackers.append(tracker)
+            else:
+                tracker.load_state_dict(self._trackers[at].state_dict())
+                self._trackers[at] = tracker
+            if str(at) in self._saved:
+                tracker.load_state_dict(self._saved.pop(str(at)))
+        return self._trackers[at]
+
+    def _forget_batch(self) -> None:
+        self._begun, self._batch, self._window = _Begun(), None, []
+
+    def _tell_pace(self, run: RunContext) -> None:
+        """Say once that not every step is looked at."""
+        if not self._has_told:
+            self._has_told = True
+            rank_zero_info(
+                f"{self._owner}: from step {run.step} on, spikes are looked for at one step in {self._pace.every}, "
+                f"which takes {SHARE:.0%} of the budget; every_n_steps=... or budget=None look at every step, "
+                "sentinel=False at none."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the levels of each optimizer, by its place, and the spikes so far."""
+        levels = {str(at): tracker.state_dict() for at, tracker in enumerate(self._trackers)}
+        return {"levels": {**levels, **self._saved}, "record": self._record.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them up."""
+        self._saved = dict(state["levels"])
+        self._trackers, self._of = [], {}
+        self._queue.clear()
+        self._forget_batch()
+        self._record.load_state_dict(state["record"])
