@@ -31,7 +31,7 @@ _STAYING = f"at {FEW} readings from the first on or {CONSECUTIVE} to the end"
 
 
 def dead_units(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Find activation functions half of whose units are on their flat part for every sample of the probe, to the end.
+    """Find activation functions most of whose units are on their flat part for every sample of the probe, to the end.
 
     A healthy ReLU is zero for half of the inputs, so that of n samples a unit is dead by chance with 2^-n; that is
     taken off, and a probe of one sample judges nothing.

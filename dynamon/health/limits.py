@@ -27,7 +27,9 @@ ALIKE_GRADIENTS = 0.9  # of one batch again and again, until it is learned by he
 UNLIKE_GRADIENTS = 0.5  # median before: batches of healthy runs are below it once the first steps are over
 
 # Activations, on the probe.
-DEAD_UNITS = 0.5  # of an activation function's units; feed-forward layers of trained ReLU networks have tenths
+DEAD_UNITS = (
+    0.6  # of an activation function's units; narrow ReLU layers under the default initialisation begin with half
+)
 OUTLIER_KURTOSIS = 50.0  # normal entries have 3, those after a ReLU 6 to 20; ten times this is too much from the start
 OUTLIER_PEAK = 30.0  # largest entry over the root mean square; that of a million normal entries is 5
 LARGE_LOGIT = 100.0  # of attention: neighbouring bfloat16 numbers are 0.5 apart, and exp(100) leaves one key

@@ -21,7 +21,7 @@ from dynamon.health.loss import Loss
 from dynamon.health.series import column_at, final_stretch, median_at, running_median
 from dynamon.runs.history import RunData
 
-_DTYPES = {8: "bfloat16", 11: "float16", 24: "float32", 53: "float64"}
+_DTYPES = {8.0: "bfloat16", 11.0: "float16", 24.0: "float32", 53.0: "float64"}  # by their significant bits
 
 
 def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
@@ -54,7 +54,7 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     hits.sort(key=lambda hit: (-hit[2], hit[0]))
     layers, step = tuple(hit[1] for hit in hits), min(hit[0] for hit in hits)
     share, size = float(np.median([hit[2] for hit in hits])), _median(np.array([hit[3] for hit in hits]))
-    dtype = _DTYPES.get(hits[0][4], "its dtype")
+    dtype = _DTYPES.get(int(hits[0][4]), "its dtype")
     cause = (
         f"a step is {size:.2g} times half the distance to the next {dtype} number, and rounding loses steps below 1"
         if np.isfinite(size)

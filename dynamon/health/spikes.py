@@ -95,8 +95,10 @@ def _at(series: Series | None, step: int) -> float:
 
 def _farthest(data: RunData, step: int) -> str | None:
     table = data.tables.get("spike/layer_deviation")
-    row = np.flatnonzero(table.steps == step) if table is not None else []
-    if table is None or not len(row) or not table.layers:
+    if table is None or not table.layers:
+        return None
+    row = np.flatnonzero(table.steps == step)
+    if not len(row):
         return None
     values = np.nan_to_num(table.values[row[0]], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     return table.layers[int(np.argmax(values))]

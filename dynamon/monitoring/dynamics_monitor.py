@@ -222,8 +222,8 @@ class DynamicsMonitor(Monitor):
         parts = _preset_parts(PRESETS[preset], of_sharpness, histograms, convolutions, budget if cuts_probe else None)
         given = dict(gradients=gradients, weights=weights, sharpness=sharpness, activations=activations)
         self._given = _checked(given, {**of_sharpness, "histograms": histograms, "convolutions": convolutions})
-        own = [*(parts | self._given).values()]
-        makes = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
+        own = (parts | self._given).values()
+        makes: list[Any] = [partial(part._make_part, part._every_n_steps or every_n_steps) for part in own]
         makes += _sentinels(sentinel, every_n_steps is not None or budget is None, type(self).__name__)
         shared = (budget, layers, loggers, strict, grace, roles, geometry, on_finding, stop_on)
         super().__init__(partial(_meters, makes), *shared)

@@ -66,7 +66,7 @@ class OptimizerNorms:
 
     def updates(self) -> "tuple[Norms, Norms, float]":
         """Measure what the optimizer keeps, after its step: numerators, denominators, and the power of the latter."""
-        state = next((o.state for o in self._optimizers if o.state), {})
+        state: Any = next((o.state for o in self._optimizers if o.state), {})
         if self._planned_for != len(state):
             self._plan(state)
         if self._own_gradients:

@@ -63,7 +63,7 @@ def test_dead_units_are_named_with_their_share():
 
 
 def test_units_that_are_dead_by_chance_or_for_a_moment_are_not_counted():
-    saturated = Series(STEPS, one(0.55, 0.1), MODULES)
+    saturated = Series(STEPS, one(0.7, 0.1), MODULES)
     assert rules(run(64, activation__saturated=saturated)) == ["activation/dead"]
     assert rules(run(2, activation__saturated=saturated)) == []  # a quarter by chance
     assert rules(run(1, activation__saturated=saturated)) == []  # of one sample nothing is known
@@ -94,10 +94,8 @@ def test_sparse_outputs_and_growth_below_the_limit_are_no_outliers():
 def test_logits_that_grow_are_told_with_their_head_and_entropy():
     data = run(attention__max_logit=table(one(2 * 200**RISING, 8.0)), attention__entropy=table(one(0.01, 0.6)))
     (found,) = findings(data)
-    assert (found.rule, found.layers) == (
-        "attention/logits",
-        ("blocks.2.act",),
-    ) and "0.01 of the entropy" in found.message
+    assert (found.rule, found.layers) == ("attention/logits", ("blocks.2.act",))
+    assert "of the entropy of equal weights" in found.message and found.numbers["entropy"] < 0.02
     assert rules(run(attention__max_logit=table(60.0))) == []
     assert rules(run(attention__max_logit=table(one(400 * 0.005**RISING, 8.0)))) == []  # they shrink
     assert rules(run(attention__max_logit=table(300.0))) == ["attention/logits"]
