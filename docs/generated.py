@@ -155,7 +155,6 @@ def activations_table() -> str:
             one["CPU ms a step without"],
             f"{one['CPU ms a reading']} ± {one['half width of the 95 % interval']}",
             one["training steps a reading"],
-            one["ms stated"],
         )
         for name, one in found["results"].items()
     ]
@@ -165,7 +164,6 @@ def activations_table() -> str:
         "ms a step",
         "ms a reading, from outside",
         "in training steps",
-        "what it states, ms",
     )
     return f"{table(head, rows)}\n{provenance(found['environment'])}"
 

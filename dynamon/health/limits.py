@@ -39,7 +39,7 @@ LEAST_BLOCKS = 4  # fewer tell no trend with depth
 VANISHED_GRADIENT = 1e-6  # of an output, in parts of the largest; sizes of outputs alone make 1e-3
 
 # Standard deviations of a single reading.
-SPIKE = 10.0  # of a step above its usual level: 6.4 is the most of a million Gaussian numbers, 11 of Laplacian ones
+SPIKE = 7.0  # of a step above its usual level: one number in 100,000 is above it where noise has exponential tails
 NOISE_SIGMAS = 6.0
 LOSS_NOISE_SIGMAS = 8.0  # for the loss, whose batches come in an order and may resemble their neighbours
 CLEAR_SIGMAS = 3.0  # where nine tenths of many readings agree already

@@ -1,12 +1,15 @@
 """Outputs of modules, their gradients and the logits of attention, on the probe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+
+from torch import Tensor
 
 from dynamon.board.custom_scalars import chart_layout
 from dynamon.curvature import ShardedParameters
 from dynamon.curvature.distributed.sharded import ShardedGradients
 from dynamon.curvature.operators.backends import Gradients
+from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.isolation.evaluations import Evaluations
 from dynamon.monitoring.activation_reading import Table, read_activations
@@ -56,8 +59,8 @@ class ActivationMeter(Meter):
         return None if self.points or self.is_off() else self.probe.refusal
 
     def expected(self, run: RunContext) -> float | None:
-        """Return what a measurement took lately; before the first, a step on as many samples, and statistics."""
-        return super().expected(run) if self._took else 2 * self.probe.share * run.seconds_per_step
+        """Return what a measurement took lately; before the first, a step and two on as many samples."""
+        return super().expected(run) if self._took else (1 + 2 * self.probe.share) * run.seconds_per_step
 
     def make_room(self, run: RunContext) -> str | None:
         """Halve the probe."""
@@ -81,10 +84,16 @@ class ActivationMeter(Meter):
 
     def _measure(self, run: RunContext) -> dict[str, Table]:
         watch = ActivationWatch(run.module, run.patterns if self._patterns is None else self._patterns)
-        with self.probe.evaluation(run) as params, watch.watching():
-            kind = ShardedGradients if isinstance(params, ShardedParameters) else Gradients
-            kind(lambda: watch.loss(self.probe.loss(run)), params, Evaluations()).evaluate()
+        with self.probe.evaluation(run) as params:
+            evaluate_watched(watch, lambda: self.probe.loss(run), params)
         return read_activations(watch, run.ranks, run.device, self.probe.samples or 1)
+
+
+def evaluate_watched(watch: ActivationWatch, loss_fn: Callable[[], Tensor], params: FlatParameters) -> None:
+    """Evaluate a loss and its gradient, in whatever way its parameters allow, under a watch."""
+    kind = ShardedGradients if isinstance(params, ShardedParameters) else Gradients
+    with watch.watching():
+        kind(lambda: watch.loss(loss_fn()), params, Evaluations()).evaluate()
 
 
 def activation_meters(

@@ -15,6 +15,7 @@ WARM_UP = 16  # numbers from which the first level is taken
 _EARLY = 20  # numbers after which the limit is at twice its final value
 _GAIN, _SCALE_GAIN, _TAIL_GAIN = 1 / 32, 1 / 100, 0.1  # of the level, the spread and the tail at each number
 _TAIL = 0.98, 2.0537  # a quantile, and where it lies in standard deviations of a Gaussian
+_DECAY = 1.57  # of the tail of Laplacian noise, by deviation: its 98 % quantile is 3.2 of its scale
 _CLIP, _MEAN = 2.0, 0.7809  # deviations that count at most, and the mean of min(|z|, 2) of a Gaussian
 _FIRST_GAIN = 1 / 8
 _MAD = 1.4826  # standard deviations in a median absolute deviation
@@ -33,8 +34,8 @@ class Levels:
 
     so that no number moves the level by more than two spreads, and :math:`s` settles at the standard deviation of a
     Gaussian. A third number follows the 98 % quantile :math:`q` of :math:`y - \ell`: noise with a heavy tail widens the
-    unit of deviations, :math:`(y - \ell) / \max(s, q / 2.05, f)`. The floor f makes a spike at least
-    :math:`10 f` above its level, however quiet a series is. Trends of up to some hundredths per number
+    unit of deviations, :math:`(y - \ell) / \max(s, q / 2.05, f)`. The floor f makes a spike a stated
+    least rise, however quiet a series is. Trends of up to some hundredths per number
     are followed. Level and spread learn nothing from spikes, and the quantile as much from the first number of one
     as from any above it: what comes back at more than one number in fifty becomes usual after some dozens of times.
 
@@ -45,24 +46,29 @@ class Levels:
     :class:`dynamon.optim.spike_levels.SpikeLevels`, by which the guard clips, follows mean and variance and may act at
     one step in a hundred. Here, with hundreds of series, one alarm in ten thousand steps is too many.
 
+    The limit is 7 deviations for a single series, and :math:`7 + \log(n) / 1.57` where n series are judged together:
+    noise with exponential tails then passes it in one of 100,000 steps.
+
     Args:
-        floors: ``[R]``, the floor f of each series.
+        least: ``[R]``, how far above its level a spike of each series is at least.
+        together: ``[R]``, the number n of series that each is judged together with, itself included; None for 1.
 
     Host work in float64: some 20 NumPy calls on ``[R]`` arrays, 30 to 60 microseconds for R = 300.
 
     Example:
         >>> import numpy as np
         >>> from dynamon.monitoring.levels import Levels
-        >>> levels = Levels(np.array([0.07]))
+        >>> levels = Levels(np.log([2.0]))
         >>> noise = np.random.default_rng(0).normal(size=(200, 1))
         >>> usual = [float(levels.see(0.3 * row)[0]) for row in noise]
-        >>> max(usual) < 5, float(levels.see(np.log([100.0]))[0]) > 10
+        >>> max(usual) < 5, float(levels.see(np.log([100.0]))[0]) > 7
         (True, True)
     """
 
-    def __init__(self, floors: NDArray[Any]) -> None:
+    def __init__(self, least: NDArray[Any], together: NDArray[Any] | None = None) -> None:
         """Start with nothing seen."""
-        self._floors = np.asarray(floors, dtype=np.float64)
+        self._limits = SPIKE + np.log(np.ones(len(least)) if together is None else together) / _DECAY
+        self._floors = np.asarray(least, dtype=np.float64) / self._limits
         count = len(self._floors)
         self._seen, self._level = np.zeros(count), np.zeros(count)
         self._scale, self._tail, self._beyond = np.zeros(count), np.zeros(count), np.zeros(count)
@@ -94,7 +100,7 @@ class Levels:
     @property
     def limits(self) -> NDArray[Any]:
         """``[R]``, the deviation from which a number is a spike: higher while little is known."""
-        return SPIKE * (1.0 + _EARLY / np.maximum(self._seen, 1.0))
+        return self._limits * (1.0 + _EARLY / np.maximum(self._seen, 1.0))
 
     def _learn(self, above: NDArray[Any], ready: NDArray[Any], usual: NDArray[Any]) -> None:
         z = np.where(usual, above / np.where(usual, self._scale, 1.0), 0.0)

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.optim import Optimizer
 
-from dynamon.health.limits import SPIKE
 from dynamon.layers import Layer
 from dynamon.monitoring.levels import Levels
 from dynamon.monitoring.sentinel_norms import OptimizerNorms
@@ -68,7 +67,8 @@ class StepTracker:
         count = len(self.names)
         kinds = ["gradient"] * count + ["update"] * count + ["gradient", "loss"]
         self._places = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in KINDS}
-        self._levels = Levels(np.array([math.log(_LEAST[kind]) / SPIKE for kind in kinds]))
+        together = np.array([2.0 * count] * (2 * count) + [1.0, 1.0])
+        self._levels = Levels(np.log([_LEAST[kind] for kind in kinds]), together)
         self._usual_samples, self._is_signed = 0.0, False
 
     def judge(self, gradients: NDArray[Any], updates: NDArray[Any], losses: Sequence[float], samples: int) -> Judged:

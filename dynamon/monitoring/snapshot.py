@@ -1,6 +1,6 @@
 """Measure every quantity once, for a checkpoint or a notebook."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynamon.curvature import HessianOperator, top_eigenvalues
+from dynamon.curvature.operators.parameters import FlatParameters
+from dynamon.distributed.ranks import Ranks
 from dynamon.isolation.evaluations import full_precision
 from dynamon.isolation.preserve import LossFn, preserve_state, training_loss
+from dynamon.isolation.samples import count_samples
 from dynamon.layers import Layer, describe_layers, is_measurable
+from dynamon.monitoring.activation_meter import evaluate_watched
+from dynamon.monitoring.activation_reading import read_activations
+from dynamon.monitoring.activation_watch import ActivationWatch
 from dynamon.norms import optimizer_family
 from dynamon.norms.geometry import FAMILIES
 from dynamon.optim import steering_of
@@ -34,7 +40,7 @@ def measure(
     roles: Mapping[str, str] | None = None,
     geometry: str | None = None,
 ) -> dict[str, Any]:
-    """Measure gradients, weights and sharpness of a module on one batch.
+    """Measure gradients, weights, sharpness and activations of a module on one batch.
 
     The module is left unchanged, including ``.grad``, and so are all random streams. It is measured in its present
     mode; call ``module.train()`` before for what training sees.
@@ -56,7 +62,8 @@ def measure(
     Returns:
         Readings under the tags of the monitors: floats for scalars, ``{layer name: float}`` for per-layer quantities.
         An eigenvalue that did not converge is under ``..._unconverged`` instead. A layer that the loss does not depend
-        on has NaN for its gradient. Noise needs two gradients and is not included.
+        on has NaN for its gradient. Noise needs two gradients and is not included. Gradients of outputs are those
+        of a sample's loss where the number of samples can be told from the batch, else those of the loss.
 
     Raises:
         TypeError: If ``module``, ``loss_fn`` or ``optimizer`` is of the wrong type.
@@ -64,9 +71,9 @@ def measure(
         ValueError: If no trainable parameter can be measured, ``optimizer`` holds none of them, or the loss is not a
             differentiable scalar.
 
-    Cost: one gradient graph, 20 to 40 Hessian products (twice with a stability ratio), two Gram iterations and the
-    singular values of every matrix, Gram iterations at some hundred frequencies for each convolution. Memory: up to 41
-    vectors of the size of the parameters when certified.
+    Cost: a gradient and one gradient graph, 20 to 40 Hessian products (twice with a stability ratio), two Gram
+    iterations and the singular values of every matrix, Gram iterations at some hundred frequencies for each
+    convolution. Memory: up to 41 vectors of the size of the parameters when certified.
 
     Example:
         >>> import torch
@@ -91,9 +98,10 @@ def measure(
             raise ValueError(f"the optimizer holds no trainable parameter of {type(module).__name__}.")
     params = [layer.parameter for layer in trained]
     with torch.inference_mode(False), torch.enable_grad(), preserve_state(module, seed), ExitStack() as stack:
+        activations = _activations(module, lambda: training_loss(module, batch, loss_fn), batch, params)
         operator = HessianOperator(lambda: training_loss(module, batch, loss_fn), params)
         stack.enter_context(full_precision())  # the loss keeps the autocast that it was given
-        readings: dict[str, Any] = {"sharpness/probe_loss": float(operator.loss)}
+        readings: dict[str, Any] = {"sharpness/probe_loss": float(operator.loss), **activations}
         readings |= _gradients(trained, operator, _family(optimizer, geometry))
         found = top_eigenvalues(operator, tol=tol, certify=certify, seed=seed)
         readings |= found.readings("sharpness/hessian_max")
@@ -147,6 +155,16 @@ def _gradients(layers: list[Layer], operator: HessianOperator, family: str) -> d
         "gradient/l2": dict(zip(names, found.l2.tolist(), strict=True)),
         "gradient/dual": dict(zip(names, found.dual.tolist(), strict=True)),
     }
+
+
+def _activations(
+    module: nn.Module, loss_fn: Callable[[], Tensor], batch: Any, params: list[nn.Parameter]
+) -> dict[str, Any]:
+    """Evaluate the loss once more, and read what modules return."""
+    watch, device = ActivationWatch(module), params[0].device
+    evaluate_watched(watch, loss_fn, FlatParameters.of(params))
+    tables = read_activations(watch, Ranks(device, alone=True), device, count_samples(batch) or 1)
+    return {tag: _known(list(names), torch.from_numpy(values)) for tag, (values, names) in tables.items()}
 
 
 def _weights(layers: list[Layer]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dynamon import measure
-from dynamon.callbacks import GradientMonitor, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks import ActivationMonitor, GradientMonitor, SharpnessMonitor, WeightMonitor
 from dynamon.norms import get_norm
 from dynamon.quantities import REGISTRY
 from dynamon.runs import RunData
@@ -33,6 +33,7 @@ def test_the_same_tags_and_values_as_the_monitors(made, kind):
     monitors = [
         GradientMonitor(1),
         WeightMonitor(1, convolutions=True),
+        ActivationMonitor(1, probe_fraction=1.0),
         SharpnessMonitor(1, probe_batches=1, probe_fraction=1.0, tol=1e-4),
     ]
     fit(module, monitors, data, steps=2)
@@ -64,6 +65,9 @@ def test_the_same_tags_and_values_as_the_monitors(made, kind):
         "gradient/norm",
         "gradient/l2",
         "gradient/dual",
+        "activation/rms",
+        "activation/gradient",
+        "activation/saturated",
         "weight/operator",
         "weight/rms",
         "spectrum/sigma_max",

@@ -10,12 +10,13 @@ from dynamon.health.limits import SPIKE
 from dynamon.monitoring.levels import PATIENCE, WARM_UP, Levels
 
 GENERATOR = np.random.default_rng(0)
-FLOOR = math.log(2) / SPIKE
+LEAST = math.log(2)
 
 
-def alarms(numbers: np.ndarray, floor: float = FLOOR) -> np.ndarray:
-    """Which of ``[T, R]`` are above their limits."""
-    levels = Levels(np.full(numbers.shape[1], floor))
+def alarms(numbers: np.ndarray) -> np.ndarray:
+    """Which of ``[T, R]`` are above their limits, all of them judged together."""
+    count = numbers.shape[1]
+    levels = Levels(np.full(count, LEAST), np.full(count, float(count)))
     found = []
     for row in numbers:
         limits = levels.limits
@@ -77,7 +78,7 @@ def test_the_unit_is_the_standard_deviation_of_gaussian_noise() -> None:
 
 def test_a_spike_is_at_least_the_floor() -> None:
     """Of a series without any noise."""
-    levels = Levels(np.array([FLOOR]))
+    levels = Levels(np.array([LEAST]))
     for _ in range(500):
         levels.see(np.zeros(1))
     limit = levels.limits
@@ -85,7 +86,7 @@ def test_a_spike_is_at_least_the_floor() -> None:
 
 
 def test_what_is_not_finite_is_a_spike_from_the_first_number_on_and_is_not_learned() -> None:
-    one, other = Levels(np.full(2, FLOOR)), Levels(np.full(2, FLOOR))
+    one, other = Levels(np.full(2, LEAST)), Levels(np.full(2, LEAST))
     for index, row in enumerate(0.1 * gaussian(100, 2)):
         if index in (0, 7, 50):
             assert np.isinf(one.see(np.full(2, np.inf))).all()
@@ -94,7 +95,7 @@ def test_what_is_not_finite_is_a_spike_from_the_first_number_on_and_is_not_learn
 
 
 def test_missing_numbers_leave_a_level_as_it_is() -> None:
-    levels, rows = Levels(np.full(2, FLOOR)), 0.1 * gaussian(60, 2)
+    levels, rows = Levels(np.full(2, LEAST)), 0.1 * gaussian(60, 2)
     for row in rows:
         levels.see(np.array([row[0], np.nan]))
     assert levels.see(np.array([5.0, np.nan])).tolist()[1] == 0
@@ -118,7 +119,7 @@ def test_what_comes_back_often_becomes_usual() -> None:
 
 
 def test_slack_is_what_may_be_above() -> None:
-    levels = Levels(np.array([FLOOR]))
+    levels = Levels(np.array([LEAST]))
     for row in 0.1 * gaussian(300, 1):
         levels.see(row)
     before = levels.state_dict()
@@ -129,7 +130,7 @@ def test_slack_is_what_may_be_above() -> None:
 def test_a_state_goes_on_as_if_nothing_had_happened() -> None:
     """By place: the second series of the saved ones is the first of the new ones."""
     rows = 0.1 * gaussian(200, 2)
-    whole, before, after = Levels(np.full(2, FLOOR)), Levels(np.full(2, FLOOR)), Levels(np.full(1, FLOOR))
+    whole, before, after = Levels(np.full(2, LEAST)), Levels(np.full(2, LEAST)), Levels(np.full(1, LEAST))
     expected = [whole.see(row)[1] for row in rows]
     for row in rows[:50]:
         before.see(row)
