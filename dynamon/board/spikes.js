@@ -10,13 +10,13 @@ export function spikesOf(runs) {
   const found = runs.flatMap((run) => {
     const batches = run.scalar("spike/batch");
     const of = runs.length > 1 ? ` (${run.label})` : "";
-    return [...(batches?.steps ?? [])].map((step, i) => ({ step, text: `${said(run, step)}, batch ${batches.values[i]}${of}` }));
+    return [...(batches?.steps ?? [])].map((step, i) => ({ step, text: `${spikeWords(run, step)}, batch ${batches.values[i]}${of}` }));
   });
   return found.sort((one, other) => one.step - other.step);
 }
 
 /** How far what was above its usual level. */
-function said(run, step) {
+function spikeWords(run, step) {
   const parts = KINDS.flatMap((kind) => {
     const series = run.scalar(`spike/${kind}`);
     const at = series ? series.steps.indexOf(step) : -1;
