@@ -335,7 +335,7 @@ def main() -> None:
     if options.demo:
         path = options.output or RESULTS / "tracking.json"
         before = json.loads(path.read_text()) if path.exists() else {}
-        steps, every = (4, 2) if options.smallest else (110, 10)
+        steps, every = (4, 2) if options.smallest else (310, 10)
         cost = demo_cost(steps, every) | {"environment": environment("tracking")}
         print(cost)
         write(options, "tracking", before | {"demo": cost})

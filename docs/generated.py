@@ -143,6 +143,33 @@ def cost_table() -> str:
     return f"{table(head, rows)}\nA training step took {step} ms. {provenance(found['environment'])}"
 
 
+def activations_table() -> str:
+    """What a reading of activations costs."""
+    if not (RESULTS / "activations.json").exists():
+        return "`python -m benchmarks.activations` has not been run with this version.\n"
+    found = _result("activations")
+    rows = [
+        (
+            name,
+            one["rows"],
+            one["CPU ms a step without"],
+            f"{one['CPU ms a reading']} ± {one['half width of the 95 % interval']}",
+            one["training steps a reading"],
+            one["ms stated"],
+        )
+        for name, one in found["results"].items()
+    ]
+    head = (
+        "model, probe",
+        "rows",
+        "ms a step",
+        "ms a reading, from outside",
+        "in training steps",
+        "what it states, ms",
+    )
+    return f"{table(head, rows)}\n{provenance(found['environment'])}"
+
+
 def readings_table() -> str:
     """What short and long runs show under the default budget."""
     if not (RESULTS / "readings.json").exists():
@@ -458,6 +485,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": preset_table,
     "cost": cost_table,
     "readings": readings_table,
+    "activations": activations_table,
     "sharpness": sharpness_table,
     "spectra": spectra_table,
     "precision": precision_table,

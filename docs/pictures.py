@@ -1,10 +1,13 @@
-"""The pictures of ``docs/quantities.md``, from one real run: ``python docs/pictures.py`` (about three minutes).
+"""The pictures of ``docs/quantities.md`` and ``docs/activations.md``, from one real run: ``python docs/pictures.py``.
+
+It takes about three minutes. With names it draws only those: ``python docs/pictures.py activations``.
 
 A GPT of 180,000 parameters learns the source of Python's standard library, byte by byte, with AdamW, warm-up and
-cosine decay, under all three monitors and with the noise rule as a dry run.
+cosine decay, under all four monitors and with the noise rule as a dry run.
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamon.callbacks import GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks import ActivationMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
 from dynamon.cli.demo_data import standard_library_text, training_batches
 from dynamon.cli.language_model import GPT, LanguageModel
 from dynamon.health import findings
@@ -42,7 +45,7 @@ def train() -> tuple[list[float], Readings]:
     module = LanguageModel(STEPS, rate=4e-3, context=CONTEXT)
     module.network = GPT(width=64, depth=3, context=CONTEXT)
     sharpness = SharpnessMonitor(20, quantities=["stability_ratio", "directional", "critical", "subspace"])
-    monitors = [GradientMonitor(5), WeightMonitor(10), sharpness]
+    monitors = [GradientMonitor(5), WeightMonitor(10), ActivationMonitor(10), sharpness]
     steering, losses = NoiseAdaptiveLR(apply=False), Losses()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -79,16 +82,19 @@ def band(axes: Axes, history: Readings, **quantities: str) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
-def heat(axes: Axes, history: Readings, quantity: str, title: str) -> None:
-    """Layers over steps, logarithmic."""
+def heat(axes: Axes, history: Readings, quantity: str, title: str, is_log: bool = True) -> None:
+    """Layers over steps."""
     series = history[quantity]
     names = [name.removeprefix("network.").removesuffix(".weight") for name in series.layers or ()]
     picture = axes.imshow(
-        np.log10(series.values.T), aspect="auto", extent=(0, STEPS, len(names) - 0.5, -0.5), interpolation="nearest"
+        np.log10(series.values.T) if is_log else series.values.T,
+        aspect="auto",
+        extent=(0, STEPS, len(names) - 0.5, -0.5),
+        interpolation="nearest",
     )
     axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.set(title=title, xlabel="step")
-    axes.figure.colorbar(picture, ax=axes, label="log10")
+    axes.figure.colorbar(picture, ax=axes, label="log10" if is_log else None)
 
 
 def sharpness(losses: list[float], history: Readings) -> Figure:
@@ -146,12 +152,31 @@ def weights(history: Readings) -> Figure:
     return figure
 
 
+def activations(history: Readings) -> Figure:
+    """Sizes of outputs, logits and entropy by head, the residual stream by block."""
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    (sizes, grads), (logits, entropy), (stream, outliers) = figure.subplots(3, 2, height_ratios=[2, 1.2, 1.2])
+    heat(sizes, history, "activation/rms", "root mean square of the output")
+    heat(grads, history, "activation/gradient", "root mean square of its gradient")
+    heat(logits, history, "attention/max_logit", "largest attention logit by head", is_log=False)
+    heat(entropy, history, "attention/entropy", "entropy of attention by head", is_log=False)
+    residual = history["activation/residual"]
+    for name, column, color in zip(residual.layers or (), residual.values.T, COLORS, strict=False):
+        stream.plot(residual.steps, column, color=color, linewidth=1.2, label=name.removeprefix("network."))
+    stream.legend(frameon=False, fontsize="small")
+    stream.set(title="residual stream after each block", xlabel="step")
+    band(outliers, history, kurtosis_across_modules="activation/kurtosis")
+    outliers.axhline(3, color="#444444", linewidth=0.8)
+    outliers.set(title="kurtosis of outputs (3: normal)", xlabel="step", yscale="log")
+    return figure
+
+
 def _spaced(label: str) -> str:
     return label.replace("_", " ")
 
 
-def main() -> None:
-    """Train and draw."""
+def main(names: list[str]) -> None:
+    """Train and draw all pictures, or those named."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     losses, history = train()
@@ -160,10 +185,13 @@ def main() -> None:
         ("sharpness", sharpness(losses, history)),
         ("gradients", gradients(history)),
         ("weights", weights(history)),
+        ("activations", activations(history)),
     ):
+        if names and name not in names:
+            continue
         figure.savefig(FOLDER / f"{name}.png", dpi=90)
         print(f"picture: {FOLDER / name}.png")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

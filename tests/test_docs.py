@@ -175,6 +175,7 @@ def one_process() -> Iterator[None]:
     "page", [page for page in PAGES if blocks(page) and page.stem != "index"], ids=lambda page: page.stem
 )
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. Step 50 is a spike")
 def test_code_blocks_run(page, tmp_path, monkeypatch, one_process) -> None:
     monkeypatch.chdir(tmp_path)
     names = prelude()

@@ -8,9 +8,9 @@ const DRAG = 4; // pixels from which a press is a drag, and no click
 const CLOSER = 0.6; // of what was shown, when zooming in once
 
 export class Axis {
-  /** changed: called after a reader zoomed or moved the cursor. */
+  /** changed: called after a reader zoomed or moved the cursor. `marks` are the steps that every chart marks: [{step, text}]. */
   constructor(changed = () => {}) {
-    Object.assign(this, { whole: [0, 1], range: null, step: null, members: new Set(), changed });
+    Object.assign(this, { whole: [0, 1], range: null, step: null, marks: [], members: new Set(), changed });
     const redraw = () => this.all((member) => member.restyle?.());
     new MutationObserver(redraw).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

@@ -12,6 +12,7 @@ import { decoded, stepText } from "./numbers.js";
 import { Place, listed, numbered } from "./place.js";
 import { progress } from "./progress.js";
 import { MOST_RUNS, sweepView } from "./sweep.js";
+import { spikesOf } from "./spikes.js";
 import { empty, health, rates, stability, stepsOf } from "./views.js";
 
 const VIEWS = [
@@ -116,6 +117,7 @@ export function mount(root, runs, { controls = null, hasTheme = true, notice = n
     const { view } = state;
     panel.setAttribute("aria-busy", "true");
     axis.whole = stepsOf(runs);
+    axis.marks = spikesOf(runs);
     mark();
     label();
     panel.setAttribute("aria-labelledby", `tab-${view}`);

@@ -3,6 +3,7 @@
 import { steer, themeColor } from "./axis.js";
 import { el, onWidth, svg } from "./dom.js";
 import { exact, logTicks, nearest, short, smoothed, stepText, stepTicks, ticks } from "./numbers.js";
+import { spikeAt } from "./spikes.js";
 import { uPlot } from "./uplot.js";
 
 const MARKS = ["points", "rings", "hollow"];
@@ -28,7 +29,7 @@ export function lineChart(options) {
   let width = 0;
   let isLog = memory.isLog ?? Boolean(options.isLog);
   const move = () => {
-    at.textContent = stepText(axis.cursor);
+    at.textContent = `${stepText(axis.cursor)}${spikeAt(axis)}`;
     lines.forEach((line, i) => readings[i].replaceChildren(reading(line, axis)));
     if (plot) point(plot, axis.cursor);
   };
@@ -63,18 +64,19 @@ export function lineChart(options) {
     { class: "chart" },
     scale,
     el("figcaption", {}, el("h3", {}, options.title), notes.filter(Boolean).map((text) => el("p", {}, text))),
-    legendOf(lines, readings, at, options.rules ?? []),
+    legendOf(lines, readings, at, options.rules ?? [], axis.marks.length),
     holder,
   );
 }
 
-function legendOf(lines, readings, at, rules) {
+function legendOf(lines, readings, at, rules, marks) {
   return el(
     "div",
     { class: "legend" },
     el("span", { class: "key" }, "step ", at),
     lines.map((line, i) => el("span", { class: "key" }, swatch(line), ` ${line.label} `, readings[i])),
     rules.map((rule) => el("span", { class: "key" }, swatch({ color: "rule", dash: "dots" }), ` ${rule.label}`)),
+    marks ? el("span", { class: "key" }, swatch({ color: "mark", kind: "mark" }), " spike") : null,
   );
 }
 
@@ -112,6 +114,7 @@ function swatch(line) {
   const mark = svg("svg", { width: 22, height: 10, "aria-hidden": "true", class: `ink${line.color}` });
   if (line.kind === "hollow") mark.append(svg("path", { class: "hollow", d: "M7 8h8l-4 -7z" }));
   else if (MARKS.includes(line.kind)) mark.append(svg("circle", { class: line.kind === "rings" ? "hollow" : "dot", cx: 11, cy: 5, r: 3 }));
+  else if (line.kind === "mark") mark.append(svg("line", { class: "line", x1: 11, x2: 11, y1: 0, y2: 10 }));
   else if (line.kind === "band") mark.append(svg("rect", { class: "band", x: 1, y: 1, width: 20, height: 8 }));
   else mark.append(svg("line", { class: "line", x1: 1, x2: 21, y1: 5, y2: 5, "stroke-dasharray": dashOf(line)?.join(" ") }));
   return mark;
@@ -157,7 +160,7 @@ function drawn(holder, width, options, lines) {
         },
       ],
       cursor: { y: false, bind: off, drag: { x: false, y: false }, dataIdx: nearestPoint, points: { size: 7 } },
-      hooks: { draw: [(u) => rules.forEach((rule) => drawRule(u, rule.value)), (u) => point(u, axis.cursor)] },
+      hooks: { draw: [(u) => drawMarks(u, axis.marks), (u) => rules.forEach((rule) => drawRule(u, rule.value)), (u) => point(u, axis.cursor)] },
     },
     tables.length ? uPlot.join(tables, tables.map(() => [0, 1])) : [[...axis.shown]],
     holder,
@@ -224,6 +227,23 @@ function extent(u, lowest, highest, rules, isLog) {
   if (isLog) return low === high ? [low / 2, high * 2] : [low / 1.1, high * 1.1];
   const pad = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
   return [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad];
+}
+
+/** Thin vertical lines at steps. */
+function drawMarks(u, marks) {
+  const { ctx, bbox } = u;
+  const { min, max } = u.scales.x;
+  ctx.save();
+  ctx.beginPath();
+  ctx.strokeStyle = themeColor("--mark");
+  ctx.lineWidth = uPlot.pxRatio;
+  for (const { step } of marks.filter((one) => one.step >= min && one.step <= max)) {
+    const x = Math.round(u.valToPos(step, "x", true));
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+  }
+  ctx.stroke();
+  ctx.restore();
 }
 
 function drawRule(u, value) {

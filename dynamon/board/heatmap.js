@@ -51,7 +51,8 @@ export function heatmap(options) {
   const box = el("div", { class: "cell", hidden: true });
   const tip = el("div", { class: "tip", hidden: true, role: "status", "aria-live": "polite" });
   const line = el("div", { class: "mapcursor" });
-  const area = el("div", { class: "maparea" }, canvas, line, box, tip);
+  const spikes = el("div", { class: "mapspikes" });
+  const area = el("div", { class: "maparea" }, canvas, spikes, line, box, tip);
   const root = el("div", { class: "map" }, labels, area);
   const scale = el("div", { class: "mapaxis" });
   const found = range(table.values, (v) => Number.isFinite(v) && (!options.isLog || v > 0)) ?? [0, 1];
@@ -72,6 +73,14 @@ export function heatmap(options) {
   const place = (step) => (width * (step - axis.shown[0])) / (axis.shown[1] - axis.shown[0] || 1);
   const repaint = () => {
     paint(canvas, layout, table, axis.shown, width, color);
+    const within = axis.marks.filter((mark) => mark.step >= axis.shown[0] && mark.step <= axis.shown[1]);
+    spikes.replaceChildren(
+      ...within.map(({ step, text }) => {
+        const mark = el("div", { title: `step ${step}, ${text}` });
+        mark.style.left = `${place(step)}px`;
+        return mark;
+      }),
+    );
     scale.replaceChildren(
       ...stepTicks(...axis.shown, width / 110).map((step) => {
         const mark = el("span", {}, String(step));

@@ -15,6 +15,7 @@ MODULES = (
     "numbers",
     "colors",
     "axis",
+    "spikes",
     "chart",
     "heatmap",
     "place",

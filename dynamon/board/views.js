@@ -3,6 +3,7 @@
 import { lineChart } from "./chart.js";
 import { el } from "./dom.js";
 import { median } from "./numbers.js";
+import { spikeList } from "./spikes.js";
 
 export const ADD = "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks";
 
@@ -153,6 +154,7 @@ export function health(runs, state, actions) {
   return el(
     "div",
     {},
+    spikeList(state.axis),
     runs.map((run) => [
       runs.length > 1 ? el("h2", {}, run.label) : null,
       !run.findings

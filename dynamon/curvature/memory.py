@@ -26,7 +26,7 @@ def basis_memory(params: Parameters | FlatParameters, k: int = 1, certify: bool 
         >>> import torch
         >>> from dynamon.curvature.memory import basis_memory
         >>> basis_memory([torch.zeros(1000)]) // 4000  # vectors in float32
-        16
+        15
     """
     _, tensors = names_and_tensors(params)
     size = sum(real_numel(p) for p in tensors)

@@ -79,6 +79,17 @@ def _growth(data: RunData, known: Loss) -> str | None:
     return f"at most {max(found)[0]:.3g} times, {max(found)[1]}" if found else None
 
 
+def _fall(data: RunData, known: Loss) -> str | None:
+    table = data.tables.get("gradient/l2")
+    if table is None or len(table.layers or ()) < limits.FEW:
+        return None
+    found = []
+    for name, _, shares in gradients.shares_of_median(table):
+        if len(shares) >= limits.PAST + limits.CONSECUTIVE:
+            found.append((float(np.exp(gradients.rises(shares)[0].max())), name))
+    return f"at most {max(found)[0]:.3g} times smaller, {max(found)[1]}" if found else None
+
+
 def _clipping(data: RunData, known: Loss) -> str | None:
     series = data.scalars.get("gradient/clip_coefficient")
     return None if series is None or not len(series) else f"clipping leaves {_middle(series.values)} in the median"
@@ -261,6 +272,14 @@ RULES: tuple[Rule, ...] = (
         f"{limits.JUMP:g} times the past within {limits.CONSECUTIVE} readings, beyond noise",
         f"gradient/l2 with {limits.PAST + limits.CONSECUTIVE} readings",
         names=("gradient/growth",),
+    ),
+    Rule(
+        gradients.faded_gradients,
+        _fall,
+        "gradients of single layers do not fade",
+        f"{limits.JUMP:g} times smaller beside others within {limits.CONSECUTIVE} readings, beyond noise",
+        f"gradient/l2 with {limits.PAST + limits.CONSECUTIVE} readings and {limits.FEW} layers",
+        names=("gradient/faded",),
     ),
     Rule(
         gradients.hard_clipping,

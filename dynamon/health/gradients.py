@@ -30,6 +30,7 @@ from dynamon.health.series import (
     first_step,
     layer_columns,
     noise_level,
+    row_median,
     scalar_at,
 )
 from dynamon.runs.history import RunData, Series
@@ -241,6 +242,47 @@ def growing_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
         {"times": times},
         ("gradient/l2",),
     )
+
+
+def faded_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Find layers whose gradient fell to a tenth of its past beside the median layer's, beyond noise, and stayed."""
+    table = data.tables.get("gradient/l2")
+    if table is None or len(table.layers or ()) < FEW:
+        return
+    dead, hits = {name for name, _ in dead_columns(data)}, []
+    for name, steps, shares in shares_of_median(table):
+        found = None if name in dead else _jump(shares)
+        if found is not None and _lasts(shares, found[0]):
+            hits.append((int(steps[found[0]]), -found[1], name))
+    if hits:
+        step, times, _ = min(hits)
+        layers = tuple(name for _, _, name in sorted(hits))
+        yield Finding(
+            "gradient/faded",
+            "warning",
+            step,
+            f"The gradient of {name_layers(layers)} fell to {1 / -times:.2g} of what it was beside those of other "
+            f"layers, within {CONSECUTIVE} readings from step {step} on, and has stayed there.",
+            "Little flows back to it: look for units that have died or saturated (a large bias, gates that shut), a "
+            "factor near zero, a branch that is hardly used any more.",
+            layers,
+            {"times": -times},
+            ("gradient/l2",),
+        )
+
+
+def shares_of_median(table: Series) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+    """Yield of each layer its name, and by step the logarithm of the median layer's gradient over its own."""
+    others = row_median(np.where(table.values > 0, table.values, np.nan))
+    for name, column in zip(table.layers or (), table.values.T, strict=True):
+        known = (column > 0) & (others > 0) & np.isfinite(column)
+        yield name, table.steps[known], np.log(others[known] / column[known])
+
+
+def _lasts(shares: NDArray[Any], begin: int) -> bool:
+    """Return whether what left its past has not come half of the way back."""
+    before, then = np.median(shares[max(begin - PAST, 0) : begin]), np.median(shares[begin : begin + CONSECUTIVE])
+    return bool(np.median(shares[-CONSECUTIVE:]) > (before + then) / 2)
 
 
 def rises(logs: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

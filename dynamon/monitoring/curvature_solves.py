@@ -29,6 +29,7 @@ from dynamon.curvature.operators.preconditioner import (
     preconditioner,
 )
 from dynamon.curvature.solvers.lanczos import random_start
+from dynamon.curvature.solvers.tracker import COMPARED
 from dynamon.distributed.dtensor import is_sharded
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gauss_newton import GaussNewton, OutputsFn
@@ -188,13 +189,14 @@ class CurvatureSolves(Meter):
 
     def _solve(self, point: Point, tag: str, operator: LinearOperator, k: int = 1) -> Eigenpairs:
         tracker = self._trackers.setdefault(tag, self._tracker(k))
-        if tracker.backend == "auto":
+        one_sided = "forward_difference" in operator.backend
+        if one_sided and tracker.backend == "auto":
             point.exact()
         found = self._tracked(point, tracker, operator)
-        if point.is_one_sided and found.product_error > self._tol:
+        if one_sided and found.product_error > self._tol:
             point.exact()
             found = self._tracked(point, tracker, operator)
-        if found.converged:
+        if found.converged and self._allowance.rest(point.products) >= COMPARED:
             point.products += tracker.compare(operator)
         if (reason := why_not(operator, found.product_error)) is not None:
             raise ArithmeticError(reason)
@@ -212,7 +214,12 @@ class CurvatureSolves(Meter):
         due = {one for one in EXTRAS if one in self._wanted and self._extra_is_due(one, run)}
         tags = {"stability_ratio", "hessian_max"} | {_TAGS[one] for one in due if one in _TAGS}
         trackers = [tracker for tag, tracker in self._trackers.items() if tag in tags]
-        if due & _ON_THE_GRAPH or not trackers or any(one.backend == "auto" for one in trackers):
+        if (
+            run.ranks.is_distributed
+            or due & _ON_THE_GRAPH
+            or not trackers
+            or any(one.backend == "auto" for one in trackers)
+        ):
             return None
         return max(one.difference_error for one in trackers)
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dynamon.curvature import HessianOperator, LinearOperator, MeanOverRanks, ShardedHessian, ShardedParameters
+from dynamon.curvature.operators.backends import fit_differences
 from dynamon.curvature.operators.parameters import FlatParameters
 from dynamon.distributed.ranks import ran_out_of_memory
+from dynamon.isolation.evaluations import is_autocast
 from dynamon.isolation.preserve import LossError, LossFn, NoLossError, training_loss
 from dynamon.isolation.samples import count_samples
 from dynamon.kernels import widest_dtype
@@ -182,7 +184,8 @@ class ProbeMeter(HeldSamples):
         if isinstance(params, ShardedParameters):
             share = self._share(run, self._total(second))
             return ShardedHessian(lambda: share * self.loss(run, second), params)
-        backend = "auto" if error is None else "forward_difference"
+        is_possible = fit_differences(params, is_autocast(params.tensors[0].device))  # a resumed run can have changed
+        backend = "forward_difference" if error is not None and is_possible else "auto"
         own = HessianOperator(lambda: self.loss(run, second), params, backend=backend, error=error)
         return self.over_ranks(run, own, second)
 

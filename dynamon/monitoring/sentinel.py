@@ -123,12 +123,9 @@ class Sentinel(Meter):
         if self in run.steps.followers:
             run.steps.followers.remove(self)
         with suppress(Exception):  # after an exception of training a device may answer no more
-            for look in self._queue:
-                for _, row in look.rows:
-                    row.wait()
-            self._judge_arrived(run)
+            self._judge_all(run)
             self._record.log(run, is_end=True)
-        self._forget_batch()
+        self.forget_batch()
         self._queue.clear()
         self._run = None
 
@@ -187,7 +184,7 @@ class Sentinel(Meter):
         begin, looks = time.perf_counter(), self._looks(run)
         begun, self._begun = self._begun, _Begun()
         if begun.lost is not None:
-            self._forget_batch()
+            self.forget_batch()
             raise begun.lost
         if looks:
             self._note_batch(run, outputs)
@@ -226,6 +223,13 @@ class Sentinel(Meter):
             row.send(losses, self._device)
             self._pace.finish(mark, self._device)
         self._queue.append(_Look(run.step, [(self._of[optimizer], row) for optimizer, row in rows], self._window))
+
+    def _judge_all(self, run: RunContext) -> None:
+        """Wait for the steps that are on their way."""
+        for look in self._queue:
+            for _, row in look.rows:
+                row.wait()
+        self._judge_arrived(run)
 
     def _judge_arrived(self, run: RunContext) -> None:
         while self._queue and all(row.has_arrived for _, row in self._queue[0].rows):
@@ -268,7 +272,8 @@ class Sentinel(Meter):
                 tracker.load_state_dict(self._saved.pop(str(at)))
         return self._trackers[at]
 
-    def _forget_batch(self) -> None:
+    def forget_batch(self) -> None:
+        """Forget what was seen of a batch: it is not looked at to its end."""
         self._begun, self._batch, self._window = _Begun(), None, []
 
     def _tell_pace(self, run: RunContext) -> None:
@@ -283,6 +288,8 @@ class Sentinel(Meter):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the levels of each optimizer, by its place, and the spikes so far."""
+        if self._run is not None:
+            self._judge_all(self._run)
         levels = {str(at): tracker.state_dict() for at, tracker in enumerate(self._trackers)}
         return {"levels": {**levels, **self._saved}, "record": self._record.state_dict()}
 
@@ -291,5 +298,5 @@ class Sentinel(Meter):
         self._saved = dict(state["levels"])
         self._trackers, self._of = [], {}
         self._queue.clear()
-        self._forget_batch()
+        self.forget_batch()
         self._record.load_state_dict(state["record"])

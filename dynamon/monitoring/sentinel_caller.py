@@ -45,7 +45,10 @@ class SentinelCaller(HealthCaller):
 
     def _watch(self, method: str, *arguments: Any) -> None:
         sentinel, run = self._sentinel, self._run
-        if sentinel is None or run is None or self._in_a_row.until and self.paused(sentinel):
+        if sentinel is None or run is None:
+            return
+        if self._in_a_row.until and self.paused(sentinel):
+            sentinel.forget_batch()
             return
         try:
             getattr(sentinel, method)(run, *arguments)

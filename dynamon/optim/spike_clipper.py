@@ -173,6 +173,7 @@ class SpikeClipper:
         self._held = self._parameters()
         self._lazy = [p for p in self._held if is_lazy(p)]  # they get their shape in a first batch
         self.layers = steerable_layers(self.model, self.optimizer)
+        self._is_sharded = any_sharded([layer.parameter for layer in self.layers])
         self._names = [layer.name for layer in self.layers]
         extra = [] if self.skip is None else [_NORM, _LOSS]
         self.levels = SpikeLevels([*self._names, *extra], self.deviations, self.memory, self.warmup)
@@ -359,12 +360,12 @@ class SpikeClipper:
 
     def _norms(self, at: list[int]) -> Tensor:
         """Return the norms of some layers' gradients, the same on every process, without a gradient scaler's scale."""
-        parameters = [self.layers[i].parameter for i in at]
 
         def measure() -> Tensor:
-            return l2_norms([_values(p, summed=True) for p in parameters])
+            return l2_norms(self._gradients(at, summed=True))
 
-        if any_sharded(parameters):
+        if self._is_sharded:
+            parameters = [self.layers[i].parameter for i in at]
             if self._reduction is None or self._reduction[0] != at:
                 ranks = Ranks(to_local(parameters[0]).device)
                 self._reduction = at, ShardReduction(parameters, ranks, lengths=1)
@@ -384,15 +385,26 @@ class SpikeClipper:
         """Multiply the gradients by their factors; on a CPU only those that change."""
         if np.isinf(limits).all():
             return
-        gradients = [_values(self.layers[i].parameter) for i in at]
         if reads_are_free(norms.device):
             factors = _factors(limits, norms.double().numpy(), self.floor)
-            for gradient, factor in zip(gradients, factors.tolist(), strict=True):
-                if factor < 1:
-                    gradient.mul_(factor)
+            where = np.flatnonzero(factors < 1)
+            for gradient, factor in zip(self._gradients([at[i] for i in where]), factors[where].tolist(), strict=True):
+                gradient.mul_(factor)
             return
         factor = (_on_device(limits, norms) / norms.nan_to_num(0.0, 0.0, 0.0)).clamp_(self.floor, 1.0)
-        torch._foreach_mul_(gradients, list(factor.unbind()))
+        torch._foreach_mul_(self._gradients(at), list(factor.unbind()))
+
+    def _gradients(self, at: list[int], summed: bool = False) -> list[Tensor]:
+        """Return the numbers of gradients on this process, in their memory; with ``summed``, sparse ones coalesced."""
+        found: list[Tensor] = []
+        for i in at:
+            parameter = self.layers[i].parameter
+            gradient = parameter.grad
+            assert gradient is not None
+            if gradient.is_sparse:
+                gradient = (gradient.coalesce() if summed else gradient)._values()
+            found.append(to_local_as(gradient.detach(), parameter) if self._is_sharded else gradient.detach())
+        return found
 
 
 def _factors(limits: NDArray[np.float64], norms: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
@@ -400,15 +412,6 @@ def _factors(limits: NDArray[np.float64], norms: NDArray[np.float64], floor: flo
     with np.errstate(divide="ignore", invalid="ignore"):
         factors = np.clip(limits / norms, floor, 1.0)
     return np.where(np.isfinite(norms), np.nan_to_num(factors, nan=1.0), 1.0)
-
-
-def _values(parameter: Tensor, summed: bool = False) -> Tensor:
-    """Return the numbers of a gradient on this process: in its own memory, or with the parts of a sparse one summed."""
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.is_sparse:
-        return (gradient.coalesce() if summed else gradient)._values()
-    return to_local_as(gradient.detach(), parameter)
 
 
 def _on_device(numbers: NDArray[np.float64], like: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ class SpikeLevels:
     of them, are only observed: their limit is infinite; eight of them, or ``warmup`` if that is less, enter as they
     are. Zeros, NaN and infinity are no numbers and change nothing.
 
+    The alarms of the monitors follow levels of their own, which learn nothing from spikes: an alarm must be rarer than
+    a factor, which may act at one step in a hundred.
+
     Args:
         names: K names, one for each series.
         deviations: k.

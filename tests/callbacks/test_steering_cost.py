@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 import dynamon
-from dynamon.callbacks import LayerwiseLR, NoiseAdaptiveLR
+from dynamon.callbacks import LayerwiseLR, NoiseAdaptiveLR, SpikeGuard
 from dynamon.callbacks.lightning.loop import TrainerLoop
 from dynamon.kernels import GradientStats
 from dynamon.optim import LayerwiseRates
@@ -58,8 +58,12 @@ class Calls(pl.Callback):
 
 @pytest.mark.parametrize(
     ("steering", "most"),
-    [(lambda: NoiseAdaptiveLR(), 350), (lambda: LayerwiseLR(FixedRates({"network.0.*": 0.5})), 150)],
-    ids=["noise", "by hand"],
+    [
+        (lambda: NoiseAdaptiveLR(), 350),
+        (lambda: LayerwiseLR(FixedRates({"network.0.*": 0.5})), 150),
+        (lambda: SpikeGuard(), 100),
+    ],
+    ids=["noise", "by hand", "guard"],
 )
 def test_python_calls_a_step(steering, most) -> None:
     calls = Calls()

@@ -120,3 +120,17 @@ def test_a_resumed_run_reads_what_the_whole_one_did(backends, tmp_path, at) -> N
     assert same_weights(one, other) and names(backends) == kept[at:] and WARM in kept[at:]
     for tag in (TAG, "sharpness/matvecs", "sharpness/probe_loss"):
         assert whole.history[tag].values[at:].tolist() == rest.history[tag].values[-(18 - at) :].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_resumed_in_half_precision_has_exact_products(backends, tmp_path) -> None:
+    def callback():
+        return SharpnessMonitor(1, None, ["stability_ratio"], probe_fraction=1.0, strict=True)
+
+    save, going_on = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8), callback()
+    fit(Classifier(mlp()), [callback(), save], steps=8, enable_checkpointing=True)
+    assert names(backends)[-1] == WARM
+    backends.clear()
+    arguments = {"steps": 10, "max_epochs": -1, "ckpt_path": tmp_path / "step=8.ckpt", "precision": "bf16-mixed"}
+    fit(Classifier(mlp()), [going_on], **arguments)
+    assert names(backends) == [COLD] * 2 and going_on.failures == 0

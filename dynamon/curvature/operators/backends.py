@@ -304,7 +304,7 @@ class ForwardDifference(Gradients):
         self, loss_fn: Callable[[], Tensor], params: FlatParameters, evaluations: Evaluations, error: float | None
     ) -> None:
         """Compute the gradient that all products share; None for an error that is not known."""
-        if not fit_differences(params, evaluations):
+        if not fit_differences(params, bool(evaluations.autocast)):
             raise ValueError("one-sided differences need float32 or float64 parameters, and no autocast.")
         super().__init__(loss_fn, params, evaluations)
         self._step, self._error, self._is_first = FORWARD_STEP[real_dtype(params.tensors[0])], error, True
@@ -341,9 +341,9 @@ class ForwardDifference(Gradients):
         return relative(2 * norm(one - other), norm(other))
 
 
-def fit_differences(params: FlatParameters, evaluations: Evaluations) -> bool:
+def fit_differences(params: FlatParameters, autocast: bool) -> bool:
     """Return whether gradients are precise enough for one-sided differences: single precision, and no autocast."""
-    return real_dtype(params.tensors[0]) in FORWARD_STEP and not evaluations.autocast
+    return real_dtype(params.tensors[0]) in FORWARD_STEP and not autocast
 
 
 @dataclass(frozen=True)

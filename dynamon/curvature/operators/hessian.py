@@ -205,7 +205,7 @@ class HessianOperator(LinearOperator):
         """Take products by one-sided differences inside, where those on the graph are exact; yield whether it does."""
         kept = self._engine
         is_exact = isinstance(kept, DoubleBackward) and not kept.suspects and self.rounding == 0
-        if not is_exact or not fit_differences(self.parameters, self._evaluations):
+        if not is_exact or not fit_differences(self.parameters, bool(self._evaluations.autocast)):
             yield False
             return
         self._engine = ForwardDifference(self._loss_fn, self.parameters, self._evaluations, self._error)

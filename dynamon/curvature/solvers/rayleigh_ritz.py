@@ -14,12 +14,12 @@ from dynamon.kernels import widest_dtype
 
 TRACKED = 3  # vectors that a measurement leaves to the next
 ROOM = 5  # products after which Lanczos takes over
-MOST_VECTORS = 2 * ROOM + 2 * TRACKED
+MOST_VECTORS = 2 * ROOM + TRACKED + 2
 _EARLY, _LATE = 2, 3  # products before the one that looks for a new top, with the error within tolerance and without
 _CLEAR = 0.75  # of the top that no other Ritz value may reach, its residual added, for so few products
 _CHANGE = 0.3  # of the top since the last measurement, likewise
 _NOISE = 0.3  # share of noise in the vector that looks for a new top, without a gradient
-_LEAST = 8  # products that Lanczos takes at least
+_LEAST = 10  # products that Lanczos takes at least
 
 
 def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor, last: float, seed: int) -> Eigenpairs:
@@ -30,7 +30,7 @@ def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor
     where the operator has none. That is the result where the error is within tolerance, the search changed nothing,
     every other Ritz value stays below three quarters of the top, its residual added, and the top has changed by less
     than 30 %. Elsewhere, near a crossing and after large changes, thick-restart Lanczos starts from what was found and
-    the other tracked vectors, for 8 products at least.
+    the other tracked vectors, for 10 products at least.
 
     The matrix of inner products with the basis is not symmetric where products are not exact; what it lacks counts as
     their error.
@@ -43,7 +43,7 @@ def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor
         last: The value that it found.
         seed: Seed of the noise.
 
-    Memory: 16 vectors: a basis of 5, their products, 3 to return, and 3 while they are computed; where Lanczos takes
+    Memory: 15 vectors: a basis of 5, their products, 3 to return, and 2 while they are computed; where Lanczos takes
     over, 3 beside its own.
     """
     space = _Subspace(operator, known, seed)

@@ -52,7 +52,7 @@ def top_eigenvalues(
     of the best Ritz vector, and one vector that looks for a new top, of the other two and the gradient. Where the error
     by residual and gap is within tolerance, the last product changed nothing, every other Ritz value, its residual
     added, stays below three quarters of the top, and the top has changed by less than 30 %, these 3 or 4 matvecs (5 at
-    most) are enough. Elsewhere Lanczos goes on from what was found and the two others, for 8 matvecs at least.
+    most) are enough. Elsewhere Lanczos goes on from what was found and the two others, for 10 matvecs at least.
 
     ``"power"`` is power iteration with the spectrum shifted until the largest algebraic eigenvalue is also the largest
     in magnitude. It needs several times as many matvecs and serves for comparison.
@@ -83,7 +83,7 @@ def top_eigenvalues(
         FloatingPointError: If the operator returns NaN or infinity.
 
     Cost: up to ``max_matvecs`` matvecs. Memory for k = 1: 9 vectors of length n (``max_matvecs + 1`` certified, 2k + 7
-    for larger k, 16 with ``last``); one host read per 2 matvecs, on a CPU and with ``last`` per matvec.
+    for larger k, 15 with ``last``); one host read per 2 matvecs, on a CPU and with ``last`` per matvec.
     Power: k + 2 vectors. Gram: some matrices of rows x rows.
 
     Reference: Wu and Simon, "Thick-restart Lanczos", 2000; van Dorsselaer, Hochstenbach and van der Vorst,

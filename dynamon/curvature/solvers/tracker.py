@@ -14,6 +14,7 @@ from dynamon.kernels.arguments import check_count
 
 _COLD_EVERY = 10  # a cold run now and then finds what tracking could have lost
 _COLD_AT = 5  # ... away from the first one, which is cold anyway
+COMPARED = 3  # products that a comparison takes, or gradients, which cost less
 _SHARE = 0.25  # of the tolerance that the error of one-sided differences may take
 
 
@@ -147,7 +148,7 @@ class EigenTracker:
             product = operator @ top
         exact = operator @ top
         self.difference_error = relative(operator.space.norm(product - exact), operator.space.norm(exact))
-        return 3
+        return COMPARED
 
     def state_dict(self, most: int | None = None) -> dict[str, Any]:
         """Return the state that a resumed run needs to continue identically.

@@ -172,6 +172,22 @@ def test_a_layer_whose_gradient_grows(rises):
     assert rises or rules(run) == ["gradient/growth"]
 
 
+def test_a_layer_whose_gradient_fades():
+    run = healthy()
+    run.tables["gradient/l2"].values[60:, 3] *= 0.01
+    found = one(run, "gradient/faded")
+    assert abs(found.step - 300) <= 10 and found.layers == (LAYERS[3],) and found.severity == "warning"
+    assert 40 < found.numbers["times"] < 250
+    run.tables["gradient/l2"].values[100:, 3] *= 100  # it came back
+    assert rules(run) == ["gradient/growth"]
+    run = healthy()
+    run.tables["gradient/l2"].values[60:] *= 0.01  # all of them, as where the loss becomes small
+    assert rules(run) == []
+    run = healthy()
+    run.tables["gradient/l2"].values[:, 3] *= np.exp(-np.linspace(0, 4, T))  # slowly
+    assert rules(run) == []
+
+
 def test_single_large_gradients_are_no_growth():
     run = healthy()
     run.tables["gradient/l2"].values[20::25] *= 1000

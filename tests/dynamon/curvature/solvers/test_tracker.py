@@ -228,7 +228,7 @@ def test_an_eigenvalue_that_rises_past_a_clear_top(speed, seed, has_gradient):
         found = tracker.update(WithGradient(matrix(3.0, 1.0, rising), direction))
         truth = max(3.0, rising)
         wrong += found.converged and abs(float(found.values[0]) / truth - 1) > 0.01
-    assert wrong <= 1 and float(found.values[0]) == pytest.approx(truth, rel=0.01)
+    assert wrong <= 2 and float(found.values[0]) == pytest.approx(truth, rel=0.01)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
