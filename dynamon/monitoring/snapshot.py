@@ -1,6 +1,6 @@
 """Measure every quantity once, for a checkpoint or a notebook."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
