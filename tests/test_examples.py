@@ -12,6 +12,7 @@ SMALLER = {
     "edge_of_stability": {"steps": 1000},
     "noisy_layers": {"seeds": 1},
     "norm_transfer": {"widths": (64, 256)},
+    "run_gone_wrong": {},
     "spectral_density": {"classes": (5, 10), "widths": (16, 64)},
 }
 
@@ -29,7 +30,7 @@ def named(stem: str):
     return example(next(path for path in EXAMPLES if path.stem == stem))
 
 
-@pytest.mark.parametrize("path", marked("diverging_run", "edge_of_stability", "noisy_layers"))
+@pytest.mark.parametrize("path", marked("diverging_run", "edge_of_stability", "noisy_layers", "run_gone_wrong"))
 @pytest.mark.filterwarnings("ignore")
 def test_example(path: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
@@ -68,3 +69,10 @@ def test_without_matplotlib(path: Path, tmp_path: Path, capsys, monkeypatch) -> 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     example(path)(**SMALLER[path.stem], out=tmp_path / "picture.png")
     assert "matplotlib is not installed" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_fault_that_nobody_is_told_of_is_refused() -> None:
+    namespace = runpy.run_path(str(next(path for path in EXAMPLES if path.stem == "run_gone_wrong")))
+    untold = namespace["Run"](namespace["Model"](), None, [])
+    with pytest.raises(SystemExit, match="nothing was told of precision/swallowed"):
+        untold.of("precision/swallowed")

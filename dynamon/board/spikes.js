@@ -3,21 +3,21 @@
 import { el } from "./dom.js";
 import { short } from "./numbers.js";
 
-const KINDS = ["gradient", "update", "loss"];
+const SPIKE_KINDS = ["gradient", "update", "loss"];
 
 /** The spikes of some runs in the order of their steps: [{step, text}]. */
 export function spikesOf(runs) {
   const found = runs.flatMap((run) => {
     const batches = run.scalar("spike/batch");
     const of = runs.length > 1 ? ` (${run.label})` : "";
-    return [...(batches?.steps ?? [])].map((step, i) => ({ step, text: `${said(run, step)}, batch ${batches.values[i]}${of}` }));
+    return [...(batches?.steps ?? [])].map((step, i) => ({ step, text: `${spikeText(run, step)}, batch ${batches.values[i]}${of}` }));
   });
   return found.sort((one, other) => one.step - other.step);
 }
 
 /** How far what was above its usual level. */
-function said(run, step) {
-  const parts = KINDS.flatMap((kind) => {
+function spikeText(run, step) {
+  const parts = SPIKE_KINDS.flatMap((kind) => {
     const series = run.scalar(`spike/${kind}`);
     const at = series ? series.steps.indexOf(step) : -1;
     return at < 0 ? [] : [`${kind} ${Number.isFinite(series.values[at]) ? short(series.values[at]) : "not finite"}`];

@@ -50,4 +50,4 @@ class Rule:
     words: str
     limit: str
     needs: str
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...]

@@ -13,6 +13,7 @@ _SHARE = 0.01  # of the run's time, where measurements have no budget
 _OF_BUDGET = 0.1  # where they have one
 _EVERY = 5  # readings: fewer tell nothing new
 _CERTAIN = "spike/"  # a second look would find no more of it
+_AT_THE_END = ("dynamon/nothing", "dynamon/no_sharpness")  # until then the readings may come
 _TOLD = ("dynamon/", "gradient/nonfinite")  # by those who measure
 
 
@@ -92,7 +93,8 @@ class HealthWatch:
         self._took = self._looked_at - begin
         lost = [one.rule for one in found if one.rule == "loss/nonfinite" and one.severity == "fault"]
         at_once = [*lost, *(one.rule for one in found if one.rule.startswith(_CERTAIN))]
-        certain = [one for one in found if is_last or one.rule in self._found or one.rule in at_once]
+        seen_twice = [one.rule for one in found if one.rule in self._found and one.rule not in _AT_THE_END]
+        certain = [one for one in found if is_last or one.rule in (*seen_twice, *at_once)]
         self._found = {one.rule for one in found}
         self._say(certain)
         new = self._alerts.tell(run, certain, max(run.step - is_last, 0), is_last)

@@ -1,6 +1,6 @@
 """Measure every quantity once, for a checkpoint or a notebook."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -158,7 +158,7 @@ def _gradients(layers: list[Layer], operator: HessianOperator, family: str) -> d
 
 
 def _activations(
-    module: nn.Module, loss_fn: Callable[[], Tensor], batch: Any, params: list[nn.Parameter]
+    module: nn.Module, loss_fn: Callable[[], Tensor], batch: Any, params: Sequence[Tensor]
 ) -> dict[str, Any]:
     """Evaluate the loss once more, and read what modules return."""
     watch, device = ActivationWatch(module), params[0].device

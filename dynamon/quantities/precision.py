@@ -161,13 +161,19 @@ def _rows(
     total = step if form.decays_first else step - decayed
     flags[0] &= held(base + total / 2) == base  # else something other than rounding holds the entry
     rounds_away = (held(base + 2 * total) == base) & (total != 0)
-    # Below the smallest normal number all neighbours are equally far apart.
-    log_half = base.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor() + math.log2(torch.finfo(dtype).eps) - 1
-    relative = total.abs().log2() - log_half
-    sized = steps & torch.isfinite(relative) & (base != 0)
-    expected = torch.where(rounds_away & sized, (relative - 1).exp2(), 0.0)
-    logs = torch.where(sized, (relative + _OFFSET).clamp(0, 2 * _OFFSET), 0.0)
+    relative = total.abs() / _half_distance(base, dtype)
+    sized = (relative > 0) & (relative < torch.inf) & (base != 0)
+    expected = torch.where(rounds_away & sized, relative / 2, 0.0)
+    logs = torch.where(sized, (relative.log2() + _OFFSET).clamp_min(0), 0.0)
     return [*(flag.to(before) for flag in (*flags, rounds_away & ~stays)), expected, logs, sized.to(before)]
+
+
+def _half_distance(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return half of the distance of numbers, in float32 or float64, to their neighbours of a dtype, away from zero."""
+    bits, exponent = (torch.int32, 0xFF << 23) if numbers.dtype == torch.float32 else (torch.int64, 0x7FF << 52)
+    powers = (numbers.view(bits) & exponent).view(numbers.dtype)  # without sign and fraction
+    # Below the smallest normal number all neighbours are equally far apart.
+    return powers.clamp_min_(torch.finfo(dtype).tiny).mul_(torch.finfo(dtype).eps / 2)
 
 
 def lost_shares(

@@ -92,6 +92,14 @@ def test_what_breaks_is_told_while_training_goes_on(tmp_path: Path) -> None:
     assert BREAKS <= at < BREAKS + 10
 
 
+def test_what_later_readings_may_bring_is_told_at_the_end(tmp_path: Path, monkeypatch) -> None:
+    found = Finding("dynamon/no_sharpness", "note", 3, "There is none.", "Wait.")
+    monkeypatch.setattr(live, "findings", lambda run: [found])
+    logger, got = TensorBoardLogger(tmp_path), []
+    fit(Classifier(mlp()), [watching(on_finding=got.append)], steps=16, max_epochs=-1, logger=logger)
+    assert got == [found] and [line["found_at"] for line in lines(logger.log_dir)] == [15]
+
+
 def test_a_csv_logger_has_the_file_too_and_loggers_chooses(tmp_path: Path) -> None:
     for wanted, there in (("csv", True), ("tensorboard", False)):
         table = CSVLogger(tmp_path / wanted)

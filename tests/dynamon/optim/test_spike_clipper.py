@@ -104,6 +104,8 @@ def test_gradients_are_clipped_as_an_oracle_in_float64_does(either, floor):
 @pytest.mark.parametrize("name", MAKE)
 def test_at_rest_nothing_is_changed_to_the_bit(either, name, dtype):
     """Every gradient is multiplied by 1 on the device path; zeros keep their sign."""
+    if name == "SGD fused" and dtype == torch.bfloat16:
+        pytest.skip("torch 2.13 leaves entries of this momentum buffer without a value: two plain runs differ")
     plain, guarded = network(dtype), network(dtype)
     optimizers = [MAKE[name](model.parameters()) for model in (plain, guarded)]
     clipper = SpikeClipper(optimizers[1], guarded, warmup=3, deviations=1e4, skip=1e3)
