@@ -327,8 +327,13 @@ def fault_tables() -> str:
         "right layer",
     )
     for detector in tables.ROWS:
+        if not found.verdicts(detector, list(tables.REPORTED)):
+            continue
         parts += [f"### Fault by fault: {tables.WORDS[detector]}\n", table(head, tables.fault_rows(found, detector))]
-    parts += ["### False alarms by rule\n", table(("rule", *tables.WORDS.values())[:3], tables.alarm_rows(found))]
+    parts += [
+        "### False alarms by rule\n",
+        table(("rule", *(tables.WORDS[row] for row in tables.ROWS)), tables.alarm_rows(found)),
+    ]
     return "\n".join([*parts, provenance(_result("faults")["environment"])])
 
 

@@ -227,23 +227,35 @@ def test_onsets_differ_by_seed():
 
 def test_summary_of_known_runs():
     faults = {
-        "default|LSTM|none|0": run(),
-        "default|LSTM|nan|0": run(finding(step=150, known=159), loss=152, spikes=[150]) | {"onset": 150},
-        "default|LSTM|labels|0": run(finding(step=300)) | {"onset": 150},
+        "every 10 steps|LSTM|none|0": run(),
+        "every 10 steps|LSTM|nan|0": run(finding(step=150, known=159), loss=152, spikes=[150]) | {"onset": 150},
+        "every 10 steps|LSTM|labels|0": run(finding(step=300)) | {"onset": 150},
     }
     strengths = {f"LSTM|{kind}": {"strength": 1.0, "reached": True, "rise": 0.5} for kind in ("nan", "labels")}
-    healthy = {"default|LSTM|SGD|constant|8": run(finding(step=9), finding(step=400), sigmas=[1, 2]) | {"steps": 1000}}
+    healthy = {
+        "every 10 steps|LSTM|SGD|constant|8": run(finding(step=9), finding(step=400, severity="warning"), sigmas=[1, 2])
+        | {"steps": 1000}
+    }
     rows = list(
         tables.summary_rows(Results({"faults": faults, "strengths": strengths, "healthy": healthy, "rates": {}}))
     )
     assert [row[1:] for row in rows] == [
-        ("1 of 2 (50%)", "1 of 2 (50%)", "1 of 2 (50%)", "9", "0 of 1 (0%)", "2 in 1,000 steps: 20.0"),
+        (
+            "1 of 2 (50%)",
+            "1 of 2 (50%)",
+            "1 of 2 (50%)",
+            "9",
+            "0 of 1 (0%)",
+            "2 in 1,000 steps: 20.0; without notes 10.0",
+        ),
         ("1 of 2 (50%)", "names no layer", "1 of 2 (50%)", "0", "1 of 1 (100%)", "0 in 1,000 steps: 0.0"),
         ("0 of 2 (0%)", "names no layer", "0 of 2 (0%)", "", "none", "1 in 1,000 steps: 10.0"),
     ]
     (nan,) = [
         row
-        for row in tables.fault_rows(Results({"faults": faults, "strengths": strengths, "healthy": {}}), "default")
+        for row in tables.fault_rows(
+            Results({"faults": faults, "strengths": strengths, "healthy": {}}), "every 10 steps"
+        )
         if row[0].startswith("nan")
     ]
     assert nan == ("nan, LSTM", "1 of 1", "`spike/gradient`", "+0", "+9", "+2", "")
@@ -251,11 +263,11 @@ def test_summary_of_known_runs():
 
 def test_the_results_that_are_kept_can_be_read():
     found = read(RESULTS / "faults.json")
-    verdicts = found.verdicts("default", list(REPORTED))
+    verdicts = found.verdicts("every 10 steps", list(REPORTED))
     for (subject, kind), each in verdicts.items():
         assert subject in REPORTED and kind in KINDS and 1 <= len(each) <= len(REPORTED_SEEDS)
     assert list(tables.summary_rows(found))
-    assert len(list(tables.fault_rows(found, "default"))) == len(verdicts)
+    assert len(list(tables.fault_rows(found, "every 10 steps"))) == len(verdicts)
     assert len(list(tables.strength_rows(found))) == len(KINDS)
     page = generated.fault_tables()
     assert all(f"| {cell} |" in page for row in tables.summary_rows(found) for cell in row if cell)

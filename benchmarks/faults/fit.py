@@ -19,9 +19,11 @@ from benchmarks.faults.subjects import OPTIMIZERS, SCHEDULES, Subject
 from benchmarks.rates_study.tasks import Task
 from dynamon.callbacks import DynamicsMonitor
 
-# Without eigenvalues the second row takes a third of the time.
+# Runs of seconds give a budget little to spend. The second row has the shortest intervals of the default, as steps have
+# that are long beside a reading. Both rows without a budget are without eigenvalues, which would take most of the time.
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
+    "no budget": {"budget": None, "quantities": ["directional"]},
     "every 10 steps": {"every_n_steps": 10, "quantities": ["directional"]},
 }
 EVERY = 10  # steps between two looks at monitor.findings
