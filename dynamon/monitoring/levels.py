@@ -12,7 +12,7 @@ from dynamon.health.limits import SPIKE
 
 PATIENCE = 100  # numbers above the limit in a row, after which the level is taken anew
 WARM_UP = 16  # numbers from which the first level is taken
-_EARLY = 20  # numbers after which the limit is at twice its final value
+_EARLY = 50  # numbers after which the limit is at twice its final value
 _GAIN, _SCALE_GAIN, _TAIL_GAIN = 1 / 32, 1 / 100, 0.1  # of the level, the spread and the tail at each number
 _TAIL = 0.98, 2.0537  # a quantile, and where it lies in standard deviations of a Gaussian
 _DECAY = 1.57  # of the tail of Laplacian noise, by deviation: its 98 % quantile is 3.2 of its scale
@@ -40,8 +40,9 @@ class Levels:
     as from any above it: what comes back at more than one number in fifty becomes usual after some dozens of times.
 
     The first 16 numbers of a series are its first level: their median, with the spread of their differences, which a
-    trend does not widen. The limit begins at about twice its final value. A series that stays above its limit for 100
-    numbers has moved for good: its level is taken anew.
+    trend does not widen. The limit begins at four times its final value, and is at twice that value after 50 numbers:
+    levels move most in the first steps of a run. A series that stays above its limit for 100 numbers has moved for
+    good: its level is taken anew.
 
     :class:`dynamon.optim.spike_levels.SpikeLevels`, by which the guard clips, follows mean and variance and may act at
     one step in a hundred. Here, with hundreds of series, one alarm in ten thousand steps is too many.
