@@ -20,6 +20,17 @@ else:
     tqdm.monitor_interval = 0  # no thread that holds tqdm's lock now and then, a fork might inherit it
 
 
+SLOW = [line for line in (Path(__file__).parent / "slow.txt").read_text().splitlines() if line and line[0] != "#"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that are listed as slow, before those that are not wanted are left out."""
+    for item in items:
+        if item.nodeid.startswith(tuple(SLOW)):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The tensors of these tests are tiny: on a busy machine several threads only wait for each other."""

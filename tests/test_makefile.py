@@ -56,3 +56,10 @@ def test_a_changed_package_table_is_installed_by_both(checkout: Path, changed: s
         os.utime(checkout / name, (now - seconds, now - seconds))
     assert make(checkout, "demo") == [".[demo]"]
     assert make(checkout, "quick") == [".[demo,docs,test]"]
+
+
+def test_every_line_of_the_list_of_slow_tests_names_one() -> None:
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            file, _, name = line.partition("::")
+            assert f"def {name}" in (ROOT / file).read_text(), line

@@ -22,15 +22,20 @@ from dynamon.health.series import column_at, final_stretch, median_at, running_m
 from dynamon.runs.history import RunData
 
 _DTYPES = {8.0: "bfloat16", 11.0: "float16", 24.0: "float32", 53.0: "float64"}  # by their significant bits
+_ADVICE = (
+    'Keep the weights in float32 (precision="bf16-mixed" or "16-mixed"), use an optimizer that rounds stochastically '
+    "or by Kahan summation, or raise the learning rate."
+)
+_RAISE = "Raise the learning rate: it is too small for any step to be seen."
 
 
 def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find layers that lose nearly all of their updates in rounding, to the end.
 
-    In half precision at any time; in float32 only from the first reading on and in half of all layers, since a run that
-    has converged, a token that was not seen for long, or the bias before a BatchNorm has steps of any size. Readings at
-    a small part of the largest rate so far do not count, and nothing is said while the rate rises: a warm-up begins
-    with steps that are lost.
+    In half precision at any time; in float32 only from the first reading on and in more than half of all layers, since
+    a run that has converged, a token that was not seen for long, or the bias before a BatchNorm has steps of any size.
+    Readings at a small part of the largest rate so far do not count, and nothing is said while the rate rises: a
+    warm-up begins with steps that are lost.
     """
     hits = []
     for index, name in enumerate(_layers(data)):
@@ -46,7 +51,7 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
             continue
         size = _median(column_at(data, "precision/update_size", name, steps[start:]))
         hits.append((int(steps[start]), name, float(np.median(lost[start:])), size, float(bits[-1])))
-    are_most = len(hits) >= len(_layers(data)) / 2
+    are_most = len(hits) > len(_layers(data)) / 2
     if not are_most:
         hits = [hit for hit in hits if hit[4] <= HALF_PRECISION_BITS]
     if not hits:
@@ -66,8 +71,7 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
         step,
         f"{name_layers(layers)} in {dtype} cannot hold most of the updates: {1 - share:.1%} of the entries move in a "
         f"step, since {cause}.",
-        'Keep the weights in float32 (precision="bf16-mixed" or "16-mixed"), use an optimizer that rounds '
-        "stochastically or by Kahan summation, or raise the learning rate.",
+        _ADVICE if hits[0][4] <= HALF_PRECISION_BITS else _RAISE,
         layers,
         {"moved": 1 - share, "size": size, "layers": len(layers)},
         ("precision/update_lost", "precision/update_size", "update/ratio"),

@@ -140,11 +140,11 @@ class SharpnessMonitor(Monitor):
     ====================  =========  ============  ====
     quantity              at a peak  with a bound  kept
     ====================  =========  ============  ====
-    ``stability_ratio``   24         37            3
+    ``stability_ratio``   27         37            3
     ``hessian``           24         37            3
     ``bracket``           24         37            3
     ``next``              26         39            3
-    ``preconditioned``    25         38            3
+    ``preconditioned``    28         38            3
     ``ggn``               24         37            3
     ``subspace``          46         73            8
     ``blocks``            12         12            3

