@@ -242,7 +242,7 @@ def test_summary_of_known_runs():
     assert [row[1:] for row in rows] == [
         (
             "1 of 2 (50%)",
-            "1 of 2 (50%)",
+            "1 of 2 (50%); without notes 0",
             "1 of 2 (50%)",
             "9",
             "0 of 1 (0%)",

@@ -127,17 +127,22 @@ class Results:
         """A fault as it was injected."""
         return KINDS[kind](SUBJECTS[subject], onset, self.strengths[f"{LIKE.get(subject, subject)}|{kind}"]["strength"])
 
-    def verdicts(self, detector: str, subjects: Sequence[str]) -> dict[tuple[str, str], list[Verdict]]:
+    def verdicts(
+        self, detector: str, subjects: Sequence[str], without_notes: bool = False
+    ) -> dict[tuple[str, str], list[Verdict]]:
         """Verdicts by subject and kind of fault, one for each seed.
 
         Args:
             detector: A row of the monitor, or one of the references.
             subjects: Of which models.
+            without_notes: Whether only findings count that a user is warned of.
         """
         row = detector if detector in ROWS else SEEN
         found: dict[tuple[str, str], list[Verdict]] = {}
         for key, run in self.faults.items():
             its_row, subject, kind, seed = key.split("|")
+            if without_notes:
+                run = run | {"findings": [one for one in run["findings"] if one["severity"] != "note"]}
             if its_row != row or subject not in subjects or kind == "none":
                 continue
             healthy = self.faults[f"{row}|{subject}|none|{seed}"]

@@ -47,6 +47,8 @@ def summary_rows(found: Results) -> Iterator[tuple[str, ...]]:
         if not every:
             continue
         named = [v for v in costly if v.is_named]
+        loud = found.verdicts(detector, list(REPORTED), without_notes=True)
+        told_of = sum(v.is_named for (s, k), each in loud.items() if costs(found, s, k) for v in each)
         steps, alarms = found.alarms(detector, list(REPORTED))
         told = found.alarms(detector, list(REPORTED), without_notes=True)[1].total()
         rate = f"{alarms.total()} in {steps:,} steps: {PER * alarms.total() / steps:.1f}" if steps else "not run"
@@ -55,7 +57,9 @@ def summary_rows(found: Results) -> Iterator[tuple[str, ...]]:
         yield (
             WORDS[detector],
             _share([v.rule is not None for v in costly]),
-            _share([v.is_named for v in costly]) if detector in ROWS else "names no layer",
+            f"{_share([v.is_named for v in costly])}; without notes {told_of}"
+            if detector in ROWS
+            else "names no layer",
             _share([v.is_named for v in every]) if detector in ROWS else _share([v.rule is not None for v in every]),
             "" if late is None else f"{late:g}",
             _share([v.is_first for v in named]),
