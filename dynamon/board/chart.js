@@ -236,9 +236,10 @@ function drawMarks(u, marks) {
   ctx.save();
   ctx.beginPath();
   ctx.strokeStyle = themeColor("--mark");
-  ctx.lineWidth = uPlot.pxRatio;
+  ctx.lineWidth = Math.max(1, Math.round(uPlot.pxRatio));
+  const half = (ctx.lineWidth % 2) / 2; // a line of one pixel lies on one column, not on halves of two
   for (const { step } of marks.filter((one) => one.step >= min && one.step <= max)) {
-    const x = Math.round(u.valToPos(step, "x", true));
+    const x = Math.round(u.valToPos(step, "x", true)) + half;
     ctx.moveTo(x, bbox.top);
     ctx.lineTo(x, bbox.top + bbox.height);
   }

@@ -111,7 +111,7 @@ def test_a_spike_is_told_with_its_step_its_layer_and_its_end() -> None:
         fit(module, [monitor], steps=60, max_epochs=-1, gradient_clip_val=1e-3)
     (finding,) = [f for f in monitor.findings if f.rule.startswith("spike/")]
     assert finding.step == 50 and finding.severity == "warning"  # the loss rose as well
-    assert finding.layers[0] in finding.message and "on batch 2 of its epoch" in finding.message
+    assert finding.layers[0] in finding.message and "batch 2 of its epoch" in finding.message
     assert "It was over after 1 step." in finding.message and finding.advice
 
 
