@@ -1,3 +1,4 @@
+import logging
 import os
 from pathlib import Path
 
@@ -38,6 +39,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loggers_are_put_back():
+    """Benchmarks and examples, which some tests run in this process, quiet the loggers that others read."""
+    own = [
+        logging.getLogger(name) for name in ("dynamon", "lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    ]
+    before = [logger.level for logger in own]
+    yield
+    for logger, level in zip(own, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="module")
