@@ -34,11 +34,14 @@ def dead_units(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find activation functions most of whose units are on their flat part for every sample of the probe, to the end.
 
     A healthy ReLU is zero for half of the inputs, so that of n samples a unit is dead by chance with 2^-n; that is
-    taken off, and a probe of one sample judges nothing.
+    taken off, and a probe of one sample judges nothing. The last output of the model is left out unless it is zero:
+    a classifier that is sure of all samples saturates its sigmoid.
     """
     by_chance = _by_chance(data)
     hits = []
     for name, steps, values in layer_columns(data, "activation/saturated"):
+        if name == _last_output(data) and not _last(data, "activation/zero", name) > DEAD_UNITS:
+            continue
         share = (values - by_chance) / max(1 - by_chance, 1e-9)
         start = _lasting(running_median(share, FEW) > DEAD_UNITS) if by_chance < 1 else None
         if start is not None:
@@ -59,6 +62,31 @@ def dead_units(data: RunData, loss: Loss) -> Iterator[Finding]:
             layers,
             {"share": last, "first": first},
             ("activation/saturated", "activation/zero"),
+        )
+
+
+def nonfinite_outputs(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Find outputs that hold NaN or infinity, at the last readings."""
+    table = data.tables.get("activation/rms")
+    if table is None or not len(table):
+        return
+    zero = data.tables.get("activation/zero")
+    if zero is None or zero.layers != table.layers or zero.values.shape != table.values.shape:
+        return
+    is_broken = ~np.isfinite(table.values) & np.isfinite(zero.values)  # modules that were not called have neither
+    layers = tuple(name for name, column in zip(table.layers or (), is_broken.T, strict=True) if column[-FEW:].all())
+    if layers:
+        start = min(final_stretch(is_broken[:, (table.layers or ()).index(name)]) for name in layers)
+        yield Finding(
+            "activation/nonfinite",
+            "fault",
+            int(table.steps[start]),
+            f"The output of {name_layers(layers)} holds NaN or infinity on the probe.",
+            "Look at the first of them in the order of the model: divisions and logarithms near zero, square roots at "
+            "zero, overflow in half precision.",
+            layers,
+            {"modules": float(len(layers))},
+            ("activation/rms", "activation/max"),
         )
 
 
@@ -197,7 +225,7 @@ def residual_stream(data: RunData, loss: Loss) -> Iterator[Finding]:
 def vanished_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find outputs whose gradient is next to nothing beside that of the output where it is largest, to the end."""
     table = data.tables.get("activation/gradient")
-    if table is None or not len(table):
+    if table is None or not len(table) or _by_chance(data) == 1:  # one sample, which few units let through
         return
     with np.errstate(invalid="ignore"):
         top = np.array([row[np.isfinite(row)].max(initial=0.0) for row in table.values])
@@ -239,6 +267,12 @@ def _by_chance(data: RunData) -> float:
     return 0.5 ** float(known.min()) if len(known) and known.min() > 1 else float(bool(len(known)))
 
 
+def _last_output(data: RunData) -> str | None:
+    """Return the module that is called last: rows stand in the order of the first call."""
+    table = data.tables.get("activation/rms")
+    return table.layers[-1] if table is not None and table.layers else None
+
+
 def _last(data: RunData, quantity: str, name: str) -> float:
     for own, _, values in layer_columns(data, quantity):
         if own == name:
@@ -248,6 +282,13 @@ def _last(data: RunData, quantity: str, name: str) -> float:
 
 def _seen_dead(data: RunData, known: Loss) -> str | None:
     return _extreme(data, "activation/saturated", "{:.0%}")
+
+
+def _seen_nonfinite(data: RunData, known: Loss) -> str | None:
+    table = data.tables.get("activation/rms")
+    if table is None or not len(table):
+        return None
+    return f"{int((~np.isfinite(table.values[-1])).sum())} of {len(table.layers or ())} outputs not finite at the end"
 
 
 def _seen_outliers(data: RunData, known: Loss) -> str | None:
@@ -292,6 +333,14 @@ RULES = (
         f"{DEAD_UNITS:.0%} dead or saturated on the whole probe, {_STAYING}",
         "activation/saturated",
         names=("activation/dead",),
+    ),
+    Rule(
+        nonfinite_outputs,
+        _seen_nonfinite,
+        "outputs of modules are finite",
+        f"NaN or infinity at the last {FEW} readings",
+        "activation/rms",
+        names=("activation/nonfinite",),
     ),
     Rule(
         outlier_features,

@@ -111,9 +111,9 @@ def _is_grave(spike: _Spike) -> bool:
 
 def _one(spike: _Spike, last: int) -> Finding:
     loss = f"; the loss {_moved(spike.kinds['loss'])}" if "loss" in spike.kinds and len(spike.kinds) > 1 else ""
-    end = (
-        f"It was over after {_steps(spike.lasted)}." if spike.lasted is not None else f"It was not over by step {last}."
-    )
+    end = "What follows it is not known yet." if last <= spike.step else f"It was not over by step {last}."
+    if spike.lasted is not None:
+        end = f"It was over after {_steps(spike.lasted)}."
     code = "" if spike.code is None else f", fingerprint {spike.code}"
     own = max((d for kind, d in spike.kinds.items() if kind != "loss"), default=spike.deviation)
     return Finding(

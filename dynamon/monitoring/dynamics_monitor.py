@@ -255,6 +255,8 @@ def _meters(makes: Sequence[Callable[[], list[Meter]]]) -> list[Meter]:
 
 def _sentinels(is_wanted: bool, looks_always: bool, name: str) -> list[Callable[[], list[Meter]]]:
     """Return what makes the meter that looks at every step; nothing where none is wanted."""
+    if not isinstance(is_wanted, bool):
+        raise TypeError(f"sentinel must be True or False, got {is_wanted!r}.")
     return [partial(_sentinel, looks_always, name)] if is_wanted else []
 
 

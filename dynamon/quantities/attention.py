@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SAMPLES, HEADS, ROWS = 8, 8, 16  # at most so many of each, evenly spread
-_HIDDEN = 1e4  # logits that lie so far below the largest of their row are masked, whatever number the mask has
+_HIDDEN = 5e3  # logits that lie so far below the largest of their row are masked: masks add -1e4 and less
 _NO_ROW = -5e8  # a row whose largest logit is lower sees nothing: masks hold -inf, -1e9 or the dtype's lowest number
 
 

@@ -53,6 +53,37 @@ def test_noise_around_usual_values_raises_nothing(seed):
     assert rules(healthy(seed)) == []
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_output_that_is_not_finite_is_named_and_one_that_is_not_called_is_not(value):
+    zero = Series(STEPS, one(np.nan, 0.0, place=1), MODULES)
+    sizes = one(np.where(np.arange(T) < 30, 1.0, value), 1.0)
+    sizes[:, 1] = np.nan
+    (found,) = findings(run(activation__rms=Series(STEPS, sizes, MODULES), activation__zero=zero))
+    assert (found.rule, found.severity, found.layers) == ("activation/nonfinite", "fault", ("blocks.2.act",))
+    assert found.step == STEPS[30]
+    sizes[-1, 2] = 1.0  # it has passed
+    assert not findings(run(activation__rms=Series(STEPS, sizes, MODULES), activation__zero=zero))
+
+
+@pytest.mark.parametrize(("zero", "is_told"), [(0.0, False), (1.0, True)])
+def test_the_last_output_may_be_sure_of_all_samples_but_not_dead(zero, is_told):
+    saturated, sizes = one(1.0, 0.1, place=3), np.ones((T, 4))
+    found = rules(
+        run(
+            activation__saturated=Series(STEPS, saturated, MODULES),
+            activation__rms=Series(STEPS, sizes, MODULES),
+            activation__zero=Series(STEPS, one(zero, 0.0, place=3), MODULES),
+        )
+    )
+    assert found == ["activation/dead"] * is_told
+
+
+def test_one_sample_says_nothing_of_vanished_gradients():
+    gradients = Series(STEPS, one(1e-12, 1.0), MODULES)
+    assert rules(run(activation__gradient=gradients)) == ["activation/vanished"]
+    assert rules(run(samples=1, activation__gradient=gradients)) == []
+
+
 def test_dead_units_are_named_with_their_share():
     (found,) = findings(run(activation__saturated=Series(STEPS, one(0.7, 0.1), MODULES)))
     assert (found.rule, found.severity, found.layers) == ("activation/dead", "warning", ("blocks.2.act",))

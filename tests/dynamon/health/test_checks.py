@@ -52,6 +52,8 @@ def good() -> RunData:
         "activation/saturated": table(0.1, 0.2, 0.3),
         "activation/kurtosis": table(3.0, 5.0, 9.0),
         "activation/gradient": table(1e-3, 1e-2, 1e-1),
+        "activation/rms": table(1.0, 2.0, 0.5),
+        "activation/zero": table(0.1, 0.2, 0.3),
         "activation/residual": Series(STEPS, np.column_stack([noisy(level) for level in range(1, 5)]), tuple("abcd")),
         "attention/max_logit": table(3.0, 5.0, 9.0),
         "attention/entropy": table(0.3, 0.5, 0.7),
