@@ -32,6 +32,7 @@ WRITERS = {
     "activation": "`ActivationMonitor`",
     "steering": "`LayerwiseLR`",
     "guard": "`SpikeGuard`",
+    "sentinel": "`DynamicsMonitor`",
     "advice": "`RateAdvisor`",
     "monitor": "every monitor",
 }  # by the meter that takes a quantity

@@ -129,9 +129,13 @@ def text_batches(steps: int) -> list[Tensor]:
 
 
 def with_a_bad_one(batches: list[Tensor]) -> list[Tensor]:
-    """The same with one batch of bytes that no text has, as from a compressed file."""
-    bad = torch.randint(128, 256, batches[0].shape, generator=torch.Generator().manual_seed(1))
-    return [bad if index == len(batches) // 2 else batch for index, batch in enumerate(batches)]
+    """The same with one batch of a single byte that no text has, as from a file that was cut off and filled up."""
+    bad = torch.full_like(batches[0], 200)
+    return [bad if index == _bad_index(batches) else batch for index, batch in enumerate(batches)]
+
+
+def _bad_index(batches: list[Tensor]) -> int:
+    return 3 * len(batches) // 4
 
 
 def say(name: str, run: Run) -> None:
@@ -143,12 +147,12 @@ def say(name: str, run: Run) -> None:
 
 def explain_batch(run: Run, batches: list[Tensor]) -> None:
     """The spike names the batch: find it in the data."""
-    spike, half = run.of("spike/deviation"), len(batches) // 2
+    spike, at = run.of("spike/deviation"), _bad_index(batches)
     code = int(run.monitor.history["spike/fingerprint"].values[0])
     found = [index for index, batch in enumerate(batches) if fingerprint(batch) == code]
     print(f"the batch with fingerprint {code:06x} is number {found}: bytes from {batches[found[0]].min()} on")
-    if spike.step != half or found != [half]:
-        raise SystemExit(f"the bad batch is number {half}; the spike is at step {spike.step}, its batch is {found}.")
+    if spike.step != at or found != [at]:
+        raise SystemExit(f"the bad batch is number {at}; the spike is at step {spike.step}, its batch is {found}.")
 
 
 def explain_rate(run: Run, mended: Run, half: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynamon.health import findings
+from dynamon.health.checks import RULES
 from dynamon.runs import read_run_data
 from tests.browser.board import Board, exact, number, rounded, serving
 from tests.browser.conftest import SWEEP
@@ -160,7 +161,7 @@ def test_health_of_a_good_run_says_what_was_checked(open_board, logdir):
     seen = {what: value for what, verdict, value, _ in rows}
     assert {verdict for _, verdict, _, _ in rows} == {"fine"} and all(limit for *_, limit in rows)
     missing = board.frame.locator(".unchecked li").count()
-    assert len(rows) + missing == 19 and len(rows) >= 17  # one for each rule
+    assert len(rows) + missing == len(RULES) and len(rows) >= 17  # one for each rule
     loss = scalars(logdir / "run" / "one", LOSS)
     ratio = np.array(list(scalars(logdir / "run" / "one", "sharpness/stability_ratio").values()))
     assert seen["loss is finite"] == f"0 of {len(loss)} readings not finite"

@@ -136,8 +136,9 @@ def test_healthy_runs(name, tmp_path):
 def test_gradient_descent_at_the_edge_of_stability(tmp_path):
     network, data = smooth()
     run, monitor = run_of(tmp_path, Regression(network, sgd(0.1)), data, steps=1000, every=10, logger=CSVLogger)
-    assert run.scalars["sharpness/stability_ratio"].values.max() > 1 and findings(run) == []
-    assert findings(monitor.history) == []
+    assert run.scalars["sharpness/stability_ratio"].values.max() > 1
+    for found in (findings(run), findings(monitor.history)):  # where it jumps over the edge, a step can be a spike
+        assert {(one.rule, one.severity) for one in found} <= {("spike/deviation", "note")}
 
 
 def test_a_steered_run(tmp_path):

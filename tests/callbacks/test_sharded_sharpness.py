@@ -176,7 +176,8 @@ def test_every_tag_is_that_of_one_process(both, one, name: str) -> None:
         assert torch.equal(found[tag]["values"].nan_to_num(), both[1][name]["tables"][tag]["values"].nan_to_num()), tag
         if NOT_A_VALUE.fullmatch(tag) or name.startswith("shards") and BY_CHANCE.fullmatch(tag):
             continue
-        exact = 1e-10 if name.startswith("gathered") else 1e-6  # differences of gradients
+        # Differences of gradients; one process alone may take one-sided ones for what it tracks.
+        exact = 1e-10 if name.startswith("gathered") and "stability_ratio" not in tag else 1e-6
         within = 1e-5 if EIGENVECTORS.fullmatch(tag) else exact
         if name.startswith("shards") and FIRST_ORDER.fullmatch(tag):
             within = exact**0.5
