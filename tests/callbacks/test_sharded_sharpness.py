@@ -27,6 +27,7 @@ IN_SHARDS = ("hessian", "stability_ratio", "preconditioned", "directional", "cri
 BOUNDS = ("hessian", "stability_ratio", "bracket")  # in the sixth measurement
 NOT_A_VALUE = re.compile(".*_residual|sharpness/matvecs|sharpness/outliers|dynamon/overhead")  # how a solve went
 BY_CHANCE = re.compile(".*_(upper|min)")  # these depend on the start vector, and shards draw their own
+TRACKED = re.compile("sharpness/(stability_ratio|hessian|preconditioned).*")
 EIGENVECTORS = re.compile(".*(share|overlap|block.*)")
 # Along a vector on other samples: of first order in the vector's error, which is the root of the value's.
 FIRST_ORDER = re.compile(".*_bracket")
@@ -177,7 +178,7 @@ def test_every_tag_is_that_of_one_process(both, one, name: str) -> None:
         if NOT_A_VALUE.fullmatch(tag) or name.startswith("shards") and BY_CHANCE.fullmatch(tag):
             continue
         # Differences of gradients; one process alone may take one-sided ones for what it tracks.
-        exact = 1e-10 if name.startswith("gathered") and "stability_ratio" not in tag else 1e-6
+        exact = 1e-10 if name.startswith("gathered") and not TRACKED.fullmatch(tag) else 1e-6
         within = 1e-5 if EIGENVECTORS.fullmatch(tag) else exact
         if name.startswith("shards") and FIRST_ORDER.fullmatch(tag):
             within = exact**0.5
