@@ -150,7 +150,7 @@ class DynamicsMonitor(Monitor):
         geometry: As there.
         on_finding: Function that is called with each new :class:`dynamon.health.Finding`, on a thread of its own, so
             that training does not wait for it. It must not touch the model or the optimizer. What it raises is counted
-            in :attr:`failures`. On the first process only.
+            in ``failures``. On the first process only.
         stop_on: Health rules (``"loss/nonfinite"``) and severities (``"fault"``; a severity stands for those that are
             worse, too) at which training stops after the step, on all processes; None never stops. Where there are
             several processes, they agree with the next reading.
