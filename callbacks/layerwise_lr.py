@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import chart_layout, merge_layouts
-from dynamon.callbacks.lightning.callback import DynamonCallback
 from dynamon.callbacks.lightning.loop import TrainerLoop, step_of
 from dynamon.callbacks.lightning.steering import (
     can_be_steered,
@@ -25,6 +24,7 @@ from dynamon.callbacks.lightning.steering import (
     unsteerable_reason,
     wants_parts,
 )
+from dynamon.callbacks.lightning.step_callback import StepCallback
 from dynamon.callbacks.lightning.strategy import averages_gradients
 from dynamon.distributed.dtensor import any_sharded
 from dynamon.isolation.preserve import LossFn
@@ -40,14 +40,13 @@ from dynamon.optim import LayerwiseRates, unsupported_reason
 from dynamon.optim.stepping import GONE, has_gradients
 from dynamon.quantities import REGISTRY, Scope, meanings, quantities_of, with_tag_table
 from dynamon.rates import Rule
-from dynamon.runs.history import History
 
 _NOISE = REGISTRY["noise/dual"]  # shown where the rule follows it and no monitor in the Trainer does
 _RATES = chart_layout(quantities_of("steering"))
 
 
 @with_tag_table([*quantities_of("steering"), _NOISE])
-class LayerwiseLR(DynamonCallback):
+class LayerwiseLR(StepCallback):
     """Steers every optimizer of the Trainer with one learning-rate ratio a layer, as a rule gives it.
 
     Ratios act only inside ``optimizer.step()``: schedulers, ``optimizer.state_dict()``, checkpoints,
@@ -126,19 +125,9 @@ class LayerwiseLR(DynamonCallback):
         self._past: tuple[list[Any], dict[str, float]] = ([], {})  # of a copy: states and ratios of the original
 
     @property
-    def history(self) -> History:
-        """Rates and ratios so far, as arrays by quantity."""
-        return self._recorder.history
-
-    @property
     def overhead(self) -> float:
         """Time of steering over the training time without it, so far."""
         return self._budget.overhead
-
-    @property
-    def failures(self) -> int:
-        """Calls of loggers that failed so far."""
-        return self._recorder.failures
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -207,12 +196,6 @@ class LayerwiseLR(DynamonCallback):
                 rates.reader.warm_up()
         self._is_steering = True
         self.write_layout(loop)
-
-    def _go_back_to(self, step: int) -> None:
-        """Undo what was recorded at a step that is yet to come, before a checkpoint was loaded."""
-        if step < self._next_step:
-            self.history.forget_from(step)
-        self._next_step = step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -351,15 +334,9 @@ class LayerwiseLR(DynamonCallback):
         self._let_go()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the optimizers back as they were. A reading that is still on its way is lost if the device is."""
+        """Stop the clock, and give the optimizers back as they were."""
         self._budget.stop()
-        self._let_go()
-        self.send_rest(TrainerLoop(trainer, pl_module))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave nothing behind, however the fit has ended."""
-        super().teardown(trainer, pl_module, stage)
-        self._let_go()
+        super().on_exception(trainer, pl_module, exception)
 
     def _let_go(self) -> None:
         self._is_steering, self._probe = False, None

@@ -10,10 +10,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import chart_layout
-from dynamon.callbacks.lightning.callback import DynamonCallback
 from dynamon.callbacks.lightning.checkpoints import SavedCheckpoints
 from dynamon.callbacks.lightning.loop import TrainerLoop, step_of
 from dynamon.callbacks.lightning.steering import holds_some_of
+from dynamon.callbacks.lightning.step_callback import StepCallback
 from dynamon.callbacks.lightning.strategy import strategy_reason
 from dynamon.distributed.ranks import Ranks
 from dynamon.layers import select
@@ -26,11 +26,10 @@ from dynamon.optim import SpikeClipper, several_devices_reason, steerable_layers
 from dynamon.optim.spike_arguments import check_numbers
 from dynamon.quantities import Scope, meanings, quantities_of, with_tag_table
 from dynamon.quantities.scales import Scale, inverse_scale
-from dynamon.runs.history import History
 
 
 @with_tag_table(quantities_of("guard"))
-class SpikeGuard(DynamonCallback):
+class SpikeGuard(StepCallback):
     """Clips the gradient of each layer that leaves its own recent level, in every step of every optimizer.
 
     The factors act inside ``optimizer.step()``, after all monitors, after the rules of layerwise rates and after
@@ -110,16 +109,6 @@ class SpikeGuard(DynamonCallback):
         self._next_step = 0
 
     @property
-    def history(self) -> History:
-        """Factors and counts so far, as arrays by quantity."""
-        return self._recorder.history
-
-    @property
-    def failures(self) -> int:
-        """Calls of loggers that failed so far."""
-        return self._recorder.failures
-
-    @property
     def factors(self) -> dict[str, float]:
         """The factor of each layer in the last step, by parameter name; in a dry run the one it would have had."""
         return {name: factor for guard in self._guards.values() for name, factor in guard.factors.items()}
@@ -172,12 +161,6 @@ class SpikeGuard(DynamonCallback):
         self._attach(trainer, pl_module)
         self._is_guarding = True
         self.write_layout(loop)
-
-    def _go_back_to(self, step: int) -> None:
-        """Undo what was recorded at a step that is yet to come, before a checkpoint was loaded."""
-        if step < self._next_step:
-            self.history.forget_from(step)
-        self._next_step = step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -266,16 +249,6 @@ class SpikeGuard(DynamonCallback):
         """Give the optimizers back as they were."""
         for guard in self._guards.values():
             guard.settle()
-        self._let_go()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the optimizers back as they were."""
-        self._let_go()
-        self.send_rest(TrainerLoop(trainer, pl_module))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave nothing behind, however the fit has ended."""
-        super().teardown(trainer, pl_module, stage)
         self._let_go()
 
     def _let_go(self) -> None:
