@@ -338,7 +338,7 @@ RULES = (
         nonfinite_outputs,
         _seen_nonfinite,
         "outputs of modules are finite",
-        f"NaN or infinity at the last {FEW} readings",
+        f"not finite at the last {FEW} readings",
         "activation/rms",
         names=("activation/nonfinite",),
     ),

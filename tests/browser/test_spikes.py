@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from dynamon.callbacks import DynamicsMonitor
+from tests.browser.board import serving
 from tests.helpers import Classifier, fit
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,13 @@ def logdir(browser, tmp_path_factory):
             fit(module, [monitor], logger=logger, steps=100, max_epochs=-1, gradient_clip_val=0.01)
         assert monitor.history["spike/batch"].steps.tolist() == list(AT)
     return root
+
+
+@pytest.fixture(scope="session")
+def tensorboard(logdir, tmp_path_factory):
+    """A server of its own: the one of the other tests, which may have started, shows their runs."""
+    with serving(logdir, tmp_path_factory.mktemp("spikes-server") / "log") as address:
+        yield address
 
 
 def reds(board, title):
