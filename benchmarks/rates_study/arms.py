@@ -163,7 +163,7 @@ def rule_of(arm: str, task: Task, model: nn.Module, ratios: tuple[float, ...]) -
         return StepSizes(task)
     if arm == "observed":
         return Observed(task, ratios)
-    if arm != "fixed":
+    if arm not in ("fixed", "averaged"):
         return RULES[arm](task, model)
     if all(ratio == 1 for ratio in ratios):
         return None
