@@ -1,13 +1,15 @@
 """Group rates by coordinate search: what a person with patience would find."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from benchmarks.rates_study.book import Book
+if TYPE_CHECKING:
+    from benchmarks.rates_study.book import Book
 
 FACTORS = (0.5, 2.0)
 
 
-def search(book: Book, task: str, rate: float) -> tuple[float, ...]:
+def search(book: "Book", task: str, rate: float) -> tuple[float, ...]:
     """Ratios of the groups with the least mean loss on the tuning seeds."""
 
     def loss(ratios: tuple[float, ...]) -> float:

@@ -70,6 +70,10 @@ def by_pilot() -> LayerwiseLR:
     return by_balance(BalancedRates(["network.0.*", "network.2.*", "network.4.*"], pilot=12))
 
 
+def advisor() -> RateAdvisor:
+    return RateAdvisor(pilot=12, group_by="role", strict=True)
+
+
 def plain(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)
 
@@ -108,10 +112,7 @@ def test_weights_and_ratios_are_those_of_one_process(name: str) -> None:
 
 def test_the_advisor_reads_parts_as_it_reads_the_whole() -> None:
     arguments = {"data": loader(), "steps": 14}
-    (one,), ranks = (
-        fit_in_processes(make(), [RateAdvisor(pilot=12, group_by="role", strict=True)], count, **arguments)
-        for count in (1, 2)
-    )
+    (one,), ranks = (fit_in_processes(make(), [advisor()], count, **arguments) for count in (1, 2))
     plain = fit_in_processes(make(), [], 2, **arguments)
     for tag in ("advice/progress", "advice/coupling"):
         wanted = values(one, tag)
@@ -141,8 +142,8 @@ def watched() -> list[Any]:
 
 RESUMED = {
     "whole, steered": (False, lambda: [*watched(), by_noise()]),
-    "whole, balanced": (False, lambda: [*watched(), by_balance()]),  # a reading is pending
-    "in parts, balanced": (True, lambda: [*watched(), by_balance()]),
+    "whole, readings of steps pending": (False, lambda: [*watched(), by_balance(), advisor()]),
+    "in parts, readings of steps pending": (True, lambda: [*watched(), by_balance(), advisor()]),
     "in parts, watched": (True, watched),
 }
 
