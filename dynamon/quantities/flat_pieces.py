@@ -125,7 +125,7 @@ def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
     if reads_are_free(tensors[0].device):  # a norm takes ten times as long there
         ends = [torch.stack(torch.aminmax(tensor)).to(wide) for tensor in tensors]
         return torch.stack(ends).abs().amax(1)
-    return torch.stack(torch._foreach_norm(tensors, torch.inf, dtype=wide))
+    return torch.stack(torch._foreach_norm(list(tensors), torch.inf, dtype=wide))
 
 
 def _on_host(other: Tensor | float) -> Any:

@@ -164,7 +164,7 @@ def _rows(
     # What is far above the distance cannot be lost. In float32 that is nearly all, and the host looks at the rest only.
     places = _few(is_below(relative, _NEAR)) if reads_are_free(base.device) else None
     own = [now, step, base, total, relative]
-    lost, against, expected = _rounding(*(own if places is None else [x[places] for x in own]), dtype)
+    lost, against, expected = _rounding(own if places is None else [one[places] for one in own], dtype)
     if places is not None:
         lost, against, expected = (x.new_zeros(base.shape).index_copy_(0, places, x) for x in (lost, against, expected))
     is_zero = is_equal(base, 0.0)
@@ -185,13 +185,12 @@ def _few(mask: Tensor) -> Tensor | None:
     return torch.from_numpy(np.flatnonzero(is_set)) if np.count_nonzero(is_set) < len(is_set) // 4 else None
 
 
-def _rounding(
-    now: Tensor, step: Tensor, base: Tensor, total: Tensor, relative: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rounding(entries: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Say which entries lost their update, which moved against rounding to nearest, and how many would by chance.
 
     By chance: the mean number of moves of unbiased rounding where rounding to nearest makes none.
     """
+    now, step, base, total, relative = entries
     stays = is_equal(now, base)
     # Else something other than rounding holds the entry.
     lost = ~is_equal(step, 0.0) & stays & is_equal(_held(base + total / 2, dtype), base)
