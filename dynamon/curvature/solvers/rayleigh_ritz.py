@@ -1,5 +1,6 @@
 """Follow the top eigenvalue of an operator that changes slowly, where it stands clear of the others."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 

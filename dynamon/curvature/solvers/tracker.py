@@ -24,8 +24,8 @@ class EigenTracker:
 
     It holds the vectors of the last measurement. Measurements start cold the first time, after the operator's size has
     changed, and every tenth time, when the run can also give the 99 % upper bound. Where the last measurement found
-    another eigenvalue above three quarters of the top, or the top had changed by more than 30 %, Lanczos starts from the
-    vectors and noise; elsewhere a few products are tried first (:func:`top_eigenvalues`).
+    another eigenvalue above three quarters of the top, or the top had changed by more than 30 %, Lanczos starts from
+    the vectors and noise; elsewhere a few products are tried first (:func:`top_eigenvalues`).
 
     Warm measurements can take one-sided differences of gradients, at one gradient a product, where these were compared
     with exact products at the last cold measurement (:meth:`compare`). ``backend`` says which operator the next
