@@ -108,9 +108,10 @@ def died_at_once(data: RunData, loss: Loss) -> Iterator[Finding]:
 def faded_outputs(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find outputs that fell to a tenth of their size from one reading to the next, and stayed there: a shut gate."""
     hits = []
+    dead = {name for finding in died_at_once(data, loss) for name in finding.layers}
     for place, (name, steps, values) in enumerate(layer_columns(data, "activation/rms")):
         start = _fallen(values, 1 / JUMP)
-        if start is not None:
+        if start is not None and name not in dead:
             before = float(np.median(values[start - CONSECUTIVE : start]))
             hits.append((int(steps[start]), place, name, float(np.median(values[start:])) / before))
     if hits:

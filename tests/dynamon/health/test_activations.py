@@ -171,6 +171,8 @@ def test_an_output_that_fades_at_once_is_named():
     (found,) = findings(run(activation__rms=table(one(shut, 1.0))))
     assert (found.rule, found.layers, found.step) == ("activation/faded", ("blocks.2.act",), STEPS[25])
     assert found.numbers["share"] == pytest.approx(8e-4, rel=0.2)
+    silent = Series(STEPS, one(np.where(np.arange(T) < 25, 0.3, 0.99), 0.3), MODULES)
+    assert rules(run(activation__rms=table(one(shut, 1.0)), activation__zero=silent)) == ["activation/died"]
     moment = np.where((np.arange(T) > 10) & (np.arange(T) < 20), 4e-4, 0.5)
     for values in (moment, 0.5 * 1e-3**RISING, np.where(np.arange(T) < 25, 0.5, 0.1)):
         assert rules(run(activation__rms=table(one(values, 1.0)))) == []
