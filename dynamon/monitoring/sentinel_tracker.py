@@ -117,7 +117,7 @@ class StepTracker:
         )
 
     def _see_loss(self, step: int, number: float) -> tuple[Shift | None, Shift | None]:
-        """The shift of the loss that is found now, and the one that is over."""
+        """Return the shift of the loss that is found now, and the one that is over."""
         if self._is_restarted(self.norms.rate):
             self._shift.rest()
         found, before = self._shift.see(step, number), self._shift.open
@@ -130,7 +130,7 @@ class StepTracker:
         return _HIGHER * usual < rate <= _KNOWN * largest
 
     def _numbers(self, found: StepNumbers, inputs: NDArray[Any] | None) -> tuple[NDArray[Any], list[str]]:
-        """What the series are to see, NaN where nothing was measured, and the kinds that were."""
+        """Return what the series are to see, NaN where nothing was measured, and the kinds that were."""
         count = len(self.names)
         sizes = np.zeros(2 * count + 1)
         if found.gradients is not None:
