@@ -5,7 +5,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import activations, batches, gradients, limits, loss, monitoring, precision, shifts, spikes, weights
+from dynamon.health import (
+    activations,
+    attention,
+    batches,
+    gradients,
+    limits,
+    loss,
+    monitoring,
+    precision,
+    shifts,
+    spikes,
+    weights,
+)
 from dynamon.health.loss import Loss
 from dynamon.health.rule import Rule
 from dynamon.health.series import (
@@ -375,6 +387,7 @@ RULES: tuple[Rule, ...] = (
         names=("spectrum/collapse",),
     ),
     *activations.RULES,
+    *attention.RULES,
     Rule(
         monitoring.steering_at_bounds,
         _bounded,
