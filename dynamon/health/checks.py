@@ -5,7 +5,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health import activations, batches, gradients, limits, loss, monitoring, precision, spikes, weights
+from dynamon.health import (
+    activations,
+    batches,
+    changes,
+    gradients,
+    limits,
+    loss,
+    monitoring,
+    precision,
+    spikes,
+    weights,
+)
 from dynamon.health.loss import Loss
 from dynamon.health.rule import Rule
 from dynamon.health.series import (
@@ -361,6 +372,7 @@ RULES: tuple[Rule, ...] = (
         "spectrum/stable_rank",
         names=("spectrum/collapse",),
     ),
+    *changes.RULES,
     *activations.RULES,
     Rule(
         monitoring.steering_at_bounds,

@@ -83,6 +83,44 @@ class Choked(Classifier):
         self.trainer.gradient_clip_val = 0.01 if self.trainer.global_step >= 80 else 10.0
 
 
+class Hurried(Classifier):
+    """From step 83 on the rate of the second group is eight times as large."""
+
+    def configure_optimizers(self):
+        first, *others = self.parameters()
+        groups = [{"params": [first], "lr": 0.05}, {"params": others, "lr": 0.01}]
+        return torch.optim.SGD(groups)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.trainer.global_step == 83:
+            self.optimizers().param_groups[1]["lr"] = 0.08
+
+
+class Limited(Classifier):
+    """From step 80 on gradients are clipped, as they were not before."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.trainer.gradient_clip_val = 0.1 if self.trainer.global_step >= 80 else None
+
+
+class Overwritten(Classifier):
+    """At step 82 somebody writes to a bias."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.trainer.global_step == 82:
+            with torch.no_grad():
+                self.network[2].bias.sub_(1.0)
+
+
+class Decaying(Classifier):
+    """A schedule that goes down to a tenth within 100 steps."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.1, 1 - 0.009 * step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def relu() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -184,3 +222,42 @@ def test_a_run_that_goes_nowhere(module, rule, tmp_path):
     (found,) = [one for one in findings(run) if one.rule == rule]
     assert 80 <= found.step <= 85 and found.severity == "warning"
     assert [one.step for one in monitor.findings if one.rule == rule] == [found.step]
+
+
+CHANGED = {
+    Hurried: ("lr/jump", {83}, ()),
+    Limited: ("gradient/limit", range(80, 91), ()),
+    Overwritten: ("weight/changed", {85}, ("network.2.bias",)),
+}
+
+
+@pytest.mark.parametrize("module", CHANGED)
+@pytest.mark.parametrize("has_sentinel", [True, False])
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. ")
+def test_what_is_changed_in_mid_run(module, has_sentinel):
+    rule, steps, layers = CHANGED[module]
+    monitor = DynamicsMonitor(every_n_steps=5, quantities=["directional"], sentinel=has_sentinel)
+    fit(module(relu(), sgd(0.05)), [monitor], samples(8), steps=130, max_epochs=-1)
+    if module is Hurried and not has_sentinel:
+        steps = {85}
+    (found,) = [one for one in monitor.findings if one.rule == rule]
+    assert found.step in steps and found.layers == layers
+    assert {one.rule for one in monitor.findings} <= {rule, "spike/deviation"}
+
+
+@pytest.mark.parametrize("is_forgotten", [True, False])
+def test_a_schedule_that_begins_anew_after_a_resume(is_forgotten, tmp_path):
+    def monitor():
+        return DynamicsMonitor(every_n_steps=5, quantities=["directional"])
+
+    first = fit(Decaying(mlp(), sgd(0.05)), [monitor()], samples(8), steps=100, max_epochs=-1)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    if is_forgotten:
+        state = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        state["lr_schedulers"][0]["last_epoch"] = 0
+        state["optimizer_states"][0]["param_groups"][0]["lr"] = 0.05
+        torch.save(state, tmp_path / "a.ckpt")
+    resumed = monitor()
+    fit(Decaying(mlp(), sgd(0.05)), [resumed], samples(8), steps=140, max_epochs=-1, ckpt_path=tmp_path / "a.ckpt")
+    found = [(one.rule, one.step, round(one.numbers["times"], 1)) for one in resumed.findings]
+    assert found == ([("lr/jump", 100, 9.2)] if is_forgotten else [])
