@@ -208,7 +208,7 @@ def test_a_run_with_a_dead_layer(optimizer, tmp_path):
         run, _ = run_of(tmp_path, Dying(relu(), optimizer), samples(8))
     found = {finding.rule: finding for finding in findings(run)}
     dead = found.pop("gradient/dead")
-    assert dead.step == 60 and set(found) <= {"loss/rising", "update/stopped"}
+    assert dead.step == 60 and set(found) <= {"loss/rising", "update/stopped", "weight/changed"}
     assert set(dead.layers) >= {f"network.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
     assert "network.4.bias" not in dead.layers
 
@@ -242,7 +242,7 @@ def test_what_is_changed_in_mid_run(module, has_sentinel):
         steps = {85}
     (found,) = [one for one in monitor.findings if one.rule == rule]
     assert found.step in steps and found.layers == layers
-    assert {one.rule for one in monitor.findings} <= {rule, "spike/deviation"}
+    assert {one.rule for one in monitor.findings} <= {rule, "spike/deviation", "dynamon/no_sharpness"}
 
 
 @pytest.mark.parametrize("is_forgotten", [True, False])
@@ -259,5 +259,5 @@ def test_a_schedule_that_begins_anew_after_a_resume(is_forgotten, tmp_path):
         torch.save(state, tmp_path / "a.ckpt")
     resumed = monitor()
     fit(Decaying(mlp(), sgd(0.05)), [resumed], samples(8), steps=140, max_epochs=-1, ckpt_path=tmp_path / "a.ckpt")
-    found = [(one.rule, one.step, round(one.numbers["times"], 1)) for one in resumed.findings]
-    assert found == ([("lr/jump", 100, 9.2)] if is_forgotten else [])
+    found = [(one.step, one.numbers["times"]) for one in resumed.findings if one.rule == "lr/jump"]
+    assert found == ([(100, pytest.approx(1 / 0.109))] if is_forgotten else [])
