@@ -28,8 +28,8 @@ demo: $(DEMO_READY) ## Train a small model under the monitor and show what it fi
 test: lint ## Check the style, then run the tests, as many at once as there are processors
 	@$(PYTEST) $(PARALLEL)
 
-quick: $(READY) ## Run the tests of the two lower floors that start no processes
-	@$(PYTEST) $(PARALLEL) -m "not slow and not processes" tests/kernels tests/dynamon
+quick: $(READY) ## Run the short tests of the two lower floors
+	@$(PYTEST) $(PARALLEL) -m "not slow and not long and not processes" tests/kernels tests/dynamon
 
 slow: $(READY) ## Run the tests that take minutes, the browser, the wheel and the documentation among them
 	@$(PYTEST) -m slow --timeout 3600

@@ -21,15 +21,22 @@ else:
     tqdm.monitor_interval = 0  # no thread that holds tqdm's lock now and then, a fork might inherit it
 
 
-SLOW = [line for line in (Path(__file__).parent / "slow.txt").read_text().splitlines() if line and line[0] != "#"]
+def listed(name: str) -> tuple[str, ...]:
+    """Read what a list beside this file names: beginnings of the names of tests."""
+    lines = (Path(__file__).parent / name).read_text().splitlines()
+    return tuple(line for line in lines if line and line[0] != "#")
+
+
+LISTED = {"slow": listed("slow.txt"), "long": listed("long.txt")}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that are listed as slow, before those that are not wanted are left out."""
+    """Mark the tests that are listed, before those that are not wanted are left out."""
     for item in items:
-        if item.nodeid.startswith(tuple(SLOW)):
-            item.add_marker(pytest.mark.slow)
+        for mark, beginnings in LISTED.items():
+            if item.nodeid.startswith(beginnings):
+                item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True, scope="module")

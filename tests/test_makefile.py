@@ -58,8 +58,9 @@ def test_a_changed_package_table_is_installed_by_both(checkout: Path, changed: s
     assert make(checkout, "quick") == [".[demo,docs,test]"]
 
 
-def test_every_line_of_the_list_of_slow_tests_names_one() -> None:
-    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+@pytest.mark.parametrize("name", ["slow.txt", "long.txt"])
+def test_every_line_of_a_list_of_tests_names_one(name: str) -> None:
+    for line in (ROOT / "tests" / name).read_text().splitlines():
         if line and not line.startswith("#"):
-            file, _, name = line.partition("::")
-            assert f"def {name}" in (ROOT / file).read_text(), line
+            file, _, test = line.partition("::")
+            assert f"def {test}" in (ROOT / file).read_text(), line
