@@ -169,28 +169,26 @@ def weight_moves(data: RunData) -> Iterator[tuple[float, int, str, float, float]
 
 def jumping_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find steps that grow threefold in all layers at once, although neither rate nor gradient did."""
-    steps, logs = update_levels(data)
+    steps, logs, rates = update_levels(data)
     if len(steps) < LONG + CONSECUTIVE:
         return
     middle = row_median(logs)
-    windows = np.lib.stride_tricks.sliding_window_view(logs, LONG + CONSECUTIVE, axis=0)
-    past, now = windows[..., :LONG], windows[..., LONG:]
-    change = np.median(now, axis=-1) - np.median(past, axis=-1)
-    stays = np.median(now, axis=1).min(-1) > np.median(past, axis=1).max(-1)  # of the median layer
-    least = np.quantile(change, 0.1, axis=1)
+    changes, stays = _changes(logs)
+    changes -= np.maximum(_changes(rates)[0], 0.0)  # a rate that falls explains no larger step
+    least = np.quantile(changes, 0.1, axis=1)
     for row in np.flatnonzero(stays & (least > math.log(STEP_JUMP))):
         step = int(steps[row + LONG])
         norms = scalar_at(data, "gradient/norm", steps[row : row + LONG + CONSECUTIVE])
         growth = np.median(norms[LONG:]) / np.median(norms[:LONG])
-        times = float(np.exp(np.median(change[row])))
+        times = float(np.exp(np.median(changes[row])))
         if growth * GRADIENT_GROWTH > times or least[row] < CLEAR_SIGMAS * noise_level(middle[: row + LONG]):
             continue
         yield Finding(
             "update/jump",
             "warning" if _rises_after(data, loss, step) else "note",
             step,
-            f"From step {step} on the steps of all layers are {times:.3g} times as large as before, for their learning "
-            f"rate; the gradient is {growth:.3g} times as large.",
+            f"From step {step} on the steps of all layers are {times:.3g} times as large as before, beyond what the "
+            f"learning rate did; the gradient is {growth:.3g} times as large.",
             "Look at what the optimizer does beside the rate of its groups: a factor of its own, an estimate of the "
             "step size, betas or moments that were changed or lost in a resume.",
             numbers={"times": times, "gradient": float(growth)},
@@ -199,18 +197,27 @@ def jumping_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
         return
 
 
-def update_levels(data: RunData) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return steps ``[T]``, and by layer the logarithm of the update over weight and rate ``[T, L]``."""
+def _changes(logs: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Compare five readings with the ten before: medians by layer, and whether the median layer stays above."""
+    windows = np.lib.stride_tricks.sliding_window_view(logs, LONG + CONSECUTIVE, axis=0)
+    past, now = windows[..., :LONG], windows[..., LONG:]
+    change = np.median(now, axis=-1) - np.median(past, axis=-1)
+    return change, np.median(now, axis=1).min(-1) > np.median(past, axis=1).max(-1)
+
+
+def update_levels(data: RunData) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return steps ``[T]``, and by layer the logarithms of update over weight and of the rate, ``[T, L]``."""
     ratios, rates = data.tables.get("update/ratio"), data.tables.get("weight/effective_rate")
     sizes = data.tables.get("weight/frobenius")
-    if ratios is None or rates is None or sizes is None or not len(ratios.steps):
-        return np.zeros(0), np.zeros((0, 0))
-    if ratios.values.shape != rates.values.shape or ratios.values.shape != sizes.values.shape:
-        return np.zeros(0), np.zeros((0, 0))
+    nothing = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
+    if ratios is None or rates is None or sizes is None:
+        return nothing
+    if not ratios.values.shape == rates.values.shape == sizes.values.shape:
+        return nothing
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(ratios.values / (rates.values * np.square(sizes.values)))
-    whole = np.isfinite(logs).all(0)
-    return (ratios.steps, logs[:, whole]) if whole.any() else (np.zeros(0), np.zeros((0, 0)))
+        logs, rate_logs = np.log(ratios.values), np.log(rates.values * np.square(sizes.values))
+    whole = (np.isfinite(logs) & np.isfinite(rate_logs)).all(0)
+    return (ratios.steps, logs[:, whole], rate_logs[:, whole]) if whole.any() else nothing
 
 
 def _rises_after(data: RunData, loss: Loss, step: int) -> bool:
@@ -238,11 +245,11 @@ def _seen_weights(data: RunData, known: Loss) -> str | None:
 
 
 def _seen_updates(data: RunData, known: Loss) -> str | None:
-    steps, logs = update_levels(data)
+    steps, logs, _ = update_levels(data)
     if not len(steps):
         return None
     middle = np.exp(row_median(logs))
-    return f"median layer's update over weight and rate {middle.min():.3g} to {middle.max():.3g}"
+    return f"median layer's update over weight {middle.min():.3g} to {middle.max():.3g}"
 
 
 RULES = (
