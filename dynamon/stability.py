@@ -184,11 +184,10 @@ def stability_scaling(
         seen = None if g is None else _as_received(g, group, p, decays[-1])
         pieces.append(_squared_scale(optimizer, group, p, factor, seen))
     squared = space.join(pieces)
-    missing = squared.isnan()
-    excluded = int(space.total(missing.sum()))
+    excluded = int(space.total(torch.count_nonzero(squared.isnan())))
     if not isinstance(optimizer, SGD) and excluded == space.size:
         raise NoSecondMomentError("the optimizer has taken no step yet, so its stability ratio is not defined.")
-    squared = squared.masked_fill_(missing, 0.0)
+    squared = squared.nan_to_num_(0.0, posinf=torch.inf, neginf=-torch.inf)
     signs = {-1.0 if group_of[id(p)].get("maximize", False) else 1.0 for p in params}
     if len(signs) > 1:
         raise ValueError("some groups maximize and some minimize: there is no single stability ratio.")

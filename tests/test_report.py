@@ -199,9 +199,10 @@ def test_words_and_scales_are_those_of_the_registry():
     table = Series(np.arange(2), np.ones((2, 1)), ("a",))
     packed = payload(RunData({}, {"gradient/dual": table, "lr/ratio": table, "mine/own": table}), "x")
     assert packed["shown"] == {
-        tag: {"words": REGISTRY[tag].words, "scale": REGISTRY[tag].scale} for tag in ("gradient/dual", "lr/ratio")
+        tag: {"words": REGISTRY[tag].words, "scale": REGISTRY[tag].scale, "rows": "layer"}
+        for tag in ("gradient/dual", "lr/ratio")
     }
-    assert packed["shown"]["lr/ratio"] == {"words": "rate ratio", "scale": "linear"}
+    assert packed["shown"]["lr/ratio"] == {"words": "rate ratio", "scale": "linear", "rows": "layer"}
 
 
 def test_long_series_are_thinned_and_say_so():

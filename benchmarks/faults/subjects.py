@@ -94,7 +94,7 @@ REPORTED = {
             {
                 "moments": ("lstm.weight_hh_l1",),
                 "dead": tuple(f"lstm.{kind}_l0" for kind in ("bias_ih", "bias_hh", "weight_ih", "weight_hh"))
-                + ("embedding.weight", "lstm.weight_ih_l1"),
+                + ("embedding.weight", "lstm.weight_ih_l1", "lstm.layer.0"),
                 "frozen": ("head.weight", "embedding.weight")
                 + tuple(f"lstm.weight_{kind}_l{layer}" for layer in (1, 0) for kind in ("ih", "hh")),
             },

@@ -1,7 +1,7 @@
 // The board: views of one run or several, in the theme of the reader.
 //
 // A run is {label, lastStep, loss, findings, checks, quantities, shown, scalar, table}: the tag of the training loss or
-// null, what health found and what it checked or null while it is looked for, `shown` the {words, scale} of those of `quantities` that dynamon knows, a
+// null, what health found and what it checked or null while it is looked for, `shown` the {words, scale, rows} of those of `quantities` that dynamon knows, a
 // Map, `scalar(tag)` the series {steps, values} or null, `await table(quantity)` a quantity of `quantities` as
 // {steps, layers, values (row by row), total}, `await progress()` what `dynamon.board.progress` says of it or null.
 

@@ -4,7 +4,7 @@ import { lineChart } from "./chart.js";
 import { MAPS } from "./colors.js";
 import { choice, el } from "./dom.js";
 import { groupsOf, heatmap } from "./heatmap.js";
-import { median } from "./numbers.js";
+import { counted, kindOf, median } from "./numbers.js";
 import { ADD, empty, remembered } from "./views.js";
 
 const FIRST = ["gradient/dual", "gradient/l2", "noise/dual", "update/ratio"]; // what the view opens with
@@ -64,7 +64,7 @@ export async function layers(runs, state, actions) {
   const map = heatmap({ table, axis, isLog, map: colors, density, folded, chosen, pick, memory: cell });
   show();
   const shown = table.total > table.steps.length ? `Every ${Math.ceil(table.total / table.steps.length)}th of ${table.total} readings. ` : "";
-  const note = `${shown}${table.layers.length} layers, ${table.steps.length} readings. Click a row for its curve.`;
+  const note = `${shown}${counted(table.layers.length, kindOf(run, quantity))}, ${table.steps.length} readings. Click a row for its curve.`;
   return el("div", {}, controls, el("p", { class: "hint" }, note), map, curves);
 }
 
@@ -84,7 +84,7 @@ function curvesOf(runs, tables, which, quantity, isLog, state) {
   });
   const count = own.layers.length;
   const middle = Float64Array.from(own.steps, (_, t) => median([...own.values.subarray(t * count, (t + 1) * count)]));
-  lines.push({ label: "median of all layers", steps: own.steps, values: middle, color: 6, dash: "dots" });
+  lines.push({ label: `median of all ${kindOf(runs[which], quantity)}s`, steps: own.steps, values: middle, color: 6, dash: "dots" });
   const note = lines.length > 1 ? null : "Click a row of the map to see a layer here.";
   return lineChart({ ...remembered(state, quantity), title: quantity, note, lines, isLog });
 }

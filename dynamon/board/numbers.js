@@ -111,3 +111,8 @@ export function smoothed(values, weight) {
     return sum / total;
   });
 }
+
+/** What the rows of a quantity are: layers, modules or heads. */
+export const kindOf = (run, quantity) => run.shown.get(quantity)?.rows ?? "layer";
+
+export const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;

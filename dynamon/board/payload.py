@@ -54,8 +54,9 @@ def payload(run: RunData, name: str, loss: str | None = None, runs: int = 1) -> 
 
 
 def display_hints(quantities: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return words and scale of the per-layer quantities in the registry; the board works without them."""
-    return {tag: {"words": REGISTRY[tag].words, "scale": REGISTRY[tag].scale} for tag in quantities if tag in REGISTRY}
+    """Return words, scale and rows of the per-layer quantities in the registry; the board works without them."""
+    known = [REGISTRY[tag] for tag in quantities if tag in REGISTRY]
+    return {one.tag: {"words": one.words, "scale": one.scale, "rows": one.rows} for one in known}
 
 
 def pack_scalar(series: Series, part: float = 1) -> dict[str, Any]:

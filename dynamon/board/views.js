@@ -2,7 +2,7 @@
 
 import { lineChart } from "./chart.js";
 import { el } from "./dom.js";
-import { median } from "./numbers.js";
+import { counted, kindOf, median } from "./numbers.js";
 import { spikeList } from "./spikes.js";
 
 export const ADD = "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks";
@@ -204,7 +204,7 @@ function card(run, finding, open) {
     el("h3", {}, el("span", { class: "severity" }, finding.severity), ` from step ${finding.step}`),
     el("p", {}, finding.message),
     el("p", { class: "advice" }, finding.advice),
-    names.length > 1 ? el("details", {}, el("summary", {}, `${names.length} layers`), el("ul", {}, names.map((name) => el("li", {}, name)))) : null,
+    names.length > 1 ? el("details", {}, el("summary", {}, counted(names.length, kindOf(run, quantity))), el("ul", {}, names.map((name) => el("li", {}, name)))) : null,
     finding.tags.length ? el("button", { onclick: () => open(view, quantity, chosen, run) }, `show ${quantity ?? view}`) : null,
   );
 }

@@ -1,6 +1,7 @@
-"""Rules on what modules return: dead units, outliers, attention logits, the residual stream, vanished gradients."""
+"""Rules on what modules return: dead units, outliers, the residual stream, vanished gradients."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,31 @@ from dynamon.health.limits import (
     CONSECUTIVE,
     DEAD_UNITS,
     FEW,
-    FLAT_ENTROPY,
     JUMP,
-    LARGE_LOGIT,
     LEAST_BLOCKS,
+    LEAST_DEATH,
     OUTLIER_KURTOSIS,
     OUTLIER_PEAK,
     RESIDUAL_FACTOR,
-    SHARP_ENTROPY,
+    ROUNDING,
+    STILL_ALIVE,
     VANISHED_GRADIENT,
 )
 from dynamon.health.loss import Loss
 from dynamon.health.rule import Rule
-from dynamon.health.series import column_at, final_stretch, layer_columns, running_median
+from dynamon.health.series import (
+    STAYING,
+    column_at,
+    final_stretch,
+    last_of,
+    lasting,
+    layer_columns,
+    running_median,
+    say_largest,
+)
 from dynamon.runs.history import RunData
 
-_STAYING = f"at {FEW} readings from the first on or {CONSECUTIVE} to the end"
+_named = partial(name_layers, word="module")
 
 
 def dead_units(data: RunData, loss: Loss) -> Iterator[Finding]:
@@ -40,11 +50,11 @@ def dead_units(data: RunData, loss: Loss) -> Iterator[Finding]:
     by_chance = _by_chance(data)
     hits = []
     for name, steps, values in layer_columns(data, "activation/saturated"):
-        if name == _last_output(data) and not _last(data, "activation/zero", name) > DEAD_UNITS:
+        if name == _last_output(data) and not last_of(data, "activation/zero", name) > DEAD_UNITS:
             continue
         share = (values - by_chance) / max(1 - by_chance, 1e-9)
-        start = _lasting(running_median(share, FEW) > DEAD_UNITS) if by_chance < 1 else None
-        if start is not None:
+        start = lasting(running_median(share, FEW) > DEAD_UNITS) if by_chance < 1 else None
+        if start is not None and _died(values) is None:  # of which another rule speaks
             first, last = float(np.median(share[:FEW])), float(np.median(share[-FEW:]))
             hits.append((int(steps[start]), name, first, last))
     if hits:
@@ -55,13 +65,69 @@ def dead_units(data: RunData, loss: Loss) -> Iterator[Finding]:
             "activation/dead",
             "fault" if last > 0.99 else "warning",
             step,
-            f"{last:.0%} of the units of {name_layers(layers)} are dead or saturated on the whole probe, {story}: "
+            f"{last:.0%} of the units of {_named(layers)} are dead or saturated on the whole probe, {story}: "
             "their output hardly depends on the input, and no gradient comes through.",
             "Lower the learning rate, lengthen the warm-up or shrink the initial weights and biases of the layer "
             "before; GELU or leaky ReLU, or a normalisation before the activation, keep units alive.",
             layers,
             {"share": last, "first": first},
             ("activation/saturated", "activation/zero"),
+        )
+
+
+def died_at_once(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Find outputs most of whose entries or units died from one reading to the next, and stayed so.
+
+    Compared are the shares that live, not zero or not saturated, with the least of the readings just before: learning
+    makes outputs sparser too, but step by step.
+    """
+    hits: list[tuple[int, int, str, float, float, str]] = []
+    for tag, what in (("saturated", "units are dead or saturated"), ("zero", "entries are zero")):
+        for place, (name, steps, values) in enumerate(layer_columns(data, f"activation/{tag}")):
+            start = _died(values)
+            if start is not None and name not in {hit[2] for hit in hits}:
+                before, now = float(np.median(values[start - CONSECUTIVE : start])), float(np.median(values[start:]))
+                hits.append((int(steps[start]), place, name, before, now, what))
+    if hits:
+        hits.sort()
+        step, _, name, before, now, what = hits[0]
+        layers = tuple(hit[2] for hit in hits)
+        yield Finding(
+            "activation/died",
+            "fault" if now > 0.99 else "warning",
+            step,
+            f"{now:.0%} of the {what} in the output of {_named(layers)}, {before:.0%} just before.",
+            "No gradient comes through what is dead. Look at what happened to the layer before it at that step: a "
+            "biased or spoiled batch, a jump of its biases, too large a step; go back to a checkpoint before it.",
+            layers,
+            {"share": now, "before": before},
+            ("activation/zero", "activation/saturated"),
+        )
+
+
+def faded_outputs(data: RunData, loss: Loss) -> Iterator[Finding]:
+    """Find outputs that fell to a tenth of their size from one reading to the next, and stayed there: a shut gate."""
+    hits = []
+    dead = {name for finding in died_at_once(data, loss) for name in finding.layers}
+    for place, (name, steps, values) in enumerate(layer_columns(data, "activation/rms")):
+        start = _fallen(values, 1 / JUMP)
+        if start is not None and name not in dead:
+            before = float(np.median(values[start - CONSECUTIVE : start]))
+            hits.append((int(steps[start]), place, name, float(np.median(values[start:])) / before))
+    if hits:
+        hits.sort()
+        step, _, _, share = hits[0]
+        layers = tuple(hit[2] for hit in hits)
+        yield Finding(
+            "activation/faded",
+            "warning",
+            step,
+            f"The output of {_named(layers)} fell to {share:.2g} of its size, and stays there.",
+            "Look at what happened to this layer at that step: gates that shut, biases or gains that jumped, a part of "
+            "the network that is no longer reached; go back to a checkpoint before it.",
+            layers,
+            {"share": share},
+            ("activation/rms",),
         )
 
 
@@ -81,7 +147,7 @@ def nonfinite_outputs(data: RunData, loss: Loss) -> Iterator[Finding]:
             "activation/nonfinite",
             "fault",
             int(table.steps[start]),
-            f"The output of {name_layers(layers)} holds NaN or infinity on the probe.",
+            f"The output of {_named(layers)} holds NaN or infinity on the probe.",
             "Look at the first of them in the order of the model: divisions and logarithms near zero, square roots at "
             "zero, overflow in half precision.",
             layers,
@@ -93,91 +159,47 @@ def nonfinite_outputs(data: RunData, loss: Loss) -> Iterator[Finding]:
 def outlier_features(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find outputs in which few entries grow far beyond all others: by kurtosis and by the largest over the RMS.
 
-    Sparse outputs have a high kurtosis from the start; so what counts is growth, or a kurtosis that is far above that
-    of usual outputs.
+    Both are taken over the entries that are not zero, since sparse and one-hot outputs have no outliers. What counts is
+    growth; a kurtosis that is far above that of usual outputs from the start on is a note, and nothing is said of an
+    output that stays as it is to the last digit: what is frozen.
     """
     hits = []
     for name, steps, kurtosis in layer_columns(data, "activation/kurtosis"):
-        peak, size = (column_at(data, f"activation/{what}", name, steps) for what in ("max", "rms"))
+        if len(kurtosis) < FEW or np.ptp(kurtosis) <= ROUNDING * kurtosis.max():
+            continue
+        peak, size, zero = (column_at(data, f"activation/{what}", name, steps) for what in ("max", "rms", "zero"))
+        present = 1 - np.nan_to_num(zero)
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = running_median(peak / size, FEW)
-        level = running_median(kurtosis, FEW)
+            ratio = running_median(peak / size * np.sqrt(present), FEW)
+        level = running_median(kurtosis * present, FEW)
         first = min(FEW, len(level)) - 1
         grown = (level > JUMP * level[first]) & (level > OUTLIER_KURTOSIS) & (ratio > 2 * ratio[first])
-        start = _lasting(grown | (level > JUMP * OUTLIER_KURTOSIS) & (ratio > OUTLIER_PEAK))
+        start = lasting(grown | (level > JUMP * OUTLIER_KURTOSIS) & (ratio > OUTLIER_PEAK))
         if start is not None:
-            hits.append((float(level[-1]), int(steps[start]), name, float(level[first]), float(ratio[-1])))
+            has_grown = bool(level[-1] > 2 * level[first])
+            hits.append((has_grown, float(level[-1]), int(steps[start]), name, float(level[first]), float(ratio[-1])))
     if hits:
         hits.sort(reverse=True)
-        last, step, _, before, times = hits[0]
-        layers = tuple(hit[2] for hit in hits)
+        has_grown, last, step, _, before, times = hits[0]
+        layers = tuple(hit[3] for hit in hits)
         yield Finding(
             "activation/outliers",
-            "warning",
-            min(hit[1] for hit in hits),
-            f"The output of {name_layers(layers)} has outlier features: its largest entry is {times:.0f} times its "
-            f"root mean square, and the kurtosis is {last:.3g}, {before:.3g} at the first readings.",
-            "Rounding to few bits loses the other entries. Lower the learning rate, normalise queries and keys, decay "
-            "gains of normalisations, or keep this output out of low precision.",
+            "warning" if has_grown else "note",
+            min(hit[2] for hit in hits),
+            f"The output of {_named(layers)} has outlier features: its largest entry is {times:.0f} times its "
+            f"root mean square, and the kurtosis is {last:.3g}, {before:.3g} at the first readings (of what is not "
+            "zero).",
+            "Rounding to few bits loses the other entries. "
+            + (
+                "Lower the learning rate, normalise queries and keys, decay gains of normalisations, or keep this "
+                "output out of low precision."
+                if has_grown
+                else "They were there at the start: keep this output out of low precision, or look at the scale of "
+                "what comes in."
+            ),
             layers,
             {"kurtosis": last, "first": before, "peak": times, "step": float(step)},
             ("activation/kurtosis", "activation/max", "activation/rms"),
-        )
-
-
-def growing_logits(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Find attention logits beyond what a softmax in half precision resolves, to the end, that do not shrink."""
-    hits = []
-    for name, steps, values in layer_columns(data, "attention/max_logit"):
-        level = running_median(values, FEW)
-        start = _lasting(level > LARGE_LOGIT)
-        if start is not None and level[-1] >= level[start:].max() / 2:
-            first = float(level[min(FEW, len(level)) - 1])
-            hits.append((float(level[-1]), int(steps[start]), name, first))
-    if hits:
-        hits.sort(reverse=True)
-        last, _, _, before = hits[0]
-        layers = tuple(hit[2] for hit in hits)
-        entropy = _last(data, "attention/entropy", layers[0])
-        sharp = f" Its attention has {entropy:.2g} of the entropy of equal weights." if np.isfinite(entropy) else ""
-        yield Finding(
-            "attention/logits",
-            "warning",
-            min(hit[1] for hit in hits),
-            f"The largest attention logit of {name_layers(layers)} is {last:.3g}, {before:.3g} at the first readings: "
-            f"above {LARGE_LOGIT:g} neighbouring bfloat16 numbers are 0.5 apart, and one key takes all.{sharp}",
-            "Normalise queries and keys, cap the logits, decay query and key weights, or lower their learning rate.",
-            layers,
-            {"logit": last, "first": before, "entropy": entropy},
-            ("attention/max_logit", "attention/entropy"),
-        )
-
-
-def collapsed_attention(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Find half of all heads on a single key although they spread their attention at the first readings.
-
-    Single heads that look at one place, such as the token before, are normal.
-    """
-    hits, known = [], 0
-    for name, steps, values in layer_columns(data, "attention/entropy"):
-        level = running_median(values, FEW)
-        known += 1
-        start = _lasting(level < SHARP_ENTROPY)
-        if start and level[min(FEW, len(level)) - 1] > FLAT_ENTROPY:
-            hits.append((float(level[-1]), int(steps[start]), name))
-    if hits and len(hits) >= known / 2:
-        hits.sort()
-        layers = tuple(hit[2] for hit in hits)
-        yield Finding(
-            "attention/entropy",
-            "warning",
-            min(hit[1] for hit in hits),
-            f"The attention of {len(hits)} of {known} heads ({name_layers(layers)}) has collapsed to single keys: its "
-            f"entropy is below {SHARP_ENTROPY:g} of that of equal weights, and was above {FLAT_ENTROPY:g}.",
-            "Lower the learning rate or lengthen the warm-up; normalising queries and keys keeps logits small.",
-            layers,
-            {"heads": float(len(hits)), "entropy": hits[0][0]},
-            ("attention/entropy", "attention/max_logit"),
         )
 
 
@@ -207,7 +229,7 @@ def residual_stream(data: RunData, loss: Loss) -> Iterator[Finding]:
             "input (He or orthogonal initialisation, normalisation).",
         ),
     ):
-        start = _lasting(mask)
+        start = lasting(mask)
         if start is not None:
             yield Finding(
                 "activation/residual",
@@ -234,7 +256,7 @@ def vanished_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
         column = table.values[:, index]
         known = np.isfinite(column) & (top > 0)
         share = column[known] / top[known]
-        start = _lasting(running_median(share, FEW) < VANISHED_GRADIENT)
+        start = lasting(running_median(share, FEW) < VANISHED_GRADIENT)
         if start is not None:
             hits.append((float(share[-1]), int(table.steps[known][start]), name))
     if hits and len(hits) < len(table.layers or ()):
@@ -244,7 +266,7 @@ def vanished_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
             "activation/vanished",
             "warning",
             min(hit[1] for hit in hits),
-            f"Hardly any gradient comes back to the output of {name_layers(layers)}: {hits[0][0]:.1g} of that where "
+            f"Hardly any gradient comes back to the output of {_named(layers)}: {hits[0][0]:.1g} of that where "
             "it is largest.",
             "Look for saturated or dead activation functions and for small weights behind it; skip connections and "
             "normalisation bring the gradient through.",
@@ -254,10 +276,22 @@ def vanished_gradients(data: RunData, loss: Loss) -> Iterator[Finding]:
         )
 
 
-def _lasting(mask: NDArray[Any]) -> int | None:
-    """Return where a condition begins that holds to the end: from the first reading on, or for some readings."""
-    start = final_stretch(mask)
-    return start if len(mask) - start >= (CONSECUTIVE if start else FEW) else None
+def _died(shares: NDArray[Any]) -> int | None:
+    """Return where shares of what is dead jumped, to stay to the end."""
+    return _fallen(1 - shares, STILL_ALIVE, LEAST_DEATH)
+
+
+def _fallen(values: NDArray[Any], share: float, least: float = 0.0) -> int | None:
+    """Return where readings fell below a share of the least of those just before, and by so much, to stay there."""
+    if len(values) < CONSECUTIVE + FEW:
+        return None
+    past = np.lib.stride_tricks.sliding_window_view(values, CONSECUTIVE)[:-1].min(1)  # before each from there on
+    now = values[CONSECUTIVE:]
+    for start in np.flatnonzero((now < share * past) & (past - now > least)):
+        rest = now[start:]
+        if len(rest) >= FEW and rest.max() < 2 * share * past[start]:
+            return int(CONSECUTIVE + start)
+    return None
 
 
 def _by_chance(data: RunData) -> float:
@@ -273,15 +307,17 @@ def _last_output(data: RunData) -> str | None:
     return table.layers[-1] if table is not None and table.layers else None
 
 
-def _last(data: RunData, quantity: str, name: str) -> float:
-    for own, _, values in layer_columns(data, quantity):
-        if own == name:
-            return float(np.median(values[-FEW:]))
-    return float("nan")
-
-
 def _seen_dead(data: RunData, known: Loss) -> str | None:
-    return _extreme(data, "activation/saturated", "{:.0%}")
+    return say_largest(data, "activation/saturated", "{:.0%}")
+
+
+def _seen_zero(data: RunData, known: Loss) -> str | None:
+    return say_largest(data, "activation/zero", "{:.0%} zero")
+
+
+def _seen_smallest(data: RunData, known: Loss) -> str | None:
+    columns = [(v[-1] / np.median(v), name) for name, _, v in layer_columns(data, "activation/rms") if np.median(v) > 0]
+    return f"at least {min(columns)[0]:.2g} of its median at the end, {min(columns)[1]}" if columns else None
 
 
 def _seen_nonfinite(data: RunData, known: Loss) -> str | None:
@@ -292,17 +328,7 @@ def _seen_nonfinite(data: RunData, known: Loss) -> str | None:
 
 
 def _seen_outliers(data: RunData, known: Loss) -> str | None:
-    return _extreme(data, "activation/kurtosis", "kurtosis {:.3g}")
-
-
-def _seen_logits(data: RunData, known: Loss) -> str | None:
-    return _extreme(data, "attention/max_logit", "logit {:.3g}")
-
-
-def _seen_attention(data: RunData, known: Loss) -> str | None:
-    columns = [values for _, _, values in layer_columns(data, "attention/entropy")]
-    sharp = sum(bool(running_median(values, FEW)[-1] < SHARP_ENTROPY) for values in columns)
-    return f"{sharp} of {len(columns)} heads on single keys" if columns else None
+    return say_largest(data, "activation/kurtosis", "kurtosis {:.3g}")
 
 
 def _seen_residual(data: RunData, known: Loss) -> str | None:
@@ -319,20 +345,30 @@ def _seen_vanished(data: RunData, known: Loss) -> str | None:
     return f"least {min(columns)[0] / largest:.2g} of the largest, {min(columns)[1]}" if largest > 0 else None
 
 
-def _extreme(data: RunData, quantity: str, form: str) -> str | None:
-    columns = layer_columns(data, quantity)
-    found = [(float(np.median(values[-FEW:])), name) for name, _, values in columns]
-    return f"at most {form.format(max(found)[0])} at the end, {max(found)[1]}" if found else None
-
-
 RULES = (
     Rule(
         dead_units,
         _seen_dead,
         "units of activation functions are alive",
-        f"{DEAD_UNITS:.0%} dead or saturated on the whole probe, {_STAYING}",
+        f"{DEAD_UNITS:.0%} dead or saturated on the whole probe, {STAYING}",
         "activation/saturated",
         names=("activation/dead",),
+    ),
+    Rule(
+        died_at_once,
+        _seen_zero,
+        "no output dies at once",
+        f"what lives falls to {STILL_ALIVE:g} of the least of the {CONSECUTIVE} readings before, for {FEW} readings",
+        "activation/zero and activation/saturated",
+        names=("activation/died",),
+    ),
+    Rule(
+        faded_outputs,
+        _seen_smallest,
+        "outputs keep their size",
+        f"fallen to {1 / JUMP:g} of the least of the {CONSECUTIVE} readings before, for {FEW} readings",
+        "activation/rms",
+        names=("activation/faded",),
     ),
     Rule(
         nonfinite_outputs,
@@ -346,32 +382,16 @@ RULES = (
         outlier_features,
         _seen_outliers,
         "outputs have no outlier features",
-        f"kurtosis above {OUTLIER_KURTOSIS:g} and {JUMP:g} times the first, or above "
-        f"{JUMP * OUTLIER_KURTOSIS:g}, {_STAYING}",
+        f"kurtosis without zeros above {OUTLIER_KURTOSIS:g} and {JUMP:g} times the first, or above "
+        f"{JUMP * OUTLIER_KURTOSIS:g}, {STAYING}",
         "activation/kurtosis, activation/max and activation/rms",
         names=("activation/outliers",),
-    ),
-    Rule(
-        growing_logits,
-        _seen_logits,
-        "attention logits stay small",
-        f"above {LARGE_LOGIT:g}, {_STAYING}",
-        "attention/max_logit",
-        names=("attention/logits",),
-    ),
-    Rule(
-        collapsed_attention,
-        _seen_attention,
-        "attention does not collapse",
-        f"half of the heads fall below {SHARP_ENTROPY:g} of the entropy of equal weights",
-        "attention/entropy",
-        names=("attention/entropy",),
     ),
     Rule(
         residual_stream,
         _seen_residual,
         "the signal keeps its size with depth",
-        f"{BLOCK_FACTOR:g} times a block and {RESIDUAL_FACTOR:g} times in all, or as much less, {_STAYING}",
+        f"{BLOCK_FACTOR:g} times a block and {RESIDUAL_FACTOR:g} times in all, or as much less, {STAYING}",
         f"activation/residual with {LEAST_BLOCKS} blocks",
         names=("activation/residual",),
     ),
@@ -379,7 +399,7 @@ RULES = (
         vanished_gradients,
         _seen_vanished,
         "gradients reach every output",
-        f"below {VANISHED_GRADIENT:g} of the largest, {_STAYING}",
+        f"below {VANISHED_GRADIENT:g} of the largest, {STAYING}",
         "activation/gradient",
         names=("activation/vanished",),
     ),

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from dynamon.health import (
     activations,
+    attention,
     batches,
     changes,
     gradients,
@@ -374,6 +375,7 @@ RULES: tuple[Rule, ...] = (
     ),
     *changes.RULES,
     *activations.RULES,
+    *attention.RULES,
     Rule(
         monitoring.steering_at_bounds,
         _bounded,

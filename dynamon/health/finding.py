@@ -37,6 +37,7 @@ class Finding:
         return {**asdict(self), "numbers": numbers}
 
 
-def name_layers(layers: tuple[str, ...]) -> str:
+def name_layers(layers: tuple[str, ...], word: str = "layer") -> str:
     """Name one layer, or the first and how many more."""
-    return layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more layers"
+    more = len(layers) - 1
+    return f"{layers[0]} and {more} more {word}{'s' if more > 1 else ''}" if more else layers[0]

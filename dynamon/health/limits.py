@@ -32,6 +32,10 @@ UNLIKE_GRADIENTS = 0.5  # median before: batches of healthy runs are below it on
 DEAD_UNITS = (
     0.6  # of an activation function's units; narrow ReLU layers under the default initialisation begin with half
 )
+STILL_ALIVE = (
+    0.25  # of the units or entries that lived at the readings before: learning takes more than one to get there
+)
+LEAST_DEATH = 0.1  # of all units or entries, from one reading to the next
 OUTLIER_KURTOSIS = 50.0  # normal entries have 3, those after a ReLU 6 to 20; ten times this is too much from the start
 OUTLIER_PEAK = 30.0  # largest entry over the root mean square; that of a million normal entries is 5
 LARGE_LOGIT = 100.0  # of attention: neighbouring bfloat16 numbers are 0.5 apart, and exp(100) leaves one key
@@ -48,6 +52,7 @@ CLEAR_SIGMAS = 3.0  # where nine tenths of many readings agree already
 GROWING_NOISE_SIGMAS = 2.5  # where noise grew with the loss: four standard errors of a median of five
 
 # Rounding.
+ROUNDING = 1e-6  # relative, of float32
 DEAD_GRADIENT = 1e-12  # share of the median layer's gradient; rounding where a gradient is zero in theory leaves 1e-9
 ROUNDING_GRADIENT = 1e-6  # share of the median layer's gradient that such rounding never reaches, in float32
 STILL_UPDATE = 1e-8  # update over weight that float32 does not resolve

@@ -26,16 +26,21 @@ _ADVICE = (
     'Keep the weights in float32 (precision="bf16-mixed" or "16-mixed"), use an optimizer that rounds stochastically '
     "or by Kahan summation, or raise the learning rate."
 )
+_SMALL = (
+    "These are gains or biases: one that begins at 1 needs steps of 0.002 to move in bfloat16. Where the other layers "
+    'learn this may stay; else keep these in float32 (precision="bf16-mixed") or give them a higher learning rate.'
+)
 _RAISE = "Raise the learning rate: it is too small for any step to be seen."
 
 
 def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     """Find layers that lose nearly all of their updates in rounding, to the end.
 
-    In half precision at any time; in float32 only from the first reading on and in more than half of all layers, since
-    a run that has converged, a token that was not seen for long, or the bias before a BatchNorm has steps of any size.
-    Readings at a small part of the largest rate so far do not count, and nothing is said while the rate rises: a
-    warm-up begins with steps that are lost.
+    A fault where these are more than half of the matrices, a warning where matrices are among them, and a note where
+    all are gains and biases. In half precision at any time; in float32 only from the first reading on and in more than
+    half of the matrices, since a run that has converged, a token that was not seen for long, or the bias before a
+    BatchNorm has steps of any size. Readings at a small part of the largest rate so far do not count, and nothing is
+    said while the rate rises: a warm-up begins with steps that are lost.
     """
     hits = []
     for index, name in enumerate(_layers(data)):
@@ -51,12 +56,14 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
             continue
         size = _median(column_at(data, "precision/update_size", name, steps[start:]))
         hits.append((int(steps[start]), name, float(np.median(lost[start:])), size, float(bits[-1])))
-    are_most = len(hits) > len(_layers(data)) / 2
+    matrices = _matrices(data)
+    among = [hit for hit in hits if hit[1] in matrices]
+    are_most = len(among) > len(matrices) / 2
     if not are_most:
         hits = [hit for hit in hits if hit[4] <= HALF_PRECISION_BITS]
     if not hits:
         return
-    hits.sort(key=lambda hit: (-hit[2], hit[0]))
+    hits.sort(key=lambda hit: (hit[1] not in matrices, -hit[2], hit[0]))
     layers, step = tuple(hit[1] for hit in hits), min(hit[0] for hit in hits)
     share, size = float(np.median([hit[2] for hit in hits])), _median(np.array([hit[3] for hit in hits]))
     dtype = _DTYPES.get(int(hits[0][4]), "its dtype")
@@ -67,11 +74,11 @@ def swallowed_updates(data: RunData, loss: Loss) -> Iterator[Finding]:
     )
     yield Finding(
         "precision/swallowed",
-        "fault" if are_most else "warning",
+        "fault" if are_most else "warning" if hits[0][1] in matrices else "note",
         step,
         f"{name_layers(layers)} in {dtype} cannot hold most of the updates: {1 - share:.1%} of the entries move in a "
         f"step, since {cause}.",
-        _ADVICE if hits[0][4] <= HALF_PRECISION_BITS else _RAISE,
+        _RAISE if hits[0][4] > HALF_PRECISION_BITS else _ADVICE if hits[0][1] in matrices else _SMALL,
         layers,
         {"moved": 1 - share, "size": size, "layers": len(layers)},
         ("precision/update_lost", "precision/update_size", "update/ratio"),
@@ -118,6 +125,13 @@ def losing_layers(data: RunData) -> set[str]:
         if len(lost) == FEW and np.median(lost) > MOST_LOST:
             found.add(name)
     return found
+
+
+def _matrices(data: RunData) -> set[str]:
+    """Return the layers that are matrices, whose singular values are known; all where none is."""
+    layers = _layers(data)
+    sizes = [column_at(data, "spectrum/sigma_max", name, _steps(data)) for name in layers]
+    return {name for name, size in zip(layers, sizes, strict=True) if np.isfinite(size).any()} or set(layers)
 
 
 def _layers(data: RunData) -> tuple[str, ...]:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.health.limits import CONSECUTIVE
+from dynamon.health.limits import CONSECUTIVE, FEW
 from dynamon.runs.history import RunData, Series
 
 _ENOUGH = 4000  # readings of a layer
+STAYING = f"at {FEW} readings from the first on or {CONSECUTIVE} to the end"  # where :func:`lasting` is asked
 _HALF_BITS = (8, 11)  # significant bits of bfloat16 and float16
 
 
@@ -143,3 +144,21 @@ def all_zero(table: Series) -> tuple[NDArray[Any], NDArray[Any]]:
     finite = np.isfinite(table.values)
     known = finite.any(1)
     return table.steps[known], (~finite | (table.values == 0)).all(1)[known]
+
+
+def lasting(mask: NDArray[Any]) -> int | None:
+    """Return where a condition begins that holds to the end: from the first reading on, or for some readings."""
+    start = final_stretch(mask)
+    return start if len(mask) - start >= (CONSECUTIVE if start else FEW) else None
+
+
+def last_of(data: RunData, quantity: str, layer: str) -> float:
+    """Return the median of the last finite readings of a layer; NaN without any."""
+    values = next((values for name, _, values in layer_columns(data, quantity) if name == layer), np.zeros(0))
+    return float(np.median(values[-FEW:])) if len(values) else float("nan")
+
+
+def say_largest(data: RunData, quantity: str, form: str) -> str | None:
+    """Say which layer is largest at the end, and how large; None without readings."""
+    found = [(float(np.median(values[-FEW:])), name) for name, _, values in layer_columns(data, quantity)]
+    return f"at most {form.format(max(found)[0])} at the end, {max(found)[1]}" if found else None

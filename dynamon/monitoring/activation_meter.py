@@ -110,5 +110,5 @@ def share_probe(meters: Sequence[Meter]) -> list[Meter]:
     probe = next((meter for meter in meters if isinstance(meter, ProbeMeter)), None)
     for meter in meters:
         if isinstance(meter, ActivationMeter) and probe is not None:
-            meter.probe = probe
+            meter.probe, probe.guests = probe, ("activations",)
     return [meter for meter in meters if not isinstance(meter, ProbeMeter) or meter is probe]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dynamon.quantities.names import is_chosen, plain_name
 
+HEADS = "heads"  # in names of rows, before the number of the head
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
@@ -20,7 +21,7 @@ class Watched(NamedTuple):
         is_measured: Whether its output is measured.
         is_function: Whether it is an activation function of ``torch.nn``.
         is_inside: Whether functions that it calls may be measured: it has parameters, or is an activation function.
-        is_chosen: Whether the globs choose it.
+        names: The names that globs choose it by: its own and those of its own parameters.
         stack: The list of blocks that it belongs to, and its place there; None for others.
     """
 
@@ -29,7 +30,7 @@ class Watched(NamedTuple):
     is_measured: bool
     is_function: bool
     is_inside: bool
-    is_chosen: bool
+    names: tuple[str, ...]
     stack: tuple[int, int] | None
 
 
@@ -56,13 +57,18 @@ def watched_modules(module: nn.Module, patterns: Sequence[str] | None = None) ->
         if "_orig_mod" in one._modules or isinstance(one, torch.jit.ScriptModule):
             continue  # a hook on what torch.compile returns would see everything twice
         name = plain_name(full)
-        own = [f"{name}.{p}".lstrip(".") for p, _ in one.named_parameters(recurse=False)]
+        names = name, *(f"{name}.{p}".lstrip(".") for p, _ in one.named_parameters(recurse=False))
         is_function = type(one).__module__ == "torch.nn.modules.activation" and not list(one.parameters())
-        chosen = is_chosen([name, *own], list(patterns or ()))
+        chosen = is_chosen(names, list(patterns or ()))
         measured = chosen and "parametrizations" not in full and (_computes(one) or id(one) in stacks)
         is_inside = is_function or any(True for _ in one.parameters())
-        found[id(one)] = Watched(name, place, measured, is_function, is_inside, chosen, stacks.get(id(one)))
+        found[id(one)] = Watched(name, place, measured, is_function, is_inside, names, stacks.get(id(one)))
     return found
+
+
+def row_is_chosen(one: Watched, function: str, patterns: Sequence[str] | None) -> bool:
+    """Return whether globs choose what a module calls: its row by that name, or the module."""
+    return one.is_inside and is_chosen([*one.names, f"{one.name}.{function}".lstrip(".")], list(patterns or ()))
 
 
 def _is_leaf(module: nn.Module) -> bool:

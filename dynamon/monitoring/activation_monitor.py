@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
 from dynamon.monitoring.activation_meter import activation_meters
-from dynamon.monitoring.activation_modules import watched_modules
+from dynamon.monitoring.activation_modules import HEADS, row_is_chosen, watched_modules
 from dynamon.monitoring.arguments import BadArgumentError, check_arguments, check_probe
 from dynamon.monitoring.loop import Loop
+from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.probe import ProbeMeter
@@ -28,9 +31,9 @@ class ActivationMonitor(Monitor):
 
     Rows are modules, under their names: those that hold parameters and no other module, activation functions, attention
     (``torch.nn.MultiheadAttention``), and blocks (the members of a ``ModuleList`` or ``Sequential`` of modules of one
-    class). Activation functions that a module calls as functions are rows ``<module>.gelu``. Of an output that is a
-    tuple or a mapping the first real floating point tensor counts. A module that is called several times has one row of
-    all its calls.
+    class). Activation functions that a module calls as functions are rows ``<module>.gelu``, and the last states of
+    each layer of a recurrent module of several ``<module>.layer.0``. Of an output that is a tuple or a mapping the
+    first real floating point tensor counts. A module that is called several times has one row of all its calls.
 
     For the entries :math:`x` of an output: :math:`\sqrt{\overline{x^2}}`, :math:`\max |x|`,
     :math:`\overline{x^4} / \overline{x^2}^2` and the share of exact zeros. A unit (a channel or feature) of an
@@ -43,9 +46,10 @@ class ActivationMonitor(Monitor):
     Attention logits are computed again from queries and keys, since fused attention hides them: for at most 8 heads of
     a call (each has a row ``<module>.heads.0``), 16 rows and 8 samples, evenly spread, with scale and mask. Seen are
     ``torch.nn.functional.scaled_dot_product_attention`` (grouped queries included), ``torch.nn.MultiheadAttention``,
-    and attention written by hand with a softmax over the last of four dimensions; not seen are ``flex_attention`` and
-    kernels of other packages. The largest logit is that of these rows: a lower bound of the head's. Entropy is relative
-    to that of equal weights on the keys that a row sees.
+    and attention written by hand: queries times keys (``@``, ``matmul``, ``bmm``, ``einsum``), a softmax over the last
+    of three or four dimensions, times values. Not seen are ``flex_attention`` and kernels of other packages. The
+    largest logit is that of these rows: a lower bound of the head's. Entropy is relative to that of equal weights on
+    the keys that a row sees.
 
     Tags:
 
@@ -66,7 +70,8 @@ class ActivationMonitor(Monitor):
         probe_size: As there.
         probe_weight: As there.
         save_probe: As there.
-        layers: Globs for the modules measured, by their names or those of their own parameters; ``!`` excludes.
+        layers: Globs for the modules measured, by their names or those of their own parameters, and for rows of
+            attention and activation functions that they call (``*.heads``, ``*.gelu``); ``!`` excludes.
         loggers: Loggers to write to by part of the class name, class or object; None for all.
         strict: Raise where a measurement fails, instead of warning and going on.
         grace: Seconds that monitoring may take beyond ``budget``, once in a fit, so that a short run shows something.
@@ -76,8 +81,8 @@ class ActivationMonitor(Monitor):
     Raises:
         ValueError: On an argument out of range, at construction; on globs that match no module, when fit starts.
 
-    Cost: the loss and its gradient on the probe, and some six passes over each output. On the device twelve calls an
-    output, two more an activation function, 34 a call of attention.
+    Cost: the loss and its gradient on the probe, and some seven passes over each output. On the device fourteen calls
+    an output, two more an activation function, 34 a call of attention.
 
     Memory, beyond the activations of a gradient on the probe: three copies of the parameters, and one copy of the
     largest output in float32.
@@ -125,7 +130,19 @@ class ActivationMonitor(Monitor):
 
     def _join(self, loop: Loop, steps_seen: int) -> None:
         """Check the globs for modules, and take part in the loop."""
-        chosen = watched_modules(loop.module, self._modules).values()
-        if self._modules is not None and not any(one.is_measured for one in chosen):
-            raise BadArgumentError(f"layers={list(self._modules)} matches no module of {type(loop.module).__name__}.")
+        if self._modules is not None:
+            self._check_globs(loop.module, list(self._modules))
         super()._join(loop, steps_seen)
+
+    @staticmethod
+    def _check_globs(module: nn.Module, globs: list[str]) -> None:
+        known = watched_modules(module, globs).values()
+        if any(one.is_measured for one in known):
+            return
+        holders = [one.name for one in known if row_is_chosen(one, HEADS, globs)]
+        if not holders:
+            raise BadArgumentError(f"layers={globs} matches no module of {type(module).__name__}.")
+        rank_zero_warn(
+            f"layers={globs} names modules that hold others, such as {holders[0]}: of these only attention and "
+            f"activation functions that they call themselves are measured. '{holders[0]}.*' names what they hold."
+        )

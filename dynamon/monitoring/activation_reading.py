@@ -13,6 +13,7 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.kernels import widest_dtype
 from dynamon.monitoring.activation_modules import residual_blocks
 from dynamon.monitoring.activation_watch import ActivationWatch, Row
+from dynamon.quantities.activations import join_statistics, unscaled_sums
 
 Table = tuple[NDArray[Any], tuple[str, ...]]
 _SUMS = 6  # entries, squares, fourth powers, entries that are not zero, entries with a gradient, squares of gradients
@@ -95,7 +96,7 @@ def _packed(watch: ActivationWatch, layout: Layout, device: torch.device, sample
     lengths = _rows([_length(row.gradients, device, wide) for row in rows], 1, device, wide)
     factor = samples if watch.scale is None else samples / watch.scale.to(device, wide)
     squares = (lengths * factor).square()
-    table = torch.cat([counts[:, :1], entries[:, 1:], counts[:, 1:], squares], 1)
+    table = torch.cat([counts[:, :1], unscaled_sums(entries), entries[:, 3:], counts[:, 1:], squares], 1)
     heads = _heads(watch, layout, device, wide)
     alive = [
         ~watch.rows[name].flat[size] if _has(watch, name, size) else torch.zeros(size, dtype=torch.bool)
@@ -124,8 +125,7 @@ def _joined(calls: Sequence[Tensor], device: torch.device, wide: torch.dtype) ->
     """Join the statistics of several calls."""
     if len(calls) < 2:
         return calls[0].to(device, wide) if calls else None
-    table = torch.stack([one.to(device) for one in calls]).to(wide)
-    return torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])
+    return join_statistics([one.to(device, wide) for one in calls])
 
 
 def _length(calls: Sequence[Tensor], device: torch.device, wide: torch.dtype) -> Tensor | None:

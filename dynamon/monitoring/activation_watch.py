@@ -1,7 +1,7 @@
 """Watch one evaluation of a loss: hooks on outputs and their gradients, and calls of functions inside of modules."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,16 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from dynamon.isolation.evaluations import full_precision
 from dynamon.kernels import l2_norms
-from dynamon.monitoring.activation_modules import Passage, Watched, watched_modules
-from dynamon.quantities.activations import FLAT, entry_statistics, flat_part, flat_units, measurable
-from dynamon.quantities.attention import HeadStatistics, multihead_attention, scaled_dot_product, softmax_of_logits
+from dynamon.monitoring.activation_modules import HEADS, Passage, Watched, row_is_chosen, watched_modules
+from dynamon.monitoring.attention_trace import AttentionTrace
+from dynamon.quantities.activations import FLAT, entry_statistics, flat_part, flat_units, layer_states, measurable
+from dynamon.quantities.attention import HeadStatistics, multihead_attention, scaled_dot_product
 
 _CHANNELS_FIRST = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")  # in names of classes with units in dimension 1
 _MOST_CALLS = 16  # of a function in one call of a module that have a row each; later ones join the last
-_ATTENTION: Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], HeadStatistics | None]] = {
-    "scaled_dot_product_attention": scaled_dot_product,
-    "softmax": softmax_of_logits,
-}
+_ATTENTION = "scaled_dot_product_attention"
 
 
 @dataclass
@@ -79,6 +77,8 @@ class ActivationWatch:
         self._channels_first: dict[tuple[int, ...], bool] = {}  # by shape, as modules last gave them
         self._handles: list[Any] = []
         self._is_forward = True
+        self._patterns = patterns
+        self._attention = AttentionTrace()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -111,7 +111,7 @@ class ActivationWatch:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._is_forward:
-            self._inside.append(_Frame(self._watched[id(module)]))
+            self._inside.append(_Frame(self._watched[id(module)], module))
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         own = self._watched[id(module)]
@@ -126,6 +126,8 @@ class ActivationWatch:
             self._note_layout(module, value)
         if own.is_measured:
             self._see(own.name, (own.place, 0), value)
+            for layer, state in enumerate(layer_states(module, output)):
+                self._see(f"{own.name}.layer.{layer}".lstrip("."), (own.place, 1), state)
         if not self._is_forward:
             return
         if own.stack is not None and own.is_measured and (taken := measurable([args, kwargs])) is not None:
@@ -135,7 +137,7 @@ class ActivationWatch:
             with full_precision():
                 found = multihead_attention(module, args, kwargs)
             self._is_forward = True
-            self._note_heads(f"{own.name}.heads".lstrip("."), own, found)
+            self._note_heads(f"{own.name}.{HEADS}".lstrip("."), own, found)
 
     def _note_layout(self, module: nn.Module, value: Tensor) -> None:
         """Remember where outputs of a shape have their units: activation functions keep it."""
@@ -171,16 +173,35 @@ class ActivationWatch:
     def call(self, function: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Call a function, and measure it where it is called inside of a module."""
         frame = self._inside[-1] if self._inside and self._is_forward else None
-        if frame is None or not frame.own.is_inside or not frame.own.is_chosen:
+        if frame is None:
             return func(*args, **kwargs)
-        if function in _ATTENTION:
-            if frame.own.is_function and len(self._inside) > 1:  # nn.Softmax, called by attention
-                frame = self._inside[-2]
-            with full_precision():
-                found = _ATTENTION[function](args, kwargs)
-            self._note_heads(frame.name("heads"), frame.own, found)
-            return func(*args, **kwargs)
-        return self._call_activation(frame, function, func, args, kwargs)
+        note: Callable[[], None] | None = None
+        if function in FLAT and row_is_chosen(frame.own, function, self._patterns):
+            found = self._call_activation(frame, function, func, args, kwargs)
+        else:
+            if function in (_ATTENTION, "softmax"):
+                note = self._heads_of_call(frame, function, args, kwargs)
+            found = func(*args, **kwargs)
+        if function == _ATTENTION and note is not None:
+            note()
+        else:
+            self._attention.follow(function, [*args, *kwargs.values()], found, note)
+        return found
+
+    def _heads_of_call(self, frame: "_Frame", function: str, args: Any, kwargs: Any) -> Callable[[], None] | None:
+        """Measure a call of attention, or a softmax that may be part of it, and return what notes it."""
+        if frame.own.is_function and len(self._inside) > 1:  # nn.Softmax, called by attention
+            frame = self._inside[-2]
+        if not row_is_chosen(frame.own, HEADS, self._patterns):
+            return None
+        with full_precision():
+            if function == _ATTENTION:
+                found = scaled_dot_product(args, kwargs)
+            else:
+                found = self._attention.softmax(args, kwargs, frame.module)
+        if found is None:
+            return None
+        return lambda: self._note_heads(frame.name(HEADS), frame.own, found)
 
     def _call_activation(self, frame: "_Frame", function: str, func: Any, args: Any, kwargs: Any) -> Any:
         own, flat = frame.own, None
@@ -201,8 +222,8 @@ class ActivationWatch:
 class _Frame:
     """Hold a module that is being called, count what it calls, and know the place of the module it called last."""
 
-    def __init__(self, own: Watched) -> None:
-        self.own, self.latest = own, own.place
+    def __init__(self, own: Watched, module: nn.Module) -> None:
+        self.own, self.module, self.latest = own, module, own.place
         self._calls: Counter[str] = Counter()
 
     def name(self, function: str) -> str:
@@ -213,7 +234,7 @@ class _Frame:
 
 
 class _Functions(TorchFunctionMode):
-    """Hands calls of activation functions and of attention to a watch."""
+    """Hands calls of functions to a watch."""
 
     def __init__(self, watch: ActivationWatch) -> None:
         super().__init__()
@@ -221,7 +242,4 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
-        name = getattr(func, "__name__", "").rstrip("_")
-        if name in FLAT or name in _ATTENTION:
-            return self._watch.call(name, func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        return self._watch.call(getattr(func, "__name__", "").strip("_"), func, args, kwargs or {})

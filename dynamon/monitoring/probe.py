@@ -58,6 +58,7 @@ class ProbeMeter(HeldSamples):
         samples_in_all: Samples in the probe of all processes, None where they cannot be told apart.
         second_in_all: Whether all have their second set.
         users: Who measures on it.
+        guests: What else is measured on it, in words.
         graph_seconds: What a gradient on it with its graph takes; None until that was timed.
     """
 
@@ -76,6 +77,7 @@ class ProbeMeter(HeldSamples):
         super().__init__(loss_fn, batches, fraction, size, weight, second, save)
         self._may_shrink, self.gathers = may_shrink, True
         self.users: Sequence[Meter] = ()
+        self.guests: Sequence[str] = ()
         self.graph_seconds: float | None = None
         self.effects = EffectCheck(loss_fn)
         self._refused = 0  # batches in a row without one
@@ -87,7 +89,8 @@ class ProbeMeter(HeldSamples):
         reason = why_not_evaluated(run, list(trained_parameters(run).values()), self.loss_fn)
         self.off = reason is not None or self.effects.reason is not None
         if reason is not None:
-            rank_zero_warn(f"{self.subject} is off: {reason}")
+            others = f", and so are {' and '.join(self.guests)}" if self.guests else ""
+            rank_zero_warn(f"{self.subject} is off{others}: {reason}")
         else:
             self.effects.is_done |= self.loss_fn is None and run.loop.loss_source is None
             self._take_up(run)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _INF = float("inf")
 # Below the first and above the second input the slope is less than 1 % of the steepest one (GELU: in its exact form).
@@ -85,32 +85,53 @@ def flat_units(inputs: Tensor, bounds: tuple[float, float], dim: int) -> Tensor:
 
 
 def entry_statistics(output: Tensor) -> Tensor:
-    r"""Sum up the entries of a tensor.
+    r"""Sum up the entries of a tensor, in parts of the largest so that powers neither overflow nor vanish.
 
     Args:
         output: A real floating point tensor with at least one entry.
 
     Returns:
-        ``[4]`` in float32, or float64 for float64, on its device: :math:`\max |x|`, :math:`\sum x^2`, :math:`\sum x^4`
-        and the number of entries that are not zero (rounded to float32). NaN and infinity propagate. In float32 squares
-        are right for root mean squares from 1e-19 to 1e19, fourth powers for 1e-9 to 1e9.
+        ``[4]`` in float32, or float64 for float64, on its device: :math:`m = \max |x|`, :math:`\sum (x / m)^2`,
+        :math:`\sum (x / m)^4` (zeros where m is zero) and the number of entries that are not zero (rounded to
+        float32). NaN propagates, and where an entry is infinite the sums are NaN.
 
-    Cost: eight calls, nine for half precision; one copy in float32 at a time. No host synchronisation.
+    Cost: ten calls, eleven for half precision; one copy in float32 at a time. No host synchronisation.
 
     Example:
         >>> import torch
         >>> from dynamon.quantities.activations import entry_statistics
         >>> entry_statistics(torch.tensor([0.0, -2.0, 1.0]))
-        tensor([ 2.,  5., 17.,  2.])
+        tensor([2.0000, 1.2500, 1.0625, 2.0000])
     """
     with torch.no_grad():
         wide = output.detach().to(torch.promote_types(output.dtype, torch.float32))
         low, high = torch.aminmax(wide)
+        top = torch.maximum(-low, high)
         known = torch.count_nonzero(wide)
-        squares = wide.mul_(wide) if wide.dtype != output.dtype else wide * wide
+        scale = _divisor(top)
+        squares = (wide.div_(scale) if wide.dtype != output.dtype else wide / scale).square_()
         second = squares.sum()
-        fourth = squares.mul_(squares).sum()
-        return torch.stack([torch.maximum(-low, high), second, fourth, known.to(second.dtype)])
+        fourth = squares.square_().sum()
+        return torch.stack([top, second, fourth, known.to(second.dtype)])
+
+
+def join_statistics(calls: Sequence[Tensor]) -> Tensor:
+    """Join what :func:`entry_statistics` returns of several tensors, ``[4]`` each, to that of all their entries."""
+    top, second, fourth, known = torch.stack(list(calls)).unbind(1)
+    largest = top.amax()
+    parts = (_divisor(top) / _divisor(largest)).square()
+    return torch.stack([largest, (second * parts).sum(), (fourth * parts.square()).sum(), known.sum()])
+
+
+def unscaled_sums(statistics: Tensor) -> Tensor:
+    r"""Return :math:`\sum x^2` and :math:`\sum x^4`, ``[R, 2]``, from R results of :func:`entry_statistics`."""
+    squares = _divisor(statistics[:, :1]).square()
+    return statistics[:, 1:3] * torch.cat([squares, squares.square()], 1)
+
+
+def _divisor(top: Tensor) -> Tensor:
+    """Return the number itself, or where that is zero or subnormal the least normal one."""
+    return top.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def measurable(value: Any) -> Tensor | None:
@@ -133,3 +154,19 @@ def measurable(value: Any) -> Tensor | None:
     if isinstance(value, tuple | list):
         return next((found for entry in value if (found := measurable(entry)) is not None), None)
     return None
+
+
+def layer_states(module: nn.Module, output: Any) -> Sequence[Tensor]:
+    """Return the last states of each layer of a recurrent module of several: its output is that of the last one.
+
+    Example:
+        >>> import torch
+        >>> from dynamon.quantities.activations import layer_states
+        >>> lstm = torch.nn.LSTM(3, 5, num_layers=2, bidirectional=True)
+        >>> [state.shape for state in layer_states(lstm, lstm(torch.ones(7, 4, 3)))]
+        [torch.Size([2, 4, 5]), torch.Size([2, 4, 5])]
+    """
+    if not isinstance(module, nn.RNNBase) or module.num_layers < 2:
+        return ()
+    states = measurable(output[1])  # of an LSTM those that its gates let out; cells come second
+    return () if states is None else states.unflatten(0, (module.num_layers, -1)).unbind()

@@ -124,25 +124,30 @@ def _statistics(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, i
     return head_statistics(logits, own)
 
 
-def softmax_of_logits(args: Sequence[Any], kwargs: Mapping[str, Any]) -> HeadStatistics | None:
-    """Measure a softmax over the last dimension of ``[N, H, L, S]``, which attention written by hand takes.
+def softmax_of_logits(args: Sequence[Any], kwargs: Mapping[str, Any], heads: int = 1) -> HeadStatistics | None:
+    """Measure a softmax over the last dimension of ``[N, H, L, S]`` or ``[N H, L, S]``, as attention by hand takes it.
 
     Args:
         args: Its arguments.
         kwargs: Its arguments by name.
+        heads: H, for logits of three dimensions; one where it does not divide them.
 
     Returns:
         The statistics; None where it is over something else.
     """
     given = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
     logits, dim = given.get("input"), given.get("dim")
-    if not isinstance(logits, Tensor) or logits.ndim != 4 or dim not in (-1, 3) or not logits.numel():
+    if not isinstance(logits, Tensor) or logits.ndim not in (3, 4) or not logits.numel():
         return None
-    samples, heads, rows = spread(len(logits), SAMPLES), spread(logits.shape[1], HEADS), spread(logits.shape[2], ROWS)
+    if dim not in (-1, logits.ndim - 1):
+        return None
+    if logits.ndim == 3:
+        logits = logits.unflatten(0, (-1, heads if len(logits) % heads == 0 else 1))
+    samples, chosen, rows = spread(len(logits), SAMPLES), spread(logits.shape[1], HEADS), spread(logits.shape[2], ROWS)
     with torch.no_grad():
-        chosen = logits.detach()[samples][:, heads][:, :, rows]
-        wide = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-        return head_statistics(wide, list(range(logits.shape[1]))[heads])
+        wide = logits.detach()[samples][:, chosen][:, :, rows]
+        wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
+        return head_statistics(wide, list(range(logits.shape[1]))[chosen])
 
 
 def multihead_attention(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: Any) -> HeadStatistics | None:

@@ -14,12 +14,14 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.distributed.reduction import PartialStats, ShardReduction
 from dynamon.kernels import widest_dtype
 from dynamon.kernels.constants import on_device
+from dynamon.kernels.devices import reads_are_free
 from dynamon.layers import Layer
 from dynamon.layers.complex_pairs import as_real, real_dtype, real_numel
-from dynamon.quantities.flat_pieces import Chunk, sum_over_entries, table_of
+from dynamon.quantities.flat_pieces import Chunk, is_below, is_equal, largest_magnitudes, sum_over_entries, table_of
 
 _SUMS = 6
 _OFFSET = 256.0  # added to logarithms, so that what is summed is not negative
+_NEAR = 4.0  # half distances; a step that is lost, or would be at twice its size, is at most 2
 _FEWEST = 3.0  # moves, below which nothing tells how an optimizer rounds
 
 
@@ -106,19 +108,23 @@ def _form(step: ComputedStep) -> tuple[object, ...]:
     """Return what steps must have in common to be computed in the same calls."""
     there = tuple(tensor is not None for tensor in (step.first, step.second, step.gradient))
     on_host = not isinstance(step.count, Tensor) or step.count.device.type == "cpu"
-    return step.now.dtype, there, step.is_known, step.decays_first, on_host
+    return step.now.dtype, there, step.is_known, step.decays_first, on_host, step.factors[2] != 0
 
 
 def _sums_of(steps: Sequence[ComputedStep]) -> Tensor:
     """Sum over the entries of T steps of one form, ``[6, T]``."""
     first, dtype, device = steps[0], steps[0].now.dtype, steps[0].now.device
     wide = torch.promote_types(dtype, torch.float32)
-    table = table_of(list(zip(*(step.factors for step in steps), strict=True)), device, wide)
     counts = [step.count for step in steps]
     if isinstance(counts[0], Tensor) and counts[0].device.type != "cpu":
+        table = table_of(list(zip(*(step.factors for step in steps), strict=True)), device, wide)
         times = torch.stack([to_local(count).reshape(()) for count in counts if isinstance(count, Tensor)]).to(wide)
     else:
-        times = table_of([[float(count) for count in counts]], device, wide)[0]
+        rows = [(*step.factors, float(step.count)) for step in steps]
+        if len(set(rows)) == 1:  # one number serves all entries
+            rows = rows[:1]
+        *factors, moments = zip(*rows, strict=True)
+        table, times = table_of(factors, device, wide), table_of([moments], device, wide)[0]
     a, b, c, root, eps, beta1, beta2, *decay = table.unbind()
     numbers = torch.stack([a / (1 - beta1**times), b, c, root / (1 - beta2**times).sqrt(), eps, *decay])
 
@@ -130,13 +136,14 @@ def _sums_of(steps: Sequence[ComputedStep]) -> Tensor:
         before, now = flat("before"), flat("now")
         assert before is not None and now is not None
         a, b, c, root, eps, shrink, kept = chunk.spread(numbers).unbind()
-        step = -c * before
-        if (moment := flat("first")) is not None:
-            step -= a * moment
-        if (gradient := flat("gradient")) is not None:
-            step -= b * gradient
+        step: Tensor | None = None
+        for factor, tensor in ((a, flat("first")), (b, flat("gradient")), (c, before if first.factors[2] else None)):
+            if tensor is not None:
+                step = tensor * -factor if step is None else step.sub_(tensor * factor)
+        if step is None:
+            step = torch.zeros_like(before)
         if (squares := flat("second")) is not None:
-            step /= root * squares.sqrt() + eps
+            step /= squares.sqrt().mul_(root).add_(eps)
         return _rows(before, now, step, (shrink, kept), dtype, first)
 
     return sum_over_entries([step.now for step in steps], _SUMS, measure)
@@ -146,26 +153,50 @@ def _rows(
     before: Tensor, now: Tensor, step: Tensor, decay: tuple[Tensor, Tensor], dtype: torch.dtype, form: ComputedStep
 ) -> list[Tensor]:
     """Return for each entry whether its update and its decay were lost, and how its step compares with rounding."""
-
-    def held(values: Tensor) -> Tensor:
-        return values.to(dtype).to(before.dtype)
-
     shrink, kept = decay
-    decayed = shrink * before
-    base = held(before * kept) if form.decays_first else before
-    stays, steps = now == base, step != 0
-    lost_decay = (decayed != 0) & ((base == before) if form.decays_first else stays)
-    flags = [steps & stays, lost_decay]
+    base = _held(before * kept, dtype) if form.decays_first else before
+    decayed = before * shrink
+    lost_decay = ~is_equal(decayed, 0.0) & (is_equal(base, before) if form.decays_first else is_equal(now, base))
     if not form.is_known:
-        return [flag.to(before) for flag in flags] + [torch.zeros_like(before)] * (_SUMS - len(flags))
+        return [~is_equal(step, 0.0) & is_equal(now, base), lost_decay] + [torch.zeros_like(lost_decay)] * (_SUMS - 2)
     total = step if form.decays_first else step - decayed
-    flags[0] &= held(base + total / 2) == base  # else something other than rounding holds the entry
-    rounds_away = (held(base + 2 * total) == base) & (total != 0)
     relative = total.abs() / _half_distance(base, dtype)
-    sized = (relative > 0) & (relative < torch.inf) & (base != 0)
-    expected = torch.where(rounds_away & sized, relative / 2, 0.0)
-    logs = torch.where(sized, (relative.log2() + _OFFSET).clamp_min(0), 0.0)
-    return [*(flag.to(before) for flag in (*flags, rounds_away & ~stays)), expected, logs, sized.to(before)]
+    # What is far above the distance cannot be lost. In float32 that is nearly all, and the host looks at the rest only.
+    places = _few(is_below(relative, _NEAR)) if reads_are_free(base.device) else None
+    own = [now, step, base, total, relative]
+    lost, against, expected = _rounding(own if places is None else [one[places] for one in own], dtype)
+    if places is not None:
+        lost, against, expected = (x.new_zeros(base.shape).index_copy_(0, places, x) for x in (lost, against, expected))
+    is_zero = is_equal(base, 0.0)
+    if not reads_are_free(base.device) or is_zero.any():
+        relative.masked_fill_(is_zero, 0.0)
+    logs = relative.log2_().add_(_OFFSET).nan_to_num_(0.0, 0.0, 0.0).clamp_min_(0)
+    return [lost, lost_decay, against, expected, logs, ~is_equal(logs, 0.0)]
+
+
+def _held(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a dtype and go back."""
+    return values.to(dtype).to(values.dtype)
+
+
+def _few(mask: Tensor) -> Tensor | None:
+    """Return where a mask on the host is set; None where that is in more than a quarter of the entries."""
+    is_set = mask.numpy()
+    return torch.from_numpy(np.flatnonzero(is_set)) if np.count_nonzero(is_set) < len(is_set) // 4 else None
+
+
+def _rounding(entries: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Say which entries lost their update, which moved against rounding to nearest, and how many would by chance.
+
+    By chance: the mean number of moves of unbiased rounding where rounding to nearest makes none.
+    """
+    now, step, base, total, relative = entries
+    stays = is_equal(now, base)
+    # Else something other than rounding holds the entry.
+    lost = ~is_equal(step, 0.0) & stays & is_equal(_held(base + total / 2, dtype), base)
+    rounds_away = is_equal(_held(base + 2 * total, dtype), base) & ~is_equal(total, 0.0)
+    expected = (relative / 2).nan_to_num_(0.0, 0.0) * (rounds_away & ~is_equal(base, 0.0))
+    return lost, rounds_away & ~stays, expected
 
 
 def _half_distance(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,6 +247,8 @@ FORMATS = {
 }
 RANGES = ("underflow_bf16", "underflow_fp16", "underflow_e4m3", "underflow_e5m2", "overflow_bf16", "overflow_fp16")
 
+_UNDER = 4  # how many of them are of underflow
+
 
 def range_shares(tensors: Sequence[Tensor], likes: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """Count the entries that copies in fewer bits would turn into zero or infinity.
@@ -241,19 +274,22 @@ def range_shares(tensors: Sequence[Tensor], likes: Sequence[Tensor], ranks: Rank
     device = parts[0].device
     wide = widest_dtype(device)
     filled = [part if part.numel() else part.new_zeros(1) for part in parts]
-    tops = holding.maximum(torch.stack(torch._foreach_norm(filled, torch.inf, dtype=wide)))
+    tops = holding.maximum(largest_magnitudes(filled))
     tops = torch.where(torch.isfinite(tops) & (tops > 0), tops, torch.nan)
     compared = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
     limits = torch.stack([_limit(name, tops) for name in RANGES]).to(compared)
 
     def measure(chunk: Chunk) -> list[Tensor]:
         sizes = chunk.flat(parts, compared).abs()
-        there = (sizes > 0) & torch.isfinite(sizes)
-        bounds = zip(RANGES, chunk.spread(limits), strict=True)
-        beyond = [sizes <= bound if name.startswith("under") else sizes >= bound for name, bound in bounds]
-        return [(there & lost).to(sizes) for lost in beyond]
+        under, over = chunk.spread(limits).split([_UNDER, len(RANGES) - _UNDER])
+        below = [is_below(sizes, bound) for bound in (*under, 0.0)]
+        sizes.neg_()
+        return [*below, *(is_below(sizes, -bound) for bound in (*over, torch.inf))]
 
-    counts = sum_over_entries(parts, len(RANGES), measure)
+    found = sum_over_entries(parts, len(RANGES) + 2, measure)
+    counts = torch.cat(
+        [found[:_UNDER] - found[_UNDER], found[_UNDER + 1 : -1] - found[-1]]
+    )  # without zeros, infinities
     sums = ShardReduction(likes, holding, sums=len(RANGES)).reduce(PartialStats(sums=counts)).sums
     shares = sums / on_device([real_numel(like) for like in likes], device, wide)
     return torch.where(limits.isnan(), torch.nan, shares).float()

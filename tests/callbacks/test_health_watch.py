@@ -57,7 +57,7 @@ def test_a_budget_that_carries_nothing_is_no_missing_monitor():
     classify(0.1, 20, [monitor])
     (note,) = monitor.findings
     assert note.rule == "dynamon/nothing" and note.advice.startswith(
-        "A monitor was present. If optimizers took steps: raise budget"
+        "A monitor was present. Where the log says that something is off, do as it says there. Else, if"
     )
 
 

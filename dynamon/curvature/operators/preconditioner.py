@@ -152,4 +152,6 @@ def _wide(p: Tensor) -> torch.dtype:
 
 
 def _divisor(squared: Tensor, eps: float, warming: float) -> Tensor:
-    return squared.clamp_min(0).sqrt_().add_(eps).mul_(warming).masked_fill_(squared <= 0, torch.nan)
+    squared = squared.clamp_min(0)
+    # Zero over itself is NaN; on a CPU that is several times faster than a mask.
+    return squared.sqrt().add_(eps).mul_(warming).mul_(squared / squared)

@@ -35,6 +35,7 @@ class Eigenpairs:
             projected matrix lacks in symmetry; for finite differences the relative difference between two step sizes;
             for one-sided ones what they differed from exact products. Where it exceeds the tolerance, ``converged`` is
             False and there are no bounds.
+        next_value: The first Ritz value below the k largest: a lower bound on that eigenvalue. NaN where there is none.
     """
 
     values: Tensor
@@ -48,6 +49,7 @@ class Eigenpairs:
     converged: bool
     backend: str = "exact"
     product_error: float = 0.0
+    next_value: float = math.nan
 
     def __repr__(self) -> str:
         """Return the values with their residuals and bounds, without the vectors."""
@@ -91,6 +93,7 @@ class Eigenpairs:
             lower=self.lower * factor,
             upper=None if self.upper is None else self.upper * factor,
             smallest=self.smallest * factor,
+            next_value=self.next_value * factor,
         )
 
 

@@ -73,6 +73,7 @@ def lanczos_eigenpairs(
         smallest=float(ritz.values[-1]),
         matvecs=state.matvecs,
         converged=converged and len(values) == k,
+        next_value=float(ritz.values[k]) if len(ritz.values) > k else math.nan,
     )
 
 

@@ -1,5 +1,6 @@
 """Follow the top eigenvalue of an operator that changes slowly, where it stands clear of the others."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,8 @@ TRACKED = 3  # vectors that a measurement leaves to the next
 ROOM = 5  # products after which Lanczos takes over
 MOST_VECTORS = 2 * ROOM + TRACKED + 2
 _EARLY, _LATE = 2, 3  # products before the one that looks for a new top, with the error within tolerance and without
-_CLEAR = 0.75  # of the top that no other Ritz value may reach, its residual added, for so few products
-_CHANGE = 0.3  # of the top since the last measurement, likewise
+CLEAR = 0.75  # of the top that no other Ritz value may reach, its residual added, for so few products
+CHANGE = 0.3  # of the top since the last measurement, likewise
 _NOISE = 0.3  # share of noise in the vector that looks for a new top, without a gradient
 _LEAST = 10  # products that Lanczos takes at least
 
@@ -61,7 +62,7 @@ def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor
         before = float(ritz.values[0])
         space.add(vector)
         ritz = space.ritz()
-        if searched and not (ritz.is_clear() and abs(ritz.values[0] - last) <= _CHANGE * last):
+        if searched and not (ritz.is_clear() and abs(ritz.values[0] - last) <= CHANGE * last):
             break
         settled = searched and ritz.is_within(tol) and bool(ritz.values[0] - before <= tol * ritz.scale)
     found = space.eigenpairs(ritz, settled)
@@ -110,7 +111,7 @@ class _Ritz:
     def is_clear(self) -> bool:
         """Return whether the largest value is positive and none of the tracked others comes near it."""
         others = self.values[1:TRACKED] + self.residuals[1:TRACKED]
-        return bool(self.values[0] > 0 and (others <= _CLEAR * self.values[0]).all())
+        return bool(self.values[0] > 0 and (others <= CLEAR * self.values[0]).all())
 
 
 class _Subspace:
@@ -193,4 +194,5 @@ class _Subspace:
             matvecs=self.matvecs,
             converged=converged,
             product_error=0.0 if getattr(self.operator, "rounding", 0.0) else ritz.asymmetry,
+            next_value=float(ritz.values[1]) if len(ritz.values) > 1 else math.nan,
         )

@@ -9,6 +9,7 @@ from dynamon.curvature.operators.base import LinearOperator
 from dynamon.curvature.operators.scaling import relative
 from dynamon.curvature.operators.vector_space import space_of
 from dynamon.curvature.solvers.eigenpairs import Eigenpairs
+from dynamon.curvature.solvers.rayleigh_ritz import CHANGE, CLEAR, ROOM
 from dynamon.curvature.solvers.top import top_eigenvalues
 from dynamon.kernels.arguments import check_count
 
@@ -22,7 +23,9 @@ class EigenTracker:
     """Repeated :func:`top_eigenvalues`, each warm-started from the one before.
 
     It holds the vectors of the last measurement. Measurements start cold the first time, after the operator's size has
-    changed, and every tenth time, when the run can also give the 99 % upper bound.
+    changed, and every tenth time, when the run can also give the 99 % upper bound. Where the last measurement found
+    another eigenvalue above three quarters of the top, or the top had changed by more than 30 %, Lanczos starts from
+    the vectors and noise; elsewhere a few products are tried first (:func:`top_eigenvalues`).
 
     Warm measurements can take one-sided differences of gradients, at one gradient a product, where these were compared
     with exact products at the last cold measurement (:meth:`compare`). ``backend`` says which operator the next
@@ -42,12 +45,13 @@ class EigenTracker:
         value: The last value of the largest eigenvalue, or None.
         difference_error: Relative error of one-sided differences along the top direction of the last cold measurement;
             infinity where it is not known.
+        is_clear: Whether the last measurement says that a few products may be enough.
 
     Examples:
         >>> import torch
         >>> from dynamon.curvature import Diagonal, EigenTracker
-        >>> tracker = EigenTracker()
-        >>> sizes = [tracker.update(Diagonal(torch.linspace(0, top, 200))).matvecs for top in (1.0, 1.01, 1.02)]
+        >>> tracker, bulk = EigenTracker(), torch.linspace(0, 1, 200)
+        >>> sizes = [tracker.update(Diagonal(bulk + top * (bulk == 1))).matvecs for top in (1.0, 1.01, 1.02)]
         >>> sizes[0] > sizes[1] >= sizes[2]
         True
         >>> tracker
@@ -74,6 +78,7 @@ class EigenTracker:
         self.vectors: Tensor | None = None
         self.value: float | None = None
         self.difference_error = math.inf
+        self.is_clear = True
 
     def __repr__(self) -> str:
         """Return k, the number of measurements, and whether the next one is cold."""
@@ -105,24 +110,32 @@ class EigenTracker:
                 left out.
         """
         limit = self._max_matvecs if most is None else max(min(most, self._max_matvecs), 2, self.k)
-        known = None if self.next_is_cold else self.vectors
-        if known is not None and known.shape[0] != space_of(operator).length:
-            known = None
+        is_cold = self.next_is_cold or self.vectors is None or self.vectors.shape[0] != space_of(operator).length
+        known = None if is_cold else self.vectors
+        last = self.value if known is not None and self.is_clear else None
         found = top_eigenvalues(
             operator,
             self.k,
             tol=self._tol,
             max_matvecs=limit,
             warm_start=known,
-            last=None if known is None else self.value,
+            last=last,
             certify=self.next_is_certified and limit == self._max_matvecs,
             seed=self._seed + self.taken,
         )
         self.taken += 1
+        self.is_clear = self._is_clear(found, last is not None)
         self.vectors, self.value = found.vectors, float(found.values[0])
-        if known is None or found.product_error > _SHARE * self._tol:
+        if is_cold or found.product_error > _SHARE * self._tol:
             self.difference_error = math.inf
         return found
+
+    def _is_clear(self, found: Eigenpairs, is_tracked: bool) -> bool:
+        """Return whether a few products were enough, or would have been as far as a run of Lanczos can tell."""
+        if is_tracked:
+            return found.matvecs <= ROOM
+        top, change = float(found.values[0]), 0.0 if self.value is None else float(found.values[0]) - self.value
+        return top > 0 and not found.next_value > CLEAR * top and not abs(change) > CHANGE * abs(self.value or 0.0)
 
     def compare(self, operator: Any) -> int:
         """Compare one-sided differences with exact products along the top direction, after a cold measurement.
@@ -158,10 +171,11 @@ class EigenTracker:
         """
         small = self.vectors is not None and (most is None or self.vectors.numel() <= most)
         numbers = {"k": self.k, "taken": self.taken, "value": self.value, "difference_error": self.difference_error}
-        return numbers | {"vectors": self.vectors if small else None}
+        return numbers | {"is_clear": self.is_clear, "vectors": self.vectors if small else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.k, self.taken, self.vectors = int(state["k"]), int(state["taken"]), state["vectors"]
         self.value = state.get("value")  # earlier versions had none of these
+        self.is_clear = bool(state.get("is_clear", True))
         self.difference_error = float(state.get("difference_error", math.inf))

@@ -88,9 +88,13 @@ def test_dead_units_are_named_with_their_share():
     (found,) = findings(run(activation__saturated=Series(STEPS, one(0.7, 0.1), MODULES)))
     assert (found.rule, found.severity, found.layers) == ("activation/dead", "warning", ("blocks.2.act",))
     assert "70% of the units of blocks.2.act" in found.message and found.step == 0
-    dying = np.where(np.arange(T) < 25, 0.1, 1.0)
+    dying = np.clip((np.arange(T) - 14) / 16, 0.1, 1.0)
     (found,) = findings(run(activation__saturated=Series(STEPS, one(dying, 0.1), MODULES)))
-    assert found.severity == "fault" and found.step >= STEPS[25] and "10% at the first readings" in found.message
+    assert (
+        (found.rule, found.severity) == ("activation/dead", "fault")
+        and found.step >= STEPS[25]
+        and "10% at the first readings" in found.message
+    )
 
 
 def test_units_that_are_dead_by_chance_or_for_a_moment_are_not_counted():
@@ -120,6 +124,58 @@ def test_sparse_outputs_and_growth_below_the_limit_are_no_outliers():
     assert rules(outliers(3 * 10**RISING, 5 * 2**RISING)) == []
     assert rules(outliers(2000.0, 10.0)) == []  # no single entry stands out
     assert rules(outliers(3 * 100**RISING, 5.0)) == []  # units that fall silent: the largest stays
+
+
+def test_outliers_that_were_there_at_the_start_are_a_note_and_frozen_ones_nothing():
+    (found,) = findings(outliers(one(2000.0, 4.0), one(80.0, 5.0)))
+    assert found.severity == "note" and "at the start" in found.advice
+    (found,) = findings(outliers(one(3 * 1000**RISING, 4.0), one(5 * 20**RISING, 5.0)))
+    assert found.severity == "warning" and "learning rate" in found.advice
+    frozen = outliers(one(2000.0, 4.0), one(80.0, 5.0))
+    frozen.tables["activation/kurtosis"].values[:, 2] = 2000.0
+    assert rules(frozen) == []
+
+
+def test_zeros_make_no_outliers():
+    """Rows of a table of unit vectors: 1500 entries, one of them 1."""
+    data = outliers(one(1500.0, 4.0), one(1500**0.5, 5.0))
+    assert rules(data) == ["activation/outliers"]
+    data.tables["activation/zero"] = Series(STEPS, one(1499 / 1500, 0.0), MODULES)
+    assert rules(data) == []
+
+
+@pytest.mark.parametrize("tag", ["activation__zero", "activation__saturated"])
+def test_what_dies_at_once_and_stays_dead_is_named_at_its_step(tag):
+    dying = np.where(np.arange(T) < 25, 0.3, 0.9)
+    (found,) = findings(run(**{tag: Series(STEPS, one(dying, 0.3), MODULES)}))
+    assert (found.rule, found.severity, found.step) == ("activation/died", "warning", STEPS[25])
+    assert found.layers == ("blocks.2.act",)
+    assert "90% of the" in found.message and "30% just before" in found.message
+    for last, expected in ((27, []), (28, ["activation/died"])):  # three readings
+        cut = Series(STEPS[:last], one(dying, 0.3)[:last], MODULES)
+        assert rules(run(**{tag: cut})) == expected
+    (found,) = findings(run(**{tag: Series(STEPS, one(np.where(np.arange(T) < 25, 0.3, 1.0), 0.3), MODULES)}))
+    assert found.severity == "fault"
+
+
+def test_what_dies_slowly_or_for_a_moment_does_not_die_at_once():
+    moment = np.where((np.arange(T) > 10) & (np.arange(T) < 20), 0.9, 0.1)
+    sparser = 1 - 0.9 * 0.02**RISING
+    start = np.where(np.arange(T) < 3, 0.1, 0.99)  # the first steps of a run with many
+    for values in (moment, sparser, start):
+        assert rules(run(activation__zero=Series(STEPS, one(values, 0.3), MODULES))) == []
+
+
+def test_an_output_that_fades_at_once_is_named():
+    shut = np.where(np.arange(T) < 25, 0.5, 4e-4)
+    (found,) = findings(run(activation__rms=table(one(shut, 1.0))))
+    assert (found.rule, found.layers, found.step) == ("activation/faded", ("blocks.2.act",), STEPS[25])
+    assert found.numbers["share"] == pytest.approx(8e-4, rel=0.2)
+    silent = Series(STEPS, one(np.where(np.arange(T) < 25, 0.3, 0.99), 0.3), MODULES)
+    assert rules(run(activation__rms=table(one(shut, 1.0)), activation__zero=silent)) == ["activation/died"]
+    moment = np.where((np.arange(T) > 10) & (np.arange(T) < 20), 4e-4, 0.5)
+    for values in (moment, 0.5 * 1e-3**RISING, np.where(np.arange(T) < 25, 0.5, 0.1)):
+        assert rules(run(activation__rms=table(one(values, 1.0)))) == []
 
 
 def test_logits_that_grow_are_told_with_their_head_and_entropy():

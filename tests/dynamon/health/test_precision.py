@@ -57,6 +57,19 @@ def test_one_layer_is_a_warning_that_names_it():
     )
 
 
+def test_gains_alone_are_a_note_and_many_of_them_no_fault():
+    """Gains that begin at 1 stand still in bfloat16 in nearly every run."""
+    for lost, severity in (([0.1, 1.0, 0.2], "note"), ([1.0, 1.0, 0.2], "warning"), ([1.0, 1.0, 1.0], "fault")):
+        data = run(lost)
+        sigma = np.ones((T, 3))
+        sigma[:, 1] = np.nan  # a vector has no singular value
+        data.tables["spectrum/sigma_max"] = Series(STEPS, sigma, LAYERS)
+        (found,) = findings(data)
+        assert (found.rule, found.severity) == ("precision/swallowed", severity)
+        assert ("gains or biases" in found.advice) == (severity == "note")
+        assert (found.layers[-1] == "norm.weight") and len(found.layers) == sum(share == 1 for share in lost)
+
+
 def test_without_the_size_of_steps_the_cause_is_still_named():
     (found,) = findings(run(0.97, size=np.nan))
     assert "below half the distance to the next bfloat16 number" in found.message

@@ -336,6 +336,84 @@ def test_heads_are_those_of_every_kind_of_attention() -> None:
     ]
 
 
+class ByHandAttention(nn.Module):
+    """Attention in the ways in which people write it; ``way`` says how, others than the first four are none."""
+
+    def __init__(self, way: str, heads: int = 2, width: int = 8) -> None:
+        super().__init__()
+        self.way, self.num_heads, self.qkv = way, heads, nn.Linear(width, 3 * width)
+        self.codebook, self.softmax = nn.Parameter(torch.eye(6, 4)), nn.Softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        batch = len(x)
+        if self.way == "bmm":  # samples and heads in one dimension, masked in four
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            logits = torch.bmm(q, k.transpose(1, 2)) / 2
+            logits = (logits.view(batch, -1, *logits.shape[1:]) + torch.zeros(())).view(logits.shape)
+            return torch.bmm(F.dropout(F.softmax(logits, dim=-1), 0.0), v).view(batch, self.num_heads, -1, 4)
+        if self.way == "einsum":
+            logits = torch.einsum("nhid,nhjd->nhij", q, k).mul_(0.5)
+            return torch.einsum("nhij,nhjd->nhid", logits.softmax(-1).type_as(q), v)
+        if self.way == "baddbmm":
+            bias = torch.zeros(batch * self.num_heads, q.shape[2], q.shape[2], dtype=q.dtype)
+            logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.5)
+            weights = logits.view(batch, self.num_heads, *logits.shape[1:]).float().softmax(-1).to(v.dtype)
+            return weights @ v
+        if self.way == "module":
+            return self.softmax(torch.matmul(q, k.mT) * 0.5).to(v) @ v
+        if self.way == "classes":  # probabilities that multiply a batch, of logits that are no product
+            return torch.softmax(q, -1) @ v.mT
+        if self.way == "codebook":
+            return torch.softmax(q @ k.mT, -1) @ self.codebook
+        assert self.way == "loss"
+        return torch.softmax(q @ k.mT, -1)
+
+
+@pytest.mark.parametrize("way", ["bmm", "einsum", "baddbmm", "module"])
+def test_attention_by_hand_is_that_of_the_fused_function(way) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(attn=ByHandAttention(way)))
+    inputs = normal(3, 6, 8)
+    found = readings(model, mean_square(inputs))
+    q, k, v = model.attn.qkv(inputs).detach().double().unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    logits = q @ k.mT / 2
+    weights = logits.softmax(-1)
+    entropy = -(weights * weights.log()).sum(-1).mean((0, 2)) / np.log(6)
+    names = ["attn.heads.0", "attn.heads.1"]
+    assert found["attention/max_logit"] == pytest.approx(
+        dict(zip(names, logits.amax((0, 2, 3)).tolist(), strict=True)), rel=1e-5
+    )
+    assert found["attention/entropy"] == pytest.approx(dict(zip(names, entropy.tolist(), strict=True)), rel=1e-5)
+
+
+@pytest.mark.parametrize("way", ["classes", "codebook", "loss"])
+def test_other_softmaxes_are_no_attention(way) -> None:
+    found = readings(nn.Sequential(ByHandAttention(way)), mean_square(normal(3, 6, 8)))
+    assert "attention/entropy" not in found and "0.qkv" in found["activation/rms"]
+
+
+def test_globs_choose_heads_by_their_row_or_their_module() -> None:
+    for patterns in (["*.heads"], ["layers.1.self_attn"], ["layers.1.self_attn.*"]):
+        for fused in (True, False):
+            found = readings(Decoder(fused), mean_square(tokens(3, 7)), patterns=patterns)
+            count = 12 if patterns == ["*.heads"] else 4
+            assert len(found["attention/entropy"]) == count, patterns
+    without = readings(Decoder(), mean_square(tokens(3, 7)), patterns=["!*.heads"])
+    assert "attention/entropy" not in without and "layers.1.self_attn.q_proj" in without["activation/rms"]
+
+
+def test_layers_of_a_recurrent_module_have_rows() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(lstm=nn.LSTM(4, 6, num_layers=2, batch_first=True)))
+    inputs = normal(3, 5, 4)
+    found = readings(model, mean_square(inputs))["activation/rms"]
+    states = model.lstm(inputs)[1][0].detach().double()
+    assert list(found) == ["lstm", "lstm.layer.0", "lstm.layer.1"]
+    for layer, state in enumerate(states):
+        assert found[f"lstm.layer.{layer}"] == pytest.approx(float(state.square().mean().sqrt()), rel=1e-6)
+
+
 def test_dead_units_of_modules_and_functions() -> None:
     torch.manual_seed(0)
 

@@ -5,14 +5,25 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynamon.quantities.activations import FLAT, entry_statistics, flat_part, flat_units, measurable
+from dynamon.quantities.activations import (
+    FLAT,
+    entry_statistics,
+    flat_part,
+    flat_units,
+    join_statistics,
+    layer_states,
+    measurable,
+    unscaled_sums,
+)
 
 SMOOTH = sorted(set(FLAT) - {"leaky_relu", "prelu"})
 
 
 def oracle(values: torch.Tensor) -> list[float]:
     entries = values.double().numpy().ravel()
-    return [np.abs(entries).max(), np.sum(entries**2), np.sum(entries**4), np.count_nonzero(entries)]
+    top = np.abs(entries).max()
+    parts = entries / (top or 1.0)
+    return [top, np.sum(parts**2), np.sum(parts**4), np.count_nonzero(entries)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -29,6 +40,23 @@ def test_statistics_of_many_entries_and_of_views() -> None:
     np.testing.assert_allclose(entry_statistics(values).numpy(), oracle(values), rtol=1e-6)
     view = values[:120_000].view(200, 600).t()[::2]
     np.testing.assert_allclose(entry_statistics(view).numpy(), oracle(view), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-10, 1e10, 1e30, 1e37])
+def test_kurtosis_of_any_scale(scale) -> None:
+    """Squares of entries of 1e-30 are zero in float32, and those of 1e30 infinite."""
+    values = torch.randn(50, 100, generator=torch.Generator().manual_seed(0)) * scale
+    halves = join_statistics([entry_statistics(half) for half in (values[:20], values[20:] / 3)]).double()[None]
+    entries = torch.cat([values[:20], values[20:] / 3]).double()
+    expected = [entries.square().sum(), entries.pow(4).sum()]
+    tolerance = 0.05 if scale < 1e-40 else 1e-5  # such numbers have a few bits only
+    np.testing.assert_allclose(unscaled_sums(halves)[0].numpy(), np.array(expected), rtol=tolerance)
+    assert float(halves[0, 0]) == float(entries.abs().max()) and float(halves[0, 3]) == torch.count_nonzero(entries)
+
+
+def test_zeros_alone_have_no_size() -> None:
+    assert entry_statistics(torch.zeros(5)).tolist() == [0.0] * 4
+    assert unscaled_sums(entry_statistics(torch.zeros(5))[None]).tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -88,3 +116,17 @@ def test_the_first_real_tensor_of_an_output_counts() -> None:
     ):
         assert measurable(left) is None
     assert measurable("text") is None and measurable(None) is None
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_states_of_recurrent_layers(kind) -> None:
+    module = kind(3, 5, num_layers=2, batch_first=True)
+    inputs = torch.randn(4, 7, 3)
+    first, second = layer_states(module, module(inputs))
+    assert torch.equal(second[0], module(inputs)[0][:, -1])
+    below = kind(3, 5, batch_first=True)
+    with torch.no_grad():
+        for name, p in below.named_parameters():
+            p.copy_(module.get_parameter(name))
+    torch.testing.assert_close(first[0], below(inputs)[0][:, -1])
+    assert layer_states(below, below(inputs)) == () == layer_states(torch.nn.Linear(3, 3), inputs)

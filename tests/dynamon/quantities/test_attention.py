@@ -145,7 +145,15 @@ def test_a_softmax_over_keys_is_attention_and_no_other() -> None:
     logits = draw(2, 3, 5, 7)
     close(softmax_of_logits((logits, -1), {}), logits)
     close(softmax_of_logits((logits,), {"dim": 3, "dtype": torch.float32}), logits)
-    assert softmax_of_logits((logits, 1), {}) is None and softmax_of_logits((logits[0], -1), {}) is None
+    for left in ((logits, 1), (logits[0], 1), (logits[0, 0], -1), (logits[None], -1)):
+        assert softmax_of_logits(left, {}) is None
+
+
+def test_logits_of_three_dimensions_hold_the_heads_of_each_sample() -> None:
+    logits = draw(6, 5, 7)
+    close(softmax_of_logits((logits, -1), {}, heads=3), logits.view(2, 3, 5, 7))
+    for heads in (1, 4):  # four do not divide six
+        close(softmax_of_logits((logits, 2), {}, heads=heads), logits[:, None])
 
 
 KINDS: dict[str, dict[str, Any]] = {

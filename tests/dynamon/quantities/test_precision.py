@@ -11,7 +11,7 @@ from dynamon.distributed.ranks import Ranks
 from dynamon.layers import describe_layers
 from dynamon.optim import Lanton
 from dynamon.optim.computed_steps import computed_step
-from dynamon.quantities import flat_pieces
+from dynamon.quantities import flat_pieces, precision
 from dynamon.quantities.precision import RANGES, bits_of, lost_shares, range_shares, stored_shares
 from tests.launches import Launches, gpt2
 
@@ -243,8 +243,59 @@ def test_what_is_not_finite_is_in_no_share_and_leaves_no_scale():
     assert found[2:4].isnan().all() and (found[[0, 1, 4, 5]] == 0).all()
 
 
-def test_pieces_are_summed_whatever_they_are_cut_into(monkeypatch):
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "momentum"])
+@pytest.mark.parametrize(("dtype", "lr"), [(torch.float32, 2e-7), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_on_a_cpu_the_few_entries_near_the_limit_tell_all(name, dtype, lr, monkeypatch):
+    """Against the way of a device, which looks at every entry; with zeros among weights and among steps."""
+    module, optimizer, before = stepped(OPTIMIZERS[name], dtype, lr)
+    with torch.no_grad():
+        for kept in (before, module.weight):
+            kept[::7, ::3] = 0.0
+        for state in optimizer.state[module.weight].values():
+            if isinstance(state, torch.Tensor) and state.ndim:
+                state[1::7] = 0.0
+    group = optimizer.param_groups[0]
+    step = computed_step(optimizer, group, module.weight, before, module.weight.grad, lr, 3 * lr)
+    few, layers = precision._few, describe_layers(module)
+    chosen = []
+    monkeypatch.setattr(precision, "_few", lambda mask: chosen.append(few(mask)) or chosen[-1])
+    found = stored_shares(layers, {"weight": step}, ALONE)
+    assert any(places is not None and len(places) for places in chosen)
+    monkeypatch.setattr(precision, "reads_are_free", lambda device: False)
+    monkeypatch.setattr(flat_pieces, "reads_are_free", lambda device: False)
+    whole = stored_shares(layers, {"weight": step}, ALONE)
+    torch.testing.assert_close(found[:4], whole[:4], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found[4:], whole[4:], rtol=0, atol=1e-4)  # logarithms, summed in float32
+
+
+def test_layers_are_measured_together_as_they_are_alone():
+    """Of many sizes, in chunks of their own and in common ones, with one rate for all and with several."""
+    module = nn.ParameterList(torch.randn(size) for size in (3, 40_000, 500, 1, 200_000, 7))
+    layers = describe_layers(module)
+    for rates in ([1e-7] * 6, [1e-7, 1e-8, 2e-7, 1e-7, 3e-8, 0.0]):
+        optimizer = torch.optim.SGD([{"params": [p], "lr": rate} for p, rate in zip(module, rates, strict=True)])
+        before = [p.detach().clone() for p in module]
+        for p in module:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        steps = {
+            la.name: computed_step(optimizer, group, la.parameter, start, la.parameter.grad, group["lr"], 0.0)
+            for la, group, start in zip(layers, optimizer.param_groups, before, strict=True)
+        }
+        together = stored_shares(layers, steps, ALONE)
+        alone = torch.cat([stored_shares([la], {la.name: steps[la.name]}, ALONE) for la in layers], 1)
+        torch.testing.assert_close(together[:4], alone[:4], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(together[4], alone[4], rtol=0, atol=1e-4, equal_nan=True)
+        assert (together[0] > 0.01).any()
+        shares = range_shares(list(module), list(module), ALONE)
+        torch.testing.assert_close(shares, torch.cat([range_shares([p], [p], ALONE) for p in module], 1))
+
+
+@pytest.mark.parametrize("alone", [2**14, 5])
+def test_pieces_are_summed_whatever_they_are_cut_into(alone, monkeypatch):
     monkeypatch.setattr(flat_pieces, "_MOST_ON_CPU", 7)
+    monkeypatch.setattr(flat_pieces, "_LEAST_ON_CPU", 7)
+    monkeypatch.setattr(flat_pieces, "_ALONE_ON_CPU", alone)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.rand(size, generator=generator) for size in (1, 20, 7, 0, 3, 50)]
     numbers = torch.arange(6.0)[None]
