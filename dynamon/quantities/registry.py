@@ -61,6 +61,8 @@ class Condition(Flag):
     DESCENDS = auto()
     SPIKED = auto()
     RATE_JUMPED = auto()
+    NUMERIC_BATCH = auto()
+    SHIFTED = auto()
     KEEPS_STATE = auto()
     ACTIVATION_FUNCTIONS = auto()
     BLOCKS = auto()
@@ -99,6 +101,8 @@ _WORDS = {
     Condition.DESCENDS: "where the update begins by lowering the loss on the probe",
     Condition.SPIKED: "after a spike",
     Condition.RATE_JUMPED: "where it more than doubled",
+    Condition.SHIFTED: "after a shift of the loss",
+    Condition.NUMERIC_BATCH: "where batches hold numbers that vary",
     Condition.KEEPS_STATE: "where an optimizer keeps averages",
     Condition.ACTIVATION_FUNCTIONS: "for activation functions",
     Condition.BLOCKS: "where blocks of one class follow each other",
