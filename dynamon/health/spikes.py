@@ -43,7 +43,7 @@ class _Inputs:
 
     @property
     def what(self) -> str:
-        """What happened to them, in words."""
+        """Return in words what happened to them."""
         name = "the batch's inputs" if self.place == 0 else f"the tensor at place {self.place} of the batch"
         verb = "are" if self.place == 0 else "is"
         if self.spread <= INPUT_SPREAD and not self.size >= INPUT_SIZE:
@@ -71,7 +71,7 @@ class _Spike:
 
     @property
     def what(self) -> str:
-        """What moved first: gradient, update or both, of the layer that is farthest away; the loss or the batch."""
+        """Gradient, update or both, of the layer that is farthest away; else the loss, or the batch."""
         moved = [kind for kind in ("gradient", "update") if kind in self.kinds]
         if moved:
             of = " of all layers" if self.is_everywhere else "" if self.layer is None else f" of {self.layer}"
@@ -170,7 +170,7 @@ def _one(spike: _Spike, last: int) -> Finding:
 
 
 def _clauses(spike: _Spike) -> list[str]:
-    """What moved by how much, a clause for each."""
+    """Return what moved by how much, a clause for each."""
     own = [spike.kinds[kind] for kind in ("gradient", "update") if kind in spike.kinds]
     found = [f"{spike.what} {_moved(max(own), len(own) > 1 or spike.is_everywhere)}"] if own else []
     if "loss" in spike.kinds or not spike.kinds:

@@ -66,7 +66,7 @@ class LossShift:
         >>> from dynamon.monitoring.loss_shift import LossShift
         >>> noise = np.random.default_rng(0).normal(1.0, 0.1, size=200)
         >>> test = LossShift()
-        >>> noise[150:] += 0.25
+        >>> noise[150:] += 0.4
         >>> found = [test.see(step, y) for step, y in enumerate(noise)]
         >>> [shift.step for shift in found if shift is not None]
         [150]

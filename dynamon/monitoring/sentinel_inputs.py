@@ -52,7 +52,7 @@ def sample_batch(batch: Any, device: torch.device) -> BatchSample:
     """
     walked = list(islice((t for t in leaves(batch, {}) if isinstance(t, Tensor)), _WALKED))
     lengths = {t.shape[0] for t in walked if not t.is_nested and t.ndim}
-    keys, shapes, entries = [], [], []
+    keys, shapes, entries = list[str](), list[tuple[int, int]](), list[Tensor]()
     for place, tensor in enumerate(walked):
         if len(keys) == MOST_TENSORS:
             break

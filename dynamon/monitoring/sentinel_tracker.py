@@ -20,7 +20,7 @@ KINDS = ("gradient", "update", "loss", "inputs")
 _LEAST = {"gradient": 6.0, "update": 2.0, "loss": 1.5}  # times its level that a spike is at least
 _FEWER = 0.9  # of the usual samples, below which a batch is a small one
 _FORGETS = 0.999  # of the usual number of samples
-_RATE_GAIN, _HIGHER, _KNOWN = 1 / 32, 1.5, 1.01  # of the usual rate; times that; times the largest so far
+_RATE_GAIN, _HIGHER, _KNOWN = 1 / 32, 1.5, 1.25  # of the usual rate; times that; times the largest of these so far
 
 
 @dataclass(frozen=True)
@@ -117,20 +117,21 @@ class StepTracker:
         )
 
     def _see_loss(self, step: int, number: float) -> tuple[Shift | None, Shift | None]:
-        """The shift of the loss that is found now, and the one that is over."""
+        """Return the shift of the loss that is found now, and the one that is over."""
         if self._is_restarted(self.norms.rate):
             self._shift.rest()
         found, before = self._shift.see(step, number), self._shift.open
         return found, before if self._shift.close() else None
 
     def _is_restarted(self, rate: float) -> bool:
-        """Return whether the rate is higher than lately, and not higher than ever."""
+        """Return whether the rate is higher than lately, and not higher than what it once was for some time."""
         usual, largest = self._rates
-        self._rates = usual + _RATE_GAIN * (rate - usual), max(largest, rate)
+        usual = usual + _RATE_GAIN * (rate - usual) if usual else rate
+        self._rates = usual, max(largest, usual)
         return _HIGHER * usual < rate <= _KNOWN * largest
 
     def _numbers(self, found: StepNumbers, inputs: NDArray[Any] | None) -> tuple[NDArray[Any], list[str]]:
-        """What the series are to see, NaN where nothing was measured, and the kinds that were."""
+        """Return what the series are to see, NaN where nothing was measured, and the kinds that were."""
         count = len(self.names)
         sizes = np.zeros(2 * count + 1)
         if found.gradients is not None:
