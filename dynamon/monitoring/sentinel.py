@@ -335,7 +335,7 @@ class Sentinel(Meter):
         if self._run is not None:
             self._judge_all(self._run)
         levels = {str(at): tracker.state_dict() for at, tracker in enumerate(self._trackers)}
-        own = {"record": self._record.state_dict(), "inputs": self._inputs.state_dict()}
+        own: dict[str, Any] = {"record": self._record.state_dict(), "inputs": self._inputs.state_dict()}
         own["rates"] = self._rates.state_dict()
         return {"levels": {**levels, **self._saved}, **own}
 
