@@ -12,7 +12,7 @@ from dynamon.runs.history import History, RunData
 _SHARE = 0.01  # of the run's time, where measurements have no budget
 _OF_BUDGET = 0.1  # where they have one
 _EVERY = 5  # readings: fewer tell nothing new
-_CERTAIN = "spike/"  # a second look would find no more of it
+_CERTAIN = ("spike/", "lr/jump")  # a second look would find no more of it
 _AT_THE_END = ("dynamon/nothing", "dynamon/no_sharpness")  # until then the readings may come
 _TOLD = ("dynamon/", "gradient/nonfinite")  # by those who measure
 
