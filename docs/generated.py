@@ -318,8 +318,8 @@ def steering_cost() -> str:
     return (
         f"On the demo's model a reading takes {results['steps a reading']} steps, so {share:.1%} ± {error:.1%} of "
         "training time (a standard error) at one step in 150. Between readings nothing shows: ratios that are held "
-        f"take {held['share of a step']:.1%} ± {held['standard error']:.1%}. Measured from outside, block by block in turn "
-        f"with a run that is not steered. {provenance(found['environment'])}"
+        f"take {held['share of a step']:.1%} ± {held['standard error']:.1%}. Measured from outside, block by block in "
+        f"turn with a run that is not steered. {provenance(found['environment'])}"
     )
 
 
