@@ -132,7 +132,7 @@ class ActivationWatch:
             return
         if own.stack is not None and own.is_measured and (taken := measurable([args, kwargs])) is not None:
             self.passages[own.stack], self.blocks[own.stack] = Passage.of(taken, value), own.name
-        if isinstance(module, nn.MultiheadAttention) and own.is_measured:
+        if isinstance(module, nn.MultiheadAttention) and row_is_chosen(own, HEADS, self._patterns):
             self._is_forward = False  # what is called to measure is not measured
             with full_precision():
                 found = multihead_attention(module, args, kwargs)

@@ -399,6 +399,8 @@ def test_globs_choose_heads_by_their_row_or_their_module() -> None:
             found = readings(Decoder(fused), mean_square(tokens(3, 7)), patterns=patterns)
             count = 12 if patterns == ["*.heads"] else 4
             assert len(found["attention/entropy"]) == count, patterns
+    encoder = model_of("encoder")
+    assert len(readings(*encoder[:2], patterns=["*.heads"])["attention/entropy"]) == 4
     without = readings(Decoder(), mean_square(tokens(3, 7)), patterns=["!*.heads"])
     assert "attention/entropy" not in without and "layers.1.self_attn.q_proj" in without["activation/rms"]
 
