@@ -22,8 +22,9 @@ from benchmarks.rates_study.arms import inverted, permuted, progress_by_cost
 from benchmarks.rates_study.book import HALF_OCTAVE, Book
 from benchmarks.rates_study.oracle import search
 from benchmarks.rates_study.tables import GOOD, Results
-from benchmarks.rates_study.tasks import FormerRadii, GPTBytes, quarter, tasks, variants
+from benchmarks.rates_study.tasks import REPORTED, TUNING, FormerRadii, GPTBytes, quarter, tasks, variants
 
+MIDDLE = slice(1, 3)  # the quarters of a run between the fall of its loss and the fall of its rate
 # What the default radii of Lanton were until this study, over those of now, by group of the GPT.
 FORMER = (2.0, 2.0, 8.0, 1.0, 1.0, 1.0, 1.0, 2.0)
 
@@ -61,12 +62,15 @@ def core(book: Book, task: str) -> None:
     held(book, task, "committed", committed_ratios(book, task))
 
 
+def steering(book: Book, task: str) -> None:
+    """The rule inside of the run: following all the time, and committing after a quarter."""
+    for arm in ("following", "inside"):
+        steered(book, task, arm, book.tuning[:1])
+
+
 def advised(book: Book, task: str) -> None:
-    """The other ways to come by ratios."""
-    one = book.tuning[:1]
-    held(book, task, "advised", observed(book, task, "pilot", "committed"), one)
-    steered(book, task, "inside", one)
-    steered(book, task, "following", one)
+    """Ratios from the advisor's pilot, at the best uniform rate."""
+    held(book, task, "advised", observed(book, task, "pilot", "committed"), book.tuning[:1])
 
 
 def steered(book: Book, task: str, arm: str, seeds: Sequence[int] = ()) -> None:
@@ -77,11 +81,10 @@ def steered(book: Book, task: str, arm: str, seeds: Sequence[int] = ()) -> None:
 def controls(book: Book, task: str) -> None:
     """What tells why, and what others recommend; tuned on one seed."""
     ratios, one = committed_ratios(book, task), book.tuning[:1]
-    for arm in ("noise", "LLR", *(["blockwise"] if task.startswith("GPT") else [])):
-        steered(book, task, arm, one)
     held(book, task, "permuted", permuted(ratios), one)
     held(book, task, "inverted", inverted(ratios), one)
-    steered(book, task, "mean only", one)
+    for arm in ("mean only", "noise", "LLR", *(["blockwise"] if task.startswith("GPT") else [])):
+        steered(book, task, arm, one)
     if task == "GPT, LMO":
         held(book, task, "former radii", FORMER, one)
 
@@ -94,15 +97,17 @@ def remedies(book: Book, task: str) -> None:
     book.tasks[short] = quarter(task)
     rate = book.tune(short, "fixed", (), book.tasks[short].guess)
     held(book, task, "short search", search(book, short, rate))
-    held(book, task, "balanced", balanced(book, task))
+    held(book, task, "balanced", in_rounds(book, task, "observed"))
+    held(book, task, "averaged", in_rounds(book, task, "averaged", MIDDLE))
+    held(book, task, "trials", observed(book, task, "trials", "ratios"))
 
 
-def balanced(book: Book, task: str, rounds: int = 3) -> tuple[float, ...]:
+def in_rounds(book: Book, task: str, arm: str, quarters: slice = slice(None), rounds: int = 3) -> tuple[float, ...]:
     """Ratios from all readings of whole runs at ratios that are held, certain or not, in some rounds."""
     ratios = (1.0,) * len(book.tasks[task].groups)
     for _ in range(rounds):
-        runs = [book.run(task, "observed", uniform(book, task), seed, ratios) for seed in book.tuning]
-        moves = progress_by_cost(runs)
+        runs = [book.run(task, arm, uniform(book, task), seed, ratios) for seed in book.tuning]
+        moves = progress_by_cost(runs, quarters)
         ratios = tuple(float(f"{r * m:.3g}") for r, m in zip(ratios, np.clip(moves, 0.5, 2.0), strict=True))
     return ratios
 
@@ -143,6 +148,7 @@ def beyond(book: Book, task: str) -> None:
 
 STAGES = {
     "core": core,
+    "steering": steering,
     "advised": advised,
     "controls": controls,
     "remedies": remedies,
@@ -154,7 +160,7 @@ STAGES = {
 
 def smallest(book: Book) -> None:
     """Every arm for a few steps."""
-    for name in ("core", "advised", "controls", "ranges"):
+    for name in ("core", "steering", "advised", "controls", "ranges"):
         STAGES[name](book, "GPT, tiny")
 
 
@@ -164,6 +170,7 @@ def main() -> None:
     command = parser("adaptive", __doc__)
     command.add_argument("--tasks", nargs="+", choices=known, default=[*known], help="default: all")
     command.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES], help="default: all, in this order")
+    command.add_argument("--seeds", type=int, default=len(REPORTED), help="reported seeds (default: %(default)s)")
     options = command.parse_args()
     torch.set_num_threads(1)
     if options.smallest:
@@ -171,7 +178,8 @@ def main() -> None:
         book = Book(options.output, {"GPT, tiny": tiny}, ((100,), (0, 1)))
         smallest(book)
     else:
-        book = Book(options.output or RESULTS / "adaptive.json", known)
+        seeds = TUNING, REPORTED[: options.seeds]
+        book = Book(options.output or RESULTS / "adaptive.json", known, seeds)
         names = [name for name in options.tasks if not name.startswith("CNN") or find_spec("sklearn") is not None]
         if names != options.tasks:
             print('skipped: CNN, since scikit-learn is missing: pip install -c constraints.txt -e ".[bench]".')

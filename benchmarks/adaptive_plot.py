@@ -48,8 +48,7 @@ def _draw_arms(axes, results: Results, task: str) -> None:
     names = [name for name in results.chosen[task] if name != "uniform"]
     for row, name in enumerate(names):
         colour = _COLOURS.get(name, "#777777")
-        pairs = zip(results.finals(task, name), results.finals(task, "uniform"), strict=True)
-        apart = [a - b for a, b in pairs]
+        apart = results.apart(task, name, "uniform")
         mean, half = interval(apart)
         axes.plot(apart, [row] * len(apart), ".", color=colour, alpha=0.4, markersize=4)
         axes.errorbar([mean], [row], xerr=[[half], [half]], fmt="o", color=colour, markersize=4, capsize=2)

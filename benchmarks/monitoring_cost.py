@@ -14,7 +14,14 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from benchmarks.environment import environment, parser, write
-from dynamon.callbacks import DynamicsMonitor, GradientMonitor, NoiseAdaptiveLR, SharpnessMonitor, WeightMonitor
+from dynamon.callbacks import (
+    ActivationMonitor,
+    DynamicsMonitor,
+    GradientMonitor,
+    NoiseAdaptiveLR,
+    SharpnessMonitor,
+    WeightMonitor,
+)
 from dynamon.cli.demo_data import standard_library_text, training_batches
 from dynamon.cli.language_model import GPT, LanguageModel
 
@@ -22,6 +29,7 @@ CASES: dict[str, Any] = {
     "none": lambda: None,
     "gradient": lambda: GradientMonitor(every_n_steps=2),
     "weight": lambda: WeightMonitor(every_n_steps=5),
+    "activations": lambda: ActivationMonitor(every_n_steps=10),
     "along the step": lambda: SharpnessMonitor(every_n_steps=20, quantities=["directional", "critical"]),
     "stability ratio": lambda: SharpnessMonitor(every_n_steps=20, quantities=["stability_ratio"]),
     "stability ratio and Hessian": lambda: SharpnessMonitor(every_n_steps=20),

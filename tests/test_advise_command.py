@@ -24,12 +24,22 @@ def test_directions_by_hand():
     data = RunData(
         {}, {"progress/first_order": table(progress, layers), "progress/curvature_cost": table(cost, layers)}
     )
-    told = {line.split()[-1]: line for line in _directions(data) if line.endswith("weight")}
+    lines = _directions(data)
+    assert lines[1] == "advice        directions only: 3 of 3 are certain"
+    told = {line.split()[-1]: line for line in lines if line.endswith("weight")}
     assert set(told) == {"blocks.*.up.weight", "norm.weight", "head.weight"}
     assert "raise it" in told["blocks.*.up.weight"] and "lower it" in told["norm.weight"]
     assert "climbs" in told["head.weight"] and "lower it" in told["head.weight"]
     # (1 / 4) / (2.5 / 4.5)
     assert float(told["blocks.*.up.weight"].split()[0]) == pytest.approx(0.45, abs=0.02)
+
+
+def test_where_nothing_is_certain_rates_stay():
+    noise = np.random.default_rng(0).standard_normal((12, 2))
+    readings = {"progress/first_order": table(noise, ("a.weight", "b.weight"))}
+    readings["progress/curvature_cost"] = table(noise[::-1], ("a.weight", "b.weight"))
+    told = "0 of 2 are certain, so all rates stay as they are"
+    assert _directions(RunData({}, readings))[1].endswith(told)
 
 
 @pytest.mark.filterwarnings("ignore")

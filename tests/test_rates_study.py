@@ -1,5 +1,6 @@
 """The study of rates: its search, its statistics and its text, on runs whose losses are known."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -8,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from benchmarks.environment import RESULTS
 from benchmarks.rates_study import book as books
 from benchmarks.rates_study.arms import Observed, inverted, permuted, progress_by_cost
+from benchmarks.rates_study.averages import WINDOW, Averages
 from benchmarks.rates_study.book import Book, key_of
 from benchmarks.rates_study.corpus import RADII, STUDY, Corpus, split
 from benchmarks.rates_study.oracle import search
 from benchmarks.rates_study.tables import Results, interval, read
-from benchmarks.rates_study.tasks import Digits, GPTBytes, LSTMBytes, tasks, variants
+from benchmarks.rates_study.tasks import Digits, GPTBytes, LSTMBytes, Task, tasks, variants
 from benchmarks.rates_study.train import train
+from benchmarks.rates_study.trials import PROBES, Trials
 from dynamon.layers import describe_layers
 from dynamon.quantities.progress import StepReading
 from dynamon.rates.rule import matches_key
@@ -134,6 +138,14 @@ def test_differences_are_paired_by_seed():
     )
 
 
+def test_an_arm_on_fewer_seeds_is_compared_on_those():
+    found = results([1.0, 2.0, 3.0, 4.0, 5.0], [0.5, 1.4, 2.5, 3.5, 4.5], [1.0] * 5)
+    for seed in (0, 2, 4):
+        del found.runs[key_of("GPT, LMO", "fixed", 0.1, seed, (2.0,))]
+    assert found.apart("GPT, LMO", "oracle", "uniform") == pytest.approx([-0.6, -0.5])
+    assert [row[0] for row in found.rows("GPT, LMO")] == ["uniform", "oracle (2 seeds)", "committed"]
+
+
 def test_range_of_good_rates():
     found = results([2.0] * 5, [1.9] * 5, [1.9] * 5)
     assert found.good_rates("GPT, LMO", "uniform") == (0.1, 0.2, True)
@@ -179,6 +191,70 @@ def test_a_reading_is_added_up_by_group():
         own = sum(b for b, layer in zip(before, layers, strict=True) if matches_key(layer, glob))
         assert rule.progress[:, place].tolist() == pytest.approx([own, 0, own, 0])
         assert rule.cost[:, place].tolist() == pytest.approx([3 * own, 0, 3 * own, 0])
+
+
+def test_what_averages_gain_is_what_the_loss_falls_by_on_a_parabola():
+    """Progress by group adds up to the fall of the loss, cost to twice what the deviations add to it."""
+
+    class Parabola(Task):
+        groups = {"first": "0.weight", "second": "1.weight"}
+
+        def network(self):
+            return nn.Sequential(nn.Linear(1, 4, bias=False), nn.Linear(4, 1, bias=False)).double()
+
+        def batches(self, seed):
+            return itertools.repeat(None)
+
+        def held_out(self, reported):
+            raise NotImplementedError
+
+        def loss(self, model, batch):
+            first, second = (p.flatten() for p in model.parameters())
+            return (first**2).sum() + 3 * (second**2).sum() + first @ second
+
+    task = Parabola("SGD", 1, 4 * WINDOW, 1, 0.1)
+    model = task.model(0)
+    averages, seen, windows = Averages(task, model, 0), [], []
+
+    def loss(weights):
+        first, second = (w.flatten() for w in weights)
+        return float((first**2).sum() + 3 * (second**2).sum() + first @ second)
+
+    for step in range(4 * WINDOW):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+        seen.append([p.detach().clone() for p in model.parameters()])
+        averages.see(step)
+    for begin in range(0, 4 * WINDOW, WINDOW):
+        own = seen[begin : begin + WINDOW]
+        average = [torch.stack(each).mean(0) for each in zip(*own, strict=True)]
+        deviation = [m - a for m, a in zip(own[WINDOW // 2], average, strict=True)]
+        windows.append((loss(average), 2 * loss(deviation)))
+    falls = -np.diff([loss for loss, _ in windows])
+    assert averages.progress.sum(1).tolist() == pytest.approx([0, *falls], rel=1e-9)
+    assert averages.cost.sum(1).tolist() == pytest.approx([cost for _, cost in windows], rel=1e-9)
+    assert not np.allclose(averages.cost[:, 0], averages.cost[:, 1])
+
+
+def test_forks_leave_the_run_as_it_was_and_agree_with_a_run_by_hand():
+    task = GPTBytes("AdamW", width=16, steps=40, batch=2, windows=20, guess=0.01)
+    trials = Trials(task, 0.01, 0)
+    found = [trials.loss((1.0,) * 8), trials.loss((4.0,) + (1.0,) * 7), trials.loss((1.0,) * 8)]
+    assert found[0] == found[2] != found[1]
+    model = task.model(0)
+    optimizer, stream = task.optimizer(model, 0.01), task.batches(0)
+    for step in range(10 + 6):  # a quarter of the run, and a fork
+        left = 1.0 if step < 13 else 2 * (1 - (step - 10) / 6)
+        optimizer.param_groups[0]["lr"] = 0.01 * task.factor(min(step, 9)) * left
+        optimizer.zero_grad()
+        task.loss(model, next(stream)).backward()
+        task.clip(model)
+        optimizer.step()
+    probes = [next(stream) for _ in range(PROBES)]
+    with torch.no_grad():
+        wanted = sum(float(task.loss(model, batch)) for batch in probes) / PROBES
+    assert found[0] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_progress_by_cost_is_a_mean_over_quarters_that_count_alike():
@@ -231,4 +307,6 @@ def test_digits_are_split():
 def test_the_results_that_are_kept_can_be_read():
     kept = read(RESULTS / "adaptive.json")
     assert "GPT, LMO" in kept.chosen
-    assert all(len(kept.finals(task, arm)) == 5 for task, arms in kept.chosen.items() for arm in arms)
+    for task, arms in kept.chosen.items():
+        for arm in arms:
+            assert len(kept.finals(task, arm)) == 5 or arm not in ("uniform", "oracle", "committed")

@@ -86,14 +86,18 @@ class Observed(FixedRates):
             self.cost[quarter, self._place[name]] += cost
 
 
-def progress_by_cost(runs: Sequence[Mapping[str, Any]]) -> NDArray[Any]:
+def progress_by_cost(runs: Sequence[Mapping[str, Any]], quarters: slice = slice(None)) -> NDArray[Any]:
     """Progress by curvature of each group over that of the whole step, from observed runs: what balance makes 1.
+
+    Args:
+        runs: What runs have found.
+        quarters: Which quarters of the runs count.
 
     Returns:
         ``[G]``: the geometric mean over the quarters, of which early ones would else outweigh the others. Within 1/4
         and 4, also where a group makes no progress or spends no curvature.
     """
-    progress, cost = (np.sum([run[key] for run in runs], 0) for key in ("progress", "cost"))
+    progress, cost = (np.sum([run[key] for run in runs], 0)[quarters] for key in ("progress", "cost"))
     whole = progress.sum(1) / np.maximum(cost.sum(1), 1e-12)
     quotient = progress / np.maximum(cost, 1e-12) / whole[:, None]
     return np.asarray(np.exp(np.log(np.clip(quotient, 0.25, 4.0)).mean(0)))
@@ -163,7 +167,7 @@ def rule_of(arm: str, task: Task, model: nn.Module, ratios: tuple[float, ...]) -
         return StepSizes(task)
     if arm == "observed":
         return Observed(task, ratios)
-    if arm != "fixed":
+    if arm not in ("fixed", "averaged"):
         return RULES[arm](task, model)
     if all(ratio == 1 for ratio in ratios):
         return None

@@ -16,8 +16,9 @@ from benchmarks.rates_study.book import key_of
 from benchmarks.rates_study.tasks import REPORTED, TUNING, tasks
 
 GOOD = 1.02  # times the best loss
-ARMS = """uniform, oracle, committed, advised, inside, following, by norm, short search, balanced, permuted, inverted,
-mean only, noise, LLR, blockwise, former radii""".replace("\n", " ").split(", ")  # in the order of tables
+# In the order of tables.
+ARMS = """uniform, oracle, committed, advised, inside, following, by norm, short search, balanced, averaged, trials,
+permuted, inverted, mean only, noise, LLR, blockwise, former radii""".replace("\n", " ").split(", ")
 GROUPS = {name: list(task.groups) for name, task in tasks().items()}
 
 
@@ -45,6 +46,11 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values)))
 
 
+def _loss(run: Mapping[str, Any]) -> float:
+    """The final loss of a run, infinite where it was lost."""
+    return math.inf if run["final"] is None else float(run["final"])
+
+
 class Results:
     """The runs of a file of results.
 
@@ -67,19 +73,20 @@ class Results:
         names = [name for name in GROUPS if name in chosen] + [name for name in chosen if name not in GROUPS]
         self.chosen = {task: dict(sorted(chosen[task].items(), key=lambda item: ARMS.index(item[0]))) for task in names}
 
-    def finals(self, task: str, name: str) -> list[float]:
-        """Final losses of an arm on the reported seeds."""
+    def finals(self, task: str, name: str) -> dict[int, float]:
+        """Final losses of an arm by reported seed; some arms were run on fewer than all."""
         arm = self.chosen[task][name]
-        return [self._final(task, arm["arm"], arm["rate"], seed, arm["ratios"]) for seed in self.reported]
+        keys = {seed: key_of(task, arm["arm"], arm["rate"], seed, arm["ratios"]) for seed in self.reported}
+        return {seed: _loss(self.runs[key]) for seed, key in keys.items() if key in self.runs}
 
-    def _final(self, task: str, arm: str, rate: float, seed: int, ratios: Sequence[float]) -> float:
-        final = self.runs[key_of(task, arm, rate, seed, ratios)]["final"]
-        return math.inf if final is None else final
+    def apart(self, task: str, name: str, other: str) -> list[float]:
+        """Final loss of one arm less that of another, on each seed that both were run on."""
+        own, its = self.finals(task, name), self.finals(task, other)
+        return [loss - its[seed] for seed, loss in own.items() if seed in its]
 
     def difference(self, task: str, name: str, other: str) -> Interval:
         """Final loss of one arm less that of another, paired by seed."""
-        pairs = zip(self.finals(task, name), self.finals(task, other), strict=True)
-        return interval([a - b for a, b in pairs])
+        return interval(self.apart(task, name, other))
 
     def sweep(self, task: str, name: str) -> dict[float, float]:
         """The mean loss by base rate, of the tuning seeds that every rate was tried with where the arm was tuned."""
@@ -92,7 +99,9 @@ class Results:
 
         seeds = self.tuning if seen(arm["rate"], self.tuning) else self.tuning[:1]
         return {
-            rate: statistics.fmean(self._final(task, arm["arm"], rate, seed, arm["ratios"]) for seed in seeds)
+            rate: statistics.fmean(
+                _loss(self.runs[key_of(task, arm["arm"], rate, seed, arm["ratios"])]) for seed in seeds
+            )
             for rate in rates
             if seen(rate, seeds)
         }
@@ -151,7 +160,9 @@ class Results:
             low, high, seen = self.good_rates(task, name)
             width = f"{low:.3g} to {high:.3g}, {high / low:.1f} times" if seen else ""
             apart = "" if name == "uniform" else str(self.difference(task, name, "uniform"))
-            rows.append((name, f"{arm['rate']:.3g}", str(interval(self.finals(task, name))), apart, width))
+            finals = self.finals(task, name)
+            words = name if len(finals) == len(self.reported) else f"{name} ({len(finals)} seeds)"
+            rows.append((words, f"{arm['rate']:.3g}", str(interval([*finals.values()])), apart, width))
         return rows
 
     def ratios(self, task: str) -> tuple[list[str], list[tuple[str, ...]]]:

@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.rates_study.arms import Observed, StepSizes, rule_of
+from benchmarks.rates_study.averages import Averages
 from benchmarks.rates_study.tasks import Batch, Task
+from benchmarks.rates_study.trials import Trials
 from dynamon.monitoring.step_probe import StepObserver
 from dynamon.optim import LayerwiseRates
 from dynamon.rates import BalancedRates, Rule
@@ -24,18 +26,28 @@ def train(task: Task, arm: str, rate: float, seed: int, ratios: tuple[float, ...
         ``final``: the validation loss, None if the run was lost. With ratios by group from a rule, ``ratios``: those at
         the end; of a pilot also what it found.
     """
+    if arm == "trials":
+        return {"final": None, "ratios": _rounded(Trials(task, rate, seed).found())}
     model = task.model(seed)
     optimizer = task.optimizer(model, rate)
+    averages = Averages(task, model, seed) if arm == "averaged" else None
     rule = rule_of(arm, task, model, ratios)
     if rule is not None:
         LayerwiseRates(optimizer, rule, model, max_groups=None)
-    if not steps(task, model, optimizer, seed, rule):
+    if not steps(task, model, optimizer, seed, rule, averages):
         return {"final": None}
     final = task.validation(model, reported)
-    return {"final": round(final, 5) if math.isfinite(final) else None} | _learned(rule, task)
+    return {"final": round(final, 5) if math.isfinite(final) else None} | _learned(averages or rule, task)
 
 
-def steps(task: Task, model: nn.Module, optimizer: Optimizer, seed: int, rule: Rule | None = None) -> bool:
+def steps(
+    task: Task,
+    model: nn.Module,
+    optimizer: Optimizer,
+    seed: int,
+    rule: Rule | None = None,
+    averages: Averages | None = None,
+) -> bool:
     """Take the steps of a run, and return whether it was not lost."""
     observer = StepObserver(model, optimizer, task.loss) if rule is not None and rule.needs_probe else None
     schedule = LambdaLR(optimizer, task.factor)
@@ -56,6 +68,8 @@ def steps(task: Task, model: nn.Module, optimizer: Optimizer, seed: int, rule: R
             observer.keep()
         optimizer.step()
         schedule.step()
+        if averages is not None:
+            averages.see(step)
     return True
 
 
@@ -67,11 +81,11 @@ def _learn(rule: Rule, observer: StepObserver, batch: Batch) -> None:
         rule.learn_couplings(observer.couplings(batch, rule.probe_groups))
 
 
-def _learned(rule: Rule | None, task: Task) -> dict[str, Any]:
+def _learned(rule: Rule | Averages | None, task: Task) -> dict[str, Any]:
     """What a rule by groups has found, in the order of the task's groups."""
     if isinstance(rule, StepSizes):
         return {"ratios": _rounded(rule.found())}
-    if isinstance(rule, Observed):
+    if isinstance(rule, Observed | Averages):
         return {"progress": [*map(_rounded, rule.progress)], "cost": [*map(_rounded, rule.cost)]}
     if not isinstance(rule, BalancedRates):
         return {}

@@ -85,9 +85,11 @@ def _directions(data: RunData) -> list[str] | None:
     p, c = p / first[:, None], c / second[:, None]
     directions = balance(p, c)
     quotients = (c.mean(0) / p.mean(0)) / (c.sum() / p.sum())
+    sure = int(np.count_nonzero(directions))
     lines = [
-        f"readings      {len(p)} of single layers, steps {progress.steps[0]} to {progress.steps[-1]}, no RateAdvisor: "
-        "directions only",
+        f"readings      steps {progress.steps[0]} to {progress.steps[-1]}: {len(p)} of layers, none of RateAdvisor",
+        f"advice        directions only: {sure} of {len(groups)} are certain"
+        + ("" if sure else ", so all rates stay as they are"),
         "",
         "  curvature per progress   rate        group of layers",
     ]

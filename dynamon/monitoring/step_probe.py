@@ -109,7 +109,8 @@ class StepProbe:
         self._layers, self._failure = {layer.name: layer for layer in layers}, None
         own = {name: layer.parameter.detach() for name, layer in self._layers.items()}
         try:
-            self._before = dict(copied(own) if copies is None else copies())
+            made = copied(own) if copies is None else copies()
+            self._before = {name: to_local(copy) for name, copy in made.items()}
         except Exception as error:  # see above
             forget_frames(error)
             self._before, self._failure = {}, error
@@ -175,7 +176,7 @@ class StepProbe:
         try:
             if self._has_effects(batch, index, owned):
                 return None
-            weights = [to_local(before[name]) for name in owned]
+            weights = [before[name] for name in owned]
             fractions = [left.get(name, 1.0) * self._left.get(name, 1.0) for name in owned]
             with self._evaluation(owned) as params:
                 return take(LastStep(lambda: self._loss(batch, index), params, weights, fractions, self.ranks))

@@ -6,6 +6,10 @@ from dynamon.rates.allocation import Advice, ratios_by_key
 from dynamon.rates.groups import LayerGroup
 
 _PAIR = ", "
+_CAVEAT = (
+    "              Tune the base rate again, and compare with one rate for all layers: in our study (docs, Do rates by",
+    "              layer help?) such ratios gained nothing over one well-tuned rate.",
+)
 
 
 def name_of(group: LayerGroup) -> str:
@@ -54,10 +58,11 @@ def _usage(advice: Advice, names: Sequence[str], radii: dict[str, float]) -> lis
         ]
     if names[0].startswith("group "):
         changed = [f'    optimizer.param_groups[{key.split()[1]}]["lr"] *= {ratio}' for key, ratio in found.items()]
-        return ["to use it     where the optimizer is made, before its schedulers:", "", *changed]
+        return ["to use it     where the optimizer is made, before its schedulers.", *_CAVEAT, "", *changed]
     table = "{" + ", ".join(f'"{key}": {ratio}' for key, ratio in found.items()) + "}"
     lines = [
-        "to use it     one of these; tune the base rate again if you can:",
+        "to use it     one of these.",
+        *_CAVEAT,
         "",
         f"    ratios = {table}",
         "    callbacks=[LayerwiseLR(FixedRates(ratios))]                   # from dynamon.rates import FixedRates",

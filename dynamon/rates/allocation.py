@@ -284,19 +284,20 @@ def _reason(ps: Array, cs: Array, c: Array, reserve: Array) -> str | None:
     share = 1 - _POSITIVE
     if np.quantile(ps.sum(1), share) <= 0:
         return (
-            "the progress of all groups together is not positive beyond its error: read more batches, or larger ones."
+            "the progress of all groups together is not positive beyond its error: take more readings (readings=40), or"
+            " larger batches."
         )
     if np.quantile(cs.sum((1, 2)), share) <= 0:
         return (
             "the curvature along the step is not positive beyond its error, so the rate as a whole is too small to tell"
-            " groups apart: read more batches, or raise the learning rate first."
+            " groups apart: take more readings (readings=40), or raise the learning rate first."
         )
     bends = reserve > 0
     is_known = np.mean([_is_positive((each + np.diag(reserve))[np.ix_(bends, bends)]) for each in cs]) >= _POSITIVE
     if not _is_positive(c[np.ix_(bends, bends)]) or not is_known:
         return (
             "the curvature between the groups is not positive definite beyond its error: take fewer groups (group_by=),"
-            " or more readings."
+            " or more readings (readings=40)."
         )
     return None
 

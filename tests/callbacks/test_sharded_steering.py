@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from dynamon.callbacks import GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, WeightMonitor
+from dynamon.callbacks import GradientMonitor, LayerwiseLR, NoiseAdaptiveLR, RateAdvisor, WeightMonitor
 from dynamon.optim import Lanton
-from dynamon.rates import FixedRates, SpectralTailRates
-from tests.processes import Sharded, fit_in_processes, loader
+from dynamon.rates import BalancedRates, FixedRates, SpectralTailRates
+from tests.processes import Sharded, fit_in_processes, loader, values
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
@@ -53,6 +54,30 @@ def by_tails() -> LayerwiseLR:
     return LayerwiseLR(SpectralTailRates(0.5, 1.5, refresh=3, ramp=1))
 
 
+class Balanced(BalancedRates):
+    """Moves after every reading, certain or not, so that short runs show it."""
+
+    def learn(self, reading):
+        self._log_ratios = self._log_ratios + 0.1 * np.tanh(100 * self._by_group(reading.names, reading.before))
+        self._aim(np.exp(self._log_ratios))
+
+
+def by_balance(rule: BalancedRates | None = None) -> LayerwiseLR:
+    return LayerwiseLR(rule or Balanced(every=3))
+
+
+def by_pilot() -> LayerwiseLR:
+    return by_balance(BalancedRates(["network.0.*", "network.2.*", "network.4.*"], pilot=12))
+
+
+def advisor() -> RateAdvisor:
+    return RateAdvisor(pilot=12, group_by="role", strict=True)
+
+
+def plain(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
 CASES = {
     "noise": (adamw, by_noise, {}),
     "noise of windows, at once, clipped": (
@@ -60,6 +85,8 @@ CASES = {
     ),
     "noise in nuclear norms": (orthogonal, by_noise, {}),
     "tails of spectra": (adamw, by_tails, {}),
+    "balance": (adamw, by_balance, {"accumulate_grad_batches": 2}),
+    "balance after a pilot": (plain, by_pilot, {"data": loader(96), "steps": 16}),  # without noise, it is certain
 }  # fmt: skip
 
 
@@ -83,6 +110,20 @@ def test_weights_and_ratios_are_those_of_one_process(name: str) -> None:
     torch.testing.assert_close(noise[1], noise[0], rtol=1e-6, atol=0)
 
 
+def test_the_advisor_reads_parts_as_it_reads_the_whole() -> None:
+    arguments = {"data": loader(), "steps": 14}
+    (one,), ranks = (fit_in_processes(make(), [advisor()], count, **arguments) for count in (1, 2))
+    plain = fit_in_processes(make(), [], 2, **arguments)
+    for tag in ("advice/progress", "advice/coupling"):
+        wanted = values(one, tag)
+        assert len(wanted) == 12 and bool((wanted != 0).all())
+        for rank in ranks:
+            torch.testing.assert_close(values(rank, tag), wanted, rtol=1e-5, atol=1e-7 * float(wanted.abs().max()))
+    for rank, own in zip(ranks, plain, strict=True):
+        assert all(torch.equal(rank["weights"][key], own["weights"][key]) for key in own["weights"])
+    assert any(sentence.startswith("RateAdvisor") for sentence in ranks[0]["said"])
+
+
 def test_ratios_of_one_leave_training_as_it_was() -> None:
     settings = {"data": loader(), "steps": 8, "gradient_clip_val": 0.1}
     plain = fit_in_processes(make(), [], 2, **settings)
@@ -101,6 +142,8 @@ def watched() -> list[Any]:
 
 RESUMED = {
     "whole, steered": (False, lambda: [*watched(), by_noise()]),
+    "whole, readings of steps pending": (False, lambda: [*watched(), by_balance(), advisor()]),
+    "in parts, readings of steps pending": (True, lambda: [*watched(), by_balance(), advisor()]),
     "in parts, watched": (True, watched),
 }
 

@@ -18,7 +18,7 @@ from dynamon.callbacks.lightning.loop import TrainerLoop
 from dynamon.kernels import GradientStats
 from dynamon.optim import LayerwiseRates
 from dynamon.quantities.readings import GradientReadings, PendingReadings
-from dynamon.rates import FixedRates, NoiseAdaptiveRates
+from dynamon.rates import BalancedRates, FixedRates, NoiseAdaptiveRates
 from tests.helpers import Classifier, fit
 from tests.launches import Launches, fill_gradients, gpt2
 
@@ -61,9 +61,10 @@ class Calls(pl.Callback):
     [
         (lambda: NoiseAdaptiveLR(), 350),
         (lambda: LayerwiseLR(FixedRates({"network.0.*": 0.5})), 150),
+        (lambda: LayerwiseLR(BalancedRates(["network.0.*", "network.*"], every=1000)), 150),  # no reading among them
         (lambda: SpikeGuard(), 100),
     ],
-    ids=["noise", "by hand", "guard"],
+    ids=["noise", "by hand", "balanced", "guard"],
 )
 def test_python_calls_a_step(steering, most) -> None:
     calls = Calls()
