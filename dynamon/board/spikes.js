@@ -3,7 +3,7 @@
 import { el } from "./dom.js";
 import { short } from "./numbers.js";
 
-const SPIKE_KINDS = ["gradient", "update", "loss"];
+const SPIKE_KINDS = ["gradient", "update", "loss", "inputs"];
 
 /** The spikes of some runs in the order of their steps: [{step, text}]. */
 export function spikesOf(runs) {

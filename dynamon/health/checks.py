@@ -14,6 +14,7 @@ from dynamon.health import (
     loss,
     monitoring,
     precision,
+    shifts,
     spikes,
     weights,
 )
@@ -111,6 +112,11 @@ def _spikes(data: RunData, known: Loss) -> str | None:
     if largest is None or not len(largest):
         return None
     return f"{len(list(spikes.find_spikes(data)))} spikes; at most {largest.values.max():.3g} deviations"
+
+
+def _shifts(data: RunData, known: Loss) -> str | None:
+    losses = data.scalars.get("spike/loss")
+    return None if losses is None or not len(losses) else f"{len(list(shifts.find_shifts(data)))} shifts"
 
 
 def _any_update(data: RunData, known: Loss) -> str | None:
@@ -267,6 +273,14 @@ RULES: tuple[Rule, ...] = (
         f"{limits.SPIKE:g} robust deviations at a single step",
         "spike/deviation, which the sentinel of DynamicsMonitor writes",
         names=("spike/deviation", "spike/many"),
+    ),
+    Rule(
+        shifts.shifts,
+        _shifts,
+        "the loss of single steps does not stay above its level",
+        f"deviations that sum up to {limits.LOSS_SHIFT:g} over some steps",
+        "spike/loss, likewise",
+        names=("spike/shift",),
     ),
     Rule(
         batches.repeated_batches,

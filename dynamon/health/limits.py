@@ -44,6 +44,10 @@ VANISHED_GRADIENT = 1e-6  # of an output, in parts of the largest; sizes of outp
 
 # Standard deviations of a single reading.
 SPIKE = 7.0  # of a step above its usual level: one number in 100,000 is above it where noise has exponential tails
+INPUT_SIZE, INPUT_SPREAD = 3.0, 0.1  # times the usual size and spread of a batch, from which these are spikes
+EVERYWHERE = 0.9  # of all layers, about as far above their levels as the farthest one
+LOSS_SHIFT = 7.0  # of the cumulative sum of deviations, each less 3/4: once in 180,000 independent normal numbers
+LASTING_SHIFT = 100  # steps after which a loss that has shifted is a warning
 NOISE_SIGMAS = 6.0
 LOSS_NOISE_SIGMAS = 8.0  # for the loss, whose batches come in an order and may resemble their neighbours
 CLEAR_SIGMAS = 3.0  # where nine tenths of many readings agree already

@@ -237,8 +237,6 @@ class Budget:
             yield
         finally:
             seconds = time.perf_counter() - begin
-            if self._since is None:  # before the first batch
-                self._running += seconds
             self.book("hooks", max(seconds - (self.ledger.booked - known), 0.0))
 
     @property
@@ -257,6 +255,9 @@ class Budget:
 
     def _add(self, name: str, seconds: float) -> None:
         self.spent += seconds
+        for budget in self.ledger.budgets:
+            if budget._since is None:  # before the first batch and after the last one: no training beside it
+                budget._running += seconds
         self.spent_on[name] = self.spent_on.get(name, 0.0) + seconds
 
     def _collect(self) -> None:

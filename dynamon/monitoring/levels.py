@@ -103,6 +103,10 @@ class Levels:
         """``[R]``, the deviation from which a number is a spike: higher while little is known."""
         return self._limits * (1.0 + _EARLY / np.maximum(self._seen, 1.0))
 
+    def rises(self, numbers: NDArray[Any]) -> NDArray[Any]:
+        """Return by how much numbers ``[R]`` are above their levels; NaN where there is no level yet."""
+        return np.where(self._seen >= WARM_UP, numbers - self._level, np.nan)
+
     def _learn(self, above: NDArray[Any], ready: NDArray[Any], usual: NDArray[Any]) -> None:
         z = np.where(usual, above / np.where(usual, self._scale, 1.0), 0.0)
         gain = np.maximum(_GAIN, 1 / np.maximum(self._seen - WARM_UP + 1 / _FIRST_GAIN, 1.0))

@@ -3,13 +3,14 @@
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,8 +21,9 @@ from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
-from dynamon.monitoring.sentinel_norms import MOST_LOSSES, StepRow
-from dynamon.monitoring.sentinel_pace import SHARE, Pace
+from dynamon.monitoring.sentinel_inputs import BatchSample, InputSeries, sample_batch
+from dynamon.monitoring.sentinel_norms import MOST_LOSSES, Norms, StepNumbers, StepRow
+from dynamon.monitoring.sentinel_pace import BATCH, GRADIENT, SHARE, UPDATE, Pace
 from dynamon.monitoring.sentinel_tracker import Judged, StepTracker
 from dynamon.monitoring.spike_record import SpikeRecord
 from dynamon.quantities import Scope, meanings, quantities_of
@@ -31,11 +33,12 @@ _HELD_BYTES = 2**26  # of batches that are kept until their step has been judged
 
 @dataclass
 class _Batch:
-    """Hold a batch of a step: its index, what it holds while that is kept, its samples, and its loss."""
+    """Hold a batch of a step: its index, what it holds while that is kept, its samples, entries of it, and its loss."""
 
     index: int
     held: Any
     samples: int
+    entries: BatchSample
     loss: Tensor | None
 
 
@@ -59,10 +62,11 @@ class _Begun:
 
 
 class Sentinel(Meter):
-    """Looks at every step: gradients before clipping, updates, and the loss, each against its usual level.
+    """Looks at every step: loss, batch, gradients before clipping, and updates, each against its usual level.
 
     A step that is far above is a spike: it is recorded with its batch, the layers, and the number of steps after which
-    all was as before. Between spikes the largest deviation is recorded whenever something else is.
+    all was as before. Between spikes the largest deviation is recorded whenever something else is. What its share of
+    the budget does not pay for at every step is looked at every k-th step: first updates, then gradients.
 
     It runs no collective: under DDP gradients and updates are those of all processes, and the loss and the batch those
     of this one; under FSDP2 each process judges its part of each layer.
@@ -74,9 +78,9 @@ class Sentinel(Meter):
     Attributes:
         has_news: Whether a spike was recorded that nobody has told yet.
 
-    Cost: about six device calls per look and a copy of ``3 L`` numbers to the host, for which nobody waits: on a GPU
-    a step is judged when its numbers have arrived, one or two steps later. It keeps the batches of steps that are not
-    judged yet, up to 64 MiB, and the last batch.
+    Cost: about ten device calls per look and a copy of ``3 L`` numbers and 3,072 entries of the batch to the host, for
+    which nobody waits: on a GPU a step is judged when its numbers have arrived, one or two steps later. It keeps the
+    batches of steps that are not judged yet, up to 64 MiB, and the last batch.
     """
 
     name = "sentinel"
@@ -95,6 +99,8 @@ class Sentinel(Meter):
         self._saved: dict[str, Any] = {}
         self._begun = _Begun()
         self._batch: Any = None
+        self._entries: BatchSample | None = None
+        self._inputs = InputSeries()
         self._window: list[_Batch] = []
         self._queue: deque[_Look] = deque()
         self._run: RunContext | None = None
@@ -134,16 +140,37 @@ class Sentinel(Meter):
     def see_batch(self, run: RunContext, batch: Any) -> None:
         """A batch has arrived on the device."""
         self._batch = batch
+        if self._pace.looks(run.step, BATCH):
+            with self._timing(BATCH):
+                self._entries = sample_batch(batch, self._device)
+
+    @contextmanager
+    def _timing(self, what: int) -> Iterator[None]:
+        """Add the time inside to the look under way."""
+        begin, mark = time.perf_counter(), self._pace.mark(self._device)
+        yield
+        self._pace.finish(mark, self._device, what)
+        self._pace.add(time.perf_counter() - begin, what)
 
     def see_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Gradients are complete and not yet clipped."""
-        if not self._looks(run):
-            return
-        begin, mark = time.perf_counter(), self._pace.mark(self._device)
-        tracker = self._tracker(run, optimizer)
-        self._begun.announced[optimizer] = StepRow(tracker.norms.gradients(), run.loop.gradient_scale(optimizer))
-        self._pace.finish(mark, self._device)
-        self._pace.add(time.perf_counter() - begin)
+        if self._pace.looks(run.step, BATCH):
+            scale = run.loop.gradient_scale(optimizer)
+            self._begun.announced[optimizer] = StepRow(self._gradients(run, optimizer), scale)
+
+    def _gradients(self, run: RunContext, optimizer: Optimizer) -> Norms:
+        """Measure gradients where they are to be looked at."""
+        if not self._pace.looks(run.step, GRADIENT):
+            return Norms()
+        with self._timing(GRADIENT):
+            return self._tracker(run, optimizer).norms.gradients()
+
+    def _updates(self, run: RunContext, optimizer: Optimizer) -> tuple[Norms, Norms, float] | None:
+        """Measure updates, likewise."""
+        if not self._pace.looks(run.step, UPDATE):
+            return None
+        with self._timing(UPDATE):
+            return self._tracker(run, optimizer).norms.updates()
 
     def step_begins(self, optimizer: Optimizer) -> None:
         """Note that a step has begun."""
@@ -155,7 +182,7 @@ class Sentinel(Meter):
         if run is None or optimizer not in self._begun.inside:  # a step inside of another one is over already
             return
         self._begun.inside.discard(optimizer)
-        if not self._looks(run):
+        if not self._pace.looks(run.step, BATCH):
             return
         try:
             self._end_step(run, optimizer, skipped)
@@ -163,15 +190,11 @@ class Sentinel(Meter):
             self._begun.lost = error
 
     def _end_step(self, run: RunContext, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        begin, mark = time.perf_counter(), self._pace.mark(self._device)
-        tracker = self._tracker(run, optimizer)
         row = self._begun.announced.pop(optimizer, None)
         if row is None:  # nobody announced it; by now a scaler's factor is out of the gradients
-            row = StepRow(tracker.norms.gradients(), 1.0)
-        row.end(tracker.norms.updates(), skipped)
+            row = StepRow(self._gradients(run, optimizer))
+        row.end(self._updates(run, optimizer), skipped)
         self._begun.rows.append((optimizer, row))
-        self._pace.finish(mark, self._device)
-        self._pace.add(time.perf_counter() - begin)
 
     def see_end(self, run: RunContext, outputs: Any, is_log_time: bool) -> None:
         """A batch is over: send what was measured in it, and judge what has arrived.
@@ -181,7 +204,7 @@ class Sentinel(Meter):
             outputs: As for :meth:`dynamon.monitoring.loop.Loop.loss_of`.
             is_log_time: Whether something else was recorded at this step.
         """
-        begin, looks = time.perf_counter(), self._looks(run)
+        begin, looks = time.perf_counter(), self._pace.looks(run.step, BATCH)
         begun, self._begun = self._begun, _Begun()
         if begun.lost is not None:
             self.forget_batch()
@@ -190,26 +213,25 @@ class Sentinel(Meter):
             self._note_batch(run, outputs)
             for optimizer, row in begun.announced.items():  # whose steps cannot be watched
                 if run.steps.of(optimizer).is_blind:
-                    row.end(self._tracker(run, optimizer).norms.updates(), None)
+                    row.end(self._updates(run, optimizer), None)
                     begun.rows.append((optimizer, row))
             if begun.rows:
                 self._send(run, begun.rows)
             if begun.rows or begun.announced:
                 self._window = []
-        self._batch = None
+        self._batch = self._entries = None
         self._judge_arrived(run)
         if is_log_time:
             self._record.log(run)
-        self._pace.add(time.perf_counter() - begin)
-        self._pace.book(bool(begun.rows))
+        self._pace.add(time.perf_counter() - begin, BATCH)
+        self._pace.book(run.step, bool(begun.rows))
         if begun.rows and self._pace.review(run.step - run.begun_at + 1):
             self._tell_pace(run)
 
-    def _looks(self, run: RunContext) -> bool:
-        return self._pace.every == 1 or not run.step % self._pace.every
-
     def _note_batch(self, run: RunContext, outputs: Any) -> None:
-        batch = _Batch(run.loop.batch_index, self._batch, count_samples(self._batch), run.loop.loss_tensor(outputs))
+        entries = sample_batch(self._batch, self._device) if self._entries is None else self._entries
+        loss = run.loop.loss_tensor(outputs)
+        batch = _Batch(run.loop.batch_index, self._batch, count_samples(self._batch), entries, loss)
         self._window = [*self._window, batch][-MOST_LOSSES:]
         left = _HELD_BYTES
         for one in reversed([*(b for look in self._queue for b in look.batches), *self._window[:-1]]):
@@ -218,11 +240,15 @@ class Sentinel(Meter):
 
     def _send(self, run: RunContext, rows: Sequence[tuple[Optimizer, StepRow]]) -> None:
         losses = [batch.loss for batch in self._window if batch.loss is not None]
+        samples = [entries for batch in self._window for entries in batch.entries.entries]
         for _, row in rows:
             mark = self._pace.mark(self._device)
-            row.send(losses, self._device)
-            self._pace.finish(mark, self._device)
-        self._queue.append(_Look(run.step, [(self._of[optimizer], row) for optimizer, row in rows], self._window))
+            row.send(losses, self._device, samples)
+            self._pace.finish(mark, self._device, BATCH)
+        places = [self._tracker(run, optimizer).place for optimizer, _ in rows]
+        self._queue.append(
+            _Look(run.step, [(at, row) for at, (_, row) in zip(places, rows, strict=True)], self._window)
+        )
 
     def _judge_all(self, run: RunContext) -> None:
         """Wait for the steps that are on their way."""
@@ -234,25 +260,35 @@ class Sentinel(Meter):
     def _judge_arrived(self, run: RunContext) -> None:
         while self._queue and all(row.has_arrived for _, row in self._queue[0].rows):
             look = self._queue.popleft()
-            samples, losses = sum(batch.samples for batch in look.batches), list[float]()
-            judged: list[Judged] = []
-            for at, row in look.rows:
-                numbers = row.read(len(self._trackers[at].names))
-                if numbers is not None:
-                    gradients, updates, losses = numbers
-                    judged.append(self._trackers[at].judge(gradients, updates, losses, samples))
-            if self._record.add(look.step, judged):
-                self._record.spiked(self._of_batch(look, losses))
+            found = [(at, row.read(len(self._trackers[at].names))) for at, row in look.rows]
+            taken = [(at, numbers) for at, numbers in found if numbers is not None]
+            if taken and self._judge(look, taken):
                 self.has_news = True
             self._record.send(run)
 
-    @staticmethod
-    def _of_batch(look: _Look, losses: Sequence[float]) -> dict[str, float]:
-        """Describe the batch of a spike: of an accumulation window the one with the largest loss."""
-        worst = look.batches[-1]
-        if len(losses) == len(look.batches) > 1:
+    def _judge(self, look: _Look, taken: Sequence[tuple[int, StepNumbers]]) -> bool:
+        """Judge a step by all optimizers that took it; whether there is something to tell."""
+        inputs = self._inputs.numbers([batch.entries for batch in look.batches], taken[0][1].samples)
+        largest, samples = np.fmax.reduce(inputs), sum(batch.samples for batch in look.batches)
+        judged = [
+            self._trackers[at].judge(look.step, numbers, samples, None if i else largest)
+            for i, (at, numbers) in enumerate(taken)
+        ]
+        has_begun = self._record.add(look.step, judged)
+        if has_begun:
+            self._record.spiked(self._of_batch(look, taken[-1][1].losses, inputs, judged[0]))
+        return has_begun or judged[0].shift is not None
+
+    def _of_batch(self, look: _Look, losses: Sequence[float], inputs: NDArray[Any], judged: Judged) -> dict[str, float]:
+        """Describe the batch of a spike: of an accumulation window the unusual one, or that with the largest loss."""
+        worst, described = look.batches[-1], dict[str, float]()
+        if judged.inputs is not None:
+            series, rises = judged.inputs
+            worst = look.batches[int(np.nanargmax(inputs[:, series]))]
+            described = self._inputs.describe(series, rises)
+        elif len(losses) == len(look.batches) > 1:
             worst = look.batches[int(np.argmax([loss if math.isfinite(loss) else math.inf for loss in losses]))]
-        described = {"spike/batch": float(worst.index)}
+        described["spike/batch"] = float(worst.index)
         if worst.held is not None:
             described["spike/fingerprint"] = float(fingerprint(worst.held))
         return described
@@ -274,14 +310,19 @@ class Sentinel(Meter):
 
     def forget_batch(self) -> None:
         """Forget what was seen of a batch: it is not looked at to its end."""
-        self._begun, self._batch, self._window = _Begun(), None, []
+        self._begun, self._batch, self._entries, self._window = _Begun(), None, None, []
 
     def _tell_pace(self, run: RunContext) -> None:
         """Say once that not every step is looked at."""
         if not self._has_told:
             self._has_told = True
+            said = [
+                f"in {words} at one step in {every}"
+                for words, every in zip(("loss and batch", "gradients", "updates"), self._pace.every, strict=True)
+                if every > 1
+            ]
             rank_zero_info(
-                f"{self._owner}: from step {run.step} on, spikes are looked for at one step in {self._pace.every}, "
+                f"{self._owner}: from step {run.step} on, spikes are looked for {', '.join(said)}, "
                 f"which takes {SHARE:.0%} of the budget; every_n_steps=... or budget=None look at every step, "
                 "sentinel=False at none."
             )
@@ -291,7 +332,8 @@ class Sentinel(Meter):
         if self._run is not None:
             self._judge_all(self._run)
         levels = {str(at): tracker.state_dict() for at, tracker in enumerate(self._trackers)}
-        return {"levels": {**levels, **self._saved}, "record": self._record.state_dict()}
+        own = {"record": self._record.state_dict(), "inputs": self._inputs.state_dict()}
+        return {"levels": {**levels, **self._saved}, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them up."""
@@ -300,3 +342,5 @@ class Sentinel(Meter):
         self._queue.clear()
         self.forget_batch()
         self._record.load_state_dict(state["record"])
+        if "inputs" in state:
+            self._inputs.load_state_dict(state["inputs"])

@@ -1,4 +1,4 @@
-"""Find out at how many steps the sentinel can look, from what it costs."""
+"""Find out at how many steps the sentinel can look at what, from what it costs."""
 
 import math
 from collections import deque
@@ -10,16 +10,20 @@ import torch
 from dynamon.monitoring.budget import Budget
 
 SHARE = 0.25  # of the budget, and of the grace
+BATCH, GRADIENT, UPDATE = range(3)  # what is looked at, the cheapest first
+_SHARES = 0.5, 0.75, 1.0  # of what the cheaper ones leave, that each may take
 _REVIEW = 32  # looks between two decisions
 _TIMED = 16  # looks of which one is timed on the device
 _MOST = 1000  # steps between two looks
 
 
 class Pace:
-    """Times the looks of the sentinel, books them, and chooses every how many steps it looks.
+    """Times the looks of the sentinel, books them, and chooses every how many steps it looks at what.
 
     It may take a quarter of what monitoring may: of ``budget``, and of the grace, so that a short run is looked at at
-    every step. Where a look costs more than its share of a step, only every k-th step is looked at.
+    every step. Loss and batch are the cheapest and may take half of that; gradients three quarters of what is left; and
+    the updates the rest. What costs more than its share of a step is looked at every k-th step only. Each k is a
+    multiple of the one before: where gradients are looked at, so is the loss.
 
     Args:
         name: Under which name time is booked.
@@ -27,21 +31,26 @@ class Pace:
         is_free: Whether to look at every step, whatever it costs.
 
     Attributes:
-        every: Steps from one look to the next.
+        every: Steps from one look to the next: at loss and batch, at gradients, and at updates.
     """
 
     def __init__(self, name: str, budget: Budget | None, is_free: bool = False) -> None:
         """Look at every step."""
         self._name, self._budget, self._is_free = name, budget, is_free
-        self.every = 1
-        self._took: deque[float] = deque(maxlen=_REVIEW)
+        self.every = [1, 1, 1]
+        self._took: list[deque[float]] = [deque(maxlen=_REVIEW) for _ in self.every]
         self._looks = 0
-        self._host = self._on_device = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._host, self._on_device = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+        self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def add(self, seconds: float) -> None:
+    def looks(self, step: int, what: int) -> bool:
+        """Return whether to look at something at a step."""
+        every = self.every[what]
+        return every == 1 or not step % every
+
+    def add(self, seconds: float, what: int) -> None:
         """Add host time to the look under way."""
-        self._host += seconds
+        self._host[what] += seconds
 
     def mark(self, device: torch.device) -> Any:
         """Return the begin of work on a GPU, for :meth:`finish`, of one look in 16; else None."""
@@ -51,28 +60,34 @@ class Pace:
         event.record(torch.cuda.current_stream(device))
         return event
 
-    def finish(self, begin: Any, device: torch.device) -> None:
+    def finish(self, begin: Any, device: torch.device, what: int) -> None:
         """Note the end of work on a GPU."""
         if begin is not None:
             end = torch.cuda.Event(enable_timing=True)
             end.record(torch.cuda.current_stream(device))
-            self._events.append((begin, end))
+            self._events.append((what, begin, end))
 
-    def book(self, looked: bool) -> None:
-        """Book the time since the last call: of a look, or of a step that was passed."""
-        host, self._host = self._host, 0.0
-        if not looked:
-            if self._budget is not None and host:
-                self._budget.book(self._name, host)
-            return
-        if self._events and all(end.query() for _, end in self._events):
-            self._on_device = sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-            self._events = []
-        seconds = max(host, self._on_device)
-        self._looks += 1
-        self._took.append(seconds)
-        if self._budget is not None:
+    def book(self, step: int, looked: bool) -> None:
+        """Book the time since the last call: of a look at a step, or of a step that was passed."""
+        host, self._host = self._host, [0.0, 0.0, 0.0]
+        seconds = sum(host)
+        if looked:
+            self._read_events()
+            took = [max(on_host, on_device) for on_host, on_device in zip(host, self._on_device, strict=True)]
+            own = [what for what in (BATCH, GRADIENT, UPDATE) if self.looks(step, what)]
+            for what in own:
+                self._took[what].append(took[what])
+            self._looks += 1
+            seconds = max(seconds, sum(took[what] for what in own))
+        if self._budget is not None and seconds:
             self._budget.book(self._name, seconds)
+
+    def _read_events(self) -> None:
+        if self._events and all(end.query() for _, _, end in self._events):
+            for what in {what for what, _, _ in self._events}:
+                times = [begin.elapsed_time(end) for one, begin, end in self._events if one == what]
+                self._on_device[what] = sum(times) / 1000
+            self._events = []
 
     def review(self, steps: int) -> bool:
         """Choose the pace anew, now and then; whether it has become slower.
@@ -83,14 +98,23 @@ class Pace:
         budget = self._budget
         if self._is_free or budget is None or budget.fraction is None or self._looks < _REVIEW or self._looks % _REVIEW:
             return False
-        cost = median(self._took)
-        before, share = self.every, SHARE * budget.fraction
-        training = budget.training
+        costs = [median(took) if took else 0.0 for took in self._took]
+        share, training = SHARE * budget.fraction, budget.training
         spent = budget.spent_on.get(self._name, 0.0)
-        in_hand = share * training + SHARE * budget.grace - spent
-        needed = max(1, math.ceil(cost / max(share * training / max(steps, 1), 1e-12)))
-        if needed == 1 or in_hand > 2 * _REVIEW * cost:
-            self.every = 1
+        before, in_hand = self.every, share * training + SHARE * budget.grace - spent
+        if in_hand > 2 * _REVIEW * sum(costs):
+            self.every = [1, 1, 1]
         else:
-            self.every = min(needed, _MOST)
-        return self.every > before
+            self.every = _paces(costs, max(share * training / max(steps, 1), 1e-12))
+        return any(now > then for now, then in zip(self.every, before, strict=True))
+
+
+def _paces(costs: list[float], left: float) -> list[int]:
+    """Return every how many steps to look at what, for its cost, where ``left`` seconds may be spent on a step."""
+    found, least = [], 1
+    for cost, share in zip(costs, _SHARES, strict=True):
+        every = min(max(math.ceil(cost / max(share * left, 1e-12)), 1), _MOST)
+        least *= math.ceil(every / least)
+        found.append(least)
+        left -= cost / least
+    return found

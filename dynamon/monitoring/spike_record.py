@@ -61,6 +61,7 @@ class SpikeRecord:
             for name, deviation in zip(found.names, found.layers.tolist(), strict=True):
                 self._layers[name] = max(self._layers.get(name, -math.inf), deviation)
             self._out[found.place] = found.out
+        self._note_shift(step, judged[0])
         risen = frozenset[Place]().union(*(found.risen for found in judged))
         if risen and self._open is None:
             self._open = _Spike(step, frozenset(one for one in risen if one[1] != "update") or risen)
@@ -69,6 +70,19 @@ class SpikeRecord:
         if self._open is not None:
             self._follow(self._open, step)
         return False
+
+    def _note_shift(self, step: int, found: Judged) -> None:
+        """Record a shift of the loss when it is found, and when it is over."""
+        shift, ended = found.shift, found.ended
+        if shift is not None:
+            self._row |= {
+                "spike/shift": shift.deviations,
+                "spike/shift_size": math.exp(shift.rise),
+                "spike/shift_age": float(step - shift.step),
+            }
+        if ended is not None:
+            self._row["spike/shift_lasted"] = float(step - ended.step)
+        self._has_row = self._has_row or shift is not None or ended is not None
 
     def _follow(self, spike: _Spike, step: int) -> None:
         spike.looks += 1

@@ -60,6 +60,8 @@ class Condition(Flag):
     POSITIVE_CURVATURE = auto()
     DESCENDS = auto()
     SPIKED = auto()
+    NUMERIC_BATCH = auto()
+    SHIFTED = auto()
     KEEPS_STATE = auto()
     ACTIVATION_FUNCTIONS = auto()
     BLOCKS = auto()
@@ -97,6 +99,8 @@ _WORDS = {
     Condition.POSITIVE_CURVATURE: "where the loss curves upwards along the update",
     Condition.DESCENDS: "where the update begins by lowering the loss on the probe",
     Condition.SPIKED: "after a spike",
+    Condition.SHIFTED: "after a shift of the loss",
+    Condition.NUMERIC_BATCH: "where batches hold numbers that vary",
     Condition.KEEPS_STATE: "where an optimizer keeps averages",
     Condition.ACTIVATION_FUNCTIONS: "for activation functions",
     Condition.BLOCKS: "where blocks of one class follow each other",

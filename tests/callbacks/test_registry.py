@@ -67,16 +67,21 @@ def short_solves() -> tuple:
 
 
 class Slip(Classifier):
-    """Inputs that are a thousand times too large, once."""
+    """Inputs that are a thousand times too large, once; later a loss that is too large for twenty steps."""
 
     def training_step(self, batch, batch_idx):
-        return super().training_step((batch[0] * (1000 if self.trainer.global_step == 40 else 1), batch[1]), batch_idx)
+        step = self.trainer.global_step
+        loss = super().training_step((batch[0] * (1000 if step == 40 else 1), batch[1]), batch_idx)
+        return loss * (3 if 70 <= step < 90 else 1)
 
 
 def spike() -> tuple:
-    """One step that is out of line, and over."""
+    """One step that is out of line, and over; a batch that is; a shift of the loss."""
+    data = [batch for _ in range(15) for batch in batches()]
+    data[110] = data[110][0] * 1000, data[110][1]
     module = Slip(torch.nn.Sequential(*mlp()[:1], torch.nn.ReLU(), mlp()[3]), lambda p: torch.optim.AdamW(p, lr=1e-3))
-    return module, [DynamicsMonitor(every_n_steps=20, quantities=["critical"])], batches(), {"steps": 60}
+    monitor = DynamicsMonitor(every_n_steps=20, quantities=["critical"])
+    return module, [monitor], torch.utils.data.DataLoader(data, batch_size=None), {"steps": 120}
 
 
 class Texts(Classifier):
@@ -95,7 +100,7 @@ def attention() -> tuple:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> set[str]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "DynamicsMonitor: Step 40 is a spike")
+        warnings.filterwarnings("ignore", "DynamicsMonitor: Step (40|110) is a spike")
         return write(tmp_path_factory)
 
 

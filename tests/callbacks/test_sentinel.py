@@ -19,8 +19,9 @@ from dynamon.callbacks import DynamicsMonitor
 from dynamon.layers import describe_layers
 from dynamon.monitoring import DynamicsMonitor as PlainMonitor
 from dynamon.monitoring.fingerprint import fingerprint
+from dynamon.monitoring.sentinel_inputs import sample_batch
 from dynamon.monitoring.sentinel_norms import OptimizerNorms, StepRow
-from dynamon.monitoring.sentinel_pace import Pace
+from dynamon.monitoring.sentinel_pace import BATCH, GRADIENT, UPDATE, Pace
 from dynamon.optim import Lanton
 from tests.helpers import ByHand, Classifier, batches, fit, same_weights, trainer
 from tests.launches import Launches, fill_gradients, gpt2
@@ -326,27 +327,33 @@ def test_what_fails_in_it_is_counted_and_ends_no_run(monkeypatch) -> None:
         fit(Classifier(relu()), [DynamicsMonitor(**QUIET)], steps=20, max_epochs=-1)
 
 
-def test_device_calls_of_a_look() -> None:
-    """Of a GPT-2's 148 tensors: at most twenty, and nobody waits."""
+@pytest.mark.parametrize("on_device", [True, False])
+def test_device_calls_of_a_look(on_device: bool, monkeypatch) -> None:
+    """Of a GPT-2's 148 tensors and a batch: at most twenty, and nobody waits. On a CPU sums are taken one by one."""
+    if on_device:
+        monkeypatch.setattr("dynamon.monitoring.sentinel_norms._SUMMED", set())
     model = gpt2("cpu", scale=48)
     fill_gradients(model)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     optimizer.step()
     norms = OptimizerNorms(optimizer, describe_layers(model))
-    loss = torch.ones(())
+    loss, batch = torch.ones(()), [torch.randn(8, 3, 32, 32), torch.randint(50, (8, 70)), torch.rand(8)]
     with Launches() as launches:
         row = StepRow(norms.gradients(), 1.0)
         row.end(norms.updates(), None)
-        row.send([loss], torch.device("cpu"))
-    assert launches.total <= 20 and not launches.waits, launches
-    gradients, updates, losses = row.read(len(norms.layers))
+        row.send([loss], torch.device("cpu"), sample_batch(batch, torch.device("cpu")).entries)
+    if on_device:
+        assert launches.total <= 20 and not launches.waits, launches
+    numbers = row.read(len(norms.layers))
+    gradients, updates, losses = numbers.gradients, numbers.updates, numbers.losses
     state = optimizer.state
     for i, layer in enumerate(norms.layers):
         p = layer.parameter
         m, v = state[p]["exp_avg"].double(), state[p]["exp_avg_sq"].double()
         assert math.isclose(gradients[i], float(p.grad.double().norm()), rel_tol=1e-5)
         assert math.isclose(updates[i], float((m.square().mean() / v.mean()).sqrt()), rel_tol=1e-5)
-    assert losses == [1.0]
+    assert losses == [1.0] and len(numbers.samples) == 8 * 48 + 8 * 35 + 8
+    assert numbers.samples[-8:].tolist() == batch[2].tolist()
 
 
 class Money:
@@ -365,20 +372,29 @@ class Money:
     ("cost", "step", "grace"), [(1e-4, 0.05, 0.0), (1e-3, 0.05, 0.0), (1e-4, 1e-3, 0.0), (1e-4, 1e-3, 3.0)]
 )
 def test_it_keeps_to_a_quarter_of_the_budget(cost: float, step: float, grace: float) -> None:
-    """As many looks as a quarter pays for, of the share and of the grace."""
+    """As much as a quarter pays for, of the share and of the grace, and the cheapest the most often."""
     money = Money()
     money.grace = grace
-    pace, looks = Pace("sentinel", money), 0
+    pace, looks = Pace("sentinel", money), [0, 0, 0]
+    parts = 0.1 * cost, 0.3 * cost, 0.6 * cost
     for index in range(20_000):
         money.training += step
-        if index % pace.every == 0:
-            looks += 1
-            pace.add(cost)
-            pace.book(True)
+        if pace.looks(index, BATCH):
+            for what, part in enumerate(parts):
+                if pace.looks(index, what):
+                    assert pace.looks(index, BATCH)
+                    looks[what] += 1
+                    pace.add(part, what)
+            pace.book(index, True)
             pace.review(index + 1)
     allowed = 0.25 * (0.02 * money.training + grace)
-    wanted = min(20_000.0, allowed / cost)
-    assert 0.6 * wanted <= looks <= 1.05 * wanted + 64
+    spent = sum(count * part for count, part in zip(looks, parts, strict=True))
+    assert math.isclose(spent, money.spent_on["sentinel"])
+    assert spent <= 1.05 * allowed + 64 * cost
+    assert spent >= 0.6 * min(allowed, 20_000 * cost)
+    assert looks == sorted(looks, reverse=True)
+    if cost == 1e-3:  # a tenth of it is less than half of the share, and all of it is not
+        assert looks[BATCH] == 20_000 > looks[GRADIENT] > looks[UPDATE] > 100
 
 
 def test_it_says_how_often_it_looks(caplog) -> None:
@@ -386,11 +402,11 @@ def test_it_says_how_often_it_looks(caplog) -> None:
     with caplog.at_level("INFO", logger="dynamon"):
         fit(Classifier(relu()), [monitor], steps=100, max_epochs=-1)
     (said,) = [record.message for record in caplog.records if "spikes are looked for" in record.message]
-    assert "at one step in 1000" in said and "sentinel=False" in said
+    assert said.count("at one step in 1000") == 3 and "sentinel=False" in said
     free = DynamicsMonitor(budget=None, every_n_steps=NEVER, quantities=["critical"])
     run = trainer([free], steps=100, max_epochs=-1)
     run.fit(Classifier(relu()), batches())
-    assert free._sentinel._pace.every == 1
+    assert free._sentinel._pace.every == [1, 1, 1]
 
 
 def test_fingerprints() -> None:

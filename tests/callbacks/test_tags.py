@@ -32,6 +32,7 @@ SHARED = {one.tag for one in quantities_of("monitor")}
 # Of the run of AdamW under automatic optimisation that `written` is; others of these may hold by chance.
 HOLDS = (
     Condition.KEEPS_STATE
+    | Condition.NUMERIC_BATCH
     | Condition.AUTOMATIC
     | Condition.RETURNED_LOSS
     | Condition.COMPARABLE

@@ -39,6 +39,7 @@ def good() -> RunData:
         "dynamon/failures": np.zeros(len(STEPS)),
         "dynamon/overhead": np.full(len(STEPS), 0.013),
         "spike/deviation": noisy(3.0),
+        "spike/loss": noisy(2.0),
     }
     tables = {
         "gradient/l2": table(1.0, 0.5, 2.0),

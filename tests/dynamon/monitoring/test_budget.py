@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dynamon.monitoring.budget import Budget
+from dynamon.monitoring.budget import Budget, overhead_of
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.stepping import Steps
@@ -219,3 +219,23 @@ def test_waiting_for_training_before_a_late_reading_is_nobodys_cost(clock, monke
         rates.optimizer.step()
     assert queue.waits == 2 and budget.spent_on["steering"] == pytest.approx(0.0)
     assert clock.now == pytest.approx(3 * STEP)
+
+
+def test_what_is_booked_while_the_clock_stands_is_no_training_that_is_missing(clock) -> None:
+    """The last look of health after a short run, and the first one before it, and both beside another monitor's."""
+    budget, other = Budget(0.02), Budget(0.02)
+    budget.ledger.add(other)
+    with budget.charge("loggers"):
+        clock.now += 7
+    for one in (budget, other):
+        one.start()
+    clock.now += 10 * STEP
+    with budget.charge("gradients"):
+        clock.now += 0.5
+    for one in (budget, other):
+        one.stop()
+    before = overhead_of([budget, other])
+    with budget.watch(), other.charge("health"):
+        clock.now += 30
+    assert budget.ledger.training == pytest.approx(10 * STEP)
+    assert before == pytest.approx(7.5) and overhead_of([budget, other]) == pytest.approx(37.5)
