@@ -17,6 +17,8 @@ from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.probe import ProbeMeter
 from dynamon.quantities import quantities_of, with_tag_table
+from dynamon.quantities.activations import FLAT
+from dynamon.quantities.names import is_chosen
 
 
 @with_tag_table(quantities_of("activation", "monitor"))
@@ -140,10 +142,11 @@ class ActivationMonitor(Monitor):
         known = watched_modules(module, globs).values()
         if any(one.is_measured for one in known):
             return
-        holders = [one.name for one in known if row_is_chosen(one, HEADS, globs)]
-        if not holders:
+        holders = [one.name for one in known if one.is_inside and is_chosen(one.names, globs)]
+        if holders:
+            rank_zero_warn(
+                f"layers={globs} names modules that hold others, such as {holders[0]}: of these only attention and "
+                f"activation functions that they call themselves are measured. '{holders[0]}.*' names what they hold."
+            )
+        elif not any(row_is_chosen(one, name, globs) for one in known for name in (HEADS, *FLAT)):
             raise BadArgumentError(f"layers={globs} matches no module of {type(module).__name__}.")
-        rank_zero_warn(
-            f"layers={globs} names modules that hold others, such as {holders[0]}: of these only attention and "
-            f"activation functions that they call themselves are measured. '{holders[0]}.*' names what they hold."
-        )
