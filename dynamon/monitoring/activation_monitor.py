@@ -10,7 +10,7 @@ from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
 from dynamon.monitoring.activation_meter import activation_meters
 from dynamon.monitoring.activation_modules import HEADS, row_is_chosen, watched_modules
-from dynamon.monitoring.arguments import BadArgumentError, check_arguments, check_probe
+from dynamon.monitoring.arguments import BadArgumentError, check_arguments, check_probe, check_switches
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.monitor import Monitor
@@ -110,6 +110,7 @@ class ActivationMonitor(Monitor):
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
         check_probe(probe_batches, probe_fraction, loss_fn, probe_size, probe_weight)
+        check_switches(save_probe=save_probe)
         self._every_n_steps, self._modules = every_n_steps, layers
         self._of_probe = {
             "loss_fn": loss_fn,

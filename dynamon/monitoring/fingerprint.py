@@ -1,4 +1,4 @@
-"""Recognise a batch by its bytes, and count its samples."""
+"""Recognise a batch by its bytes."""
 
 import hashlib
 from typing import Any
@@ -48,13 +48,3 @@ def _bytes(tensor: Tensor) -> bytes:
         return _bytes(tensor.coalesce().indices()) + _bytes(tensor.coalesce().values())
     flat = tensor.to_dense() if tensor.layout != torch.strided else tensor
     return bytes(flat.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def count_bytes(batch: Any) -> int:
-    """Return the bytes of a batch's tensors."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(batch, {}) if isinstance(leaf, Tensor))
-
-
-def count_samples(batch: Any) -> int:
-    """Return the length of the first tensor of a batch that has one, 0 where none has."""
-    return next((len(leaf) for leaf in leaves(batch, {}) if isinstance(leaf, Tensor) and leaf.ndim), 0)

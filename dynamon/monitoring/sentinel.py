@@ -3,10 +3,10 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import chart_layout
 from dynamon.monitoring.cadence import Cadence
-from dynamon.monitoring.fingerprint import count_bytes, count_samples, fingerprint
+from dynamon.monitoring.fingerprint import fingerprint
 from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.planner import Plan
@@ -24,20 +24,21 @@ from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.sentinel_inputs import BatchSample, InputSeries, sample_batch
 from dynamon.monitoring.sentinel_norms import MOST_LOSSES, Norms, StepNumbers, StepRow
 from dynamon.monitoring.sentinel_pace import BATCH, GRADIENT, SHARE, UPDATE, Pace
+from dynamon.monitoring.sentinel_rates import RateWatch
 from dynamon.monitoring.sentinel_tracker import Judged, StepTracker
 from dynamon.monitoring.spike_record import SpikeRecord
 from dynamon.quantities import Scope, meanings, quantities_of
 
+_Result = TypeVar("_Result")
 _HELD_BYTES = 2**26  # of batches that are kept until their step has been judged, beside the last one
 
 
 @dataclass
 class _Batch:
-    """Hold a batch of a step: its index, what it holds while that is kept, its samples, entries of it, and its loss."""
+    """Hold a batch of a step: its index, what it holds while that is kept, entries of it, and its loss."""
 
     index: int
     held: Any
-    samples: int
     entries: BatchSample
     loss: Tensor | None
 
@@ -93,7 +94,7 @@ class Sentinel(Meter):
         super().__init__(Cadence(None, 1))
         self._looks_always, self._owner = looks_always, name
         self._pace = Pace(self.name, None)
-        self._record = SpikeRecord()
+        self._record, self._rates = SpikeRecord(), RateWatch()
         self._trackers: list[StepTracker] = []
         self._of: dict[Optimizer, int] = {}
         self._saved: dict[str, Any] = {}
@@ -141,16 +142,15 @@ class Sentinel(Meter):
         """A batch has arrived on the device."""
         self._batch = batch
         if self._pace.looks(run.step, BATCH):
-            with self._timing(BATCH):
-                self._entries = sample_batch(batch, self._device)
+            self._entries = self._timed_call(BATCH, sample_batch, batch, self._device)
 
-    @contextmanager
-    def _timing(self, what: int) -> Iterator[None]:
-        """Add the time inside to the look under way."""
+    def _timed_call(self, what: int, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Call a function, and add its time to the look under way."""
         begin, mark = time.perf_counter(), self._pace.mark(self._device)
-        yield
+        result = function(*arguments)
         self._pace.finish(mark, self._device, what)
         self._pace.add(time.perf_counter() - begin, what)
+        return result
 
     def see_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Gradients are complete and not yet clipped."""
@@ -162,19 +162,18 @@ class Sentinel(Meter):
         """Measure gradients where they are to be looked at."""
         if not self._pace.looks(run.step, GRADIENT):
             return Norms()
-        with self._timing(GRADIENT):
-            return self._tracker(run, optimizer).norms.gradients()
+        return self._timed_call(GRADIENT, self._tracker(run, optimizer).norms.gradients)
 
     def _updates(self, run: RunContext, optimizer: Optimizer) -> tuple[Norms, Norms, float] | None:
         """Measure updates, likewise."""
         if not self._pace.looks(run.step, UPDATE):
             return None
-        with self._timing(UPDATE):
-            return self._tracker(run, optimizer).norms.updates()
+        return self._timed_call(UPDATE, self._tracker(run, optimizer).norms.updates)
 
     def step_begins(self, optimizer: Optimizer) -> None:
         """Note that a step has begun."""
         self._begun.inside.add(optimizer)
+        self._rates.see(optimizer)
 
     def step_ends(self, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Read what the optimizer keeps: its update is in it."""
@@ -223,6 +222,7 @@ class Sentinel(Meter):
         self._judge_arrived(run)
         if is_log_time:
             self._record.log(run)
+        self.has_news |= self._rates.log(run)
         self._pace.add(time.perf_counter() - begin, BATCH)
         self._pace.book(run.step, bool(begun.rows))
         if begun.rows and self._pace.review(run.step - run.begun_at + 1):
@@ -231,11 +231,11 @@ class Sentinel(Meter):
     def _note_batch(self, run: RunContext, outputs: Any) -> None:
         entries = sample_batch(self._batch, self._device) if self._entries is None else self._entries
         loss = run.loop.loss_tensor(outputs)
-        batch = _Batch(run.loop.batch_index, self._batch, count_samples(self._batch), entries, loss)
+        batch = _Batch(run.loop.batch_index, self._batch, entries, loss)
         self._window = [*self._window, batch][-MOST_LOSSES:]
         left = _HELD_BYTES
         for one in reversed([*(b for look in self._queue for b in look.batches), *self._window[:-1]]):
-            left -= count_bytes(one.held)
+            left -= one.entries.bytes if one.held is not None else 0
             one.held = one.held if left >= 0 else None
 
     def _send(self, run: RunContext, rows: Sequence[tuple[Optimizer, StepRow]]) -> None:
@@ -269,7 +269,7 @@ class Sentinel(Meter):
     def _judge(self, look: _Look, taken: Sequence[tuple[int, StepNumbers]]) -> bool:
         """Judge a step by all optimizers that took it; whether there is something to tell."""
         inputs = self._inputs.numbers([batch.entries for batch in look.batches], taken[0][1].samples)
-        largest, samples = np.fmax.reduce(inputs), sum(batch.samples for batch in look.batches)
+        largest, samples = np.fmax.reduce(inputs), sum(batch.entries.samples for batch in look.batches)
         judged = [
             self._trackers[at].judge(look.step, numbers, samples, None if i else largest)
             for i, (at, numbers) in enumerate(taken)
@@ -332,7 +332,8 @@ class Sentinel(Meter):
         if self._run is not None:
             self._judge_all(self._run)
         levels = {str(at): tracker.state_dict() for at, tracker in enumerate(self._trackers)}
-        own = {"record": self._record.state_dict(), "inputs": self._inputs.state_dict()}
+        own: dict[str, Any] = {"record": self._record.state_dict(), "inputs": self._inputs.state_dict()}
+        own["rates"] = self._rates.state_dict()
         return {"levels": {**levels, **self._saved}, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -342,5 +343,6 @@ class Sentinel(Meter):
         self._queue.clear()
         self.forget_batch()
         self._record.load_state_dict(state["record"])
+        self._rates.load_state_dict(state.get("rates", []))
         if "inputs" in state:
             self._inputs.load_state_dict(state["inputs"])

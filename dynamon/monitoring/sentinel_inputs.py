@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,16 @@ class BatchSample:
         shapes: Of each tensor, samples and entries of each.
         entries: Of each tensor, ``[n]`` in float32, on its device.
         is_batch: Whether all tensors have as many samples, so that the first dimension counts these.
+        samples: Length of the first tensor of the batch that has one, 0 where none has.
+        bytes: Of all tensors of the batch.
     """
 
     keys: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     entries: tuple[Tensor, ...]
     is_batch: bool
+    samples: int
+    bytes: int
 
 
 def sample_batch(batch: Any, device: torch.device) -> BatchSample:
@@ -50,8 +53,9 @@ def sample_batch(batch: Any, device: torch.device) -> BatchSample:
 
     Cost: on each of three tensors one device call, which reads 1024 entries at most.
     """
-    walked = list(islice((t for t in leaves(batch, {}) if isinstance(t, Tensor)), _WALKED))
-    lengths = {t.shape[0] for t in walked if not t.is_nested and t.ndim}
+    tensors = [leaf for leaf in leaves(batch, {}) if isinstance(leaf, Tensor)]
+    walked = tensors[:_WALKED]
+    lengths = [len(t) for t in walked if not t.is_nested and t.ndim]
     keys, shapes, entries = list[str](), list[tuple[int, int]](), list[Tensor]()
     for place, tensor in enumerate(walked):
         if len(keys) == MOST_TENSORS:
@@ -62,7 +66,11 @@ def sample_batch(batch: Any, device: torch.device) -> BatchSample:
         keys.append(f"{place} {'float' if tensor.is_floating_point() else tensor.dtype} {tensor.ndim}")
         shapes.append(shape)
         entries.append(tensor.detach()[slices].to(torch.float32, copy=True).reshape(-1))
-    return BatchSample(tuple(keys), tuple(shapes), tuple(entries), len(lengths) == 1)
+    return BatchSample(tuple(keys), tuple(shapes), tuple(entries), len(set(lengths)) == 1, *_measure(tensors, lengths))
+
+
+def _measure(tensors: Sequence[Tensor], lengths: Sequence[int]) -> tuple[int, int]:
+    return lengths[0] if lengths else 0, sum([t.numel() * t.element_size() for t in tensors])
 
 
 def _is_followed(tensor: Tensor, device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from dynamon.monitoring.budget import Budget
 SHARE = 0.25  # of the budget, and of the grace
 BATCH, GRADIENT, UPDATE = range(3)  # what is looked at, the cheapest first
 _SHARES = 0.5, 0.75, 1.0  # of what the cheaper ones leave, that each may take
-_REVIEW = 32  # looks between two decisions
+_REVIEW, _FIRST = 32, (4, 8, 16)  # looks between two decisions, and after which there are earlier ones
+_LEAST_PART = 0.25  # of the share that is still spent while more was spent than allowed
 _TIMED = 16  # looks of which one is timed on the device
 _MOST = 1000  # steps between two looks
 
@@ -23,7 +24,8 @@ class Pace:
     It may take a quarter of what monitoring may: of ``budget``, and of the grace, so that a short run is looked at at
     every step. Loss and batch are the cheapest and may take half of that; gradients three quarters of what is left; and
     the updates the rest. What costs more than its share of a step is looked at every k-th step only. Each k is a
-    multiple of the one before: where gradients are looked at, so is the loss.
+    multiple of the one before: where gradients are looked at, so is the loss. What was spent too much is saved
+    afterwards, of at most three quarters of the share.
 
     Args:
         name: Under which name time is booked.
@@ -96,16 +98,19 @@ class Pace:
             steps: Steps of this fit so far.
         """
         budget = self._budget
-        if self._is_free or budget is None or budget.fraction is None or self._looks < _REVIEW or self._looks % _REVIEW:
+        is_due = self._looks in _FIRST or not self._looks % _REVIEW
+        if self._is_free or budget is None or budget.fraction is None or not is_due:
             return False
-        costs = [median(took) if took else 0.0 for took in self._took]
+        typical = min if self._looks in _FIRST else fmean  # the first ones are slow
+        costs = [typical(took) if took else 0.0 for took in self._took]
         share, training = SHARE * budget.fraction, budget.training
         spent = budget.spent_on.get(self._name, 0.0)
         before, in_hand = self.every, share * training + SHARE * budget.grace - spent
         if in_hand > 2 * _REVIEW * sum(costs):
             self.every = [1, 1, 1]
         else:
-            self.every = _paces(costs, max(share * training / max(steps, 1), 1e-12))
+            part = max(_LEAST_PART, 1 + min(in_hand, 0.0) / max(share * training, 1e-12))
+            self.every = _paces(costs, max(part * share * training / max(steps, 1), 1e-12))
         return any(now > then for now, then in zip(self.every, before, strict=True))
 
 

@@ -17,7 +17,7 @@ from dynamon.monitoring.sentinel_inputs import MOST_TENSORS, InputSeries
 from dynamon.monitoring.sentinel_norms import OptimizerNorms, StepNumbers
 
 KINDS = ("gradient", "update", "loss", "inputs")
-_LEAST = {"gradient": 2.0, "update": 2.0, "loss": 1.5}  # times its level that a spike is at least
+_LEAST = {"gradient": 6.0, "update": 2.0, "loss": 1.5}  # times its level that a spike is at least
 _FEWER = 0.9  # of the usual samples, below which a batch is a small one
 _FORGETS = 0.999  # of the usual number of samples
 _RATE_GAIN, _HIGHER, _KNOWN = 1 / 32, 1.5, 1.25  # of the usual rate; times that; times the largest of these so far

@@ -23,8 +23,8 @@ MONITORS = {
     "three": lambda **how: [monitor(**how) for monitor in (GradientMonitor, WeightMonitor, SharpnessMonitor)],
 }
 # Five hooks of Lightning, whether the step and a row are there, two of the optimizer, and six of what follows decay.
-# The sentinel measures and judges each of these steps.
-MOST = {"gradient": 13, "weight": 20, "sharpness": 13, "dynamics": 20, "sentinel": 150, "three": 46}
+# The sentinel measures and judges each of these steps, its batch and its loss.
+MOST = {"gradient": 13, "weight": 20, "sharpness": 13, "dynamics": 20, "sentinel": 240, "three": 46}
 
 
 def deep(layers: int) -> nn.Module:
