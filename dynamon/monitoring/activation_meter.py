@@ -90,8 +90,8 @@ class ActivationMeter(Meter):
         if self.probe.samples is None and not self._is_told:
             self._is_told = True
             rank_zero_info(
-                "activation/gradient is left out: how many samples the probe has is not known. A loss_fn that takes a "
-                "mapping or a tuple of tensors with one sample a row shows it."
+                "activation/gradient is that of the mean loss, smaller than that of a sample by the number of samples, "
+                "which the batch does not show: compare it within this run only."
             )
         return read_activations(watch, run.ranks, run.device, self.probe.samples)
 

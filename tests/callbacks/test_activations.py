@@ -303,3 +303,18 @@ def test_memory_beyond_a_gradient() -> None:
     assert extra <= copies[stated[2]] + 0.3
     size = sum(p.numel() for p in model.parameters())
     assert copies[stated[1]] == 3 and size > 0
+
+
+def test_gradients_of_an_unknown_number_of_samples_are_said_to_be_those_of_the_mean(caplog) -> None:
+    class Single(Classifier):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.network(batch).square().mean()
+
+    ready = [x for x, _ in batches(size=4)]  # [4, 8]: which are samples?
+    data = torch.utils.data.DataLoader(ready, batch_size=None)
+    monitor = ActivationMonitor(**EVERY)
+    with caplog.at_level("INFO", logger="dynamon"):
+        fit(Single(mlp()), [monitor], data, steps=4)
+    told = [record.message for record in caplog.records if "activation/gradient is that of the mean" in record.message]
+    assert len(told) == 1 and "activation/probe_samples" not in monitor.history
+    assert np.isfinite(monitor.history["activation/gradient"].values).all()
