@@ -64,8 +64,8 @@ def core(book: Book, task: str) -> None:
 
 def steering(book: Book, task: str) -> None:
     """The rule inside of the run: following all the time, and committing after a quarter."""
-    for arm in ("following", "inside"):
-        steered(book, task, arm, book.tuning[:1])
+    steered(book, task, "following")
+    steered(book, task, "inside", book.tuning[:1])
 
 
 def advised(book: Book, task: str) -> None:

@@ -30,6 +30,7 @@ from dynamon.distributed.dtensor import any_sharded
 from dynamon.isolation.preserve import LossFn
 from dynamon.layers import select
 from dynamon.monitoring.accumulation import begins_window, compares_ranks, has_windows
+from dynamon.monitoring.arguments import check_switches
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.loop import nothing_to_train
 from dynamon.monitoring.messages import rank_zero_warn
@@ -104,6 +105,7 @@ class LayerwiseLR(StepCallback):
         """Check the arguments."""
         super().__init__()
         check_steering(rule, lag, read_every, max_groups, loss_fn)
+        check_switches(save_gradient=save_gradient, apply=apply, scale_weight_decay=scale_weight_decay)
         self.rule, self.lag, self.save_gradient = rule, lag, save_gradient
         self.apply, self.scale_weight_decay, self.read_every = apply, scale_weight_decay, read_every
         self.max_groups, self.loss_fn = max_groups, loss_fn

@@ -17,7 +17,7 @@ from dynamon.callbacks.lightning.step_callback import StepCallback
 from dynamon.callbacks.lightning.strategy import strategy_reason
 from dynamon.distributed.ranks import Ranks
 from dynamon.layers import select
-from dynamon.monitoring.arguments import check_arguments
+from dynamon.monitoring.arguments import check_arguments, check_switches
 from dynamon.monitoring.budget import Budget
 from dynamon.monitoring.loop import nothing_to_train
 from dynamon.monitoring.messages import rank_zero_warn
@@ -91,6 +91,7 @@ class SpikeGuard(StepCallback):
         super().__init__()
         check_numbers(deviations, memory, warmup, floor, skip)
         check_arguments(None, None, 0.0, layers=layers, loggers=loggers)
+        check_switches(apply=apply)
         if stop_after is not None and (type(stop_after) is not int or stop_after < 1):
             raise ValueError(f"stop_after must be a whole number of 1 or more steps, or None, got {stop_after!r}.")
         self.deviations, self.memory, self.warmup, self.floor = deviations, memory, warmup, floor

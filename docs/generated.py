@@ -310,6 +310,19 @@ def adaptive_tables() -> str:
     return "\n".join([*parts, provenance(_result("adaptive")["environment"])])
 
 
+def steering_cost() -> str:
+    """What following costs, in a sentence."""
+    found = _result("steering_cost")
+    results, held = found["results"], found["results"]["ratios held"]
+    share, error = results["share of a step at the usual interval"], results["its standard error"]
+    return (
+        f"On the demo's model a reading takes {results['steps a reading']} steps, so {share:.1%} ± {error:.1%} of "
+        "training time (a standard error) at one step in 150. Between readings nothing shows: ratios that are held "
+        f"take {held['share of a step']:.1%} ± {held['standard error']:.1%}. Measured from outside, block by block in "
+        f"turn with a run that is not steered. {provenance(found['environment'])}"
+    )
+
+
 def fault_tables() -> str:
     """Injected faults: their strengths, who named them, false alarms."""
     found = score.read(RESULTS / "faults.json")
@@ -495,6 +508,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision": precision_table,
     "tracking": tracking_table,
     "adaptive": adaptive_tables,
+    "steering_cost": steering_cost,
     "faults": fault_tables,
     "radii": radii_table,
     "guard": guard_table,

@@ -146,6 +146,14 @@ def test_an_arm_on_fewer_seeds_is_compared_on_those():
     assert [row[0] for row in found.rows("GPT, LMO")] == ["uniform", "oracle (2 seeds)", "committed"]
 
 
+def test_pilots_are_counted():
+    found = results([2.0] * 5, [1.9] * 5, [1.9] * 5)
+    assert found.pilots() == []
+    for seed, committed in enumerate(([1.0, 1.0], [1.0, 0.5], [1.0, 1.0])):
+        found.runs[key_of("GPT, LMO", "inside", 0.1, seed)] = {"final": 2.0, "committed": committed}
+    assert found.summary().endswith(" Of 3 pilots inside of runs 1 found a ratio that is certain.")
+
+
 def test_range_of_good_rates():
     found = results([2.0] * 5, [1.9] * 5, [1.9] * 5)
     assert found.good_rates("GPT, LMO", "uniform") == (0.1, 0.2, True)

@@ -20,11 +20,12 @@ from benchmarks.rates_study.tasks import Task
 from dynamon.callbacks import DynamicsMonitor
 
 # Runs of seconds give a budget little to spend. The second row has the shortest intervals of the default, as steps have
-# that are long beside a reading. Both rows without a budget are without eigenvalues, which would take most of the time.
+# that are long beside a reading. Rows without a budget are without eigenvalues, which would take most of the time.
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "no budget": {"budget": None, "quantities": ["directional"]},
     "every 10 steps": {"every_n_steps": 10, "quantities": ["directional"]},
+    "standard": {"preset": "standard", "every_n_steps": 10, "quantities": ["directional"]},
 }
 EVERY = 10  # steps between two looks at monitor.findings
 MOST = 100  # findings noted

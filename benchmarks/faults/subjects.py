@@ -80,8 +80,8 @@ REPORTED = {
             None,
             {
                 "moments": ("conv3.weight",),
-                # Nothing goes through a dead ReLU: both neighbours lose their gradient.
-                "dead": ("norm2.weight", "norm2.bias", "conv2.weight", "conv3.weight"),
+                # Nothing goes through a dead ReLU: both neighbours lose their gradient. Functions have names of rows.
+                "dead": ("norm2.weight", "norm2.bias", "conv2.weight", "conv3.weight", "relu_2"),
                 "frozen": ("conv4.weight", "conv3.weight", "conv2.weight", "head.weight", "conv1.weight"),
             },
         ),
@@ -94,7 +94,7 @@ REPORTED = {
             {
                 "moments": ("lstm.weight_hh_l1",),
                 "dead": tuple(f"lstm.{kind}_l0" for kind in ("bias_ih", "bias_hh", "weight_ih", "weight_hh"))
-                + ("embedding.weight", "lstm.weight_ih_l1"),
+                + ("embedding.weight", "lstm.weight_ih_l1", "lstm.layer.0"),
                 "frozen": ("head.weight", "embedding.weight")
                 + tuple(f"lstm.weight_{kind}_l{layer}" for layer in (1, 0) for kind in ("ih", "hh")),
             },
@@ -120,7 +120,7 @@ TUNING = {
             None,
             {
                 "moments": ("second.weight",),
-                "dead": ("first.weight", "first.bias", "second.weight"),
+                "dead": ("first.weight", "first.bias", "second.weight", "relu"),
                 "frozen": ("first.weight", "second.weight", "head.weight"),
             },
         ),
@@ -128,7 +128,8 @@ TUNING = {
 }
 SUBJECTS = TUNING | REPORTED
 LIKE = {"GPT of width 24": "GPT", "MLP": "CNN"}  # whose strengths the models for tuning take
-TUNING_SEEDS, REPORTED_SEEDS = (100, 101), (0, 1)
+# 0 and 1 were reported before rules were added for what they had missed. Faults come at the same steps as in those.
+TUNING_SEEDS, REPORTED_SEEDS = (100, 101), (20, 21)
 
 
 def is_reported(subject: str) -> bool:

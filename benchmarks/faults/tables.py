@@ -13,6 +13,7 @@ WORDS = {
     "default": "`DynamicsMonitor()`",
     "no budget": "`DynamicsMonitor(budget=None)`",
     "every 10 steps": "`DynamicsMonitor(every_n_steps=10)`",
+    "standard": '`DynamicsMonitor("standard", every_n_steps=10)`',
     "SpikeDetection": "Lightning's `SpikeDetection()`",
     "three sigma": "gradient norm above mean + 3 standard deviations of the last 100",
 }

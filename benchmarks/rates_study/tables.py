@@ -151,7 +151,14 @@ class Results:
             if (apart := self.difference(task, name, "uniform")).mean > apart.half
         ]
         named = f"Worse than uniform beyond the interval: {'; '.join(worse) or 'none'}."
-        return f"The bar is passed on {len(passed)} of {len(counted)} core tasks on which the oracle gains. {named}"
+        bar = f"The bar is passed on {len(passed)} of {len(counted)} core tasks on which the oracle gains."
+        return " ".join([bar, named, *self.pilots()])
+
+    def pilots(self) -> list[str]:
+        """In how many runs with a pilot some ratio was certain, in a sentence; nothing where there are none."""
+        runs = [run["committed"] for key, run in self.runs.items() if "|inside|" in key and "committed" in run]
+        found = sum(any(ratio != 1 for ratio in committed) for committed in runs)
+        return [f"Of {len(runs)} pilots inside of runs {found} found a ratio that is certain."] if runs else []
 
     def rows(self, task: str) -> list[tuple[str, ...]]:
         """Arm, base rate, final loss, difference to uniform, and the range of good rates where it was looked for."""

@@ -85,6 +85,6 @@ function curvesOf(runs, tables, which, quantity, isLog, state) {
   const count = own.layers.length;
   const middle = Float64Array.from(own.steps, (_, t) => median([...own.values.subarray(t * count, (t + 1) * count)]));
   lines.push({ label: `median of all ${kindOf(runs[which], quantity)}s`, steps: own.steps, values: middle, color: 6, dash: "dots" });
-  const note = lines.length > 1 ? null : "Click a row of the map to see a layer here.";
+  const note = lines.length > 1 ? null : "Click a row of the map to see it here.";
   return lineChart({ ...remembered(state, quantity), title: quantity, note, lines, isLog });
 }

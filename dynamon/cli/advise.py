@@ -1,13 +1,12 @@
 """``dynamon advise``: learning rates for groups of layers, from what RateAdvisor or a monitor has logged."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dynamon.cli.refusal import refusing
-from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
+from dynamon.cli.run_argument import RUN_HELP, read_run_argument, run_folder, selection_line
 from dynamon.optim.lanton import RADII
 from dynamon.rates.advice_text import advice_lines
 from dynamon.rates.allocation import BOUNDS, advise, even_out
@@ -26,7 +25,7 @@ def add_parser(commands: Any) -> None:
         "paste, from the readings that RateAdvisor logged to TensorBoard or CSVLogger. From those of DynamicsMonitor "
         "alone it tells directions.",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help=RUN_HELP)
+    parser.add_argument("folder", type=run_folder, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--low", type=float, default=BOUNDS[0], help="smallest ratio, at most 1 (default: %(default)s)")
     parser.add_argument(
         "--high", type=float, default=BOUNDS[1], help="largest ratio, at least 1 (default: %(default)s)"

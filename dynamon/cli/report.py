@@ -16,7 +16,7 @@ from dynamon.board.payload import payload
 from dynamon.board.progress import progress_lines
 from dynamon.board.summary import summarise
 from dynamon.cli.refusal import refusing
-from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
+from dynamon.cli.run_argument import RUN_HELP, read_run_argument, run_folder, selection_line
 from dynamon.health import Finding, examine, findings, judged_loss, loss_tag
 from dynamon.quantities import REGISTRY, Scope
 from dynamon.runs import read_run_data
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
         "picture of how they ended: final loss, highest stability ratio, health. A run that was restarted in its "
         "folder is shown as TensorBoard shows it, without the points that the restart made invalid.",
     )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help=f"{RUN_HELP}; several are compared")
+    parser.add_argument("folders", type=run_folder, nargs="+", metavar="RUN", help=f"{RUN_HELP}; several are compared")
     parser.add_argument(
         "-o",
         "--output",

@@ -1,5 +1,6 @@
 """The argument RUN of the commands: which run a folder stands for, and the warnings while it is read."""
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,13 @@ RUN_HELP = (
     "folder of a run, with event files or metrics.csv; for a folder above runs the newest run with readings is taken, "
     "and named"
 )
+
+
+def run_folder(text: str) -> Path:
+    """Convert the argument; an empty one, of a variable that is not set say, is no folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("RUN is empty; write . for the folder that you are in")
+    return Path(text)
 
 
 def read_run_argument(command: str, folder: Path, reader: Callable[[Path], _Read]) -> tuple[Path, _Read]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dynamon.cli.plots import draw_schedule
 from dynamon.cli.refusal import refusing
-from dynamon.cli.run_argument import RUN_HELP, read_run_argument, selection_line
+from dynamon.cli.run_argument import RUN_HELP, read_run_argument, run_folder, selection_line
 from dynamon.runs import last_step, read_run
 from dynamon.runs.folders import printable
 from dynamon.runs.history import Series
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
         description="Make the refined schedule of Defazio et al. (arXiv 2310.07831) from the gradient norms that "
         "GradientMonitor or DynamicsMonitor logged to TensorBoard or CSVLogger.",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help=RUN_HELP)
+    parser.add_argument("folder", type=run_folder, metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--norm",
         choices=["auto", *_TAGS],

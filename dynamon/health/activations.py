@@ -204,15 +204,29 @@ def outlier_features(data: RunData, loss: Loss) -> Iterator[Finding]:
 
 
 def residual_stream(data: RunData, loss: Loss) -> Iterator[Finding]:
-    """Find a residual stream that grows or shrinks with depth by a factor of 2 a block and 100 in all, to the end."""
+    """Find a residual stream that grows or shrinks with depth by a factor of 2 a block and 100 in all, to the end.
+
+    The blocks of one list are judged together: two towers, or encoder and decoder, are streams of their own.
+    """
     table = data.tables.get("activation/residual")
-    blocks = table.layers or () if table is not None else ()
-    if table is None or len(blocks) < LEAST_BLOCKS:
-        return
-    whole = np.isfinite(table.values).all(1) & (table.values > 0).all(1)
-    steps, sizes = table.steps[whole], table.values[whole]
-    if not len(steps):
-        return
+    for blocks in _streams(data):
+        assert table is not None
+        values = table.values[:, [(table.layers or ()).index(name) for name in blocks]]
+        whole = np.isfinite(values).all(1) & (values > 0).all(1)
+        if whole.any():
+            yield from _changes_with_depth(blocks, table.steps[whole], values[whole])
+
+
+def _streams(data: RunData) -> list[tuple[str, ...]]:
+    """Return the blocks of each list that has enough of them to show a trend."""
+    table = data.tables.get("activation/residual")
+    lists: dict[str, list[str]] = {}
+    for name in table.layers or () if table is not None else ():
+        lists.setdefault(name.rpartition(".")[0], []).append(name)
+    return [tuple(blocks) for blocks in lists.values() if len(blocks) >= LEAST_BLOCKS]
+
+
+def _changes_with_depth(blocks: tuple[str, ...], steps: NDArray[Any], sizes: NDArray[Any]) -> Iterator[Finding]:
     factor = running_median(sizes[:, -1] / sizes[:, 0], FEW)
     a_block = factor ** (1 / (len(blocks) - 1))
     for mask, word, advice in (
@@ -295,10 +309,10 @@ def _fallen(values: NDArray[Any], share: float, least: float = 0.0) -> int | Non
 
 
 def _by_chance(data: RunData) -> float:
-    """Return the share of units that are dead by chance on a probe of so few samples."""
+    """Return the share of units that are dead by chance on a probe of so few samples; half where that is not known."""
     series = data.scalars.get("activation/probe_samples")
     known = series.values[np.isfinite(series.values)] if series is not None else np.zeros(0)
-    return 0.5 ** float(known.min()) if len(known) and known.min() > 1 else float(bool(len(known)))
+    return 0.5 if not len(known) else 0.5 ** float(known.min()) if known.min() > 1 else 1.0
 
 
 def _last_output(data: RunData) -> str | None:
@@ -332,11 +346,11 @@ def _seen_outliers(data: RunData, known: Loss) -> str | None:
 
 
 def _seen_residual(data: RunData, known: Loss) -> str | None:
-    table = data.tables.get("activation/residual")
-    if table is None or not len(table) or len(table.layers or ()) < LEAST_BLOCKS:
+    blocks = max(_streams(data), key=len, default=())
+    if not blocks or not len(data.tables["activation/residual"]):
         return None
-    last = np.median(table.values[-FEW:], axis=0)
-    return f"from {last[0]:.3g} after the first block to {last[-1]:.3g} after the last"
+    first, last = (last_of(data, "activation/residual", name) for name in (blocks[0], blocks[-1]))
+    return f"from {first:.3g} after {blocks[0]} to {last:.3g} after {blocks[-1]}"
 
 
 def _seen_vanished(data: RunData, known: Loss) -> str | None:
@@ -392,7 +406,7 @@ RULES = (
         _seen_residual,
         "the signal keeps its size with depth",
         f"{BLOCK_FACTOR:g} times a block and {RESIDUAL_FACTOR:g} times in all, or as much less, {STAYING}",
-        f"activation/residual with {LEAST_BLOCKS} blocks",
+        f"activation/residual of a list of {LEAST_BLOCKS} blocks",
         names=("activation/residual",),
     ),
     Rule(

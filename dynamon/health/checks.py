@@ -9,6 +9,7 @@ from dynamon.health import (
     activations,
     attention,
     batches,
+    changes,
     gradients,
     limits,
     loss,
@@ -386,6 +387,7 @@ RULES: tuple[Rule, ...] = (
         "spectrum/stable_rank",
         names=("spectrum/collapse",),
     ),
+    *changes.RULES,
     *activations.RULES,
     *attention.RULES,
     Rule(

@@ -15,6 +15,8 @@ PAST = 20  # readings that a jump is compared with, and from which noise is know
 SETTLING = 20  # consecutive overflows from the start: a gradient scaler halves its scale of 2^16 to below 1
 
 # Factors.
+RATE_JUMP = 2.1  # of a learning rate at once: BackboneFinetuning doubles one at each epoch
+STEP_JUMP = 3.0  # of the updates of all layers, beside rate and gradient
 JUMP = 10.0  # of a norm; learning alone changes gradients by a few times within a few readings
 MOVED_TIMES = 100  # above what rounding moves, for a layer that "moved": the bias before a BatchNorm moves by rounding
 GRADIENT_GROWTH = 3.0  # of the gradient's norm, beside a loss that rises: less than that is noise of batches

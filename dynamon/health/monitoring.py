@@ -11,7 +11,6 @@ from dynamon.health.series import final_stretch
 from dynamon.runs.history import RunData
 
 _RAISE = "raise budget, set every_n_steps, or measure fewer quantities; a run of some hundred steps needs more."
-_OFF = "Where the log says that something is off, do as it says there."
 _EIGENVALUES = ("stability_ratio", "hessian_max", "preconditioned_max", "ggn_max")
 
 
@@ -78,7 +77,8 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "This run holds no readings of dynamon.",
             "Add DynamicsMonitor() from dynamon.callbacks to the Trainer's callbacks."
             if overhead is None
-            else f"A monitor was present. {_OFF} Else, if optimizers took steps: " + _RAISE,
+            else "A monitor was present. Where the log says that something is off, do as it says there. Else, if "
+            "optimizers took steps: " + _RAISE,
         )
         return
     converged, unsolved = solves(data)
@@ -92,7 +92,8 @@ def missing_readings(data: RunData, loss: Loss) -> Iterator[Finding]:
             "note",
             max(data.last_step, 0),
             f"There is no eigenvalue of the curvature in this run; monitoring took {share:.2%} of training time.",
-            f"If a monitor was to measure it: {_OFF} Else its budget was too small: " + _RAISE,
+            "If a monitor was to measure it: where the log says that it is off, do as it says there; else its budget "
+            "was too small: " + _RAISE,
             numbers={"overhead": share},
             tags=("dynamon/overhead",),
         )

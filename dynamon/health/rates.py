@@ -1,5 +1,6 @@
-"""Recognise what learning rates explain: a rate of zero is a choice, not a fault."""
+"""Learning rates as they were recorded, and what they explain: a rate of zero is a choice, not a fault."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,20 @@ def _rates(data: RunData, steps: NDArray[Any]) -> list[NDArray[Any]]:
             within = (series.steps >= steps[0]) & (series.steps <= steps[-1])
             found.append(series.values[within])
     return found
+
+
+def rate_series(data: RunData) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Yield steps ``[T]`` and rates ``[T, n]`` of each source: steering, LearningRateMonitor, and readings of weights.
+
+    The last ones are rates by layer, without ratios unless the optimizer is steered.
+    """
+    for tag, series in data.scalars.items():
+        if tag == "lr/base" or tag.startswith(_MONITORED):
+            yield series.steps, series.values[:, None]
+    rates, sizes = data.tables.get("weight/effective_rate"), data.tables.get("weight/frobenius")
+    if rates is None or sizes is None or "lr/base" in data.scalars or rates.values.shape != sizes.values.shape:
+        return
+    yield rates.steps, rates.values * np.square(sizes.values)
 
 
 def is_turned_off(data: RunData, layer: str, steps: NDArray[Any]) -> NDArray[Any]:

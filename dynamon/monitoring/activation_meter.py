@@ -16,6 +16,7 @@ from dynamon.monitoring.activation_reading import Table, read_activations
 from dynamon.monitoring.activation_watch import ActivationWatch
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.evaluation import trained_parameters
+from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.probe import ProbeMeter
 from dynamon.monitoring.run_context import RunContext
@@ -39,7 +40,7 @@ class ActivationMeter(Meter):
     def __init__(self, cadence: Cadence, probe: ProbeMeter, patterns: Sequence[str] | None = None) -> None:
         """Remember them."""
         super().__init__(cadence)
-        self.probe, self._patterns = probe, patterns
+        self.probe, self._patterns, self._is_told = probe, patterns, False
 
     def start(self, run: RunContext) -> None:
         """Leave sharded parameters where they are: a pass gathers them layer by layer; sharpness gathers for itself."""
@@ -86,7 +87,13 @@ class ActivationMeter(Meter):
         watch = ActivationWatch(run.module, run.patterns if self._patterns is None else self._patterns)
         with self.probe.evaluation(run) as params:
             evaluate_watched(watch, lambda: self.probe.loss(run), params)
-        return read_activations(watch, run.ranks, run.device, self.probe.samples or 1)
+        if self.probe.samples is None and not self._is_told:
+            self._is_told = True
+            rank_zero_info(
+                "activation/gradient is left out: how many samples the probe has is not known. A loss_fn that takes a "
+                "mapping or a tuple of tensors with one sample a row shows it."
+            )
+        return read_activations(watch, run.ranks, run.device, self.probe.samples)
 
 
 def evaluate_watched(watch: ActivationWatch, loss_fn: Callable[[], Tensor], params: FlatParameters) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dynamon.quantities.names import is_chosen, plain_name
 
 HEADS = "heads"  # in names of rows, before the number of the head
+_ATTENTION = nn.MultiheadAttention  # which is among torch's activation functions
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
@@ -58,7 +59,7 @@ def watched_modules(module: nn.Module, patterns: Sequence[str] | None = None) ->
             continue  # a hook on what torch.compile returns would see everything twice
         name = plain_name(full)
         names = name, *(f"{name}.{p}".lstrip(".") for p, _ in one.named_parameters(recurse=False))
-        is_function = type(one).__module__ == "torch.nn.modules.activation" and not list(one.parameters())
+        is_function = type(one).__module__ == "torch.nn.modules.activation" and not isinstance(one, _ATTENTION)
         chosen = is_chosen(names, list(patterns or ()))
         measured = chosen and "parametrizations" not in full and (_computes(one) or id(one) in stacks)
         is_inside = is_function or any(True for _ in one.parameters())

@@ -10,13 +10,15 @@ from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
 from dynamon.monitoring.activation_meter import activation_meters
 from dynamon.monitoring.activation_modules import HEADS, row_is_chosen, watched_modules
-from dynamon.monitoring.arguments import BadArgumentError, check_arguments, check_probe
+from dynamon.monitoring.arguments import BadArgumentError, check_arguments, check_probe, check_switches
 from dynamon.monitoring.loop import Loop
 from dynamon.monitoring.messages import rank_zero_warn
 from dynamon.monitoring.monitor import Monitor
 from dynamon.monitoring.planner import GRACE
 from dynamon.monitoring.probe import ProbeMeter
 from dynamon.quantities import quantities_of, with_tag_table
+from dynamon.quantities.activations import FLAT
+from dynamon.quantities.names import is_chosen
 
 
 @with_tag_table(quantities_of("activation", "monitor"))
@@ -108,6 +110,7 @@ class ActivationMonitor(Monitor):
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
         check_probe(probe_batches, probe_fraction, loss_fn, probe_size, probe_weight)
+        check_switches(save_probe=save_probe)
         self._every_n_steps, self._modules = every_n_steps, layers
         self._of_probe = {
             "loss_fn": loss_fn,
@@ -139,10 +142,11 @@ class ActivationMonitor(Monitor):
         known = watched_modules(module, globs).values()
         if any(one.is_measured for one in known):
             return
-        holders = [one.name for one in known if row_is_chosen(one, HEADS, globs)]
-        if not holders:
+        holders = [one.name for one in known if one.is_inside and is_chosen(one.names, globs)]
+        if holders:
+            rank_zero_warn(
+                f"layers={globs} names modules that hold others, such as {holders[0]}: of these only attention and "
+                f"activation functions that they call themselves are measured. '{holders[0]}.*' names what they hold."
+            )
+        elif not any(row_is_chosen(one, name, globs) for one in known for name in (HEADS, *FLAT)):
             raise BadArgumentError(f"layers={globs} matches no module of {type(module).__name__}.")
-        rank_zero_warn(
-            f"layers={globs} names modules that hold others, such as {holders[0]}: of these only attention and "
-            f"activation functions that they call themselves are measured. '{holders[0]}.*' names what they hold."
-        )

@@ -64,14 +64,17 @@ class Layout:
         )
 
 
-def read_activations(watch: ActivationWatch, ranks: Ranks, device: torch.device, samples: int) -> dict[str, Table]:
+def read_activations(
+    watch: ActivationWatch, ranks: Ranks, device: torch.device, samples: int | None
+) -> dict[str, Table]:
     """Reduce what was watched.
 
     Args:
         watch: What was watched on this process.
         ranks: The processes.
         device: Where numbers are reduced.
-        samples: Samples behind the mean loss on this process: gradients are multiplied by them.
+        samples: Samples behind the mean loss on this process: gradients are multiplied by them, and left out where
+            their number is not known.
 
     Returns:
         Numbers and names by tag; NaN where a row has no such reading. Tags without any row are left out.
@@ -86,7 +89,7 @@ def read_activations(watch: ActivationWatch, ranks: Ranks, device: torch.device,
     return _finished(layout, host[: len(sums)], host[len(sums) :])
 
 
-def _packed(watch: ActivationWatch, layout: Layout, device: torch.device, samples: int) -> tuple[Tensor, Tensor]:
+def _packed(watch: ActivationWatch, layout: Layout, device: torch.device, samples: int | None) -> tuple[Tensor, Tensor]:
     """Put what is summed, and what the largest is taken of, into one vector each."""
     wide = widest_dtype(device)
     rows = [watch.rows.get(name, Row((0, 0))) for name in layout.rows]
@@ -94,8 +97,9 @@ def _packed(watch: ActivationWatch, layout: Layout, device: torch.device, sample
     counts = counts.to(device)
     entries = _rows([_joined(row.statistics, device, wide) for row in rows], 4, device, wide)
     lengths = _rows([_length(row.gradients, device, wide) for row in rows], 1, device, wide)
-    factor = samples if watch.scale is None else samples / watch.scale.to(device, wide)
-    squares = (lengths * factor).square()
+    if samples is not None and watch.scale is not None:
+        lengths = lengths / watch.scale.to(device, wide)
+    squares = (lengths * (torch.nan if samples is None else samples)).square()
     table = torch.cat([counts[:, :1], unscaled_sums(entries), entries[:, 3:], counts[:, 1:], squares], 1)
     heads = _heads(watch, layout, device, wide)
     alive = [
@@ -173,6 +177,8 @@ def _finished(layout: Layout, sums: NDArray[Any], maxima: NDArray[Any]) -> dict[
     found["activation/residual"] = rms[of_blocks], tuple(name for name in layout.rows if name in layout.blocks)
     found["activation/saturated"] = _shares(layout, units)
     found |= {f"attention/{tag}": (row, layout.heads) for tag, row in per_head.items()}
+    if np.isnan(columns["gradient"]).all():
+        del found["activation/gradient"]
     return {tag: table for tag, table in found.items() if table[1]}
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from dynamon.isolation.evaluations import full_precision
 from dynamon.kernels import l2_norms
 from dynamon.monitoring.activation_modules import HEADS, Passage, Watched, row_is_chosen, watched_modules
-from dynamon.monitoring.attention_trace import AttentionTrace
+from dynamon.monitoring.attention_trace import AttentionTrace, stated_heads
 from dynamon.quantities.activations import FLAT, entry_statistics, flat_part, flat_units, layer_states, measurable
 from dynamon.quantities.attention import HeadStatistics, multihead_attention, scaled_dot_product
 
@@ -86,7 +86,7 @@ class ActivationWatch:
         with ExitStack() as stack:
             stack.callback(self._let_go)
             for module in self._modules:
-                self._handles.append(module.register_forward_pre_hook(self._enter))
+                self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 # Before FSDP2's own, which gives the parameters back.
                 hook = module.register_forward_hook(self._leave, with_kwargs=True, prepend=True)
                 self._handles.append(hook)
@@ -109,9 +109,11 @@ class ActivationWatch:
         for row in self.rows.values():
             row.graded, row.gradients = 0, []
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._is_forward:
-            self._inside.append(_Frame(self._watched[id(module)], module))
+            taken = measurable([args, kwargs])
+            shape = () if taken is None else tuple(taken.shape)
+            self._inside.append(_Frame(self._watched[id(module)], stated_heads(module), shape))
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         own = self._watched[id(module)]
@@ -132,7 +134,7 @@ class ActivationWatch:
             return
         if own.stack is not None and own.is_measured and (taken := measurable([args, kwargs])) is not None:
             self.passages[own.stack], self.blocks[own.stack] = Passage.of(taken, value), own.name
-        if isinstance(module, nn.MultiheadAttention) and own.is_measured:
+        if isinstance(module, nn.MultiheadAttention) and row_is_chosen(own, HEADS, self._patterns):
             self._is_forward = False  # what is called to measure is not measured
             with full_precision():
                 found = multihead_attention(module, args, kwargs)
@@ -198,7 +200,7 @@ class ActivationWatch:
             if function == _ATTENTION:
                 found = scaled_dot_product(args, kwargs)
             else:
-                found = self._attention.softmax(args, kwargs, frame.module)
+                found = self._attention.softmax(args, kwargs, frame.heads(args[0] if args else kwargs["input"]))
         if found is None:
             return None
         return lambda: self._note_heads(frame.name(HEADS), frame.own, found)
@@ -222,9 +224,14 @@ class ActivationWatch:
 class _Frame:
     """Hold a module that is being called, count what it calls, and know the place of the module it called last."""
 
-    def __init__(self, own: Watched, module: nn.Module) -> None:
-        self.own, self.module, self.latest = own, module, own.place
+    def __init__(self, own: Watched, heads: int, taken: tuple[int, ...]) -> None:
+        self.own, self.latest, self._heads, self._taken = own, own.place, heads, taken
         self._calls: Counter[str] = Counter()
+
+    def heads(self, logits: Any) -> int:
+        """Return the number of heads in the first dimension of logits: as stated where that is samples x heads."""
+        samples = self._taken[:2]  # whichever comes first
+        return self._heads if isinstance(logits, Tensor) and len(logits) in [self._heads * n for n in samples] else 1
 
     def name(self, function: str) -> str:
         """Return the name of what the module calls now: the same in each call of the module."""

@@ -7,6 +7,8 @@ from numbers import Real
 
 from torch import nn
 
+from dynamon.kernels.arguments import check_count
+
 
 class BadArgumentError(ValueError):
     """An argument that cannot be meant, found when training begins."""
@@ -16,6 +18,13 @@ def check_number(name: str, value: object, example: str) -> None:
     """Raise TypeError naming an argument that is no number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, like {example}, got {value!r}.")
+
+
+def check_switches(**switches: object) -> None:
+    """Raise TypeError naming an argument that is neither True nor False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_loss_fn(loss_fn: object) -> None:
@@ -68,16 +77,12 @@ def check_probe(
     probe_weight: str | None = None,
 ) -> None:
     """Raise TypeError or ValueError naming the argument that is wrong."""
-    check_number("probe_batches", probe_batches, "1")
+    check_count("probe_batches", probe_batches)
     check_number("probe_fraction", probe_fraction, "0.25")
     if probe_size is not None:
-        check_number("probe_size", probe_size, "8")
-    if probe_batches < 1:
-        raise ValueError(f"probe_batches must be 1 or more, got {probe_batches}.")
+        check_count("probe_size", probe_size, least=2)
     if not 0 < probe_fraction <= 1:
         raise ValueError(f"probe_fraction must lie in (0, 1], got {probe_fraction}.")
-    if probe_size is not None and probe_size < 2:
-        raise ValueError(f"probe_size must be 2 samples or more, or None, got {probe_size}.")
     if probe_weight is not None and not isinstance(probe_weight, str):
         raise ValueError(f"probe_weight must be the name of an entry of the batch, or None, got {probe_weight!r}.")
     if loss_fn is not None and not callable(loss_fn):

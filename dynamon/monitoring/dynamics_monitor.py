@@ -10,7 +10,7 @@ from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
 from dynamon.monitoring.activation_meter import share_probe
 from dynamon.monitoring.activation_monitor import ActivationMonitor
-from dynamon.monitoring.arguments import check_arguments
+from dynamon.monitoring.arguments import check_arguments, check_switches
 from dynamon.monitoring.gauss_newton import OutputsFn
 from dynamon.monitoring.gradient_monitor import GradientMonitor
 from dynamon.monitoring.meter import Meter
@@ -201,7 +201,7 @@ class DynamicsMonitor(Monitor):
         sentinel: bool = True,
     ) -> None:
         """Check the arguments, and take the parts together."""
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
         check_arguments(every_n_steps, budget, grace, quantities=quantities, layers=layers, loggers=loggers)
         of_sharpness: dict[str, Any] = {
@@ -255,8 +255,7 @@ def _meters(makes: Sequence[Callable[[], list[Meter]]]) -> list[Meter]:
 
 def _sentinels(is_wanted: bool, looks_always: bool, name: str) -> list[Callable[[], list[Meter]]]:
     """Return what makes the meter that looks at every step; nothing where none is wanted."""
-    if not isinstance(is_wanted, bool):
-        raise TypeError(f"sentinel must be True or False, got {is_wanted!r}.")
+    check_switches(sentinel=is_wanted)
     return [partial(_sentinel, looks_always, name)] if is_wanted else []
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from dynamon.health import Finding
-from dynamon.monitoring.arguments import check_arguments
+from dynamon.monitoring.arguments import check_arguments, check_switches
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.gradient_meter import GradientMeter
 from dynamon.monitoring.meter import Meter
@@ -91,6 +91,7 @@ class GradientMonitor(Monitor):
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
+        check_switches(histograms=histograms)
         self._every_n_steps = every_n_steps
         self._make_part = partial(gradient_meters, interval=4, histograms=histograms)
         own_meters = partial(self._make_part, every_n_steps)

@@ -12,7 +12,7 @@ from dynamon.runs.history import History, RunData
 _SHARE = 0.01  # of the run's time, where measurements have no budget
 _OF_BUDGET = 0.1  # where they have one
 _EVERY = 5  # readings: fewer tell nothing new
-_CERTAIN = "spike/"  # a second look would find no more of it
+_CERTAIN = ("spike/", "lr/jump")  # a second look would find no more of it
 _AT_THE_END = ("dynamon/nothing", "dynamon/no_sharpness")  # until then the readings may come
 _TOLD = ("dynamon/", "gradient/nonfinite")  # by those who measure
 
@@ -66,8 +66,8 @@ class HealthWatch:
         self._alerts.close(PATIENCE if patience is None else patience)
 
     def findings(self, *histories: History) -> list[Finding]:
-        """Return what the rules find in what some callbacks have measured, the worst first."""
-        return findings(RunData.of(*histories))
+        """Return what the rules find in what some callbacks have measured, the worst first; nothing before a fit."""
+        return findings(RunData.of(*histories)) if any(histories) else []
 
     def see(self, run: RunContext, *histories: History, is_urgent: bool = False) -> None:
         """A step was measured, or has made itself felt: look at everything if that has been earned."""

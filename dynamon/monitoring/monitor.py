@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dynamon.board.custom_scalars import Layout, chart_layout, merge_layouts
 from dynamon.health import LOSS_TAG, Finding
 from dynamon.monitoring.alerts import AlertSettings
-from dynamon.monitoring.arguments import BadArgumentError
+from dynamon.monitoring.arguments import BadArgumentError, check_switches
 from dynamon.monitoring.budget import Budget, overhead_of
 from dynamon.monitoring.failures import Failures, first_line
 from dynamon.monitoring.health_watch import HealthWatch, StepLoss
@@ -66,6 +66,7 @@ class Monitor(SentinelCaller):
     ) -> None:
         """Remember what to measure."""
         super().__init__()
+        check_switches(strict=strict)
         self.alert_settings = AlertSettings.checked(on_finding, stop_on)
         self._make_meters, self._grace = make_meters, grace
         self._fraction, self._patterns, self._loggers, self._strict = budget, layers, loggers, strict

@@ -24,6 +24,7 @@ from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.sentinel_inputs import BatchSample, InputSeries, sample_batch
 from dynamon.monitoring.sentinel_norms import MOST_LOSSES, Norms, StepNumbers, StepRow
 from dynamon.monitoring.sentinel_pace import BATCH, GRADIENT, SHARE, UPDATE, Pace
+from dynamon.monitoring.sentinel_rates import RateWatch
 from dynamon.monitoring.sentinel_tracker import Judged, StepTracker
 from dynamon.monitoring.spike_record import SpikeRecord
 from dynamon.quantities import Scope, meanings, quantities_of
@@ -93,7 +94,7 @@ class Sentinel(Meter):
         super().__init__(Cadence(None, 1))
         self._looks_always, self._owner = looks_always, name
         self._pace = Pace(self.name, None)
-        self._record = SpikeRecord()
+        self._record, self._rates = SpikeRecord(), RateWatch()
         self._trackers: list[StepTracker] = []
         self._of: dict[Optimizer, int] = {}
         self._saved: dict[str, Any] = {}
@@ -172,6 +173,7 @@ class Sentinel(Meter):
     def step_begins(self, optimizer: Optimizer) -> None:
         """Note that a step has begun."""
         self._begun.inside.add(optimizer)
+        self._rates.see(optimizer)
 
     def step_ends(self, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Read what the optimizer keeps: its update is in it."""
@@ -220,6 +222,7 @@ class Sentinel(Meter):
         self._judge_arrived(run)
         if is_log_time:
             self._record.log(run)
+        self.has_news |= self._rates.log(run)
         self._pace.add(time.perf_counter() - begin, BATCH)
         self._pace.book(run.step, bool(begun.rows))
         if begun.rows and self._pace.review(run.step - run.begun_at + 1):
@@ -329,7 +332,8 @@ class Sentinel(Meter):
         if self._run is not None:
             self._judge_all(self._run)
         levels = {str(at): tracker.state_dict() for at, tracker in enumerate(self._trackers)}
-        own = {"record": self._record.state_dict(), "inputs": self._inputs.state_dict()}
+        own: dict[str, Any] = {"record": self._record.state_dict(), "inputs": self._inputs.state_dict()}
+        own["rates"] = self._rates.state_dict()
         return {"levels": {**levels, **self._saved}, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -339,5 +343,6 @@ class Sentinel(Meter):
         self._queue.clear()
         self.forget_batch()
         self._record.load_state_dict(state["record"])
+        self._rates.load_state_dict(state.get("rates", []))
         if "inputs" in state:
             self._inputs.load_state_dict(state["inputs"])

@@ -6,7 +6,8 @@ from typing import Any
 
 from dynamon.health import Finding
 from dynamon.isolation.preserve import LossFn
-from dynamon.monitoring.arguments import check_arguments, check_number, check_probe
+from dynamon.kernels.arguments import check_count
+from dynamon.monitoring.arguments import check_arguments, check_number, check_probe, check_switches
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.eigenvalues import EigenvalueMeter
 from dynamon.monitoring.gauss_newton import OutputsFn
@@ -186,6 +187,7 @@ class SharpnessMonitor(Monitor):
         check_arguments(every_n_steps, budget, grace, quantities=quantities, layers=layers, loggers=loggers)
         check_probe(probe_batches, probe_fraction, loss_fn, probe_size, probe_weight)
         check_solver(quantities, outputs, tol, max_matvecs, memory_limit)
+        check_switches(save_probe=save_probe, save_vectors=save_vectors)
         probe = partial(ProbeMeter, loss_fn, probe_batches, probe_fraction, probe_size, probe_weight, save=save_probe)
         self._every_n_steps = every_n_steps
         solver = (tol, max_matvecs, outputs, memory_limit, save_vectors)
@@ -227,12 +229,10 @@ def check_solver(
     if outputs is not None and not callable(outputs):
         raise ValueError(f"outputs must be a function of (module, batch), got {type(outputs).__name__}.")
     check_number("tol", tol, "0.01")
-    check_number("max_matvecs", max_matvecs, "40")
+    check_count("max_matvecs", max_matvecs, least=8)
     if memory_limit is not None:
         check_number("memory_limit", memory_limit, "4.0 for 4 GiB")
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-    if max_matvecs < 8:
-        raise ValueError(f"max_matvecs must be at least 8, got {max_matvecs}.")
     if memory_limit is not None and not memory_limit > 0:
         raise ValueError(f"memory_limit must be a positive number of GiB, or None, got {memory_limit}.")

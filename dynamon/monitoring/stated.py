@@ -54,7 +54,10 @@ class Stated:
         names = sorted({type(optimizer).__name__ for optimizer in optimizers})
         unknown = [name for name in self._families() if name not in ("", *names)]
         if unknown and names:
-            raise BadArgumentError(f"geometry has {unknown[0]!r}, and the optimizers are {', '.join(names)}.")
+            raise BadArgumentError(
+                f"geometry has {unknown[0]!r}, and the optimizers are {', '.join(names)}: its keys are their classes. "
+                "roles= is for layers."
+            )
 
     def family(self, optimizer: Optimizer) -> str:
         """Return the geometry of an optimizer; where it is a guess, say so once."""

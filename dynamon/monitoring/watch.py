@@ -245,8 +245,11 @@ class Watch:
         """Take up a saved state, before the first batch or between two.
 
         Raises:
+            TypeError: Where it is no dictionary.
             ValueError: Where it is not that of a watch with as many monitors.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be what state_dict() has returned, got {type(state).__name__}.")
         if not {"loop", "monitors"} <= set(state) or len(state["monitors"]) != len(self.monitors):
             raise ValueError("state must be what state_dict() of a Watch with as many monitors has returned.")
         self._loop.load_state_dict(state["loop"])

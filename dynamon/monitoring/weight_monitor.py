@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from dynamon.health import Finding
-from dynamon.monitoring.arguments import check_arguments
+from dynamon.monitoring.arguments import check_arguments, check_switches
 from dynamon.monitoring.cadence import Cadence
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.monitor import Monitor
@@ -79,6 +79,7 @@ class WeightMonitor(Monitor):
     ) -> None:
         """Check the arguments."""
         check_arguments(every_n_steps, budget, grace, layers=layers, loggers=loggers)
+        check_switches(histograms=histograms, convolutions=convolutions)
         self._every_n_steps = every_n_steps
         self._make_part = partial(weight_meters, interval=20, histograms=histograms, convolutions=convolutions)
         own_meters = partial(self._make_part, every_n_steps)

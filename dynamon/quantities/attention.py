@@ -124,16 +124,20 @@ def _statistics(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, i
     return head_statistics(logits, own)
 
 
-def softmax_of_logits(args: Sequence[Any], kwargs: Mapping[str, Any], heads: int = 1) -> HeadStatistics | None:
+def softmax_of_logits(
+    args: Sequence[Any], kwargs: Mapping[str, Any], heads: int = 1, shift: Tensor | None = None
+) -> HeadStatistics | None:
     """Measure a softmax over the last dimension of ``[N, H, L, S]`` or ``[N H, L, S]``, as attention by hand takes it.
 
     Args:
         args: Its arguments.
         kwargs: Its arguments by name.
         heads: H, for logits of three dimensions; one where it does not divide them.
+        shift: What was subtracted from each row before, such as its maximum; of the shape of the logits with one key.
 
     Returns:
-        The statistics; None where it is over something else.
+        The statistics; None where it is over something else. Where the largest logit of all rows of a head is exactly
+        zero, something was subtracted that is not known, and the largest logit is NaN.
     """
     given = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
     logits, dim = given.get("input"), given.get("dim")
@@ -142,12 +146,19 @@ def softmax_of_logits(args: Sequence[Any], kwargs: Mapping[str, Any], heads: int
     if dim not in (-1, logits.ndim - 1):
         return None
     if logits.ndim == 3:
-        logits = logits.unflatten(0, (-1, heads if len(logits) % heads == 0 else 1))
+        whole = (-1, heads if len(logits) % heads == 0 else 1)
+        logits, shift = logits.unflatten(0, whole), None if shift is None else shift.reshape(len(logits), -1, 1)
+        shift = None if shift is None else shift.unflatten(0, whole)
     samples, chosen, rows = spread(len(logits), SAMPLES), spread(logits.shape[1], HEADS), spread(logits.shape[2], ROWS)
     with torch.no_grad():
         wide = logits.detach()[samples][:, chosen][:, :, rows]
         wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
-        return head_statistics(wide, list(range(logits.shape[1]))[chosen])
+        if shift is not None:
+            wide = wide + shift.reshape(*logits.shape[:-1], 1)[samples][:, chosen][:, :, rows].to(wide.dtype)
+        found = head_statistics(wide, list(range(logits.shape[1]))[chosen])
+        if shift is None:
+            found.sums[0].masked_fill_((wide.amax(-1) == 0).all(-1).all(0), torch.nan)
+        return found
 
 
 def multihead_attention(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: Any) -> HeadStatistics | None:

@@ -60,6 +60,7 @@ class Condition(Flag):
     POSITIVE_CURVATURE = auto()
     DESCENDS = auto()
     SPIKED = auto()
+    RATE_JUMPED = auto()
     NUMERIC_BATCH = auto()
     SHIFTED = auto()
     KEEPS_STATE = auto()
@@ -99,6 +100,7 @@ _WORDS = {
     Condition.POSITIVE_CURVATURE: "where the loss curves upwards along the update",
     Condition.DESCENDS: "where the update begins by lowering the loss on the probe",
     Condition.SPIKED: "after a spike",
+    Condition.RATE_JUMPED: "where it more than doubled",
     Condition.SHIFTED: "after a shift of the loss",
     Condition.NUMERIC_BATCH: "where batches hold numbers that vary",
     Condition.KEEPS_STATE: "where an optimizer keeps averages",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,10 @@ def shift(log_ratios: Array, moves: Array, progress: Array, cost: Array, low: fl
 
 
 def check_bounds(low: float, high: float) -> None:
-    """Raise ValueError naming the bound that is out of range."""
+    """Raise TypeError or ValueError naming the bound that is no number or out of range."""
+    for name, value in (("low", low), ("high", high)):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, got {value!r}.")
     if not 0 < low <= 1:
         raise ValueError(f"low must lie in (0, 1], got {low}.")
     if not 1 <= high < math.inf:
@@ -117,8 +121,8 @@ class BalancedRates(Rule):
         group_by: Which layers share a ratio: ``"kind"``, ``"role"``, ``"parameter_groups"`` or a list of globs
             (:func:`dynamon.rates.groups.group_layers`).
         pilot: Steps to observe before committing; None to follow.
-        every: Steps between two readings. None: 150 when following, which costs 1.3 % of training time, as a reading
-            takes about two steps; a twelfth of the pilot in one.
+        every: Steps between two readings. None: 150 when following, which costs about 1.5 % of training time, as a
+            reading takes about two steps; a twelfth of the pilot in one.
         gain: Largest change of the logarithm of a ratio after a reading, when following.
         low: Smallest ratio, in (0, 1].
         high: Largest ratio, at least 1.

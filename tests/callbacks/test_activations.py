@@ -93,6 +93,8 @@ def test_what_is_given_in_the_wrong_place_is_refused() -> None:
         fit(Classifier(mlp()), [ActivationMonitor(layers=["nothing"])])
     with pytest.warns(UserWarning, match=r"hold others, such as network: .* 'network\.\*' names what"):
         fit(Classifier(mlp()), [ActivationMonitor(layers=["network"])])
+    for row in ("*.heads", "*.relu*"):  # what attention and activation functions would be called: not known before
+        fit(Classifier(mlp()), [ActivationMonitor(every_n_steps=1, layers=[row])], steps=2)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -153,7 +155,7 @@ def test_under_manual_optimisation_all_that_is_off_is_said_and_how_to_have_it() 
         fit(Manual(mlp()), [alone], steps=4)
     for one in (monitor, alone):
         (note,) = [found for found in one.findings if found.rule.startswith("dynamon/")]
-        assert "Where the log says that something is off, do as it says there." in note.advice
+        assert "here the log says that" in note.advice and "is off, do as it says there" in note.advice
     monitor = DynamicsMonitor(every_n_steps=1, strict=True, activations=ActivationMonitor(), loss_fn=_loss)
     fit(Manual(mlp()), [monitor], steps=4)
     assert len(monitor.history["activation/rms"]) == 4

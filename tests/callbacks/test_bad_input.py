@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 
 import lightning.pytorch as pl
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from dynamon import callbacks
 from dynamon.callbacks import (
     DynamicsMonitor,
     GradientMonitor,
@@ -31,7 +33,7 @@ from tests.helpers import ByHand, Classifier, batches, fit, mlp, same_weights
         (lambda: GradientMonitor(every_n_steps=0), "every_n_steps must be a whole number of 1 or more"),
         (lambda: WeightMonitor(every_n_steps=-3), "every_n_steps must be"),
         (lambda: SharpnessMonitor(every_n_steps=0), "every_n_steps must be"),
-        (lambda: SharpnessMonitor(probe_batches=0), "probe_batches must be 1 or more"),
+        (lambda: SharpnessMonitor(probe_batches=0), "probe_batches must be at least 1"),
         (lambda: SharpnessMonitor(probe_fraction=1.5), "probe_fraction must lie in"),
         (lambda: SharpnessMonitor(tol=0), "tol must lie between"),
         (lambda: SharpnessMonitor(max_matvecs=2), "max_matvecs must be at least 8"),
@@ -59,13 +61,35 @@ def test_arguments_are_refused_at_construction(make, sentence: str) -> None:
         *(("budget", value) for value in ("2%", "auto", [0.02])),
         *(("probe_size", "8"), ("probe_fraction", "a"), ("probe_batches", "1"), ("memory_limit", "4G")),
         *(("tol", "a"), ("max_matvecs", None), ("layers", 5)),
+        *((name, math.nan) for name in ("probe_size", "probe_batches", "max_matvecs")),
     ],
 )
 def test_arguments_of_the_wrong_type_are_named(kind, name: str, value: object) -> None:
     if name not in inspect.signature(kind).parameters:
         return
-    with pytest.raises(TypeError, match=f"^{name} must be a (number, like .*|list), got "):
+    with pytest.raises(TypeError, match=f"^{name} must be an? (number, like .*|list|int), got "):
         kind(**{name: value})
+
+
+SWITCHES = [
+    (kind, name)
+    for kind in (getattr(callbacks, name) for name in callbacks.__all__)
+    if inspect.isclass(kind) and issubclass(kind, pl.Callback)
+    for name, argument in inspect.signature(kind).parameters.items()
+    if isinstance(argument.default, bool)
+]
+
+
+def test_there_are_switches() -> None:
+    assert {name for _, name in SWITCHES} >= {"strict", "apply", "save_probe", "sentinel", "histograms"}
+
+
+@pytest.mark.parametrize(("kind", "name"), SWITCHES)
+@pytest.mark.parametrize("value", ["no", None, 1])
+def test_switches_are_true_or_false(kind, name: str, value: object) -> None:
+    needed = {LayerwiseLR: {"rule": FixedRates({})}, callbacks.Monitor: {"make_meters": list}}.get(kind, {})
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got "):
+        kind(**needed, **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,44 @@ class Choked(Classifier):
         self.trainer.gradient_clip_val = 0.01 if self.trainer.global_step >= 80 else 10.0
 
 
+class Hurried(Classifier):
+    """From step 83 on the rate of the second group is eight times as large."""
+
+    def configure_optimizers(self):
+        first, *others = self.parameters()
+        groups = [{"params": [first], "lr": 0.05}, {"params": others, "lr": 0.01}]
+        return torch.optim.SGD(groups)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.trainer.global_step == 83:
+            self.optimizers().param_groups[1]["lr"] = 0.08
+
+
+class Limited(Classifier):
+    """From step 80 on gradients are clipped, as they were not before."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.trainer.gradient_clip_val = 0.1 if self.trainer.global_step >= 80 else None
+
+
+class Overwritten(Classifier):
+    """At step 82 somebody writes to a bias."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.trainer.global_step == 82:
+            with torch.no_grad():
+                self.network[2].bias.sub_(1.0)
+
+
+class Decaying(Classifier):
+    """A schedule that goes down to a tenth within 100 steps."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.1, 1 - 0.009 * step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def relu() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -137,8 +175,9 @@ def test_gradient_descent_at_the_edge_of_stability(tmp_path):
     network, data = smooth()
     run, monitor = run_of(tmp_path, Regression(network, sgd(0.1)), data, steps=1000, every=10, logger=CSVLogger)
     assert run.scalars["sharpness/stability_ratio"].values.max() > 1
-    for found in (findings(run), findings(monitor.history)):  # where it jumps over the edge, a step can be a spike
-        assert {(one.rule, one.severity) for one in found} <= {("spike/deviation", "note")}
+    notes = {("spike/deviation", "note"), ("spike/shift", "note")}  # where it jumps over the edge the loss goes up
+    for found in (findings(run), findings(monitor.history)):
+        assert {(one.rule, one.severity) for one in found} <= notes
 
 
 def test_a_steered_run(tmp_path):
@@ -163,14 +202,14 @@ def test_a_run_of_nan(tmp_path):
     assert {f.rule for f in findings(monitor.history)[:2]} == {first.rule, second.rule}
 
 
-@pytest.mark.filterwarnings("ignore:DynamicsMonitor. The training loss rose")
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. (The training loss rose|From step 60 on the loss was)")
 @pytest.mark.parametrize("optimizer", [adam(1e-2), pytest.param(sgd(0.1), marks=pytest.mark.slow)])
 def test_a_run_with_a_dead_layer(optimizer, tmp_path):
     with pytest.warns(UserWarning, match="DynamicsMonitor: The gradient of network.0.weight and .* is zero at step 60"):
         run, _ = run_of(tmp_path, Dying(relu(), optimizer), samples(8))
     found = {finding.rule: finding for finding in findings(run)}
     dead = found.pop("gradient/dead")
-    assert dead.step == 60 and set(found) <= {"loss/rising", "update/stopped"}
+    assert dead.step == 60 and set(found) <= {"loss/rising", "update/stopped", "weight/changed", "spike/shift"}
     assert set(dead.layers) >= {f"network.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
     assert "network.4.bias" not in dead.layers
 
@@ -184,3 +223,42 @@ def test_a_run_that_goes_nowhere(module, rule, tmp_path):
     (found,) = [one for one in findings(run) if one.rule == rule]
     assert 80 <= found.step <= 85 and found.severity == "warning"
     assert [one.step for one in monitor.findings if one.rule == rule] == [found.step]
+
+
+CHANGED = {
+    Hurried: ("lr/jump", {83}, ()),
+    Limited: ("gradient/limit", range(80, 91), ()),
+    Overwritten: ("weight/changed", {85}, ("network.2.bias",)),
+}
+
+
+@pytest.mark.parametrize("module", CHANGED)
+@pytest.mark.parametrize("has_sentinel", [True, False])
+@pytest.mark.filterwarnings("ignore:DynamicsMonitor. ")
+def test_what_is_changed_in_mid_run(module, has_sentinel):
+    rule, steps, layers = CHANGED[module]
+    monitor = DynamicsMonitor(every_n_steps=5, quantities=["directional"], sentinel=has_sentinel)
+    fit(module(relu(), sgd(0.05)), [monitor], samples(8), steps=130, max_epochs=-1)
+    if module is Hurried and not has_sentinel:
+        steps = {85}
+    (found,) = [one for one in monitor.findings if one.rule == rule]
+    assert found.step in steps and found.layers == layers
+    assert {one.rule for one in monitor.findings} <= {rule, "spike/deviation", "dynamon/no_sharpness"}
+
+
+@pytest.mark.parametrize("is_forgotten", [True, False])
+def test_a_schedule_that_begins_anew_after_a_resume(is_forgotten, tmp_path):
+    def monitor():
+        return DynamicsMonitor(every_n_steps=5, quantities=["directional"])
+
+    first = fit(Decaying(mlp(), sgd(0.05)), [monitor()], samples(8), steps=100, max_epochs=-1)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    if is_forgotten:
+        state = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        state["lr_schedulers"][0]["last_epoch"] = 0
+        state["optimizer_states"][0]["param_groups"][0]["lr"] = 0.05
+        torch.save(state, tmp_path / "a.ckpt")
+    resumed = monitor()
+    fit(Decaying(mlp(), sgd(0.05)), [resumed], samples(8), steps=140, max_epochs=-1, ckpt_path=tmp_path / "a.ckpt")
+    found = [(one.step, one.numbers["times"]) for one in resumed.findings if one.rule == "lr/jump"]
+    assert found == ([(100, pytest.approx(1 / 0.109))] if is_forgotten else [])

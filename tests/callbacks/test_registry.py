@@ -35,6 +35,7 @@ CHANCE = (
     | Condition.UNCONVERGED
     | Condition.POSITIVE_CURVATURE
     | Condition.DESCENDS
+    | Condition.RATE_JUMPED
 )
 
 

@@ -33,5 +33,12 @@ LR = (
         extremes=True,
     ),
     _per_layer("lr/effective", "learning rate times ratio", "rate", scale="log", words="effective rate"),
+    Quantity(
+        "lr/rise",
+        "factor by which the learning rate of a parameter group rose from one step to the next, beyond all before",
+        "none",
+        cadence="sentinel",
+        condition=Condition.RATE_JUMPED,
+    ),
     _steering("lr/bounded", "layers whose ratio sits at a bound of the rule", "layers", row="layers at bounds"),
 )

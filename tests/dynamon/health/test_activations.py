@@ -20,6 +20,15 @@ def table(values, size=0.1, seed=0):
     return Series(STEPS, np.broadcast_to(values, (T, 4)) * noise, MODULES)
 
 
+BLOCKS = ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
+
+
+def stream(values, names=BLOCKS, **options):
+    """A residual stream after four blocks."""
+    found = table(values, **options)
+    return Series(found.steps, found.values, names)
+
+
 def one(values, others, place=2):
     """One module with a fault among others without."""
     found = np.full((T, 4), float(others))
@@ -43,7 +52,7 @@ def healthy(seed=0, size=0.3):
     return run(
         activation__rms=level(1.0), activation__max=level(6.0), activation__kurtosis=level([3, 8, 15, 30]),
         activation__saturated=share, activation__gradient=level([1e-5, 1e-4, 1e-3, 1e-2]),
-        activation__residual=level([1, 2, 4, 12]), attention__max_logit=level([2, 5, 20, 40]),
+        activation__residual=stream([1, 2, 4, 12], size=size, seed=seed), attention__max_logit=level([2, 5, 20, 40]),
         attention__entropy=level([0.01, 0.3, 0.6, 0.8]),
     )  # fmt: skip
 
@@ -196,13 +205,22 @@ def test_attention_collapses_in_half_of_the_heads_only():
 
 
 def test_the_residual_stream_explodes_or_vanishes_with_depth():
-    (found,) = findings(run(activation__residual=table([1, 8, 64, 512])))
+    (found,) = findings(run(activation__residual=stream([1, 8, 64, 512])))
     assert found.rule == "activation/residual" and "explodes with depth" in found.message
-    assert "blocks.0.act" in found.message and found.layers == ("blocks.3.act",)
-    (found,) = findings(run(activation__residual=table([1, 1e-1, 1e-2, 1e-3])))
+    assert "blocks.0" in found.message and found.layers == ("blocks.3",)
+    (found,) = findings(run(activation__residual=stream([1, 1e-1, 1e-2, 1e-3])))
     assert "vanishes with depth" in found.message
-    assert rules(run(activation__residual=table([1, 4, 16, 40]))) == []
-    assert rules(run(activation__residual=table([1, 0.6, 0.36, 0.2]))) == []
+    assert rules(run(activation__residual=stream([1, 4, 16, 40]))) == []
+    assert rules(run(activation__residual=stream([1, 0.6, 0.36, 0.2]))) == []
+    towers = ("text.0", "text.1", "image.0", "image.1")  # each a stream of its own
+    assert rules(run(activation__residual=stream([0.02, 0.03, 60, 70], towers))) == []
+
+
+def test_dead_units_of_an_unknown_number_of_samples_are_judged_like_those_of_one():
+    for share, expected in ((0.7, []), (0.9, ["activation/dead"])):
+        data = run(activation__saturated=Series(STEPS, one(share, 0.1), MODULES))
+        del data.scalars["activation/probe_samples"]
+        assert rules(data) == expected
 
 
 def test_vanished_gradients_name_the_modules():
@@ -218,4 +236,4 @@ def test_what_was_seen_is_said():
     seen = {check.words: check.value for check in examine(healthy()).checks}
     assert seen["attention does not collapse"] == "1 of 4 heads on single keys"
     assert "blocks.3.act" in seen["outputs have no outlier features"]
-    assert seen["the signal keeps its size with depth"].endswith("after the last")
+    assert seen["the signal keeps its size with depth"].endswith("after blocks.3")

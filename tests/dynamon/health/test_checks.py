@@ -46,6 +46,8 @@ def good() -> RunData:
         "update/operator": table(0.01, 0.02, 0.03),
         "update/ratio": table(1e-3, 2e-3, 4e-4),
         "weight/operator": table(1.0, 2.0, 3.0),
+        "weight/frobenius": table(3.0, 4.0, 5.0),
+        "weight/effective_rate": table(0.1, 0.06, 0.04),
         "spectrum/stable_rank": table(5.0, 7.0, 3.5),
         "lr/ratio": table(0.5, 0.7, 0.9),
         "precision/update_lost": table(0.1, 0.2, 0.3),

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 Loss = Callable[[nn.Module], Tensor]
 
 
-def readings(model: nn.Module, loss: Loss, samples: int = 1, scale: float | None = None, **options: Any) -> dict:
+def readings(model: nn.Module, loss: Loss, samples: int | None = 1, scale: float | None = None, **options: Any) -> dict:
     """Readings of one evaluation, as numbers by name by tag."""
     watch = ActivationWatch(model, **options)
     with watch.watching():
@@ -360,6 +360,13 @@ class ByHandAttention(nn.Module):
             logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.5)
             weights = logits.view(batch, self.num_heads, *logits.shape[1:]).float().softmax(-1).to(v.dtype)
             return weights @ v
+        if self.way == "maximum taken off":
+            logits = (q @ k.mT) / 2
+            return (logits - logits.max(-1, keepdim=True)[0]).softmax(-1) @ v
+        if self.way == "maximum taken off, bmm":
+            logits = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).mul_(0.5)
+            logits -= logits.amax(-1, keepdim=True).detach()
+            return logits.softmax(-1) @ v.flatten(0, 1)
         if self.way == "module":
             return self.softmax(torch.matmul(q, k.mT) * 0.5).to(v) @ v
         if self.way == "classes":  # probabilities that multiply a batch, of logits that are no product
@@ -370,7 +377,7 @@ class ByHandAttention(nn.Module):
         return torch.softmax(q @ k.mT, -1)
 
 
-@pytest.mark.parametrize("way", ["bmm", "einsum", "baddbmm", "module"])
+@pytest.mark.parametrize("way", ["bmm", "einsum", "baddbmm", "module", "maximum taken off", "maximum taken off, bmm"])
 def test_attention_by_hand_is_that_of_the_fused_function(way) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(attn=ByHandAttention(way)))
@@ -393,12 +400,39 @@ def test_other_softmaxes_are_no_attention(way) -> None:
     assert "attention/entropy" not in found and "0.qkv" in found["activation/rms"]
 
 
+def test_attention_head_by_head_in_a_module_that_states_their_number() -> None:
+    class Loop(ByHandAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 3, 0, 1, 4)
+            return torch.stack([(q[j] @ k[j].mT / 2).softmax(-1) @ v[j] for j in range(self.num_heads)])
+
+    torch.manual_seed(0)
+    model, inputs = Loop("loop"), normal(4, 6, 8)
+    found = readings(nn.Sequential(model), mean_square(inputs))["attention/max_logit"]
+    q, k, _ = model.qkv(inputs).detach().unflatten(-1, (3, 2, -1)).permute(2, 3, 0, 1, 4)
+    largest = (q @ k.mT / 2).amax((1, 2, 3)).tolist()
+    assert found == pytest.approx(dict(zip(["0.heads.0", "0.heads_2.0"], largest, strict=True)), rel=1e-5)
+
+
+def test_gradients_need_the_number_of_samples() -> None:
+    model, loss, _ = model_of("ViT")
+    found = readings(model, loss, samples=None)
+    assert "activation/gradient" not in found and "activation/rms" in found
+
+
+def test_a_prelu_has_one_row() -> None:
+    found = readings(nn.Sequential(nn.Linear(4, 5), nn.PReLU()), mean_square(normal(3, 4)))
+    assert list(found["activation/rms"]) == ["0", "1"] and found["activation/saturated"] == {"1": 0.0}
+
+
 def test_globs_choose_heads_by_their_row_or_their_module() -> None:
     for patterns in (["*.heads"], ["layers.1.self_attn"], ["layers.1.self_attn.*"]):
         for fused in (True, False):
             found = readings(Decoder(fused), mean_square(tokens(3, 7)), patterns=patterns)
             count = 12 if patterns == ["*.heads"] else 4
             assert len(found["attention/entropy"]) == count, patterns
+    encoder = model_of("encoder")
+    assert len(readings(*encoder[:2], patterns=["*.heads"])["attention/entropy"]) == 4
     without = readings(Decoder(), mean_square(tokens(3, 7)), patterns=["!*.heads"])
     assert "attention/entropy" not in without and "layers.1.self_attn.q_proj" in without["activation/rms"]
 

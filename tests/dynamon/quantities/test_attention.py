@@ -149,6 +149,14 @@ def test_a_softmax_over_keys_is_attention_and_no_other() -> None:
         assert softmax_of_logits(left, {}) is None
 
 
+def test_what_was_subtracted_from_rows_is_added_or_leaves_no_largest_logit() -> None:
+    logits = draw(2, 3, 5, 7)
+    top = logits.amax(-1, keepdim=True)
+    close(softmax_of_logits((logits - top, -1), {}, shift=top), logits)
+    found = softmax_of_logits((logits - top, -1), {})
+    assert found.sums[0].isnan().all() and found.sums[1:].isfinite().all()
+
+
 def test_logits_of_three_dimensions_hold_the_heads_of_each_sample() -> None:
     logits = draw(6, 5, 7)
     close(softmax_of_logits((logits, -1), {}, heads=3), logits.view(2, 3, 5, 7))
