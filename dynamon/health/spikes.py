@@ -172,7 +172,7 @@ def _one(spike: _Spike, last: int) -> Finding:
 def _clauses(spike: _Spike) -> list[str]:
     """Return what moved by how much, a clause for each."""
     own = [spike.kinds[kind] for kind in ("gradient", "update") if kind in spike.kinds]
-    found = [f"{spike.what} {_moved(max(own), len(own) > 1 or spike.is_everywhere)}"] if own else []
+    found = [f"{spike.what} {_moved(max(own), len(own) > 1, spike.is_everywhere)}"] if own else []
     if "loss" in spike.kinds or not spike.kinds:
         found.append(f"the loss {_moved(spike.kinds.get('loss', spike.deviation))}")
     if spike.inputs is not None:
@@ -216,9 +216,10 @@ def _size(deviation: float) -> str:
     return "not finite" if math.isinf(deviation) else f"{deviation:.3g} deviations above the usual level"
 
 
-def _moved(deviation: float, is_plural: bool = False) -> str:
-    verb, own = ("were", "their usual levels") if is_plural else ("was", "its usual level")
-    return f"{verb} not finite" if math.isinf(deviation) else f"{verb} {deviation:.3g} deviations above {own}"
+def _moved(deviation: float, is_plural: bool = False, is_everywhere: bool = False) -> str:
+    verb, own = ("were", "their usual levels") if is_plural or is_everywhere else ("was", "its usual level")
+    most = "up to " if is_everywhere else ""
+    return f"{verb} not finite" if math.isinf(deviation) else f"{verb} {most}{deviation:.3g} deviations above {own}"
 
 
 def _steps(count: int) -> str:

@@ -47,10 +47,13 @@ class AlertSettings:
         names = tuple(stop_on or ())
         for name in names:
             if name not in (*SEVERITIES, *NAMES):
-                near = get_close_matches(str(name), NAMES, cutoff=0.0)
+                known = [*SEVERITIES, *NAMES]
+                near = [one for one in NAMES if len(str(name)) > 2 and str(name) in one] or get_close_matches(
+                    str(name), known
+                )
+                hint = f"Did you mean {' or '.join(near[:3])}?" if near else f"Rules: {', '.join(NAMES)}."
                 raise ValueError(
-                    f"stop_on must name severities ({', '.join(SEVERITIES)}) or health rules, got {name!r}. Did you "
-                    f"mean {' or '.join(near)}?"
+                    f"stop_on must name severities ({', '.join(SEVERITIES)}) or health rules, got {name!r}. {hint}"
                 )
         return cls(on_finding, names)
 
@@ -77,7 +80,8 @@ class Alerts:
     """Tells each finding once: to the functions of a loop's monitors, in ``findings.jsonl``, and to trackers.
 
     A finding is told again where it has become worse; of further layers after a minute; and where it began later than
-    what was told before, after an hour. The file is written by the thread that trains, so that a crash loses nothing;
+    what was told before, after an hour; another spike also when training ends. The file is written by the thread that
+    trains, so that a crash loses nothing;
     functions and trackers have a thread each (:class:`dynamon.monitoring.alerts_thread.AlertThread`). What fails is
     counted, said once, and not raised. On the first process only.
 
@@ -177,7 +181,8 @@ def _is_new(finding: Finding, told: Sequence[_Told], now: float, is_last: bool) 
     known = {layer for t in told for layer in t.finding.layers}
     if not known.issuperset(finding.layers):
         return is_last or waited >= _NEW_LAYERS
-    return finding.step > max(t.finding.step for t in told) and waited >= _AGAIN
+    is_due = waited >= _AGAIN or is_last and finding.rule.startswith("spike/")  # another event, not told otherwise
+    return finding.step > max(t.finding.step for t in told) and is_due
 
 
 def settings_of(run: RunContext) -> list[AlertSettings]:

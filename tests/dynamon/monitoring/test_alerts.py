@@ -77,6 +77,15 @@ def test_further_layers_wait_a_minute_and_are_told_once(monkeypatch) -> None:
     assert told(monkeypatch, *looks) == [[one], [], [two], [], []]
 
 
+@pytest.mark.parametrize(("rule", "is_told"), [("spike/deviation", True), ("gradient/dead", False)])
+def test_another_spike_is_told_when_training_ends(rule: str, is_told: bool) -> None:
+    """There is no later occasion; other rules are of one event that goes on."""
+    teller, other = Alerts("Monitor"), finding(rule, step=99)
+    assert teller.tell(run(), [finding(rule, step=60)], 60)
+    assert teller.tell(run(), [other], 99) == []
+    assert teller.tell(run(), [other], 99, is_last=True) == ([other] if is_told else [])
+
+
 def test_findings_of_one_look_are_all_told(monkeypatch) -> None:
     several = [finding(layers=(name,)) for name in "abc"] + [finding("loss/rising")]
     assert told(monkeypatch, (0.0, several)) == [several]
@@ -299,6 +308,10 @@ def test_settings_are_checked() -> None:
         AlertSettings.checked("print", None)
     with pytest.raises(TypeError, match=r"stop_on must be a list of names, or None, got 'fault'; write \['fault'\]"):
         AlertSettings.checked(None, "fault")
+    with pytest.raises(ValueError, match=r"got 'spike'. Did you mean spike/deviation or spike/many or spike/shift\?"):
+        AlertSettings.checked(None, ["spike"])
+    with pytest.raises(ValueError, match=r"got 'x'. Rules: .*spike/shift"):
+        AlertSettings.checked(None, ["x"])
     with pytest.raises(ValueError, match=r"stop_on must name severities \(fault, warning, note\) .* 'loss/nan'.*mean"):
         AlertSettings.checked(None, ["fault", "loss/nan"])
     with pytest.raises(ValueError, match="got 3"):
