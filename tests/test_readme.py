@@ -44,7 +44,7 @@ def test_the_first_example_shows_something(tmp_path, monkeypatch, capsys) -> Non
 def test_costs_are_those_of_the_benchmark() -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "monitoring_cost.json").read_text())
     assert f"measured on {found['environment']['date']}" in TEXT
-    rows = {"gradient": "gradients and noise", "weight": "weights, updates and spectra"}
+    rows = {"gradient": "gradients and noise", "weight": "weights, updates and spectra", "activations": "activations"}
     for case, row in {**rows, "stability ratio": "stability ratio"}.items():
         stated = re.search(rf"^\| {row} \| ([\d.]+) \|$", TEXT, re.M)
         assert stated is not None, row

@@ -18,8 +18,11 @@ class HealthCaller(MeterScheduler):
 
     @property
     def findings(self) -> list[Finding]:
-        """Return what looks wrong in what this monitor has measured, see :mod:`dynamon.health`; the worst first."""
-        return self._health.findings(self.history)
+        """Return what looks wrong in what this monitor has measured, see :mod:`dynamon.health`; the worst first.
+
+        Before a fit there is nothing.
+        """
+        return self._health.findings(self.history) if len(self.history) else []
 
     @property
     def asks_to_stop(self) -> bool:

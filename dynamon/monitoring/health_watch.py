@@ -66,8 +66,8 @@ class HealthWatch:
         self._alerts.close(PATIENCE if patience is None else patience)
 
     def findings(self, *histories: History) -> list[Finding]:
-        """Return what the rules find in what some callbacks have measured, the worst first; nothing before a fit."""
-        return findings(RunData.of(*histories)) if any(histories) else []
+        """Return what the rules find in what some callbacks have measured, the worst first."""
+        return findings(RunData.of(*histories))
 
     def see(self, run: RunContext, *histories: History, is_urgent: bool = False) -> None:
         """A step was measured, or has made itself felt: look at everything if that has been earned."""

@@ -42,7 +42,7 @@ def test_unknown_quantities_are_named() -> None:
     with pytest.raises(ValueError, match="quantities must be a list of names"):
         SharpnessMonitor(quantities="hessian")
     for arguments, message in [
-        ({"probe_size": 1}, "probe_size must be 2 samples or more"),
+        ({"probe_size": 1}, "probe_size must be at least 2"),
         ({"outputs": 3}, "outputs must be a function of"),
         ({"memory_limit": 0}, "memory_limit must be a positive number of GiB"),
     ]:

@@ -784,7 +784,7 @@ def test_a_weight_and_a_convolution_in_one_monitor() -> None:
         ({"quantities": ["hessain"]}, "quantities must be chosen from"),
         ({"quantities": "hessian"}, "quantities must be a list of names"),
         ({"probe_fraction": 0.0}, "probe_fraction must lie in"),
-        ({"probe_size": 1}, "probe_size must be 2 samples or more"),
+        ({"probe_size": 1}, "probe_size must be at least 2"),
         ({"probe_weight": 3}, "probe_weight must be the name of an entry"),
         ({"outputs": 3}, "outputs must be a function"),
         ({"tol": 2.0}, "tol must lie between 0 and 1"),
