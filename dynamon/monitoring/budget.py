@@ -252,12 +252,12 @@ class Budget:
         """Book time that was measured elsewhere."""
         self._add(name, seconds)
         self.last[name] = seconds
-
-    def _add(self, name: str, seconds: float) -> None:
-        self.spent += seconds
         for budget in self.ledger.budgets:
             if budget._since is None:  # before the first batch and after the last one: no training beside it
                 budget._running += seconds
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.spent += seconds
         self.spent_on[name] = self.spent_on.get(name, 0.0) + seconds
 
     def _collect(self) -> None:

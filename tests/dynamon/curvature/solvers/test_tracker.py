@@ -249,6 +249,20 @@ def test_a_second_that_comes_near_takes_more():
     assert few.matvecs <= 4 < many.matvecs and few.converged and many.converged
 
 
+def test_near_another_eigenvalue_a_reading_takes_no_more_than_a_cold_one():
+    """A few products were not enough once: they are not tried again before the top stands clear."""
+    tracker = EigenTracker()
+    near, clear = ([matrix(3.0, second) for _ in range(4)] for second in (2.7, 1.0))
+    cold = tracker.update(near[0])
+    assert not tracker.is_clear and 2.5 < cold.next_value <= 2.7 + 1e-9
+    assert all(tracker.update(operator).matvecs <= cold.matvecs for operator in near[1:])
+    again = EigenTracker()
+    again.load_state_dict(tracker.state_dict())
+    assert not again.is_clear
+    first, *later = (again.update(operator).matvecs for operator in clear if not again.next_is_cold)
+    assert again.is_clear and all(few < first for few in later)
+
+
 def test_products_that_are_not_symmetric_are_not_believed():
     """What one-sided differences get wrong shows there, at no further product."""
     tracker = EigenTracker()
