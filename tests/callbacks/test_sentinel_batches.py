@@ -20,37 +20,15 @@ from dynamon.monitoring.sentinel_norms import StepNumbers
 from dynamon.monitoring.sentinel_pace import Pace
 from dynamon.monitoring.sentinel_tracker import StepTracker
 from tests.helpers import Classifier, batches, fit
+from tests.spiky import QUIET, Spiky, found, relu
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:DynamicsMonitor. .*spike", "ignore:sharpness is off", "ignore:The dirpath has changed"
 )
-QUIET = {"every_n_steps": 10**6, "quantities": ["critical"], "strict": True}
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
 }
-
-
-def relu() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-
-
-def found(monitor: Any) -> list[int]:
-    history = monitor.history
-    return history["spike/batch"].steps.tolist() if "spike/batch" in history else []
-
-
-class Spiky(Classifier):
-    """At some steps the inputs are a thousand times as large."""
-
-    def __init__(self, *arguments: Any, at: tuple[int, ...] = (), **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.at = at
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        times = 1000 if self.trainer.fit_loop.epoch_loop._batches_that_stepped in self.at else 1
-        return cross_entropy(self.network(batch[0] * times), batch[1])
 
 
 class Odd(pl.LightningModule):
