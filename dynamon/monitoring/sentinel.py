@@ -21,16 +21,19 @@ from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
-from dynamon.monitoring.sentinel_inputs import BatchSample, InputSeries, sample_batch
-from dynamon.monitoring.sentinel_norms import MOST_LOSSES, Norms, StepNumbers, StepRow
-from dynamon.monitoring.sentinel_pace import BATCH, GRADIENT, SHARE, UPDATE, Pace
+from dynamon.monitoring.sentinel_check import GradientCheck, LossCheck
+from dynamon.monitoring.sentinel_inputs import NO_SAMPLE, BatchSample, InputSeries, sample_batch
+from dynamon.monitoring.sentinel_norms import MOST_LOSSES, NOTHING, Norms, StepNumbers, StepRow
+from dynamon.monitoring.sentinel_pace import BATCH, CHECK, GRADIENT, SHARE, UPDATE, Pace
 from dynamon.monitoring.sentinel_rates import RateWatch
 from dynamon.monitoring.sentinel_tracker import Judged, StepTracker
 from dynamon.monitoring.spike_record import SpikeRecord
 from dynamon.quantities import Scope, meanings, quantities_of
+from dynamon.quantities.scales import Scale
 
 _Result = TypeVar("_Result")
 _HELD_BYTES = 2**26  # of batches that are kept until their step has been judged, beside the last one
+_FOLLOWED, _LATE = 8, 2  # steps that are looked at after a spike, and after a check whose numbers came later
 
 
 @dataclass
@@ -45,11 +48,15 @@ class _Batch:
 
 @dataclass
 class _Look:
-    """Hold a step that is on its way to the host: the rows of the optimizers that took it, and its batches."""
+    """Hold a step that is on its way to the host: the rows of the optimizers that took it, and its batches.
+
+    One that is only checked is judged if the check says so.
+    """
 
     step: int
     rows: Sequence[tuple[int, StepRow]]
     batches: Sequence[_Batch]
+    is_check: bool = False
 
 
 @dataclass
@@ -59,6 +66,8 @@ class _Begun:
     announced: dict[Optimizer, StepRow] = field(default_factory=dict)
     inside: set[Optimizer] = field(default_factory=set)
     rows: list[tuple[Optimizer, StepRow]] = field(default_factory=list)
+    checked: dict[Optimizer, StepRow] = field(default_factory=dict)
+    passed: list[tuple[Optimizer, StepRow]] = field(default_factory=list)
     lost: Exception | None = None
 
 
@@ -67,7 +76,10 @@ class Sentinel(Meter):
 
     A step that is far above is a spike: it is recorded with its batch, the layers, and the number of steps after which
     all was as before. Between spikes the largest deviation is recorded whenever something else is. What its share of
-    the budget does not pay for at every step is looked at every k-th step: first updates, then gradients.
+    the budget does not pay for at every step is looked at every k-th step: first updates, then gradients. All other
+    steps are checked by their loss and the gradients of a few layers, and looked at where these are out of line. On a
+    GPU the check's numbers arrive one or two steps later: then the gradients of the step are judged, and the next steps
+    are looked at.
 
     It runs no collective: under DDP gradients and updates are those of all processes, and the loss and the batch those
     of this one; under FSDP2 each process judges its part of each layer.
@@ -104,6 +116,10 @@ class Sentinel(Meter):
         self._inputs = InputSeries()
         self._window: list[_Batch] = []
         self._queue: deque[_Look] = deque()
+        self._checks: dict[int, GradientCheck] = {}
+        self._loss_check, self._losses = LossCheck(), list[Tensor]()
+        self._step = 0  # of the batch under way: to ask for it takes a while
+        self._is_out, self._until = False, -1  # whether this step is to be looked at, and all up to which
         self._run: RunContext | None = None
         self._device = torch.device("cpu")
         self._has_told = self.has_news = False
@@ -120,8 +136,8 @@ class Sentinel(Meter):
 
     def start(self, run: RunContext) -> None:
         """Follow the steps of all optimizers."""
-        self._run, self._device = run, run.device
-        self._pace = Pace(self.name, run.budget, self._looks_always)
+        self._run, self._device, self._step = run, run.device, run.step
+        self._pace = Pace(self.name, run.budget, self._looks_always, run.device.type in ("cpu", "cuda"))
         if self not in run.steps.followers:
             run.steps.followers.append(self)
 
@@ -140,9 +156,16 @@ class Sentinel(Meter):
 
     def see_batch(self, run: RunContext, batch: Any) -> None:
         """A batch has arrived on the device."""
-        self._batch = batch
-        if self._pace.looks(run.step, BATCH):
+        self._batch, self._step = batch, run.step
+        if self._looks(BATCH):
             self._entries = self._timed_call(BATCH, sample_batch, batch, self._device)
+
+    def _looks(self, what: int) -> bool:
+        """Return whether to look at something at this step: by the pace, or because something is out of line."""
+        return self._is_out or self._step <= self._until or self._pace.looks(self._step, what)
+
+    def _checks_now(self) -> bool:
+        return self._pace.has_checks and self._pace.looks(self._step, CHECK)
 
     def _timed_call(self, what: int, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call a function, and add its time to the look under way."""
@@ -154,19 +177,39 @@ class Sentinel(Meter):
 
     def see_step(self, run: RunContext, optimizer: Optimizer) -> None:
         """Gradients are complete and not yet clipped."""
-        if self._pace.looks(run.step, BATCH):
+        if self._checks_now():
+            self._timed_call(CHECK, self._check_gradients, run, optimizer, run.loop.gradient_scale(optimizer))
+        if self._looks(BATCH):
             scale = run.loop.gradient_scale(optimizer)
             self._begun.announced[optimizer] = StepRow(self._gradients(run, optimizer), scale)
 
+    def _check_gradients(self, run: RunContext, optimizer: Optimizer, scale: Scale) -> None:
+        """Check gradients that are on the host, and prepare the copy of others."""
+        tracker = self._tracker(run, optimizer)
+        if self._is_on_host:
+            self._is_out |= self._check_of(tracker).is_out_now(float(scale))
+        measured = NOTHING if self._is_on_host or self._looks(BATCH) else tracker.norms.gradients()
+        self._begun.checked[optimizer] = StepRow(measured, scale)
+
+    @property
+    def _is_on_host(self) -> bool:
+        return self._device.type == "cpu"
+
+    def _check_of(self, tracker: StepTracker) -> GradientCheck:
+        check = self._checks.get(tracker.place)
+        if check is None or check.norms is not tracker.norms:
+            check = self._checks[tracker.place] = GradientCheck(tracker.norms)
+        return check
+
     def _gradients(self, run: RunContext, optimizer: Optimizer) -> Norms:
         """Measure gradients where they are to be looked at."""
-        if not self._pace.looks(run.step, GRADIENT):
-            return Norms()
+        if not self._looks(GRADIENT):
+            return NOTHING
         return self._timed_call(GRADIENT, self._tracker(run, optimizer).norms.gradients)
 
     def _updates(self, run: RunContext, optimizer: Optimizer) -> tuple[Norms, Norms, float] | None:
         """Measure updates, likewise."""
-        if not self._pace.looks(run.step, UPDATE):
+        if not self._looks(UPDATE):
             return None
         return self._timed_call(UPDATE, self._tracker(run, optimizer).norms.updates)
 
@@ -181,19 +224,23 @@ class Sentinel(Meter):
         if run is None or optimizer not in self._begun.inside:  # a step inside of another one is over already
             return
         self._begun.inside.discard(optimizer)
-        if not self._pace.looks(run.step, BATCH):
-            return
         try:
             self._end_step(run, optimizer, skipped)
         except Exception as error:  # inside of the optimizer's step: raised when the batch is over
             self._begun.lost = error
 
     def _end_step(self, run: RunContext, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        row = self._begun.announced.pop(optimizer, None)
-        if row is None:  # nobody announced it; by now a scaler's factor is out of the gradients
-            row = StepRow(self._gradients(run, optimizer))
-        row.end(self._updates(run, optimizer), skipped)
-        self._begun.rows.append((optimizer, row))
+        begun, checks = self._begun, self._checks_now()
+        if checks and optimizer not in begun.checked:  # nobody announced it; by now a scaler's factor is out of it
+            self._timed_call(CHECK, self._check_gradients, run, optimizer, 1.0)
+        checked = begun.checked.pop(optimizer, None)
+        if self._looks(BATCH):
+            row = begun.announced.pop(optimizer, None) or StepRow(self._gradients(run, optimizer))
+            row.end(self._updates(run, optimizer), skipped)
+            begun.rows.append((optimizer, row))
+        elif checked is not None:
+            checked.end(None, skipped)
+            begun.passed.append((optimizer, checked))
 
     def see_end(self, run: RunContext, outputs: Any, is_log_time: bool) -> None:
         """A batch is over: send what was measured in it, and judge what has arrived.
@@ -203,36 +250,97 @@ class Sentinel(Meter):
             outputs: As for :meth:`dynamon.monitoring.loop.Loop.loss_of`.
             is_log_time: Whether something else was recorded at this step.
         """
-        begin, looks = time.perf_counter(), self._pace.looks(run.step, BATCH)
-        begun, self._begun = self._begun, _Begun()
+        begin, begun = time.perf_counter(), self._begun
+        self._begun = _Begun()
         if begun.lost is not None:
             self.forget_batch()
             raise begun.lost
+        looks = self._looks(BATCH)
+        if self._checks_now():
+            looks = self._check_loss(run, outputs, begun) or looks
         if looks:
-            self._note_batch(run, outputs)
-            for optimizer, row in begun.announced.items():  # whose steps cannot be watched
-                if run.steps.of(optimizer).is_blind:
-                    row.end(self._updates(run, optimizer), None)
-                    begun.rows.append((optimizer, row))
-            if begun.rows:
-                self._send(run, begun.rows)
-            if begun.rows or begun.announced:
-                self._window = []
+            self._see_end(run, outputs, begun)
         self._batch = self._entries = None
         self._judge_arrived(run)
         if is_log_time:
             self._record.log(run)
         self.has_news |= self._rates.log(run)
-        self._pace.add(time.perf_counter() - begin, BATCH)
-        self._pace.book(run.step, bool(begun.rows))
-        if begun.rows and self._pace.review(run.step - run.begun_at + 1):
+        self._finish(run, begin, begun)
+
+    def _see_end(self, run: RunContext, outputs: Any, begun: _Begun) -> None:
+        """Send what was looked at in a batch."""
+        self._note_batch(run, outputs)
+        for optimizer, row in begun.announced.items():  # whose steps cannot be watched
+            if run.steps.of(optimizer).is_blind:
+                row.end(self._updates(run, optimizer), None)
+                begun.rows.append((optimizer, row))
+        if begun.rows:
+            self._send(run, begun.rows)
+        if begun.rows or begun.announced:
+            self._window = []
+
+    def _finish(self, run: RunContext, begin: float, begun: _Begun) -> None:
+        """Book the time of a batch, and choose the pace anew."""
+        is_paced = self._pace.looks(self._step, BATCH)
+        self._pace.add(time.perf_counter() - begin, BATCH if is_paced or begun.rows else CHECK)
+        self._pace.book(self._step, is_paced and bool(begun.rows))
+        if begun.rows or begun.announced or begun.passed:
+            self._is_out = False
+        if begun.rows and self._pace.review(self._step - run.begun_at + 1):
             self._tell_pace(run)
+
+    def _check_loss(self, run: RunContext, outputs: Any, begun: _Begun) -> bool:
+        """Check the loss of a batch that is on the host; whether its step is to be looked at after all."""
+        loss = run.loop.loss_tensor(outputs)
+        if loss is not None:
+            self._losses = [*self._losses, loss][-MOST_LOSSES:]
+            if self._is_on_host:
+                self._is_out |= self._loss_check.is_out(float(loss))
+        if not (begun.passed or begun.rows or begun.announced):
+            return self._is_out
+        losses, self._losses = self._losses, []
+        if not self._is_on_host:
+            if begun.passed:
+                self._send_check(run, begun.passed, losses)
+            return False
+        taken = [(optimizer, row) for optimizer, row in begun.passed if not row.is_skipped]
+        if self._is_out:  # gradients may have been clipped by now
+            for optimizer, row in taken:
+                row.end(self._updates(run, optimizer), None)
+            begun.rows += taken
+        elif taken:
+            tracker = self._trackers[self._of[taken[0][0]]]
+            self._note_loss(run, self._step, tracker, [float(one) for one in losses])
+        return self._is_out
+
+    def _note_loss(self, run: RunContext, step: int, tracker: StepTracker, losses: Sequence[float]) -> None:
+        """Look for a shift in the losses of a step that is not looked at."""
+        shift, ended = tracker.see_loss(step, losses)
+        if shift is not None or ended is not None:
+            self._record.note_shift(step, shift, ended)
+            self._record.send(run)
+        self.has_news |= shift is not None
+
+    def _send_check(
+        self, run: RunContext, passed: Sequence[tuple[Optimizer, StepRow]], losses: Sequence[Tensor]
+    ) -> None:
+        """Send the numbers of a check to the host, which does not wait for them."""
+        for _, row in passed:
+            row.send(losses, self._device)
+        rows = [(self._tracker(run, optimizer).place, row) for optimizer, row in passed]
+        batch = _Batch(run.loop.batch_index, self._batch, NO_SAMPLE, None)
+        self._queue.append(_Look(self._step, rows, [batch], is_check=True))
+        self._let_go()
 
     def _note_batch(self, run: RunContext, outputs: Any) -> None:
         entries = sample_batch(self._batch, self._device) if self._entries is None else self._entries
         loss = run.loop.loss_tensor(outputs)
         batch = _Batch(run.loop.batch_index, self._batch, entries, loss)
         self._window = [*self._window, batch][-MOST_LOSSES:]
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep no more batches than there is room for."""
         left = _HELD_BYTES
         for one in reversed([*(b for look in self._queue for b in look.batches), *self._window[:-1]]):
             left -= one.entries.bytes if one.held is not None else 0
@@ -247,7 +355,7 @@ class Sentinel(Meter):
             self._pace.finish(mark, self._device, BATCH)
         places = [self._tracker(run, optimizer).place for optimizer, _ in rows]
         self._queue.append(
-            _Look(run.step, [(at, row) for at, (_, row) in zip(places, rows, strict=True)], self._window)
+            _Look(self._step, [(at, row) for at, (_, row) in zip(places, rows, strict=True)], self._window)
         )
 
     def _judge_all(self, run: RunContext) -> None:
@@ -262,9 +370,30 @@ class Sentinel(Meter):
             look = self._queue.popleft()
             found = [(at, row.read(len(self._trackers[at].names))) for at, row in look.rows]
             taken = [(at, numbers) for at, numbers in found if numbers is not None]
-            if taken and self._judge(look, taken):
+            is_out = bool(taken) and self._learns_late and self._is_out_of_line(taken)
+            if not taken or look.is_check and not is_out:
+                if taken:
+                    self._note_loss(run, look.step, self._trackers[taken[0][0]], taken[0][1].losses)
+                continue
+            if look.is_check:
+                self._until = max(self._until, self._step + _LATE)
+            if self._judge(look, taken):
                 self.has_news = True
             self._record.send(run)
+
+    @property
+    def _learns_late(self) -> bool:
+        return self._pace.has_checks and not self._is_on_host
+
+    def _is_out_of_line(self, taken: Sequence[tuple[int, StepNumbers]]) -> bool:
+        """Check a step whose numbers have arrived."""
+        out = [self._loss_check.is_out(loss) for loss in taken[0][1].losses]
+        out += [
+            self._check_of(self._trackers[at]).is_out(numbers.gradients)
+            for at, numbers in taken
+            if numbers.gradients is not None
+        ]
+        return any(out)
 
     def _judge(self, look: _Look, taken: Sequence[tuple[int, StepNumbers]]) -> bool:
         """Judge a step by all optimizers that took it; whether there is something to tell."""
@@ -276,6 +405,7 @@ class Sentinel(Meter):
         ]
         has_begun = self._record.add(look.step, judged)
         if has_begun:
+            self._until = max(self._until, look.step + _FOLLOWED)
             self._record.spiked(self._of_batch(look, taken[-1][1].losses, inputs, judged[0]))
         return has_begun or judged[0].shift is not None
 
@@ -311,20 +441,15 @@ class Sentinel(Meter):
     def forget_batch(self) -> None:
         """Forget what was seen of a batch: it is not looked at to its end."""
         self._begun, self._batch, self._entries, self._window = _Begun(), None, None, []
+        self._is_out, self._losses = False, []
 
     def _tell_pace(self, run: RunContext) -> None:
         """Say once that not every step is looked at."""
         if not self._has_told:
             self._has_told = True
-            said = [
-                f"in {words} at one step in {every}"
-                for words, every in zip(("loss and batch", "gradients", "updates"), self._pace.every, strict=True)
-                if every > 1
-            ]
             rank_zero_info(
-                f"{self._owner}: from step {run.step} on, spikes are looked for {', '.join(said)}, "
-                f"which takes {SHARE:.0%} of the budget; every_n_steps=... or budget=None look at every step, "
-                "sentinel=False at none."
+                f"{self._owner}: spikes are looked for within {SHARE:.0%} of the budget. From step {run.step} on "
+                f"{self._pace.in_words()}. every_n_steps=... or budget=None look at every step, sentinel=False at none."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -339,7 +464,7 @@ class Sentinel(Meter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them up."""
         self._saved = dict(state["levels"])
-        self._trackers, self._of = [], {}
+        self._trackers, self._of, self._until = [], {}, -1
         self._queue.clear()
         self.forget_batch()
         self._record.load_state_dict(state["record"])

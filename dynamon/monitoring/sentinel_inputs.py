@@ -44,6 +44,9 @@ class BatchSample:
     bytes: int
 
 
+NO_SAMPLE = BatchSample((), (), (), False, 0, 0)  # of a batch of which nothing is taken
+
+
 def sample_batch(batch: Any, device: torch.device) -> BatchSample:
     """Copy some entries of the first tensors of a batch: floating ones, and integers of two dimensions and more.
 

@@ -10,8 +10,9 @@ import torch
 from dynamon.monitoring.budget import Budget
 
 SHARE = 0.25  # of the budget, and of the grace
-BATCH, GRADIENT, UPDATE = range(3)  # what is looked at, the cheapest first
-_SHARES = 0.5, 0.75, 1.0  # of what the cheaper ones leave, that each may take
+CHECK, BATCH, GRADIENT, UPDATE = range(4)  # what is done at a step, the cheapest first
+_SHARES = 0.75, 0.5, 0.75, 1.0  # of what the cheaper ones leave, that each may take
+_WORDS = {BATCH: "batches", GRADIENT: "gradients", UPDATE: "updates"}
 _REVIEW, _FIRST = 32, (4, 8, 16)  # looks between two decisions, and after which there are earlier ones
 _LEAST_PART = 0.25  # of the share that is still spent while more was spent than allowed
 _TIMED = 16  # looks of which one is timed on the device
@@ -22,27 +23,29 @@ class Pace:
     """Times the looks of the sentinel, books them, and chooses every how many steps it looks at what.
 
     It may take a quarter of what monitoring may: of ``budget``, and of the grace, so that a short run is looked at at
-    every step. Loss and batch are the cheapest and may take half of that; gradients three quarters of what is left; and
-    the updates the rest. What costs more than its share of a step is looked at every k-th step only. Each k is a
-    multiple of the one before: where gradients are looked at, so is the loss. What was spent too much is saved
-    afterwards, of at most three quarters of the share.
+    every step. The check of a few numbers is the cheapest and may take three quarters of that, loss and batch half of
+    what is left, gradients three quarters of what is left then, and the updates the rest. What costs more than its
+    share of a step is looked at every k-th step only. Each k is a multiple of the one before: where gradients are
+    looked at, so is the loss. What was spent too much is saved afterwards, of at most three quarters of the share.
 
     Args:
         name: Under which name time is booked.
         budget: What pays for it; None for nothing.
         is_free: Whether to look at every step, whatever it costs.
+        has_checks: Whether steps are checked that are not looked at.
 
     Attributes:
-        every: Steps from one look to the next: at loss and batch, at gradients, and at updates.
+        every: Steps from one check to the next, and from one look at loss and batch, at gradients, and at updates.
     """
 
-    def __init__(self, name: str, budget: Budget | None, is_free: bool = False) -> None:
+    def __init__(self, name: str, budget: Budget | None, is_free: bool = False, has_checks: bool = True) -> None:
         """Look at every step."""
-        self._name, self._budget, self._is_free = name, budget, is_free
-        self.every = [1, 1, 1]
+        self._name, self._budget, self._is_free = name, budget, is_free or budget is None or budget.fraction is None
+        self.has_checks = has_checks and not self._is_free
+        self.every = [1, 1, 1, 1]
         self._took: list[deque[float]] = [deque(maxlen=_REVIEW) for _ in self.every]
         self._looks = 0
-        self._host, self._on_device = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+        self._host, self._on_device = _nothing(), _nothing()
         self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
     def looks(self, step: int, what: int) -> bool:
@@ -70,17 +73,19 @@ class Pace:
             self._events.append((what, begin, end))
 
     def book(self, step: int, looked: bool) -> None:
-        """Book the time since the last call: of a look at a step, or of a step that was passed."""
-        host, self._host = self._host, [0.0, 0.0, 0.0]
+        """Book the time since the last call: of a look at a step, or of one that was checked or passed."""
+        host, self._host = self._host, _nothing()
         seconds = sum(host)
         if looked:
             self._read_events()
             took = [max(on_host, on_device) for on_host, on_device in zip(host, self._on_device, strict=True)]
-            own = [what for what in (BATCH, GRADIENT, UPDATE) if self.looks(step, what)]
+            own = [what for what in (CHECK, BATCH, GRADIENT, UPDATE) if self.looks(step, what)]
             for what in own:
                 self._took[what].append(took[what])
             self._looks += 1
             seconds = max(seconds, sum(took[what] for what in own))
+        elif host[CHECK]:
+            self._took[CHECK].append(host[CHECK])
         if self._budget is not None and seconds:
             self._budget.book(self._name, seconds)
 
@@ -107,11 +112,24 @@ class Pace:
         spent = budget.spent_on.get(self._name, 0.0)
         before, in_hand = self.every, share * training + SHARE * budget.grace - spent
         if in_hand > 2 * _REVIEW * sum(costs):
-            self.every = [1, 1, 1]
+            self.every = [1, 1, 1, 1]
         else:
             part = max(_LEAST_PART, 1 + min(in_hand, 0.0) / max(share * training, 1e-12))
             self.every = _paces(costs, max(part * share * training / max(steps, 1), 1e-12))
         return any(now > then for now, then in zip(self.every, before, strict=True))
+
+    def in_words(self) -> str:
+        """Return how often is looked at what."""
+        looks = [f"{words} are looked at at one step in {self.every[what]}" for what, words in _WORDS.items()]
+        check, rarest = self.every[CHECK], self.every[BATCH]
+        if not self.has_checks or rarest == check:
+            return ", ".join(looks)
+        others = "at all others" if check == 1 else f"at one in {check}"
+        return f"{', '.join(looks)}; {others} the loss and a few gradients are checked"
+
+
+def _nothing() -> list[float]:
+    return [0.0] * 4
 
 
 def _paces(costs: list[float], left: float) -> list[int]:

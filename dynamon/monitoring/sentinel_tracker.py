@@ -116,6 +116,15 @@ class StepTracker:
             ended,
         )
 
+    def see_loss(self, step: int, losses: Sequence[float]) -> tuple[Shift | None, Shift | None]:
+        """Judge the losses of a step that is not looked at otherwise: a shift that is found now, and one that is over.
+
+        Args:
+            step: The step.
+            losses: Of its batches.
+        """
+        return self._see_loss(step, self._loss(losses))
+
     def _see_loss(self, step: int, number: float) -> tuple[Shift | None, Shift | None]:
         """Return the shift of the loss that is found now, and the one that is over."""
         if self._is_restarted(self.norms.rate):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dynamon.monitoring.levels import PATIENCE
+from dynamon.monitoring.loss_shift import Shift
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.sentinel_tracker import KINDS, Judged
 
@@ -61,7 +62,7 @@ class SpikeRecord:
             for name, deviation in zip(found.names, found.layers.tolist(), strict=True):
                 self._layers[name] = max(self._layers.get(name, -math.inf), deviation)
             self._out[found.place] = found.out
-        self._note_shift(step, judged[0])
+        self.note_shift(step, judged[0].shift, judged[0].ended)
         risen = frozenset[Place]().union(*(found.risen for found in judged))
         if risen and self._open is None:
             self._open = _Spike(step, frozenset(one for one in risen if one[1] != "update") or risen)
@@ -71,9 +72,14 @@ class SpikeRecord:
             self._follow(self._open, step)
         return False
 
-    def _note_shift(self, step: int, found: Judged) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Return whether a spike lasts."""
+        return self._open is not None
+
+    def note_shift(self, step: int, shift: Shift | None, ended: Shift | None) -> None:
         """Record a shift of the loss when it is found, and when it is over."""
-        shift, ended = found.shift, found.ended
+        self._step = step
         if shift is not None:
             self._row |= {
                 "spike/shift": shift.deviations,

@@ -342,8 +342,8 @@ def test_it_keeps_to_a_quarter_of_the_budget(cost: float, step: float, grace: fl
     """As much as a quarter pays for, of the share and of the grace, and the cheapest the most often."""
     money = Money()
     money.grace = grace
-    pace, looks = Pace("sentinel", money), [0, 0, 0]
-    parts = 0.1 * cost, 0.3 * cost, 0.6 * cost
+    pace, looks = Pace("sentinel", money), [0, 0, 0, 0]
+    parts = 0.05 * cost, 0.05 * cost, 0.3 * cost, 0.6 * cost
     for index in range(20_000):
         money.training += step
         if pace.looks(index, BATCH):
@@ -390,10 +390,11 @@ def test_it_says_how_often_it_looks(caplog) -> None:
         fit(Classifier(relu()), [monitor], steps=100, max_epochs=-1)
     (said,) = [record.message for record in caplog.records if "spikes are looked for" in record.message]
     assert said.count("at one step in 1000") == 3 and "sentinel=False" in said
+    assert "loss and a few gradients are checked" not in said  # as rarely: that is no use
     free = DynamicsMonitor(budget=None, every_n_steps=NEVER, quantities=["critical"])
     run = trainer([free], steps=100, max_epochs=-1)
     run.fit(Classifier(relu()), batches())
-    assert free._sentinel._pace.every == [1, 1, 1]
+    assert free._sentinel._pace.every == [1, 1, 1, 1]
 
 
 def test_fingerprints() -> None:
