@@ -323,6 +323,19 @@ def steering_cost() -> str:
     )
 
 
+def sentinel_cost() -> str:
+    """What the sentinel costs, by default and at every step."""
+    found = _result("sentinel_cost")
+    rows = []
+    for row in found["results"]:
+        for name in ("by default", "at every step"):
+            share, every = row[name]["share of a step"], row[name]["every"]
+            cost = f"{share['median']:.2%} ({share['low']:.2%} to {share['high']:.2%})"
+            rows.append((f"{row['CPU ms a step']:.0f} ms", name, cost, *map(str, every)))
+    head = ("step", "sentinel", "share of a step, 95 % interval", "checks every", "batch", "gradients", "updates")
+    return "\n".join([table(head, rows), provenance(found["environment"])])
+
+
 def fault_tables() -> str:
     """Injected faults: their strengths, who named them, false alarms."""
     found = score.read(RESULTS / "faults.json")
@@ -508,6 +521,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision": precision_table,
     "tracking": tracking_table,
     "adaptive": adaptive_tables,
+    "sentinel_cost": sentinel_cost,
     "steering_cost": steering_cost,
     "faults": fault_tables,
     "radii": radii_table,

@@ -21,8 +21,8 @@ from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
-from dynamon.monitoring.sentinel_check import GradientCheck, LossCheck
-from dynamon.monitoring.sentinel_inputs import NO_SAMPLE, BatchSample, InputSeries, sample_batch
+from dynamon.monitoring.sentinel_check import StepCheck
+from dynamon.monitoring.sentinel_inputs import BatchSample, InputSeries, measure_batch, sample_batch
 from dynamon.monitoring.sentinel_norms import MOST_LOSSES, NOTHING, Norms, StepNumbers, StepRow
 from dynamon.monitoring.sentinel_pace import BATCH, CHECK, GRADIENT, SHARE, UPDATE, Pace
 from dynamon.monitoring.sentinel_rates import RateWatch
@@ -116,8 +116,7 @@ class Sentinel(Meter):
         self._inputs = InputSeries()
         self._window: list[_Batch] = []
         self._queue: deque[_Look] = deque()
-        self._checks: dict[int, GradientCheck] = {}
-        self._loss_check, self._losses = LossCheck(), list[Tensor]()
+        self._check, self._losses = StepCheck(), list[Tensor]()
         self._step = 0  # of the batch under way: to ask for it takes a while
         self._is_out, self._until = False, -1  # whether this step is to be looked at, and all up to which
         self._run: RunContext | None = None
@@ -187,19 +186,13 @@ class Sentinel(Meter):
         """Check gradients that are on the host, and prepare the copy of others."""
         tracker = self._tracker(run, optimizer)
         if self._is_on_host:
-            self._is_out |= self._check_of(tracker).is_out_now(float(scale))
+            self._is_out |= self._check.are_gradients_out(tracker.place, tracker.norms, float(scale))
         measured = NOTHING if self._is_on_host or self._looks(BATCH) else tracker.norms.gradients()
         self._begun.checked[optimizer] = StepRow(measured, scale)
 
     @property
     def _is_on_host(self) -> bool:
         return self._device.type == "cpu"
-
-    def _check_of(self, tracker: StepTracker) -> GradientCheck:
-        check = self._checks.get(tracker.place)
-        if check is None or check.norms is not tracker.norms:
-            check = self._checks[tracker.place] = GradientCheck(tracker.norms)
-        return check
 
     def _gradients(self, run: RunContext, optimizer: Optimizer) -> Norms:
         """Measure gradients where they are to be looked at."""
@@ -295,7 +288,7 @@ class Sentinel(Meter):
         if loss is not None:
             self._losses = [*self._losses, loss][-MOST_LOSSES:]
             if self._is_on_host:
-                self._is_out |= self._loss_check.is_out(float(loss))
+                self._is_out |= self._check.is_loss_out(float(loss))
         if not (begun.passed or begun.rows or begun.announced):
             return self._is_out
         losses, self._losses = self._losses, []
@@ -328,7 +321,7 @@ class Sentinel(Meter):
         for _, row in passed:
             row.send(losses, self._device)
         rows = [(self._tracker(run, optimizer).place, row) for optimizer, row in passed]
-        batch = _Batch(run.loop.batch_index, self._batch, NO_SAMPLE, None)
+        batch = _Batch(run.loop.batch_index, self._batch, measure_batch(self._batch), None)
         self._queue.append(_Look(self._step, rows, [batch], is_check=True))
         self._let_go()
 
@@ -387,13 +380,7 @@ class Sentinel(Meter):
 
     def _is_out_of_line(self, taken: Sequence[tuple[int, StepNumbers]]) -> bool:
         """Check a step whose numbers have arrived."""
-        out = [self._loss_check.is_out(loss) for loss in taken[0][1].losses]
-        out += [
-            self._check_of(self._trackers[at]).is_out(numbers.gradients)
-            for at, numbers in taken
-            if numbers.gradients is not None
-        ]
-        return any(out)
+        return self._check.is_out([(at, self._trackers[at].norms, numbers) for at, numbers in taken])
 
     def _judge(self, look: _Look, taken: Sequence[tuple[int, StepNumbers]]) -> bool:
         """Judge a step by all optimizers that took it; whether there is something to tell."""

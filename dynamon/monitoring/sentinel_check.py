@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamon.monitoring.sentinel_norms import OptimizerNorms
+from dynamon.monitoring.sentinel_norms import OptimizerNorms, StepNumbers
 
 _LAYERS = 4  # that are checked
 _WARM_UP = 16  # numbers before the first decision
@@ -135,18 +135,50 @@ class GradientCheck:
         return bool(norms) and self._limit.is_exceeded(math.fsum(map(_log, norms)) / len(norms))
 
 
-class LossCheck:
-    """Watches the loss of each batch. One that has been zero or negative is followed through asinh, see the levels."""
+class StepCheck:
+    """Checks the steps of all optimizers: gradients of a few layers each, and the loss of each batch.
+
+    A loss that has been zero or negative is followed through the inverse hyperbolic sine.
+    """
 
     def __init__(self) -> None:
         """Start with nothing seen."""
-        self._limit, self._is_signed = RunningLimit(_LEAST_LOSS), False
+        self._gradients: dict[int, GradientCheck] = {}
+        self._loss, self._is_signed = RunningLimit(_LEAST_LOSS), False
 
-    def is_out(self, loss: float) -> bool:
-        """Return whether it is beyond its limit, and learn from it."""
+    def is_loss_out(self, loss: float) -> bool:
+        """Return whether the loss of a batch is beyond its limit, and learn from it."""
         if loss <= 0 and not self._is_signed:
-            self._limit, self._is_signed = RunningLimit(_LEAST_LOSS), True
-        return self._limit.is_exceeded(math.asinh(loss) if self._is_signed and math.isfinite(loss) else _log(loss))
+            self._loss, self._is_signed = RunningLimit(_LEAST_LOSS), True
+        return self._loss.is_exceeded(math.asinh(loss) if self._is_signed and math.isfinite(loss) else _log(loss))
+
+    def are_gradients_out(self, place: int, norms: OptimizerNorms, scale: float) -> bool:
+        """Measure the gradients of an optimizer as they are now, on the host.
+
+        Args:
+            place: Place of the optimizer.
+            norms: Measures them.
+            scale: Factor that brings them to their true size.
+        """
+        return self._of(place, norms).is_out_now(scale)
+
+    def is_out(self, steps: Sequence[tuple[int, OptimizerNorms, StepNumbers]]) -> bool:
+        """Return whether a step is out of line whose numbers have arrived, and learn from them.
+
+        Args:
+            steps: By optimizer that took it: its place, what measured it, and what was found.
+        """
+        out = [self.is_loss_out(loss) for loss in steps[0][2].losses]
+        for place, norms, found in steps:
+            if found.gradients is not None:
+                out.append(self._of(place, norms).is_out(found.gradients))
+        return any(out)
+
+    def _of(self, place: int, norms: OptimizerNorms) -> GradientCheck:
+        check = self._gradients.get(place)
+        if check is None or check.norms is not norms:  # its layers are others now
+            check = self._gradients[place] = GradientCheck(norms)
+        return check
 
 
 def _log(size: float) -> float:

@@ -44,9 +44,6 @@ class BatchSample:
     bytes: int
 
 
-NO_SAMPLE = BatchSample((), (), (), False, 0, 0)  # of a batch of which nothing is taken
-
-
 def sample_batch(batch: Any, device: torch.device) -> BatchSample:
     """Copy some entries of the first tensors of a batch: floating ones, and integers of two dimensions and more.
 
@@ -56,11 +53,9 @@ def sample_batch(batch: Any, device: torch.device) -> BatchSample:
 
     Cost: on each of three tensors one device call, which reads 1024 entries at most.
     """
-    tensors = [leaf for leaf in leaves(batch, {}) if isinstance(leaf, Tensor)]
-    walked = tensors[:_WALKED]
-    lengths = [len(t) for t in walked if not t.is_nested and t.ndim]
+    tensors, lengths = _tensors(batch)
     keys, shapes, entries = list[str](), list[tuple[int, int]](), list[Tensor]()
-    for place, tensor in enumerate(walked):
+    for place, tensor in enumerate(tensors[:_WALKED]):
         if len(keys) == MOST_TENSORS:
             break
         if not _is_followed(tensor, device):
@@ -70,6 +65,17 @@ def sample_batch(batch: Any, device: torch.device) -> BatchSample:
         shapes.append(shape)
         entries.append(tensor.detach()[slices].to(torch.float32, copy=True).reshape(-1))
     return BatchSample(tuple(keys), tuple(shapes), tuple(entries), len(set(lengths)) == 1, *_measure(tensors, lengths))
+
+
+def measure_batch(batch: Any) -> BatchSample:
+    """Return how many samples and bytes a batch has, and no entries of it."""
+    return BatchSample((), (), (), False, *_measure(*_tensors(batch)))
+
+
+def _tensors(batch: Any) -> tuple[list[Tensor], list[int]]:
+    """The tensors of a batch, and the lengths of the first ones."""
+    tensors = [leaf for leaf in leaves(batch, {}) if isinstance(leaf, Tensor)]
+    return tensors, [len(t) for t in tensors[:_WALKED] if not t.is_nested and t.ndim]
 
 
 def _measure(tensors: Sequence[Tensor], lengths: Sequence[int]) -> tuple[int, int]:

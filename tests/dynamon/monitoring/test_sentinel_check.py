@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dynamon.layers import describe_layers
-from dynamon.monitoring.sentinel_check import GradientCheck, LossCheck, RunningLimit
+from dynamon.monitoring.sentinel_check import GradientCheck, RunningLimit, StepCheck
 from dynamon.monitoring.sentinel_norms import OptimizerNorms
 
 NOISE = {
@@ -67,9 +67,9 @@ def test_numbers_that_are_none() -> None:
 
 
 def test_losses_of_any_sign() -> None:
-    check = LossCheck()
-    assert not any(check.is_out(1.0 + 0.1 * (-1) ** i - 0.01 * i) for i in range(300))  # falls below zero
-    assert not check.is_out(-2.0) and check.is_out(50.0) and check.is_out(math.nan)
+    check = StepCheck()
+    assert not any(check.is_loss_out(1.0 + 0.1 * (-1) ** i - 0.01 * i) for i in range(300))  # falls below zero
+    assert not check.is_loss_out(-2.0) and check.is_loss_out(50.0) and check.is_loss_out(math.nan)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16", "strided", "no bias", "sparse", "large"])
