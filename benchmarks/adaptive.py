@@ -69,8 +69,9 @@ def steering(book: Book, task: str) -> None:
 
 
 def advised(book: Book, task: str) -> None:
-    """Ratios from the advisor's pilot, at the best uniform rate."""
+    """Ratios from the advisor's pilot, at the best uniform rate; and such within a factor of two."""
     held(book, task, "advised", observed(book, task, "pilot", "committed"), book.tuning[:1])
+    held(book, task, "advised within 2", observed(book, task, "pilot within 2", "committed"), book.tuning[:1])
 
 
 def steered(book: Book, task: str, arm: str, seeds: Sequence[int] = ()) -> None:

@@ -1,12 +1,18 @@
-"""What the sentinel costs a step, from outside: trainers with and without it, a block of steps each in turn.
+"""What the sentinel costs a step, from outside: one run in which it is switched on and off from step to step.
 
-Run ``python -m benchmarks.sentinel_cost`` (about ten minutes); the result goes to
+Run ``python -m benchmarks.sentinel_cost`` (some ten minutes); the result goes to
 ``benchmarks/results/sentinel_cost.json``. The model is a transformer of a million parameters under AdamW, at two
-lengths of its sequences. All arms train in one process, and processor time is what is compared, block by block, so that
-other work on the machine counts little. Nothing else is measured after the first steps.
+lengths of its sequences. A coin decides for each step whether the sentinel sees it, and processor time is compared, so
+that other work on the machine counts little. Steps are of three kinds, those that it passes, checks and looks at: the
+share of a step is what the median of each kind takes more than a step without it, weighted by how often it comes.
+Nothing else is measured after the first steps. In half of the steps the sentinel spends nothing, so its budget is half
+of the default.
 """
 
+import random
 import statistics
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,19 +23,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.environment import environment, parser, write
-from benchmarks.steering_cost import Clock
-from benchmarks.turns import Baton
 from dynamon.callbacks import DynamicsMonitor
 
-BLOCK = 20  # steps
-START_UP = 5  # blocks
+START_UP = 200  # steps
 LENGTHS = 36, 80
-# Without a grace: it would look at every step of so short a run.
+# Without a grace, for which it would look at every step of so short a run.
 ARMS: dict[str, dict[str, Any]] = {
-    "without": {"sentinel": False, "grace": 0.0},
-    "by default": {"grace": 0.0},
+    "by default": {"grace": 0.0, "budget": 0.01},
     "at every step": {"every_n_steps": 10**9},
 }
+KINDS = "off", "passed", "checked", "looked at"
 
 
 class Model(pl.LightningModule):
@@ -56,66 +59,103 @@ class Model(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-4)
 
 
-def run_in_turn(width: int, layers: int, length: int, blocks: int) -> dict[str, tuple[list[float], DynamicsMonitor]]:
-    """Seconds of each block and the monitor, by arm."""
-    monitors = {name: DynamicsMonitor(quantities=["critical"], **how) for name, how in ARMS.items()}
-    baton = Baton(len(ARMS))
-    clocks = {name: Clock(baton, place, BLOCK) for place, name in enumerate(ARMS)}
+class Coin(pl.Callback):
+    """Switches the sentinel on and off, and notes the processor time of each step. It stands before the monitor."""
+
+    def __init__(self, monitor: DynamicsMonitor) -> None:
+        """Nothing noted yet."""
+        self._monitor: Any = monitor
+        self._sentinel: Any = None
+        self._random = random.Random(0)
+        self._step, self._kind, self._since = 0, "", 0.0
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """End a step and begin the next."""
+        now = time.thread_time()
+        if self._step > START_UP:
+            self.seconds[self._kind].append(now - self._since)
+        self._sentinel = self._sentinel or self._monitor._sentinel
+        if self._sentinel is not None:
+            self._toss()
+        self._step += 1
+        self._since = time.thread_time()
+
+    def _toss(self) -> None:
+        is_on, followers = self._random.random() < 0.5, self._monitor._run.steps.followers
+        self._monitor._sentinel = self._sentinel if is_on else None
+        if is_on and self._sentinel not in followers:
+            followers.append(self._sentinel)
+        if not is_on and self._sentinel in followers:
+            followers.remove(self._sentinel)
+        check, look = self._sentinel._pace.every[:2]
+        self._kind = "looked at" if not self._step % look else "passed" if self._step % check else "checked"
+        self._kind = self._kind if is_on else "off"
+
+
+def train(width: int, layers: int, length: int, steps: int, how: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Seconds of steps by kind."""
+    monitor = DynamicsMonitor(quantities=["critical"], **how)
+    coin = Coin(monitor)
     tokens = torch.randint(256, (512, length + 1), generator=torch.Generator().manual_seed(0))
     data = TensorDataset(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-
-    def train(name: str, folder: str) -> None:
-        torch.manual_seed(0)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=(blocks + START_UP) * BLOCK + 1,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[clocks[name], monitors[name]],
-        )
-        trainer.fit(Model(width, layers), DataLoader(data, batch_size=8))
-
-    baton.run(list(ARMS), train)
-    return {name: (clocks[name].seconds[START_UP:], monitors[name]) for name in ARMS}
+    torch.manual_seed(0)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=START_UP + steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[coin, monitor],
+    )
+    trainer.fit(Model(width, layers), DataLoader(data, batch_size=8))
+    return coin.seconds
 
 
-def share(own: list[float], plain: list[float], seed: int = 0) -> dict[str, float]:
-    """By what share blocks take longer: the median over pairs, with a 95 % interval from drawing pairs anew."""
-    pairs = np.array(own) / np.array(plain) - 1
-    draws = np.random.default_rng(seed).choice(pairs, (2000, len(pairs)))
-    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    return {"median": round(float(np.median(pairs)), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
+def share(seconds: Mapping[str, Sequence[float]]) -> float:
+    """What share of a step the sentinel takes on average."""
+    plain, on = statistics.median(seconds["off"]), [kind for kind in KINDS[1:] if seconds[kind]]
+    more = sum(len(seconds[kind]) * (statistics.median(seconds[kind]) - plain) for kind in on)
+    return more / sum(len(seconds[kind]) for kind in on) / plain
 
 
-def _paces(monitor: DynamicsMonitor) -> list[int]:
-    """Every how many steps it checks, and looks at batch, gradients and updates."""
-    sentinel: Any = monitor._sentinel
-    return list(sentinel._pace.every)
+def interval(seconds: Mapping[str, Sequence[float]], draws: int = 500) -> list[float]:
+    """A 95 % interval of it, from drawing steps anew."""
+    rng = np.random.default_rng(0)
+    drawn = [
+        share({kind: rng.choice(own, len(own)).tolist() if len(own) else [] for kind, own in seconds.items()})
+        for _ in range(draws)
+    ]
+    return [round(float(one), 5) for one in np.quantile(drawn, (0.025, 0.975))]
 
 
 def main() -> None:
     """Measure and write."""
     command = parser("sentinel_cost", __doc__)
-    command.add_argument("--blocks", type=int, default=60)
+    command.add_argument("--steps", type=int, default=2500)
     options = command.parse_args()
     torch.set_num_threads(1)
-    width, layers, blocks = (16, 1, 3) if options.smallest else (128, 5, options.blocks)
+    width, layers, steps = (16, 1, 60) if options.smallest else (128, 5, options.steps)
     results = []
     for length in LENGTHS[:1] if options.smallest else LENGTHS:
-        runs = run_in_turn(width, layers, length, blocks)
-        plain = runs["without"][0]
-        row: dict[str, Any] = {"CPU ms a step": round(1000 * statistics.median(plain) / BLOCK, 1), "blocks": blocks}
-        for name in [*ARMS][1:]:
-            seconds, monitor = runs[name]
-            row[name] = {
-                "share of a step": share(seconds, plain),
-                "every": _paces(monitor),
+        for name, how in ARMS.items():
+            seconds = train(width, layers, length, steps, how)
+            row = {
+                "CPU ms a step": round(1000 * statistics.median(seconds["off"]), 2),
+                "sentinel": name,
+                "share of a step": round(share(seconds), 5),
+                "95 %": interval(seconds),
+                "steps": {kind: len(own) for kind, own in seconds.items()},
+                "ms more": {
+                    kind: round(1000 * (statistics.median(own) - statistics.median(seconds["off"])), 3)
+                    for kind, own in seconds.items()
+                    if own and kind != "off"
+                },
             }
-        results.append(row)
-        print(row)
+            results.append(row)
+            print(row)
     write(options, "sentinel_cost", {"environment": environment("sentinel_cost"), "results": results})
 
 

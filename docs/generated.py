@@ -328,11 +328,21 @@ def sentinel_cost() -> str:
     found = _result("sentinel_cost")
     rows = []
     for row in found["results"]:
-        for name in ("by default", "at every step"):
-            share, every = row[name]["share of a step"], row[name]["every"]
-            cost = f"{share['median']:.2%} ({share['low']:.2%} to {share['high']:.2%})"
-            rows.append((f"{row['CPU ms a step']:.0f} ms", name, cost, *map(str, every)))
-    head = ("step", "sentinel", "share of a step, 95 % interval", "checks every", "batch", "gradients", "updates")
+        steps, (low, high) = row["steps"], row["95 %"]
+        on = sum(count for kind, count in steps.items() if kind != "off")
+        kinds = [
+            f"{count / on:.1%}, {row['ms more'].get(kind, 0):.2f} ms" for kind, count in steps.items() if kind != "off"
+        ]
+        cost = f"{row['share of a step']:.2%} ({low:.2%} to {high:.2%})"
+        rows.append(
+            (
+                f"{row['CPU ms a step']:.0f} ms",
+                row["sentinel"],
+                cost,
+                *(kind if kind[0] != "0" else "" for kind in kinds),
+            )
+        )
+    head = ("step", "sentinel", "share of a step, 95 % interval", "passed", "checked", "looked at")
     return "\n".join([table(head, rows), provenance(found["environment"])])
 
 

@@ -148,13 +148,17 @@ def _following(task: Task, model: nn.Module) -> BalancedRates:
     return BalancedRates(list(task.groups.values()), every=EVERY)
 
 
+def _pilot(task: Task, **bounds: float) -> BalancedRates:
+    every = max(1, task.steps // 100)
+    return BalancedRates(list(task.groups.values()), pilot=3 * task.steps // 4, every=every, **bounds)
+
+
 RULES: Mapping[str, Callable[[Task, nn.Module], Rule]] = {
     "following": _following,
     "mean only": lambda task, model: MeanOnly(_following(task, model)),
     "inside": lambda task, model: BalancedRates(list(task.groups.values()), pilot=max(12, task.steps // 4)),
-    "pilot": lambda task, model: BalancedRates(
-        list(task.groups.values()), pilot=3 * task.steps // 4, every=max(1, task.steps // 100)
-    ),
+    "pilot": lambda task, model: _pilot(task),
+    "pilot within 2": lambda task, model: _pilot(task, low=0.5, high=2.0),
     "noise": lambda task, model: NoiseAdaptiveRates(),
     "LLR": lambda task, model: HeavyTailRates(),
     "blockwise": lambda task, model: disparity_rates(describe_layers(model)),
