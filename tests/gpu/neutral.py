@@ -1,14 +1,17 @@
 """Training under a monitor, and under steering by ones, is bitwise training without: models, precisions, optimizers."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from dynamon.callbacks import DynamicsMonitor, NoiseAdaptiveLR
+from dynamon.monitoring.sentinel_pace import Pace
 from tests.gpu.report import Check, Report, Skip, add, check
 from tests.gpu.subjects import MODELS, ON_GPU, STEPS, TEXT, differing, fit, gpt, state
 
@@ -185,3 +188,47 @@ def a_resumed_run_repeats_the_run_that_never_stopped(report: Report) -> None:
     report.hold("weights and optimizer state: bitwise equal", not apart)
     report.hold("ratios equal", callbacks[0][1].ratios == callbacks[2][1].ratios)
     report.hold("no measurement failed", all(monitor.failures == 0 for monitor, _ in callbacks))
+
+
+@contextmanager
+def _checked_from(step: int) -> Iterator[None]:
+    """From a step on, the sentinel looks at hardly any other, and checks each."""
+    before = Pace.review
+
+    def review(pace: Pace, steps: int) -> bool:
+        pace.every = [1, 500, 500, 500] if steps >= step else [1, 1, 1, 1]
+        return False
+
+    Pace.review = review  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Pace.review = before  # type: ignore[method-assign]
+
+
+class _Louder(pl.Callback):
+    """The gradient of one step is a thousand times as large. It stands before the monitor."""
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 53:
+            for parameter in pl_module.parameters():
+                parameter.grad.mul_(1000.0)
+
+
+@check("neutral", 10.0, rank=35.7)
+def a_spike_at_a_step_that_is_only_checked(report: Report) -> None:
+    """Its numbers arrive later, and its step is the right one; training is bitwise as without."""
+
+    def train(*callbacks: Any) -> dict[str, Tensor]:
+        settings: dict[str, Any] = {"optimizer": "fused", "max_steps": 80, "gradient_clip_val": 1.0}
+        return state(*fit(gpt, TEXT, (_Louder(), *callbacks), **settings))
+
+    plain, monitor = train(), DynamicsMonitor(quantities=["critical"])
+    with _checked_from(40):
+        _compare(report, "checked", plain, train(monitor))
+    steps = monitor.history["spike/batch"].steps.tolist() if "spike/batch" in monitor.history else []
+    report.note("spikes", steps)
+    report.hold("the spike is named at its step", steps == [53])
+    gradient = monitor.history["spike/gradient"] if steps else None
+    report.hold("by its gradient", gradient is not None and bool((gradient.values[gradient.steps == 53] > 7).all()))
+    report.hold("no measurement failed", monitor.failures == 0)
