@@ -5,8 +5,7 @@ Run ``python -m benchmarks.sentinel_cost`` (some ten minutes); the result goes t
 lengths of its sequences. A coin decides for each step whether the sentinel sees it, and processor time is compared, so
 that other work on the machine counts little. Steps are of three kinds, those that it passes, checks and looks at: the
 share of a step is what the median of each kind takes more than a step without it, weighted by how often it comes.
-Nothing else is measured after the first steps. In half of the steps the sentinel spends nothing, so its budget is half
-of the default.
+Nothing else is measured after the first steps.
 """
 
 import random
@@ -29,7 +28,7 @@ START_UP = 200  # steps
 LENGTHS = 36, 80
 # Without a grace, for which it would look at every step of so short a run.
 ARMS: dict[str, dict[str, Any]] = {
-    "by default": {"grace": 0.0, "budget": 0.01},
+    "by default": {"grace": 0.0},
     "at every step": {"every_n_steps": 10**9},
 }
 KINDS = "off", "passed", "checked", "looked at"
