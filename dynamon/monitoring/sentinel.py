@@ -1,62 +1,33 @@
 """The sentinel: looks at every optimizer step for spikes, at a small and known cost."""
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamon.board.custom_scalars import chart_layout
 from dynamon.monitoring.cadence import Cadence
-from dynamon.monitoring.fingerprint import fingerprint
 from dynamon.monitoring.messages import rank_zero_info
 from dynamon.monitoring.meter import Meter
 from dynamon.monitoring.planner import Plan
 from dynamon.monitoring.run_context import RunContext
 from dynamon.monitoring.sentinel_check import StepCheck
-from dynamon.monitoring.sentinel_inputs import BatchSample, InputSeries, measure_batch, sample_batch
-from dynamon.monitoring.sentinel_norms import MOST_LOSSES, NOTHING, Norms, StepNumbers, StepRow
+from dynamon.monitoring.sentinel_inputs import BatchSample, measure_batch, sample_batch
+from dynamon.monitoring.sentinel_judge import HeldBatch, Look, StepJudge
+from dynamon.monitoring.sentinel_norms import MOST_LOSSES, NOTHING, Norms, StepRow
 from dynamon.monitoring.sentinel_pace import BATCH, CHECK, GRADIENT, SHARE, UPDATE, Pace
 from dynamon.monitoring.sentinel_rates import RateWatch
-from dynamon.monitoring.sentinel_tracker import Judged, StepTracker
-from dynamon.monitoring.spike_record import SpikeRecord
 from dynamon.quantities import Scope, meanings, quantities_of
 from dynamon.quantities.scales import Scale
 
 _Result = TypeVar("_Result")
 _HELD_BYTES = 2**26  # of batches that are kept until their step has been judged, beside the last one
-_FOLLOWED, _LATE = 8, 2  # steps that are looked at after a spike, and after a check whose numbers came later
-
-
-@dataclass
-class _Batch:
-    """Hold a batch of a step: its index, what it holds while that is kept, entries of it, and its loss."""
-
-    index: int
-    held: Any
-    entries: BatchSample
-    loss: Tensor | None
-
-
-@dataclass
-class _Look:
-    """Hold a step that is on its way to the host: the rows of the optimizers that took it, and its batches.
-
-    One that is only checked is judged if the check says so.
-    """
-
-    step: int
-    rows: Sequence[tuple[int, StepRow]]
-    batches: Sequence[_Batch]
-    is_check: bool = False
+_LATE = 2  # steps that are looked at after a check whose numbers came later
 
 
 @dataclass
@@ -106,16 +77,11 @@ class Sentinel(Meter):
         super().__init__(Cadence(None, 1))
         self._looks_always, self._owner = looks_always, name
         self._pace = Pace(self.name, None)
-        self._record, self._rates = SpikeRecord(), RateWatch()
-        self._trackers: list[StepTracker] = []
-        self._of: dict[Optimizer, int] = {}
-        self._saved: dict[str, Any] = {}
+        self._judge, self._rates = StepJudge(), RateWatch()
         self._begun = _Begun()
         self._batch: Any = None
         self._entries: BatchSample | None = None
-        self._inputs = InputSeries()
-        self._window: list[_Batch] = []
-        self._queue: deque[_Look] = deque()
+        self._window: list[HeldBatch] = []
         self._check, self._losses = StepCheck(), list[Tensor]()
         self._step = 0  # of the batch under way: to ask for it takes a while
         self._is_out, self._until = False, -1  # whether this step is to be looked at, and all up to which
@@ -146,9 +112,9 @@ class Sentinel(Meter):
             run.steps.followers.remove(self)
         with suppress(Exception):  # after an exception of training a device may answer no more
             self._judge_all(run)
-            self._record.log(run, is_end=True)
+            self._judge.log(run, is_end=True)
         self.forget_batch()
-        self._queue.clear()
+        self._judge.forget()
         self._run = None
 
     # What happens at every step, also where nothing else is measured
@@ -161,7 +127,7 @@ class Sentinel(Meter):
 
     def _looks(self, what: int) -> bool:
         """Return whether to look at something at this step: by the pace, or because something is out of line."""
-        return self._is_out or self._step <= self._until or self._pace.looks(self._step, what)
+        return self._is_out or self._step <= max(self._until, self._judge.follow) or self._pace.looks(self._step, what)
 
     def _checks_now(self) -> bool:
         return self._pace.has_checks and self._pace.looks(self._step, CHECK)
@@ -184,7 +150,7 @@ class Sentinel(Meter):
 
     def _check_gradients(self, run: RunContext, optimizer: Optimizer, scale: Scale) -> None:
         """Check gradients that are on the host, and prepare the copy of others."""
-        tracker = self._tracker(run, optimizer)
+        tracker = self._judge.tracker(run, optimizer)
         if self._is_on_host:
             self._is_out |= self._check.are_gradients_out(tracker.place, tracker.norms, float(scale))
         measured = NOTHING if self._is_on_host or self._looks(BATCH) else tracker.norms.gradients()
@@ -198,13 +164,13 @@ class Sentinel(Meter):
         """Measure gradients where they are to be looked at."""
         if not self._looks(GRADIENT):
             return NOTHING
-        return self._timed_call(GRADIENT, self._tracker(run, optimizer).norms.gradients)
+        return self._timed_call(GRADIENT, self._judge.tracker(run, optimizer).norms.gradients)
 
     def _updates(self, run: RunContext, optimizer: Optimizer) -> tuple[Norms, Norms, float] | None:
         """Measure updates, likewise."""
         if not self._looks(UPDATE):
             return None
-        return self._timed_call(UPDATE, self._tracker(run, optimizer).norms.updates)
+        return self._timed_call(UPDATE, self._judge.tracker(run, optimizer).norms.updates)
 
     def step_begins(self, optimizer: Optimizer) -> None:
         """Note that a step has begun."""
@@ -256,7 +222,7 @@ class Sentinel(Meter):
         self._batch = self._entries = None
         self._judge_arrived(run)
         if is_log_time:
-            self._record.log(run)
+            self._judge.log(run)
         self.has_news |= self._rates.log(run)
         self._finish(run, begin, begun)
 
@@ -302,17 +268,8 @@ class Sentinel(Meter):
                 row.end(self._updates(run, optimizer), None)
             begun.rows += taken
         elif taken:
-            tracker = self._trackers[self._of[taken[0][0]]]
-            self._note_loss(run, self._step, tracker, [float(one) for one in losses])
+            self.has_news |= self._judge.note_loss(run, self._step, taken[0][0], [float(one) for one in losses])
         return self._is_out
-
-    def _note_loss(self, run: RunContext, step: int, tracker: StepTracker, losses: Sequence[float]) -> None:
-        """Look for a shift in the losses of a step that is not looked at."""
-        shift, ended = tracker.see_loss(step, losses)
-        if shift is not None or ended is not None:
-            self._record.note_shift(step, shift, ended)
-            self._record.send(run)
-        self.has_news |= shift is not None
 
     def _send_check(
         self, run: RunContext, passed: Sequence[tuple[Optimizer, StepRow]], losses: Sequence[Tensor]
@@ -320,22 +277,22 @@ class Sentinel(Meter):
         """Send the numbers of a check to the host, which does not wait for them."""
         for _, row in passed:
             row.send(losses, self._device)
-        rows = [(self._tracker(run, optimizer).place, row) for optimizer, row in passed]
-        batch = _Batch(run.loop.batch_index, self._batch, measure_batch(self._batch), None)
-        self._queue.append(_Look(self._step, rows, [batch], is_check=True))
+        rows = [(self._judge.tracker(run, optimizer).place, row) for optimizer, row in passed]
+        batch = HeldBatch(run.loop.batch_index, self._batch, measure_batch(self._batch), None)
+        self._judge.add(Look(self._step, rows, [batch], is_check=True))
         self._let_go()
 
     def _note_batch(self, run: RunContext, outputs: Any) -> None:
         entries = sample_batch(self._batch, self._device) if self._entries is None else self._entries
         loss = run.loop.loss_tensor(outputs)
-        batch = _Batch(run.loop.batch_index, self._batch, entries, loss)
+        batch = HeldBatch(run.loop.batch_index, self._batch, entries, loss)
         self._window = [*self._window, batch][-MOST_LOSSES:]
         self._let_go()
 
     def _let_go(self) -> None:
         """Keep no more batches than there is room for."""
         left = _HELD_BYTES
-        for one in reversed([*(b for look in self._queue for b in look.batches), *self._window[:-1]]):
+        for one in reversed([*self._judge.held(), *self._window[:-1]]):
             left -= one.entries.bytes if one.held is not None else 0
             one.held = one.held if left >= 0 else None
 
@@ -346,84 +303,21 @@ class Sentinel(Meter):
             mark = self._pace.mark(self._device)
             row.send(losses, self._device, samples)
             self._pace.finish(mark, self._device, BATCH)
-        places = [self._tracker(run, optimizer).place for optimizer, _ in rows]
-        self._queue.append(
-            _Look(self._step, [(at, row) for at, (_, row) in zip(places, rows, strict=True)], self._window)
-        )
+        places = [self._judge.tracker(run, optimizer).place for optimizer, _ in rows]
+        rows_by_place = [(at, row) for at, (_, row) in zip(places, rows, strict=True)]
+        self._judge.add(Look(self._step, rows_by_place, self._window))
 
     def _judge_all(self, run: RunContext) -> None:
         """Wait for the steps that are on their way."""
-        for look in self._queue:
-            for _, row in look.rows:
-                row.wait()
+        self._judge.wait()
         self._judge_arrived(run)
 
     def _judge_arrived(self, run: RunContext) -> None:
-        while self._queue and all(row.has_arrived for _, row in self._queue[0].rows):
-            look = self._queue.popleft()
-            found = [(at, row.read(len(self._trackers[at].names))) for at, row in look.rows]
-            taken = [(at, numbers) for at, numbers in found if numbers is not None]
-            is_out = bool(taken) and self._learns_late and self._is_out_of_line(taken)
-            if not taken or look.is_check and not is_out:
-                if taken:
-                    self._note_loss(run, look.step, self._trackers[taken[0][0]], taken[0][1].losses)
-                continue
-            if look.is_check:
-                self._until = max(self._until, self._step + _LATE)
-            if self._judge(look, taken):
-                self.has_news = True
-            self._record.send(run)
-
-    @property
-    def _learns_late(self) -> bool:
-        return self._pace.has_checks and not self._is_on_host
-
-    def _is_out_of_line(self, taken: Sequence[tuple[int, StepNumbers]]) -> bool:
-        """Check a step whose numbers have arrived."""
-        return self._check.is_out([(at, self._trackers[at].norms, numbers) for at, numbers in taken])
-
-    def _judge(self, look: _Look, taken: Sequence[tuple[int, StepNumbers]]) -> bool:
-        """Judge a step by all optimizers that took it; whether there is something to tell."""
-        inputs = self._inputs.numbers([batch.entries for batch in look.batches], taken[0][1].samples)
-        largest, samples = np.fmax.reduce(inputs), sum(batch.entries.samples for batch in look.batches)
-        judged = [
-            self._trackers[at].judge(look.step, numbers, samples, None if i else largest)
-            for i, (at, numbers) in enumerate(taken)
-        ]
-        has_begun = self._record.add(look.step, judged)
-        if has_begun:
-            self._until = max(self._until, look.step + _FOLLOWED)
-            self._record.spiked(self._of_batch(look, taken[-1][1].losses, inputs, judged[0]))
-        return has_begun or judged[0].shift is not None
-
-    def _of_batch(self, look: _Look, losses: Sequence[float], inputs: NDArray[Any], judged: Judged) -> dict[str, float]:
-        """Describe the batch of a spike: of an accumulation window the unusual one, or that with the largest loss."""
-        worst, described = look.batches[-1], dict[str, float]()
-        if judged.inputs is not None:
-            series, rises = judged.inputs
-            worst = look.batches[int(np.nanargmax(inputs[:, series]))]
-            described = self._inputs.describe(series, rises)
-        elif len(losses) == len(look.batches) > 1:
-            worst = look.batches[int(np.argmax([loss if math.isfinite(loss) else math.inf for loss in losses]))]
-        described["spike/batch"] = float(worst.index)
-        if worst.held is not None:
-            described["spike/fingerprint"] = float(fingerprint(worst.held))
-        return described
-
-    def _tracker(self, run: RunContext, optimizer: Optimizer) -> StepTracker:
-        at = self._of.get(optimizer)
-        if at is None or not self._trackers[at].norms.is_complete(optimizer):
-            run.hook(optimizer)
-            tracker = StepTracker(optimizer, run.all_layers, len(self._trackers) if at is None else at)
-            if at is None:
-                at = self._of[optimizer] = tracker.place
-                self._trackers.append(tracker)
-            else:
-                tracker.load_state_dict(self._trackers[at].state_dict())
-                self._trackers[at] = tracker
-            if str(at) in self._saved:
-                tracker.load_state_dict(self._saved.pop(str(at)))
-        return self._trackers[at]
+        learns_late = self._pace.has_checks and not self._is_on_host
+        has_news, is_out = self._judge.judge_arrived(run, self._check if learns_late else None)
+        self.has_news |= has_news
+        if is_out:
+            self._until = self._step + _LATE
 
     def forget_batch(self) -> None:
         """Forget what was seen of a batch: it is not looked at to its end."""
@@ -443,18 +337,11 @@ class Sentinel(Meter):
         """Return the levels of each optimizer, by its place, and the spikes so far."""
         if self._run is not None:
             self._judge_all(self._run)
-        levels = {str(at): tracker.state_dict() for at, tracker in enumerate(self._trackers)}
-        own: dict[str, Any] = {"record": self._record.state_dict(), "inputs": self._inputs.state_dict()}
-        own["rates"] = self._rates.state_dict()
-        return {"levels": {**levels, **self._saved}, **own}
+        return {**self._judge.state_dict(), "rates": self._rates.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them up."""
-        self._saved = dict(state["levels"])
-        self._trackers, self._of, self._until = [], {}, -1
-        self._queue.clear()
-        self.forget_batch()
-        self._record.load_state_dict(state["record"])
+        self._judge.load_state_dict(state)
         self._rates.load_state_dict(state.get("rates", []))
-        if "inputs" in state:
-            self._inputs.load_state_dict(state["inputs"])
+        self._until = -1
+        self.forget_batch()

@@ -143,7 +143,7 @@ def test_a_state_from_before_batches_were_looked_at_is_taken_up() -> None:
     fresh.load_state_dict({"levels": {"0": {**kept, "levels": levels}}, "record": state["record"]})
     taken = tracker_of(torch.optim.AdamW(model.parameters()), model)
     taken.names = tuple(tracker["names"])  # those of the module around it
-    taken.load_state_dict(fresh._saved["0"])
+    taken.load_state_dict(fresh._judge._saved["0"])
     found = taken.state_dict()["levels"]
     assert all(torch.equal(found[name][..., :count], levels[name]) for name in ("seen", "level", "scale"))
     assert levels["seen"].all() and not found["seen"][count:].any()

@@ -14,6 +14,7 @@ import dynamon
 from dynamon.callbacks import DynamicsMonitor
 from dynamon.monitoring import DynamicsMonitor as PlainMonitor
 from dynamon.monitoring.sentinel import Sentinel
+from dynamon.monitoring.sentinel_judge import StepJudge
 from dynamon.monitoring.sentinel_norms import StepRow
 from dynamon.monitoring.sentinel_pace import Pace
 from tests.callbacks.test_sentinel import OPTIMIZERS, Unusual
@@ -64,9 +65,9 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps that are judged from now on."""
     steps: list[int] = []
-    judge = Sentinel._judge
+    judge = StepJudge._judge
     monkeypatch.setattr(
-        Sentinel, "_judge", lambda self, look, taken: (steps.append(look.step), judge(self, look, taken))[1]
+        StepJudge, "_judge", lambda self, look, taken: (steps.append(look.step), judge(self, look, taken))[1]
     )
     return steps
 
