@@ -122,15 +122,16 @@ class Sentinel(Meter):
     def see_batch(self, run: RunContext, batch: Any) -> None:
         """A batch has arrived on the device."""
         self._batch, self._step = batch, run.step
+        self._pace.begin(self._step)
         if self._looks(BATCH):
             self._entries = self._timed_call(BATCH, sample_batch, batch, self._device)
 
     def _looks(self, what: int) -> bool:
         """Return whether to look at something at this step: by the pace, or because something is out of line."""
-        return self._is_out or self._step <= max(self._until, self._judge.follow) or self._pace.looks(self._step, what)
+        return self._is_out or self._step <= max(self._until, self._judge.follow) or self._pace.looks(what)
 
     def _checks_now(self) -> bool:
-        return self._pace.has_checks and self._pace.looks(self._step, CHECK)
+        return self._pace.has_checks and self._pace.looks(CHECK)
 
     def _timed_call(self, what: int, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call a function, and add its time to the look under way."""
@@ -240,13 +241,14 @@ class Sentinel(Meter):
 
     def _finish(self, run: RunContext, begin: float, begun: _Begun) -> None:
         """Book the time of a batch, and choose the pace anew."""
-        is_paced = self._pace.looks(self._step, BATCH)
-        self._pace.add(time.perf_counter() - begin, BATCH if is_paced or begun.rows else CHECK)
-        self._pace.book(self._step, is_paced and bool(begun.rows))
-        if begun.rows or begun.announced or begun.passed:
+        is_over, was_looked_at = bool(begun.rows or begun.announced or begun.passed), bool(begun.rows)
+        is_paced = was_looked_at and self._pace.looks(BATCH)
+        self._pace.add(time.perf_counter() - begin, BATCH if was_looked_at else CHECK)
+        self._pace.book(is_paced, self._checks_now() and bool(begun.passed))
+        if is_over:
             self._is_out = False
-        if begun.rows and self._pace.review(self._step - run.begun_at + 1):
-            self._tell_pace(run)
+            if self._pace.review(self._step - run.begun_at + 1):
+                self._tell_pace(run)
 
     def _check_loss(self, run: RunContext, outputs: Any, begun: _Begun) -> bool:
         """Check the loss of a batch that is on the host; whether its step is to be looked at after all."""
@@ -329,7 +331,7 @@ class Sentinel(Meter):
         if not self._has_told:
             self._has_told = True
             rank_zero_info(
-                f"{self._owner}: spikes are looked for within {SHARE:.0%} of the budget. From step {run.step} on "
+                f"{self._owner}: rules on spikes may take {SHARE:.0%} of the budget. From step {run.step} on "
                 f"{self._pace.in_words()}. every_n_steps=... or budget=None look at every step, sentinel=False at none."
             )
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,21 +11,26 @@ from numpy.typing import NDArray
 from dynamon.monitoring.sentinel_norms import OptimizerNorms, StepNumbers
 
 _LAYERS = 4  # that are checked
+_IDLE = 16  # steps in a row without a gradient, after which another layer is checked
 _WARM_UP = 16  # numbers before the first decision
 _SPREADS = 4.0  # above its level that a number is at least
-_GAIN = 1 / 32  # of level and spread
+_GAIN, _FALL = 1 / 32, 1 / 8  # of level and spread, and of a level that falls
 _CLIP = 2.0  # spreads that count at most
-_QUANTILE, _TAIL_GAIN = 0.998, 0.2
+_MEAN_DIFFERENCE = 1.128  # mean of the absolute difference of two standard normal numbers
+_QUANTILE, _TAIL_GAIN = 0.99, 0.2
+_PATIENCE = 20  # numbers beyond the limit in a row, after which the level is taken anew
 _LEAST_GRADIENT, _LEAST_LOSS = math.log(1.5), math.log(1.2)
 
 
 class RunningLimit:
-    r"""A limit that numbers of a series exceed at about one step in 500, and where they jump.
+    r"""A limit that numbers of a series exceed at about one step in 100 at most, and where they jump.
 
-    With a number :math:`y`, its level :math:`\ell` and its mean absolute deviation :math:`s`, the limit is
-    :math:`\ell + \max(4 s, q, f)`. The quantile :math:`q` grows by a fifth where a number exceeds it, and falls by
-    0.04 % where not: however heavy the tail, it settles where one number in 500 is beyond. The floor :math:`f` is the
-    least rise that counts.
+    With a number :math:`y`, its level :math:`\ell` and its standard deviation :math:`s`, the limit is
+    :math:`\ell + \max(4 s, q, f)`. The deviation comes from differences of successive numbers, which a trend does not
+    widen, and the level follows falls faster than rises. The quantile :math:`q` grows by a fifth where a number begins
+    to exceed it, and falls by 0.2 % where not: however heavy the tail, it settles where one in 100 does. The floor
+    :math:`f` is the least rise that counts. Nothing else is learned from numbers beyond the limit; after twenty of them
+    in a row the level is taken anew.
 
     Args:
         least: The floor.
@@ -40,12 +46,13 @@ class RunningLimit:
         True
     """
 
-    __slots__ = ("_least", "_level", "_seen", "_spread", "_tail", "_was_finite")
+    __slots__ = ("_beyond", "_last", "_least", "_level", "_seen", "_spread", "_tail", "_was_finite")
 
     def __init__(self, least: float) -> None:
         """Start with nothing seen."""
         self._least = self._tail = least
-        self._seen, self._level, self._spread, self._was_finite = 0, 0.0, 0.0, True
+        self._seen, self._level, self._last, self._spread = 0, 0.0, 0.0, 0.0
+        self._beyond, self._was_finite = 0, True
 
     def is_exceeded(self, number: float) -> bool:
         """Return whether a number is beyond the limit, and learn from it.
@@ -58,30 +65,49 @@ class RunningLimit:
         was_finite, self._was_finite = self._was_finite, not math.isinf(number)
         if not self._was_finite:
             return was_finite
-        above = number - self._level if self._seen else 0.0
-        known, self._seen = self._seen >= _WARM_UP, self._seen + 1
-        is_beyond = known and above > max(_SPREADS * self._spread, self._tail)
-        self._learn(number, above, known, is_beyond)
-        return is_beyond
+        above = number - self._level
+        if self._seen >= _WARM_UP and above > max(_SPREADS * self._spread, self._tail):
+            self._exceed()
+            return True
+        self._learn(number, above)
+        return False
 
-    def _learn(self, number: float, above: float, known: bool, is_beyond: bool) -> None:
-        if known:
-            most = _CLIP * self._spread + _GAIN * self._least  # of a spread that is nothing, too
-            moved = min(max(above, -most), most)
-            self._level += _GAIN * moved
-            self._spread += _GAIN * (abs(moved) - self._spread)
-            growth = math.exp(_TAIL_GAIN * (_QUANTILE if is_beyond else _QUANTILE - 1))
-            self._tail = max(self._tail * growth, self._least)
+    def _exceed(self) -> None:
+        if self._beyond == 0:
+            self._tail *= math.exp(_TAIL_GAIN * _QUANTILE)
+        self._beyond += 1
+        if self._beyond == _PATIENCE:
+            self._seen = self._beyond = 0
+
+    def _learn(self, number: float, above: float) -> None:
+        change = abs(number - self._last) / _MEAN_DIFFERENCE
+        self._last, self._beyond, self._seen = number, 0, self._seen + 1
+        if self._seen == 1:
+            self._level, self._spread = number, 0.0
+        elif self._seen <= _WARM_UP:
+            self._level += above / min(self._seen, 4)
+            self._spread += (change - self._spread) / (self._seen - 1)
         else:
-            self._level += (number - self._level) / self._seen
-            self._spread += (abs(above) - self._spread) / self._seen
+            most = _CLIP * self._spread + _GAIN * self._least  # of a spread that is nothing, too
+            self._level += _FALL * above if above < 0 else _GAIN * min(above, most)
+            self._spread += _GAIN * (min(change, 2 * most) - self._spread)
+            self._tail = max(self._tail * math.exp(_TAIL_GAIN * (_QUANTILE - 1)), self._least)
+
+
+@dataclass
+class _Watched:
+    """Hold a layer that is checked, its limit, and the steps in a row at which it had no gradient."""
+
+    place: int
+    limit: RunningLimit = field(default_factory=lambda: RunningLimit(_LEAST_GRADIENT))
+    idle: int = 0
 
 
 class GradientCheck:
-    """Watches the gradients of a few layers of one optimizer: the geometric mean of their norms.
+    """Watches the gradients of a few layers of one optimizer: a limit for the norm of each.
 
-    The layers are four at most, spread evenly over those that have a gradient which is not zero. On a CPU the first 512
-    entries of each count.
+    The layers are four at most, spread evenly over those that have a gradient. On a CPU the first 512 entries of each
+    count. A layer whose gradient is zero or missing for 16 steps in a row gives way to the next one.
 
     Args:
         norms: Of the optimizer.
@@ -93,23 +119,19 @@ class GradientCheck:
     def __init__(self, norms: OptimizerNorms) -> None:
         """Start with nothing seen."""
         self.norms = norms
-        self._places: list[int] = []
-        self._idle: set[int] = set()
-        self._limit = RunningLimit(_LEAST_GRADIENT)
+        self._watched: list[_Watched] = []
 
     def is_out_now(self, scale: float) -> bool:
-        """Measure the gradients as they are now, on the host, and return whether they are beyond their limit.
+        """Measure the gradients as they are now, on the host, and return whether one is beyond its limit.
 
         Args:
             scale: Factor that brings them to their true size.
 
         Cost: a norm of each layer.
         """
-        norms = self.norms.some(self._places)
-        if not self._places or len(norms) < len(self._places):
+        if not self._watched:
             self._choose(self.norms.places())
-            norms = self.norms.some(self._places)
-        return self._is_out([scale * norm for norm in norms])
+        return self._is_out([scale * norm for norm in self.norms.some([one.place for one in self._watched])])
 
     def is_out(self, gradients: NDArray[Any]) -> bool:
         """Return whether gradients that were measured are beyond their limit, and learn from them.
@@ -117,22 +139,28 @@ class GradientCheck:
         Args:
             gradients: ``[L]`` norms by layer, 0 where there is none.
         """
-        if not self._places:
+        if not self._watched:
             self._choose(np.flatnonzero(gradients).tolist())
-        return self._is_out(gradients[self._places].tolist())
+        return self._is_out(gradients[[one.place for one in self._watched]].tolist() if self._watched else [])
 
     def _choose(self, there: Sequence[int]) -> None:
-        there = [place for place in there if place not in self._idle]
         count = min(_LAYERS, len(there))
-        self._places = [there[(2 * i + 1) * len(there) // (2 * count)] for i in range(count)]
-        self._limit = RunningLimit(_LEAST_GRADIENT)
+        self._watched = [_Watched(there[(2 * i + 1) * len(there) // (2 * count)]) for i in range(count)]
 
     def _is_out(self, norms: Sequence[float]) -> bool:
-        if not all(norms):  # a word that does not occur, a branch that is not taken: others are chosen
-            self._idle |= {place for place, norm in zip(self._places, norms, strict=True) if norm == 0}
-            self._places = []
-            return False
-        return bool(norms) and self._limit.is_exceeded(math.fsum(map(_log, norms)) / len(norms))
+        is_out = False
+        for at, (watched, norm) in enumerate(zip(self._watched, norms, strict=True)):
+            watched.idle = 0 if norm else watched.idle + 1
+            if watched.limit.is_exceeded(_log(norm)):
+                is_out = True
+            if watched.idle == _IDLE:
+                self._watched[at] = _Watched(self._next(watched.place))
+        return is_out
+
+    def _next(self, place: int) -> int:
+        """The next layer that is not watched; the same where all are."""
+        count, taken = len(self.norms.layers), {one.place for one in self._watched}
+        return next((at for at in ((place + i) % count for i in range(1, count)) if at not in taken), place)
 
 
 class StepCheck:
@@ -148,7 +176,7 @@ class StepCheck:
 
     def is_loss_out(self, loss: float) -> bool:
         """Return whether the loss of a batch is beyond its limit, and learn from it."""
-        if loss <= 0 and not self._is_signed:
+        if -math.inf < loss <= 0 and not self._is_signed:
             self._loss, self._is_signed = RunningLimit(_LEAST_LOSS), True
         return self._loss.is_exceeded(math.asinh(loss) if self._is_signed and math.isfinite(loss) else _log(loss))
 

@@ -19,7 +19,7 @@ from dynamon.monitoring.sentinel_norms import StepNumbers, StepRow
 from dynamon.monitoring.sentinel_tracker import Judged, StepTracker
 from dynamon.monitoring.spike_record import SpikeRecord
 
-_FOLLOWED = 8  # steps after the begin of a spike that are to be looked at
+_FOLLOWED = 8  # steps that are to be looked at after one at which a spike lasts
 
 _Taken = Sequence[tuple[int, StepNumbers]]  # by place of the optimizer that took the step
 
@@ -51,7 +51,7 @@ class StepJudge:
     """Judges steps by the usual levels of each optimizer, and records spikes.
 
     Attributes:
-        follow: The last step that is to be looked at because a spike has begun; -1 for none.
+        follow: The last step that is to be looked at because a spike lasts, or has lasted; -1 for none.
     """
 
     def __init__(self) -> None:
@@ -103,8 +103,8 @@ class StepJudge:
 
         Args:
             run: The run.
-            check: Learns from all of them, and tells which of those that are only checked are judged. None where it
-                has seen them already.
+            check: Learns from all of them, and tells which of those that are only checked are judged; while a spike
+                lasts all are. None where it has seen them already.
 
         Returns:
             Whether there is something to tell, and whether a step that was only checked is out of line.
@@ -117,10 +117,10 @@ class StepJudge:
             if not taken:
                 continue
             is_out = check is not None and self._is_out(check, taken)
-            if look.is_check and not is_out:
+            if look.is_check and not is_out and not self._record.is_open:
                 has_news |= self._note_loss(run, look.step, self._trackers[taken[0][0]], taken[0][1].losses)
                 continue
-            has_found |= look.is_check
+            has_found |= look.is_check and is_out
             has_news |= self._judge(look, taken)
             self._record.send(run)
         return has_news, has_found
@@ -148,8 +148,9 @@ class StepJudge:
             for i, (at, numbers) in enumerate(taken)
         ]
         has_begun = self._record.add(look.step, judged)
-        if has_begun:
+        if self._record.is_open:
             self.follow = look.step + _FOLLOWED
+        if has_begun:
             self._record.spiked(self._of_batch(look, taken[-1][1].losses, inputs, judged[0]))
         return has_begun or judged[0].shift is not None
 

@@ -79,9 +79,9 @@ class OptimizerNorms:
         return [i for i, p in enumerate(self._parameters) if p.grad is not None]
 
     def some(self, places: Sequence[int]) -> list[float]:
-        """Measure the gradients of some layers on the host: a norm for each that has one now, of its first entries."""
-        found = [p.grad for p in [self._parameters[i] for i in places] if p.grad is not None]
-        return [_norm_of_first(gradient) for gradient in self._local(found)]
+        """Measure the gradients of some layers on the host, the first entries of each: 0 for a layer that has none."""
+        gradients = [self._parameters[i].grad for i in places]
+        return [0.0 if gradient is None else _norm_of_first(gradient) for gradient in gradients]
 
     def updates(self) -> "tuple[Norms, Norms, float]":
         """Measure what the optimizer keeps, after its step: numerators, denominators, and the power of the latter."""
@@ -262,13 +262,22 @@ def count_parameters(optimizer: Optimizer) -> int:
 
 
 def _plain(gradient: Tensor) -> Tensor:
-    """Return what is here of a gradient, dense and real. No collective: processes need not look at the same steps."""
+    """Return the entries that are here of a gradient, real; of a sparse one those that it holds, each once.
+
+    No collective: processes need not look at the same steps.
+    """
     local = to_local(gradient)
-    return as_real((local.to_dense() if local.is_sparse else local).detach())
+    return as_real((local.coalesce().values() if local.is_sparse else local).detach())
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """Return the same, but entries of a sparse one as they are, some of which may belong together."""
+    return as_real(gradient._values()) if gradient.is_sparse else _plain(gradient)
 
 
 def _norm_of_first(gradient: Tensor) -> float:
     """The norm of the first entries, or of all where they do not lie in a row."""
+    gradient = _entries(gradient)
     if gradient.dtype in _SUMMED and gradient.is_contiguous():
         first = gradient.view(-1)[:_FEW]  # a dot product takes two thirds of the time of a norm when caches are cold
         return math.sqrt(torch.dot(first, first).item())

@@ -13,7 +13,8 @@ SHARE = 0.25  # of the budget, and of the grace
 CHECK, BATCH, GRADIENT, UPDATE = range(4)  # what is done at a step, the cheapest first
 _SHARES = 0.75, 0.5, 0.75, 1.0  # of what the cheaper ones leave, that each may take
 _WORDS = {BATCH: "batches", GRADIENT: "gradients", UPDATE: "updates"}
-_REVIEW, _FIRST = 32, (4, 8, 16)  # looks between two decisions, and after which there are earlier ones
+_KNOWN = 20  # looks before any is left out: with fewer there is no usual level
+_REVIEW, _STEPS = 32, 250  # looks, or steps, between two decisions
 _LEAST_PART = 0.25  # of the share that is still spent while more was spent than allowed
 _TIMED = 16  # looks of which one is timed on the device
 _MOST = 1000  # steps between two looks
@@ -26,7 +27,8 @@ class Pace:
     every step. The check of a few numbers is the cheapest and may take three quarters of that, loss and batch half of
     what is left, gradients three quarters of what is left then, and the updates the rest. What costs more than its
     share of a step is looked at every k-th step only. Each k is a multiple of the one before: where gradients are
-    looked at, so is the loss. What was spent too much is saved afterwards, of at most three quarters of the share.
+    looked at, so is the loss. The first 20 steps are looked at whatever that takes. What was spent too much is saved
+    afterwards, of at most three quarters of the share.
 
     Args:
         name: Under which name time is booked.
@@ -44,14 +46,22 @@ class Pace:
         self.has_checks = has_checks and not self._is_free
         self.every = [1, 1, 1, 1]
         self._took: list[deque[float]] = [deque(maxlen=_REVIEW) for _ in self.every]
-        self._looks = 0
+        self._step, self._due, self._since = -1, [True] * 4, [_MOST] * 4
+        self._looks, self._reviewed, self._has_passed = 0, 0, False
         self._host, self._on_device = _nothing(), _nothing()
         self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def looks(self, step: int, what: int) -> bool:
-        """Return whether to look at something at a step."""
-        every = self.every[what]
-        return every == 1 or not step % every
+    def begin(self, step: int) -> None:
+        """Decide what is done at a step, as its first batch begins: what was last done so many steps ago."""
+        if step != self._step:
+            self._step, self._since = step, [since + 1 for since in self._since]
+            self._due = [since >= every for since, every in zip(self._since, self.every, strict=True)]
+            self._due[GRADIENT] &= self._due[BATCH]
+            self._due[UPDATE] &= self._due[GRADIENT]
+
+    def looks(self, what: int) -> bool:
+        """Return whether to look at something at this step."""
+        return self._due[what]
 
     def add(self, seconds: float, what: int) -> None:
         """Add host time to the look under way."""
@@ -72,22 +82,34 @@ class Pace:
             end.record(torch.cuda.current_stream(device))
             self._events.append((what, begin, end))
 
-    def book(self, step: int, looked: bool) -> None:
-        """Book the time since the last call: of a look at a step, or of one that was checked or passed."""
+    def book(self, looked: bool, checked: bool = False) -> None:
+        """Book the time since the last call: of a look at a step, of a step that was only checked, or of neither."""
         host, self._host = self._host, _nothing()
         seconds = sum(host)
         if looked:
-            self._read_events()
-            took = [max(on_host, on_device) for on_host, on_device in zip(host, self._on_device, strict=True)]
-            own = [what for what in (CHECK, BATCH, GRADIENT, UPDATE) if self.looks(step, what)]
-            for what in own:
-                self._took[what].append(took[what])
-            self._looks += 1
-            seconds = max(seconds, sum(took[what] for what in own))
-        elif host[CHECK]:
+            seconds = max(seconds, self._book_look(host))
+        elif checked:
+            if not self._has_passed:  # before, only a part of a check was timed by itself
+                self._has_passed = True
+                self._took[CHECK].clear()
             self._took[CHECK].append(host[CHECK])
+        if looked or checked:
+            self._since[CHECK] = 0
         if self._budget is not None and seconds:
             self._budget.book(self._name, seconds)
+
+    def _book_look(self, host: list[float]) -> float:
+        self._read_events()
+        took = [max(on_host, on_device) for on_host, on_device in zip(host, self._on_device, strict=True)]
+        own = [what for what in (BATCH, GRADIENT, UPDATE) if self._due[what]]
+        for what in own if self._has_passed else (CHECK, *own):
+            self._took[what].append(took[what])
+        for what in own:
+            self._since[what] = 0
+        self._looks += 1
+        if self.every[BATCH] > 1:  # not always at the same one of optimizers, or batches, that come in turn
+            self._since[BATCH] -= self._looks % 2
+        return took[CHECK] + sum(took[what] for what in own)
 
     def _read_events(self) -> None:
         if self._events and all(end.query() for _, _, end in self._events):
@@ -103,10 +125,12 @@ class Pace:
             steps: Steps of this fit so far.
         """
         budget = self._budget
-        is_due = self._looks in _FIRST or not self._looks % _REVIEW
+        is_due = self._looks >= _KNOWN and (self._looks == _KNOWN or not self._looks % _REVIEW)
+        is_due = is_due or self._looks > _KNOWN and steps - self._reviewed >= _STEPS
         if self._is_free or budget is None or budget.fraction is None or not is_due:
             return False
-        typical = min if self._looks in _FIRST else fmean  # the first ones are slow
+        self._reviewed = steps
+        typical = min if self._looks == _KNOWN else fmean  # the first ones are slow
         costs = [typical(took) if took else 0.0 for took in self._took]
         share, training = SHARE * budget.fraction, budget.training
         spent = budget.spent_on.get(self._name, 0.0)
@@ -119,13 +143,16 @@ class Pace:
         return any(now > then for now, then in zip(self.every, before, strict=True))
 
     def in_words(self) -> str:
-        """Return how often is looked at what."""
-        looks = [f"{words} are looked at at one step in {self.every[what]}" for what, words in _WORDS.items()]
-        check, rarest = self.every[CHECK], self.every[BATCH]
-        if not self.has_checks or rarest == check:
-            return ", ".join(looks)
-        others = "at all others" if check == 1 else f"at one in {check}"
-        return f"{', '.join(looks)}; {others} the loss and a few gradients are checked"
+        """Return how often is looked at what, and how often a step is checked."""
+        groups: dict[int, list[str]] = {}
+        for what, word in _WORDS.items():
+            groups.setdefault(self.every[what], []).append(word)
+        looks = [f"{' and '.join(words)} at one step in {every}" for every, words in groups.items()]
+        said, check = f"they look at {', '.join(looks)}", self.every[CHECK]
+        if not self.has_checks or check >= self.every[BATCH]:
+            return said
+        others = "all steps between" if check == 1 else f"one step in {check}"
+        return f"{said}, and check the loss and a few gradients at {others}"
 
 
 def _nothing() -> list[float]:
@@ -134,10 +161,11 @@ def _nothing() -> list[float]:
 
 def _paces(costs: list[float], left: float) -> list[int]:
     """Return every how many steps to look at what, for its cost, where ``left`` seconds may be spent on a step."""
-    found, least = [], 1
-    for cost, share in zip(costs, _SHARES, strict=True):
+    found, least = list[int](), 1
+    for what, (cost, share) in enumerate(zip(costs, _SHARES, strict=True)):
         every = min(max(math.ceil(cost / max(share * left, 1e-12)), 1), _MOST)
-        least *= math.ceil(every / least)
-        found.append(least)
-        left -= cost / least
+        every = least * math.ceil(every / least)
+        least = 1 if what == CHECK else every  # checks are apart from looks
+        found.append(every)
+        left -= cost / every
     return found

@@ -21,7 +21,7 @@ from dynamon.monitoring import DynamicsMonitor as PlainMonitor
 from dynamon.monitoring.fingerprint import fingerprint
 from dynamon.monitoring.sentinel_inputs import sample_batch
 from dynamon.monitoring.sentinel_norms import OptimizerNorms, StepRow
-from dynamon.monitoring.sentinel_pace import BATCH, GRADIENT, UPDATE, Pace
+from dynamon.monitoring.sentinel_pace import BATCH, CHECK, GRADIENT, UPDATE, Pace
 from dynamon.optim import Lanton
 from tests.helpers import ByHand, Classifier, batches, fit, same_weights, trainer
 from tests.launches import Launches, fill_gradients, gpt2
@@ -346,14 +346,14 @@ def test_it_keeps_to_a_quarter_of_the_budget(cost: float, step: float, grace: fl
     parts = 0.05 * cost, 0.05 * cost, 0.3 * cost, 0.6 * cost
     for index in range(20_000):
         money.training += step
-        if pace.looks(index, BATCH):
-            for what, part in enumerate(parts):
-                if pace.looks(index, what):
-                    assert pace.looks(index, BATCH)
-                    looks[what] += 1
-                    pace.add(part, what)
-            pace.book(index, True)
-            pace.review(index + 1)
+        pace.begin(index)
+        for what, part in enumerate(parts):
+            if pace.looks(what):
+                assert what == CHECK or pace.looks(BATCH)
+                looks[what] += 1
+                pace.add(part, what)
+        pace.book(pace.looks(BATCH), pace.looks(CHECK))
+        pace.review(index + 1)
     allowed = 0.25 * (0.02 * money.training + grace)
     spent = sum(count * part for count, part in zip(looks, parts, strict=True))
     assert math.isclose(spent, money.spent_on["sentinel"])
@@ -370,16 +370,17 @@ def test_slow_looks_are_paid_back(grace: float) -> None:
     money = Money()
     money.grace = grace
     pace, looks = Pace("sentinel", money), 0
-    for index in range(1500):
+    for index in range(4000):
         money.training += 0.004
-        if pace.looks(index, BATCH):
+        pace.begin(index)
+        if pace.looks(BATCH):
             looks += 1
             slow = 20.0 if looks <= 2 else 8.0 if looks % 10 == 0 else 1.0
-            for what, part in enumerate((1e-4, 1e-4, 2e-4)):
-                if pace.looks(index, what):
+            for what, part in ((BATCH, 1e-4), (GRADIENT, 1e-4), (UPDATE, 2e-4)):
+                if pace.looks(what):
                     pace.add(slow * part, what)
-            pace.book(index, True)
-            pace.review(index + 1)
+        pace.book(pace.looks(BATCH))
+        pace.review(index + 1)
     allowed = 0.25 * (0.02 * money.training + grace)
     assert money.spent_on["sentinel"] <= 1.15 * allowed and looks > 20
 
@@ -388,9 +389,8 @@ def test_it_says_how_often_it_looks(caplog) -> None:
     monitor = DynamicsMonitor(budget=1e-9, grace=0.0, quantities=["critical"])
     with caplog.at_level("INFO", logger="dynamon"):
         fit(Classifier(relu()), [monitor], steps=100, max_epochs=-1)
-    (said,) = [record.message for record in caplog.records if "spikes are looked for" in record.message]
-    assert said.count("at one step in 1000") == 3 and "sentinel=False" in said
-    assert "loss and a few gradients are checked" not in said  # as rarely: that is no use
+    (said,) = [record.message for record in caplog.records if "rules on spikes" in record.message]
+    assert "they look at batches and gradients and updates at one step in 1000." in said and "sentinel=False" in said
     free = DynamicsMonitor(budget=None, every_n_steps=NEVER, quantities=["critical"])
     run = trainer([free], steps=100, max_epochs=-1)
     run.fit(Classifier(relu()), batches())

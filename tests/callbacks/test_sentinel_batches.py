@@ -152,7 +152,7 @@ def test_a_state_from_before_batches_were_looked_at_is_taken_up() -> None:
 @pytest.mark.parametrize("every", [[1, 1, 1, 1], [1, 1, 2, 4], [2, 2, 4, 4], [1, 1, 3, 6]])
 def test_what_is_cheap_is_looked_at_more_often(every: list[int], monkeypatch) -> None:
     """A spike of loss and gradient at a step at which gradients are not looked at shows in the loss."""
-    monkeypatch.setattr(Pace, "review", lambda self, steps: setattr(self, "every", every) or False)
+    monkeypatch.setattr(Pace, "begin", lambda self, step: setattr(self, "_due", [not step % k for k in every]))
     monitor = DynamicsMonitor(**QUIET)
     fit(Spiky(relu(), OPTIMIZERS["adamw"], at=(200, 241)), [monitor], steps=260, max_epochs=-1, gradient_clip_val=1e-3)
     seen = [at for at in (200, 241) if not at % every[1]]

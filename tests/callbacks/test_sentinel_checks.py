@@ -1,5 +1,6 @@
 """The sentinel: steps that are only checked, and looked at where the check says so."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -211,3 +212,68 @@ def test_a_healthy_run_is_hardly_looked_at(where: str, monkeypatch: pytest.Monke
     fit(Classifier(relu(), OPTIMIZERS["adamw"]), [monitor], steps=1000, max_epochs=-1)
     assert found(monitor) == [] and len(steps) < 70
     assert np.isfinite(monitor.history["spike/deviation"].values).all()
+
+
+@pytest.mark.usefixtures("rarely")
+@pytest.mark.parametrize("length", [1, 8, 12, 30])
+def test_a_long_spike_has_its_length_and_hides_no_other(length: int, where: str) -> None:
+    class Long(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+            return super().training_step(batch, batch_idx) * (50 if 60 <= step < 60 + length or step == 130 else 1)
+
+    monitor = DynamicsMonitor(**HOW)
+    fit(Long(relu(), OPTIMIZERS["sgd"]), [monitor], steps=150, max_epochs=-1, gradient_clip_val=1e-3)
+    assert found(monitor) == [60, 130]
+    assert monitor.history["spike/lasted"].values.tolist() == [length, 1]
+
+
+@pytest.mark.usefixtures("rarely")
+def test_layers_that_come_and_go(where: str) -> None:
+    """Each is left out of half of the steps, and once no gradient is more than zero."""
+
+    class Dropped(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+            x = torch.relu(self.network[0](batch[0]))
+            generator = torch.Generator().manual_seed(step)
+            for layer in self.network[1:-1]:
+                if torch.rand((), generator=generator) < 0.5:
+                    x = x + torch.relu(layer(x))
+            loss = cross_entropy(self.network[-1](x), batch[1])
+            return loss * (0.0 if step == 20 else 1000.0 if step in AT else 1.0)
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), *(nn.Linear(16, 16) for _ in range(6)), nn.Linear(16, 3))
+    monitor = DynamicsMonitor(**HOW)
+    fit(Dropped(network, OPTIMIZERS["sgd"]), [monitor], gradient_clip_val=1e-3, **STEPS)
+    assert found(monitor) == list(AT)
+
+
+def test_optimizers_that_take_turns_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At an even number of steps from look to look."""
+    monkeypatch.setattr(Pace, "review", lambda self, steps: setattr(self, "every", [1, 6, 6, 6]) or False)
+    looked = Counter[int]()
+    judge = StepJudge._judge
+
+    def count(self: StepJudge, look: Any, taken: Any) -> bool:
+        looked.update(at for at, _ in taken)
+        return judge(self, look, taken)
+
+    class Turns(Classifier):
+        def __init__(self) -> None:
+            super().__init__(relu())
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()[batch_idx % 2]
+            optimizer.zero_grad()
+            self.manual_backward(cross_entropy(self.network(batch[0]), batch[1]))
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in (self.network[0], self.network[2])]
+
+    monkeypatch.setattr(StepJudge, "_judge", count)
+    fit(Turns(), [DynamicsMonitor(**HOW)], steps=200, max_epochs=-1)
+    assert min(looked[0], looked[1]) > 10
