@@ -47,7 +47,7 @@ class ShardedParameters(FlatParameters):
 
     @contextmanager
     def perturbed(self, step: Tensor, factor: float = 1.0) -> Iterator[None]:
-        """Set the shards to ``theta + factor * step`` inside the context, in place; restore them bit for bit at exit."""
+        """Set the shards to ``theta + factor * step`` inside the context, in place; restore them bitwise at exit."""
         pairs = zip(self.tensors, self.split(step), strict=True)
         with self.placed([torch.add(p, piece, alpha=factor) for p, piece in pairs]):
             yield
