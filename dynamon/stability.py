@@ -198,7 +198,7 @@ def stability_scaling(
     if decay is None and signs == {1.0} and isinstance(optimizer, SGD):
         rates = {_sgd_factor(group_of[id(p)]) * factor for p, factor in zip(params, factors, strict=True)}
         constant = float(torch.tensor(rates.pop(), dtype=squared.dtype, device="cpu")) if len(rates) == 1 else None
-    return StabilityScaling(squared.sqrt(), decay, signs.pop(), constant, excluded)
+    return StabilityScaling(squared.sqrt_(), decay, signs.pop(), constant, excluded)
 
 
 def _factors(
@@ -281,7 +281,7 @@ def _squared_scale(
     divisor = second_moment_scale(optimizer.state.get(p), group, p, gradient)
     if divisor is None:
         return torch.full((real_numel(to_local(p)),), torch.nan, dtype=wide, device=p.device)
-    return _adaptive_factor(optimizer, group, ratio) / divisor
+    return divisor.reciprocal_().mul_(_adaptive_factor(optimizer, group, ratio))
 
 
 def _adaptive_factor(optimizer: Optimizer, group: dict[str, Any], ratio: float) -> float:

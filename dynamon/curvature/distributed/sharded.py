@@ -46,9 +46,10 @@ class ShardedParameters(FlatParameters):
         return ShardedParameters(self.module, named, self.ranks)
 
     @contextmanager
-    def perturbed(self, step: Tensor) -> Iterator[None]:
-        """Set the shards to ``theta + step`` inside the context, in place; restore them bit for bit at exit."""
-        with self.placed([p + piece for p, piece in zip(self.tensors, self.split(step), strict=True)]):
+    def perturbed(self, step: Tensor, factor: float = 1.0) -> Iterator[None]:
+        """Set the shards to ``theta + factor * step`` inside the context, in place; restore them bitwise at exit."""
+        pairs = zip(self.tensors, self.split(step), strict=True)
+        with self.placed([torch.add(p, piece, alpha=factor) for p, piece in pairs]):
             yield
 
     @contextmanager

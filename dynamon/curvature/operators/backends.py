@@ -325,10 +325,10 @@ class ForwardDifference(Gradients):
         return self._difference(vector, self._step)
 
     def _difference(self, vector: Tensor, step: float) -> Tensor:
-        norm = self._params.space.norm(vector)
+        norm = float(self._params.space.norm(vector))
         if not norm > 0:
             return torch.zeros_like(vector)
-        with self._params.perturbed(vector * (step / norm)):
+        with self._params.perturbed(vector, step / norm):
             ahead = self.evaluate()[1]
         return ahead.sub_(self.gradient).mul_(norm / step)
 

@@ -181,13 +181,14 @@ class FlatParameters:
         return torch.cat([pieces[i] for i in places])
 
     @contextmanager
-    def perturbed(self, step: Tensor) -> Iterator[None]:
-        """Set the parameters to ``theta + step`` inside the context; restore them bit for bit at exit.
+    def perturbed(self, step: Tensor, factor: float = 1.0) -> Iterator[None]:
+        """Set the parameters to ``theta + factor * step`` inside the context; restore them bit for bit at exit.
 
         Their storage is replaced, not written to, so that graphs built before stay valid.
         """
         with self._restored():
-            self._move([(p, piece) for p, piece in zip(self.tensors, self.split(step), strict=True) if p.requires_grad])
+            pairs = zip(self.tensors, self.split(step), strict=True)
+            self._move([(p, piece) for p, piece in pairs if p.requires_grad], factor)
             with fresh_autocast_cache():
                 yield
 
@@ -214,12 +215,14 @@ class FlatParameters:
             for p, data in zip(self.tensors, kept, strict=True):
                 p.data = data
 
-    def _move(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Add the steps, in few device calls where dtypes and classes of all parameters allow that."""
+    def _move(self, pairs: Sequence[tuple[Tensor, Tensor]], factor: float) -> None:
+        """Add the steps times the factor, in few device calls where dtypes and classes of all parameters allow that."""
         if all(type(p) in (Tensor, nn.Parameter) and p.dtype == piece.dtype for p, piece in pairs) and pairs:
-            moved: Sequence[Tensor] = torch._foreach_add([p.data for p, _ in pairs], [piece for _, piece in pairs])
+            moved: Sequence[Tensor] = torch._foreach_add(
+                [p.data for p, _ in pairs], [piece for _, piece in pairs], alpha=factor
+            )
         else:
-            moved = [(p.data + piece).to(p.dtype) for p, piece in pairs]
+            moved = [torch.add(p.data, piece, alpha=factor).to(p.dtype) for p, piece in pairs]
         for (p, _), data in zip(pairs, moved, strict=True):
             p.data = data
 

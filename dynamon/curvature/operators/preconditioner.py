@@ -152,6 +152,7 @@ def _wide(p: Tensor) -> torch.dtype:
 
 
 def _divisor(squared: Tensor, eps: float, warming: float) -> Tensor:
-    squared = squared.clamp_min(0)
+    root = squared.sqrt()  # NaN where rounding has made a centered moment negative
     # Zero over itself is NaN; on a CPU that is several times faster than a mask.
-    return squared.sqrt().add_(eps).mul_(warming).mul_(squared / squared)
+    present = root / root
+    return root.add_(eps).mul_(warming).mul_(present)

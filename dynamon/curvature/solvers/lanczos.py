@@ -73,6 +73,7 @@ def lanczos_eigenpairs(
         smallest=float(ritz.values[-1]),
         matvecs=state.matvecs,
         converged=converged and len(values) == k,
+        product_error=state.asymmetry if tracked and k == 1 and not getattr(operator, "rounding", 0.0) else 0.0,
         next_value=float(ritz.values[k]) if len(ritz.values) > k else math.nan,
     )
 
@@ -199,6 +200,7 @@ class Lanczos:
         self.size = 0
         self.kept = 0  # leading columns that came through a restart
         self.matvecs = 0
+        self.asymmetry = 0.0  # of the projected matrix, relative to its largest value; for one wanted value
 
     def rounding(self, size: float) -> float:
         """Return the rounding of a number in the basis's dtype, constant below the smallest normal number."""
@@ -245,13 +247,16 @@ class Lanczos:
         matrix, coupling = read[:size, :size], read[size, size - 1]
         decompose = _decompose if self.kept else _decompose_tridiagonal
         values, rotation = decompose(matrix)
+        largest = float(np.abs(values).max())
+        if largest > 0:
+            self.asymmetry = max(self.asymmetry, float(np.abs(matrix - matrix.T).max()) / largest)
         previous = decompose(matrix[:-1, :-1])[0][:k] if size > 1 else np.full(k, np.inf)
         return Ritz(
             values=values,
             rotation=rotation,
             residuals=np.abs(coupling * rotation[-1]),
             previous=previous,
-            couplings=np.diagonal(read, -1)[:size],
+            couplings=np.diagonal(read, -1)[:size].copy(),  # on a CPU the read shares memory with the matrix
             exhausted=exhausted,
         )
 
@@ -404,4 +409,6 @@ def initial_direction(operator: Any, like: Tensor) -> Tensor | None:
     likely = likely.to(like)
     length = space_of(operator).norm(likely)
     usable = torch.isfinite(length) & (length > 0)
+    if reads_are_free(likely.device):
+        return likely / length if usable else torch.zeros_like(likely)
     return torch.where(usable, likely / length, torch.zeros_like(likely))

@@ -54,7 +54,7 @@ def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor
     others = known[:, 1:]
     while space.matvecs < min(ROOM, max_matvecs) and not settled:
         if not searched and (space.matvecs == _LATE or space.matvecs >= _EARLY and ritz.is_within(tol)):
-            vector, searched = _search(operator, others, seed), True
+            vector, searched = space.search(others), True
         elif space.matvecs == 1 and ritz.is_within(tol):
             vector, others = others[:, 0], others[:, 1:]
         else:
@@ -79,15 +79,8 @@ def tracked_eigenpair(operator: Any, tol: float, max_matvecs: int, known: Tensor
         further,
         smallest=min(smallest, further.smallest),
         matvecs=matvecs + further.matvecs,
-        product_error=error,
+        product_error=max(error, further.product_error),
     )
-
-
-def _search(operator: Any, others: Tensor, seed: int) -> Tensor:
-    """Mix what could hold a new top: other tracked vectors, and the gradient, or noise where there is none."""
-    vector = others.sum(1)
-    likely = initial_direction(operator, vector)
-    return vector.add_(likely) if likely is not None else vector.add_(random_start(operator, None, seed), alpha=_NOISE)
 
 
 @dataclass
@@ -115,13 +108,17 @@ class _Ritz:
 
 
 class _Subspace:
-    """An orthonormal basis, the products with it, and their inner products."""
+    """An orthonormal basis, the products with it, and their inner products.
+
+    Vectors that are to extend the basis are computed in its next row.
+    """
 
     def __init__(self, operator: Any, like: Tensor, seed: int) -> None:
         self.operator, self.space, self.seed = operator, space_of(operator), seed
         self.dtype, device = getattr(operator, "dtype", like.dtype), getattr(operator, "device", like.device)
         wide = torch.promote_types(self.dtype, torch.float32)
-        self.basis = torch.empty(ROOM, self.space.length, dtype=wide, device=device)
+        # Small blocks are found in memory that the process has; a CPU takes as long to map new memory as to read it.
+        self.basis = torch.empty(TRACKED, self.space.length, dtype=wide, device=device)
         self.products = torch.empty_like(self.basis)
         # The operator in the basis, and the inner products of the products.
         self.inner = torch.zeros(2, ROOM, ROOM, dtype=widest_dtype(device), device=device)
@@ -129,6 +126,7 @@ class _Subspace:
 
     def add(self, vector: Tensor) -> None:
         """Extend the basis by a vector, and take its product."""
+        self._make_room()
         j, basis, products = self.matvecs, self.basis, self.products
         if not self._extend(vector):  # an exact eigenvector has no remainder
             self._extend(random_start(self.operator, None, self.seed + j).to(basis))
@@ -139,17 +137,31 @@ class _Subspace:
             self.inner[0, j, :j] = self.space.inner(products[:j], basis[j]).to(self.inner)
         self.matvecs += 1
 
+    def _make_room(self) -> None:
+        """Have a row that is free, up to ``ROOM``."""
+        if self.matvecs == len(self.basis):
+            self.basis, self.products = _longer(self.basis, ROOM), _longer(self.products, ROOM)
+
+    def search(self, others: Tensor) -> Tensor:
+        """Mix what could hold a new top: other tracked vectors, and the gradient, or noise where there is none."""
+        self._make_room()
+        vector = torch.mv(others, others.new_ones(others.shape[1]), out=self.basis[self.matvecs])
+        likely = initial_direction(self.operator, vector)
+        if likely is not None:
+            return vector.add_(likely)
+        return vector.add_(random_start(self.operator, None, self.seed), alpha=_NOISE)
+
     def _extend(self, vector: Tensor) -> bool:
         """Write the part of a vector that is orthogonal to the basis into its next row; return whether there is any."""
-        known, left = self.basis[: self.matvecs], 1.0
+        known, row, left = self.basis[: self.matvecs], self.basis[self.matvecs], 1.0
         length = self._length(vector)
         while len(known) and length > 0:
-            vector = torch.addmv(vector, known.mT, self.space.inner(known, vector), alpha=-1)
+            vector = torch.addmv(vector, known.mT, self.space.inner(known, vector), alpha=-1, out=row)
             before, length = length, self._length(vector)
             left *= length / before
             if length > 0.1 * before or left < torch.finfo(vector.dtype).eps:
                 break  # else what is left is rounded too much to be orthogonal
-        torch.mul(vector, 1 / length if length > 0 else 0.0, out=self.basis[self.matvecs])
+        torch.mul(vector, 1 / length if length > 0 else 0.0, out=row)
         return length > 0 and left > torch.finfo(vector.dtype).eps
 
     def _length(self, vector: Tensor) -> float:
@@ -169,19 +181,26 @@ class _Subspace:
         lack = float(np.abs(matrix - matrix.T).max()) / largest if largest > 0 else 0.0
         return _Ritz(values, rotation, np.sqrt(np.maximum(lengths, 0)), lack)
 
-    def remainder(self, ritz: _Ritz, place: int = 0, shift: float | None = None) -> Tensor:
-        """Return ``A x - shift x`` of a Ritz vector; its value is the shift if None is given."""
+    def remainder(self, ritz: _Ritz) -> Tensor:
+        """Return ``A x - value x`` of the first Ritz vector, in the next row of the basis."""
+        self._make_room()
+        return self._shifted(ritz, 0, float(ritz.values[0]), self.basis[self.matvecs])
+
+    def _shifted(self, ritz: _Ritz, place: int, shift: float, out: Tensor) -> Tensor:
+        """Compute ``A x - shift x`` of a Ritz vector."""
         m, x = self.matvecs, on_host(ritz.rotation[:, place]).to(self.basis)
-        shift = float(ritz.values[place]) if shift is None else shift
-        return torch.addmv(self.products[:m].mT @ x, self.basis[:m].mT, x, alpha=-shift)
+        torch.mv(self.products[:m].mT, x, out=out)
+        return out.addmv_(self.basis[:m].mT, x, alpha=-shift)
 
     def eigenpairs(self, ritz: _Ritz, converged: bool) -> Eigenpairs:
         """Return the result; its last vector is one step of the power method ahead, at no product."""
         value, smallest = float(ritz.values[0]), float(ritz.values[-1])
-        vectors = on_host(ritz.rotation[:, :TRACKED].T).to(self.basis) @ self.basis[: self.matvecs]
+        vectors = self.basis.new_empty(min(TRACKED, self.matvecs), self.space.length)
+        rotated = vectors[: TRACKED - 1]
+        torch.mm(on_host(ritz.rotation[:, : len(rotated)].T).to(rotated), self.basis[: self.matvecs], out=rotated)
         if len(vectors) == TRACKED:
-            ahead = self.remainder(ritz, TRACKED - 1, smallest)
-            vectors[-1] = ahead / self.space.norm(ahead).clamp_min(torch.finfo(ahead.dtype).tiny)
+            ahead = self._shifted(ritz, TRACKED - 1, smallest, vectors[-1])
+            ahead.div_(self.space.norm(ahead).clamp_min(torch.finfo(ahead.dtype).tiny))
         allowance = 16 * torch.finfo(self.basis.dtype).eps * max(abs(value), abs(smallest))
         return Eigenpairs(
             values=on_host([value]),
@@ -196,3 +215,10 @@ class _Subspace:
             product_error=0.0 if getattr(self.operator, "rounding", 0.0) else ritz.asymmetry,
             next_value=float(ritz.values[1]) if len(ritz.values) > 1 else math.nan,
         )
+
+
+def _longer(rows: Tensor, count: int) -> Tensor:
+    """Copy rows into the first ones of a longer block."""
+    longer = rows.new_empty(count, rows.shape[1])
+    longer[: len(rows)] = rows
+    return longer

@@ -278,6 +278,21 @@ def test_products_that_are_not_symmetric_are_not_believed():
     assert values[0.3].product_error > 0.01 and not values[0.3].converged and values[0.3].lower == -math.inf
 
 
+@pytest.mark.parametrize(("vectors", "restarts"), [(3, False), (1, True)])
+def test_lanczos_from_a_warm_start_does_not_believe_them_either(vectors, restarts):
+    """Near another eigenvalue a reading is Lanczos from its first product on; with and without a restart."""
+    near = matrix(3.0, 2.9)
+    known = top_eigenvalues(near).vectors[:, :vectors]
+    drawn = torch.randn(N, N, generator=torch.Generator().manual_seed(4), dtype=torch.float64) / N**0.5
+    arguments = {"warm_start": known, "max_matvecs": 60, "tol": 1e-3}
+    right = top_eigenvalues(near + drifting(0.01), **arguments)
+    wrong = top_eigenvalues(WithGradient(near + drifting(0.01), wrong=0.3 * drawn), **arguments)
+    assert right.converged and (right.matvecs > 8) == restarts and 0 < right.product_error < 1e-12
+    assert wrong.product_error > 1e-2 and not wrong.converged and wrong.lower == -math.inf
+    cold = top_eigenvalues(near, max_matvecs=60, tol=1e-3)
+    assert cold.converged and cold.product_error == 0
+
+
 # ---- one-sided differences
 
 
