@@ -16,6 +16,7 @@ from dynamon.quantities.progress import StepReading
 from dynamon.rates import BalancedRates, FixedRates, HeavyTailRates, NoiseAdaptiveRates, Rule, disparity_rates
 from dynamon.rates.groups import group_layers
 
+WIDE = {"low": 1 / 8, "high": 8.0}  # what was the default when these arms were run
 EVERY = 10  # steps between two readings when following; runs of some hundred steps cannot wait for more
 
 
@@ -145,7 +146,7 @@ class StepSizes(Rule):
 
 
 def _following(task: Task, model: nn.Module) -> BalancedRates:
-    return BalancedRates(list(task.groups.values()), every=EVERY)
+    return BalancedRates(list(task.groups.values()), every=EVERY, **WIDE)
 
 
 def _pilot(task: Task, **bounds: float) -> BalancedRates:
@@ -156,8 +157,8 @@ def _pilot(task: Task, **bounds: float) -> BalancedRates:
 RULES: Mapping[str, Callable[[Task, nn.Module], Rule]] = {
     "following": _following,
     "mean only": lambda task, model: MeanOnly(_following(task, model)),
-    "inside": lambda task, model: BalancedRates(list(task.groups.values()), pilot=max(12, task.steps // 4)),
-    "pilot": lambda task, model: _pilot(task),
+    "inside": lambda task, model: BalancedRates(list(task.groups.values()), pilot=max(12, task.steps // 4), **WIDE),
+    "pilot": lambda task, model: _pilot(task, **WIDE),
     "pilot within 2": lambda task, model: _pilot(task, low=0.5, high=2.0),
     "noise": lambda task, model: NoiseAdaptiveRates(),
     "LLR": lambda task, model: HeavyTailRates(),
