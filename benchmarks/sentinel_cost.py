@@ -2,9 +2,10 @@
 
 Run ``python -m benchmarks.sentinel_cost`` (some ten minutes); the result goes to
 ``benchmarks/results/sentinel_cost.json``. The model is a transformer of a million parameters under AdamW, at two
-lengths of its sequences. A coin decides for each step whether the sentinel sees it, and processor time is compared, so
-that other work on the machine counts little. Steps are of three kinds, those that it passes, checks and looks at: the
-share of a step is what the median of each kind takes more than a step without it, weighted by how often it comes.
+lengths of its sequences. A coin decides for each step whether the sentinel sees it, and its processor time is compared
+with the median of the steps around it that the sentinel does not see, so that other work on the machine counts little.
+Steps are of three kinds, those that it passes, checks and looks at: the share of a step is the median of what each kind
+takes more, weighted by how often it comes.
 Nothing else is measured after the first steps.
 """
 
@@ -31,6 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "by default": {"grace": 0.0},
     "at every step": {"every_n_steps": 10**9},
 }
+AROUND = 10  # steps before one and after it
 KINDS = "off", "passed", "checked", "looked at"
 
 
@@ -67,13 +69,13 @@ class Coin(pl.Callback):
         self._sentinel: Any = None
         self._random = random.Random(0)
         self._step, self._kind, self._since = 0, "", 0.0
-        self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        self.steps: list[tuple[str, float]] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
         """End a step and begin the next."""
         now = time.thread_time()
         if self._step > START_UP:
-            self.seconds[self._kind].append(now - self._since)
+            self.steps.append((self._kind, now - self._since))
         self._sentinel = self._sentinel or self._monitor._sentinel
         if self._sentinel is not None:
             self._toss()
@@ -92,8 +94,8 @@ class Coin(pl.Callback):
         self._kind = self._kind if is_on else "off"
 
 
-def train(width: int, layers: int, length: int, steps: int, how: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Seconds of steps by kind."""
+def train(width: int, layers: int, length: int, steps: int, how: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Kind and seconds of each step."""
     monitor = DynamicsMonitor(quantities=["critical"], **how)
     coin = Coin(monitor)
     tokens = torch.randint(256, (512, length + 1), generator=torch.Generator().manual_seed(0))
@@ -110,22 +112,30 @@ def train(width: int, layers: int, length: int, steps: int, how: Mapping[str, An
         callbacks=[coin, monitor],
     )
     trainer.fit(Model(width, layers), DataLoader(data, batch_size=8))
-    return coin.seconds
+    return coin.steps
 
 
-def share(seconds: Mapping[str, Sequence[float]]) -> float:
+def differences(steps: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
+    """What the steps that the sentinel sees take more than those around them that it does not see, by kind."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS[1:]}
+    for at, (kind, seconds) in enumerate(steps):
+        around = [own for other, own in steps[max(at - AROUND, 0) : at + AROUND + 1] if other == "off"]
+        if kind != "off" and around:
+            found[kind].append(seconds - statistics.median(around))
+    return {kind: own for kind, own in found.items() if own}
+
+
+def share(more: Mapping[str, Sequence[float]], plain: float) -> float:
     """What share of a step the sentinel takes on average."""
-    plain, on = statistics.median(seconds["off"]), [kind for kind in KINDS[1:] if seconds[kind]]
-    more = sum(len(seconds[kind]) * (statistics.median(seconds[kind]) - plain) for kind in on)
-    return more / sum(len(seconds[kind]) for kind in on) / plain
+    whole = sum(len(own) * statistics.median(own) for own in more.values())
+    return whole / sum(map(len, more.values())) / plain
 
 
-def interval(seconds: Mapping[str, Sequence[float]], draws: int = 500) -> list[float]:
+def interval(more: Mapping[str, Sequence[float]], plain: float, draws: int = 500) -> list[float]:
     """A 95 % interval of it, from drawing steps anew."""
     rng = np.random.default_rng(0)
     drawn = [
-        share({kind: rng.choice(own, len(own)).tolist() if len(own) else [] for kind, own in seconds.items()})
-        for _ in range(draws)
+        share({kind: rng.choice(own, len(own)).tolist() for kind, own in more.items()}, plain) for _ in range(draws)
     ]
     return [round(float(one), 5) for one in np.quantile(drawn, (0.025, 0.975))]
 
@@ -140,18 +150,16 @@ def main() -> None:
     results = []
     for length in LENGTHS[:1] if options.smallest else LENGTHS:
         for name, how in ARMS.items():
-            seconds = train(width, layers, length, steps, how)
+            found = train(width, layers, length, steps, how)
+            plain = statistics.median(seconds for kind, seconds in found if kind == "off")
+            more = differences(found)
             row = {
-                "CPU ms a step": round(1000 * statistics.median(seconds["off"]), 2),
+                "CPU ms a step": round(1000 * plain, 2),
                 "sentinel": name,
-                "share of a step": round(share(seconds), 5),
-                "95 %": interval(seconds),
-                "steps": {kind: len(own) for kind, own in seconds.items()},
-                "ms more": {
-                    kind: round(1000 * (statistics.median(own) - statistics.median(seconds["off"])), 3)
-                    for kind, own in seconds.items()
-                    if own and kind != "off"
-                },
+                "share of a step": round(share(more, plain), 5),
+                "95 %": interval(more, plain),
+                "steps": {kind: len(own) for kind, own in more.items()},
+                "ms more": {kind: round(1000 * statistics.median(own), 3) for kind, own in more.items()},
             }
             results.append(row)
             print(row)

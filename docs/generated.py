@@ -328,20 +328,14 @@ def sentinel_cost() -> str:
     found = _result("sentinel_cost")
     rows = []
     for row in found["results"]:
-        steps, (low, high) = row["steps"], row["95 %"]
-        on = sum(count for kind, count in steps.items() if kind != "off")
+        low, high = row["95 %"]
+        on = sum(row["steps"].values())
         kinds = [
-            f"{count / on:.1%}, {row['ms more'].get(kind, 0):.2f} ms" for kind, count in steps.items() if kind != "off"
+            f"{row['steps'][kind] / on:.1%}, {row['ms more'][kind]:.2f} ms" if kind in row["steps"] else ""
+            for kind in ("passed", "checked", "looked at")
         ]
         cost = f"{row['share of a step']:.2%} ({low:.2%} to {high:.2%})"
-        rows.append(
-            (
-                f"{row['CPU ms a step']:.0f} ms",
-                row["sentinel"],
-                cost,
-                *(kind if kind[0] != "0" else "" for kind in kinds),
-            )
-        )
+        rows.append((f"{row['CPU ms a step']:.0f} ms", row["sentinel"], cost, *kinds))
     head = ("step", "sentinel", "share of a step, 95 % interval", "passed", "checked", "looked at")
     return "\n".join([table(head, rows), provenance(found["environment"])])
 
