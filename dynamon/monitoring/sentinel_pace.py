@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -147,12 +148,16 @@ class Pace:
         groups: dict[int, list[str]] = {}
         for what, word in _WORDS.items():
             groups.setdefault(self.every[what], []).append(word)
-        looks = [f"{' and '.join(words)} at one step in {every}" for every, words in groups.items()]
+        looks = [f"{_joined(words)} at about one step in {every}" for every, words in groups.items()]
         said, check = f"they look at {', '.join(looks)}", self.every[CHECK]
         if not self.has_checks or check >= self.every[BATCH]:
             return said
-        others = "all steps between" if check == 1 else f"one step in {check}"
+        others = "all steps between" if check == 1 else f"about one step in {check}"
         return f"{said}, and check the loss and a few gradients at {others}"
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _nothing() -> list[float]:
