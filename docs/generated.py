@@ -293,7 +293,9 @@ def tracking_table() -> str:
     )
     spacings = ", ".join(str(s) for s in dict.fromkeys(row["spacing"] for row in found["rows"]))
     note = f"Medians of runs with a reading every {spacings} steps."
-    return f"{table(head, rows)}\n{note} {provenance(found['environment'])}"
+    dated = {row["model"]: row["date"] for row in found["rows"] if row.get("date", "") > found["environment"]["date"]}
+    again = "".join(f" {model}: measured again on {date}." for model, date in dated.items())
+    return f"{table(head, rows)}\n{note}{again} {provenance(found['environment'])}"
 
 
 def adaptive_tables() -> str:
