@@ -79,8 +79,8 @@ def most_progress(
     Example:
         >>> import numpy as np
         >>> from dynamon.rates.allocation import most_progress
-        >>> most_progress(np.array([4.0, 1.0]), np.array([[1.0, 0.0], [0.0, 1.0]])).round(4).tolist()
-        [1.372, 0.343]
+        >>> most_progress(np.array([2.0, 1.0]), np.array([[1.0, 0.0], [0.0, 1.0]])).round(4).tolist()
+        [1.2649, 0.6325]
     """
     free = np.ones(len(progress), bool) if held is None else ~np.asarray(held, bool)
     ratios = np.ones(len(progress))
