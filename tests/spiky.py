@@ -32,6 +32,14 @@ class Spiky(Classifier):
         self.norms.append([float(torch.linalg.vector_norm(g)) for g in gradients])
 
 
+class OneOfFour(Classifier):
+    """Of windows of four batches, one batch of step 50 has inputs that are a thousand times as large."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        is_bad = self.trainer.global_step == 50 and batch_idx % 4 == 2
+        return cross_entropy(self.network(batch[0] * (1000 if is_bad else 1)), batch[1])
+
+
 def relu() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))

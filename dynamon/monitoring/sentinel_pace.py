@@ -48,7 +48,8 @@ class Pace:
         self.every = [1, 1, 1, 1]
         self._took: list[deque[float]] = [deque(maxlen=_REVIEW) for _ in self.every]
         self._step, self._due, self._since = -1, [True] * 4, [_MOST] * 4
-        self._looks, self._reviewed, self._has_passed = 0, 0, False
+        self._looks, self._has_passed = 0, False
+        self._reviewed: tuple[int, int] | None = None  # looks and steps at the last decision
         self._host, self._on_device = _nothing(), _nothing()
         self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -126,12 +127,12 @@ class Pace:
             steps: Steps of this fit so far.
         """
         budget = self._budget
-        is_due = self._looks >= _KNOWN and (self._looks == _KNOWN or not self._looks % _REVIEW)
-        is_due = is_due or self._looks > _KNOWN and steps - self._reviewed >= _STEPS
-        if self._is_free or budget is None or budget.fraction is None or not is_due:
+        looks_before, steps_before = self._reviewed or (self._looks - _REVIEW, steps)
+        is_due = self._looks - looks_before >= _REVIEW or steps - steps_before >= _STEPS
+        if self._is_free or budget is None or budget.fraction is None or self._looks < _KNOWN or not is_due:
             return False
-        self._reviewed = steps
-        typical = min if self._looks == _KNOWN else fmean  # the first ones are slow
+        typical = fmean if self._reviewed else min  # the first ones are slow
+        self._reviewed = self._looks, steps
         costs = [typical(took) if took else 0.0 for took in self._took]
         share, training = SHARE * budget.fraction, budget.training
         spent = budget.spent_on.get(self._name, 0.0)

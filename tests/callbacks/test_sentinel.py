@@ -25,7 +25,7 @@ from dynamon.monitoring.sentinel_pace import BATCH, CHECK, GRADIENT, UPDATE, Pac
 from dynamon.optim import Lanton
 from tests.helpers import ByHand, Classifier, batches, fit, same_weights, trainer
 from tests.launches import Launches, fill_gradients, gpt2
-from tests.spiky import NEVER, QUIET, Spiky, found, relu
+from tests.spiky import NEVER, QUIET, OneOfFour, Spiky, found, relu
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:DynamicsMonitor. .*spike", "ignore:sharpness is off", "ignore:The dirpath has changed"
@@ -135,15 +135,9 @@ def test_the_layer_whose_average_was_corrupted_is_named_before_anything_else_mov
 
 def test_accumulation_names_the_batch_of_the_window() -> None:
     """Of windows of four, the one batch that is out of line."""
-
-    class One(Spiky):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            step, inputs = self.trainer.global_step, batch[0]
-            return cross_entropy(self.network(inputs * (1000 if step == 40 and batch_idx % 4 == 2 else 1)), batch[1])
-
     monitor = DynamicsMonitor(**QUIET)
-    fit(One(relu(), OPTIMIZERS["sgd"]), [monitor], steps=60, max_epochs=-1, accumulate_grad_batches=4)
-    assert found(monitor) == [40]
+    fit(OneOfFour(relu(), OPTIMIZERS["sgd"]), [monitor], steps=60, max_epochs=-1, accumulate_grad_batches=4)
+    assert found(monitor) == [50]
     assert monitor.history["spike/batch"].values[0] % 4 == 2
 
 
@@ -383,6 +377,24 @@ def test_slow_looks_are_paid_back(grace: float) -> None:
         pace.review(index + 1)
     allowed = 0.25 * (0.02 * money.training + grace)
     assert money.spent_on["sentinel"] <= 1.15 * allowed and looks > 20
+
+
+def test_paces_are_chosen_now_and_then() -> None:
+    """Not at each of the steps from one rare look to the next."""
+    money = Money()
+    pace, chosen = Pace("sentinel", money), 0
+    for index in range(5000):
+        money.training += 0.004
+        pace.begin(index)
+        for what, part in ((CHECK, 1e-4), (BATCH, 1e-3), (GRADIENT, 1e-3), (UPDATE, 2e-3)):
+            if pace.looks(what):
+                pace.add(part, what)
+        before = pace.every
+        pace.book(pace.looks(BATCH), pace.looks(CHECK))
+        pace.review(index + 1)
+        chosen += pace.every is not before
+    assert 5000 // 250 - 2 <= chosen <= 5000 // 250 + pace._looks // 32 + 1
+    assert pace._looks < 200
 
 
 def test_it_says_how_often_it_looks(caplog) -> None:

@@ -20,7 +20,7 @@ from dynamon.monitoring.sentinel_norms import StepRow
 from dynamon.monitoring.sentinel_pace import Pace
 from tests.callbacks.test_sentinel import OPTIMIZERS, Unusual
 from tests.helpers import Classifier, batches, fit, same_weights
-from tests.spiky import Spiky, found, relu
+from tests.spiky import OneOfFour, Spiky, found, relu
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:DynamicsMonitor", "ignore:step .* the gradient holds", "ignore:sharpness is off"
@@ -134,13 +134,8 @@ def test_what_is_not_finite_is_found_once(value: float, where: str) -> None:
 
 @pytest.mark.usefixtures("rarely")
 def test_of_a_window_any_batch(where: str) -> None:
-    class One(Spiky):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            step, inputs = self.trainer.global_step, batch[0]
-            return cross_entropy(self.network(inputs * (1000 if step == 50 and batch_idx % 4 == 1 else 1)), batch[1])
-
     monitor = DynamicsMonitor(**HOW)
-    fit(One(relu(), OPTIMIZERS["adamw"]), [monitor], steps=60, max_epochs=-1, accumulate_grad_batches=4)
+    fit(OneOfFour(relu(), OPTIMIZERS["adamw"]), [monitor], steps=60, max_epochs=-1, accumulate_grad_batches=4)
     assert found(monitor) == [50] and monitor.failures == 0
 
 
